@@ -1,0 +1,1 @@
+"""The bundled Qubes core: app, VM classes, properties, events, policy."""

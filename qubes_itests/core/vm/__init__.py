@@ -1,0 +1,1 @@
+"""The VM classes of the bundled core."""

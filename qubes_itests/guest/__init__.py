@@ -1,0 +1,1 @@
+"""Guests: their images, the agent in them, and how they boot."""

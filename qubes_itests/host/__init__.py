@@ -1,0 +1,1 @@
+"""The host that a run needs: sandbox, loop devices, mounts, cache, checks."""

@@ -1,0 +1,291 @@
+"""What the harness asks of a hypervisor, in no hypervisor's own words.
+
+A back end subclasses :class:`Hypervisor` and :class:`Domain`.  The names are those
+that Xen and libvirt share: a *domain* is one virtual machine, its *memory target* is
+what its balloon driver aims at.  Everything that may block is a coroutine; a back end
+moves blocking calls to threads.  All sizes are bytes unless a name says MiB.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+__all__ = [
+    "Disk",
+    "Domain",
+    "DomainSpec",
+    "DomainState",
+    "Hypervisor",
+    "Interface",
+    "LifecycleEvent",
+    "LifecycleHandler",
+    "MemoryStatistics",
+]
+
+
+class DomainState(enum.Enum):
+    """The state of a domain; the values are what `qvm-ls` shows."""
+
+    HALTED = "Halted"
+    RUNNING = "Running"
+    PAUSED = "Paused"
+    SUSPENDED = "Suspended"
+    DYING = "Dying"
+    CRASHED = "Crashed"
+
+
+class LifecycleEvent(enum.Enum):
+    """What happened to a domain."""
+
+    STARTED = "started"
+    PAUSED = "paused"
+    RESUMED = "resumed"
+    STOPPED = "stopped"
+    CRASHED = "crashed"
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk of a domain.
+
+    :param name: what the guest calls it under /dev: ``xvda`` to ``xvdz``.
+    :param path: a raw image file or a block device of the host.
+    :param read_only: whether the guest may write.
+    """
+
+    name: str
+    path: Path
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """A network interface of a domain.
+
+    :param mac: address in lower case with colons; unique within the domain.
+    :param bridge: name of the host's bridge that it is plugged into.
+    """
+
+    mac: str
+    bridge: str
+
+
+@dataclass(frozen=True, slots=True)
+class DomainSpec:
+    """All that a back end must know to define a domain.
+
+    :param name: unique within the hypervisor.
+    :param uuid: unique too.
+    :param directory: an existing directory for this domain's console log and sockets.
+    :param memory: memory at start, MiB.
+    :param max_memory: what the balloon may grow to, MiB; at least ``memory``.
+    :param vcpus: number of virtual CPUs.
+    :param kernel: kernel image (bzImage or ELF) on the host.
+    :param initramfs: initramfs image on the host.
+    :param kernel_options: appended to the back end's own kernel command line.
+    """
+
+    name: str
+    uuid: UUID
+    directory: Path
+    memory: int
+    max_memory: int
+    kernel: Path
+    initramfs: Path
+    vcpus: int = 1
+    kernel_options: str = ""
+    disks: tuple[Disk, ...] = ()
+    interfaces: tuple[Interface, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStatistics:
+    """A guest's memory as last reported; None for what it did not report.
+
+    :param actual: what the domain holds now, bytes.
+    :param total: what its kernel manages, bytes.
+    :param unused: free and used for nothing, bytes.
+    :param available: what could be taken without swapping, bytes.
+    :param cached: page cache, bytes.
+    :param swapped_in: pages brought in from swap since boot, bytes.
+    :param swapped_out: pages written out to swap since boot, bytes.
+    """
+
+    actual: int
+    total: int | None = None
+    unused: int | None = None
+    available: int | None = None
+    cached: int | None = None
+    swapped_in: int | None = None
+    swapped_out: int | None = None
+
+
+class Domain(abc.ABC):
+    """One defined domain.  Handles stay valid over any number of starts."""
+
+    spec: DomainSpec
+
+    @abc.abstractmethod
+    async def state(self) -> DomainState:
+        """Return the present state; HALTED also when it is not defined any more."""
+
+    @abc.abstractmethod
+    async def start(self, *, saved_state: Path | None = None) -> None:
+        """Boot the domain, or resume it from a state that `save` wrote.
+
+        A domain resumed from a saved state has no disks and no interfaces yet,
+        whatever its spec lists: attach them afterwards.
+
+        :raise StateError: when it runs already.
+        :raise SavedStateError: when the state does not load; the domain is halted
+            then, and a start without it may follow.
+        :raise HypervisorError: for what else went wrong.
+        """
+
+    @abc.abstractmethod
+    async def destroy(self) -> None:
+        """Stop it at once, as pulling the plug does; no error when it is halted."""
+
+    @abc.abstractmethod
+    async def undefine(self) -> None:
+        """Destroy and forget it; no error when that was done before."""
+
+    @abc.abstractmethod
+    async def pause(self) -> None:
+        """Stop its virtual CPUs; no error when they are stopped."""
+
+    @abc.abstractmethod
+    async def resume(self) -> None:
+        """Let its virtual CPUs run; no error when they do."""
+
+    @abc.abstractmethod
+    async def save(self, path: Path) -> None:
+        """Write its state to a file for `start`, and halt it.
+
+        The file is complete when this returns, and absent when it raises.  It loads
+        into other domains (other name, UUID, directory) of the same `state_key`.
+        """
+
+    @abc.abstractmethod
+    async def wait_stopped(self, timeout: float | None = None) -> DomainState:
+        """Wait until it is HALTED or CRASHED, and return which.
+
+        :param timeout: seconds.
+        :raise DeadlineError: when it still runs then.
+        """
+
+    @abc.abstractmethod
+    async def open_channel(
+        self, protocol: Callable[[], asyncio.BaseProtocol], *, timeout: float = 10.0
+    ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
+        """Connect to the byte stream that the guest's agent reads and writes.
+
+        One connection at a time.
+
+        :param timeout: seconds for the host's side to come up; the guest's side may
+            come later, what is written until then waits.
+        """
+
+    @abc.abstractmethod
+    def console_log(self) -> Path:
+        """Return the file that collects what the guest prints on its console."""
+
+    @abc.abstractmethod
+    def definition(self) -> str:
+        """Return the back end's description of the domain (XML, say), for people."""
+
+    @abc.abstractmethod
+    async def attach_disk(self, disk: Disk) -> None:
+        """Plug a disk into the running domain.
+
+        :raise AttachedError: when a disk of that name is attached.
+        """
+
+    @abc.abstractmethod
+    async def detach_disk(self, name: str) -> None:
+        """Pull a disk out of the running domain.
+
+        :raise NotAttachedError: when there is no disk of that name.
+        """
+
+    @abc.abstractmethod
+    async def resize_disk(self, name: str, size: int) -> None:
+        """Tell the guest that a disk now has `size` bytes; the image has them already.
+
+        :raise NotAttachedError: when there is no disk of that name.
+        """
+
+    @abc.abstractmethod
+    async def attach_interface(self, interface: Interface) -> None:
+        """Plug a network interface into the running domain.
+
+        :raise AttachedError: when one of that address is attached.
+        """
+
+    @abc.abstractmethod
+    async def detach_interface(self, mac: str) -> None:
+        """Pull a network interface out of the running domain.
+
+        :raise NotAttachedError: when there is none of that address.
+        """
+
+    @abc.abstractmethod
+    async def set_memory_target(self, target: int) -> None:
+        """Ask the balloon driver to bring the domain to `target` bytes."""
+
+    @abc.abstractmethod
+    async def memory_statistics(self) -> MemoryStatistics:
+        """Return what the domain holds and what its guest last reported."""
+
+
+LifecycleHandler = Callable[[Domain, LifecycleEvent], None]
+
+
+class Hypervisor(abc.ABC):
+    """A connection to one hypervisor; an async context manager that closes it."""
+
+    #: Short name of the back end, as on the command line.
+    name: str
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Destroy every domain that was defined here, and disconnect."""
+
+    @abc.abstractmethod
+    async def define(self, spec: DomainSpec) -> Domain:
+        """Make a domain known; it is halted.
+
+        :raise HypervisorError: for a duplicate name or UUID, or a bad spec.
+        """
+
+    @abc.abstractmethod
+    def domains(self) -> tuple[Domain, ...]:
+        """Return the domains that are defined, in order of definition."""
+
+    @abc.abstractmethod
+    def subscribe(self, handler: LifecycleHandler) -> Callable[[], None]:
+        """Have `handler` called on the event loop for every life-cycle event.
+
+        :return: a function that ends the subscription.
+        """
+
+    @abc.abstractmethod
+    async def state_key(self, spec: DomainSpec) -> str | None:
+        """Return what a saved state of `spec` depends on, as a short hex digest.
+
+        Kernel and initramfs contents, memory, CPUs, machine and the hypervisor's
+        version enter it; names, directories and disks do not.  None where the back
+        end cannot start from saved states.
+        """
+
+    async def __aenter__(self) -> Hypervisor:  # noqa: PYI034 - subclasses add nothing
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.close()

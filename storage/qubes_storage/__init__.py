@@ -1,0 +1,1 @@
+"""Storage of VM images: pools, volumes and their drivers."""
