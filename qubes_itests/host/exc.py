@@ -1,0 +1,159 @@
+"""The errors of the host layer.
+
+::
+
+    EnvironmentNotReadyError
+     +-- NotRootError           mounts, loop devices and namespaces need root
+     +-- NoLoopDevicesError     the machine hands out no loop device
+     +-- MissingToolError       a program, library or header is not installed
+     +-- NoSandboxError         the kernel refuses the namespaces of a run
+     +-- NoKernelError          there is no kernel to boot guests with
+     +-- NoNetworkError         set-up could not reach the package archive
+     +-- CacheError             the cache directory cannot be used
+    HarnessError
+     +-- CommandError           a program of the host failed
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from qubes_itests.exc import EnvironmentNotReadyError, HarnessError
+from qubes_itests.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+__all__ = [
+    "CacheError",
+    "CommandError",
+    "MissingToolError",
+    "NoKernelError",
+    "NoLoopDevicesError",
+    "NoNetworkError",
+    "NoSandboxError",
+    "NotRootError",
+]
+
+
+class NotRootError(EnvironmentNotReadyError):
+    """Mounts, loop devices and namespaces need root."""
+
+    exit_code = ExitCode.NOT_ROOT
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Tests mount filesystems and make namespaces, which only root may.",
+            "Run the same command with sudo.",
+        )
+
+
+class NoLoopDevicesError(EnvironmentNotReadyError):
+    """The machine hands out no loop device.
+
+    :param reason: what was tried and how it failed.
+    """
+
+    exit_code = ExitCode.NO_LOOP_DEVICES
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"There is no usable loop device ({reason}).",
+            "Load the driver with: modprobe loop; a container must be given"
+            " /dev/loop-control and the right to use it.",
+        )
+        self.reason = reason
+
+
+class MissingToolError(EnvironmentNotReadyError):
+    """A program, library or header is not installed.
+
+    :param need: what is missing, as in "mkfs.btrfs".
+    :param remedy: the command that installs it; `doctor` otherwise knows.
+    """
+
+    exit_code = ExitCode.MISSING_TOOL
+
+    def __init__(self, need: str, remedy: str = "") -> None:
+        super().__init__(
+            f"{need} is not installed.",
+            remedy or "See: python -m qubes_itests doctor",
+        )
+        self.need = need
+
+
+class NoSandboxError(EnvironmentNotReadyError):
+    """The kernel refuses the namespaces of a run, or the run has none."""
+
+    exit_code = ExitCode.NO_SANDBOX
+
+
+class NoKernelError(EnvironmentNotReadyError):
+    """There is no kernel to boot guests with.
+
+    :param reason: where it was looked for.
+    """
+
+    exit_code = ExitCode.NO_KERNEL
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"There is no kernel for guests ({reason}).",
+            "Fetch it with: python -m qubes_itests.host.kernel fetch;"
+            " or name one in QUBES_ITESTS_KERNEL.",
+        )
+        self.reason = reason
+
+
+class NoNetworkError(EnvironmentNotReadyError):
+    """Set-up could not reach the package archive.
+
+    :param wanted: what was to be downloaded.
+    :param reason: the tool's own last words.
+    """
+
+    exit_code = ExitCode.NO_NETWORK
+
+    def __init__(self, wanted: str, reason: str) -> None:
+        super().__init__(
+            f"{wanted} could not be downloaded ({reason}).",
+            "Check the network and the package sources, then run this again.",
+        )
+        self.wanted = wanted
+        self.reason = reason
+
+
+class CacheError(EnvironmentNotReadyError):
+    """The cache directory cannot be used.
+
+    :param path: the directory.
+    :param reason: the system's words.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"The cache directory {path} cannot be used ({reason}).",
+            "Name another in QUBES_ITESTS_CACHE.",
+        )
+        self.path = path
+        self.reason = reason
+
+
+class CommandError(HarnessError):
+    """A program of the host failed.
+
+    :param argv: the command line.
+    :param returncode: exit status; a negative signal number if a signal ended it.
+    :param stderr: the end of what it wrote to its standard error.
+    """
+
+    def __init__(self, argv: Sequence[str], returncode: int, stderr: str) -> None:
+        how = (
+            f"exit status {returncode}" if returncode >= 0 else f"signal {-returncode}"
+        )
+        super().__init__(f"{shlex.join(argv)}: {how}: {stderr or '(silent)'}")
+        self.argv = tuple(argv)
+        self.returncode = returncode
+        self.stderr = stderr

@@ -1,0 +1,114 @@
+"""A run's own directory: everything a run writes, except artefacts and the cache.
+
+It is locked while its run lives, so the next run knows what a killed one left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from qubes_itests.host.cache import Cache
+
+__all__ = ["RunDirectory", "remove_stale"]
+
+
+class RunDirectory:
+    """A directory under the cache for one run, gone when the run is.
+
+    A context manager; entering it also removes what dead runs left.
+
+    :param cache: where runs have their directories.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self._runs = cache.root / "runs"
+        with _all_runs_locked(self._runs):
+            _remove_stale(self._runs)
+            # Short: the paths of unix sockets in it are limited to 107 bytes.
+            self.path = Path(tempfile.mkdtemp(dir=self._runs, prefix=""))
+            self._lock: int | None = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def remove(self) -> None:
+        """Remove the directory with all it holds; a second call does nothing.
+
+        :raises OSError: something is still mounted in it, or cannot be removed.
+        """
+        if self._lock is None:
+            return
+        with _all_runs_locked(self._runs):
+            lock, self._lock = self._lock, None
+            os.close(lock)
+            _remove_tree(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+def remove_stale(cache: Cache) -> list[Path]:
+    """Remove the directories of runs that are no longer alive, and return them.
+
+    :raises OSError: something is still mounted in one of them.
+    """
+    runs = cache.root / "runs"
+    with _all_runs_locked(runs):
+        return _remove_stale(runs)
+
+
+@contextlib.contextmanager
+def _all_runs_locked(runs: Path) -> Iterator[None]:
+    # Held only while directories come and go, so that nobody takes a directory
+    # between its making and its locking for that of a dead run.
+    runs.mkdir(mode=0o700, exist_ok=True)
+    with (runs / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_stale(runs: Path) -> list[Path]:
+    stale = [path for path in sorted(runs.iterdir()) if _is_stale(path)]
+    for path in stale:
+        _remove_tree(path)
+    return stale
+
+
+def _is_stale(path: Path) -> bool:
+    if path.is_symlink() or not path.is_dir():
+        return False
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _remove_tree(path: Path) -> None:
+    # Never through a mount: what is mounted there is not ours to empty.
+    device = path.stat().st_dev
+    for directory, names, _ in os.walk(path):
+        for name in names:
+            inner = Path(directory, name)
+            if not inner.is_symlink() and inner.stat().st_dev != device:
+                raise OSError(f"{inner} is still mounted; unmount it: umount {inner}")
+    shutil.rmtree(path)

@@ -1,0 +1,114 @@
+"""A run's sandbox: mount, PID, network and IPC namespaces of its own.
+
+When its first process goes, the system itself ends every other process in it and
+drops every mount, and with the mounts the loop devices. So nothing survives a run,
+even one that was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from qubes_itests.host.exc import NoSandboxError, NotRootError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
+
+__all__ = ["active", "reexec", "require"]
+
+_MARK = "QUBES_ITESTS_SANDBOX"
+_NAMESPACES = ("mnt", "pid", "net", "ipc")
+_INIT = Path(__file__).with_name("sandbox_init.py")
+_ECHO = 0.5
+
+
+def active() -> bool:
+    """Return whether this process is in a sandbox.
+
+    The mark in the environment must name this very process's namespaces: a mark that
+    leaked to somewhere else does not count.
+    """
+    mark = os.environ.get(_MARK)
+    return mark is not None and mark == _identity()
+
+
+def require() -> None:
+    """Demand to be in a sandbox.
+
+    :raises NoSandboxError: this process is not in one.
+    """
+    if not active():
+        raise NoSandboxError(
+            "This makes mounts and processes, and would leave them on this machine.",
+            "Run it by python -m qubes_itests, or by pytest -p qubes_itests.",
+        )
+
+
+def reexec(argv: Sequence[str | Path] | None = None) -> None:
+    """Go on in a sandbox: replace this process by its own command in a new one.
+
+    Inside a sandbox it only arranges that SIGTERM and SIGHUP, like Ctrl-C, raise
+    KeyboardInterrupt, and returns. Otherwise it does not return; the exit status is
+    the command's (128 + number if a signal ended it), and signals are passed on.
+
+    :param argv: the command to run inside; by default this process's own.
+    :raises NotRootError: only root may make the namespaces.
+    """
+    if active():
+        _interrupt_on_signals()
+        return
+    if os.geteuid() != 0:
+        raise NotRootError
+    _replace(argv or [sys.executable, *sys.orig_argv[1:]])
+
+
+def _replace(argv: Sequence[str | Path]) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    # Without site and without our package, the process that waits starts in a few
+    # milliseconds and keeps little memory.
+    command = ["-I", "-S", str(_INIT), _MARK, *(str(a) for a in argv)]
+    os.execv(sys.executable, [sys.executable, *command])  # noqa: S606
+
+
+def _identity() -> str:
+    return ",".join(
+        f"{name}:{os.stat(f'/proc/self/ns/{name}').st_ino}"  # noqa: PTH116
+        for name in _NAMESPACES
+    )
+
+
+def _interrupt_on_signals() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+    interrupt = _Interrupt()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+
+
+class _Interrupt:
+    """Raises KeyboardInterrupt, once for one act of who wants the run to end.
+
+    A signal to a whole process group comes twice: directly, and passed on by the
+    sandbox's parent. The second must not break the clean-up that the first began.
+    """
+
+    def __init__(self) -> None:
+        self._last = float("-inf")
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        repeated = now - self._last < _ECHO
+        self._last = now
+        if not repeated:
+            raise KeyboardInterrupt

@@ -1,0 +1,228 @@
+"""Both ends of a sandbox: the process that waits outside, and PID 1 inside.
+
+A program of its own (``sandbox_init.py MARK COMMAND…``) that uses the standard
+library alone, so that it starts at once. The outer process makes the PID namespace,
+waits, and passes signals on; PID 1 dies with it, sets up the other namespaces,
+starts the command and reaps orphans until the command ends.
+
+Why not unshare(1): up to util-linux 2.40 it blocks SIGINT and SIGTERM while it
+waits, and passes none on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+NO_SANDBOX = 13
+NOT_FOUND = 127
+
+# linux/sched.h, linux/mount.h, linux/prctl.h, linux/sockios.h, linux/if.h
+CLONE_NEWNS = 0x00020000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
+PR_SET_PDEATHSIG = 1
+SIOCGIFFLAGS, SIOCSIFFLAGS = 0x8913, 0x8914
+IFF_UP = 1
+SI_KERNEL = 0x80
+
+FORWARDED = {
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+}
+
+#: libvirt's QEMU driver looks these up when it opens, and uses them for nothing.
+USER = "libvirt-qemu"
+GROUPS = {"libvirt-qemu": 64055, "kvm": 64056}
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main(mark: str, command: list[str]) -> NoReturn:
+    """Run a command in new namespaces and exit with its status."""
+    waited_for = FORWARDED | {signal.SIGCHLD}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
+    check(libc.unshare(CLONE_NEWPID), "make a PID namespace")
+    alive, outer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(outer)
+        die_with_parent(alive)
+        run_init(mark, command, mask)
+    os.close(alive)
+    sys.exit(supervise(child))
+
+
+def die_with_parent(alive: int) -> None:
+    """Be killed when the outer process goes, even if it went just now."""
+    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "follow the parent's death")
+    if select.select([alive], [], [], 0)[0]:
+        os._exit(NO_SANDBOX)
+    os.close(alive)
+
+
+def run_init(
+    mark: str, command: list[str], mask: set[int | signal.Signals]
+) -> NoReturn:
+    """Be PID 1: set the namespaces up, start the command, reap."""
+    check(libc.unshare(CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC), "make namespaces")
+    set_up()
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.environ[mark] = identity()
+        execute(command)
+    os._exit(supervise(child))
+
+
+def supervise(child: int) -> int:
+    """Pass signals on and reap until a child ends; return its exit status.
+
+    The terminal signals the whole process group by itself (SI_KERNEL): what comes
+    from there has reached the command already and is not passed on.
+    """
+    while True:
+        received = signal.sigwaitinfo(FORWARDED | {signal.SIGCHLD})
+        if received.si_signo == signal.SIGCHLD:
+            status = reap(child)
+            if status is not None:
+                return status
+        elif received.si_code != SI_KERNEL:
+            os.kill(child, received.si_signo)
+
+
+def reap(child: int) -> int | None:
+    """Reap everything that has ended; return the child's status if it has."""
+    ended = None
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if pid == 0:
+            return ended
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            ended = code if code >= 0 else 128 - code
+
+
+def execute(command: list[str]) -> NoReturn:
+    """Become the command."""
+    try:
+        os.execvp(command[0], command)  # noqa: S606
+    except OSError as error:
+        fail(f"{command[0]}: {error.strerror}", NOT_FOUND)
+
+
+def set_up() -> None:
+    """Make the fresh namespaces usable."""
+    mount("none", "/", None, MS_REC | MS_PRIVATE)
+    add_libvirt_user()
+    mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    raise_loopback()
+    if not os.path.isdir(os.environ.get("TMPDIR", "/tmp")):  # noqa: PTH112, S108
+        del os.environ["TMPDIR"]
+    # Sessions of the user outside are none of the run's business.
+    for name in ("DBUS_SESSION_BUS_ADDRESS", "XDG_RUNTIME_DIR"):
+        os.environ.pop(name, None)
+
+
+def add_libvirt_user() -> None:
+    """Show libvirt's user and groups, where the machine has none, in here only."""
+    groups = Path("/etc/group").read_text(encoding="utf-8")
+    lines = [
+        f"{name}:x:{number}:"
+        for name, number in GROUPS.items()
+        if f"\n{name}:" not in f"\n{groups}"
+    ]
+    show_with_lines("/etc/group", groups, lines)
+    users = Path("/etc/passwd").read_text(encoding="utf-8")
+    if f"\n{USER}:" not in f"\n{users}":
+        number = GROUPS[USER]
+        line = f"{USER}:x:{number}:{number}::/var/lib/libvirt:/usr/sbin/nologin"
+        show_with_lines("/etc/passwd", users, [line])
+
+
+def show_with_lines(path: str, text: str, lines: list[str]) -> None:
+    """Mount a copy of a file with more lines over it.
+
+    The copy lies on a file system that is gone from sight before anybody looks, and
+    from memory with the sandbox: nothing to clean up after a kill.
+    """
+    if not lines:
+        return
+    mount("none", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV)  # noqa: S108
+    copy = Path("/tmp/copy")  # noqa: S108
+    copy.write_text(text.rstrip("\n") + "\n" + "\n".join(lines) + "\n")
+    copy.chmod(0o644)
+    mount(str(copy), path, None, MS_BIND)
+    check(libc.umount2(b"/tmp", 0), "unmount /tmp")
+
+
+def raise_loopback() -> None:
+    """Set the loopback interface up."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        request = struct.pack("16sH22x", b"lo", 0)
+        flags = struct.unpack_from(
+            "H", fcntl.ioctl(any_socket, SIOCGIFFLAGS, request), 16
+        )[0]
+        request = struct.pack("16sH22x", b"lo", flags | IFF_UP)
+        fcntl.ioctl(any_socket, SIOCSIFFLAGS, request)
+
+
+def identity() -> str:
+    """Return what tells these namespaces from all others."""
+    return ",".join(
+        f"{name}:{os.stat(f'/proc/self/ns/{name}').st_ino}"  # noqa: PTH116
+        for name in ("mnt", "pid", "net", "ipc")
+    )
+
+
+def mount(source: str, target: str, kind: str | None, flags: int) -> None:
+    """Mount, or say why not and exit."""
+    result = libc.mount(
+        source.encode(),
+        target.encode(),
+        kind and kind.encode(),
+        ctypes.c_ulong(flags),
+        None,
+    )
+    check(result, f"mount {target}")
+
+
+def check(result: int, act: str) -> None:
+    """Exit with one sentence if a system call failed."""
+    if result == 0:
+        return
+    reason = os.strerror(ctypes.get_errno())
+    fail(
+        f"the sandbox could not {act}: {reason}. A container needs CAP_SYS_ADMIN"
+        " and an unmasked /proc (docker run --privileged).",
+        NO_SANDBOX,
+    )
+
+
+def fail(sentence: str, status: int) -> NoReturn:
+    """Say why and exit, past every handler: this process is a fork."""
+    sys.stderr.write(f"qubes_itests: {sentence}\n")
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
