@@ -1,0 +1,192 @@
+"""The app: its VMs, pools, kernels and policy."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from qubes_itests.core.domains import VMCollection
+from qubes_itests.core.exc import QubesPoolNotFoundError, QubesValueError
+from qubes_itests.core.labels import LABELS, Label, find_label
+from qubes_itests.core.policy import Policy
+from qubes_itests.core.properties import Property, PropertyHolder
+from qubes_itests.core.vm.adminvm import AdminVM
+from qubes_itests.core.vm.appvm import AppVM
+from qubes_itests.core.vm.qubesvm import QubesVM
+from qubes_itests.core.vm.standalonevm import StandaloneVM
+from qubes_itests.core.vm.templatevm import TemplateVM
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from qubes_itests.core.qrexec import HostService
+    from qubes_itests.core.vm.base import BaseVM
+    from qubes_itests.guest.template import Template
+    from qubes_itests.guest.warm import WarmStarts
+    from qubes_itests.hypervisor.contract import Hypervisor
+    from qubes_storage.pool import Pool
+
+__all__ = ["VM_CLASSES", "Qubes"]
+
+log = logging.getLogger("qubes.app")
+
+#: The classes of VMs, by name.
+VM_CLASSES: Mapping[str, type[QubesVM]] = {
+    cls.__name__: cls for cls in (TemplateVM, AppVM, StandaloneVM)
+}
+
+
+def _app_domain(app: Qubes, prop: Property[Any], value: Any) -> BaseVM | None:
+    del prop
+    return app.domains[value] if value not in (None, "") else None
+
+
+def _app_template(app: Qubes, prop: Property[Any], value: Any) -> BaseVM | None:
+    found = _app_domain(app, prop, value)
+    if found is not None and found.klass != "TemplateVM":
+        raise ValueError(f"{found} is no TemplateVM")
+    return found
+
+
+def _app_dispvm(app: Qubes, prop: Property[Any], value: Any) -> BaseVM | None:
+    found = _app_domain(app, prop, value)
+    if found is not None and not getattr(found, "template_for_dispvms", False):
+        raise ValueError(f"{found} has not template_for_dispvms set")
+    return found
+
+
+class Qubes(PropertyHolder):
+    """A Qubes system: the VMs, and all that they share.
+
+    :param hypervisor: runs the VMs.
+    :param directory: an existing directory for what the VMs leave: consoles, sockets.
+    :param kernels: what VMs may boot, by name.
+    :param warm_starts: saved states to start from, None to start cold.
+    """
+
+    default_template = Property["TemplateVM | None"](
+        "default_template", setter=_app_template, default=None, doc="For new AppVMs."
+    )
+    default_dispvm = Property["BaseVM | None"](
+        "default_dispvm",
+        setter=_app_dispvm,
+        default=None,
+        doc="What disposable VMs are made from.",
+    )
+    default_netvm = Property["BaseVM | None"](
+        "default_netvm", setter=_app_domain, default=None, doc="The net VM of new VMs."
+    )
+    default_kernel = Property["str | None"](
+        "default_kernel",
+        default=lambda app: next(iter(app.kernels), None),
+        doc="Name of the kernel of VMs that set none.",
+    )
+    default_pool = Property["str | None"](
+        "default_pool",
+        default=lambda app: next(iter(app.pools), None),
+        doc="Name of the pool of volumes that name none.",
+    )
+
+    def __init__(
+        self,
+        *,
+        hypervisor: Hypervisor,
+        directory: Path,
+        kernels: Mapping[str, Template] | None = None,
+        warm_starts: WarmStarts | None = None,
+    ) -> None:
+        super().__init__()
+        self.hypervisor = hypervisor
+        self.directory = directory
+        self.kernels = dict(kernels or {})
+        self.warm_starts = warm_starts
+        self.pools: dict[str, Pool] = {}
+        self.policy = Policy()
+        #: Services of dom0 that VMs may call, by name.
+        self.host_services: dict[str, HostService] = {}
+        #: What went wrong where nobody was there to be told; empty if all is well.
+        self.problems: list[str] = []
+        self.domains = VMCollection(self)
+        self.domains.add(AdminVM(self))
+        self.events_enabled = True
+
+    def __str__(self) -> str:
+        return "the app"
+
+    @property
+    def labels(self) -> Mapping[int, Label]:
+        """The labels, by index."""
+        return LABELS
+
+    @staticmethod
+    def get_label(label: Label | str | int) -> Label:
+        """Return a label by name or index; QubesLabelNotFoundError if there is none."""
+        return find_label(label)
+
+    @staticmethod
+    def get_vm_class(name: str) -> type[QubesVM]:
+        """Return the VM class of that name; QubesValueError if there is none."""
+        if name not in VM_CLASSES:
+            raise QubesValueError(
+                f"there is no VM class {name!r}: there are {', '.join(VM_CLASSES)}"
+            )
+        return VM_CLASSES[name]
+
+    def add_new_vm(
+        self, cls: str | type[QubesVM], qid: int | None = None, **properties: Any
+    ) -> Any:
+        """Make a VM and add it; nothing is made on disk.
+
+        :param cls: the class, or its name.
+        :param qid: its number; by default the lowest that is free.
+        :param properties: `name`, `label`, `template` … and any other property.
+        :return: the VM.
+        :raise QubesValueError: for a name that cannot be or is taken.
+        """
+        vm_class = self.get_vm_class(cls) if isinstance(cls, str) else cls
+        if issubclass(vm_class, AppVM):
+            properties.setdefault("template", self.default_template)
+        elif properties.get("template", "") is None:
+            del properties["template"]
+        qid = self.domains.get_new_unused_qid() if qid is None else qid
+        vm = vm_class(self, qid=qid, **properties)
+        vm.init_storage()
+        return self.domains.add(vm)
+
+    async def add_pool(self, pool: Pool) -> Pool:
+        """Set up a storage pool, add it under its name, and return it."""
+        if pool.name in self.pools:
+            raise QubesValueError(f"there is a pool {pool.name!r} already")
+        await pool.setup()
+        self.pools[pool.name] = pool
+        self.fire_event("pool-add", pool=pool)
+        return pool
+
+    def get_pool(self, name: str) -> Pool:
+        """Return a storage pool by name; QubesPoolNotFoundError if there is none."""
+        if name not in self.pools:
+            raise QubesPoolNotFoundError(name, self.pools)
+        return self.pools[name]
+
+    def save(self) -> None:
+        """Do nothing but say so to listeners: this app lives as long as its run."""
+        self.fire_event("app-saved")
+
+    async def close(self) -> None:
+        """Kill the VMs that run and wait until the ends of their runs are dealt with.
+
+        One that cannot be killed is noted in `problems`; the others are killed still.
+        """
+        for vm in self.domains:
+            if not isinstance(vm, QubesVM):
+                continue
+            try:
+                if not vm.is_halted():
+                    await vm.kill()
+            except Exception as error:
+                log.exception("VM %s could not be killed", vm)
+                self.problems.append(f"VM {vm} could not be killed: {error}")
+            with contextlib.suppress(TimeoutError):
+                await vm.wait_ended(vm.shutdown_timeout)

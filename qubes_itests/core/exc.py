@@ -1,0 +1,191 @@
+"""The errors of the core, by the names that Qubes OS gives them.
+
+::
+
+    QubesException
+     +-- QubesValueError                a value that cannot be (also a ValueError)
+     |    +-- QubesPropertyValueError
+     +-- QubesNoSuchPropertyError       (also an AttributeError)
+     +-- QubesLabelNotFoundError, QubesTagNotFoundError, QubesFeatureNotFoundError,
+     |   QubesVMNotFoundError, QubesPoolNotFoundError   (also KeyErrors)
+     +-- QubesNoTemplateError
+     +-- QubesVMError                   concerns one VM
+          +-- QubesVMInUseError
+          +-- QubesVMNotStartedError
+          |    +-- QubesVMNotRunningError
+          +-- QubesVMNotHaltedError
+          +-- QubesVMShutdownTimeoutError
+          +-- QubesVMStartError         says which step failed
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qubes_itests.exc import HarnessError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "QubesException",
+    "QubesFeatureNotFoundError",
+    "QubesLabelNotFoundError",
+    "QubesNoSuchPropertyError",
+    "QubesNoTemplateError",
+    "QubesPoolNotFoundError",
+    "QubesPropertyValueError",
+    "QubesTagNotFoundError",
+    "QubesVMError",
+    "QubesVMInUseError",
+    "QubesVMNotFoundError",
+    "QubesVMNotHaltedError",
+    "QubesVMNotRunningError",
+    "QubesVMNotStartedError",
+    "QubesVMShutdownTimeoutError",
+    "QubesVMStartError",
+    "QubesValueError",
+]
+
+
+class QubesException(HarnessError):  # noqa: N818 - its name in Qubes OS
+    """The base of all errors of the core."""
+
+
+class QubesValueError(QubesException, ValueError):
+    """A value that cannot be."""
+
+
+class QubesPropertyValueError(QubesValueError):
+    """A property was set to a value that it does not take.
+
+    :param holder: the object whose property it is.
+    :param name: the property's name.
+    :param value: what it was set to.
+    :param reason: what it takes.
+    """
+
+    def __init__(self, holder: object, name: str, value: object, reason: str) -> None:
+        super().__init__(f"property {name!r} of {holder} cannot be {value!r}: {reason}")
+        self.holder = holder
+        self.name = name
+        self.value = value
+        self.reason = reason
+
+
+class QubesNoSuchPropertyError(QubesException, AttributeError):
+    """An object has no property of that name."""
+
+    def __init__(self, holder: object, name: str) -> None:
+        super().__init__(f"{holder} has no property {name!r}")
+        self.holder = holder
+        self.name = name
+
+
+class _NotFoundError(QubesException, KeyError):
+    """Something was looked up by a name that nothing has."""
+
+    kind = "object"
+
+    def __init__(self, name: object, known: Iterable[object] = ()) -> None:
+        message = f"no such {self.kind}: {name!r}"
+        if listed := ", ".join(sorted(str(item) for item in known)):
+            message += f" (there are: {listed})"
+        super().__init__(message)
+        self.name = name
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of the message
+        return str(self.args[0])
+
+
+class QubesLabelNotFoundError(_NotFoundError):
+    """No label has that name or index."""
+
+    kind = "label"
+
+
+class QubesVMNotFoundError(_NotFoundError):
+    """No VM has that name, number or UUID."""
+
+    kind = "VM"
+
+
+class QubesPoolNotFoundError(_NotFoundError):
+    """No storage pool has that name."""
+
+    kind = "storage pool"
+
+
+class QubesFeatureNotFoundError(_NotFoundError):
+    """The VM does not have that feature set."""
+
+    kind = "feature"
+
+
+class QubesTagNotFoundError(_NotFoundError):
+    """The VM does not have that tag."""
+
+    kind = "tag"
+
+
+class QubesNoTemplateError(QubesException):
+    """A VM that needs a template was made without one."""
+
+
+class QubesVMError(QubesException):
+    """Something failed on one VM.
+
+    :param vm: the VM.
+    :param message: what failed.
+    """
+
+    def __init__(self, vm: Any, message: str = "") -> None:
+        super().__init__(message or f"something failed on {vm}")
+        self.vm = vm
+
+
+class QubesVMInUseError(QubesVMError):
+    """The VM cannot be removed while others use it."""
+
+
+class QubesVMNotStartedError(QubesVMError):
+    """The VM is not running."""
+
+    def __init__(self, vm: Any, message: str = "") -> None:
+        super().__init__(vm, message or f"VM {vm} is not running; start it first")
+
+
+class QubesVMNotRunningError(QubesVMNotStartedError):
+    """The VM is not running."""
+
+
+class QubesVMNotHaltedError(QubesVMError):
+    """The VM is not halted."""
+
+    def __init__(self, vm: Any, message: str = "") -> None:
+        super().__init__(vm, message or f"VM {vm} is not halted; shut it down first")
+
+
+class QubesVMShutdownTimeoutError(QubesVMError):
+    """The VM did not shut down in time."""
+
+    def __init__(self, vm: Any, timeout: float) -> None:
+        super().__init__(
+            vm, f"VM {vm} did not shut down within {timeout:g} s; kill() stops it"
+        )
+        self.timeout = timeout
+
+
+class QubesVMStartError(QubesVMError):
+    """The VM did not start; nothing of the attempt is left.
+
+    :param vm: the VM.
+    :param step: the step that failed, as in "start storage".
+    :param reason: the error of that step.
+    """
+
+    def __init__(self, vm: Any, step: str, reason: BaseException) -> None:
+        super().__init__(vm, f"VM {vm} did not start: {step}: {reason}")
+        self.step = step
+        self.reason = reason

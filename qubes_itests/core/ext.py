@@ -1,0 +1,68 @@
+"""Extensions: code beside the core that answers to its events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from qubes_itests.core.events import Emitter
+
+__all__ = ["Extension", "handler"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def handler(
+    *events: str, vm: type[Emitter] | None = None, system: bool = False
+) -> Callable[[_F], _F]:
+    """Mark a method of an :class:`Extension` as handler of events.
+
+    :param events: names, as in `qubes_itests.core.events.handler`.
+    :param vm: the class of VMs it listens to; by default all of them.
+    :param system: whether it listens to the app instead.
+    """
+
+    def mark(function: _F) -> _F:
+        function.ha_events = events  # type: ignore[attr-defined]
+        function.ha_vm = vm  # type: ignore[attr-defined]
+        function.ha_system = system  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+class Extension:
+    """The base of extensions; there is one object of each class.
+
+    A handler is called with the object that the event was fired on, the event's name,
+    and the event's keywords.
+    """
+
+    _instance: Extension | None = None
+
+    def __new__(cls) -> Extension:  # noqa: PYI034 - of any subclass
+        """Return the one object of this class, made and registered on first use."""
+        if "_instance" not in vars(cls) or cls._instance is None:
+            cls._instance = super().__new__(cls)
+            cls._instance._register()  # noqa: SLF001
+        return cls._instance
+
+    def _register(self) -> None:
+        # here, because the app and the VM classes import this module
+        from qubes_itests.core.app import Qubes  # noqa: PLC0415
+        from qubes_itests.core.vm.base import BaseVM  # noqa: PLC0415
+
+        for name in dir(type(self)):
+            function = getattr(type(self), name)
+            for event in getattr(function, "ha_events", ()):
+                listened = Qubes if function.ha_system else function.ha_vm or BaseVM
+                listened.add_class_handler(event, self._bound(name))
+
+    def _bound(self, name: str) -> Callable[..., Any]:
+        method = getattr(self, name)
+
+        def call(subject: Any, event: str, **kwargs: Any) -> Any:
+            return method(subject, event, **kwargs)
+
+        return call

@@ -1,0 +1,144 @@
+"""Features and tags of a VM: free-form settings that extensions and guests read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, MutableMapping, MutableSet
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.core.exc import (
+    QubesFeatureNotFoundError,
+    QubesTagNotFoundError,
+    QubesValueError,
+)
+
+if TYPE_CHECKING:
+    from qubes_itests.core.vm.base import BaseVM
+
+__all__ = ["Features", "Tags"]
+
+_TAG: Final = re.compile(r"[A-Za-z0-9_-]+")
+_FEATURE: Final = re.compile(r"[A-Za-z0-9_.-]+")
+_MISSING: Final = object()
+
+
+class Features(MutableMapping[str, str]):
+    """The features of a VM: names and string values.
+
+    True is stored as ``"1"``, False as ``""``; anything else as its string.
+    Each change fires ``domain-feature-pre-set:NAME`` and ``domain-feature-set:NAME``,
+    or ``domain-feature-pre-delete:NAME`` and ``domain-feature-delete:NAME``.
+    """
+
+    def __init__(self, vm: BaseVM, values: Iterable[tuple[str, str]] = ()) -> None:
+        self._vm = vm
+        self._values = dict(values)
+
+    def __getitem__(self, name: str) -> str:
+        try:
+            return self._values[name]
+        except KeyError:
+            raise QubesFeatureNotFoundError(name, self._values) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if value is None:
+            raise QubesValueError(
+                f"feature {name!r} of {self._vm} cannot be None; del removes it"
+            )
+        if not _FEATURE.fullmatch(name):
+            raise QubesValueError(
+                f"{name!r} is no name of a feature: it takes letters, digits, . _ -"
+            )
+        value = ("1" if value else "") if isinstance(value, bool) else str(value)
+        kwargs = {"feature": name, "value": value}
+        if name in self._values:
+            kwargs["oldvalue"] = self._values[name]
+        self._vm.fire_event(f"domain-feature-pre-set:{name}", pre_event=True, **kwargs)
+        self._values[name] = value
+        self._vm.fire_event(f"domain-feature-set:{name}", **kwargs)
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self._values:
+            raise QubesFeatureNotFoundError(name, self._values)
+        self._vm.fire_event(
+            f"domain-feature-pre-delete:{name}", pre_event=True, feature=name
+        )
+        del self._values[name]
+        self._vm.fire_event(f"domain-feature-delete:{name}", feature=name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Features({self._values!r})"
+
+    def _check_with(self, attribute: str, name: str, default: Any) -> Any:
+        vm: Any = self._vm
+        while vm is not None:
+            if name in vm.features:
+                return vm.features[name]
+            vm = getattr(vm, attribute, None)
+        if default is _MISSING:
+            raise QubesFeatureNotFoundError(name, self._values)
+        return default
+
+    def check_with_template(self, name: str, default: Any = _MISSING) -> Any:
+        """Return the feature, or else its template's; KeyError without a default."""
+        return self._check_with("template", name, default)
+
+    def check_with_netvm(self, name: str, default: Any = _MISSING) -> Any:
+        """Return the feature, or else its net VM's; KeyError without a default."""
+        return self._check_with("netvm", name, default)
+
+
+class Tags(MutableSet[str]):
+    """The tags of a VM.
+
+    Each change fires ``domain-tag-add:NAME`` or ``domain-tag-delete:NAME``.
+    """
+
+    def __init__(self, vm: BaseVM, values: Iterable[str] = ()) -> None:
+        self._vm = vm
+        self._values = set(values)
+
+    def __contains__(self, tag: object) -> bool:
+        return tag in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._values))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Tags({sorted(self._values)!r})"
+
+    def add(self, value: str) -> None:
+        """Add a tag; nothing happens if it is there."""
+        if not _TAG.fullmatch(value):
+            raise QubesValueError(
+                f"{value!r} is no tag: it takes letters, digits, _ and -"
+            )
+        if value not in self._values:
+            self._values.add(value)
+            self._vm.fire_event(f"domain-tag-add:{value}", tag=value)
+
+    def discard(self, value: str) -> None:
+        """Remove a tag; nothing happens if it is not there."""
+        if value in self._values:
+            self._values.discard(value)
+            self._vm.fire_event(f"domain-tag-delete:{value}", tag=value)
+
+    def remove(self, value: str) -> None:
+        """Remove a tag; KeyError if it is not there."""
+        if value not in self._values:
+            raise QubesTagNotFoundError(value, self._values)
+        self.discard(value)
+
+    def update(self, tags: Iterable[str]) -> None:
+        """Add several tags."""
+        for tag in tags:
+            self.add(tag)

@@ -1,0 +1,72 @@
+"""qrexec: calls that come out of a VM, decided by policy and connected."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.core.exc import QubesException
+from qubes_itests.exc import HarnessError
+from qubes_itests.guest.relay import relay
+
+if TYPE_CHECKING:
+    from qubes_itests.core.policy import Decision
+    from qubes_itests.guest.calls import ServiceCall
+
+__all__ = ["HostService", "handle_call"]
+
+log = logging.getLogger("qubes.qrexec")
+
+#: A service that dom0 offers: called with the VM that calls and the call, whose stdin
+#: and stdout it uses; it returns the exit status.
+HostService = Callable[[Any, "ServiceCall"], Awaitable[int]]
+
+_REFUSED: Final = 126
+_NOT_FOUND: Final = 127
+
+
+async def handle_call(source: Any, call: ServiceCall) -> None:
+    """Decide on a call of a guest, and see it through.
+
+    Whatever goes wrong becomes the exit status of the call: 126 when it is refused, 127
+    when there is no such service.
+
+    :param source: the VM whose guest calls.
+    :param call: what it calls; everything in it is the guest's word.
+    """
+    decision = source.app.policy.evaluate(source.app, call.service, source, call.target)
+    if not decision.allowed:
+        await call.refuse(f"denied by policy: {decision.reason}")
+        return
+    try:
+        await _connect(source, call, decision)
+    except HarnessError as error:
+        log.warning("%s of %s failed: %s", call.service, source, error)
+        await call.refuse(str(error))
+
+
+async def _connect(source: Any, call: ServiceCall, decision: Decision) -> None:
+    if decision.target == "@adminvm":
+        await _serve_on_host(source, call)
+        return
+    if decision.target.startswith("@dispvm"):
+        raise QubesException(
+            f"{call.service}: disposable VMs are not available yet; name a VM as target"
+        )
+    target = source.app.domains[decision.target]
+    await target.start()
+    process = await target.agent.spawn_service(
+        call.service, source=source.name, user=decision.user
+    )
+    await relay(call, process)
+
+
+async def _serve_on_host(source: Any, call: ServiceCall) -> None:
+    name = call.service.partition("+")[0]
+    service = source.app.host_services.get(name)
+    if service is None:
+        log.warning("%s called %s, which dom0 does not have", source, name)
+        await call.finish(_NOT_FOUND)
+        return
+    await call.finish(await service(source, call))

@@ -1,0 +1,166 @@
+"""The volumes of a VM: made, started and stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.core.exc import QubesPoolNotFoundError, QubesValueError
+from qubes_itests.host.filesystem import make_ext4
+from qubes_itests.hypervisor.contract import Disk
+
+if TYPE_CHECKING:
+    from qubes_itests.core.vm.qubesvm import QubesVM
+    from qubes_storage.volume import Volume
+
+__all__ = ["Storage"]
+
+#: What the guest calls the standard volumes; others follow from xvde on.
+_DISK_NAMES: Final = {
+    "root": "xvda",
+    "private": "xvdb",
+    "volatile": "xvdc",
+    "kernel": "xvdd",
+}
+_FIRST_EXTRA: Final = ord("e")
+_LAST_EXTRA: Final = ord("z")
+
+VolumeAction = Callable[["Volume"], Awaitable[object]]
+
+
+class Storage:
+    """The storage of one VM.
+
+    :param vm: the VM; its class says which volumes it has (`volume_config`).
+    """
+
+    def __init__(self, vm: QubesVM) -> None:
+        self.vm = vm
+        self.volumes: dict[str, Volume] = {}
+
+    def init_volumes(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Bind the VM's volumes; nothing is made on disk.
+
+        :param configs: for each volume's name what the pool's `init_volume` takes, and
+            ``pool``.
+        """
+        for name, config in configs.items():
+            self.init_volume(name, config)
+
+    def init_volume(self, name: str, config: Mapping[str, Any]) -> Volume:
+        """Bind one volume, and return it; nothing is made on disk.
+
+        :param name: what the volume is called in the VM.
+        :param config: as for `init_volumes`.
+        :raise QubesPoolNotFoundError: when there is no such pool.
+        """
+        settings = dict(config)
+        pool_name = str(settings.pop("pool", self.vm.app.default_pool))
+        pools = self.vm.app.pools
+        if pool_name not in pools:
+            raise QubesPoolNotFoundError(pool_name, pools)
+        if len(self.volumes) >= _LAST_EXTRA - ord("a"):
+            raise QubesValueError(f"VM {self.vm} has as many volumes as disk names")
+        volume = pools[pool_name].init_volume(self.vm, {**settings, "name": name})
+        self.volumes[name] = volume
+        return volume
+
+    def disk_name(self, volume: str) -> str:
+        """Return what the guest calls a volume under /dev."""
+        if volume in _DISK_NAMES:
+            return _DISK_NAMES[volume]
+        extra = [name for name in self.volumes if name not in _DISK_NAMES]
+        return f"xvd{chr(_FIRST_EXTRA + extra.index(volume))}"
+
+    def disks(self) -> Iterator[Disk]:
+        """Yield the disks of the started volumes."""
+        for name, volume in self.volumes.items():
+            yield Disk(self.disk_name(name), volume.path, read_only=not volume.rw)
+
+    async def create(self) -> None:
+        """Make all volumes; the private one gets its filesystem.
+
+        If one fails, those made before are removed again.
+        """
+        await self._all(lambda v: v.create(), undo=lambda v: v.remove())
+        private = self.volumes.get("private")
+        if private is not None and private.save_on_stop:
+            try:
+                await self._format(private)
+            except BaseException:
+                await self.remove()
+                raise
+
+    async def _format(self, volume: Volume) -> None:
+        path = await volume.import_data(volume.size)
+        success = False
+        try:
+            await asyncio.to_thread(make_ext4, path, volume.size, "private")
+            success = True
+        finally:
+            await volume.import_data_end(success)
+
+    async def remove(self) -> None:
+        """Remove all volumes, each of them even if another cannot be removed."""
+        failure: BaseException | None = None
+        for volume in self.volumes.values():
+            try:
+                await volume.remove()
+            except Exception as error:  # noqa: BLE001 - raised below
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    async def start(self) -> None:
+        """Get the volumes ready for the VM; if one fails, stop the others again."""
+        await self._all(lambda v: v.start(), undo=lambda v: v.stop())
+
+    async def stop(self) -> None:
+        """Commit, or drop, what the VM wrote; every volume even if another fails."""
+        failure: BaseException | None = None
+        for volume in self.volumes.values():
+            try:
+                await volume.stop()
+            except Exception as error:  # noqa: BLE001 - raised below
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    async def verify(self) -> None:
+        """Raise what the first volume that is not in order raises."""
+        await self._all(lambda v: v.verify())
+
+    async def clone(self, source: QubesVM) -> None:
+        """Make the volumes as copies of another VM's.
+
+        Only those that keep their contents are copied; the others are made anew.
+        """
+        self.volumes.clear()
+        for name, volume in source.volumes.items():
+            config = dict(volume.config)
+            config.pop("vid", None)
+            self.init_volume(name, {**config, "pool": str(volume.pool)})
+        await self._all(lambda v: v.create(), undo=lambda v: v.remove())
+        try:
+            for name, volume in self.volumes.items():
+                if volume.save_on_stop:
+                    await volume.import_volume(source.volumes[name])
+        except BaseException:
+            await self.remove()
+            raise
+
+    async def _all(
+        self, action: VolumeAction, undo: VolumeAction | None = None
+    ) -> None:
+        done: list[Volume] = []
+        try:
+            for volume in self.volumes.values():
+                await action(volume)
+                done.append(volume)
+        except BaseException:
+            for volume in reversed(done if undo else []):
+                with contextlib.suppress(Exception):
+                    await undo(volume)  # type: ignore[misc]
+            raise

@@ -1,0 +1,51 @@
+"""AdminVM: dom0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qubes_itests.core.exc import QubesVMError
+from qubes_itests.core.labels import find_label
+from qubes_itests.core.vm.base import BaseVM
+
+__all__ = ["AdminVM"]
+
+
+class AdminVM(BaseVM):
+    """Dom0: it always runs, has no domain of its own here, and offers services."""
+
+    def __init__(self, app: Any) -> None:
+        super().__init__(app, name="dom0", qid=0, uuid="0" * 32)
+        self._values["label"] = find_label("black")
+
+    @property
+    def netvm(self) -> None:
+        """Dom0 has no network."""
+
+    def get_power_state(self) -> str:
+        """Return ``Running``."""
+        return "Running"
+
+    def is_running(self) -> bool:
+        """Dom0 always runs."""
+        return True
+
+    def is_halted(self) -> bool:
+        """Dom0 is never halted."""
+        return False
+
+    def is_paused(self) -> bool:
+        """Dom0 is never paused."""
+        return False
+
+    async def start(self, **_kwargs: Any) -> None:
+        """Refuse: dom0 runs already."""
+        raise QubesVMError(self, "dom0 cannot be started: it always runs")
+
+    async def shutdown(self, **_kwargs: Any) -> None:
+        """Refuse: dom0 ends with the machine."""
+        raise QubesVMError(self, "dom0 cannot be shut down from here")
+
+    async def kill(self) -> None:
+        """Refuse: dom0 ends with the machine."""
+        raise QubesVMError(self, "dom0 cannot be killed")

@@ -1,0 +1,60 @@
+"""AppVM: a VM that starts from its template's root filesystem, and forgets its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qubes_itests.core import config
+from qubes_itests.core.events import handler
+from qubes_itests.core.exc import QubesNoTemplateError
+from qubes_itests.core.properties import Property
+from qubes_itests.core.vm.qubesvm import QubesVM, set_template
+from qubes_itests.core.vm.templatevm import TemplateVM
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["AppVM"]
+
+
+class AppVM(QubesVM):
+    """A VM whose root is a snapshot of its template's, new at each start."""
+
+    template = Property[TemplateVM](
+        "template",
+        setter=set_template,
+        load_stage=4,
+        doc="The VM whose root it starts from.",
+    )
+
+    volume_config: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "root": {"snap_on_start": True, "save_on_stop": False, "rw": True},
+        "private": {
+            "snap_on_start": False,
+            "save_on_stop": True,
+            "rw": True,
+            "source": None,
+            "size": config.defaults["private_img_size"],
+        },
+        "volatile": TemplateVM.volume_config["volatile"],
+    }
+
+    def __init__(self, app: Any, **properties: Any) -> None:
+        super().__init__(app, **properties)
+        if "template" not in self._values:
+            raise QubesNoTemplateError(f"VM {self} needs a template")
+
+    def _volume_settings(self) -> dict[str, dict[str, Any]]:
+        settings = super()._volume_settings()
+        source = self.template.volumes["root"]
+        settings["root"] |= {
+            "source": source,
+            "size": source.size,
+            "pool": str(source.pool),
+        }
+        return settings
+
+    @handler("property-set:template")
+    def on_template_set(self, _event: str, **_kwargs: Any) -> None:
+        """Have the root volume start from the new template."""
+        self.init_storage()

@@ -1,0 +1,112 @@
+"""What all VM classes share: name, number, label, features, tags."""
+
+from __future__ import annotations
+
+import re
+import uuid as uuid_module
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.core.events import Emitter
+from qubes_itests.core.exc import QubesValueError
+from qubes_itests.core.features import Features, Tags
+from qubes_itests.core.labels import Label, find_label
+from qubes_itests.core.properties import Property, PropertyHolder
+
+if TYPE_CHECKING:
+    from qubes_itests.core.app import Qubes
+
+__all__ = ["BaseVM", "validate_name"]
+
+_NAME: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9_-]*")
+_NAME_LENGTH: Final = 31
+_RESERVED: Final = {"none", "default", "Domain-0", "lost+found"}
+
+
+def validate_name(holder: object, prop: object, value: Any) -> str:
+    """Return a VM's name if it is one.
+
+    It becomes a part of paths, of commands and of policy, so nothing is mended.
+
+    :raise QubesValueError: when it is not; the message says why.
+    """
+    del holder, prop
+    if not isinstance(value, str):
+        raise QubesValueError(f"VM name {value!r} is no string")
+    if len(value) > _NAME_LENGTH:
+        raise QubesValueError(
+            f"VM name {value!r} has {len(value)} characters;"
+            f" {_NAME_LENGTH} are the most"
+        )
+    if not _NAME.fullmatch(value):
+        raise QubesValueError(
+            f"VM name {value!r} has characters that a name cannot have: it begins with"
+            " a letter and goes on with letters, digits, _ and -"
+        )
+    if value in _RESERVED or value.endswith("-dm"):
+        raise QubesValueError(f"VM name {value!r} is reserved")
+    return value
+
+
+def _set_label(holder: object, prop: object, value: Any) -> Label:
+    del holder, prop
+    return find_label(value)
+
+
+class BaseVM(PropertyHolder):
+    """A VM as the app knows it.
+
+    :param app: the app that it belongs to.
+    :param properties: first values of its properties.
+    """
+
+    uuid = Property[uuid_module.UUID](
+        "uuid",
+        type=lambda value: uuid_module.UUID(str(value)),
+        clone=False,
+        write_once=True,
+        doc="Names the VM for ever.",
+    )
+    name = Property[str](
+        "name", setter=validate_name, clone=False, doc="Names the VM among the others."
+    )
+    qid = Property[int](
+        "qid", type=int, clone=False, write_once=True, doc="A small number of the VM."
+    )
+    label = Property[Label]("label", setter=_set_label, doc="Its colour.")
+
+    def __init__(self, app: Qubes, **properties: Any) -> None:
+        self.app = app
+        self.features = Features(self)
+        self.tags = Tags(self)
+        properties.setdefault("uuid", uuid_module.uuid4())
+        Emitter.__init__(self)
+        super().__init__(**properties)
+
+    @property
+    def klass(self) -> str:
+        """Name of its class, as in `qvm-ls`."""
+        return type(self).__name__
+
+    @property
+    def dir_path_prefix(self) -> str:
+        """The folder of a pool in which VMs of its kind have theirs."""
+        return "appvms"
+
+    def __str__(self) -> str:
+        return self._values.get("name", "a VM without a name")  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        return f"<{self.klass} {self}>"
+
+    def __hash__(self) -> int:
+        return hash(self._values["uuid"])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BaseVM):
+            return NotImplemented
+        return self._values["uuid"] == other._values["uuid"]  # type: ignore[no-any-return]
+
+    def __lt__(self, other: object) -> bool:
+        if not isinstance(other, BaseVM):
+            return NotImplemented
+        return self.name < other.name

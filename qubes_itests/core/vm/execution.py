@@ -1,0 +1,160 @@
+"""Commands and services in a VM."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.core.exc import QubesValueError, QubesVMNotRunningError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qubes_itests.guest.agent import GuestAgent
+    from qubes_itests.guest.process import GuestProcess
+
+__all__ = ["ExecutionMixin"]
+
+_CHUNK: Final = 65536
+
+
+class ExecutionMixin:
+    """What a VM class needs to run commands and services in its guest.
+
+    `stdin`, `stdout` and `stderr` are as for `asyncio.create_subprocess_exec`:
+    ``subprocess.PIPE`` to get a stream; otherwise the guest sees an empty input, and
+    its output is dropped.
+    """
+
+    agent: GuestAgent | None
+    name: str
+
+    async def _agent(self, *, autostart: bool) -> GuestAgent:
+        if autostart:
+            await self.start()  # type: ignore[attr-defined]
+        if self.agent is None or self.is_paused():  # type: ignore[attr-defined]
+            raise QubesVMNotRunningError(self)
+        return self.agent
+
+    async def run(
+        self,
+        command: str,
+        user: str | None = None,
+        *,
+        autostart: bool = False,
+        gui: bool = False,
+        environment: Mapping[str, str] | None = None,
+        **streams: Any,
+    ) -> GuestProcess:
+        """Start a command in the guest's shell.
+
+        :param command: as for ``sh -c``.
+        :param user: who runs it; by default the VM's `default_user`.
+        :param autostart: start the VM if it is halted.
+        :param gui: accepted for callers of Qubes OS; there is no GUI here.
+        :param environment: added to what the user's login gives.
+        :return: a process, as `asyncio.create_subprocess_exec` returns one.
+        :raise QubesVMNotRunningError: when the VM is halted or paused.
+        """
+        del gui
+        agent = await self._agent(autostart=autostart)
+        process = await agent.spawn(command, user=user, environment=environment or {})
+        return _connect(process, streams)
+
+    async def run_service(
+        self,
+        service: str,
+        source: Any = None,
+        user: str | None = None,
+        *,
+        autostart: bool = False,
+        gui: bool = False,
+        filter_esc: bool = False,
+        **streams: Any,
+    ) -> GuestProcess:
+        """Start a qrexec service in the guest, as a call from `source`.
+
+        :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``.
+        :param source: the VM that calls, or its name; dom0 by default.
+        :param user: who runs it; by default the service's own choice.
+        :param autostart: start the VM if it is halted.
+        :param gui: accepted for callers of Qubes OS.
+        :param filter_esc: accepted likewise.
+        :return: a process, as `run` returns one.
+        """
+        del gui, filter_esc
+        agent = await self._agent(autostart=autostart)
+        process = await agent.spawn_service(
+            service, source=str(source) if source is not None else "dom0", user=user
+        )
+        return _connect(process, streams)
+
+    async def run_for_stdio(
+        self,
+        command: str,
+        *,
+        input: bytes | None = None,  # noqa: A002 - as in Qubes OS
+        **kwargs: Any,
+    ) -> tuple[bytes, bytes]:
+        """Run a command to its end and return its output and its error output.
+
+        :param input: what it reads.
+        :raise subprocess.CalledProcessError: when it ends with another status than 0.
+        """
+        process = await self.run(command, **_with_pipes(kwargs))
+        return await _communicate(process, command, input)
+
+    async def run_service_for_stdio(
+        self,
+        service: str,
+        *,
+        input: bytes | None = None,  # noqa: A002 - as in Qubes OS
+        **kwargs: Any,
+    ) -> tuple[bytes, bytes]:
+        """Run a service to its end; as `run_for_stdio`."""
+        process = await self.run_service(service, **_with_pipes(kwargs))
+        return await _communicate(process, service, input)
+
+
+def _with_pipes(kwargs: dict[str, Any]) -> dict[str, Any]:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return pipes | kwargs
+
+
+async def _communicate(
+    process: GuestProcess,
+    command: str,
+    data: bytes | None,
+) -> tuple[bytes, bytes]:
+    stdout, stderr = await process.communicate(data)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stdout, stderr)
+    return stdout or b"", stderr or b""
+
+
+def _connect(process: GuestProcess, streams: Mapping[str, Any]) -> GuestProcess:
+    for name in streams:
+        if name not in ("stdin", "stdout", "stderr"):
+            raise QubesValueError(f"a command in a VM takes no argument {name!r}")
+    if streams.get("stdin") != subprocess.PIPE:
+        process.stdin.write_eof()
+    for name in ("stdout", "stderr"):
+        if streams.get(name) != subprocess.PIPE:
+            _drop(getattr(process, name))
+    return process
+
+
+#: The loop keeps only weak references to tasks.
+_dropping: set[asyncio.Task[None]] = set()
+
+
+def _drop(reader: asyncio.StreamReader) -> None:
+    async def read_all() -> None:
+        while await reader.read(_CHUNK):
+            pass
+
+    task = asyncio.ensure_future(read_all())
+    _dropping.add(task)
+    task.add_done_callback(_dropping.discard)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())

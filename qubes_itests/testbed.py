@@ -1,0 +1,209 @@
+"""The testbed: what all tests of a run share, and the app that each of them gets."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+from qubes_itests.core.app import Qubes
+from qubes_itests.exc import HarnessError
+from qubes_itests.guest.warm import WarmStarts
+from qubes_storage.reflink import ReflinkPool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+    from pathlib import Path
+
+    from qubes_itests.guest.template import Template
+    from qubes_itests.host.cache import Cache
+    from qubes_itests.hypervisor.contract import Hypervisor
+    from qubes_itests.portal import Portal
+
+__all__ = ["NoTestbedError", "Testbed", "current"]
+
+log = logging.getLogger("qubes_itests.testbed")
+
+T = TypeVar("T")
+
+POOL_NAME: Final = "default"
+
+
+class NoTestbedError(HarnessError):
+    """A test asked for the testbed outside a run."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no testbed: run this test with `python -m qubes_itests`, or with"
+            " `pytest -p qubes_itests` and the fixture `testbed`"
+        )
+
+
+_current: list[Testbed] = []
+
+
+def current() -> Testbed:
+    """Return the testbed of this run; NoTestbedError when there is none."""
+    if not _current:
+        raise NoTestbedError
+    return _current[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a testbed is put together from.
+
+    :param run_directory: an existing directory that goes with the run.
+    :param pool_directory: a directory on a filesystem with reflinks.
+    :param cache: what lasts between runs.
+    :param open_hypervisor: connects to the hypervisor; awaited on the loop.
+    :param templates: functions that build the templates, by name.
+    :param warm: start VMs from saved states where the hypervisor can.
+    """
+
+    run_directory: Path
+    pool_directory: Path
+    cache: Cache
+    open_hypervisor: Callable[[], Coroutine[Any, Any, Hypervisor]]
+    templates: Mapping[str, Callable[[], Template]]
+    warm: bool = True
+
+
+class Testbed:
+    """One hypervisor, one reflinking filesystem, the templates: for any number of apps.
+
+    A context manager; leaving it ends all VMs.
+
+    :param portal: the event loop's thread.
+    :param parts: what it is put together from.
+    """
+
+    __test__ = False  # pytest: not a class of tests
+
+    def __init__(self, portal: Portal, parts: Parts) -> None:
+        self.portal = portal
+        self.parts = parts
+        self._numbers = itertools.count(1)
+        self._templates: dict[str, Template] = {}
+        self._pristine: Qubes | None = None
+        self._apps: list[Qubes] = []
+        self._exit = ExitStack()
+        self.hypervisor: Hypervisor
+        self.warm_starts: WarmStarts | None = None
+
+    @property
+    def template_names(self) -> tuple[str, ...]:
+        """Names of the templates that VMs may have."""
+        return tuple(self.parts.templates)
+
+    def __enter__(self) -> Self:
+        self.hypervisor = self.portal.run(self.parts.open_hypervisor())
+        self._exit.callback(lambda: self.portal.run(self.hypervisor.close()))
+        if self.parts.warm:
+            self.warm_starts = WarmStarts(self.parts.cache, self.hypervisor)
+        _current.append(self)
+        self._exit.callback(_current.remove, self)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        with self._exit:
+            for app in list(self._apps):
+                self.portal.run(self.close_app(app))
+
+    def template(self, name: str) -> Template:
+        """Return a template, built on first use; blocking.
+
+        :raise HarnessError: when there is none of that name, or it does not build.
+        """
+        if name not in self._templates:
+            if name not in self.parts.templates:
+                raise HarnessError(
+                    f"there is no template {name!r}: there are"
+                    f" {', '.join(self.parts.templates)}"
+                )
+            self._templates[name] = self.parts.templates[name]()
+        return self._templates[name]
+
+    async def make_app(self, *templates: str) -> Qubes:
+        """Make an app of its own, with TemplateVMs of these names.
+
+        Its pool is empty but for the templates, whose root volumes are reflinks of the
+        images, so that what a test does to a template stays with that test.
+
+        :param templates: names; the first becomes `default_template`.
+        """
+        import asyncio  # noqa: PLC0415
+
+        number = next(self._numbers)
+        files = {
+            name: await asyncio.to_thread(self.template, name) for name in templates
+        }
+        directory = self.parts.run_directory / "apps" / str(number)
+        directory.mkdir(parents=True)
+        app = Qubes(
+            hypervisor=self.hypervisor,
+            directory=directory,
+            kernels=files,
+            warm_starts=self.warm_starts,
+        )
+        self._apps.append(app)
+        await app.add_pool(
+            ReflinkPool(
+                name=POOL_NAME, dir_path=self.parts.pool_directory / str(number)
+            )
+        )
+        for name, template in files.items():
+            await self._add_template(app, name, template)
+        return app
+
+    async def _add_template(self, app: Qubes, name: str, template: Template) -> None:
+        size = template.root_image.stat().st_size
+        vm = app.add_new_vm(
+            "TemplateVM",
+            name=name,
+            label="black",
+            kernel=name,
+            volume_config={"root": {"size": size}},
+        )
+        await vm.create_on_disk()
+        await self._import(vm.volumes["root"], template.root_image, size)
+        if app.default_template is None:
+            app.default_template = vm
+
+    @staticmethod
+    async def _import(volume: Any, image: Path, size: int) -> None:
+        import asyncio  # noqa: PLC0415
+
+        path = await volume.import_data(size)
+        success = False
+        try:
+            await asyncio.to_thread(shutil.copyfile, image, path)
+            success = True
+        finally:
+            await volume.import_data_end(success)
+
+    async def close_app(self, app: Qubes) -> list[str]:
+        """End an app: kill its VMs, drop its pool.
+
+        :return: what went wrong, one sentence each; empty if all is well.
+        """
+        await app.close()
+        self._apps.remove(app)
+        for vm in app.domains:
+            if hasattr(vm, "storage"):
+                try:
+                    await vm.storage.remove()
+                except Exception as error:  # noqa: BLE001 - told to the caller
+                    app.problems.append(
+                        f"volumes of {vm} could not be removed: {error}"
+                    )
+        for pool in app.pools.values():
+            await pool.destroy()
+        left = [d.spec.name for d in self.hypervisor.domains()]
+        app.problems += [
+            f"domain {name} is left" for name in left if name in app.domains
+        ]
+        return app.problems

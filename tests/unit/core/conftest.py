@@ -1,0 +1,27 @@
+"""An app without guests: its hypervisor is never asked for anything."""
+
+import pytest
+
+from qubes_itests.core.app import Qubes
+from qubes_storage.reflink import ReflinkPool
+
+
+class NoHypervisor:
+    """Fails the test that reaches it."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the hypervisor was asked for {name}")
+
+
+@pytest.fixture
+async def app(tmp_path):
+    app = Qubes(hypervisor=NoHypervisor(), directory=tmp_path)
+    await app.add_pool(
+        ReflinkPool(name="default", dir_path=tmp_path / "pool", setup_check=False)
+    )
+    return app
+
+
+@pytest.fixture
+def template(app):
+    return app.add_new_vm("TemplateVM", name="tiny", label="black")
