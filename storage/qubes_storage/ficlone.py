@@ -1,0 +1,105 @@
+"""Copying a file by sharing its extents, or else sparsely.
+
+FICLONE (``ioctl_ficlone(2)``) makes one file share another's extents: no data is
+copied, and the first write to either unshares what it touches.  btrfs and XFS have it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import platform
+from typing import TYPE_CHECKING
+
+from qubes_storage import files
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["FICLONE", "clone", "clone_or_copy", "copy_sparse", "supports_reflink"]
+
+# _IOW('f', 9, int); these architectures encode the direction in other bits.
+_OTHER_ENCODING = ("ppc", "mips", "sparc", "alpha")
+FICLONE = 0x80049409 if platform.machine().startswith(_OTHER_ENCODING) else 0x40049409
+
+# Anything else (ETXTBSY, EISDIR, ENOSPC, EIO) is a failure, not a lack of support.
+_NOT_SUPPORTED = frozenset(
+    {errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOTTY}
+)
+
+
+def clone(source: int, target: int) -> bool:
+    """Have file descriptor `target` share all extents of `source`.
+
+    :return: whether that worked; False where the filesystem has no such thing or
+        the two are on different filesystems.
+    :raise OSError: for any other failure.
+    """
+    try:
+        fcntl.ioctl(target, FICLONE, source)
+    except OSError as error:
+        if error.errno in _NOT_SUPPORTED:
+            return False
+        raise
+    return True
+
+
+def copy_sparse(source: int, target: int) -> None:
+    """Copy what is not a hole from file descriptor `source` to the empty `target`.
+
+    :raise OSError: as the operating system says.
+    """
+    size = os.fstat(source).st_size
+    os.ftruncate(target, size)
+    position = 0
+    while position < size:
+        extent = _next_extent(source, position)
+        if extent is None:
+            return
+        start, position = extent
+        _copy_range(source, target, start, position)
+
+
+def clone_or_copy(source: int, target: int) -> bool:
+    """Clone `source` to the empty `target`; copy sparsely where that cannot be.
+
+    :return: whether extents are shared.
+    :raise OSError: as the operating system says.
+    """
+    if clone(source, target):
+        return True
+    copy_sparse(source, target)
+    return False
+
+
+def supports_reflink(directory: Path) -> bool:
+    """Tell by trying whether files in `directory` can share extents.
+
+    :raise OSError: when files cannot be made there.
+    """
+    with (
+        files.scratch_file(directory / "reflink-check") as source,
+        files.scratch_file(directory / "reflink-check") as target,
+    ):
+        os.write(source, b"\0" * 4096)
+        return clone(source, target)
+
+
+def _next_extent(fd: int, position: int) -> tuple[int, int] | None:
+    try:
+        start = os.lseek(fd, position, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise
+    return start, os.lseek(fd, start, os.SEEK_HOLE)
+
+
+def _copy_range(source: int, target: int, start: int, end: int) -> None:
+    os.lseek(target, start, os.SEEK_SET)
+    while start < end:
+        copied = os.sendfile(target, source, start, end - start)
+        if not copied:  # truncated meanwhile
+            return
+        start += copied

@@ -1,0 +1,87 @@
+"""One blocking operation on a volume: in a thread, locked, with typed errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import weakref
+from typing import TYPE_CHECKING, TypeVar
+
+from qubes_storage import lock
+from qubes_storage.exc import (
+    ImageTypeError,
+    InvalidSizeError,
+    OutOfSpaceError,
+    VolumeBusyError,
+    VolumeError,
+    VolumeIOError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from qubes_storage.volume import Volume
+
+__all__ = ["Operations", "typed_errors"]
+
+Result = TypeVar("Result")
+
+_ERRORS: dict[int | None, type[VolumeError]] = {
+    errno.ENOSPC: OutOfSpaceError,
+    errno.EDQUOT: OutOfSpaceError,
+    errno.EFBIG: InvalidSizeError,
+    errno.ELOOP: ImageTypeError,
+    errno.EMEDIUMTYPE: ImageTypeError,
+}
+
+
+class Operations:
+    """Runs the operations on the volumes of one pool.
+
+    Two operations that touch the same volume never overlap, in this process or in
+    another; others do not wait for each other.
+
+    :param directory: the directory of the pool.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock]
+        self._turns = weakref.WeakValueDictionary()
+
+    async def run(
+        self, volume: Volume, action: str, function: Callable[[], Result]
+    ) -> Result:
+        """Run a blocking `function` that works on `volume` and reads its source.
+
+        :param action: a verb for the error, as in "start".
+        :raise VolumeError: of the class that tells what went wrong.
+        """
+        # The file lock alone would do; this spares threads that only wait.
+        turn = self._turns.setdefault(volume.vid, asyncio.Lock())
+        async with turn:
+            return await asyncio.to_thread(self._run, volume, action, function)
+
+    def _run(
+        self, volume: Volume, action: str, function: Callable[[], Result]
+    ) -> Result:
+        vids = [volume.vid]
+        if volume.source is not None:
+            vids.append(volume.source.vid)
+        with typed_errors(volume, action), lock.hold(self._directory, *vids):
+            return function()
+
+
+@contextlib.contextmanager
+def typed_errors(volume: Volume, action: str) -> Iterator[None]:
+    """Turn an operating system's error into one of ours."""
+    try:
+        yield
+    except TimeoutError as error:
+        reason = "another process works on it and does not come to an end"
+        raise VolumeBusyError(volume.pool.name, volume.vid, action, reason) from error
+    except OSError as error:
+        kind = _ERRORS.get(error.errno, VolumeIOError)
+        raise kind(volume.pool.name, volume.vid, action, str(error)) from error

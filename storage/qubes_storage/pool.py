@@ -1,0 +1,158 @@
+"""The contract of a pool: a place where volumes live."""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from qubes_storage.exc import InvalidVolumeConfigError, VolumeNotFoundError
+from qubes_storage.layout import check_vid
+from qubes_storage.volume import Volume, check_revisions_to_keep
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["Pool", "VolumeOwner"]
+
+_VOLUME_KEYS = frozenset(
+    {
+        "name",
+        "pool",
+        "vid",
+        "size",
+        "rw",
+        "save_on_stop",
+        "snap_on_start",
+        "source",
+        "revisions_to_keep",
+    }
+)
+
+
+class VolumeOwner(Protocol):
+    """All that storage knows of a VM."""
+
+    @property
+    def name(self) -> str:
+        """Name of the VM."""
+
+    @property
+    def dir_path_prefix(self) -> str:
+        """Name of the directory for VMs of its kind, as in "appvms"."""
+
+
+class Pool(abc.ABC):
+    """A place where volumes live.
+
+    :param name: name of the pool.
+    :param revisions_to_keep: what its volumes have unless configured otherwise.
+    """
+
+    #: Name of the driver: its entry point in the group ``qubes.storage``.
+    driver: ClassVar[str]
+
+    def __init__(self, *, name: str, revisions_to_keep: int = 1) -> None:
+        self.name = name
+        self.revisions_to_keep = check_revisions_to_keep(name, revisions_to_keep)
+        self._volumes: dict[str, Volume] = {}
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    @abc.abstractmethod
+    def config(self) -> dict[str, object]:
+        """The keyword arguments that make this pool, and its driver's name."""
+
+    @property
+    @abc.abstractmethod
+    def size(self) -> int | None:
+        """Bytes that it could hold; None where that has no meaning."""
+
+    @property
+    @abc.abstractmethod
+    def usage(self) -> int | None:
+        """Bytes in use; None where that has no meaning."""
+
+    @property
+    def usage_details(self) -> Mapping[str, int]:
+        """What `size` and `usage` are made of, by the Admin API's names."""
+        details = {"data_size": self.size, "data_usage": self.usage}
+        return {name: value for name, value in details.items() if value is not None}
+
+    @abc.abstractmethod
+    async def setup(self) -> None:
+        """Make the pool ready for use; no error when it is.
+
+        :raise PoolError: when it cannot be.
+        """
+
+    @abc.abstractmethod
+    async def destroy(self) -> None:
+        """Forget the pool.  What its volumes hold stays."""
+
+    @abc.abstractmethod
+    def included_in(self, pools: Iterable[Pool]) -> Pool | None:
+        """Return the pool among `pools` that this one takes its space from."""
+
+    @abc.abstractmethod
+    def _make_volume(self, **config: Any) -> Volume:
+        """Make a volume object of the driver's class."""
+
+    def init_volume(
+        self, vm: VolumeOwner | None, volume_config: Mapping[str, Any]
+    ) -> Volume:
+        """Make the object of a volume; its images are made by `Volume.create`.
+
+        :param vm: whose volume it is; may be None if the configuration has a ``vid``.
+        :param volume_config: ``name`` and the flags that `Volume` explains; ``vid``
+            is made of the VM's prefix and name unless given; ``source`` is a volume
+            or the id of one of this pool.
+        :raise InvalidVolumeConfigError: for what cannot be.
+        :raise VolumeNotFoundError: for a source that this pool does not know.
+        """
+        config = dict(volume_config)
+        config["vid"] = check_vid(config.get("vid") or _make_vid(vm, config))
+        self._check_keys(config)
+        config.pop("pool", None)
+        if isinstance(config.get("source"), str):
+            config["source"] = self.get_volume(config["source"])
+        volume = self._make_volume(**config)
+        self._volumes[volume.vid] = volume
+        return volume
+
+    def get_volume(self, vid: str) -> Volume:
+        """Return the volume of that id.
+
+        :raise VolumeNotFoundError: when `init_volume` has made none.
+        """
+        try:
+            return self._volumes[vid]
+        except KeyError:
+            reason = "there is none of that id"
+            raise VolumeNotFoundError(self.name, vid, "find", reason) from None
+
+    def list_volumes(self) -> list[Volume]:
+        """Return the volumes that `init_volume` has made."""
+        return list(self._volumes.values())
+
+    def _check_keys(self, config: Mapping[str, Any]) -> None:
+        vid = config["vid"]
+        if unknown := sorted(set(config) - _VOLUME_KEYS):
+            reason = f"unknown keys in its configuration: {', '.join(unknown)}"
+            raise InvalidVolumeConfigError(vid, reason)
+        if not isinstance(config.get("name"), str):
+            raise InvalidVolumeConfigError(vid, "its configuration lacks a name")
+        if config.get("pool", self) not in (self, self.name):
+            reason = f"it is configured for another pool, {config['pool']}"
+            raise InvalidVolumeConfigError(vid, reason)
+
+
+def _make_vid(vm: VolumeOwner | None, config: Mapping[str, Any]) -> str:
+    name = config.get("name")
+    if vm is None:
+        raise InvalidVolumeConfigError(str(name), "neither a VM nor a vid is given")
+    return f"{vm.dir_path_prefix}/{vm.name}/{name}"
