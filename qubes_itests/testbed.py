@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import itertools
 import logging
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from qubes_itests.core.app import Qubes
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.warm import WarmStarts
+from qubes_storage.ficlone import clone_or_copy
 from qubes_storage.reflink import ReflinkPool
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from qubes_itests.host.cache import Cache
     from qubes_itests.hypervisor.contract import Hypervisor
     from qubes_itests.portal import Portal
+    from qubes_storage.volume import Volume
 
 __all__ = ["NoTestbedError", "Testbed", "current"]
 
@@ -88,7 +91,6 @@ class Testbed:
         self.parts = parts
         self._numbers = itertools.count(1)
         self._templates: dict[str, Template] = {}
-        self._pristine: Qubes | None = None
         self._apps: list[Qubes] = []
         self._exit = ExitStack()
         self.hypervisor: Hypervisor
@@ -124,8 +126,16 @@ class Testbed:
                     f"there is no template {name!r}: there are"
                     f" {', '.join(self.parts.templates)}"
                 )
-            self._templates[name] = self.parts.templates[name]()
+            self._templates[name] = self._placed(self.parts.templates[name]())
         return self._templates[name]
+
+    def _placed(self, template: Template) -> Template:
+        """Copy the root image to the pools' filesystem, where apps can reflink it."""
+        image = self.parts.pool_directory / "images" / f"{template.name}.img"
+        image.parent.mkdir(exist_ok=True)
+        image.touch()
+        _fill(template.root_image, image)
+        return dataclasses.replace(template, root_image=image)
 
     async def make_app(self, *templates: str) -> Qubes:
         """Make an app of its own, with TemplateVMs of these names.
@@ -135,8 +145,6 @@ class Testbed:
 
         :param templates: names; the first becomes `default_template`.
         """
-        import asyncio  # noqa: PLC0415
-
         number = next(self._numbers)
         files = {
             name: await asyncio.to_thread(self.template, name) for name in templates
@@ -174,13 +182,11 @@ class Testbed:
             app.default_template = vm
 
     @staticmethod
-    async def _import(volume: Any, image: Path, size: int) -> None:
-        import asyncio  # noqa: PLC0415
-
+    async def _import(volume: Volume, image: Path, size: int) -> None:
         path = await volume.import_data(size)
         success = False
         try:
-            await asyncio.to_thread(shutil.copyfile, image, path)
+            await asyncio.to_thread(_fill, image, path)
             success = True
         finally:
             await volume.import_data_end(success)
@@ -207,3 +213,8 @@ class Testbed:
             f"domain {name} is left" for name in left if name in app.domains
         ]
         return app.problems
+
+
+def _fill(source: Path, target: Path) -> None:
+    with source.open("rb") as reader, target.open("r+b") as writer:
+        clone_or_copy(reader.fileno(), writer.fileno())

@@ -1,0 +1,196 @@
+"""The life of a VM: every run ends once, is dealt with, and leaves nothing."""
+
+import asyncio
+import subprocess
+
+import pytest
+
+from qubes_itests.core import exc
+from qubes_itests.hypervisor.contract import DomainState
+
+
+@pytest.fixture
+def vm(make_vm):
+    return make_vm("work")
+
+
+@pytest.fixture
+def events(vm):
+    seen = []
+    vm.add_handler("domain-*", lambda _vm, event, **_: seen.append(event))
+    return seen
+
+
+def test_a_run_from_start_to_shutdown(app, vm, run, sh, events):
+    run(vm.start())
+    assert vm.get_power_state() == "Running"
+    assert run(vm.domain.state()) is DomainState.RUNNING
+    assert sh(vm, "hostname") == "work"
+    assert sh(vm, "id -un; id -gn", user=None) == "user\nuser"
+    assert sh(vm, "qubesdb-read /name") == "work"
+    run(vm.shutdown(wait=True))
+    assert vm.is_halted()
+    assert app.hypervisor.domains() == ()
+    assert events == [
+        "domain-pre-start",
+        "domain-spawn",
+        "domain-start",
+        "domain-pre-shutdown",
+        "domain-stopped",
+        "domain-shutdown",
+    ]
+
+
+def test_appvm_forgets_its_root_and_keeps_its_private_volume(vm, run, sh):
+    run(vm.start())
+    sh(vm, "echo root > /etc/kept; echo home > /home/user/kept; echo rw > /rw/kept")
+    run(vm.shutdown(wait=True))
+    run(vm.start())
+    assert sh(vm, "cat /home/user/kept /rw/kept; test ! -e /etc/kept") == "home\nrw"
+
+
+def test_template_keeps_its_root_and_appvms_see_it_at_their_next_start(
+    app, vm, run, sh
+):
+    template = app.domains["tiny"]
+    run(vm.start())
+    run(template.start())
+    sh(template, "echo new > /etc/from-template")
+    sh(vm, "test ! -e /etc/from-template")
+    run(template.shutdown(wait=True))
+    assert vm.volumes["root"].is_outdated()
+    sh(vm, "test ! -e /etc/from-template")
+    run(vm.shutdown(wait=True))
+    run(vm.start())
+    assert sh(vm, "cat /etc/from-template") == "new"
+
+
+def test_standalone_clones_a_template_and_keeps_its_root(app, run, sh):
+    vm = app.add_new_vm("StandaloneVM", name="alone", label="red", kernel="tiny")
+    run(vm.clone_disk_files(app.domains["tiny"]))
+    run(vm.start())
+    sh(vm, "echo mine > /etc/kept")
+    run(vm.shutdown(wait=True))
+    run(vm.start())
+    assert sh(vm, "cat /etc/kept") == "mine"
+
+
+def test_volatile_is_new_at_each_start(vm, run, sh):
+    run(vm.start())
+    assert "xvdc" in sh(vm, "readlink -f /dev/xvdc; cat /proc/swaps; ls /dev/xvdc")
+    sh(vm, "swapoff -a; echo secret | dd of=/dev/xvdc bs=1M seek=64 conv=fsync")
+    run(vm.shutdown(wait=True))
+    run(vm.start())
+    sh(vm, "swapoff -a; ! dd if=/dev/xvdc bs=1M skip=64 count=1 | grep -q secret")
+
+
+def test_concurrent_starts_are_one(vm, run, events):
+    async def start_thrice():
+        await asyncio.gather(vm.start(), vm.start(), vm.start())
+
+    run(start_thrice())
+    run(vm.start())
+    assert events.count("domain-start") == 1
+
+
+@pytest.mark.parametrize("end", ["inside", "kill", "crash"])
+def test_each_run_ends_once_before_the_next_begins(vm, run, sh, events, end):
+    async def end_and_restart():
+        if end == "inside":
+            await vm.run("poweroff", user="root")
+        elif end == "kill":
+            await vm.kill()
+        else:
+            await vm.run("echo c > /proc/sysrq-trigger", user="root")
+        async with asyncio.timeout(60):
+            await vm.wait_ended(60)
+        await vm.start()
+
+    run(vm.start())
+    run(end_and_restart())
+    assert events.count("domain-shutdown") == 1
+    assert events.index("domain-shutdown") < len(events) - events[::-1].index(
+        "domain-start"
+    )
+    assert sh(vm, "hostname") == "work"
+
+
+def test_pause_stops_the_guest_and_unpause_lets_it_go_on(vm, run, sh):
+    run(vm.start())
+    run(vm.pause())
+    assert vm.is_paused()
+    with pytest.raises(exc.QubesVMNotRunningError):
+        run(vm.run("true"))
+    run(vm.unpause())
+    assert sh(vm, "echo on") == "on"
+
+
+def test_exit_status_and_output_come_with_the_error(vm, run):
+    run(vm.start())
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        run(vm.run_for_stdio("echo out; echo err >&2; exit 3"))
+    assert caught.value.returncode == 3
+    assert (caught.value.stdout, caught.value.stderr) == (b"out\n", b"err\n")
+
+
+def test_service_features_are_there_before_any_command(vm, run, sh):
+    vm.features["service.wanted"] = True
+    vm.features["service.unwanted"] = False
+    run(vm.start())
+    assert sh(vm, "ls /run/qubes-service") == "wanted"
+
+
+def test_start_may_be_prohibited(vm, run, events):
+    vm.features["prohibit-start"] = "it is under repair"
+    with pytest.raises(exc.QubesVMError, match="it is under repair"):
+        run(vm.start())
+    assert vm.is_halted()
+    assert [event for event in events if "feature" not in event] == []
+
+
+def test_guest_without_agent_fails_the_start_and_leaves_nothing(app, vm, run, events):
+    """The kernel gets an init that is not there: it panics, and the error shows it."""
+    vm.kernelopts = "rdinit=/nowhere init=/nowhere"
+    vm.qrexec_timeout = 20
+    app.warm_starts, saved = None, app.warm_starts
+    try:
+        with pytest.raises(exc.QubesVMStartError, match=r"(?s)boot: .*nowhere"):
+            run(vm.start())
+    finally:
+        app.warm_starts = saved
+    assert vm.is_halted()
+    assert app.hypervisor.domains() == ()
+    assert not any(volume.is_dirty() for volume in vm.volumes.values())
+    assert events[-1] == "domain-start-failed"
+
+
+@pytest.mark.parametrize("moment", [0, 0.3, 1])
+def test_kill_during_start_undoes_it(app, vm, run, moment):
+    async def start_and_kill():
+        under_way = asyncio.Event()
+        vm.add_handler("domain-pre-start", lambda *_, **__: under_way.set())
+        starting = asyncio.ensure_future(vm.start())
+        await under_way.wait()
+        await asyncio.sleep(moment)
+        await vm.kill()
+        with pytest.raises((asyncio.CancelledError, exc.QubesVMError)):
+            await starting
+
+    run(start_and_kill())
+    assert vm.is_halted()
+    assert app.hypervisor.domains() == ()
+    run(vm.start())
+
+
+def test_warm_and_cold_starts_give_the_same_vm(app, make_vm, run, sh):
+    warm, cold = make_vm("warm"), make_vm("cold")
+    run(warm.start())
+    saved, app.warm_starts = app.warm_starts, None
+    try:
+        run(cold.start())
+    finally:
+        app.warm_starts = saved
+    look = "cut -d' ' -f2,3 /proc/mounts; ls /dev/xvd*; blockdev --getsize64 /dev/xvdb"
+    assert sh(warm, look) == sh(cold, look)
+    ids = {sh(v, "cat /proc/sys/kernel/random/boot_id") for v in (warm, cold)}
+    assert len(ids) == 2
