@@ -1,0 +1,254 @@
+"""Filesystems in image files: made, mounted over a loop device, taken down again.
+
+A thin layer over btrfs-progs, xfsprogs, e2fsprogs and mount.  What a tool says on its
+standard error is in the `CommandError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from qubes_itests.host.command import CommandError, run
+from qubes_itests.host.loop import require_loop_devices
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "FilesystemType",
+    "LoopFilesystem",
+    "create_subvolume",
+    "delete_subvolume",
+    "is_mounted",
+    "make_ext4",
+    "make_filesystem",
+    "mount",
+    "mount_tmpfs",
+    "unmount",
+]
+
+_MIB = 1024 * 1024
+_LOOP_TIMEOUT = 10.0
+_LOOP_INTERVAL = 0.05
+
+
+class FilesystemType(enum.Enum):
+    """The filesystems that an image can have."""
+
+    BTRFS = "btrfs"
+    XFS = "xfs"
+    EXT4 = "ext4"
+
+    @property
+    def minimum_size(self) -> int:
+        """The smallest image that it fits in, bytes."""
+        return _MINIMUM_SIZE[self]
+
+
+_MINIMUM_SIZE = {
+    FilesystemType.BTRFS: 48 * _MIB,
+    FilesystemType.XFS: 300 * _MIB,
+    FilesystemType.EXT4: 1 * _MIB,
+}
+
+# Images are sparse and new: there is nothing to discard.  One copy of the metadata
+# is enough for what lives as long as a run.
+_MAKE: dict[FilesystemType, tuple[str, ...]] = {
+    FilesystemType.BTRFS: (
+        "mkfs.btrfs",
+        "--quiet",
+        "--force",
+        "--nodiscard",
+        "--metadata=single",
+        "--data=single",
+    ),
+    FilesystemType.XFS: ("mkfs.xfs", "-q", "-f", "-K", "-m", "reflink=1"),
+    FilesystemType.EXT4: (
+        "mke2fs",
+        "-q",
+        "-F",
+        "-t",
+        "ext4",
+        "-m",
+        "0",
+        "-E",
+        ",".join(
+            (
+                "nodiscard",
+                "lazy_itable_init=1",
+                "lazy_journal_init=1",
+                "assume_storage_prezeroed=1",
+                "root_owner=0:0",
+            )
+        ),
+    ),
+}
+
+
+def make_filesystem(
+    image: Path, kind: FilesystemType, size: int, *, options: Sequence[str] = ()
+) -> None:
+    """Make a new sparse image file with an empty filesystem; replaces what is there.
+
+    :param image: path of the file.
+    :param size: bytes.
+    :param options: further arguments for mkfs, ``["-m", "reflink=0"]`` for instance.
+    :raise ValueError: when the filesystem does not fit into `size`.
+    :raise CommandError: when mkfs fails; the file is gone then.
+    """
+    if size < kind.minimum_size:
+        least = kind.minimum_size // _MIB
+        raise ValueError(f"{kind.value} needs at least {least} MiB, not {size} bytes")
+    try:
+        with image.open("wb") as file:
+            file.truncate(size)
+        run([*_MAKE[kind], *options, image])
+    except BaseException:
+        image.unlink(missing_ok=True)
+        raise
+
+
+def make_ext4(path: Path, size: int, label: str = "") -> None:
+    """Make an ext4 filesystem in a file without mounting it; replaces its content.
+
+    :param path: the file; need not exist.
+    :param size: bytes.
+    :param label: volume label, at most 16 bytes.
+    :raise CommandError: when mke2fs fails; a file that was there is empty then.
+    """
+    # In place: the file may be one that somebody else made for us to fill.
+    with path.open("wb") as file:
+        file.truncate(size)
+    run([*_MAKE[FilesystemType.EXT4], "-L", label, path])
+
+
+def mount(image: Path, directory: Path, *, options: Sequence[str] = ()) -> None:
+    """Mount a filesystem image over a loop device that goes away with the mount.
+
+    :param options: further mount options.
+    :raise NoLoopDevicesError: when the machine hands out no loop device.
+    :raise CommandError: when mount fails.
+    """
+    all_options = ",".join(["loop", "noatime", *options])
+    deadline = time.monotonic() + _LOOP_TIMEOUT
+    while True:
+        try:
+            run(["mount", "-o", all_options, image, directory])
+        except CommandError as error:
+            # Loop devices are the whole machine's: another run may take the free one
+            # before mount does.
+            if "loop device" not in error.stderr:
+                raise
+            require_loop_devices()
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOP_INTERVAL)
+        else:
+            return
+
+
+def mount_tmpfs(directory: Path, size: int) -> None:
+    """Mount an empty filesystem that lives in memory.
+
+    :param size: what it may hold, bytes.
+    :raise CommandError: when mount fails.
+    """
+    run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", directory])
+
+
+def unmount(directory: Path) -> None:
+    """Unmount what is mounted on a directory.
+
+    :raise CommandError: when it is in use, or not a mount point.
+    """
+    run(["umount", directory])
+
+
+def is_mounted(directory: Path) -> bool:
+    """Tell whether something is mounted on a directory, in this mount namespace."""
+    wanted = str(directory.resolve())
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    return any(_unescape(line.split(" ")[4]) == wanted for line in lines)
+
+
+def create_subvolume(path: Path) -> None:
+    """Make an empty btrfs subvolume.
+
+    :raise CommandError: when btrfs refuses, or it is not a btrfs.
+    """
+    run(["btrfs", "subvolume", "create", path])
+
+
+def delete_subvolume(path: Path) -> None:
+    """Delete a btrfs subvolume with all it holds; its space is freed later.
+
+    :raise CommandError: when btrfs refuses, or there is none.
+    """
+    run(["btrfs", "subvolume", "delete", path])
+
+
+class LoopFilesystem:
+    """A filesystem of its own, mounted while the context lasts.
+
+    Entering makes image and mount point; leaving removes both.  When entering fails
+    half-way, nothing is left.
+
+    :param image: path for the image file.
+    :param mount_point: path for the directory; its parent exists.
+    :param kind: which filesystem.
+    :param size: bytes; the image is sparse.
+    :param make_options: further arguments for mkfs.
+    :param mount_options: further mount options.
+    """
+
+    def __init__(
+        self,
+        image: Path,
+        mount_point: Path,
+        *,
+        kind: FilesystemType,
+        size: int,
+        make_options: Sequence[str] = (),
+        mount_options: Sequence[str] = (),
+    ) -> None:
+        self.image = image
+        self.mount_point = mount_point
+        self.kind = kind
+        self.size = size
+        self._make_options = tuple(make_options)
+        self._mount_options = tuple(mount_options)
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as undo:
+            make_filesystem(
+                self.image, self.kind, self.size, options=self._make_options
+            )
+            undo.callback(self.image.unlink, missing_ok=True)
+            self.mount_point.mkdir(mode=0o700)
+            undo.callback(self.mount_point.rmdir)
+            mount(self.image, self.mount_point, options=self._mount_options)
+            undo.callback(unmount, self.mount_point)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._undo.close()
+
+    def remount(self) -> None:
+        """Unmount and mount again, as a restart of the machine does.
+
+        :raise CommandError: when it is in use; it stays mounted then.
+        """
+        unmount(self.mount_point)
+        mount(self.image, self.mount_point, options=self._mount_options)
+
+
+def _unescape(field: str) -> str:
+    # mountinfo writes blanks and backslashes as \ooo.
+    return os.fsdecode(field.encode().decode("unicode_escape").encode("latin-1"))
