@@ -77,15 +77,7 @@ _MAKE: dict[FilesystemType, tuple[str, ...]] = {
         "-m",
         "0",
         "-E",
-        ",".join(
-            (
-                "nodiscard",
-                "lazy_itable_init=1",
-                "lazy_journal_init=1",
-                "assume_storage_prezeroed=1",
-                "root_owner=0:0",
-            )
-        ),
+        "nodiscard,lazy_itable_init=1,lazy_journal_init=1,assume_storage_prezeroed=1",
     ),
 }
 
