@@ -1,0 +1,21 @@
+"""The event loop in a thread of its own, for synchronous code that may block.
+
+::
+
+    with Portal() as portal:
+        portal.run(coroutine(), timeout=10)   # from any thread but the loop's own
+        portal.facade                         # for code that wants an event loop
+"""
+
+from __future__ import annotations
+
+from .exc import LoopThreadError, PortalClosedError, RefusedLoopCallError
+from .thread import BackgroundFailure, Portal
+
+__all__ = [
+    "BackgroundFailure",
+    "LoopThreadError",
+    "Portal",
+    "PortalClosedError",
+    "RefusedLoopCallError",
+]
