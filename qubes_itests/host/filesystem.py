@@ -188,7 +188,7 @@ class LoopFilesystem:
     """A filesystem of its own, mounted while the context lasts.
 
     Entering makes image and mount point; leaving removes both.  When entering fails
-    half-way, nothing is left.
+    half-way, nothing is left.  Leaving raises `CommandError` while a file in it is open.
 
     :param image: path for the image file.
     :param mount_point: path for the directory; its parent exists.
@@ -214,7 +214,6 @@ class LoopFilesystem:
         self.size = size
         self._make_options = tuple(make_options)
         self._mount_options = tuple(mount_options)
-        self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
@@ -225,12 +224,14 @@ class LoopFilesystem:
             self.mount_point.mkdir(mode=0o700)
             undo.callback(self.mount_point.rmdir)
             mount(self.image, self.mount_point, options=self._mount_options)
-            undo.callback(unmount, self.mount_point)
-            self._undo = undo.pop_all()
+            undo.pop_all()
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self._undo.close()
+        # While something has a file open there, all of it stays, and the error says so.
+        unmount(self.mount_point)
+        self.mount_point.rmdir()
+        self.image.unlink(missing_ok=True)
 
     def remount(self) -> None:
         """Unmount and mount again, as a restart of the machine does.

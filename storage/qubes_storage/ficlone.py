@@ -17,11 +17,20 @@ from qubes_storage import files
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["FICLONE", "clone", "clone_or_copy", "copy_sparse", "supports_reflink"]
+__all__ = [
+    "FICLONE",
+    "clone",
+    "clone_or_copy",
+    "copy_sparse",
+    "remove_leftovers",
+    "supports_reflink",
+]
 
 # _IOW('f', 9, int); these architectures encode the direction in other bits.
 _OTHER_ENCODING = ("ppc", "mips", "sparc", "alpha")
 FICLONE = 0x80049409 if platform.machine().startswith(_OTHER_ENCODING) else 0x40049409
+
+_CHECK = ".reflink-check"
 
 # Anything else (ETXTBSY, EISDIR, ENOSPC, EIO) is a failure, not a lack of support.
 _NOT_SUPPORTED = frozenset(
@@ -78,12 +87,20 @@ def supports_reflink(directory: Path) -> bool:
 
     :raise OSError: when files cannot be made there.
     """
-    with (
-        files.scratch_file(directory / "reflink-check") as source,
-        files.scratch_file(directory / "reflink-check") as target,
-    ):
+    path = directory / _CHECK
+    with files.scratch_file(path) as source, files.scratch_file(path) as target:
         os.write(source, b"\0" * 4096)
         return clone(source, target)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what an interrupted `supports_reflink` left in `directory`.
+
+    :raise OSError: as the operating system says.
+    """
+    for path in directory.glob(f"{_CHECK}~*"):
+        if files.TEMPORARY.search(path.name):
+            files.remove(path)
 
 
 def _next_extent(fd: int, position: int) -> tuple[int, int] | None:

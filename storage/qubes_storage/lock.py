@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 __all__ = ["LOCK_FILE", "LOCK_TIMEOUT", "hold"]
@@ -32,18 +32,28 @@ _POLL_INTERVAL = 0.02
 
 
 @contextlib.contextmanager
-def hold(directory: Path, *vids: str, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
+def hold(
+    directory: Path,
+    *,
+    write: Iterable[str] = (),
+    read: Iterable[str] = (),
+    timeout: float = LOCK_TIMEOUT,
+) -> Iterator[None]:
     """Hold the locks of some volumes of the pool in `directory`.
 
+    :param write: ids of volumes that nobody else may read or write meanwhile.
+    :param read: ids of volumes that nobody else may write meanwhile.
     :param timeout: seconds to wait for each.
     :raise TimeoutError: when somebody else held one for that long.
     """
+    kinds = {_byte_of(vid): fcntl.F_RDLCK for vid in read}
+    kinds |= {_byte_of(vid): fcntl.F_WRLCK for vid in write}
     path = directory / LOCK_FILE
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         # In one order for everybody, or two holders could wait for each other.
-        for byte in sorted({_byte_of(vid) for vid in vids}):
-            _lock_byte(fd, byte, timeout)
+        for byte in sorted(kinds):
+            _lock_byte(fd, byte, kinds[byte], timeout)
         yield
     finally:
         os.close(fd)
@@ -54,18 +64,21 @@ def _byte_of(vid: str) -> int:
     return int.from_bytes(digest, "big") >> 2  # an offset must stay below 2**63
 
 
-def _lock_byte(fd: int, byte: int, timeout: float) -> None:
+def _lock_byte(fd: int, byte: int, kind: int, timeout: float) -> None:
     # struct flock: type, whence, start, length, pid (zero for this kind of lock).
-    request = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    request = struct.pack("hhqqi", kind, os.SEEK_SET, byte, 1, 0)
     deadline = time.monotonic() + timeout
-    while True:
-        try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
-        except OSError as error:
-            if error.errno not in {errno.EAGAIN, errno.EACCES}:
-                raise
-        else:
-            return
+    while not _try_lock(fd, request):
         if time.monotonic() >= deadline:
             raise TimeoutError
         time.sleep(_POLL_INTERVAL)
+
+
+def _try_lock(fd: int, request: bytes) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+    except OSError as error:
+        if error.errno in {errno.EAGAIN, errno.EACCES}:
+            return False
+        raise
+    return True

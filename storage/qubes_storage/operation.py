@@ -67,10 +67,11 @@ class Operations:
     def _run(
         self, volume: Volume, action: str, function: Callable[[], Result]
     ) -> Result:
-        vids = [volume.vid]
-        if volume.source is not None:
-            vids.append(volume.source.vid)
-        with typed_errors(volume, action), lock.hold(self._directory, *vids):
+        sources = [] if volume.source is None else [volume.source.vid]
+        with (
+            typed_errors(volume, action),
+            lock.hold(self._directory, write=[volume.vid], read=sources),
+        ):
             return function()
 
 

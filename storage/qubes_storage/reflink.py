@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 __all__ = ["ReflinkPool", "ReflinkVolume"]
+
+log = logging.getLogger(__name__)
 
 
 class ReflinkPool(Pool):
@@ -123,6 +126,7 @@ class ReflinkPool(Pool):
     def _setup(self) -> None:
         try:
             files.make_directories(self.dir_path)
+            ficlone.remove_leftovers(self.dir_path)
             supported = ficlone.supports_reflink(self.dir_path)
         except OSError as error:
             raise PoolError(self.name, f"cannot set it up: {error}") from error
@@ -545,7 +549,8 @@ class ReflinkVolume(Volume):
             files.open_image(source) as original,
             files.new_file(target, durable=durable) as copy,
         ):
-            ficlone.clone_or_copy(original, copy)
+            shared = ficlone.clone_or_copy(original, copy)
+            log.info("%s %s to %s", "cloned" if shared else "copied", source, target)
             if size is not None:
                 os.ftruncate(copy, size)
 
