@@ -1,0 +1,153 @@
+/* Stage one, and the end: what init does before the host speaks and when all is over. */
+#include "agent.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/reboot.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <sys/swap.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+static void mount_kernel(const char *type, const char *path, const char *options)
+{
+	mkdir(path, 0755);
+	if (mount(type, path, type, MS_NOSUID, options) != 0)
+		dprintf(STDERR_FILENO, "agent: %s: %s\n", path, strerror(errno));
+}
+
+/* One line of /modules: a path, and the module's parameters. */
+static void load_module(char *line)
+{
+	const char *path = strsep(&line, " ");
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0 || syscall(SYS_finit_module, fd, line ? line : "", 0) != 0)
+		dprintf(STDERR_FILENO, "agent: %s: %s\n", path, strerror(errno));
+	if (fd >= 0)
+		close(fd);
+}
+
+static void load_modules(void)
+{
+	static char list[16384];
+	char *rest = list, *line;
+	int fd = open("/modules", O_RDONLY | O_CLOEXEC);
+	ssize_t length = fd < 0 ? 0 : read(fd, list, sizeof list - 1);
+
+	if (fd >= 0)
+		close(fd);
+	list[length < 0 ? 0 : length] = '\0';
+	while ((line = strsep(&rest, "\n")))
+		if (*line)
+			load_module(line);
+}
+
+static bool is_our_port(const char *device)
+{
+	char path[PATH_LIMIT], name[64] = "";
+	int fd;
+
+	snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", device);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0 || read(fd, name, sizeof name - 1) < 0)
+		name[0] = '\0';
+	if (fd >= 0)
+		close(fd);
+	name[strcspn(name, "\n")] = '\0';
+	return strcmp(name, PORT_NAME) == 0;
+}
+
+static int find_port(void)
+{
+	DIR *directory = opendir("/sys/class/virtio-ports");
+	const struct dirent *entry;
+	char path[PATH_LIMIT];
+	int fd = -1;
+
+	while (directory && fd < 0 && (entry = readdir(directory))) {
+		if (entry->d_name[0] == '.' || !is_our_port(entry->d_name))
+			continue;
+		snprintf(path, sizeof path, "/dev/%s", entry->d_name);
+		fd = open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+	}
+	if (directory)
+		closedir(directory);
+	return fd;
+}
+
+int boot(void)
+{
+	struct sched_param parameter = {0};
+	int console, fd;
+
+	mount_kernel("devtmpfs", "/dev", "");
+	console = open("/dev/console", O_RDWR);
+	for (int i = 0; console >= 0 && i < 3; i++)
+		dup2(console, i);
+	if (console > 2)
+		close(console);
+	mount_kernel("proc", "/proc", "");
+	mount_kernel("sysfs", "/sys", "");
+	mount_kernel("tmpfs", "/run", "mode=755");
+	disks_open();
+	load_modules();
+	calls_listen();
+	/* Woken by a command that writes, the agent shall not preempt it at once, but
+	 * find much to send. */
+	sched_setscheduler(0, SCHED_BATCH | SCHED_RESET_ON_FORK, &parameter);
+	while ((fd = find_port()) < 0)
+		disks_wait(1000);
+	return fd;
+}
+
+/* Whether all processes but init have ended within the time. */
+static bool all_ended(int signal_number, int milliseconds)
+{
+	const struct timespec pause = {.tv_nsec = 10000000};
+
+	kill(-1, signal_number);
+	kill(-1, SIGCONT);
+	for (; milliseconds > 0; milliseconds -= 10) {
+		while (waitpid(-1, NULL, WNOHANG) > 0)
+			;
+		if (kill(-1, 0) != 0 && errno == ESRCH)
+			return true;
+		nanosleep(&pause, NULL);
+	}
+	return false;
+}
+
+static void unmount_all(void)
+{
+	swapoff("/dev/xvdc");
+	sync();
+	umount2("/usr/local", MNT_DETACH);
+	umount2("/home", MNT_DETACH);
+	if (umount("/rw") != 0)
+		mount(NULL, "/rw", NULL, MS_REMOUNT | MS_RDONLY, NULL);
+	mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL);
+	sync();
+}
+
+_Noreturn void power_off(bool reboot_instead)
+{
+	if (testing)
+		exit(0);
+	if (!all_ended(SIGTERM, 2000))
+		all_ended(SIGKILL, 1000);
+	unmount_all();
+	reboot(reboot_instead ? RB_AUTOBOOT : RB_POWER_OFF);
+	for (;;)
+		pause();
+}
