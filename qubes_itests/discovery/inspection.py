@@ -1,0 +1,115 @@
+"""Looks at a test class for what unittest would run wrongly or not at all."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import unittest
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from .result import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["check_member", "twice_defined", "unrunnable_tests"]
+
+_PREFIX = "test"
+
+
+def check_member(member: object) -> Problem | None:
+    """Return what is wrong with an element of a plugin's list, if anything is."""
+    if not isinstance(member, type):
+        return Problem(f"it lists {member!r}, which is no class")
+    if not issubclass(member, unittest.TestCase):
+        return Problem(f"it lists {member.__qualname__}, which is no unittest.TestCase")
+    return None
+
+
+def unrunnable_tests(cls: type[unittest.TestCase]) -> list[str]:
+    """Return names of tests that unittest would call without running their body.
+
+    These are coroutine functions outside of IsolatedAsyncioTestCase, and generators:
+    calling them makes an object that nobody awaits or iterates, and the test passes.
+    """
+    alone = not issubclass(cls, unittest.IsolatedAsyncioTestCase)
+    return [
+        name
+        for name in unittest.TestLoader().getTestCaseNames(cls)
+        if _never_runs(inspect.unwrap(getattr(cls, name)), without_loop=alone)
+    ]
+
+
+def _never_runs(function: object, *, without_loop: bool) -> bool:
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        return True
+    return without_loop and inspect.iscoroutinefunction(function)
+
+
+def twice_defined(cls: type[unittest.TestCase]) -> list[str]:
+    """Return names of tests that a class body defines twice: the first is lost.
+
+    Base classes are looked at too; a class without source code counts as good.
+    """
+    return sorted({name for base in _own_bases(cls) for name in _repeated(base)})
+
+
+def _own_bases(cls: type) -> Iterator[type]:
+    """Yield the classes that may come from the plugin, not unittest's nor ours."""
+    ours = ("unittest", "qubes_itests", "qubes", "builtins")
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] not in ours:
+            yield base
+
+
+def _repeated(cls: type) -> list[str]:
+    body = _body(cls)
+    names = Counter(
+        node.name
+        for node in body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.name.startswith(_PREFIX)
+        and not _is_overload(node)
+    )
+    return [name for name, count in names.items() if count > 1]
+
+
+def _is_overload(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Return whether a decorator (``@test_x.setter``) builds upon the first."""
+    return any(
+        isinstance(child, ast.Name) and child.id == node.name
+        for decorator in node.decorator_list
+        for child in ast.walk(decorator)
+    )
+
+
+def _body(cls: type) -> list[ast.stmt]:
+    """Return the statements directly in a class's body, as its file has them."""
+    tree = _trees.get(cls.__module__)
+    if tree is None:
+        tree = _trees[cls.__module__] = _parse(cls.__module__)
+    nodes: list[ast.AST] = [tree]
+    for name in cls.__qualname__.split("."):
+        nodes = [
+            child
+            for node in nodes
+            for child in ast.walk(node)
+            if isinstance(child, ast.ClassDef) and child.name == name
+        ]
+    # of several classes of that name, the last is the one that stayed
+    return nodes[-1].body if nodes and isinstance(nodes[-1], ast.ClassDef) else []
+
+
+_trees: dict[str, ast.Module] = {}
+
+
+def _parse(module: str) -> ast.Module:
+    empty = ast.Module(body=[], type_ignores=[])
+    if module not in sys.modules:
+        return empty
+    try:
+        return ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return empty

@@ -1,0 +1,171 @@
+"""The search: from entry points to classes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from .inspection import check_member, twice_defined, unrunnable_tests
+from .modules import ModuleWatch
+from .result import GROUP, GROUP_FOR_TEMPLATE, Plugin, Problem, TestClass
+from .selection import INCLUDE
+
+if TYPE_CHECKING:
+    import unittest
+    from collections.abc import Iterable, Iterator, Sequence
+    from types import ModuleType
+
+    from .selection import Selection
+
+__all__ = ["discover"]
+
+
+def discover(selection: Selection) -> list[Plugin]:
+    """Load the installed plugins of a selection.
+
+    :return: in the order of names; a name of the include list that no plugin has is
+        there too, as a plugin with a problem.
+    """
+    entries = [entry for entry in _entry_points() if selection.takes(entry.name)]
+    found = [_load(entry, selection.templates) for entry in entries]
+    return [*found, *_missing(selection, {entry.name for entry in entries})]
+
+
+def _entry_points() -> list[importlib.metadata.EntryPoint]:
+    entries = importlib.metadata.entry_points()
+    # a distribution may be found twice, in-tree and installed: one of each is enough
+    unique = {
+        (entry.name, group, entry.value): entry
+        for group in (GROUP, GROUP_FOR_TEMPLATE)
+        for entry in reversed(tuple(entries.select(group=group)))
+    }
+    return [unique[key] for key in sorted(unique)]
+
+
+def _missing(selection: Selection, found: set[str]) -> Iterator[Plugin]:
+    wanted = (selection.include or frozenset()) - selection.exclude
+    for name in sorted(wanted - found):
+        problem = Problem(f"{INCLUDE} names {name!r}, and no installed plugin has it")
+        yield Plugin(name=name, group=GROUP, problems=(problem,))
+
+
+def _load(entry: importlib.metadata.EntryPoint, templates: Sequence[str]) -> Plugin:
+    watch = ModuleWatch()
+    problems: list[Problem] = []
+    members = list(_members(entry, problems))
+    module = sys.modules.get(entry.module)
+    if changed := watch.restore():
+        problems.append(_tampered(changed))
+    chosen = templates if entry.group == GROUP_FOR_TEMPLATE else (None,)
+    classes = [
+        made
+        for cls in _checked(members, problems)
+        for made in _for_templates(cls, chosen, problems)
+    ]
+    return Plugin(
+        name=entry.name,
+        group=entry.group,
+        target=entry.value,
+        distribution=entry.dist.name if entry.dist else "",
+        module=module,
+        classes=tuple(classes),
+        problems=tuple(problems),
+    )
+
+
+def _members(
+    entry: importlib.metadata.EntryPoint, problems: list[Problem]
+) -> Iterator[object]:
+    """Yield what the plugin lists, up to where it fails."""
+    step = f"{entry.value} cannot be imported"
+    try:
+        listing = entry.load()
+        step = f"{entry.value} cannot be called for its list of test classes"
+        if not callable(listing):
+            problems.append(Problem(f"{entry.value} is {listing!r}, no callable"))
+            return
+        listed = listing()
+        step = f"the list that {entry.value} returned cannot be read"
+        yield from listed
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - a plugin may raise what it likes
+        problems.append(_failed(step, error))
+
+
+def _failed(step: str, error: BaseException) -> Problem:
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not _is_machinery(frame.filename)]
+    lines = traceback.format_exception_only(error)
+    return Problem(
+        f"{step}: {type(error).__name__}: {error}",
+        "".join([*traceback.format_list(theirs), *lines]).rstrip(),
+    )
+
+
+def _is_machinery(filename: str) -> bool:
+    return (
+        filename == __file__
+        or filename.startswith("<frozen importlib")
+        or (filename in (importlib.__file__, importlib.metadata.__file__))
+    )
+
+
+def _tampered(changed: Sequence[str]) -> Problem:
+    return Problem(
+        "while it loaded, it replaced or removed modules that others use:"
+        f" {', '.join(changed)}; they were put back"
+    )
+
+
+def _checked(
+    members: Iterable[object], problems: list[Problem]
+) -> list[type[unittest.TestCase]]:
+    good: dict[str, Any] = {}
+    for member in members:
+        if problem := check_member(member):
+            problems.append(problem)
+        elif good.setdefault(member.__name__, member) is not member:  # type: ignore[attr-defined]
+            problems.append(
+                Problem(
+                    f"it lists two classes named {member.__name__};"  # type: ignore[attr-defined]
+                    " only the first is run"
+                )
+            )
+    return list(good.values())
+
+
+def _for_templates(
+    cls: type[unittest.TestCase],
+    templates: Iterable[str | None],
+    problems: list[Problem],
+) -> Iterator[TestClass]:
+    unrunnable = unrunnable_tests(cls)
+    problems += [_unrunnable(cls, name) for name in unrunnable]
+    problems += [
+        Problem(f"{cls.__name__} defines {name} twice; the first definition is lost")
+        for name in twice_defined(cls)
+    ]
+    for template in templates:
+        made = cls if template is None else _subclass(cls, template)
+        yield TestClass(made, template, frozenset(unrunnable))
+
+
+def _unrunnable(cls: type[unittest.TestCase], name: str) -> Problem:
+    return Problem(
+        f"{cls.__name__}.{name} would pass without being run: it is asynchronous or a"
+        " generator in a plain TestCase; use self.loop.run_until_complete() in an"
+        " ordinary method, or unittest.IsolatedAsyncioTestCase"
+    )
+
+
+def _subclass(cls: type[unittest.TestCase], template: str) -> type[unittest.TestCase]:
+    name = f"{cls.__name__}_{template}"
+    body = {"template": template, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    made = type(name, (cls,), body)
+    module: ModuleType | None = sys.modules.get(cls.__module__)
+    if module is not None:
+        setattr(module, name, made)
+    return made
