@@ -1,0 +1,109 @@
+"""A guest's console in a file that cannot fill the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Console"]
+
+#: Bytes of a console log's beginning and of its end that are always kept.
+_HEAD = 256 << 10
+_TAIL = 512 << 10
+#: What the file may grow to before its middle is dropped.
+_LIMIT = 2 << 20
+
+_CHUNK = 64 << 10
+
+
+class Console:
+    """Collects what comes out of a named pipe, in a thread of its own.
+
+    The pipe exists before the hypervisor opens it, so that nothing is lost; it ends
+    when the last writer does.  The log holds the beginning and the end of what was
+    printed, at most 2 MiB; what it drops in between it says in a line.
+
+    :param pipe: path of the two named pipes, less their `.in` and `.out`.
+    :param log: the file; added to if it exists.
+    """
+
+    def __init__(self, pipe: Path, log: Path) -> None:
+        self._paths = [pipe.with_name(pipe.name + end) for end in (".in", ".out")]
+        self._log = log
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> None:
+        """Make the pipes and begin to collect. Blocking."""
+        self._unlink()
+        for path in self._paths:
+            os.mkfifo(path, 0o600)
+        source = os.open(self._paths[1], os.O_RDONLY | os.O_NONBLOCK)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        target = os.open(self._log, flags, 0o600)
+        self._thread = threading.Thread(
+            target=self._collect, args=(source, target), name="console", daemon=True
+        )
+        self._thread.start()
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Wait until all that was printed is in the log; drop the pipes. Blocking."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._end_unopened()
+            thread.join(timeout)
+        self._unlink()
+
+    def _end_unopened(self) -> None:
+        """Be a writer that comes and goes, for a pipe that never had one."""
+        with contextlib.suppress(OSError):
+            os.close(os.open(self._paths[1], os.O_WRONLY | os.O_NONBLOCK))
+
+    def _unlink(self) -> None:
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+
+    def _collect(self, source: int, target: int) -> None:
+        poll = select.poll()
+        poll.register(source, select.POLLIN)
+        try:
+            while True:
+                poll.poll()
+                try:
+                    data = os.read(source, _CHUNK)
+                except BlockingIOError:
+                    continue
+                if not data:
+                    return
+                target = self._append(target, data)
+        finally:
+            os.close(source)
+            os.close(target)
+
+    def _append(self, target: int, data: bytes) -> int:
+        with contextlib.suppress(OSError):  # a full disk must not stop the guest
+            os.write(target, data)
+            if os.fstat(target).st_size > _LIMIT:
+                return self._shorten(target)
+        return target
+
+    def _shorten(self, target: int) -> int:
+        """Replace the log by its beginning and its end; return the new file."""
+        short = self._log.with_name(self._log.name + ".short")
+        with self._log.open("rb") as log:
+            head = log.read(_HEAD)
+            size = log.seek(0, os.SEEK_END)
+            log.seek(size - _TAIL)
+            tail = log.read(_TAIL)
+        gap = f"\n[{size - _HEAD - _TAIL} bytes and what was here before: dropped]\n"
+        short.write_bytes(head + gap.encode() + tail)
+        short.chmod(0o600)
+        replacement = os.open(short, os.O_WRONLY | os.O_APPEND)
+        short.replace(self._log)
+        os.close(target)
+        return replacement

@@ -1,0 +1,113 @@
+"""Devices of a running domain: what is there, plugging and pulling."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree as ET
+
+import libvirt
+
+from qubes_itests.exc import DeadlineError
+from qubes_itests.hypervisor.exc import AttachedError, NotAttachedError, StateError
+
+if TYPE_CHECKING:
+    from qubes_itests.hypervisor.connection import Connection
+
+__all__ = ["LiveDevices", "find_device"]
+
+#: Seconds that a guest may take to let go of a device.
+_RELEASE = 10.0
+_POLL = 0.02
+
+_KEYS = {"disk": ("serial", None), "interface": ("mac", "address")}
+
+
+def find_device(xml: str, kind: str, key: str) -> ET.Element | None:
+    """Return a device's element of a live definition.
+
+    :param kind: ``disk`` or ``interface``.
+    :param key: a disk's name, an interface's address.
+    """
+    tag, attribute = _KEYS[kind]
+    # The text is libvirt's own, not the guest's.
+    for element in ET.fromstring(xml).iterfind(f"devices/{kind}"):  # noqa: S314
+        found = element.find(tag)
+        if found is not None:
+            value = found.text if attribute is None else found.get(attribute)
+            if value == key:
+                return element
+    return None
+
+
+class LiveDevices:
+    """The devices of one running domain, as libvirt sees them now."""
+
+    def __init__(self, connection: Connection, domain: str, native: Any) -> None:
+        self._connection = connection
+        self._domain = domain
+        self._native = native
+
+    async def _find(self, kind: str, key: str) -> ET.Element | None:
+        xml = await self._connection.call(self._domain, "ask", self._native.XMLDesc)
+        return find_device(xml, kind, key)
+
+    async def _require(self, action: str, kind: str, key: str) -> ET.Element:
+        element = await self._find(kind, key)
+        if element is None:
+            raise NotAttachedError(self._domain, action, f"it has no {kind} {key}")
+        return element
+
+    async def attach(self, kind: str, key: str, xml: str) -> None:
+        """Plug in the device that `xml` describes.
+
+        :raise AttachedError: when it is there; libvirt would take an interface's
+            address twice, and could pull out neither then.
+        """
+        action = f"attach {kind} {key} to"
+        if await self._find(kind, key) is not None:
+            raise AttachedError(self._domain, action, "it is attached already")
+        flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
+        await self._connection.call(
+            self._domain, action, self._native.attachDeviceFlags, xml, flags
+        )
+
+    async def detach(self, kind: str, key: str) -> None:
+        """Pull a device out; done when the guest has let go of it."""
+        action = f"detach {kind} {key} from"
+        element = await self._require(action, kind, key)
+        xml = ET.tostring(element, encoding="unicode")
+        flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
+        await self._connection.call(
+            self._domain, action, self._native.detachDeviceFlags, xml, flags
+        )
+        await self._wait_gone(kind, key)
+
+    async def _wait_gone(self, kind: str, key: str) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _RELEASE
+        while await self._find(kind, key) is not None:
+            if loop.time() > deadline:
+                raise DeadlineError(
+                    f"release of {kind} {key} by domain {self._domain!r}",
+                    _RELEASE,
+                    "the guest still has it",
+                )
+            await asyncio.sleep(_POLL)
+
+    async def resize(self, name: str, size: int) -> None:
+        """Tell the guest a disk's new size in bytes."""
+        action = f"resize disk {name} of"
+        element = await self._require(action, "disk", name)
+        target = element.find("target")
+        if target is None:
+            raise StateError(self._domain, action, "the disk has no target")
+        flags = libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES
+        await self._connection.call(
+            self._domain,
+            action,
+            self._native.blockResize,
+            target.get("dev"),
+            size,
+            flags,
+        )

@@ -1,0 +1,196 @@
+"""Domain definitions for libvirt's QEMU driver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qubes_itests.hypervisor.contract import Disk, DomainSpec, Interface
+
+__all__ = [
+    "CHANNEL_NAME",
+    "Machine",
+    "channel_path",
+    "console_pipe",
+    "disk_xml",
+    "domain_xml",
+    "interface_xml",
+]
+
+#: The virtio-serial port on which the guest's agent listens.
+CHANNEL_NAME = "org.qubes_itests.agent"
+
+#: QEMU's XML namespace of libvirt, for what has no element of its own.
+_QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
+ET.register_namespace("qemu", _QEMU)
+
+#: Ports that wait for a hot-plugged device; a network interface takes one each.
+_SPARE_PORTS = 4
+
+_KERNEL_OPTIONS = (
+    "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check mitigations=off"
+    " random.trust_cpu=on 8250.nr_uarts=1 nokaslr"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What all domains of a hypervisor share.
+
+    :param kvm: hardware virtualisation, else emulation.
+    :param emulator: the QEMU program.
+    :param machine: QEMU's machine type.
+    :param cpu: QEMU's CPU model under emulation.
+    """
+
+    kvm: bool
+    emulator: Path
+    machine: str = "q35"
+    cpu: str = "max"
+
+
+def channel_path(spec: DomainSpec) -> Path:
+    """Return the socket on which QEMU offers the agent's port."""
+    return spec.directory / "agent.sock"
+
+
+def console_pipe(spec: DomainSpec) -> Path:
+    """Return the path that QEMU is given for its console, without `.in`, `.out`."""
+    return spec.directory / "console.pipe"
+
+
+def domain_xml(
+    spec: DomainSpec,
+    machine: Machine,
+    *,
+    direct_disks: frozenset[str] = frozenset(),
+    incoming: str | None = None,
+) -> str:
+    """Return the definition of a domain.
+
+    :param direct_disks: names of the disks whose files can be opened with O_DIRECT.
+    :param incoming: QEMU's address of a saved state to start from; no disks and no
+        interfaces then.
+    """
+    root = ET.Element("domain", type="kvm" if machine.kvm else "qemu")
+    _add(root, "name", spec.name)
+    _add(root, "uuid", str(spec.uuid))
+    _add(root, "memory", str(spec.max_memory), unit="MiB")
+    _add(root, "currentMemory", str(spec.memory), unit="MiB")
+    _add(root, "vcpu", str(spec.vcpus))
+    root.append(_os(spec, machine))
+    _add(_add(root, "features"), "acpi")
+    root.append(_cpu(machine))
+    for event in ("on_poweroff", "on_reboot", "on_crash"):
+        _add(root, event, "destroy")
+    devices = _devices(spec, machine)
+    root.append(devices)
+    if incoming is None:
+        devices.extend(_disk(d, direct=d.name in direct_disks) for d in spec.disks)
+        devices.extend(_interface(interface) for interface in spec.interfaces)
+    else:
+        root.append(_arguments("-incoming", incoming))
+    return ET.tostring(root, encoding="unicode")
+
+
+def disk_xml(disk: Disk, *, direct: bool) -> str:
+    """Return the device element of a disk; `direct`: O_DIRECT works for its file."""
+    return ET.tostring(_disk(disk, direct=direct), encoding="unicode")
+
+
+def interface_xml(interface: Interface) -> str:
+    """Return the device element of a network interface."""
+    return ET.tostring(_interface(interface), encoding="unicode")
+
+
+def _add(parent: ET.Element, tag: str, text: str = "", **attributes: str) -> ET.Element:
+    element = ET.SubElement(parent, tag, attributes)
+    element.text = text or None
+    return element
+
+
+def _os(spec: DomainSpec, machine: Machine) -> ET.Element:
+    element = ET.Element("os")
+    _add(element, "type", "hvm", arch="x86_64", machine=machine.machine)
+    _add(element, "kernel", str(spec.kernel))
+    _add(element, "initrd", str(spec.initramfs))
+    _add(element, "cmdline", f"{_KERNEL_OPTIONS} {spec.kernel_options}".strip())
+    return element
+
+
+def _cpu(machine: Machine) -> ET.Element:
+    if machine.kvm:
+        return ET.Element("cpu", mode="host-passthrough", migratable="on")
+    if machine.cpu == "max":
+        return ET.Element("cpu", mode="maximum")
+    element = ET.Element("cpu", mode="custom", match="exact", check="none")
+    _add(element, "model", machine.cpu, fallback="forbid")
+    return element
+
+
+def _devices(spec: DomainSpec, machine: Machine) -> ET.Element:
+    devices = ET.Element("devices")
+    _add(devices, "emulator", str(machine.emulator))
+    _controllers(devices)
+    console = _add(devices, "serial", type="pipe")
+    _add(console, "source", path=str(console_pipe(spec)))
+    _add(console, "target", port="0")
+    channel = _add(devices, "channel", type="unix")
+    _add(channel, "source", mode="bind", path=str(channel_path(spec)))
+    _add(channel, "target", type="virtio", name=CHANNEL_NAME)
+    balloon = _add(devices, "memballoon", model="virtio", freePageReporting="on")
+    _add(balloon, "stats", period="1")
+    random = _add(devices, "rng", model="virtio")
+    _add(random, "backend", "/dev/urandom", model="random")
+    _add(devices, "panic", model="isa")
+    return devices
+
+
+def _controllers(devices: ET.Element) -> None:
+    _add(devices, "controller", type="usb", model="none")
+    _add(devices, "controller", type="virtio-serial", index="0", ports="2")
+    _add(devices, "controller", type="scsi", index="0", model="virtio-scsi")
+    _add(devices, "controller", type="pci", index="0", model="pcie-root")
+    for index in range(1, 1 + _SPARE_PORTS):
+        _add(
+            devices, "controller", type="pci", index=str(index), model="pcie-root-port"
+        )
+
+
+def _disk(disk: Disk, *, direct: bool) -> ET.Element:
+    kind = "block" if disk.path.is_block_device() else "file"
+    element = ET.Element("disk", type=kind, device="disk")
+    driver = _add(element, "driver", name="qemu", type="raw")
+    driver.set("cache", "none" if direct else "writeback")
+    driver.set("discard", "unmap")
+    driver.set("detect_zeroes", "unmap")
+    _add(element, "source").set("dev" if kind == "block" else "file", str(disk.path))
+    _add(element, "target", dev=_target(disk.name), bus="scsi")
+    _add(element, "serial", disk.name)
+    if disk.read_only:
+        _add(element, "readonly")
+    return element
+
+
+def _target(name: str) -> str:
+    return "sd" + name.removeprefix("xvd")
+
+
+def _interface(interface: Interface) -> ET.Element:
+    element = ET.Element("interface", type="bridge")
+    _add(element, "mac", address=interface.mac)
+    _add(element, "source", bridge=interface.bridge)
+    _add(element, "model", type="virtio")
+    _add(element, "rom", enabled="no")
+    return element
+
+
+def _arguments(*arguments: str) -> ET.Element:
+    element = ET.Element(f"{{{_QEMU}}}commandline")
+    for argument in arguments:
+        ET.SubElement(element, f"{{{_QEMU}}}arg", value=argument)
+    return element

@@ -1,0 +1,91 @@
+"""The embedded QEMU driver's root directory and its lasting capability cache.
+
+libvirt asks a QEMU program what it can do before its first domain, for a second or
+more, and keeps the answer under its root directory, which lasts one run.  So the
+answer is copied in from the harness' cache when a run begins, and copied out when it
+was new.  libvirt itself checks that it fits the program that it finds.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import libvirt
+
+from qubes_itests.host.cache import digest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qubes_itests.host.cache import Cache
+
+__all__ = ["CapabilityCache", "emulator_key", "make_root"]
+
+_KIND = "libvirt-capabilities"
+
+_CONFIGURATION = """\
+user = "root"
+group = "root"
+dynamic_ownership = 0
+remember_owner = 0
+security_driver = "none"
+cgroup_controllers = []
+namespaces = []
+stdio_handler = "file"
+seccomp_sandbox = 0
+"""
+
+
+def make_root(root: Path) -> None:
+    """Make the directory that `qemu:///embed?root=` is given. Blocking."""
+    (root / "etc").mkdir(parents=True, exist_ok=True)
+    (root / "etc" / "qemu.conf").write_text(_CONFIGURATION)
+
+
+def emulator_key(emulator: Path) -> str:
+    """Return a key for a QEMU program, as installed, under this libvirt."""
+    status = emulator.stat()
+    identity = f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+    return digest(str(emulator), identity, str(libvirt.getVersion()))
+
+
+class CapabilityCache:
+    """What libvirt knows about an emulator, from run to run.
+
+    :param cache: where it lasts.
+    :param root: the embedded driver's root directory.
+    :param emulator: the QEMU program.
+    """
+
+    def __init__(self, cache: Cache, root: Path, emulator: Path) -> None:
+        self._cache = cache
+        self._live = root / "cache" / "qemu" / "capabilities"
+        self._key = emulator_key(emulator)
+
+    def fetch(self) -> None:
+        """Give libvirt what an earlier run learnt; before it is opened. Blocking."""
+        entry = self._cache.lookup(_KIND, self._key)
+        if entry is not None:
+            shutil.copytree(entry, self._live, dirs_exist_ok=True)
+
+    def store(self) -> None:
+        """Keep what libvirt has learnt, if it is new. Blocking."""
+        learnt = _contents(self._live)
+        entry = self._cache.lookup(_KIND, self._key)
+        if not learnt or (entry is not None and _contents(entry) == learnt):
+            return
+        if entry is not None:
+            self._cache.discard(_KIND, self._key)
+        self._cache.entry(_KIND, self._key, lambda place: _write(place, learnt))
+
+
+def _contents(directory: Path) -> dict[str, bytes]:
+    if not directory.is_dir():
+        return {}
+    return {path.name: path.read_bytes() for path in directory.glob("*.xml")}
+
+
+def _write(directory: Path, contents: dict[str, bytes]) -> None:
+    for name, data in contents.items():
+        (directory / name).write_bytes(data)

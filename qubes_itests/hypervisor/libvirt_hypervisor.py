@@ -1,0 +1,144 @@
+"""What the hypervisors over every libvirt driver have in common."""
+
+# ruff: noqa: D102 - the contract documents its methods
+from __future__ import annotations
+
+import abc
+import asyncio
+import logging
+import re
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import libvirt
+
+from qubes_itests.hypervisor.contract import (
+    Domain,
+    DomainSpec,
+    Hypervisor,
+    LifecycleEvent,
+    LifecycleHandler,
+)
+from qubes_itests.hypervisor.exc import HypervisorError
+from qubes_itests.hypervisor.lifecycle import lifecycle_event
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qubes_itests.hypervisor.connection import Connection
+    from qubes_itests.hypervisor.domain import LibvirtDomain
+
+__all__ = ["LibvirtHypervisor"]
+
+_LOG = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
+
+
+class LibvirtHypervisor(Hypervisor):
+    """Book-keeping of domains and of who wants to know about them."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._domains: dict[UUID, LibvirtDomain] = {}
+        self._handlers: dict[object, LifecycleHandler] = {}
+        self._registration: int | None = None
+        self._closed = False
+
+    async def _listen(self) -> None:
+        native = self._connection.native
+        self._registration = await self._connection.call(
+            "",
+            "listen to",
+            native.domainEventRegisterAny,
+            None,
+            libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE,
+            self._dispatch,
+            None,
+        )
+
+    def _dispatch(
+        self, _connection: Any, native: Any, event: int, detail: int, _opaque: Any
+    ) -> None:
+        domain = self._domains.get(UUID(bytes=native.UUID()))
+        happened = lifecycle_event(event, detail)
+        if domain is None or happened is None:
+            return
+        domain.handle_event(happened)
+        for handler in list(self._handlers.values()):
+            self._notify(handler, domain, happened)
+
+    @staticmethod
+    def _notify(
+        handler: LifecycleHandler, domain: Domain, event: LifecycleEvent
+    ) -> None:
+        # It is libvirt that calls: nobody above could catch what a handler raises.
+        try:
+            handler(domain, event)
+        except Exception:  # noqa: BLE001
+            _LOG.exception("a handler of %s of %s failed", event, domain.spec.name)
+
+    def subscribe(self, handler: LifecycleHandler) -> Callable[[], None]:
+        token = object()
+        self._handlers[token] = handler
+        return lambda: _drop(self._handlers, token)
+
+    def domains(self) -> tuple[Domain, ...]:
+        return tuple(self._domains.values())
+
+    async def define(self, spec: DomainSpec) -> Domain:
+        self._check(spec)
+        domain = self._make(spec, lambda: _drop(self._domains, spec.uuid))
+        self._domains[spec.uuid] = domain
+        return domain
+
+    @abc.abstractmethod
+    def _make(self, spec: DomainSpec, forget: Callable[[], None]) -> LibvirtDomain:
+        """Return a new domain's handle."""
+
+    def _check(self, spec: DomainSpec) -> None:
+        problem = "the connection is closed" if self._closed else self._problem(spec)
+        if problem:
+            raise HypervisorError(spec.name, "define", problem)
+
+    def _problem(self, spec: DomainSpec) -> str:
+        """Return what is wrong with a spec, in words; empty if nothing is."""
+        if not _NAME.fullmatch(spec.name):
+            return "its name must be a letter, then letters, digits, '_', '.' or '-'"
+        if any(d.spec.name == spec.name for d in self._domains.values()):
+            return "there is one of that name"
+        if spec.uuid in self._domains:
+            return f"there is one of UUID {spec.uuid}"
+        if not 0 < spec.memory <= spec.max_memory:
+            return f"memory {spec.memory} MiB is not within 1 and {spec.max_memory}"
+        if spec.vcpus < 1:
+            return "it needs a virtual CPU"
+        return ""
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            await self._undefine_all()
+        finally:
+            await self._disconnect()
+
+    async def _undefine_all(self) -> None:
+        results = await asyncio.gather(
+            *(domain.undefine() for domain in list(self._domains.values())),
+            return_exceptions=True,
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _disconnect(self) -> None:
+        if self._registration is not None:
+            deregister = self._connection.native.domainEventDeregisterAny
+            await self._connection.call("", "leave", deregister, self._registration)
+        await self._connection.close()
+
+
+def _drop(mapping: dict[Any, Any], key: object) -> None:
+    mapping.pop(key, None)

@@ -1,0 +1,138 @@
+"""The QEMU back end: libvirt's QEMU driver inside this process, no daemon.
+
+It must run in a sandbox: the QEMU processes that it starts are children of the
+sandbox's first process, and end with it.
+"""
+
+# ruff: noqa: D102 - the contract documents its methods
+from __future__ import annotations
+
+import asyncio
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+from uuid import UUID
+
+from qubes_itests.exc import EnvironmentNotReadyError
+from qubes_itests.host.cache import Cache, digest
+from qubes_itests.hypervisor.connection import Connection
+from qubes_itests.hypervisor.domain_xml import Machine, channel_path, domain_xml
+from qubes_itests.hypervisor.embed import CapabilityCache, emulator_key, make_root
+from qubes_itests.hypervisor.libvirt_hypervisor import LibvirtHypervisor
+from qubes_itests.hypervisor.qemu_domain import QemuDomain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qubes_itests.hypervisor.contract import DomainSpec
+    from qubes_itests.hypervisor.domain import LibvirtDomain
+
+__all__ = ["QemuHypervisor"]
+
+_EMULATOR = "qemu-system-x86_64"
+
+#: What the kernel takes as a socket's path, less its final NUL.
+_SOCKET_PATH = 107
+#: The longest that libvirt adds to its root for a domain's monitor.
+_MONITOR = len("/lib/qemu/domain-99999-12345678901234567890/monitor.sock")
+
+
+class QemuHypervisor(LibvirtHypervisor):
+    """Domains that are QEMU processes; make it with :meth:`open`."""
+
+    name = "qemu"
+
+    def __init__(
+        self, connection: Connection, machine: Machine, capabilities: CapabilityCache
+    ) -> None:
+        super().__init__(connection)
+        self._machine = machine
+        self._capabilities = capabilities
+
+    @classmethod
+    async def open(
+        cls, directory: Path, cache: Cache | Path, *, kvm: bool = False
+    ) -> QemuHypervisor:
+        """Open libvirt's embedded QEMU driver.
+
+        :param directory: an existing directory of the run, its path short, for
+            libvirt's own files; one process at a time.
+        :param cache: where what libvirt learns about QEMU lasts.
+        :param kvm: use hardware virtualisation; see `kvm.kvm_usable`.
+        :raise EnvironmentNotReadyError: QEMU is missing, or the path is too long.
+        :raise HypervisorError: libvirt refuses.
+        """
+        if isinstance(cache, Path):
+            cache = Cache(cache)
+        machine = Machine(kvm=kvm, emulator=_find_emulator())
+        root = directory / "libvirt"
+        _require_short(root)
+        capabilities = CapabilityCache(cache, root, machine.emulator)
+        await asyncio.to_thread(make_root, root)
+        await asyncio.to_thread(capabilities.fetch)
+        connection = await Connection.open(f"qemu:///embed?root={quote(str(root))}")
+        hypervisor = cls(connection, machine, capabilities)
+        await hypervisor._listen()
+        return hypervisor
+
+    def _make(self, spec: DomainSpec, forget: Callable[[], None]) -> LibvirtDomain:
+        return QemuDomain(self._connection, spec, forget, self._machine)
+
+    def _problem(self, spec: DomainSpec) -> str:
+        problem = super()._problem(spec)
+        if problem:
+            return problem
+        for path in (spec.kernel, spec.initramfs):
+            if not path.is_file():
+                return f"there is no file {path}"
+        if not spec.directory.is_dir():
+            return f"there is no directory {spec.directory}"
+        if len(str(channel_path(spec))) > _SOCKET_PATH:
+            return f"the path {spec.directory} is too long for a socket in it"
+        return ""
+
+    async def state_key(self, spec: DomainSpec) -> str | None:
+        return await asyncio.to_thread(self._state_key, spec)
+
+    def _state_key(self, spec: DomainSpec) -> str:
+        """Digest the definition less what clones may differ in, and the contents."""
+        neutral = replace(
+            spec,
+            name="state",
+            uuid=UUID(int=0),
+            directory=Path("/"),
+            kernel=Path("/kernel"),
+            initramfs=Path("/initramfs"),
+        )
+        return digest(
+            domain_xml(neutral, self._machine, incoming="defer"),
+            spec.kernel,
+            spec.initramfs,
+            emulator_key(self._machine.emulator),
+        )
+
+    async def _disconnect(self) -> None:
+        try:
+            await asyncio.to_thread(self._capabilities.store)
+        finally:
+            await super()._disconnect()
+
+
+def _find_emulator() -> Path:
+    found = shutil.which(_EMULATOR)
+    if found is None:
+        raise EnvironmentNotReadyError(
+            f"{_EMULATOR} is not installed.", "Install it: apt install qemu-system-x86."
+        )
+    return Path(found)
+
+
+def _require_short(root: Path) -> None:
+    excess = len(str(root)) + _MONITOR - _SOCKET_PATH
+    if excess > 0:
+        raise EnvironmentNotReadyError(
+            f"The path {root} is {excess} bytes too long for the sockets in it.",
+            "Set QUBES_ITESTS_CACHE to a directory with a shorter path.",
+        )

@@ -1,0 +1,129 @@
+"""A domain of libvirt's QEMU driver."""
+
+# ruff: noqa: D102 - the contract documents its methods
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from typing import TYPE_CHECKING, Any
+
+from qubes_itests.exc import DeadlineError
+from qubes_itests.hypervisor.console import Console
+from qubes_itests.hypervisor.devices import LiveDevices
+from qubes_itests.hypervisor.domain import LibvirtDomain
+from qubes_itests.hypervisor.domain_xml import (
+    Machine,
+    channel_path,
+    console_pipe,
+    disk_xml,
+    domain_xml,
+    interface_xml,
+)
+from qubes_itests.hypervisor.saved_state import load_state, save_state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from qubes_itests.hypervisor.connection import Connection
+    from qubes_itests.hypervisor.contract import Disk, DomainSpec, Interface
+
+__all__ = ["QemuDomain"]
+
+_RETRY = 0.01
+
+
+class QemuDomain(LibvirtDomain):
+    """One QEMU process, while it runs."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        spec: DomainSpec,
+        forget: Callable[[], None],
+        machine: Machine,
+    ) -> None:
+        super().__init__(connection, spec, forget)
+        self._machine = machine
+        self._console = Console(console_pipe(spec), self.console_log())
+
+    def console_log(self) -> Path:
+        return self.spec.directory / "console.log"
+
+    def _describe(self) -> str:
+        return domain_xml(self.spec, self._machine)
+
+    async def _create(self, saved_state: Path | None) -> Any:
+        await asyncio.to_thread(self._console.open)
+        native = self._connection.native
+        if saved_state is not None:
+            xml = domain_xml(self.spec, self._machine, incoming="defer")
+            return await load_state(self._connection, self.spec, xml, saved_state)
+        xml = await asyncio.to_thread(self._cold_xml)
+        return await self._call("start", native.createXML, xml, 0)
+
+    def _cold_xml(self) -> str:
+        direct = frozenset(d.name for d in self.spec.disks if _opens_direct(d.path))
+        return domain_xml(self.spec, self._machine, direct_disks=direct)
+
+    async def _cleanup(self) -> None:
+        await asyncio.to_thread(self._console.close)
+        await asyncio.to_thread(channel_path(self.spec).unlink, missing_ok=True)
+
+    async def save(self, path: Path) -> None:
+        async with self._changing:
+            native = self._running("save")
+            try:
+                await save_state(self._connection, self.spec, native, path)
+            finally:
+                await self._stop_native()
+                await self._settle()
+
+    async def open_channel(
+        self, protocol: Callable[[], asyncio.BaseProtocol], *, timeout: float = 10.0
+    ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
+        path = str(channel_path(self.spec))
+        deadline = asyncio.get_running_loop().time() + timeout
+        while True:
+            self._running("open the channel of")
+            try:
+                loop = asyncio.get_running_loop()
+                return await loop.create_unix_connection(protocol, path)
+            except OSError as error:
+                if loop.time() > deadline:
+                    raise DeadlineError(
+                        f"channel of domain {self.spec.name!r}", timeout, str(error)
+                    ) from error
+            await asyncio.sleep(_RETRY)
+
+    def _devices(self, action: str) -> LiveDevices:
+        native = self._running(action)
+        return LiveDevices(self._connection, self.spec.name, native)
+
+    async def attach_disk(self, disk: Disk) -> None:
+        direct = await asyncio.to_thread(_opens_direct, disk.path)
+        xml = disk_xml(disk, direct=direct)
+        await self._devices("attach a disk to").attach("disk", disk.name, xml)
+
+    async def detach_disk(self, name: str) -> None:
+        await self._devices("detach a disk from").detach("disk", name)
+
+    async def resize_disk(self, name: str, size: int) -> None:
+        await self._devices("resize a disk of").resize(name, size)
+
+    async def attach_interface(self, interface: Interface) -> None:
+        devices = self._devices("attach an interface to")
+        await devices.attach("interface", interface.mac, interface_xml(interface))
+
+    async def detach_interface(self, mac: str) -> None:
+        await self._devices("detach an interface from").detach("interface", mac)
+
+
+def _opens_direct(path: Path) -> bool:
+    """Tell whether a file can be opened past the page cache; tmpfs refuses."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno != errno.EINVAL
+    return True

@@ -1,0 +1,157 @@
+"""Saved states: a domain's memory and devices in a file, and back.
+
+libvirt's own save and restore insist on one UUID.  A state is written here by QEMU's
+migration to a file, which other domains of the same machine can load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+from typing import TYPE_CHECKING, Any
+
+import libvirt
+import libvirt_qemu
+
+from qubes_itests.exc import DeadlineError
+from qubes_itests.hypervisor.exc import HypervisorError, SavedStateError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qubes_itests.hypervisor.connection import Connection
+    from qubes_itests.hypervisor.contract import DomainSpec
+
+__all__ = ["load_state", "save_state"]
+
+#: Seconds for one direction; a small guest takes one or two under emulation.
+_DEADLINE = 60.0
+_POLL = 0.01
+_FD_NAME = "qubes_itests-state"
+
+
+class _Monitor:
+    """QEMU's own protocol, through libvirt."""
+
+    def __init__(self, connection: Connection, domain: str, native: Any) -> None:
+        self._connection = connection
+        self.domain = domain
+        self.native = native
+
+    async def execute(self, action: str, command: str, **arguments: Any) -> Any:
+        text = json.dumps({"execute": command, "arguments": arguments})
+        answer = await self._connection.call(
+            self.domain, action, libvirt_qemu.qemuMonitorCommand, self.native, text, 0
+        )
+        return self._result(action, answer)
+
+    async def pass_file(self, action: str, fd: int) -> None:
+        text = json.dumps({"execute": "getfd", "arguments": {"fdname": _FD_NAME}})
+        answer = await self._connection.call(
+            self.domain,
+            action,
+            libvirt_qemu.qemuMonitorCommandWithFiles,
+            self.native,
+            text,
+            [fd],
+            0,
+        )
+        self._result(action, answer[0] if isinstance(answer, tuple) else answer)
+
+    def _result(self, action: str, answer: str) -> Any:
+        parsed = json.loads(answer)
+        if "error" in parsed:
+            raise HypervisorError(self.domain, action, parsed["error"]["desc"])
+        return parsed["return"]
+
+
+async def save_state(
+    connection: Connection, spec: DomainSpec, native: Any, path: Path
+) -> None:
+    """Write a domain's state to `path`; its virtual CPUs stay stopped.
+
+    :raise HypervisorError: it did not work; there is no file then.
+    """
+    monitor = _Monitor(connection, spec.name, native)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        await connection.call(spec.name, "save", native.suspend)
+        await monitor.execute(
+            "save", "migrate-set-parameters", **{"max-bandwidth": 1 << 40}
+        )
+        await monitor.pass_file("save", fd)
+        await monitor.execute("save", "migrate", uri=f"fd:{_FD_NAME}")
+        await _wait_migrated(monitor, "save")
+        await asyncio.to_thread(os.fsync, fd)
+        temporary.replace(path)
+    finally:
+        os.close(fd)
+        temporary.unlink(missing_ok=True)
+
+
+async def _wait_migrated(monitor: _Monitor, action: str) -> None:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _DEADLINE
+    while True:
+        progress = await monitor.execute(action, "query-migrate")
+        status = progress.get("status")
+        if status == "completed":
+            return
+        if status in ("failed", "cancelled"):
+            reason = progress.get("error-desc", f"migration {status}")
+            raise HypervisorError(monitor.domain, action, reason)
+        if loop.time() > deadline:
+            raise DeadlineError(
+                f"end of {action} of domain {monitor.domain!r}", _DEADLINE, str(status)
+            )
+        await asyncio.sleep(_POLL)
+
+
+async def load_state(
+    connection: Connection, spec: DomainSpec, xml: str, path: Path
+) -> Any:
+    """Start a domain from the state in `path`; return libvirt's handle.
+
+    :raise SavedStateError: it did not load; no domain is left.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SavedStateError(spec.name, "start", f"no saved state: {error}") from error
+    try:
+        flags = libvirt.VIR_DOMAIN_START_PAUSED
+        native = await connection.call(
+            spec.name, "start", connection.native.createXML, xml, flags
+        )
+        try:
+            await _load(_Monitor(connection, spec.name, native), fd)
+        except BaseException:
+            await asyncio.shield(_discard(connection, spec.name, native))
+            raise
+        return native
+    finally:
+        os.close(fd)
+
+
+async def _load(monitor: _Monitor, fd: int) -> None:
+    try:
+        await monitor.pass_file("start", fd)
+        await monitor.execute("start", "migrate-incoming", uri=f"fd:{_FD_NAME}")
+        await _wait_migrated(monitor, "start")
+        await monitor._connection.call(  # noqa: SLF001
+            monitor.domain, "start", monitor.native.resume
+        )
+    except (HypervisorError, DeadlineError) as error:
+        raise SavedStateError(
+            monitor.domain, "start", f"its saved state did not load: {error}"
+        ) from error
+
+
+async def _discard(connection: Connection, domain: str, native: Any) -> None:
+    try:
+        await connection.call(domain, "destroy", native.destroy)
+    except HypervisorError:
+        return  # QEMU gave up by itself
