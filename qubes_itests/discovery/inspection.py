@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import inspect
 import sys
 import unittest
@@ -13,6 +15,7 @@ from .result import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import ModuleType
 
 __all__ = ["check_member", "twice_defined", "unrunnable_tests"]
 
@@ -87,9 +90,7 @@ def _is_overload(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 def _body(cls: type) -> list[ast.stmt]:
     """Return the statements directly in a class's body, as its file has them."""
-    tree = _trees.get(cls.__module__)
-    if tree is None:
-        tree = _trees[cls.__module__] = _parse(cls.__module__)
+    tree = _parse(sys.modules.get(cls.__module__))
     nodes: list[ast.AST] = [tree]
     for name in cls.__qualname__.split("."):
         nodes = [
@@ -102,14 +103,9 @@ def _body(cls: type) -> list[ast.stmt]:
     return nodes[-1].body if nodes and isinstance(nodes[-1], ast.ClassDef) else []
 
 
-_trees: dict[str, ast.Module] = {}
-
-
-def _parse(module: str) -> ast.Module:
-    empty = ast.Module(body=[], type_ignores=[])
-    if module not in sys.modules:
-        return empty
-    try:
-        return ast.parse(inspect.getsource(sys.modules[module]))
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return empty
+@functools.lru_cache(maxsize=4)
+def _parse(module: ModuleType | None) -> ast.Module:
+    if module is not None:
+        with contextlib.suppress(OSError, TypeError, SyntaxError, ValueError):
+            return ast.parse(inspect.getsource(module))
+    return ast.Module(body=[], type_ignores=[])

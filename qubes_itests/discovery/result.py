@@ -37,17 +37,16 @@ class Problem:
 class TestClass:
     """A class to run.
 
-    :param cls: the class; for a template, a subclass made for it.
+    :param cls: the class; for a template, a subclass made for it.  Methods that look
+        like tests and would pass without being run are hidden in it (they are None);
+        the plugin has a problem for each.
     :param template: the name of the template, None for a class that is run once.
-    :param unrunnable: names of methods that look like tests and would pass without
-        being run.  They are for no runner; the plugin has a problem for each.
     """
 
     __test__ = False  # pytest: not a class of tests
 
     cls: type[unittest.TestCase]
     template: str | None = None
-    unrunnable: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:

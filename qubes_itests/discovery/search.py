@@ -148,9 +148,9 @@ def _for_templates(
         Problem(f"{cls.__name__} defines {name} twice; the first definition is lost")
         for name in twice_defined(cls)
     ]
+    hidden = dict.fromkeys(unrunnable)
     for template in templates:
-        made = cls if template is None else _subclass(cls, template)
-        yield TestClass(made, template, frozenset(unrunnable))
+        yield TestClass(_class_for(cls, template, hidden), template)
 
 
 def _unrunnable(cls: type[unittest.TestCase], name: str) -> Problem:
@@ -161,10 +161,17 @@ def _unrunnable(cls: type[unittest.TestCase], name: str) -> Problem:
     )
 
 
-def _subclass(cls: type[unittest.TestCase], template: str) -> type[unittest.TestCase]:
+def _class_for(
+    cls: type[unittest.TestCase], template: str | None, hidden: dict[str, None]
+) -> type[unittest.TestCase]:
+    """Return what to run: the class itself where that is enough."""
+    if template is None and not hidden:
+        return cls
+    body: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    if template is None:
+        return type(cls.__name__, (cls,), body | hidden)
     name = f"{cls.__name__}_{template}"
-    body = {"template": template, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    made = type(name, (cls,), body)
+    made = type(name, (cls,), body | hidden | {"template": template})
     module: ModuleType | None = sys.modules.get(cls.__module__)
     if module is not None:
         setattr(module, name, made)
