@@ -1,6 +1,7 @@
 """Run Qubes OS integration tests anywhere, against real VMs.
 
-``pytest -p qubes_itests`` loads the fixtures; ``python -m qubes_itests`` is the main job.
+``pytest -p qubes_itests`` loads the fixtures; ``python -m qubes_itests`` is the main
+job.
 """
 
 from __future__ import annotations
@@ -8,4 +9,9 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 #: What ``pytest -p qubes_itests`` loads besides this module.
-pytest_plugins = ("qubes_itests.pytest_plugin",)
+pytest_plugins = (
+    "qubes_itests.pytest_plugin",
+    "qubes_itests.fixtures.session",
+    "qubes_itests.fixtures.filesystems",
+    "qubes_itests.fixtures.pools",
+)

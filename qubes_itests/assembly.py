@@ -1,0 +1,75 @@
+"""Puts a testbed together from what the plugins offer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import TYPE_CHECKING, Any
+
+from qubes_itests.exc import HarnessError
+from qubes_itests.host.kernel import find_kernel
+from qubes_itests.testbed import Parts, Testbed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import pluggy
+
+    from qubes_itests.run_context import RunContext
+
+__all__ = ["offers", "open_testbed"]
+
+#: Bytes of the filesystem with the VMs' disks; its image is sparse.
+_POOL_SIZE = 64 << 30
+
+
+@contextlib.contextmanager
+def open_testbed(context: RunContext) -> Iterator[Testbed]:
+    """Make the pool's filesystem, connect to the hypervisor, open the testbed.
+
+    :raise EnvironmentNotReadyError: when the machine lacks something.
+    """
+    directory, cache = context.directory, context.cache
+    kernel = find_kernel(cache)
+    templates = {
+        name: functools.partial(build, cache, kernel)
+        for name, build in offers(context.plugins, "templates").items()
+    }
+    make_pool = _one(context.plugins, "filesystems", context.settings.filesystem)
+    connect = _one(context.plugins, "hypervisors", context.settings.hypervisor)
+    places = {name: directory / name for name in ("pool", "hypervisor", "vms")}
+    lasting = cache.root / "hypervisor"
+    for place in (*places.values(), lasting):
+        place.mkdir(exist_ok=True)
+    with make_pool(places["pool"], _POOL_SIZE) as mounted:
+        parts = Parts(
+            run_directory=places["vms"],
+            pool_directory=mounted,
+            cache=cache,
+            open_hypervisor=functools.partial(connect, places["hypervisor"], lasting),
+            templates=templates,
+            warm=context.settings.warm,
+        )
+        with Testbed(context.portal, parts) as testbed:
+            yield testbed
+
+
+def offers(plugins: pluggy.PluginManager, kind: str) -> Mapping[str, Any]:
+    """Return what all plugins offer of one kind, by name.
+
+    :param kind: ``templates``, ``filesystems`` or ``hypervisors``.
+    """
+    # The first plugin in pluggy's order wins, so that others can replace ours.
+    found: dict[str, Any] = {}
+    for offered in getattr(plugins.hook, f"qubes_itests_{kind}")():
+        for name, value in offered.items():
+            found.setdefault(name, value)
+    return found
+
+
+def _one(plugins: pluggy.PluginManager, kind: str, name: str) -> Any:
+    found = offers(plugins, kind)
+    if name not in found:
+        known = ", ".join(sorted(found))
+        raise HarnessError(f"there is no {kind[:-1]} {name!r}; there are: {known}")
+    return found[name]

@@ -1,0 +1,92 @@
+"""The templates, filesystems and back ends that come with the harness."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from qubes_itests import hookspec
+from qubes_itests.hookspec import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator, Mapping
+    from pathlib import Path
+
+    from qubes_itests.guest.template import Template
+    from qubes_itests.host.cache import Cache
+    from qubes_itests.host.kernel import Kernel
+    from qubes_itests.hypervisor.contract import Hypervisor
+
+__all__ = ["Bundled", "registry"]
+
+
+class Bundled:
+    """The bundled plugin; what it offers is imported when it is used."""
+
+    @hookimpl
+    def qubes_itests_templates(
+        self,
+    ) -> Mapping[str, Callable[[Cache, Kernel], Template]]:
+        """Return the mini template."""
+        return {"tiny": _tiny}
+
+    @hookimpl
+    def qubes_itests_filesystems(
+        self,
+    ) -> Mapping[str, Callable[[Path, int], contextlib.AbstractContextManager[Path]]]:
+        """Return the filesystems over loop devices."""
+
+        def maker(
+            name: str,
+        ) -> Callable[[Path, int], contextlib.AbstractContextManager[Path]]:
+            return lambda directory, size: _filesystem(name, directory, size)
+
+        return {name: maker(name) for name in ("btrfs", "xfs", "ext4")}
+
+    @hookimpl
+    def qubes_itests_hypervisors(
+        self,
+    ) -> Mapping[str, Callable[[Path, Path], Coroutine[Any, Any, Hypervisor]]]:
+        """Return the back ends over libvirt."""
+        return {"qemu": _qemu, "test": _test}
+
+
+def registry() -> pluggy.PluginManager:
+    """Return a plugin manager with the bundled plugin and all installed ones."""
+    plugins = pluggy.PluginManager(hookspec.PROJECT)
+    plugins.add_hookspecs(hookspec)
+    plugins.register(Bundled(), "bundled")
+    plugins.load_setuptools_entrypoints(hookspec.PROJECT)
+    return plugins
+
+
+def _tiny(cache: Cache, kernel: Kernel) -> Template:
+    from qubes_itests.guest.tiny import build_tiny  # noqa: PLC0415
+
+    return build_tiny(cache, kernel)
+
+
+@contextlib.contextmanager
+def _filesystem(name: str, directory: Path, size: int) -> Iterator[Path]:
+    from qubes_itests.host.filesystem import (  # noqa: PLC0415
+        FilesystemType,
+        LoopFilesystem,
+    )
+
+    image, place = directory / f"{name}.img", directory / name
+    with LoopFilesystem(image, place, kind=FilesystemType(name), size=size) as made:
+        yield made.mount_point
+
+
+async def _qemu(directory: Path, cache: Path) -> Hypervisor:
+    from qubes_itests.hypervisor.qemu import QemuHypervisor  # noqa: PLC0415
+
+    return await QemuHypervisor.open(directory, cache)
+
+
+async def _test(directory: Path, cache: Path) -> Hypervisor:
+    from qubes_itests.hypervisor.testdriver import TestHypervisor  # noqa: PLC0415
+
+    return await TestHypervisor.open(directory, cache)

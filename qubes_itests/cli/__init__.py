@@ -1,0 +1,51 @@
+"""The command line.
+
+What needs a sandbox starts over in one: until then little may be imported, since it
+is imported again.  So each sub-command is a module of its own, loaded when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qubes_itests.cli.arguments import parse
+from qubes_itests.configuration import load
+from qubes_itests.exc import HarnessError
+from qubes_itests.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["command_line"]
+
+
+def command_line(arguments: Sequence[str]) -> int:
+    """Do what the arguments say, and return the exit status.
+
+    :param arguments: what follows the program's name.
+    """
+    try:
+        command = parse(arguments)
+        settings = load(Path.cwd(), os.environ, command.given)
+        module = importlib.import_module(f"qubes_itests.cli.{command.module}")
+        if check := getattr(module, "check", None):
+            check(command, settings)
+        if command.in_sandbox:
+            _enter_sandbox(arguments)
+        return int(module.execute(command, settings))
+    except HarnessError as error:
+        print(f"qubes-itests: {error}", file=sys.stderr)  # noqa: T201
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+
+
+def _enter_sandbox(arguments: Sequence[str]) -> None:
+    from qubes_itests.host import sandbox  # noqa: PLC0415 - only where it is used
+
+    if not sandbox.active():
+        sandbox.reexec([sys.executable, "-m", "qubes_itests", *arguments])

@@ -1,0 +1,183 @@
+"""From the words of the command line to a `Command`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from qubes_itests import __version__
+from qubes_itests.configuration import convert
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["Command", "parse"]
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+#: Options of pytest whose value is the next word: that word names no sub-command.
+_PYTEST_VALUES = _words("""
+    -c -k -m -n -o -p -r -W --basetemp --capture --color --confcutdir --config-file
+    --deselect --dist --durations --durations-min --ignore --ignore-glob --import-mode
+    --junit-prefix --junit-xml --junitprefix --junitxml --last-failed-no-failures
+    --lfnf --log-cli-level --log-file --log-level --maxfail --numprocesses
+    --override-ini --pastebin --pdbcls --pythonwarnings --report-chars --rootdir
+    --show-capture --tb --verbosity
+""")
+_OWN_VALUES = _words("""
+    --keep --artifacts --timeout --seed --template --hypervisor --filesystem
+""")
+#: With these pytest runs no test.
+_NO_TESTS = _words("""
+    --collect-only --co --fixtures --funcargs --fixtures-per-test --markers
+    --setup-plan
+""")
+_MODULES = {
+    "run": "run",
+    "list": "listing",
+    "doctor": "doctor",
+    "shell": "shell",
+    "clean": "clean",
+    "report": "last_run",
+}
+_HELP = {
+    "run": "run the tests of all installed plugins (the default)",
+    "list": "list the tests without running them",
+    "doctor": "check what this machine needs to run tests",
+    "shell": "open a shell in a fresh VM made from a template",
+    "clean": "remove what killed runs left behind",
+    "report": "show the failures of the last run again",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """What is to be done.
+
+    :param name: the sub-command.
+    :param given: the settings that were given, converted.
+    :param rest: for `run` what pytest gets.
+    :param json: print JSON.
+    :param target: of `shell`: a template, or the directory of a kept VM.
+    :param cache: of `clean`: remove the cache too.
+    """
+
+    name: str
+    given: Mapping[str, object] = field(default_factory=dict)
+    rest: tuple[str, ...] = ()
+    json: bool = False
+    target: str = ""
+    cache: bool = False
+
+    @property
+    def module(self) -> str:
+        """The module of this package that carries it out."""
+        return _MODULES[self.name]
+
+    @property
+    def in_sandbox(self) -> bool:
+        """Whether it makes VMs, and so needs a sandbox."""
+        if self.name == "run":
+            return _NO_TESTS.isdisjoint(self.rest)
+        return self.name == "shell"
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Return what the arguments ask for; exits for ``--help`` and wrong usage.
+
+    :raise ConfigurationError: for an option with a bad value.
+    """
+    name, others = _split_name(arguments)
+    parser = _parser(name)
+    known, rest = parser.parse_known_args(others)
+    if rest and name != "run":
+        parser.error(f"`{name}` does not take {' '.join(rest)}")
+    values = vars(known)
+    given = {
+        key: convert(key, values.pop(key), f"--{key.replace('_', '-')}")
+        for key in list(values)
+        if key not in Command.__dataclass_fields__
+    }
+    return Command(name=name, given=given, rest=tuple(rest), **values)
+
+
+def _split_name(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    takes_value = False
+    for position, word in enumerate(arguments):
+        if word == "--":
+            break
+        if not takes_value and not word.startswith("-"):
+            if word not in _MODULES:
+                break
+            return word, [*arguments[:position], *arguments[position + 1 :]]
+        takes_value = word in _PYTEST_VALUES or word in _OWN_VALUES
+    return "run", list(arguments)
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qubes-itests" if name == "run" else f"qubes-itests {name}",
+        description="Run Qubes OS integration tests against real VMs."
+        if name == "run"
+        else _HELP[name][0].upper() + _HELP[name][1:] + ".",
+        epilog=_epilog() if name == "run" else None,
+        usage=_usage(name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    _add_settings(parser)
+    if name in ("list", "doctor"):
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    elif name == "shell":
+        parser.add_argument(
+            "target", metavar="VM-or-template", help="a template, or a kept VM's folder"
+        )
+    elif name == "clean":
+        parser.add_argument(
+            "--cache", action="store_true", help="also remove images and saved states"
+        )
+    elif name == "run":
+        parser.add_argument(
+            "--version", "-V", action="version", version=f"qubes-itests {__version__}"
+        )
+    return parser
+
+
+def _usage(name: str) -> str:
+    if name == "run":
+        return "qubes-itests [run] [options] [pytest options] [selectors]"
+    target = " VM-or-template" if name == "shell" else ""
+    return f"qubes-itests {name} [options]{target}"
+
+
+def _epilog() -> str:
+    rows = "\n".join(f"  {name:8} {text}" for name, text in _HELP.items())
+    return f"""\
+sub-commands, before or after the options (--help after one tells its own):
+{rows}
+
+A selector is the beginning of a test's id as `list` shows it:
+  qubes-itests smoke
+  qubes-itests smoke::TC_Run_tiny::test_010_run
+Options of pytest keep their meaning: -k -m -x --lf -v --junitxml=FILE ..."""
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "settings", "also in [tool.qubes_itests] of pyproject.toml, and QUBES_ITESTS_*"
+    )
+    add = group.add_argument
+    add("--keep", metavar="WHICH", help="keep VM disks of tests: never, failed, always")
+    add("--shell-on-failure", action="store_true", help="open a shell in a failed VM")
+    add("--artifacts", metavar="DIR", help="what failures leave (./itests-artifacts)")
+    add("--timeout", metavar="SECONDS", help="for each test; 0 for none (300)")
+    add("--seed", metavar="NUMBER", help="of random numbers in tests")
+    add("--template", metavar="NAME", action="append", help="to test on; repeatable")
+    add("--warm", action=argparse.BooleanOptionalAction, help="start from saved states")
+    add("--hypervisor", metavar="NAME", help="the back end that runs VMs (qemu)")
+    add("--filesystem", metavar="NAME", help="with the VMs' disks: btrfs or xfs")

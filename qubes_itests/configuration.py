@@ -1,0 +1,242 @@
+"""What a run is told: files, the environment and the command line, in that order.
+
+Each option has one name everywhere: ``keep`` in ``[tool.qubes_itests]`` of
+pyproject.toml (or ``[qubes_itests]`` of setup.cfg) in the current directory,
+``QUBES_ITESTS_KEEP`` in the environment, ``--keep`` on the command line.
+"""
+
+from __future__ import annotations
+
+import configparser
+import enum
+import math
+import os
+import re
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qubes_itests.exc import HarnessError
+from qubes_itests.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["ConfigurationError", "Keep", "Settings", "convert", "load"]
+
+
+class ConfigurationError(HarnessError):
+    """An option has a value, or a file a key, that means nothing.
+
+    :param source: where it stands: a file's name, a variable, an option.
+    :param problem: what is wrong with it, and what would be right.
+    """
+
+    exit_code = ExitCode.USAGE_ERROR
+
+    def __init__(self, source: str, problem: str) -> None:
+        super().__init__(f"{source}: {problem}")
+        self.source = source
+        self.problem = problem
+
+
+class Keep(enum.Enum):
+    """Of which tests the disks are kept among the artefacts."""
+
+    NEVER = "never"
+    FAILED = "failed"
+    ALWAYS = "always"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """The options of a run.
+
+    :param keep: of which tests the VMs' disk images are kept.
+    :param shell_on_failure: open a shell in a failed test's VM before it is removed.
+    :param artifacts: directory for what failed tests leave to look at.
+    :param timeout: seconds that one test may take; 0 for no limit.
+    :param seed: of the random numbers that tests draw; None to choose one.
+    :param template: names of the templates that tests run on.
+    :param warm: start VMs from saved states where that is possible.
+    :param hypervisor: name of the back end.
+    :param filesystem: name of the filesystem with the VMs' disks; it has reflinks.
+    """
+
+    keep: Keep = Keep.NEVER
+    shell_on_failure: bool = False
+    artifacts: Path = Path("itests-artifacts")
+    timeout: float = 300.0
+    seed: int | None = None
+    template: tuple[str, ...] = ("tiny",)
+    warm: bool = True
+    hypervisor: str = "qemu"
+    filesystem: str = "btrfs"
+
+
+#: A template's name becomes part of class names, VM names and paths.
+_TEMPLATE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,30}")
+_TRUTH = {
+    "1": True, "yes": True, "true": True, "on": True,
+    "0": False, "no": False, "false": False, "off": False,
+}  # fmt: skip
+
+
+def load(
+    directory: Path,
+    environment: Mapping[str, str] = os.environ,
+    given: Mapping[str, object] | None = None,
+) -> Settings:
+    """Return the settings that hold in a directory.
+
+    :param directory: where pyproject.toml and setup.cfg are looked for.
+    :param environment: the environment variables.
+    :param given: converted values from the command line, which win.
+    :raise ConfigurationError: for an unknown key or a bad value.
+    """
+    values: dict[str, object] = {}
+    values.update(_from_files(directory))
+    values.update(_from_environment(environment))
+    values.update(given or {})
+    return Settings(**values)  # type: ignore[arg-type]  # convert() checked them
+
+
+def convert(name: str, value: object, source: str) -> object:
+    """Return an option's value in its own type.
+
+    :param name: the option's name in `Settings`.
+    :param value: as written in a file, a variable or on the command line.
+    :param source: where it stands, for the error.
+    :raise ConfigurationError: when it does not make sense.
+    """
+    try:
+        return _CONVERTERS[name](value)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(source, f"{name}: {error}") from None
+
+
+def _from_files(directory: Path) -> dict[str, object]:
+    for name, read in (("pyproject.toml", _read_toml), ("setup.cfg", _read_cfg)):
+        path = directory / name
+        if path.is_file() and (table := read(path)) is not None:
+            return dict(_converted(table, name))
+    return {}
+
+
+def _converted(table: Mapping[str, object], source: str) -> list[tuple[str, object]]:
+    result = []
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in _CONVERTERS:
+            known = ", ".join(_CONVERTERS)
+            raise ConfigurationError(
+                source, f"unknown key {key!r} for qubes_itests; known are: {known}"
+            )
+        result.append((name, convert(name, value, source)))
+    return result
+
+
+def _read_toml(path: Path) -> Mapping[str, object] | None:
+    try:
+        with path.open("rb") as file:
+            table = tomllib.load(file).get("tool", {}).get("qubes_itests")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(path.name, str(error)) from None
+    if table is not None and not isinstance(table, dict):
+        raise ConfigurationError(path.name, "tool.qubes_itests is not a table")
+    return table
+
+
+def _read_cfg(path: Path) -> Mapping[str, object] | None:
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read(path, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(path.name, reason) from None
+    if "qubes_itests" not in parser:
+        return None
+    # The section, and not what a DEFAULT section would add for everybody.
+    own = set(parser["qubes_itests"]) - set(parser.defaults())
+    return {key: parser["qubes_itests"][key] for key in sorted(own)}
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
+    variables = {f.name: f"QUBES_ITESTS_{f.name.upper()}" for f in fields(Settings)}
+    result = {}
+    if names := environment.get("QUBES_TEST_TEMPLATES", "").strip():
+        result["template"] = convert("template", names, "QUBES_TEST_TEMPLATES")
+    for name, variable in variables.items():
+        if value := environment.get(variable, "").strip():
+            result[name] = convert(name, value, variable)
+    return result
+
+
+def _keep(value: object) -> Keep:
+    try:
+        return Keep(value)
+    except ValueError:
+        known = ", ".join(keep.value for keep in Keep)
+        raise ValueError(f"{value!r} is none of: {known}") from None
+
+
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in _TRUTH:
+        return _TRUTH[value.lower()]
+    raise ValueError(f"{value!r} is neither true nor false")
+
+
+def _path(value: object) -> Path:
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise ValueError(f"{value!r} is not the name of a directory")
+    return Path(value)
+
+
+def _seconds(value: object) -> float:
+    try:
+        seconds = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if isinstance(value, bool) or not (0 <= seconds < math.inf):
+        raise ValueError(f"{value!r} is not a number of seconds")
+    return seconds
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value):
+        return int(value)
+    raise ValueError(f"{value!r} is not a whole number")
+
+
+def _templates(value: object) -> tuple[str, ...]:
+    names = value.split() if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names:
+        raise ValueError(f"{value!r} is not a list of template names")
+    for name in names:
+        if not isinstance(name, str) or not _TEMPLATE.fullmatch(name):
+            raise ValueError(f"{name!r} cannot be the name of a template")
+    return tuple(dict.fromkeys(names))
+
+
+def _word(value: object) -> str:
+    if isinstance(value, str) and _TEMPLATE.fullmatch(value):
+        return value
+    raise ValueError(f"{value!r} is not a name")
+
+
+_CONVERTERS: dict[str, Callable[[Any], object]] = {
+    "keep": _keep,
+    "shell_on_failure": _flag,
+    "artifacts": _path,
+    "timeout": _seconds,
+    "seed": _integer,
+    "template": _templates,
+    "warm": _flag,
+    "hypervisor": _word,
+    "filesystem": _word,
+}

@@ -1,0 +1,96 @@
+"""``pytest -p qubes_itests``: a sandbox and fixtures for a plain suite of tests.
+
+The main job loads it as well, and adds the tests of installed plugins to it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from qubes_itests import configuration
+from qubes_itests.bundled import registry
+from qubes_itests.configuration import ConfigurationError, Settings
+from qubes_itests.fixtures.session import CONTEXT
+from qubes_itests.host import sandbox
+from qubes_itests.pytest_plugin import header, resandbox
+from qubes_itests.pytest_plugin.deadline import Deadline
+from qubes_itests.pytest_plugin.watch import FailureWatch
+from qubes_itests.run_context import RunContext
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+__all__ = ["CONTEXT", "SETTINGS"]
+
+#: Settings that the main job has read already.
+SETTINGS = pytest.StashKey[Settings]()
+
+_PREFIX = "--itests-"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Offer the settings under names that other plugins do not take."""
+    group = parser.getgroup("qubes_itests", "Qubes OS integration tests")
+    add = group.addoption
+    add(f"{_PREFIX}keep", metavar="WHICH", help="keep VM disks: never, failed, always")
+    add(f"{_PREFIX}shell-on-failure", action="store_true", default=None)
+    add(f"{_PREFIX}artifacts", metavar="DIR", help="what failures leave to look at")
+    add(f"{_PREFIX}timeout", metavar="SECONDS", help="for each test; 0 for none")
+    add(f"{_PREFIX}seed", metavar="NUMBER", help="of random numbers in tests")
+    add(f"{_PREFIX}template", metavar="NAME", action="append", help="to test on")
+    add(f"{_PREFIX}no-warm", action="store_false", default=None, dest="itests_warm")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Start over in a sandbox before anything is collected."""
+    if resandbox.wanted(config):
+        resandbox.enter(config)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the parts of the plugin up."""
+    if sandbox.active():
+        sandbox.reexec()
+    if SETTINGS not in config.stash:
+        config.stash[SETTINGS] = _settings(config)
+    settings = config.stash[SETTINGS]
+    context = RunContext(settings, registry())
+    config.stash[CONTEXT] = context
+    watch = FailureWatch(config, context)
+    config.pluginmanager.register(watch, "qubes_itests-failures")
+    if settings.timeout:
+        deadline = Deadline(settings.timeout, lambda: context.loop)
+        watch.deadline = deadline
+        config.pluginmanager.register(deadline, "qubes_itests-deadline")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say what the tests run in."""
+    return header.lines(config.stash[CONTEXT])
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> Generator[None, Any, Any]:
+    """Take everything down, whatever happened."""
+    try:
+        return (yield)
+    finally:
+        if (context := config.stash.get(CONTEXT, None)) is not None:
+            context.close()
+
+
+def _settings(config: pytest.Config) -> Settings:
+    given = {}
+    try:
+        for name in Settings.__dataclass_fields__:
+            value = config.getoption(f"itests_{name}", None)
+            if value is not None:
+                option = f"{_PREFIX}{name.replace('_', '-')}"
+                given[name] = configuration.convert(name, value, option)
+        return configuration.load(config.invocation_params.dir, os.environ, given)
+    except ConfigurationError as error:
+        raise pytest.UsageError(str(error)) from None

@@ -1,0 +1,147 @@
+"""pytest nodes for entry points, which are no files."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+if TYPE_CHECKING:
+    from qubes_itests.discovery import Plugin
+
+__all__ = [
+    "PROBLEM",
+    "PluginNode",
+    "ProblemItem",
+    "Selection",
+    "collect",
+    "node_name",
+]
+
+#: Name of the test that fails when something is wrong with a plugin itself.
+PROBLEM = "plugin"
+
+
+def node_name(name: str) -> str:
+    """Return an entry point's name as it stands in test ids."""
+    return re.sub(r"[^A-Za-z0-9_.@+-]", "_", name) or "_"
+
+
+class PluginProblem(Exception):  # noqa: N818 - it is not raised by us for an error
+    """What is wrong with a plugin, in place of the test that it prevents."""
+
+
+class ProblemItem(pytest.Item):
+    """A test that fails because its plugin, or the test itself, cannot be run.
+
+    :param text: what is wrong, for the plugin's author.
+    """
+
+    def __init__(self, *, text: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._text = text
+
+    def runtest(self) -> None:
+        """Fail."""
+        raise PluginProblem(self._text)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> str:  # type: ignore[override]
+        """Return the text: where it was raised is of no interest."""
+        if isinstance(excinfo.value, PluginProblem):
+            return self._text
+        return str(super().repr_failure(excinfo))
+
+    def reportinfo(self) -> tuple[str, int | None, str]:
+        """Return where it comes from."""
+        return str(self.path), None, f"{self.path.name}: the plugin itself"
+
+
+class PluginNode(pytest.Module):
+    """An entry point and the test classes that it lists.
+
+    :param plugin: what discovery found of it.
+    """
+
+    def __init__(self, *, plugin: Plugin, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.plugin = plugin
+
+    def _getobj(self) -> types.ModuleType:
+        return self.plugin.module or types.ModuleType(self.name)
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        """Hand each class to whoever makes nodes of classes."""
+        if self.plugin.problems:
+            text = "\n\n".join(map(str, self.plugin.problems))
+            yield ProblemItem.from_parent(self, name=PROBLEM, text=text)
+        # What pytest does for a file, so that setUpModule works.
+        self._register_setup_module_fixture()
+        for entry in self.plugin.classes:
+            made = self.ihook.pytest_pycollect_makeitem(
+                collector=self, name=entry.name, obj=entry.cls
+            )
+            if made is not None:
+                yield from made if isinstance(made, list) else [made]
+
+
+class Selection:
+    """Which tests the words on the command line mean.
+
+    :param words: ids of tests, or how ids begin; none for all tests.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = tuple(word.rstrip(":/") for word in words)
+
+    def of(self, items: Sequence[pytest.Item]) -> list[pytest.Item]:
+        """Return the items that are meant, in their order.
+
+        :raise pytest.UsageError: when a word means no test.
+        """
+        if not self._words:
+            return list(items)
+        ids = [item.nodeid for item in items]
+        chosen = {name for word in self._words for name in _meant(word, ids)}
+        return [item for item in items if item.nodeid in chosen]
+
+
+def collect(
+    session: pytest.Session, nodes: Iterable[PluginNode], selection: Selection
+) -> None:
+    """Fill a session with the tests below some nodes, as pytest does with files."""
+    hook = session.config.hook
+    try:
+        found = [item for node in nodes for item in session.genitems(node)]
+        session.items = selection.of(found)
+        session.config.pluginmanager.check_pending()
+        hook.pytest_collection_modifyitems(
+            session=session, config=session.config, items=session.items
+        )
+    finally:
+        hook.pytest_collection_finish(session=session)
+    session.testscollected = len(session.items)
+
+
+def _meant(word: str, ids: Sequence[str]) -> list[str]:
+    # Whole names first: `test_1` shall not run test_10 too.
+    ends = ("::", "@", "[")
+    whole = [
+        name
+        for name in ids
+        if name == word or name.startswith(tuple(word + e for e in ends))
+    ]
+    if found := whole or [name for name in ids if name.startswith(word)]:
+        return found
+    known = {"::".join(name.split("::")[:n]) for name in ids for n in (1, 2, 3)}
+    close = difflib.get_close_matches(word, sorted(known), n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise pytest.UsageError(
+        f"no test's id begins with {word!r}.{hint}"
+        " `python -m qubes_itests list` shows all."
+    )

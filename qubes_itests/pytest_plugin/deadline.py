@@ -1,0 +1,156 @@
+"""The deadline of each test: it fails, shows where it hangs, and the run goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from qubes_itests.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+    from types import FrameType
+
+__all__ = ["Deadline", "stacks"]
+
+#: Seconds for a signal to reach Python code before the process counts as stuck.
+_GRACE = 30.0
+#: Threads that have nothing to do with what hangs.
+_OURS = ("deadline", "heartbeat")
+
+
+class Deadline:
+    """A pytest plugin that limits the time of every test.
+
+    Set-up and test share one limit; the tear-down has one of its own, so that a test
+    that hung is still cleaned up.
+
+    :param seconds: the limit.
+    :param loop: returns the event loop whose tasks are worth seeing, if there is one.
+    """
+
+    def __init__(
+        self, seconds: float, loop: Callable[[], asyncio.AbstractEventLoop | None]
+    ) -> None:
+        self._seconds = seconds
+        self._loop = loop
+        self._end = 0.0
+        self._fired = False
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Stop the clock, for a person who looks at a failed test."""
+        left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+        started = time.monotonic()
+        self._end += 1e9
+        try:
+            yield
+        finally:
+            self._end += time.monotonic() - started - 1e9
+            if left:
+                signal.setitimer(signal.ITIMER_REAL, left)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
+        """Begin a test's time."""
+        self._end = time.monotonic() + self._seconds
+        with self._limited(item):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None]:
+        """Go on with it."""
+        with self._limited(item):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None]:
+        """Begin the time of the tear-down."""
+        self._end = time.monotonic() + self._seconds
+        with self._limited(item):
+            return (yield)
+
+    @contextlib.contextmanager
+    def _limited(self, item: pytest.Item) -> Iterator[None]:
+        self._fired = False
+        done = threading.Event()
+        watcher = threading.Thread(
+            target=self._watch, args=(item.nodeid, done), daemon=True, name="deadline"
+        )
+        previous = signal.signal(signal.SIGALRM, self._expire)
+        signal.setitimer(signal.ITIMER_REAL, max(self._end - time.monotonic(), 0.001))
+        watcher.start()
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+            done.set()
+            watcher.join()
+
+    def _expire(self, _number: int, _frame: FrameType | None) -> None:
+        __tracebackhide__ = True
+        self._fired = True
+        # A TestCase goes on with its tearDown, which may hang as well.
+        signal.setitimer(signal.ITIMER_REAL, self._seconds)
+        pytest.fail(
+            f"the test did not end within {self._seconds:g} s (--timeout);"
+            f" it hangs where the traceback ends\n\n{stacks(self._loop())}"
+        )
+
+    def _watch(self, nodeid: str, done: threading.Event) -> None:
+        while not done.wait(1.0):
+            if self._fired or time.monotonic() < self._end + _GRACE:
+                continue
+            # Nothing can be raised in a thread that never comes back to Python.
+            faulthandler.dump_traceback(sys.__stderr__ or 2)
+            text = f"\nqubes-itests: {nodeid} hangs outside Python; the run ends here\n"
+            os.write(2, text.encode())
+            os._exit(ExitCode.INTERNAL_ERROR)
+
+
+def stacks(loop: asyncio.AbstractEventLoop | None) -> str:
+    """Return what the other threads and the tasks of a loop are doing, for people."""
+    parts = [
+        f"Thread {thread.name}:\n" + "".join(traceback.format_stack(frame, limit=-6))
+        for thread, frame in _other_threads()
+    ]
+    if loop is not None and not loop.is_closed():
+        parts += [_describe(task) for task in _tasks(loop)]
+    return "\n".join(parts)
+
+
+def _other_threads() -> list[tuple[threading.Thread, FrameType]]:
+    frames = sys._current_frames()  # noqa: SLF001 - there is no other way
+    me = threading.get_ident()
+    return [
+        (thread, frames[thread.ident])
+        for thread in threading.enumerate()
+        if thread.ident in frames and thread.ident != me and thread.name not in _OURS
+    ]
+
+
+def _tasks(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:
+    with contextlib.suppress(RuntimeError):  # the set changed while it was copied
+        return sorted(asyncio.all_tasks(loop), key=lambda task: task.get_name())
+    return []
+
+
+def _describe(task: asyncio.Task[Any]) -> str:
+    lines = [f"Task {task.get_name()}:"]
+    awaited: Any = task.get_coro()
+    while awaited is not None and (frame := getattr(awaited, "cr_frame", None)):
+        code = frame.f_code
+        lines.append(f"  {code.co_filename}:{frame.f_lineno} in {code.co_qualname}")
+        awaited = awaited.cr_await
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,33 @@
+"""The lines at the top of a run that say what it runs in."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from qubes_itests.host import sandbox
+
+if TYPE_CHECKING:
+    from qubes_itests.run_context import RunContext
+
+__all__ = ["lines"]
+
+
+def lines(context: RunContext) -> list[str]:
+    """Return the lines about sandbox, cache and templates."""
+    settings = context.settings
+    result = [f"sandbox: {_sandbox()}"]
+    if sandbox.active():
+        result.append(f"cache: {context.cache.root}")
+        templates = ", ".join(settings.template)
+        starts = "warm starts" if settings.warm else "cold starts"
+        result.append(f"templates: {templates} ({starts})")
+    return result
+
+
+def _sandbox() -> str:
+    if sandbox.active():
+        return "mount, PID, network and IPC namespaces of this run's own"
+    if os.geteuid() != 0:
+        return "none: that takes root, and so do tests that mount or start VMs"
+    return "none: pytest was called by another program"

@@ -1,0 +1,112 @@
+"""Sees tests fail at the moment they do, while their VMs are there to be looked at."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from qubes_itests.configuration import Keep
+from qubes_itests.report import failures
+from qubes_itests.report.artifacts import Artifacts
+from qubes_itests.report.failures import Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from qubes_itests.pytest_plugin.deadline import Deadline
+    from qubes_itests.run_context import RunContext
+
+__all__ = ["FailureWatch"]
+
+
+class FailureWatch:
+    """A pytest plugin that keeps artefacts of failed tests and a list of them.
+
+    :param config: pytest's.
+    :param context: the run.
+    """
+
+    def __init__(self, config: pytest.Config, context: RunContext) -> None:
+        self._context = context
+        self._settings = context.settings
+        self._artifacts = Artifacts(
+            config.invocation_params.dir / context.settings.artifacts
+        )
+        self._start = config.invocation_params.dir
+        self._seen = ""
+        self.deadline: Deadline | None = None
+        self.failures: dict[str, Failure] = {}
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Begin a test: its artefacts, and its random numbers."""
+        self._artifacts.begin(item.nodeid)
+        self._seen = ""
+        random.seed(f"{self._settings.seed}:{item.nodeid}")
+        try:
+            return (yield)
+        except Exception:
+            self._failed(item)
+            raise
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Run a test; a TestCase tells of its failure before its own tearDown."""
+        if isinstance(item, pytest.Function) and hasattr(item, "addError"):
+            self._listen(item)
+        try:
+            result = yield
+        except BaseException as error:
+            if not isinstance(error, pytest.skip.Exception | KeyboardInterrupt):
+                self._failed(item)
+            raise
+        if self._settings.keep is Keep.ALWAYS:
+            self._keep_disks(item)
+        return result
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note a failure."""
+        if not report.failed:
+            return
+        test = report.nodeid
+        self._artifacts.text(test, "failure.txt", report.longreprtext)
+        directory = self._artifacts.directory(test)
+        if directory.is_relative_to(self._start):
+            directory = directory.relative_to(self._start)
+        why = failures.cause(report)
+        first = self.failures.get(test)
+        self.failures[test] = Failure(
+            test, first.cause if first else why, str(directory),
+            self._artifacts.files(test),
+        )  # fmt: skip
+
+    def _listen(self, item: Any) -> None:
+        for name in ("addError", "addFailure"):
+            report = getattr(item, name)
+
+            def told(testcase: Any, error: Any, report: Any = report) -> None:
+                if not isinstance(error[1], pytest.skip.Exception):
+                    self._failed(item)
+                report(testcase, error)
+
+            setattr(item, name, told)
+
+    def _failed(self, item: pytest.Item) -> None:
+        testbed = self._context.opened_testbed
+        if testbed is None or self._seen == item.nodeid:
+            return
+        self._seen = item.nodeid
+        self._artifacts.collect(item.nodeid, testbed)
+        if self._settings.keep is not Keep.NEVER:
+            self._keep_disks(item)
+        if self._settings.shell_on_failure:
+            self._open_shell(item)
+
+    def _keep_disks(self, item: pytest.Item) -> None:
+        if (testbed := self._context.opened_testbed) is not None:
+            self._artifacts.keep_disks(item.nodeid, testbed)
+
+    def _open_shell(self, item: pytest.Item) -> None:
+        """Let a person look at the VMs of a failed test."""

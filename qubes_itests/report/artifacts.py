@@ -1,0 +1,123 @@
+"""What a failed test leaves to look at: consoles, definitions, logs, the storage tree.
+
+Names come from tests and contents from guests: the former are sanitised, the latter
+bounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qubes_itests.host.command import run
+from qubes_itests.report.names import file_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qubes_itests.core.app import Qubes
+    from qubes_itests.testbed import Testbed
+
+__all__ = ["Artifacts", "tail"]
+
+#: Bytes of one log that are kept: its end, where the cause is.
+_LOG_LIMIT = 1 << 20
+_TREE_LIMIT = 2000
+_COPY_TIMEOUT = 300.0
+
+
+class Artifacts:
+    """The artefacts of a run.
+
+    :param root: directory for them; it is made when there is something to put in.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def directory(self, test: str) -> Path:
+        """Return the directory of one test, whether it exists or not."""
+        return self.root / file_name(test)
+
+    def begin(self, test: str) -> None:
+        """Drop what an earlier run of this test left."""
+        shutil.rmtree(self.directory(test), ignore_errors=True)
+
+    def files(self, test: str) -> tuple[str, ...]:
+        """Return the names of what a test left so far, for people."""
+        directory = self.directory(test)
+        if not directory.is_dir():
+            return ()
+        return tuple(sorted(p.name + "/" * p.is_dir() for p in directory.iterdir()))
+
+    def text(self, test: str, name: str, text: str) -> None:
+        """Keep a text, or its end if it is long."""
+        data = text.encode("utf-8", "replace")
+        self._write(test, name, data[-_LOG_LIMIT:])
+
+    def collect(self, test: str, testbed: Testbed) -> None:
+        """Keep what is to be seen of the VMs of a test, while they are there."""
+        for app in testbed.apps:
+            self._collect_app(test, app)
+        tree = "\n".join(_tree(testbed.parts.pool_directory))
+        self.text(test, "storage-tree.txt", tree + "\n")
+
+    def keep_disks(self, test: str, testbed: Testbed) -> None:
+        """Copy the disk images of a test's VMs, holes left out."""
+        for app in testbed.apps:
+            for vm in app.domains:
+                for name, volume in getattr(vm, "volumes", {}).items():
+                    self._copy_disk(test, vm.name, name, Path(volume.path))
+
+    def _collect_app(self, test: str, app: Qubes) -> None:
+        for vm in app.domains:
+            domain: Any = getattr(vm, "domain", None)
+            if domain is None:
+                continue
+            name = file_name(vm.name)
+            with contextlib.suppress(Exception):  # a dead domain has no definition
+                self.text(test, f"{name}.domain.xml", domain.definition())
+            self._log(test, f"{name}.console.log", domain.console_log())
+            self._log(test, f"{name}.agent.log", vm.directory / "agent.log")
+
+    def _log(self, test: str, name: str, path: Path) -> None:
+        with contextlib.suppress(OSError):
+            self._write(test, name, tail(path, _LOG_LIMIT))
+
+    def _write(self, test: str, name: str, data: bytes) -> None:
+        directory = self.directory(test)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(data)
+
+    def _copy_disk(self, test: str, vm: str, volume: str, path: Path) -> None:
+        if not path.is_file():
+            return
+        place = self.directory(test) / "disks" / file_name(vm)
+        place.mkdir(parents=True, exist_ok=True)
+        options = ["--sparse=always", "--reflink=auto"]
+        image = place / f"{file_name(volume)}.img"
+        run(["cp", *options, "--", path, image], timeout=_COPY_TIMEOUT)
+
+
+def tail(path: Path, size: int) -> bytes:
+    """Return the last `size` bytes of a file."""
+    with path.open("rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - size))
+        return file.read(size)
+
+
+def _tree(root: Path) -> Iterator[str]:
+    yield f"{'size':>14} {'allocated':>14}  below {root.name}/"
+    paths = (path for path in sorted(root.rglob("*")) if not path.is_dir())
+    for count, path in enumerate(paths):
+        if count == _TREE_LIMIT:
+            yield "… and more"
+            return
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            sizes = f"{status.st_size:14} {status.st_blocks * 512:14}"
+            yield f"{sizes}  {os.fsdecode(os.fsencode(path.relative_to(root)))!r}"

@@ -1,0 +1,117 @@
+"""The last lines after a failure: test, cause, artefacts, and what to type next."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qubes_itests.host.cache import digest
+from qubes_itests.report.names import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import pytest
+
+__all__ = ["COMMAND", "Failure", "cause", "last_run", "load", "show", "state", "store"]
+
+#: How a person starts this program.
+COMMAND = ("python", "-m", "qubes_itests")
+
+#: More than these are a flood; `report` shows them all.
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A test that failed.
+
+    :param test: its id.
+    :param cause: one line.
+    :param artifacts: directory with what it left, or an empty string.
+    :param files: what is in there.
+    """
+
+    test: str
+    cause: str
+    artifacts: str = ""
+    files: tuple[str, ...] = ()
+
+
+def cause(report: pytest.TestReport) -> str:
+    """Return why a test failed, in one line."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = str(getattr(crash, "message", "") or report.longreprtext)
+    where = "" if report.when == "call" else f"in {report.when}: "
+    return where + (one_line(text) or "no reason was given")
+
+
+def show(
+    failures: Sequence[Failure],
+    command: Sequence[str],
+    write: Callable[[str], None],
+    limit: int = _SHOWN,
+) -> None:
+    """Write what to know and what to type about each failure.
+
+    :param command: the words that begin a command line of this program.
+    :param limit: how many to show in full.
+    """
+    for failure in failures[:limit]:
+        write("")
+        for line in _lines(failure, command):
+            write(line)
+    if len(failures) > limit:
+        write("")
+        more = len(failures) - limit
+        write(f"and {more} more: {shlex.join([*command, 'report'])}")
+
+
+def _lines(failure: Failure, command: Sequence[str]) -> list[str]:
+    again = shlex.join([*command, failure.test])
+    inside = shlex.join([*command, "--shell-on-failure", failure.test])
+    disks = shlex.join([*command, "--keep=failed", failure.test])
+    lines = [failure.test, f"  cause       {failure.cause}"]
+    if failure.artifacts:
+        lines.append(
+            f"  artefacts   {failure.artifacts}/  ({', '.join(failure.files)})"
+        )
+    lines.append(f"  run again   {again}")
+    if any(name.endswith(".console.log") for name in failure.files):
+        lines += [f"  look inside {inside}", f"  keep disks  {disks}"]
+    return lines
+
+
+def state(cache: Path) -> Path:
+    """Return where runs in the current directory keep what the next one may use.
+
+    :param cache: the root of the cache.
+    """
+    return cache / "directories" / digest(str(Path.cwd()))
+
+
+def last_run(cache: Path) -> Path:
+    """Return the file with the failures of the last run in the current directory."""
+    return state(cache) / "last-run.json"
+
+
+def store(path: Path, failures: Sequence[Failure]) -> None:
+    """Write the failures of a run for `load`, at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(json.dumps([dataclasses.asdict(f) for f in failures], indent=1))
+    new.replace(path)
+
+
+def load(path: Path) -> list[Failure] | None:
+    """Return what `store` wrote, None if there is nothing that can be read."""
+    try:
+        rows = json.loads(path.read_text())
+        return [Failure(**{**row, "files": tuple(row["files"])}) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -1,0 +1,107 @@
+"""A sign of life while a test runs: what it is, for how long, what is waited for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Heartbeat", "LastWords", "duration"]
+
+#: Seconds between two lines where there is no terminal.
+_PLAIN_INTERVAL = 30.0
+_TERMINAL_INTERVAL = 0.25
+_WIDEST = 400
+
+
+class LastWords(logging.Handler):
+    """Remembers what the harness last logged: that is what it is doing."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record's message, as one short line of printable characters."""
+        text = record.getMessage()[:_WIDEST].partition("\n")[0]
+        self.text = "".join(c if c.isprintable() else "?" for c in text)
+
+
+class Heartbeat:
+    """Shows one line about what runs, from a thread of its own.
+
+    On a terminal the line is drawn at the bottom and vanishes; elsewhere it is
+    printed every half minute.
+
+    :param output: a text stream that goes where people look, whatever is captured.
+    :param doing: returns what is being waited for, or an empty string.
+    """
+
+    def __init__(self, output: TextIO, doing: Callable[[], str]) -> None:
+        self._output = output
+        self._doing = doing
+        self._live = output.isatty() and os.environ.get("TERM") != "dumb"
+        self._what = ""
+        self._since = 0.0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, what: str) -> None:
+        """Begin to show that something runs."""
+        self.stop()
+        self._what, self._since = what, time.monotonic()
+        self._stop = threading.Event()
+        target = self._draw if self._live else self._print
+        self._thread = threading.Thread(
+            target=target, args=(self._stop,), daemon=True, name="heartbeat"
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop showing it; the terminal's line is free again when this returns."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = None
+
+    def _line(self) -> str:
+        doing = self._doing()
+        line = f"{self._what}  {duration(time.monotonic() - self._since)}"
+        return f"{line}  {doing}" if doing else line
+
+    def _print(self, stop: threading.Event) -> None:
+        while not stop.wait(_PLAIN_INTERVAL):
+            print(f"  … running: {self._line()}", file=self._output, flush=True)
+
+    def _draw(self, stop: threading.Event) -> None:
+        from rich.console import Console  # noqa: PLC0415 - 50 ms that a CI run saves
+        from rich.status import Status  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        console = Console(file=self._output, force_terminal=True, highlight=False)
+        with Status("", console=console) as status:
+            while not stop.wait(_TERMINAL_INTERVAL):
+                text = Text(self._line(), no_wrap=True, overflow="ellipsis")
+                status.update(text)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people read it: ``0.4 s``, ``12 s``, ``3 min 05 s``."""
+    if seconds < 10:  # noqa: PLR2004
+        return f"{seconds:.1f} s"
+    if seconds < 60:  # noqa: PLR2004
+        return f"{seconds:.0f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+def real_stdout() -> TextIO:
+    """Return a stream to this process's present output that captures do not move."""
+    sys.stdout.flush()
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return os.fdopen(os.dup(1), "w", encoding=encoding, errors="replace")

@@ -1,0 +1,143 @@
+"""One line for each test, when it has ended, in place of pytest's dots."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from qubes_itests.report.folding import Folding
+from qubes_itests.report.heartbeat import Heartbeat, LastWords, duration, real_stdout
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+__all__ = ["Progress"]
+
+_MARKUP = {
+    "passed": ("PASSED", {"green": True}),
+    "failed": ("FAILED", {"red": True}),
+    "error": ("ERROR", {"red": True}),
+    "skipped": ("SKIPPED", {"yellow": True}),
+    "xfailed": ("XFAIL", {"yellow": True}),
+    "xpassed": ("XPASS", {"yellow": True}),
+}
+
+
+class Progress:
+    """A pytest plugin; quiet with ``-q``.
+
+    :param config: pytest's; its output is not captured when this is made.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._output = real_stdout()
+        self._words = LastWords()
+        self._heartbeat = Heartbeat(self._output, lambda: self._words.text)
+        self._folding = Folding(self._write)
+        self._running = False
+        self._fold = ""
+        self._took: dict[str, float] = {}
+        self._parts_failed: set[str] = set()
+        # Output that is not captured and a live line would write over each other.
+        self._beats = config.getoption("capture") != "no"
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtestloop(self) -> Generator[None, Any, Any]:
+        """Take the progress of the tests over from the terminal reporter."""
+        log = logging.getLogger("qubes_itests")
+        level = log.level
+        log.addHandler(self._words)
+        log.setLevel(min(level, logging.INFO) if level else logging.INFO)
+        self._running = True
+        try:
+            return (yield)
+        finally:
+            self._running = False
+            self._heartbeat.stop()
+            self._folding.end()
+            log.removeHandler(self._words)
+            log.setLevel(level)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_report_teststatus(self) -> Generator[None, Any, Any]:
+        """Have the terminal reporter count without printing."""
+        result = yield
+        return (result[0], "", "") if result and self._running else result
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Show what begins."""
+        plugin = str(nodeid).partition("::")[0]
+        if plugin != self._fold:
+            self._fold = plugin
+            self._folding.begin(plugin)
+        self._words.text = ""
+        if self._beats:
+            self._heartbeat.start(str(nodeid))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Show what ended, and how."""
+        if (part := getattr(report, "context", None)) is not None:
+            self._subtest(report, part)
+            return
+        took = self._took.get(report.nodeid, 0.0) + report.duration
+        self._took[report.nodeid] = took
+        category = _category(report)
+        if category == "passed" and report.nodeid in self._parts_failed:
+            category = "failed"
+        if category is not None:
+            self._heartbeat.stop()
+            self._line(report, category, took)
+
+    def pytest_runtest_logfinish(self) -> None:
+        """Be still between tests."""
+        self._heartbeat.stop()
+
+    def pytest_unconfigure(self) -> None:
+        """Give the output back."""
+        self._heartbeat.stop()
+        self._output.close()
+
+    def _subtest(self, report: pytest.TestReport, part: Any) -> None:
+        # Those that passed are counted with their test.
+        if report.failed:
+            self._parts_failed.add(report.nodeid)
+            self._heartbeat.stop()
+            names = ", ".join(f"{k}={v!r}" for k, v in dict(part.kwargs).items())
+            self._line(report, "failed", report.duration, f" ({part.msg or names})")
+
+    def _line(
+        self, report: pytest.TestReport, category: str, took: float, part: str = ""
+    ) -> None:
+        if self._config.get_verbosity() < 0 and category == "passed":
+            return
+        word, markup = _MARKUP[category]
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is None:
+            return
+        terminal.ensure_newline()
+        terminal.write(f"{word:7} ", **markup)
+        when = " in teardown" if report.when == "teardown" else part
+        reason = f"  ({_reason(report)})" if category == "skipped" else ""
+        terminal.write_line(f"{report.nodeid}{when}  {duration(took)}{reason}")
+
+    def _write(self, line: str) -> None:
+        print(line, file=self._output, flush=True)
+
+
+def _category(report: pytest.TestReport) -> str | None:
+    if report.when != "call" and report.passed:
+        return None
+    if hasattr(report, "wasxfail"):
+        return "xfailed" if report.skipped else "xpassed"
+    if report.failed and report.when != "call":
+        return "error"
+    return report.outcome
+
+
+def _reason(report: pytest.TestReport) -> str:
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2]).removeprefix("Skipped: ").partition("\n")[0]
+    return ""

@@ -1,0 +1,89 @@
+"""What one run has: its directory, event loop and testbed, made when first needed."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from qubes_itests.host import sandbox
+from qubes_itests.host.cache import Cache
+
+if TYPE_CHECKING:
+    import asyncio
+    from pathlib import Path
+
+    import pluggy
+
+    from qubes_itests.configuration import Settings
+    from qubes_itests.portal import Portal
+    from qubes_itests.testbed import Testbed
+
+__all__ = ["RunContext"]
+
+#: Bytes of the filesystem with the VMs' disks; its image is sparse.
+_POOL_SIZE = 64 << 30
+
+
+class RunContext:
+    """The parts of a run.
+
+    :param settings: its options.
+    :param plugins: who answers the hooks of `qubes_itests.hookspec`.
+    """
+
+    def __init__(self, settings: Settings, plugins: pluggy.PluginManager) -> None:
+        self.settings = settings
+        self.plugins = plugins
+        self._exit = ExitStack()
+        self._portal: Portal | None = None
+        self._testbed: Testbed | None = None
+
+    @functools.cached_property
+    def cache(self) -> Cache:
+        """What outlives the run."""
+        return Cache()
+
+    @functools.cached_property
+    def directory(self) -> Path:
+        """A directory that goes with the run.
+
+        :raise NoSandboxError: outside a sandbox.
+        """
+        from qubes_itests.host.rundir import RunDirectory  # noqa: PLC0415
+
+        sandbox.require()
+        return self._exit.enter_context(RunDirectory(self.cache)).path
+
+    @functools.cached_property
+    def portal(self) -> Portal:
+        """The thread with the event loop."""
+        from qubes_itests.portal import Portal  # noqa: PLC0415 - asyncio is 60 ms
+
+        self._portal = self._exit.enter_context(Portal())
+        return self._portal
+
+    @functools.cached_property
+    def testbed(self) -> Testbed:
+        """Hypervisor, pool and templates.
+
+        :raise EnvironmentNotReadyError: when the machine lacks something.
+        """
+        from qubes_itests.assembly import open_testbed  # noqa: PLC0415
+
+        self._testbed = self._exit.enter_context(open_testbed(self))
+        return self._testbed
+
+    @property
+    def opened_testbed(self) -> Testbed | None:
+        """The testbed if the run has needed one so far."""
+        return self._testbed
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop if the run has needed one so far."""
+        return None if self._portal is None else self._portal.loop
+
+    def close(self) -> None:
+        """Undo everything that was made, in reverse."""
+        self._exit.close()
