@@ -1,0 +1,45 @@
+"""Which module of ours stands for which module of Qubes OS."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["ALIASES"]
+
+#: For each module, where its names come from: ``module`` for all in its ``__all__``, or
+#: ``module:name=their_name`` for one.  Every parent of a module must be listed too.
+ALIASES: Final[dict[str, tuple[str, ...]]] = {
+    "qubes": (
+        "qubes_itests.core.app:Qubes",
+        "qubes_itests.core.labels:Label",
+        "qubes_itests.core.properties:Property=property",
+        "qubes_itests.core.properties:PropertyHolder",
+    ),
+    "qubes.app": ("qubes_itests.core.app:Qubes",),
+    "qubes.config": ("qubes_itests.core.config",),
+    "qubes.events": ("qubes_itests.core.events",),
+    "qubes.exc": ("qubes_itests.core.exc",),
+    "qubes.ext": ("qubes_itests.core.ext",),
+    "qubes.features": ("qubes_itests.core.features:Features",),
+    "qubes.policy": ("qubes_itests.core.policy",),
+    "qubes.storage": (
+        "qubes_itests.core.storage",
+        "qubes_storage.pool:Pool",
+        "qubes_storage.volume:Volume",
+        "qubes_storage.exc:StoragePoolException",
+    ),
+    "qubes.storage.reflink": ("qubes_storage.reflink",),
+    "qubes.tests": ("qubes_itests.compat_core2",),
+    "qubes.tests.extra": ("qubes_itests.compat_core2",),
+    "qubes.utils": ("qubes_itests.import_alias.stderr_text",),
+    "qubes.vm": (
+        "qubes_itests.core.vm.base:BaseVM",
+        "qubes_itests.core.features:Features",
+        "qubes_itests.core.features:Tags",
+    ),
+    "qubes.vm.adminvm": ("qubes_itests.core.vm.adminvm",),
+    "qubes.vm.appvm": ("qubes_itests.core.vm.appvm",),
+    "qubes.vm.qubesvm": ("qubes_itests.core.vm.qubesvm",),
+    "qubes.vm.standalonevm": ("qubes_itests.core.vm.standalonevm",),
+    "qubes.vm.templatevm": ("qubes_itests.core.vm.templatevm",),
+}
