@@ -188,7 +188,7 @@ class LoopFilesystem:
     """A filesystem of its own, mounted while the context lasts.
 
     Entering makes image and mount point; leaving removes both.  When entering fails
-    half-way, nothing is left.  Leaving raises `CommandError` while a file in it is open.
+    half-way, nothing is left.  Leaving raises `CommandError` while it is in use.
 
     :param image: path for the image file.
     :param mount_point: path for the directory; its parent exists.

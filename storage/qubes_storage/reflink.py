@@ -390,7 +390,8 @@ class ReflinkVolume(Volume):
 
     def _prune_revisions(self) -> None:
         revisions = self._revisions()
-        for revision in revisions[: len(revisions) - max(0, self.revisions_to_keep)]:
+        surplus = len(revisions) - max(0, self.revisions_to_keep)
+        for revision in revisions[: max(0, surplus)]:
             files.remove(self.files.revision(revision))
 
     def _verify(self) -> None:
