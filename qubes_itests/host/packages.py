@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Need", "distribution", "install_command", "needs"]
+__all__ = ["Need", "distribution", "install_command", "needs", "needs_here"]
 
 _TABLE = Path(__file__).with_name("packages.tsv")
 _COLUMNS = ("debian", "ubuntu")
@@ -39,11 +39,9 @@ class Need:
         return self.name.rpartition("/")[2] if self.kind == "file" else self.name
 
     def present(self) -> bool:
-        """Return whether the machine has it; guests' needs count as present."""
+        """Return whether it is installed."""
         if self.kind == "file":
             return bool(glob.glob(self.name))  # noqa: PTH207  # an absolute pattern
-        if self.kind == "guest":
-            return True
         program = find_program(self.name)
         return program is not None and (self.kind == "tool" or is_static(program))
 
@@ -52,6 +50,16 @@ def needs() -> list[Need]:
     """Return the table."""
     lines = _TABLE.read_text(encoding="utf-8").splitlines()
     return [_parse(line) for line in lines if line and not line.startswith("#")]
+
+
+def needs_here() -> list[Need]:
+    """Return what must be installed on a machine of this distribution."""
+    column = distribution()
+    return [
+        need
+        for need in needs()
+        if need.kind != "guest" and (column is None or column in need.packages)
+    ]
 
 
 def distribution() -> str | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
 
-__all__ = ["active", "reexec", "require"]
+__all__ = ["active", "command", "reexec", "require"]
 
 _MARK = "QUBES_ITESTS_SANDBOX"
 _NAMESPACES = ("mnt", "pid", "net", "ipc")
@@ -70,14 +70,22 @@ def reexec(argv: Sequence[str | Path] | None = None) -> None:
     _replace(argv or [sys.executable, *sys.orig_argv[1:]])
 
 
+def command(argv: Sequence[str | Path]) -> list[str]:
+    """Return the command line that runs a command in a new sandbox.
+
+    :param argv: the command to run inside.
+    """
+    # Without site and without our package, the process that waits starts in a few
+    # milliseconds and keeps little memory.
+    launcher = [sys.executable, "-I", "-S", str(_INIT), _MARK]
+    return launcher + [str(word) for word in argv]
+
+
 def _replace(argv: Sequence[str | Path]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
-    # Without site and without our package, the process that waits starts in a few
-    # milliseconds and keeps little memory.
-    command = ["-I", "-S", str(_INIT), _MARK, *(str(a) for a in argv)]
-    os.execv(sys.executable, [sys.executable, *command])  # noqa: S606
+    os.execv(sys.executable, command(argv))  # noqa: S606
 
 
 def _identity() -> str:

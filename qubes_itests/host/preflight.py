@@ -1,0 +1,198 @@
+"""The checks behind ``doctor``, and those that a run begins with."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import pwd
+import shutil
+import struct
+import tempfile
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from qubes_itests.exc import EnvironmentNotReadyError
+from qubes_itests.exit_codes import ExitCode
+from qubes_itests.host import packages, sandbox
+from qubes_itests.host.cache import Cache
+from qubes_itests.host.command import run
+from qubes_itests.host.exc import (
+    CommandError,
+    MissingToolError,
+    NoLoopDevicesError,
+    NoSandboxError,
+    NotRootError,
+)
+from qubes_itests.host.kernel import find_kernel
+from qubes_itests.host.loop import require_loop_devices
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+__all__ = ["Check", "check_all", "require_ready"]
+
+_LOOP_CTL_GET_FREE = 0x4C82
+_LOOP_CONFIGURE = 0x4C0A
+_LO_FLAGS_AUTOCLEAR = 4
+#: struct loop_config: the file, the block size, then struct loop_info64.
+_LOOP_CONFIG = struct.Struct("=II QQQQQIIII 64s 64s 32s QQ 64x")
+_LEAST_SPACE = 4 << 30
+
+
+@dataclass(frozen=True)
+class Check:
+    """What became of one check."""
+
+    #: What was checked, as in "mkfs.btrfs".
+    name: str
+    state: Literal["ok", "warn", "fail"]
+    #: What was found.
+    message: str
+    #: The command or act that mends it; empty if there is nothing to mend.
+    remedy: str = ""
+    #: With which exit status a run would end because of it.
+    exit_code: int = ExitCode.OK
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return asdict(self)
+
+
+def check_all(cache: Cache | None = None) -> list[Check]:
+    """Check all that a run needs, in the order in which it should be mended.
+
+    :param cache: the cache that runs would use; by default the usual one.
+    """
+    checks = [
+        _outcome("root", _require_root),
+        _outcome("loop devices", try_loop_device),
+        _outcome("namespaces", _try_sandbox),
+        *(_check_need(need) for need in packages.needs_here()),
+        _outcome("cache", lambda: str((cache or Cache()).root)),
+        _outcome("kernel for guests", lambda: _describe_kernel(cache or Cache())),
+        _check_user(),
+    ]
+    if checks[-3].state == "ok":
+        checks.append(_check_space((cache or Cache()).root))
+    return checks
+
+
+def require_ready(cache: Cache) -> None:
+    """Check in a few milliseconds what a run needs; the first lack ends it.
+
+    :raises EnvironmentNotReadyError: the subclass says what is missing.
+    """
+    _require_root()
+    require_loop_devices()
+    missing = [need for need in packages.needs_here() if not need.present()]
+    if missing:
+        raise _missing(missing)
+    find_kernel(cache)
+
+
+def try_loop_device() -> str:
+    """Attach a loop device to a file, for real, and return its name.
+
+    The device detaches itself when this process closes it, however it ends.
+
+    :raises NoLoopDevicesError: it could not be attached.
+    """
+    require_loop_devices()
+    with tempfile.TemporaryFile() as image:
+        image.truncate(1 << 20)
+        for _ in range(8):
+            name = _free_loop_device()
+            try:
+                _attach(name, image.fileno())
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise NoLoopDevicesError(f"{name}: {error.strerror}") from error
+            else:
+                return name
+    raise NoLoopDevicesError("others took every one that was free")
+
+
+def _free_loop_device() -> str:
+    with open("/dev/loop-control", "rb") as control:  # noqa: PTH123
+        return f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
+
+
+def _attach(name: str, image: int) -> None:
+    info = (0, 0, 0, 0, 0, 0, 0, 0, _LO_FLAGS_AUTOCLEAR, b"", b"", b"", 0, 0)
+    device = os.open(name, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(device, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(image, 0, *info))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise BlockingIOError(*error.args) from error
+        raise
+    finally:
+        os.close(device)
+
+
+def _require_root() -> str:
+    if os.geteuid() != 0:
+        raise NotRootError
+    return "yes"
+
+
+def _try_sandbox() -> str:
+    if sandbox.active():
+        return "in a sandbox now"
+    _require_root()
+    try:
+        run(sandbox.command(["true"]), timeout=20)
+    except CommandError as error:
+        sentence = error.stderr.removeprefix("qubes_itests: ")
+        problem, _, remedy = sentence.partition(". ")
+        raise NoSandboxError(f"{problem}.", remedy) from error
+    return "mount, PID, network, IPC"
+
+
+def _describe_kernel(cache: Cache) -> str:
+    kernel = find_kernel(cache)
+    return f"{kernel.version} ({kernel.image})"
+
+
+def _check_need(need: packages.Need) -> Check:
+    if need.present():
+        return Check(need.label, "ok", need.purpose)
+    error = _missing([need])
+    message = f"missing; it {need.purpose}"
+    return Check(need.label, "fail", message, error.remedy, error.exit_code)
+
+
+def _missing(missing: list[packages.Need]) -> MissingToolError:
+    labels = ", ".join(need.label for need in missing)
+    command = packages.install_command(missing)
+    return MissingToolError(labels, f"Install it with: {command}")
+
+
+def _check_user() -> Check:
+    name = "libvirt-qemu user"
+    try:
+        pwd.getpwnam("libvirt-qemu")
+    except KeyError:
+        return Check(
+            name, "ok", "not on this machine; every sandbox adds it for itself"
+        )
+    return Check(name, "ok", "there")
+
+
+def _check_space(root: Path) -> Check:
+    free = shutil.disk_usage(root).free
+    message = f"{free / (1 << 30):.1f} GiB free in {root}"
+    if free >= _LEAST_SPACE:
+        return Check("disk space", "ok", message)
+    remedy = "Free some, or name another place in QUBES_ITESTS_CACHE."
+    return Check("disk space", "warn", message, remedy)
+
+
+def _outcome(name: str, probe: Callable[[], str]) -> Check:
+    try:
+        return Check(name, "ok", probe())
+    except EnvironmentNotReadyError as error:
+        return Check(name, "fail", error.problem, error.remedy, error.exit_code)
