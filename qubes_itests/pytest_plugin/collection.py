@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import difflib
-import re
 import types
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qubes_itests.installed import PROBLEM, named_plugins
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 if TYPE_CHECKING:
     from qubes_itests.discovery import Plugin
 
 __all__ = [
-    "PROBLEM",
     "PluginNode",
     "ProblemItem",
     "Selection",
     "collect",
-    "node_name",
+    "nodes",
 ]
-
-#: Name of the test that fails when something is wrong with a plugin itself.
-PROBLEM = "plugin"
-
-
-def node_name(name: str) -> str:
-    """Return an entry point's name as it stands in test ids."""
-    return re.sub(r"[^A-Za-z0-9_.@+-]", "_", name) or "_"
 
 
 class PluginProblem(Exception):  # noqa: N818 - it is not raised by us for an error
@@ -109,6 +101,17 @@ class Selection:
         ids = [item.nodeid for item in items]
         chosen = {name for word in self._words for name in _meant(word, ids)}
         return [item for item in items if item.nodeid in chosen]
+
+
+def nodes(session: pytest.Session, templates: Sequence[str]) -> Iterator[PluginNode]:
+    """Yield a node for each entry point.
+
+    :param templates: for the classes that are run once per template.
+    """
+    for name, plugin in named_plugins(templates):
+        # No such file: the path is what pytest makes the ids from.
+        path = session.config.rootpath / name
+        yield PluginNode.from_parent(session, name=name, path=path, plugin=plugin)
 
 
 def collect(

@@ -12,8 +12,7 @@ from qubes_itests import __version__
 from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.pytest_plugin import SETTINGS, header
-from qubes_itests.pytest_plugin.collection import Selection, collect
-from qubes_itests.pytest_plugin.entry_points import nodes
+from qubes_itests.pytest_plugin.collection import Selection, collect, nodes
 from qubes_itests.pytest_plugin.tampering import ModuleGuard
 from qubes_itests.report import failures
 from qubes_itests.report.progress import Progress
