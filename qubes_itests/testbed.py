@@ -101,6 +101,11 @@ class Testbed:
         """Names of the templates that VMs may have."""
         return tuple(self.parts.templates)
 
+    @property
+    def apps(self) -> tuple[Qubes, ...]:
+        """The apps that are open, in the order in which they were made."""
+        return tuple(self._apps)
+
     def __enter__(self) -> Self:
         self.hypervisor = self.portal.run(self.parts.open_hypervisor())
         self._exit.callback(lambda: self.portal.run(self.hypervisor.close()))

@@ -48,4 +48,8 @@ def _enter_sandbox(arguments: Sequence[str]) -> None:
     from qubes_itests.host import sandbox  # noqa: PLC0415 - only where it is used
 
     if not sandbox.active():
-        sandbox.reexec([sys.executable, "-m", "qubes_itests", *arguments])
+        from qubes_itests.host.cache import Cache  # noqa: PLC0415
+        from qubes_itests.host.preflight import require_ready  # noqa: PLC0415
+
+        require_ready(Cache())
+    sandbox.reexec([sys.executable, "-m", "qubes_itests", *arguments])

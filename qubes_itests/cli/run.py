@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import secrets
-import sys
 from typing import TYPE_CHECKING
 
 import qubes_itests
-from qubes_itests.configuration import ConfigurationError
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
@@ -21,18 +19,12 @@ __all__ = ["check", "execute"]
 def check(command: Command, settings: Settings) -> None:
     """Refuse what cannot work, before anything is set up.
 
-    :raise ConfigurationError: for a shell without anybody to use it.
+    :raise NoTerminalError: for a shell without anybody to use it.
     """
     if command.in_sandbox and settings.shell_on_failure:
+        from qubes_itests.shell import require_terminal  # noqa: PLC0415
+
         require_terminal("--shell-on-failure")
-
-
-def require_terminal(what: str) -> None:
-    """Raise ConfigurationError unless a person sits at a terminal."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise ConfigurationError(
-            what, "opens a shell, and there is no terminal to use it on"
-        )
 
 
 def execute(command: Command, settings: Settings) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,12 +12,14 @@ from qubes_itests.configuration import Keep
 from qubes_itests.report import failures
 from qubes_itests.report.artifacts import Artifacts
 from qubes_itests.report.failures import Failure
+from qubes_itests.shell import open_shell
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from qubes_itests.pytest_plugin.deadline import Deadline
     from qubes_itests.run_context import RunContext
+    from qubes_itests.testbed import Testbed
 
 __all__ = ["FailureWatch"]
 
@@ -29,6 +32,7 @@ class FailureWatch:
     """
 
     def __init__(self, config: pytest.Config, context: RunContext) -> None:
+        self._config = config
         self._context = context
         self._settings = context.settings
         self._artifacts = Artifacts(
@@ -102,11 +106,21 @@ class FailureWatch:
         if self._settings.keep is not Keep.NEVER:
             self._keep_disks(item)
         if self._settings.shell_on_failure:
-            self._open_shell(item)
+            self._open_shell(item, testbed)
 
     def _keep_disks(self, item: pytest.Item) -> None:
         if (testbed := self._context.opened_testbed) is not None:
             self._artifacts.keep_disks(item.nodeid, testbed)
 
-    def _open_shell(self, item: pytest.Item) -> None:
-        """Let a person look at the VMs of a failed test."""
+    def _open_shell(self, item: pytest.Item, testbed: Testbed) -> None:
+        """Let a person look at the VMs of a failed test, one after the other."""
+        capture = self._config.pluginmanager.get_plugin("capturemanager")
+        clock = self.deadline.suspended() if self.deadline else nullcontext()
+        with capture.global_and_fixture_disabled() if capture else nullcontext(), clock:
+            for vm in [vm for app in testbed.apps for vm in app.domains]:
+                if vm.klass != "AdminVM" and vm.is_running():
+                    print(  # noqa: T201
+                        f"\n{item.nodeid} failed. A root shell in {vm.name};"
+                        " exit goes on with the run."
+                    )
+                    open_shell(testbed.portal, vm)

@@ -1,0 +1,81 @@
+"""``shell``: a shell in a fresh VM, or in one whose disks were kept."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qubes_itests.exc import HarnessError
+from qubes_itests.shell import open_shell, require_terminal
+
+if TYPE_CHECKING:
+    from qubes_itests.cli.arguments import Command
+    from qubes_itests.configuration import Settings
+    from qubes_itests.testbed import Testbed
+
+__all__ = ["check", "execute"]
+
+
+def check(_command: Command, _settings: Settings) -> None:
+    """Refuse to start without a terminal."""
+    require_terminal("shell")
+
+
+def execute(command: Command, settings: Settings) -> int:
+    """Start the VM, open the shell; the exit status is the shell's."""
+    from qubes_itests.bundled import registry  # noqa: PLC0415 - only in the sandbox
+    from qubes_itests.run_context import RunContext  # noqa: PLC0415
+
+    context = RunContext(settings, registry())
+    try:
+        return _open(context.testbed, command.target, settings.template[0])
+    finally:
+        context.close()
+
+
+def _open(testbed: Testbed, target: str, template: str) -> int:
+    disks = _kept_disks(target)
+    if disks is None:
+        template = target
+        if target not in testbed.template_names:
+            raise _unknown(target, testbed)
+    run = testbed.portal.run
+    app = run(testbed.make_app(template))
+    vm = app.add_new_vm("StandaloneVM" if disks else "AppVM", name="shell", label="red")
+    if disks:
+        vm.kernel = template
+    run(vm.create_on_disk())
+    for name, image in (disks or {}).items():
+        run(_import(vm.volumes[name], image))
+    run(vm.start())
+    print(f"A root shell in a VM made from {target}; exit ends the VM.")  # noqa: T201
+    return open_shell(testbed.portal, vm)
+
+
+def _unknown(target: str, testbed: Testbed) -> HarnessError:
+    known = ", ".join(testbed.template_names)
+    return HarnessError(
+        f"{target!r} is neither a template ({known}) nor the directory of a kept VM"
+        " (itests-artifacts/TEST/disks/VM, made by --keep=failed)"
+    )
+
+
+def _kept_disks(target: str) -> dict[str, Path] | None:
+    directory = Path(target)
+    images = {name: directory / f"{name}.img" for name in ("root", "private")}
+    found = {name: image for name, image in images.items() if image.is_file()}
+    return found if "root" in found else None
+
+
+async def _import(volume: Any, image: Path) -> None:
+    import asyncio  # noqa: PLC0415
+
+    size = await asyncio.to_thread(lambda: image.stat().st_size)
+    path = await volume.import_data(size)
+    copied = False
+    try:
+        await asyncio.to_thread(shutil.copyfile, image, path)
+        copied = True
+    finally:
+        await volume.import_data_end(copied)
