@@ -37,16 +37,16 @@ def open_testbed(context: RunContext) -> Iterator[Testbed]:
     }
     make_pool = _one(context.plugins, "filesystems", context.settings.filesystem)
     connect = _one(context.plugins, "hypervisors", context.settings.hypervisor)
-    places = {name: directory / name for name in ("pool", "hypervisor", "vms")}
-    lasting = cache.root / "hypervisor"
-    for place in (*places.values(), lasting):
-        place.mkdir(exist_ok=True)
-    with make_pool(places["pool"], _POOL_SIZE) as mounted:
+    # Short names: the paths of unix sockets in there are limited to 107 bytes.
+    pool, own, vms = (directory / name for name in ("pool", "hv", "vm"))
+    for place in (pool, own, vms):
+        place.mkdir()
+    with make_pool(pool, _POOL_SIZE) as mounted:
         parts = Parts(
-            run_directory=places["vms"],
+            run_directory=vms,
             pool_directory=mounted,
             cache=cache,
-            open_hypervisor=functools.partial(connect, places["hypervisor"], lasting),
+            open_hypervisor=functools.partial(connect, own, cache, kernel),
             templates=templates,
             warm=context.settings.warm,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ class Bundled:
     @hookimpl
     def qubes_itests_hypervisors(
         self,
-    ) -> Mapping[str, Callable[[Path, Path], Coroutine[Any, Any, Hypervisor]]]:
+    ) -> Mapping[str, Callable[[Path, Cache, Kernel], Coroutine[Any, Any, Hypervisor]]]:
         """Return the back ends over libvirt."""
         return {"qemu": _qemu, "test": _test}
 
@@ -80,13 +81,15 @@ def _filesystem(name: str, directory: Path, size: int) -> Iterator[Path]:
         yield made.mount_point
 
 
-async def _qemu(directory: Path, cache: Path) -> Hypervisor:
+async def _qemu(directory: Path, cache: Cache, kernel: Kernel) -> Hypervisor:
+    from qubes_itests.hypervisor.kvm import kvm_usable  # noqa: PLC0415
     from qubes_itests.hypervisor.qemu import QemuHypervisor  # noqa: PLC0415
 
-    return await QemuHypervisor.open(directory, cache)
+    verdict = await asyncio.to_thread(kvm_usable, cache, kernel.image)
+    return await QemuHypervisor.open(directory, cache, kvm=verdict.usable)
 
 
-async def _test(directory: Path, cache: Path) -> Hypervisor:
+async def _test(directory: Path, cache: Cache, _kernel: Kernel) -> Hypervisor:
     from qubes_itests.hypervisor.testdriver import TestHypervisor  # noqa: PLC0415
 
     return await TestHypervisor.open(directory, cache)

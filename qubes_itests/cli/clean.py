@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["execute"]
 
-_OURS = ("directories", "hypervisor", ".locks")
+_OURS = ("directories", ".locks")
 
 
 def execute(command: Command, _settings: Settings) -> int:
