@@ -1,0 +1,159 @@
+"""Start a VM: its domain, its guest, and who it is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Final
+
+from qubes_itests.exc import DeadlineError, HarnessError
+from qubes_itests.guest.agent import GuestAgent
+from qubes_itests.guest.console import console_tail
+from qubes_itests.guest.exc import BootError, GuestGoneError
+from qubes_itests.hypervisor.exc import SavedStateError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qubes_itests.guest.calls import CallHandler
+    from qubes_itests.guest.identity import Identity
+    from qubes_itests.guest.warm import WarmStarts
+    from qubes_itests.hypervisor.contract import Domain, DomainSpec, Hypervisor
+
+__all__ = ["boot"]
+
+_logger = logging.getLogger("qubes_itests.guest")
+
+#: A guest from a saved state that is silent for so long will not speak any more.
+_WARM_TIMEOUT: Final = 10.0
+
+
+async def boot(
+    hypervisor: Hypervisor,
+    spec: DomainSpec,
+    identity: Identity,
+    *,
+    timeout: float,
+    warm: WarmStarts | None = None,
+    on_call: CallHandler | None = None,
+    log: Path | None = None,
+) -> tuple[Domain, GuestAgent]:
+    """Start a VM to the point where it runs commands.
+
+    :param hypervisor: where its domain is defined.
+    :param spec: the domain, with all its disks and interfaces.
+    :param identity: who the VM is.
+    :param timeout: seconds for everything, the making of a saved state included.
+    :param warm: saved states to start from; None boots.
+    :param on_call: run as a task for each call that comes out of the guest.
+    :param log: file for the agent log.
+    :raise BootError: it did not start; names the step, and everything is undone.
+    """
+    start = _Start(spec, identity, on_call, log)
+    try:
+        async with asyncio.timeout(timeout):
+            return await start.run(hypervisor, warm, timeout)
+    except BaseException as error:
+        console = await start.undo()
+        if isinstance(error, (HarnessError, TimeoutError, OSError, ValueError)):
+            raise BootError(
+                spec.name, start.step, _reason(error, timeout), console
+            ) from error
+        raise
+
+
+def _reason(error: BaseException, timeout: float) -> str:
+    if isinstance(error, DeadlineError):
+        return f"no {error.waited_for} within {error.timeout:.0f} s"
+    if isinstance(error, TimeoutError):
+        return f"not done within {timeout:.0f} s"
+    return str(error)
+
+
+class _Start:
+    """One start under way: what was done so far, to be undone."""
+
+    def __init__(
+        self,
+        spec: DomainSpec,
+        identity: Identity,
+        on_call: CallHandler | None,
+        agent_log: Path | None,
+    ) -> None:
+        self.step = "define its domain"
+        self._spec = spec
+        self._identity = identity
+        self._on_call = on_call
+        self._log = agent_log
+        self._domain: Domain | None = None
+        self._agent: GuestAgent | None = None
+
+    async def run(
+        self, hypervisor: Hypervisor, warm: WarmStarts | None, timeout: float
+    ) -> tuple[Domain, GuestAgent]:
+        end = asyncio.get_running_loop().time() + timeout
+        domain = self._domain = await hypervisor.define(self._spec)
+        agent = warm and await self._start_warm(domain, warm, end)
+        if not agent:
+            self.step = "start its domain"
+            await domain.start()
+            agent = await self._connect(domain, _left(end))
+        self.step = "enter its root"
+        await agent.enter(self._identity, timeout=_left(end))
+        return domain, agent
+
+    async def _start_warm(
+        self, domain: Domain, warm: WarmStarts, end: float
+    ) -> GuestAgent | None:
+        self.step = "find a saved state"
+        state = await warm.state_for(self._spec)
+        if state is None:
+            return None
+        self.step = "start from a saved state"
+        try:
+            await domain.start(saved_state=state)
+            limit = min(_WARM_TIMEOUT, _left(end))
+            return await self._connect_and_attach(domain, limit)
+        except (SavedStateError, DeadlineError, GuestGoneError) as error:
+            _logger.warning("VM %s boots instead: %s", self._spec.name, error)
+            await domain.destroy()
+            await warm.discard(self._spec)
+            return None
+
+    async def _connect_and_attach(self, domain: Domain, limit: float) -> GuestAgent:
+        connecting = asyncio.ensure_future(self._connect(domain, limit))
+        try:
+            for disk in self._spec.disks:
+                await domain.attach_disk(disk)
+            for interface in self._spec.interfaces:
+                await domain.attach_interface(interface)
+        except BaseException:
+            connecting.cancel()
+            await asyncio.wait([connecting])
+            raise
+        return await connecting
+
+    async def _connect(self, domain: Domain, limit: float) -> GuestAgent:
+        self.step = "reach its agent"
+        self._agent = await GuestAgent.connect(
+            domain, timeout=limit, on_call=self._on_call, log=self._log
+        )
+        return self._agent
+
+    async def undo(self) -> str:
+        """Undo what was done; return the end of the console."""
+        if self._agent is not None:
+            await self._agent.close()
+        if self._domain is None:
+            return ""
+        with contextlib.suppress(HarnessError):
+            await self._domain.destroy()
+        console = console_tail(self._domain)
+        with contextlib.suppress(HarnessError):
+            await self._domain.undefine()
+        return console
+
+
+def _left(end: float) -> float:
+    return max(0.1, end - asyncio.get_running_loop().time())

@@ -1,0 +1,249 @@
+"""One connection to a guest's agent: the protocol, fed by a transport of asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.guest.calls import CallHandler, ServiceCall, refusal
+from qubes_itests.guest.events import (
+    Called,
+    Credited,
+    Done,
+    Ended,
+    Event,
+    Failed,
+    Logged,
+    Ready,
+    Received,
+    ReceivedEof,
+    Stopped,
+)
+from qubes_itests.guest.exc import (
+    GuestGoneError,
+    GuestRefusedError,
+    ProtocolViolation,
+    TooManyStreamsError,
+)
+from qubes_itests.guest.frames import STREAMS_MAX, ExitKind, FrameType, encode
+from qubes_itests.guest.process import GuestProcess
+from qubes_itests.guest.protocol import HostProtocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qubes_itests.guest.agentlog import AgentLog
+
+__all__ = ["AgentConnection"]
+
+log = logging.getLogger("qubes_itests.guest")
+
+_REFUSED: Final = 126
+
+
+class AgentConnection(asyncio.Protocol):
+    """The link that all streams of one guest share.
+
+    :param vm: name of the VM, for errors.
+    :param on_call: what to do with calls of the guest; None refuses them all.
+    :param agent_log: takes the agent's LOG lines.
+    """
+
+    def __init__(
+        self, vm: str, on_call: CallHandler | None, agent_log: AgentLog
+    ) -> None:
+        self.vm = vm
+        self.protocol = HostProtocol()
+        self.log = agent_log
+        loop = asyncio.get_running_loop()
+        #: Done with the error that ended the connection.
+        self.closed: asyncio.Future[GuestGoneError] = loop.create_future()
+        self._on_call = on_call
+        self._transport: asyncio.Transport | None = None
+        self._streams: dict[int, GuestProcess | ServiceCall] = {}
+        self._turn = asyncio.Lock()
+        self._answer: asyncio.Future[Event] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for mypy
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Act on bytes of the guest."""
+        if self.closed.done():
+            return
+        try:
+            for event in self.protocol.receive(data):
+                self._handlers[type(event)](self, event)
+        except ProtocolViolation as violation:
+            self.abort(ProtocolViolation(self.vm, violation.rule, violation.evidence))
+
+    def eof_received(self) -> None:
+        """Let the transport close; `connection_lost` follows."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fail what was pending."""
+        reason = f"{exc}" if exc else "the VM closed it, or has stopped"
+        self._end(GuestGoneError(self.vm, reason))
+
+    # for streams
+
+    def send(self, data: bytes) -> None:
+        """Hand bytes to the transport; dropped when the connection has ended."""
+        if data and self._transport is not None and not self.closed.done():
+            self._transport.write(data)
+
+    # for the agent
+
+    async def hello(self) -> None:
+        """Begin the protocol; return when the agent is ready."""
+        self._require_open()
+        await self._ask(self.protocol.hello())
+
+    async def request(self, kind: FrameType, payload: bytes, what: str) -> None:
+        """Make a request and wait for its answer.
+
+        :param kind: type of the frame.
+        :param payload: its payload.
+        :param what: the request in words, for the error.
+        :raise GuestRefusedError: the agent answered FAILED.
+        """
+        async with self._turn:
+            if self._answer is not None:
+                # whoever asked may have given up: that answer is not for us
+                await asyncio.wait([self._answer])
+            self._require_open()
+            frame = self.protocol.request(kind, payload)
+            event = await self._ask(frame)
+        if isinstance(event, Failed):
+            raise GuestRefusedError(self.vm, what, event.reason)
+
+    async def _ask(self, frame: bytes) -> Event:
+        self._answer = asyncio.get_running_loop().create_future()
+        self.send(frame)
+        return await asyncio.shield(self._answer)
+
+    def spawn(self, *strings: str) -> GuestProcess:
+        """Open a stream for a command or service."""
+        self._require_open()
+        if not self.protocol.may_spawn():
+            raise TooManyStreamsError(self.vm, STREAMS_MAX)
+        number, frame = self.protocol.spawn(*strings)
+        process = GuestProcess(self, number, self.vm, strings[2])
+        self._streams[number] = process
+        self.send(frame)
+        return process
+
+    def power_off(self, payload: bytes) -> None:
+        """Send POWER_OFF, which has no answer."""
+        self._require_open()
+        self.send(encode(FrameType.POWER_OFF, payload=payload))
+
+    def abort(self, error: GuestGoneError) -> None:
+        """End the connection with an error."""
+        self._end(error)
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def tasks_done(self) -> None:
+        """Wait until the handlers of calls have been cancelled and have ended."""
+        tasks = self._tasks - {asyncio.current_task()}
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _require_open(self) -> None:
+        if self.closed.done():
+            raise self.closed.result()
+
+    def _end(self, error: GuestGoneError) -> None:
+        if self.closed.done():
+            return
+        self.closed.set_result(error)
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
+            self._answer.exception()  # who asked may have gone
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.lose(error)
+        for task in self._tasks:
+            task.cancel()
+        self.log.write(str(error))
+        self.log.close()
+
+    # events
+
+    def _on_answer(self, event: Event) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(event)
+
+    def _on_log(self, event: Logged) -> None:
+        self.log.write(event.line)
+
+    def _on_data(self, event: Received) -> None:
+        self._streams[event.stream].reader(event.channel).feed_data(event.data)
+
+    def _on_eof(self, event: ReceivedEof) -> None:
+        self._streams[event.stream].reader(event.channel).feed_eof()
+
+    def _on_stop(self, event: Stopped) -> None:
+        error = BrokenPipeError(f"VM {self.vm} stopped reading")
+        self._streams[event.stream].writer().break_off(error)
+
+    def _on_credit(self, event: Credited) -> None:
+        self._streams[event.stream].writer().flush()
+
+    def _on_exit(self, event: Ended) -> None:
+        process = self._streams.pop(event.stream)
+        assert isinstance(process, GuestProcess)  # noqa: S101 - the protocol's rule
+        process.end(event)
+
+    def _on_called(self, event: Called) -> None:
+        reason = refusal(event)
+        if reason or self._on_call is None:
+            reason = reason or "this VM may not call services"
+            frame = self.protocol.exit(
+                event.stream, ExitKind.NOT_STARTED, _REFUSED, reason
+            )
+            self.send(frame)
+            return
+        call = ServiceCall(self, event, self.vm)
+        self._streams[event.stream] = call
+        task = asyncio.ensure_future(self._serve(self._on_call, call))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, on_call: CallHandler, call: ServiceCall) -> None:
+        try:
+            await on_call(call)
+        except GuestGoneError as error:
+            log.info("%r ended: %s", call, error)
+            await call.refuse("the service went away")
+        except Exception:
+            log.exception("%r failed", call)
+            await call.refuse("the host failed to serve it")
+        else:
+            if not call.ended:
+                log.error("%r was not ended by its handler", call)
+                await call.refuse("the host did not serve it")
+
+    def forget(self, stream: int) -> None:
+        """Drop a call that has ended."""
+        self._streams.pop(stream, None)
+
+    _handlers: Final[dict[type, Callable[..., Any]]] = {
+        Ready: _on_answer,
+        Done: _on_answer,
+        Failed: _on_answer,
+        Logged: _on_log,
+        Received: _on_data,
+        ReceivedEof: _on_eof,
+        Stopped: _on_stop,
+        Credited: _on_credit,
+        Ended: _on_exit,
+        Called: _on_called,
+    }

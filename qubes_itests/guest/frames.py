@@ -1,0 +1,150 @@
+"""The frames of the agent protocol: numbers, layout, and what a payload may hold."""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import TYPE_CHECKING, Final
+
+from qubes_itests.guest.exc import ProtocolViolation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = [
+    "CREDIT_LIMIT",
+    "FIRST_GUEST_STREAM",
+    "HEADER",
+    "PAYLOAD_MAX",
+    "STREAMS_MAX",
+    "VERSION",
+    "WINDOW",
+    "Channel",
+    "ExitKind",
+    "FrameType",
+    "encode",
+    "encode_data",
+    "pack_strings",
+    "printable",
+    "unpack_strings",
+    "unpack_text",
+]
+
+VERSION: Final = 1
+HEADER: Final = struct.Struct("<BBHI")
+PAYLOAD_MAX: Final = 32_760
+#: Bytes of DATA that a channel may carry before the first CREDIT.
+WINDOW: Final = 262_144
+#: A sender never holds more credit than this.
+CREDIT_LIMIT: Final = 1 << 31
+#: Streams that one side may have open at once.
+STREAMS_MAX: Final = 128
+FIRST_GUEST_STREAM: Final = 0x8000_0001
+
+
+class FrameType(enum.IntEnum):
+    """What a frame is; see docs/agent-protocol.md."""
+
+    HELLO = 0x01
+    ENTER = 0x02
+    DB_WRITE = 0x03
+    DB_REMOVE = 0x04
+    POWER_OFF = 0x05
+    SPAWN = 0x10
+    CALL = 0x11
+    DATA = 0x12
+    EOF = 0x13
+    STOP = 0x14
+    CREDIT = 0x15
+    SIGNAL = 0x16
+    EXIT = 0x17
+    READY = 0x81
+    DONE = 0x82
+    FAILED = 0x83
+    LOG = 0x84
+
+
+class Channel(enum.IntEnum):
+    """The channels of a stream, numbered as the descriptors of a process."""
+
+    STDIN = 0
+    STDOUT = 1
+    STDERR = 2
+
+
+class ExitKind(enum.IntEnum):
+    """How what ran on a stream came to its end."""
+
+    EXITED = 0
+    KILLED = 1
+    NOT_STARTED = 2
+
+
+def encode(
+    kind: FrameType, stream: int = 0, channel: int = 0, payload: bytes = b""
+) -> bytes:
+    """Return one frame.
+
+    :raise ValueError: when the payload is too long.
+    """
+    if len(payload) > PAYLOAD_MAX:
+        raise ValueError(f"{len(payload)} bytes do not fit a frame of {PAYLOAD_MAX}")
+    return HEADER.pack(kind, channel, len(payload), stream) + payload
+
+
+def encode_data(
+    stream: int, channel: int, data: memoryview
+) -> Iterator[bytes | memoryview]:
+    """Yield headers and bytes of the DATA frames that carry `data`, to be joined."""
+    for start in range(0, len(data), PAYLOAD_MAX):
+        part = data[start : start + PAYLOAD_MAX]
+        yield HEADER.pack(FrameType.DATA, channel, len(part), stream)
+        yield part
+
+
+def pack_strings(strings: Iterable[str]) -> bytes:
+    """Return strings as a payload has them.
+
+    :raise ValueError: when one holds a NUL, is not text, or all are too long.
+    """
+    payload = b""
+    for string in strings:
+        if "\0" in string:
+            raise ValueError(f"{string!r} holds a NUL, which cannot go to a guest")
+        payload += string.encode() + b"\0"
+    if len(payload) > PAYLOAD_MAX:
+        raise ValueError(f"{len(payload)} bytes of text are more than {PAYLOAD_MAX}")
+    return payload
+
+
+def unpack_strings(payload: bytes, count: int) -> list[str]:
+    """Return the `count` strings of a payload from the guest."""
+    if payload.count(b"\0") != count or not payload.endswith(b"\0"):
+        raise ProtocolViolation(
+            "", f"this frame has {count} strings, each ended by a NUL"
+        )
+    return [_decode(part) for part in payload[:-1].split(b"\0")]
+
+
+def unpack_text(payload: bytes, limit: int) -> str:
+    """Return a text of at most `limit` bytes from the guest, fit for a terminal."""
+    if len(payload) > limit:
+        raise ProtocolViolation(
+            "", f"this text has at most {limit} bytes", f"{len(payload)} came"
+        )
+    return printable(_decode(payload))
+
+
+def printable(text: str) -> str:
+    """Return a guest's text without what could steer a terminal."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+        for c in text
+    )
+
+
+def _decode(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ProtocolViolation("", "texts are UTF-8", repr(data[:40])) from None

@@ -1,0 +1,126 @@
+"""Kernel modules: where they are, and which others they need before them."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import re
+import subprocess
+from typing import TYPE_CHECKING, Final
+
+from qubes_itests.guest.exc import ImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+__all__ = ["STAGE_ONE", "ModuleTree"]
+
+#: What stage one loads, in this order, each after what it needs. A guest must be able
+#: to speak, to see disks and interfaces that are plugged in later, and to give memory
+#: back; everything else may be loaded from its root by whoever wants it.
+STAGE_ONE: Final = (
+    "virtio_pci",
+    "virtio_console",
+    "virtio_scsi",
+    "sd_mod",
+    "virtio_rng",
+    "virtio_balloon",
+    "virtio_net",
+)
+
+_FILE: Final = re.compile(r"(.+)\.ko(?:\.(xz|zst|gz))?")
+# In the section .modinfo every setting is a string between NULs.
+_DEPENDS: Final = re.compile(rb"\0depends=([^\0]*)\0")
+
+
+class ModuleTree:
+    """The modules of one kernel.
+
+    :param directory: its ``lib/modules/VERSION``.
+    :raise ImageError: there are none.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files = {
+            _canonical(match[1]): path
+            for path in directory.glob("kernel/**/*.ko*")
+            if (match := _FILE.fullmatch(path.name))
+        }
+        if not self._files:
+            raise ImageError("initramfs", f"there are no modules in {directory}")
+        self._builtin = _builtin(directory / "modules.builtin")
+        self._contents: dict[str, bytes] = {}
+
+    def resolve(self, names: Iterable[str]) -> list[str]:
+        """Return modules in an order to load them, with all that they need.
+
+        What the kernel has built in is left out.
+
+        :raise ImageError: one is missing.
+        """
+        order: dict[str, None] = {}
+        for name in names:
+            self._add(_canonical(name), order, ())
+        return list(order)
+
+    def read(self, name: str) -> bytes:
+        """Return a module's file, uncompressed."""
+        if name not in self._contents:
+            self._contents[name] = _read(self._files[name])
+        return self._contents[name]
+
+    def _add(self, name: str, order: dict[str, None], above: tuple[str, ...]) -> None:
+        if name in order or name in self._builtin:
+            return
+        if name not in self._files or name in above:
+            raise ImageError(
+                "initramfs",
+                f"the kernel in {self._directory} has no usable module {name}; use"
+                " the kernel that set-up fetches",
+            )
+        for needed in self._depends(name):
+            self._add(needed, order, (*above, name))
+        order[name] = None
+
+    def _depends(self, name: str) -> list[str]:
+        match = _DEPENDS.search(self.read(name))
+        text = match[1].decode() if match else ""
+        return [_canonical(needed) for needed in text.split(",") if needed]
+
+
+def _canonical(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _builtin(path: Path) -> frozenset[str]:
+    if not path.is_file():
+        return frozenset()
+    names = (line.rpartition("/")[2] for line in path.read_text().split())
+    return frozenset(_canonical(name.removesuffix(".ko")) for name in names)
+
+
+def _read(path: Path) -> bytes:
+    match path.suffix:
+        case ".xz":
+            return lzma.decompress(path.read_bytes())
+        case ".gz":
+            return gzip.decompress(path.read_bytes())
+        case ".zst":
+            return _unzstd(path)
+        case _:
+            return path.read_bytes()
+
+
+def _unzstd(path: Path) -> bytes:
+    # `host.run` is for text; the standard library knows zstd from Python 3.14 on
+    try:
+        return subprocess.run(
+            ["zstd", "--decompress", "--stdout", "--quiet", path],
+            check=True,
+            capture_output=True,
+            timeout=60,
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ImageError("initramfs", f"zstd cannot read {path}: {error}") from error

@@ -1,0 +1,151 @@
+"""A command or service that runs in a guest."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING, Final
+
+from qubes_itests.guest.frames import Channel, ExitKind
+from qubes_itests.guest.streams import GuestReader, GuestWriter
+
+if TYPE_CHECKING:
+    from qubes_itests.guest.events import Ended
+    from qubes_itests.guest.exc import GuestGoneError
+    from qubes_itests.guest.streams import Link
+
+__all__ = ["GuestProcess"]
+
+#: What `returncode` says when the guest went away before the process ended.
+_GONE: Final = 255
+
+
+class GuestProcess:
+    """A command or service in a guest, used as `asyncio.subprocess.Process` is.
+
+    Its three streams are always pipes. It comes from `GuestAgent.spawn` or
+    `spawn_service`.
+    """
+
+    def __init__(self, link: Link, stream: int, vm: str, command: str) -> None:
+        #: Name of the VM.
+        self.vm = vm
+        #: The command line, or the service.
+        self.command = command
+        #: What the process reads.
+        self.stdin = GuestWriter(link, stream, Channel.STDIN)
+        #: What it writes.
+        self.stdout: GuestReader = GuestReader(link, stream, Channel.STDOUT)
+        #: What it writes about its troubles.
+        self.stderr: GuestReader = GuestReader(link, stream, Channel.STDERR)
+        #: Why it did not start, in the guest's words; empty when it did.
+        self.failure = ""
+        self._link = link
+        self._stream = stream
+        self._returncode: int | None = None
+        self._error: GuestGoneError | None = None
+        self._ended = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return (
+            f"<GuestProcess {self.command!r} in {self.vm} returncode={self.returncode}>"
+        )
+
+    @property
+    def pid(self) -> int:
+        """Number of its stream, unique within one start of the VM."""
+        return self._stream
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status; minus the number of the signal that killed it; None before.
+
+        126: it was not allowed to start; 127: there is no such command, service or
+        user; 255 also when the guest went away before it ended.
+        """
+        return self._returncode
+
+    async def wait(self) -> int:
+        """Wait until it has ended, and return `returncode`.
+
+        As with any process: one that writes more than a window waits for a reader.
+
+        :raise GuestGoneError: the guest went away before.
+        """
+        await self._ended.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._returncode is not None  # noqa: S101 - set with the event
+        return self._returncode
+
+    async def communicate(
+        self,
+        input: bytes | bytearray | memoryview | None = None,  # noqa: A002
+    ) -> tuple[bytes, bytes]:
+        """Write `input`, close stdin, read both outputs to their ends, wait.
+
+        :return: stdout and stderr.
+        :raise GuestGoneError: the guest went away before.
+        """
+        if input:
+            self.stdin.write(input)
+        if not self.stdin.is_closing():
+            self.stdin.write_eof()
+        stdout, stderr = await asyncio.gather(self.stdout.read(), self.stderr.read())
+        await self.wait()
+        return stdout, stderr
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to it and its children.
+
+        :raise ProcessLookupError: it has ended.
+        """
+        if not self._link.protocol.is_open(self._stream) or self._ended.is_set():
+            raise ProcessLookupError
+        self._link.send(self._link.protocol.signal(self._stream, number))
+
+    def terminate(self) -> None:
+        """Send SIGTERM; see `send_signal`."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL; see `send_signal`."""
+        self.send_signal(signal.SIGKILL)
+
+    def hang_up(self) -> None:
+        """Close its stdin and stop reading from it, as a peer that dies does."""
+        if not self.stdin.is_closing():
+            self.stdin.write_eof()
+        self.stdout.stop()
+        self.stderr.stop()
+
+    # for the connection
+
+    def reader(self, channel: int) -> GuestReader:
+        """Return the reader of a channel."""
+        return self.stdout if channel == Channel.STDOUT else self.stderr
+
+    def writer(self) -> GuestWriter:
+        """Return the writer of its only channel to the guest."""
+        return self.stdin
+
+    def end(self, event: Ended) -> None:
+        """Take note that it has ended."""
+        killed = event.kind is ExitKind.KILLED
+        self._returncode = -event.value if killed else event.value
+        if event.kind is ExitKind.NOT_STARTED:
+            self.failure = event.text
+            self.stderr.feed_data(f"{self.vm}: {event.text}\n".encode())
+        self.stdin.break_off(BrokenPipeError(f"{self.command!r} has ended"))
+        for reader in (self.stdout, self.stderr):
+            reader.feed_eof()
+        self._ended.set()
+
+    def lose(self, error: GuestGoneError) -> None:
+        """Take note that the guest went away."""
+        self._error = error
+        self._returncode = _GONE
+        self.stdin.break_off(error)
+        for reader in (self.stdout, self.stderr):
+            reader.lose(error)
+        self._ended.set()

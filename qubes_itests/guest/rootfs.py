@@ -1,0 +1,164 @@
+"""The root filesystem of the mini template, as a directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Final
+
+from qubes_itests.guest.exc import ImageError
+from qubes_itests.host.command import CommandError, run
+
+__all__ = ["TOOLS", "fill_rootfs", "find_tool"]
+
+#: Programs of the host that the guest gets besides busybox, with their libraries.
+TOOLS: Final = ("mke2fs", "resize2fs", "e2fsck")
+
+_SEARCH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
+_LIBRARY: Final = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$", re.MULTILINE)
+_UID: Final = 1000
+
+_DIRECTORIES: Final = (
+    *("dev", "etc/qubes-rpc", "etc/qubes/rpc-config", "home/user", "mnt", "proc"),
+    *("root", "run", "rw", "sys", "tmp", "usr/bin", "usr/lib/qubes", "usr/lib64"),
+    *("usr/local/bin", "usr/share", "var/cache", "var/lib", "var/log", "var/tmp"),
+)
+_LINKS: Final = {
+    "bin": "usr/bin",
+    "lib": "usr/lib",
+    "lib64": "usr/lib64",
+    "sbin": "usr/bin",
+    "usr/sbin": "bin",
+    "var/run": "../run",
+    "usr/bin/mkfs.ext4": "mke2fs",
+    "usr/bin/fsck.ext4": "e2fsck",
+    "usr/bin/init": "../lib/qubes/agent",
+    "usr/bin/qrexec-client-vm": "../lib/qubes/agent",
+    "usr/bin/qubesdb-read": "../lib/qubes/agent",
+    "usr/bin/qubesdb-list": "../lib/qubes/agent",
+    "usr/bin/qubesdb-multiread": "../lib/qubes/agent",
+    "usr/lib/qubes/qrexec-client-vm": "agent",
+    "etc/mtab": "../proc/mounts",
+}
+_FILES: Final = {
+    "etc/passwd": (
+        "root:x:0:0:root:/root:/bin/sh\n"
+        "user:x:1000:1000:user:/home/user:/bin/sh\n"
+        "nobody:x:65534:65534:nobody:/:/bin/false\n"
+    ),
+    "etc/group": (
+        "root:x:0:\ntty:x:5:\ndisk:x:6:\nqubes:x:98:user\nuser:x:1000:\n"
+        "nogroup:x:65534:\n"
+    ),
+    "etc/shadow": "root:*:1:0:99999:7:::\nuser:*:1:0:99999:7:::\n",
+    "etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
+    "etc/shells": "/bin/sh\n",
+    "etc/os-release": (
+        'ID=tiny\nNAME="tiny"\nPRETTY_NAME="tiny, the mini template of qubes_itests"\n'
+    ),
+    "etc/profile": (
+        "umask 022\nexport LANG=C.UTF-8\n"
+        "for file in /etc/profile.d/*.sh; do\n"
+        '    [ ! -r "$file" ] || . "$file"\ndone\nunset file\n'
+    ),
+    "etc/qubes/rpc-config/qubes.VMRootShell": "force-user=root\n",
+}
+_SCRIPTS: Final = {
+    "etc/qubes-rpc/qubes.VMShell": 'exec "${SHELL:-/bin/sh}"\n',
+    "etc/qubes-rpc/qubes.VMRootShell": "exec /bin/sh\n",
+    "etc/qubes-rpc/qubes.WaitForSession": "# there is no session to wait for\n",
+    "etc/qubes-rpc/qubes.GetDate": "exec date -u -Iseconds\n",
+    # The argument is a command line: words with + between them, where -- stands for
+    # a - and -XX for the byte of that hexadecimal value.
+    "etc/qubes-rpc/qubes.VMExec": (
+        "rest=$1+\nset --\n"
+        'while [ -n "$rest" ]; do\n'
+        "    word=$(printf '%s' \"${rest%%+*}\" |"
+        " sed 's/--/\\\\0055/g; s/-\\([0-9A-F][0-9A-F]\\)/\\\\x\\1/g')\n"
+        "    word=$(printf '%b.' \"$word\")\n"
+        '    set -- "$@" "${word%.}"\n'
+        "    rest=${rest#*+}\n"
+        'done\nexec "$@"\n'
+    ),
+    # busybox would ask its own init
+    "usr/bin/poweroff": "sync\nexec busybox poweroff -f\n",
+    "usr/bin/halt": "sync\nexec busybox poweroff -f\n",
+    "usr/bin/reboot": "sync\nexec busybox reboot -f\n",
+}
+#: Applets that the agent or a script above takes the place of.
+_NOT_APPLETS: Final = frozenset({"busybox", "init", "linuxrc", "sulogin"})
+
+
+def find_tool(name: str) -> Path:
+    """Return the path of a program of the host.
+
+    :raise ImageError: it is not installed.
+    """
+    found = shutil.which(name, path=_SEARCH)
+    if found is None:
+        raise ImageError(
+            "root image",
+            f"{name} is not installed; see: python -m qubes_itests doctor",
+        )
+    return Path(found)
+
+
+def fill_rootfs(directory: Path, agent: Path) -> None:
+    """Put everything that the mini template has into an empty directory. Blocking.
+
+    :param directory: owned by the caller, who must be root.
+    :param agent: the guest's program.
+    :raise ImageError: a program that goes in is not installed.
+    """
+    for name in _DIRECTORIES:
+        (directory / name).mkdir(parents=True, exist_ok=True)
+    for name, target in _LINKS.items():
+        (directory / name).symlink_to(target)
+    for name, text in _FILES.items():
+        _write(directory / name, text.encode(), 0o644)
+    for name, text in _SCRIPTS.items():
+        _write(directory / name, b"#!/bin/sh\n" + text.encode(), 0o755)
+    _write(directory / "usr/lib/qubes/agent", agent.read_bytes(), 0o755)
+    for name in ("busybox", *TOOLS):
+        _copy_program(find_tool(name), directory)
+    _link_applets(directory / "usr/bin")
+    _set_permissions(directory)
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    path.write_bytes(data)
+    path.chmod(mode)
+
+
+def _copy_program(program: Path, directory: Path) -> None:
+    _write(directory / "usr/bin" / program.name, program.read_bytes(), 0o755)
+    for library in _libraries(program):
+        place = directory / str(library).lstrip("/")
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _write(place, library.read_bytes(), 0o755)
+
+
+def _libraries(program: Path) -> list[Path]:
+    try:
+        return [Path(p) for p in _LIBRARY.findall(run(["ldd", program]))]
+    except CommandError:
+        return []  # statically linked
+
+
+def _link_applets(binaries: Path) -> None:
+    for applet in run([binaries / "busybox", "--list"]).split():
+        place = binaries / applet
+        if applet not in _NOT_APPLETS and not place.is_symlink() | place.exists():
+            place.symlink_to("busybox")
+
+
+def _set_permissions(directory: Path) -> None:
+    for name in ("tmp", "var/tmp"):
+        (directory / name).chmod(0o1777)
+    (directory / "root").chmod(0o700)
+    (directory / "etc/shadow").chmod(0o600)
+    os.chown(directory / "home/user", _UID, _UID)
+    (directory / "home/user").chmod(0o700)
