@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qubes_itests.host.command import run
 from qubes_itests.host.exc import CacheError
 
 if TYPE_CHECKING:
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Cache", "digest"]
 
+#: Beside the entries, but not of them: see rundir.
+_RESERVED = "runs"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,199}")
 _CHUNK = 1 << 20
 
@@ -108,7 +109,7 @@ class Cache:
 
     def _place(self, kind: str, key: str) -> Path:
         for name in (kind, key):
-            if not _NAME.fullmatch(name):
+            if not _NAME.fullmatch(name) or kind == _RESERVED:
                 raise ValueError(f"{name!r} cannot name a cache entry")
         return self.root / kind / key
 
@@ -127,9 +128,9 @@ class Cache:
         temporary = self._temporary(place)
         try:
             build(temporary)
-            run(["sync", "--file-system", temporary], timeout=600)
+            _flush_tree(temporary)
             temporary.rename(place)
-            _sync_directory(place.parent)
+            _flush(place.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -149,8 +150,16 @@ def _sweep(place: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _flush_tree(root: Path) -> None:
+    for directory, _, files in os.walk(root):
+        for path in (Path(directory, name) for name in files):
+            if path.is_file() and not path.is_symlink():
+                _flush(path)
+        _flush(Path(directory))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

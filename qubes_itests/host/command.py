@@ -72,7 +72,12 @@ def _start(arguments: list[str]) -> subprocess.Popen[bytes]:
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            # A daemon that left the group may hold the other end for ever.
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 def _tail(stderr: bytes | None) -> str:

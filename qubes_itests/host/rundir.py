@@ -33,7 +33,10 @@ class RunDirectory:
     def __init__(self, cache: Cache) -> None:
         self._runs = cache.root / "runs"
         with _all_runs_locked(self._runs):
-            _remove_stale(self._runs)
+            for path in _stale(self._runs):
+                # What cannot go must not keep this run from starting.
+                with contextlib.suppress(OSError):
+                    _remove_tree(path)
             # Short: the paths of unix sockets in it are limited to 107 bytes.
             self.path = Path(tempfile.mkdtemp(dir=self._runs, prefix=""))
             self._lock: int | None = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
@@ -70,7 +73,10 @@ def remove_stale(cache: Cache) -> list[Path]:
     """
     runs = cache.root / "runs"
     with _all_runs_locked(runs):
-        return _remove_stale(runs)
+        stale = _stale(runs)
+        for path in stale:
+            _remove_tree(path)
+        return stale
 
 
 @contextlib.contextmanager
@@ -83,11 +89,8 @@ def _all_runs_locked(runs: Path) -> Iterator[None]:
         yield
 
 
-def _remove_stale(runs: Path) -> list[Path]:
-    stale = [path for path in sorted(runs.iterdir()) if _is_stale(path)]
-    for path in stale:
-        _remove_tree(path)
-    return stale
+def _stale(runs: Path) -> list[Path]:
+    return [path for path in sorted(runs.iterdir()) if _is_stale(path)]
 
 
 def _is_stale(path: Path) -> bool:

@@ -55,6 +55,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def main(mark: str, command: list[str]) -> NoReturn:
     """Run a command in new namespaces and exit with its status."""
+    # Who ignores SIGCHLD is not told of any child's end.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     waited_for = FORWARDED | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
     check(libc.unshare(CLONE_NEWPID), "make a PID namespace")

@@ -1,0 +1,83 @@
+"""Programs of the host: output, errors, deadlines."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qubes_itests.exc import DeadlineError
+from qubes_itests.host.command import CommandError, run
+from qubes_itests.host.exc import MissingToolError
+
+
+def test_output_and_input():
+    assert run(["cat"], input=b"line\n") == "line\n"
+    assert run(["cat"]) == ""
+
+
+def test_no_shell_sees_the_arguments():
+    assert run(["printf", "%s", "$(id) `id` ; id"]) == "$(id) `id` ; id"
+
+
+def test_output_that_is_no_utf8_survives():
+    assert os.fsencode(run(["printf", r"\377"])) == b"\xff"
+
+
+def test_messages_are_english_whatever_the_locale(monkeypatch):
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("LANGUAGE", "de")
+    assert run(["sh", "-c", "echo $LC_ALL$LANGUAGE"]) == "C.UTF-8\n"
+
+
+def test_a_failure_tells_command_status_and_last_words():
+    with pytest.raises(CommandError) as caught:
+        run(["sh", "-c", "echo first >&2; echo 'last word' >&2; exit 7"])
+    assert caught.value.returncode == 7
+    assert caught.value.stderr == "first\nlast word"
+    assert caught.value.argv[:2] == ("sh", "-c")
+    assert "exit status 7" in str(caught.value)
+    assert "last word" in str(caught.value)
+
+
+def test_a_signal_is_named():
+    with pytest.raises(CommandError, match=r"signal 15: \(silent\)") as caught:
+        run(["sh", "-c", "kill -TERM $$"])
+    assert caught.value.returncode == -15
+
+
+def test_only_the_end_of_a_flood_of_errors_is_kept():
+    with pytest.raises(CommandError) as caught:
+        run(["sh", "-c", "yes x | head -c 300000 >&2; echo end >&2; exit 1"])
+    assert len(caught.value.stderr) <= 2000
+    assert caught.value.stderr.endswith("end")
+
+
+def test_a_missing_program_is_an_environment_that_is_not_ready():
+    with pytest.raises(MissingToolError, match="no-such-program is not installed"):
+        run(["no-such-program"])
+
+
+def test_the_deadline_ends_the_children_too(tmp_path):
+    """A grandchild that keeps the pipes open neither delays nor survives."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    script = f"echo started >&2; (exec 3<>{fifo}; sleep 600) & sleep 600"
+    with pytest.raises(DeadlineError, match=r"no exit of sh within 0\.5 s") as caught:
+        run(["sh", "-c", script], timeout=0.5)
+    assert caught.value.evidence == "started"
+    # Nobody has the pipe open any more once the grandchild is gone.
+    _wait_until_nobody_reads(fifo)
+
+
+def _wait_until_nobody_reads(fifo: Path) -> None:
+    code = """
+import os, sys
+while True:
+    try:
+        os.close(os.open(sys.argv[1], os.O_WRONLY | os.O_NONBLOCK))
+    except OSError:
+        break
+"""
+    subprocess.run([sys.executable, "-c", code, fifo], timeout=20, check=True)

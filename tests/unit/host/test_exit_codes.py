@@ -1,0 +1,49 @@
+"""The exit statuses agree wherever they are written down."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qubes_itests.exit_codes import ExitCode
+from qubes_itests.host import exc, sandbox_init
+
+_ROOT = Path(__file__).parents[3]
+
+
+def test_pytest_keeps_its_own():
+    """All of pytest's are the same here; the newest pytest has more than the oldest."""
+    for status in pytest.ExitCode:
+        assert status not in list(ExitCode) or ExitCode(status).name == status.name
+    assert {0, 1, 2, 3, 4, 5} <= set(ExitCode)
+
+
+def test_the_scripts_use_the_same():
+    text = (_ROOT / "setup.sh").read_text()
+    found = re.findall(r"\b([A-Z_]+)=(\d+)", text.partition("readonly ")[2])
+    used = {name: int(value) for name, value in found if name in ExitCode.__members__}
+    assert used == {
+        name: ExitCode[name]
+        for name in ("NOT_ROOT", "NO_LOOP_DEVICES", "MISSING_TOOL", "NO_NETWORK")
+    }
+
+
+def test_the_sandbox_uses_the_same():
+    assert sandbox_init.NO_SANDBOX == ExitCode.NO_SANDBOX
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (exc.NotRootError(), 10),
+        (exc.NoLoopDevicesError("x"), 11),
+        (exc.MissingToolError("x"), 12),
+        (exc.NoSandboxError("x", "y"), 13),
+        (exc.NoKernelError("x"), 14),
+        (exc.NoNetworkError("x", "y"), 15),
+    ],
+)
+def test_each_lack_has_its_own(error, status):
+    assert error.exit_code == status
+    assert error.remedy
+    assert error.problem in str(error)
