@@ -1,0 +1,242 @@
+"""The base classes of tests."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import unittest
+from typing import TYPE_CHECKING, Any, Final
+
+from .exc import LeakError
+from .leaks import LeakWatch
+from .policy import PolicyRule, policy_line
+from .process import ProcessWrapper
+from .vm import VMWrapper, unwrapped
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Iterable
+
+    from qubes_itests.core.app import Qubes
+    from qubes_itests.testbed import Testbed
+
+__all__ = [
+    "CLSVMPREFIX",
+    "VMPREFIX",
+    "ExtraTestCase",
+    "QubesTestCase",
+    "SystemTestCase",
+]
+
+#: How names of VMs begin that belong to one test, and to a class of tests.
+VMPREFIX: Final = "test-inst-"
+CLSVMPREFIX: Final = "test-cls-"
+
+#: Seconds that a user's session may take to begin.
+_SESSION_TIMEOUT: Final = 60.0
+
+#: Exit status of a call whose service is not there.
+_NO_SERVICE: Final = 127
+
+
+class QubesTestCase(unittest.TestCase):
+    """A test with an event loop."""
+
+    #: The event loop, which runs in another thread whatever this one does.
+    loop: asyncio.AbstractEventLoop
+
+    _testbed: Testbed
+    _leaks: LeakWatch
+
+    def setUp(self) -> None:
+        """Make the loop the current one, and begin to watch for leaks.
+
+        :raise NoTestbedError: outside a run.
+        """
+        super().setUp()
+        from qubes_itests import testbed  # noqa: PLC0415 - `list` has no need of it
+
+        self.log = logging.getLogger(f"qubes.tests.{type(self).__qualname__}")
+        self._testbed = testbed.current()
+        self._leaks = LeakWatch(self._testbed.portal)
+        # as clean-ups, for these happen even if the rest of setUp fails or skips
+        self.addCleanup(self._end)
+        current = contextlib.ExitStack()
+        self.loop = current.enter_context(self._testbed.portal.as_current_loop())
+        self.addCleanup(current.close)
+
+    def success(self) -> bool:
+        """Return whether nothing of the test has failed so far."""
+        return bool(getattr(self._outcome, "success", True))  # type: ignore[attr-defined]
+
+    def _end(self) -> None:
+        """Forget the VMs, and see what is left of them."""
+        passed = self.success()
+        for name, value in tuple(vars(self).items()):
+            if _holds_vm(value):
+                delattr(self, name)
+        # what failed has a traceback that holds a lot; and one failure is enough
+        leaks = self._leaks.end()
+        if passed and leaks:
+            raise LeakError(leaks)
+
+
+class SystemTestCase(QubesTestCase):
+    """A test with a Qubes app of its own, on the testbed's hypervisor."""
+
+    #: The app.
+    app: Qubes
+
+    #: Name of the template under test, None for the testbed's first.
+    template: str | None = None
+
+    def setUp(self) -> None:
+        """Make the app, which has the template and dom0.
+
+        :raise HarnessError: when there is no such template.
+        """
+        super().setUp()
+        template = self.template or self._testbed.template_names[0]
+        self.app = self.loop.run_until_complete(self._testbed.make_app(template))
+        self.addCleanup(self._close_app, self.app)
+        self.app.add_handler("domain-add", self._leaks.vm_added)
+
+    def _close_app(self, app: Qubes) -> None:
+        """Remove the app and all VMs in it."""
+        app.default_dispvm = None
+        problems = self.loop.run_until_complete(self._testbed.close_app(app))
+        if problems:
+            raise LeakError(problems)
+
+    def init_default_template(self, template: Any = None) -> None:
+        """Set the app's default template, by name or object."""
+        if template is not None:
+            self.app.default_template = self.app.domains[template]
+
+    def init_networking(self) -> None:
+        """Accept the call: VMs have no network yet."""
+
+    @staticmethod
+    def make_vm_name(name: str, class_teardown: bool = False) -> str:  # noqa: FBT001, FBT002
+        """Return the name of a VM of this test."""
+        return (CLSVMPREFIX if class_teardown else VMPREFIX) + name
+
+    def remove_vms(self, vms: Iterable[Any]) -> None:
+        """Kill VMs and remove them, in this order; those that are gone are passed over.
+
+        :raise QubesVMInUseError: when another VM needs one of them.
+        """
+        self.loop.run_until_complete(self._remove_vms([unwrapped(vm) for vm in vms]))
+
+    async def _remove_vms(self, vms: list[Any]) -> None:
+        present = [vm for vm in vms if vm in self.app.domains]
+        for vm in present:
+            if not vm.is_halted():
+                await vm.kill()
+        for vm in present:
+            if self.app.default_dispvm == vm:
+                self.app.default_dispvm = None
+            del self.app.domains[vm]
+            await vm.remove_from_disk()
+
+    async def wait_for_session(self, vm: Any) -> None:
+        """Wait until the session of the VM's default user has begun.
+
+        A guest without the service that tells has no sessions to wait for.
+
+        :raise TimeoutError: after a minute.
+        :raise AssertionError: when the guest says that it failed.
+        """
+        import asyncio  # noqa: PLC0415 - `list` has no need of it
+        import subprocess  # noqa: PLC0415
+
+        vm = unwrapped(vm)
+        call = vm.run_service_for_stdio(
+            "qubes.WaitForSession", input=vm.default_user.encode()
+        )
+        try:
+            await asyncio.wait_for(call, _SESSION_TIMEOUT)
+        except subprocess.CalledProcessError as error:
+            if error.returncode != _NO_SERVICE:
+                raise AssertionError(
+                    f"the session of {vm} did not begin: exit status"
+                    f" {error.returncode}: {error.stderr.decode(errors='replace')}"
+                ) from error
+
+    def qrexec_policy(
+        self,
+        service: str,
+        source: Any,
+        destination: Any,
+        allow: bool = True,  # noqa: FBT001, FBT002 - as in Qubes OS
+        target: Any = None,
+    ) -> PolicyRule:
+        """Allow (or deny) calls, before all other rules, for the rest of the test.
+
+        As a context (``with self.qrexec_policy(…):``), for as long as that.
+
+        :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``.
+        :param source: the VM that calls, its name, or a keyword (``@anyvm`` …).
+        :param destination: likewise; also ``@default``, ``@dispvm``, ``dom0``.
+        :param allow: or deny.
+        :param target: the VM that answers, whoever was called.
+        """
+        action = "allow" if allow else "deny"
+        line = policy_line(service, source, destination, action, target)
+        rule = PolicyRule(self.app.policy, line)
+        self.addCleanup(rule.remove)
+        return rule
+
+
+class ExtraTestCase(SystemTestCase):
+    """The base of plugins' tests."""
+
+    def setUp(self) -> None:
+        """Have a VM for disposable VMs to be made from, beside the app."""
+        super().setUp()
+        base = self.app.add_new_vm(
+            "AppVM",
+            name=self.make_vm_name("dvm"),
+            template=self.app.default_template,
+            label="red",
+            template_for_dispvms=True,
+        )
+        self.loop.run_until_complete(base.create_on_disk())
+        self.app.default_dispvm = base
+
+    def tearDown(self) -> None:
+        """Let go of the VM for disposable VMs; the rest is done behind clean-ups."""
+        self.app.default_dispvm = None
+        super().tearDown()
+
+    def create_vms(self, names: Iterable[str]) -> list[VMWrapper]:
+        """Make AppVMs on the test's template, which are removed after the test.
+
+        :param names: the VMs' names get the test's prefix before these.
+        :return: the VMs, halted, in the order of the names.
+        :raise QubesValueError: for a name that cannot be.
+        """
+        return [self._create_vm(self.make_vm_name(name)) for name in names]
+
+    def _create_vm(self, name: str) -> VMWrapper:
+        vm = self.app.add_new_vm(
+            "AppVM", name=name, template=self.app.default_template, label="red"
+        )
+        self.loop.run_until_complete(vm.create_on_disk())
+        self.app.save()
+        return VMWrapper(vm, loop=self.loop)
+
+    def enable_network(self) -> None:
+        """Ask for network in VMs that are made afterwards."""
+        self.init_networking()
+
+
+def _holds_vm(value: Any) -> bool:
+    if isinstance(value, (VMWrapper, ProcessWrapper)):
+        return True
+    if isinstance(value, dict):
+        return any(_holds_vm(item) for item in (*value, *value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return any(_holds_vm(item) for item in value)
+    # an app or a VM of any class, told by what both have
+    return hasattr(type(value), "fire_event")

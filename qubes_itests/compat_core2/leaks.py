@@ -1,0 +1,129 @@
+"""What a test left behind: tasks, open files, coroutines nobody awaited, VM objects."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import time
+import warnings
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from qubes_itests.portal import Portal
+
+__all__ = ["LeakWatch"]
+
+#: Seconds for what is ending to end.
+_GRACE: Final = 2.0
+_INTERVAL: Final = 0.01
+
+#: Files that the harness and its libraries open when they first need them.
+_OF_THE_HARNESS: Final = ("anon_inode:", "/dev/", "/proc/", "/sys/", "/memfd:")
+
+_NEVER_AWAITED: Final = "was never awaited"
+
+
+class LeakWatch:
+    """Compares what there is at the end of a test with what was there at its begin.
+
+    :param portal: the loop whose tasks are looked at.
+    """
+
+    def __init__(self, portal: Portal) -> None:
+        self._portal = portal
+        self._exit = contextlib.ExitStack()
+        self._warned = self._exit.enter_context(warnings.catch_warnings(record=True))
+        warnings.filterwarnings("always", f".*{_NEVER_AWAITED}", RuntimeWarning)
+        self._vms: list[tuple[str, weakref.ref[Any]]] = []
+        self._files = _open_files()
+        self._tasks = self._all_tasks()
+        portal.take_failures()
+
+    def vm_added(self, _app: Any, _event: str, vm: Any, **_kwargs: Any) -> None:
+        """Remember a VM, weakly; a handler of the event ``domain-add``."""
+        self._vms.append((str(vm), weakref.ref(vm)))
+
+    def end(self) -> list[str]:
+        """Return what is left, one sentence each, and cancel tasks that are."""
+        gc.collect()
+        found = [*self._leaked_tasks(), *self._leaked_files(), *self._leaked_vms()]
+        found += [
+            f"an error that nobody saw: {e}" for e in self._portal.take_failures()
+        ]
+        self._exit.close()
+        found += [str(w.message).split("\n")[0] for w in self._never_awaited()]
+        return found
+
+    def _never_awaited(self) -> Iterator[warnings.WarningMessage]:
+        for warning in self._warned or ():
+            if _NEVER_AWAITED in str(warning.message):
+                yield warning
+            else:  # not ours to judge: hand it on
+                warnings.showwarning(
+                    warning.message, warning.category, warning.filename, warning.lineno
+                )
+
+    def _all_tasks(self) -> set[asyncio.Task[Any]]:
+        return self._portal.call(lambda: set(asyncio.all_tasks(self._portal.loop)))
+
+    def _leaked_tasks(self) -> list[str]:
+        _until(lambda: not self._all_tasks() - self._tasks)
+        left = self._all_tasks() - self._tasks
+        for task in left:
+            self._portal.loop.call_soon_threadsafe(task.cancel)
+        return [f"task {_described(task)}" for task in left]
+
+    def _leaked_files(self) -> list[str]:
+        def left() -> dict[str, str]:
+            return dict(_open_files().items() - self._files.items())
+
+        _until(lambda: not left())
+        return [f"open file {number}: {target}" for number, target in left().items()]
+
+    def _leaked_vms(self) -> list[str]:
+        return [
+            f"VM object {name}, held by {_holders(vm)}"
+            for name, reference in self._vms
+            if (vm := reference()) is not None
+        ]
+
+
+def _open_files() -> dict[str, str]:
+    """Return what each file descriptor stands for."""
+    found = {}
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # it was the descriptor of the listing
+            target = str(entry.readlink())
+            if not target.startswith(_OF_THE_HARNESS):
+                found[entry.name] = target
+    return found
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    """Wait until something is true, or the grace is over."""
+    deadline = time.monotonic() + _GRACE
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(_INTERVAL)
+
+
+def _described(task: asyncio.Task[Any]) -> str:
+    coroutine: Any = task.get_coro()
+    frame = getattr(coroutine, "cr_frame", None)
+    name = getattr(coroutine, "__qualname__", repr(coroutine))
+    if frame is None:
+        return str(name)
+    return f"{name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"  # noqa: PTH119 - a name for people
+
+
+def _holders(vm: Any) -> str:
+    """Return what kinds of objects hold a VM, for whoever looks for the reason."""
+    kinds = {type(holder).__name__ for holder in gc.get_referrers(vm)}
+    return (
+        ", ".join(sorted(kinds - {"frame", "list_iterator"})) or "nothing that is known"
+    )

@@ -1,0 +1,211 @@
+"""A VM, for synchronous code."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from typing import Any
+
+from .awaitable import Done
+from .process import ProcessWrapper
+
+__all__ = ["VMWrapper"]
+
+#: Exit status when the VM went away before a command had ended.
+_GONE = 255
+
+
+class VMWrapper:
+    """A VM, for synchronous code; what is not here is the VM's own.
+
+    Properties are read and set on the VM.  It is equal to the VM, and has its hash and
+    its string.  Coroutine methods that are not listed here stay coroutine methods:
+    `create_on_disk`, `clone_disk_files`, `remove_from_disk` …
+
+    :param vm: the VM.
+    :param loop: the loop that it lives in; by default the current one.
+    """
+
+    _vm: Any
+    _loop: asyncio.AbstractEventLoop
+
+    def __init__(self, vm: Any, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self._vm = unwrapped(vm)
+        self._loop = loop or asyncio.get_event_loop()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_vm", "_loop"):  # a copy that is being made has neither yet
+            raise AttributeError(name)
+        return getattr(self._vm, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._vm, name, unwrapped(value))
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._vm, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._vm)})
+
+    def __str__(self) -> str:
+        return str(self._vm)
+
+    def __repr__(self) -> str:
+        return f"<VMWrapper of {self._vm!r}>"
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._vm == unwrapped(other))
+
+    def __lt__(self, other: object) -> bool:
+        return bool(self._vm < unwrapped(other))
+
+    def __hash__(self) -> int:
+        return hash(self._vm)
+
+    def start(
+        self,
+        start_guid: bool = True,  # noqa: FBT001, FBT002 - as in Qubes OS
+    ) -> VMWrapper:
+        """Start the VM and return this; nothing if it runs.
+
+        :raise QubesVMStartError: names the step that failed.
+        """
+        self._loop.run_until_complete(self._vm.start(start_guid=start_guid))
+        return self
+
+    def shutdown(self, **options: Any) -> VMWrapper:
+        """Ask the guest to power off, and return this.
+
+        :param options: ``wait=True`` returns when it is off; ``timeout=`` in seconds;
+            ``force=True``.
+        :raise QubesVMNotStartedError: when it does not run.
+        """
+        self._loop.run_until_complete(self._vm.shutdown(**options))
+        return self
+
+    def kill(self) -> Done:
+        """Stop the VM at once; the result may be awaited and need not be."""
+        return self._end(self._vm.kill)
+
+    def pause(self) -> Done:
+        """Stop its virtual CPUs; the result may be awaited and need not be."""
+        return self._end(self._vm.pause)
+
+    def unpause(self) -> Done:
+        """Let its virtual CPUs run; the result may be awaited and need not be."""
+        return self._end(self._vm.unpause)
+
+    def _end(self, method: Any) -> Done:
+        self._loop.run_until_complete(method())
+        return Done()
+
+    def clone_properties(self, src: Any, *args: Any, **kwargs: Any) -> None:
+        """Set this VM's properties to those of another."""
+        self._vm.clone_properties(unwrapped(src), *args, **kwargs)
+
+    def clone_disk_files(self, src: Any, **kwargs: Any) -> Any:
+        """Return a coroutine that copies the volumes of another VM."""
+        return self._vm.clone_disk_files(unwrapped(src), **kwargs)
+
+    def run(
+        self,
+        command: str,
+        wait: bool = False,  # noqa: FBT001, FBT002 - as in Qubes OS
+        user: str | None = None,
+        passio_popen: bool = False,  # noqa: FBT001, FBT002
+        passio_stderr: bool = False,  # noqa: FBT001, FBT002
+        **_gui: Any,
+    ) -> int | ProcessWrapper | None:
+        """Run a command in the VM.
+
+        :param command: for the user's shell.
+        :param wait: wait for it and return its exit status, whatever that is.
+        :param user: who runs it; by default the VM's `default_user`.
+        :param passio_popen: return the process, with stdin and stdout.
+        :param passio_stderr: with stderr too.
+        :param _gui: ``gui=`` and the like are accepted; there is no GUI.
+        :return: with neither `wait` nor `passio_popen` nothing: the command goes on.
+        :raise QubesVMNotRunningError: when the VM does not run.
+        """
+        if wait:
+            return self._status(self._vm.run_for_stdio(command, user=user))
+        streams = _streams(piped=passio_popen, stderr=passio_stderr)
+        starting = self._vm.run(command, user=user, **streams)
+        process = self._loop.run_until_complete(starting)
+        return self._wrapped(process, streams)
+
+    def run_service(  # noqa: PLR0917 - as in Qubes OS
+        self,
+        service: str,
+        wait: bool = True,  # noqa: FBT001, FBT002 - as in Qubes OS
+        input: str | bytes | None = None,  # noqa: A002
+        user: str | None = None,
+        passio_popen: bool = False,  # noqa: FBT001, FBT002
+        passio_stderr: bool = False,  # noqa: FBT001, FBT002
+        source: Any = None,
+        **_gui: Any,
+    ) -> int | ProcessWrapper | None:
+        """Run a qrexec service in the VM, as a call from dom0.
+
+        :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``.
+        :param wait: wait for it and return its exit status, unless `passio_popen`.
+        :param input: what it reads; text is sent as UTF-8.
+        :param user: who runs it; by default the service's own choice.
+        :param passio_popen: return the process, with stdin and stdout.
+        :param passio_stderr: with stderr too.
+        :param source: the VM that calls; dom0 by default.
+        :return: as `run`.
+        """
+        data = input.encode() if isinstance(input, str) else input
+        options = {"source": unwrapped(source), "user": user}
+        if wait and not passio_popen:
+            call = self._vm.run_service_for_stdio(service, input=data, **options)
+            return self._status(call)
+        streams = _streams(piped=passio_popen, stderr=passio_stderr)
+        if data:
+            streams["stdin"] = subprocess.PIPE
+        starting = self._vm.run_service(service, **options, **streams)
+        process = self._loop.run_until_complete(
+            _fed(starting, data, end=not passio_popen)
+        )
+        return self._wrapped(process, streams)
+
+    def _status(self, running: Any) -> int:
+        try:
+            self._loop.run_until_complete(running)
+        except subprocess.CalledProcessError as error:
+            return error.returncode
+        except ConnectionError:
+            # the command may have been what ended the VM: `poweroff`
+            return _GONE
+        return 0
+
+    def _wrapped(self, process: Any, streams: dict[str, int]) -> ProcessWrapper | None:
+        if "stdout" not in streams:
+            return None
+        return ProcessWrapper(process, self._loop, stderr="stderr" in streams)
+
+
+def unwrapped(value: Any) -> Any:
+    """Return the VM of a wrapper, and anything else as it is."""
+    return value._vm if isinstance(value, VMWrapper) else value  # noqa: SLF001
+
+
+def _streams(*, piped: bool, stderr: bool) -> dict[str, int]:
+    if not piped:
+        return {}
+    names = ("stdin", "stdout", "stderr") if stderr else ("stdin", "stdout")
+    return dict.fromkeys(names, subprocess.PIPE)
+
+
+async def _fed(starting: Any, data: bytes | None, *, end: bool) -> Any:
+    process = await starting
+    if data:
+        process.stdin.write(data)
+        await process.stdin.drain()
+        if end:
+            process.stdin.write_eof()
+    return process
