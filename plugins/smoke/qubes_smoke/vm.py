@@ -1,0 +1,188 @@
+"""What a VM on the template must be able to do."""
+
+import hashlib
+import os
+import signal
+import time
+
+import qubes.tests.extra
+
+BIG = 16 * 1024 * 1024
+
+
+class SmokeTestCase(qubes.tests.extra.ExtraTestCase):
+    def setUp(self):
+        super().setUp()
+        (self.vm,) = self.create_vms(["vm"])
+        self.vm.start()
+
+    def output(self, command, **options):
+        process = self.vm.run(command, passio_popen=True, **options)
+        stdout, _ = process.communicate()
+        self.assertEqual(process.returncode, 0, command)
+        return stdout.decode().strip()
+
+    def install(self, path, text, mode="0755"):
+        process = self.vm.run(
+            f"mkdir -p $(dirname {path}) && cat > {path} && chmod {mode} {path}",
+            user="root",
+            passio_popen=True,
+            passio_stderr=True,
+        )
+        _, stderr = process.communicate(text.encode())
+        self.assertEqual(process.returncode, 0, stderr)
+
+    def wait_for(self, command):
+        deadline = time.monotonic() + 30
+        while self.vm.run(command, wait=True) != 0:
+            self.assertLess(time.monotonic(), deadline, command)
+            time.sleep(0.05)
+
+
+class TC_00_Commands(SmokeTestCase):
+    def test_000_forms_of_run(self):
+        self.assertTrue(self.vm.is_running())
+        self.assertEqual(self.vm.run("true", wait=True), 0)
+        self.assertIsNone(self.vm.run("echo done > /tmp/forgotten"))
+        process = self.vm.run("cat; echo more", passio_popen=True, gui=False)
+        self.assertEqual(process.communicate(b"some\n"), (b"some\nmore\n", None))
+        process = self.vm.run(
+            "echo out; echo err >&2; exit 3", passio_popen=True, passio_stderr=True
+        )
+        self.assertEqual(process.communicate(), (b"out\n", b"err\n"))
+        self.assertEqual(process.returncode, 3)
+        # without input, stdin is at its end
+        self.assertEqual(self.vm.run("cat", wait=True), 0)
+        self.wait_for("grep -q done /tmp/forgotten")
+
+    def test_010_exit_codes(self):
+        for status in (0, 1, 2, 125, 126, 127, 255):
+            with self.subTest(status=status):
+                self.assertEqual(self.vm.run(f"exit {status}", wait=True), status)
+        self.assertEqual(self.vm.run("/no/such/command", wait=True), 127)
+        self.assertEqual(self.vm.run("/etc/passwd", wait=True), 126)
+        # a shell adds 128 to the signal, other ways to run a command negate it
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with self.subTest(signal=number):
+                status = self.vm.run(f"kill -{int(number)} $$", wait=True)
+                self.assertIn(status, (-number, 128 + number))
+
+    def test_020_users(self):
+        self.assertEqual(self.output("id -un"), "user")
+        self.assertEqual(self.output("id -un", user="root"), "root")
+        self.assertEqual(self.output("id -un", user="user"), "user")
+        self.assertEqual(self.output("echo $HOME"), "/home/user")
+        self.assertEqual(self.output("pwd"), "/home/user")
+        self.assertEqual(self.output("echo $HOME", user="root"), "/root")
+        self.assertIn("qubes", self.output("id -Gn").split())
+        self.assertEqual(self.vm.run("touch /root/x", wait=True), 1)
+        self.assertNotEqual(self.vm.run("true", user="nobody-here", wait=True), 0)
+
+    def test_030_process(self):
+        process = self.vm.run("cat", passio_popen=True)
+        self.assertIsNone(process.returncode)
+        process.stdin.write(b"one\n")
+        process.stdin.flush()
+        read = self.loop.run_until_complete
+        self.assertEqual(read(process.stdout.readline()), b"one\n")
+        process.stdin.write(b"two\n")
+        read(process.stdin.drain())
+        self.assertEqual(read(process.stdout.readline()), b"two\n")
+        self.assertIsNone(process.returncode)
+        process.stdin.close()
+        self.assertEqual(process.wait(), 0)
+        self.assertEqual(process.returncode, 0)
+
+    def test_040_signals(self):
+        for send, number in (("terminate", signal.SIGTERM), ("kill", signal.SIGKILL)):
+            with self.subTest(send=send):
+                process = self.vm.run("exec sleep 1000", passio_popen=True)
+                self.assertIsNone(process.returncode)
+                getattr(process, send)()
+                self.assertIn(process.wait(), (-number, 128 + number))
+
+    def test_050_big_streams(self):
+        data = os.urandom(BIG)
+        process = self.vm.run("cat", passio_popen=True)
+        stdout, _ = process.communicate(data)
+        self.assertEqual(
+            hashlib.sha256(stdout).hexdigest(), hashlib.sha256(data).hexdigest()
+        )
+        process = self.vm.run("wc -c", passio_popen=True)
+        self.assertEqual(process.communicate(data)[0].strip(), str(BIG).encode())
+
+    def test_060_many_at_once(self):
+        processes = [
+            self.vm.run(f"read x; echo {n} $x", passio_popen=True) for n in range(20)
+        ]
+        for number, process in enumerate(processes):
+            stdout, _ = process.communicate(b"of 20\n")
+            self.assertEqual(stdout, f"{number} of 20\n".encode())
+
+
+class TC_10_Services(SmokeTestCase):
+    def test_000_forms_of_run_service(self):
+        self.install("/etc/qubes-rpc/test.Copy", "#!/bin/sh\ncat > /tmp/copy\n")
+        for data in ("text\n", b"text\n"):
+            self.assertEqual(self.vm.run_service("test.Copy", input=data), 0)
+            self.assertEqual(self.output("cat /tmp/copy"), "text")
+        self.assertEqual(self.vm.run_service("test.Copy"), 0)
+        self.assertEqual(self.output("cat /tmp/copy"), "")
+        self.install(
+            "/etc/qubes-rpc/test.Echo",
+            '#!/bin/sh\ncat; echo "$1"; echo err >&2; exit 4\n',
+        )
+        self.assertEqual(self.vm.run_service("test.Echo", wait=True), 4)
+        process = self.vm.run_service(
+            "test.Echo+word", passio_popen=True, passio_stderr=True
+        )
+        self.assertEqual(process.communicate(b"in\n"), (b"in\nword\n", b"err\n"))
+        self.assertEqual(process.returncode, 4)
+
+    def test_010_who_and_what(self):
+        self.install(
+            "/etc/qubes-rpc/test.Who",
+            '#!/bin/sh\necho "$(id -un) $QREXEC_REMOTE_DOMAIN'
+            ' $QREXEC_SERVICE_FULL_NAME $QREXEC_SERVICE_ARGUMENT"\n',
+        )
+        for user in ("user", "root"):
+            process = self.vm.run_service("test.Who+a", user=user, passio_popen=True)
+            stdout, _ = process.communicate()
+            self.assertEqual(stdout.decode().split(), [user, "dom0", "test.Who+a", "a"])
+
+    def test_020_missing_service(self):
+        self.assertEqual(self.vm.run_service("test.Missing"), 127)
+        self.install("/etc/qubes-rpc/test.One+only", "#!/bin/sh\nexit 5\n")
+        self.assertEqual(self.vm.run_service("test.One+only"), 5)
+        self.assertEqual(self.vm.run_service("test.One+other"), 127)
+
+    def test_030_session(self):
+        self.loop.run_until_complete(self.wait_for_session(self.vm))
+
+
+class TC_20_Disks(SmokeTestCase):
+    def test_000_what_lasts(self):
+        """The private volume outlives a restart, changes of the root do not."""
+        self.assertEqual(self.vm.run("echo home > $HOME/kept", wait=True), 0)
+        self.assertEqual(
+            self.vm.run(
+                "echo rw > /rw/kept; echo x > /etc/lost", user="root", wait=True
+            ),
+            0,
+        )
+        self.assertEqual(self.vm.run("test -e /etc/lost", wait=True), 0)
+        self.vm.shutdown(wait=True)
+        self.assertFalse(self.vm.is_running())
+        self.vm.start()
+        self.assertEqual(self.output("cat $HOME/kept /rw/kept"), "home\nrw")
+        self.assertEqual(self.vm.run("test -e /etc/lost", wait=True), 1)
+
+    def test_010_names(self):
+        self.assertEqual(self.output("hostname"), self.vm.name)
+        self.assertEqual(self.output("qubesdb-read /name"), self.vm.name)
+        for disk in ("xvda", "xvdb", "xvdc"):
+            self.assertEqual(self.vm.run(f"test -b /dev/{disk}", wait=True), 0, disk)
+
+
+def list_tests():
+    return (TC_00_Commands, TC_10_Services, TC_20_Disks)

@@ -1,0 +1,1 @@
+"""Tests of a service in one VM, called from another."""
