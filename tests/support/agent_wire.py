@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import select
-import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterable
 
 HELLO, ENTER, DB_WRITE, DB_REMOVE, POWER_OFF = 0x01, 0x02, 0x03, 0x04, 0x05
 SPAWN, CALL, DATA, EOF, STOP, CREDIT, SIGNAL, EXIT = range(0x10, 0x18)
@@ -164,46 +167,62 @@ class Wire:
         return self.finish(stream, timeout)
 
 
+class Pour:
+    """A stream through one command, in and out at once, as fast as it goes."""
+
+    BLOCK = bytes(range(256)) * 127
+
+    def __init__(self, wire: Wire, line: str, size: int) -> None:
+        self.wire, self.left = wire, size
+        self.stream = wire.spawn(line)
+        self.credit, self.received, self.owed = WINDOW, 0, 0
+        self.out = bytearray()
+        self.result: Result | None = None
+
+    def _fill(self) -> None:
+        while self.left and len(self.out) < 1 << 20:
+            block = self.BLOCK[: min(len(self.BLOCK), self.left)]
+            if len(block) > self.credit:
+                return
+            self.out += frame(DATA, 0, self.stream, block)
+            self.left -= len(block)
+            self.credit -= len(block)
+            if not self.left:
+                self.out += frame(EOF, 0, self.stream)
+
+    def _take(self, got: Frame) -> None:
+        if got.type == DATA and got.channel == 1:
+            self.received += len(got.payload)
+            self.owed += len(got.payload)
+        elif got.type == CREDIT:
+            self.credit += struct.unpack("<I", got.payload)[0]
+        elif got.type == EXIT:
+            self.result = Result(got.payload[0], got.payload[1], "", b"", b"")
+        if self.owed >= WINDOW // 4:
+            self.out += frame(CREDIT, 1, self.stream, struct.pack("<I", self.owed))
+            self.owed = 0
+
+    def step(self, timeout: float) -> None:
+        self._fill()
+        sock = self.wire.sock
+        ready = select.select([sock], [sock] if self.out else [], [], timeout)
+        if not ready[0] and not ready[1]:
+            raise TimeoutError(f"{self.left} to send, {self.received} received")
+        if ready[1]:
+            del self.out[: sock.send(bytes(self.out[: 1 << 18]))]
+        if ready[0]:
+            self.wire.feed(sock.recv(1 << 18))
+        while self.wire.pending:
+            self._take(self.wire.pending.popleft())
+
+
 def pour(wire: Wire, line: str, size: int, timeout: float = 120.0) -> Result:
-    """Send `size` bytes through a command, in and out at once, as fast as it goes."""
-    stream = wire.spawn(line)
-    wire.sock.setblocking(False)
-    chunk = frame(DATA, 0, stream, bytes(range(256)) * 127)
-    step = len(chunk) - HEADER.size
-    left, credit, received, owed = size, WINDOW, 0, 0
-    out = bytearray()
-    result: Result | None = None
+    """Send `size` bytes through a command that gives as many back."""
+    poured = Pour(wire, line, size)
     deadline = time.monotonic() + timeout
-    take: Callable[[], Frame] = wire.pending.popleft
-    while result is None:
-        while left > 0 and credit >= min(step, left) and len(out) < 1 << 20:
-            count = min(step, left)
-            out += chunk if count == step else frame(DATA, 0, stream, bytes(count))
-            left -= count
-            credit -= count
-            if not left:
-                out += frame(EOF, 0, stream)
-        readable, writable, _ = select.select(
-            [wire.sock], [wire.sock] if out else [], [], deadline - time.monotonic()
-        )
-        if not readable and not writable:
-            raise TimeoutError(f"stuck: {left} to send, {received} received")
-        if writable:
-            del out[: wire.sock.send(memoryview(bytes(out[: 1 << 18])))]
-        if readable:
-            wire.feed(wire.sock.recv(1 << 18))
-        while wire.pending:
-            got = take()
-            if got.type == DATA and got.channel == 1:
-                received += len(got.payload)
-                owed += len(got.payload)
-            elif got.type == CREDIT:
-                credit += struct.unpack("<I", got.payload)[0]
-            elif got.type == EXIT:
-                result = Result(got.payload[0], got.payload[1], "", b"", b"")
-        if owed >= WINDOW // 4:
-            out += frame(CREDIT, 1, stream, struct.pack("<I", owed))
-            owed = 0
+    wire.sock.setblocking(False)
+    while poured.result is None:
+        poured.step(max(0.0, deadline - time.monotonic()))
     wire.sock.setblocking(True)
-    assert received == size, (received, size)
-    return result
+    assert poured.received == size, (poured.received, size)
+    return poured.result

@@ -115,11 +115,11 @@ static bool copy(int from, int to)
 /* Input is pumped by a child, so that a stuck reader of either end holds up one way. */
 static pid_t pump(int stdio)
 {
-	pid_t writer = fork();
+	pid_t parent = getpid(), writer = fork();
 
 	if (writer == 0) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
-		while (copy(STDIN_FILENO, stdio))
+		while (getppid() == parent && copy(STDIN_FILENO, stdio))
 			;
 		shutdown(stdio, SHUT_WR);
 		_exit(0);

@@ -1,0 +1,250 @@
+"""Commands: their stdio, how they end, and what they find around them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+from typing import TYPE_CHECKING
+
+import pytest
+from agent_wire import (
+    CREDIT,
+    DATA,
+    EOF,
+    EXIT,
+    HEADER,
+    SIGNAL,
+    SPAWN,
+    STOP,
+    WINDOW,
+    Wire,
+    frame,
+    pour,
+    strings,
+)
+
+if TYPE_CHECKING:
+    from agent_process import AgentProcess
+
+
+def test_output_and_errors_are_told_apart(wire: Wire) -> None:
+    result = wire.run("echo out; echo err >&2")
+    assert (result.stdout, result.stderr) == (b"out\n", b"err\n")
+
+
+@pytest.mark.parametrize("status", [0, 1, 126, 127, 255])
+def test_exit_status_is_the_commands_own(wire: Wire, status: int) -> None:
+    result = wire.run(f"exit {status}")
+    assert (result.kind, result.value) == (0, status)
+
+
+def test_death_by_a_signal_is_no_exit_status(wire: Wire) -> None:
+    result = wire.run("kill -9 $$")
+    assert (result.kind, result.value) == (1, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("user", "value", "text"),
+    [("nobody-such", 127, "no user"), ("noshell", 127, "/does/not/exist")],
+)
+def test_what_cannot_start_says_why(
+    wire: Wire, user: str, value: int, text: str
+) -> None:
+    result = wire.run("true", user=user)
+    assert (result.kind, result.value) == (2, value)
+    assert text in result.text
+
+
+def test_environment_is_a_logins(wire: Wire, agent: AgentProcess) -> None:
+    script = 'echo "$0 $HOME $USER $LOGNAME $SHELL $XDG_RUNTIME_DIR $EXTRA"; pwd; umask'
+    result = wire.run(script, environment=["EXTRA=1=2", "LOGNAME=other", "bad"])
+    runtime = agent.root / f"run/user/{os.getuid()}"
+    assert result.stdout.decode().splitlines()[:2] == [
+        f"-sh {agent.home} user other /bin/sh {runtime} 1=2",
+        str(agent.home),
+    ]
+    assert runtime.stat().st_mode & 0o777 == 0o700
+
+
+def test_command_starts_with_no_signal_blocked_or_ignored(wire: Wire) -> None:
+    result = wire.run("grep -E 'Sig(Blk|Ign)' /proc/self/status")
+    assert set(result.stdout.decode().split()) == {
+        "SigBlk:",
+        "SigIgn:",
+        "0000000000000000",
+    }
+
+
+def test_command_has_no_descriptor_but_its_stdio(wire: Wire) -> None:
+    """Nothing of the agent leaks: 3 is the directory that ls reads."""
+    assert wire.run("ls /proc/self/fd").stdout.split() == [b"0", b"1", b"2", b"3"]
+
+
+def test_stdio_are_stream_sockets(wire: Wire) -> None:
+    result = wire.run("for i in 0 1 2; do readlink /proc/self/fd/$i; done | cat")
+    assert result.stdout.count(b"socket:") == 2
+
+
+def test_input_reaches_its_end(wire: Wire) -> None:
+    data = os.urandom(200_000)
+    assert wire.run("cat", data).stdout == data
+
+
+def test_big_streams_flow_both_ways_at_once(wire: Wire) -> None:
+    assert pour(wire, "cat", 16 << 20).value == 0
+
+
+def test_frames_may_come_byte_by_byte(wire: Wire) -> None:
+    request = strings("command", "", "cat", "")
+    stream = frame(SPAWN, 0, 1, request) + frame(DATA, 0, 1, b"abc") + frame(EOF, 0, 1)
+    for byte in stream:
+        wire.sock.sendall(bytes([byte]))
+    assert wire.finish(1).stdout == b"abc"
+
+
+def test_data_is_passed_on_before_its_frame_is_complete(wire: Wire) -> None:
+    stream = wire.spawn("head -c 3")
+    wire.sock.sendall(frame(DATA, 0, stream, b"abcdef")[: HEADER.size + 3])
+    assert wire.expect(DATA, stream).payload == b"abc"
+    wire.sock.sendall(b"def")
+    assert wire.run("echo on").stdout == b"on\n"
+
+
+def test_many_frames_may_come_at_once(wire: Wire) -> None:
+    wire.sock.sendall(
+        b"".join(
+            frame(SPAWN, 0, i, strings("command", "", f"exit {i}", ""))
+            for i in range(1, 51)
+        )
+    )
+    exits = {}
+    while len(exits) < 50:
+        got = wire.receive()
+        assert got
+        if got.type == EXIT:
+            exits[got.stream] = got.payload[1]
+    assert exits == {i: i for i in range(1, 51)}
+
+
+def test_output_stops_at_the_credit_and_others_go_on(wire: Wire) -> None:
+    """A reader that takes nothing gets one window, and holds up nobody."""
+    slow = wire.spawn("head -c 1000000 /dev/zero")
+    received = 0
+    while received < WINDOW:
+        received += len(wire.expect(DATA, slow).payload)
+    assert wire.run("echo fast").stdout == b"fast\n"
+    assert not any(got.stream == slow for got in wire.pending)
+    wire.send(CREDIT, 1, slow, struct.pack("<I", 1_000_000))
+    assert len(wire.finish(slow).stdout) == 1_000_000 - received
+
+
+def test_ended_command_still_sends_all_its_output(wire: Wire) -> None:
+    """What exceeds the credit waits for it, though the command has ended."""
+    stream = wire.spawn("head -c 400000 /dev/zero")
+    received = 0
+    while received < WINDOW:
+        received += len(wire.expect(DATA, stream).payload)
+    assert wire.run("sleep 0.1").value == 0
+    wire.send(CREDIT, 1, stream, struct.pack("<I", WINDOW))
+    result = wire.finish(stream)
+    assert received + len(result.stdout) == 400_000
+
+
+def test_input_credit_comes_back_as_the_command_reads(wire: Wire) -> None:
+    stream = wire.spawn("cat >/dev/null; echo end")
+    wire.write(stream, bytes(WINDOW))
+    returned = 0
+    while returned < WINDOW // 2:
+        returned += struct.unpack("<I", wire.expect(CREDIT, stream).payload)[0]
+    wire.send(EOF, 0, stream)
+    assert wire.finish(stream).stdout == b"end\n"
+
+
+def test_command_that_closes_its_input_stops_it(wire: Wire) -> None:
+    stream = wire.spawn("exec 0<&-; sleep 60")
+    assert wire.expect(STOP, stream).channel == 0
+    wire.write(stream, b"dropped")
+    wire.send(SIGNAL, 0, stream, bytes([signal.SIGTERM]))
+    assert wire.finish(stream).value == signal.SIGTERM
+
+
+def test_stopped_output_is_a_broken_pipe(wire: Wire) -> None:
+    """A writer that waits for room gets EPIPE without the signal: so sockets are."""
+    stream = wire.spawn("exec yes")
+    wire.expect(DATA, stream)
+    wire.send(STOP, 1, stream)
+    result = wire.finish(stream)
+    killed = (result.kind, result.value) == (1, signal.SIGPIPE)
+    assert killed or b"Broken pipe" in result.stderr
+
+
+def test_signal_reaches_the_whole_group(wire: Wire) -> None:
+    stream = wire.spawn("sleep 60 & echo $!; wait")
+    child = int(wire.expect(DATA, stream).payload)
+    wire.send(SIGNAL, 0, stream, bytes([signal.SIGKILL]))
+    assert wire.finish(stream).kind == 1
+    state = wire.run(f"cat /proc/{child}/stat 2>/dev/null").stdout
+    assert not state or b") Z " in state
+
+
+def test_background_process_does_not_delay_the_exit(wire: Wire) -> None:
+    """It holds stdout open; when it writes later, its pipe is broken."""
+    script = "(trap 'exit' TERM; sleep 60 & wait; echo late) & echo $!"
+    result = wire.run(script, timeout=5)
+    assert result.value == 0
+    wire.run(f"kill {result.stdout.decode()}")
+
+
+def test_eof_precedes_exit_on_both_outputs(wire: Wire) -> None:
+    stream = wire.spawn("true")
+    seen = []
+    while not seen or seen[-1][0] != EXIT:
+        got = wire.receive()
+        assert got
+        assert got.stream == stream
+        seen.append((got.type, got.channel))
+    assert sorted(set(seen[:-1]) - {(STOP, 0)}) == [(EOF, 1), (EOF, 2)]
+
+
+def test_late_frames_for_an_ended_stream_are_ignored(wire: Wire) -> None:
+    wire.run("true")
+    wire.write(1, b"late")
+    wire.send(EOF, 0, 1)
+    wire.send(STOP, 1, 1)
+    wire.send(SIGNAL, 0, 1, b"\x0f")
+    wire.send(CREDIT, 1, 1, struct.pack("<I", 1))
+    assert wire.run("echo on").stdout == b"on\n"
+
+
+def test_no_more_than_128_at_once(wire: Wire) -> None:
+    held = [wire.spawn("read line; exit 7") for _ in range(128)]
+    refused = wire.run("true")
+    assert (refused.kind, refused.value) == (2, 126)
+    for stream in held:
+        wire.send(EOF, 0, stream)
+        assert wire.finish(stream).value == 7
+    assert wire.run("true").kind == 0
+
+
+def test_hello_kills_what_an_earlier_connection_left(wire: Wire) -> None:
+    stream = wire.spawn("echo $$; sleep 60")
+    pid = int(wire.expect(DATA, stream).payload)
+    wire.hello()
+    wire.last_stream = 0
+    state = wire.run(f"cat /proc/{pid}/stat 2>/dev/null").stdout
+    assert not state or b") Z " in state
+
+
+def test_host_that_reads_late_loses_nothing(wire: Wire) -> None:
+    """The agent waits with a full port, and memory stays what it is."""
+    streams = [wire.spawn("head -c 250000 /dev/zero") for _ in range(40)]
+    total = dict.fromkeys(streams, 0)
+    done = 0
+    while done < len(streams):
+        got = wire.receive(30)
+        assert got
+        if got.type == DATA:
+            total[got.stream] += len(got.payload)
+        done += got.type == EXIT
+    assert set(total.values()) == {250_000}
