@@ -105,7 +105,8 @@ def _raw_terminal() -> Iterator[None]:
 
 
 async def _session(vm: Any, command: str, client: TelnetClient) -> None:
-    process = await vm.run(command, user="root")
+    pipe = asyncio.subprocess.PIPE
+    process = await vm.run(command, user="root", stdin=pipe, stdout=pipe)
     loop = asyncio.get_running_loop()
     ended = loop.create_task(_show(process, client))
     loop.add_reader(_STDIN, _type, process, client)
