@@ -44,10 +44,14 @@ class Operations:
     another; others do not wait for each other.
 
     :param directory: the directory of the pool.
+    :param lock_timeout: seconds that another process may work on a volume.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, lock_timeout: float = lock.LOCK_TIMEOUT
+    ) -> None:
         self._directory = directory
+        self.lock_timeout = lock_timeout
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock]
         self._turns = weakref.WeakValueDictionary()
 
@@ -70,7 +74,12 @@ class Operations:
         sources = [] if volume.source is None else [volume.source.vid]
         with (
             typed_errors(volume, action),
-            lock.hold(self._directory, write=[volume.vid], read=sources),
+            lock.hold(
+                self._directory,
+                write=[volume.vid],
+                read=sources,
+                timeout=self.lock_timeout,
+            ),
         ):
             return function()
 

@@ -60,7 +60,7 @@ class Shop:
             Owner("tiny", "vm-templates"),
             {"name": "root", "rw": True, "save_on_stop": True, "size": SIZE},
         )
-        if not volume.files.clean.exists():
+        if not (volume.files.clean.exists() or volume.is_dirty()):
             self.run(volume.create())
         if content:
             self.session(volume, content)
