@@ -72,13 +72,17 @@ class QubesTestCase(unittest.TestCase):
     def _end(self) -> None:
         """Forget the VMs, and see what is left of them."""
         passed = self.success()
-        for name, value in tuple(vars(self).items()):
-            if _holds_vm(value):
-                delattr(self, name)
+        self._forget_vms()
         # what failed has a traceback that holds a lot; and one failure is enough
         leaks = self._leaks.end()
         if passed and leaks:
             raise LeakError(leaks)
+
+
+    def _forget_vms(self) -> None:
+        for name, value in tuple(vars(self).items()):
+            if _holds_vm(value):
+                delattr(self, name)
 
 
 class SystemTestCase(QubesTestCase):
