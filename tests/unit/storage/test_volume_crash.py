@@ -183,7 +183,7 @@ def test_a_commit_that_is_done_twice_makes_one_revision(shop):
     shop.run(volume.create())
     shop.run(volume.start())
     shop.write(volume.path, b"1")
-    shop.run(shop.pool.operations.run(volume, "test", volume._keep_committed))
+    volume._history._begin(volume.revisions_to_keep)
     shop.reopen()
     volume = shop.volume(revisions_to_keep=5)
     assert list(volume.revisions) == []

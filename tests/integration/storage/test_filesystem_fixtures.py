@@ -1,0 +1,172 @@
+"""Filesystems in image files, and the fixtures on them."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from qubes_itests.host.command import CommandError, run
+from qubes_itests.host.filesystem import (
+    FilesystemType,
+    LoopFilesystem,
+    is_mounted,
+    make_ext4,
+    make_filesystem,
+    mount,
+    unmount,
+)
+from qubes_itests.host.loop import loop_devices_over
+
+MIB = 1024**2
+MOUNTS = Path("/proc/self/mountinfo")
+
+
+def filesystem_type(directory):
+    return run(["stat", "--file-system", "--format=%T", directory]).strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("btrfs", "btrfs"), ("xfs", "xfs"), ("ext4", "ext2/ext3"), ("tmpfs", "tmpfs")],
+)
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_fixture_is_an_empty_directory_on_its_filesystem(name, kind, turn, request):
+    """Also in the second test that uses it, whatever the first left there."""
+    directory = request.getfixturevalue(name)
+    assert filesystem_type(directory) == kind
+    assert list(directory.iterdir()) == []
+    (directory / f"left-{turn}").mkdir()
+    (directory / f"left-{turn}" / "file").write_text("left")
+
+
+def test_the_pool_is_set_up_for_a_synchronous_test(reflink_pool, btrfs):
+    assert reflink_pool.dir_path.parent == btrfs
+    assert reflink_pool.size > 0
+    asyncio.run(reflink_pool.setup())
+
+
+@pytest.mark.asyncio
+async def test_the_pool_is_set_up_for_an_asynchronous_test(reflink_pool):
+    await reflink_pool.setup()
+
+
+def test_nothing_is_left_of_a_session_with_fixtures(tmp_path):
+    """Neither a mount, nor a loop device, nor a directory of the run."""
+    (tmp_path / "test_uses.py").write_text(
+        "def test_uses(btrfs, xfs, ext4, tmpfs, small_filesystem, reflink_pool):\n"
+        "    small_filesystem('btrfs', 128 * 1024**2)\n"
+        "    assert False, 'a failure must not change it'\n"
+    )
+    before = MOUNTS.read_text()
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    with pytest.raises(CommandError) as caught:
+        run(
+            [
+                "env",
+                f"QUBES_ITESTS_CACHE={cache}",
+                sys.executable,
+                "-m",
+                "pytest",
+                "-pqubes_itests",
+                f"--rootdir={tmp_path}",
+                tmp_path,
+            ]
+        )
+    assert caught.value.returncode == 1
+    assert MOUNTS.read_text() == before
+    assert [path for path in (cache / "runs").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("kind", FilesystemType)
+def test_a_loop_filesystem_goes_with_its_context(kind, run_directory):
+    filesystem = LoopFilesystem(
+        run_directory / "one.img",
+        run_directory / "a mount point",
+        kind=kind,
+        size=kind.minimum_size,
+    )
+    with filesystem:
+        assert is_mounted(filesystem.mount_point)
+        assert len(loop_devices_over(filesystem.image)) == 1
+        (filesystem.mount_point / "file").write_text("kept")
+        filesystem.remount()
+        assert (filesystem.mount_point / "file").read_text() == "kept"
+    assert not filesystem.mount_point.exists()
+    assert not filesystem.image.exists()
+    assert loop_devices_over(filesystem.image) == ()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"make_options": ["--no-such-option"]},
+        {"mount_options": ["no_such_option"]},
+    ],
+)
+def test_a_filesystem_that_fails_half_way_leaves_nothing(settings, run_directory):
+    filesystem = LoopFilesystem(
+        run_directory / "bad.img",
+        run_directory / "bad",
+        kind=FilesystemType.BTRFS,
+        size=128 * MIB,
+        **settings,
+    )
+    with pytest.raises(CommandError) as caught, filesystem:
+        pass
+    assert caught.value.stderr
+    assert not filesystem.image.exists()
+    assert not filesystem.mount_point.exists()
+    assert loop_devices_over(filesystem.image) == ()
+
+
+def test_a_filesystem_in_use_stays_and_says_so(run_directory):
+    filesystem = LoopFilesystem(
+        run_directory / "busy.img",
+        run_directory / "busy",
+        kind=FilesystemType.EXT4,
+        size=8 * MIB,
+    )
+    filesystem.__enter__()
+    with (
+        (filesystem.mount_point / "file").open("w"),
+        pytest.raises(CommandError, match="busy"),
+    ):
+        filesystem.__exit__()
+    assert is_mounted(filesystem.mount_point)
+    filesystem.__exit__()
+
+
+def test_too_small_an_image_is_refused_before_mkfs(tmp_path):
+    with pytest.raises(ValueError, match="at least 300 MiB"):
+        make_filesystem(tmp_path / "small.img", FilesystemType.XFS, 299 * MIB)
+    assert not (tmp_path / "small.img").exists()
+
+
+def test_an_ext4_image_is_made_in_place(run_directory):
+    """It keeps its inode and its size to the byte, is sparse, and mounts."""
+    image = run_directory / "private.img"
+    image.write_bytes(b"old" * 1000)
+    before = image.stat().st_ino
+    size = 2048 * MIB + 512
+    make_ext4(image, size, "private")
+    status = image.stat()
+    assert (status.st_ino, status.st_size) == (before, size)
+    assert status.st_blocks * 512 < 16 * MIB
+    run(["e2fsck", "-f", "-n", image])
+    assert run(["blkid", "-o", "value", "-s", "LABEL", image]).strip() == "private"
+    directory = run_directory / "private"
+    directory.mkdir()
+    mount(image, directory)
+    try:
+        root = directory.stat()
+        assert (root.st_uid, root.st_gid) == (0, 0)
+        assert stat.S_IMODE(root.st_mode) == 0o755
+    finally:
+        unmount(directory)
+        directory.rmdir()
+        image.unlink()
