@@ -67,6 +67,7 @@ void port_flush(void);
 bool port_room(void); /* for one more frame of any size */
 uint8_t *port_payload(void); /* where the payload of the next DATA may be put */
 void port_open(int fd);
+void port_disconnected(void);
 void send_frame(enum frame_type type, uint8_t channel, uint32_t stream,
                 const void *payload, size_t length);
 void send_exit(uint32_t stream, enum exit_kind kind, int value, const char *text);

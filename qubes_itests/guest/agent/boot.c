@@ -13,7 +13,6 @@
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
-#include <sys/swap.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -111,7 +110,7 @@ int boot(void)
 	return fd;
 }
 
-/* Whether all processes but init have ended within the time. */
+/* Whether all processes but init have ended within the time: then it has no child. */
 static bool all_ended(int signal_number, int milliseconds)
 {
 	const struct timespec pause = {.tv_nsec = 10000000};
@@ -119,9 +118,11 @@ static bool all_ended(int signal_number, int milliseconds)
 	kill(-1, signal_number);
 	kill(-1, SIGCONT);
 	for (; milliseconds > 0; milliseconds -= 10) {
-		while (waitpid(-1, NULL, WNOHANG) > 0)
+		pid_t pid;
+
+		while ((pid = waitpid(-1, NULL, WNOHANG)) > 0)
 			;
-		if (kill(-1, 0) != 0 && errno == ESRCH)
+		if (pid < 0)
 			return true;
 		nanosleep(&pause, NULL);
 	}
@@ -130,7 +131,6 @@ static bool all_ended(int signal_number, int milliseconds)
 
 static void unmount_all(void)
 {
-	swapoff("/dev/xvdc");
 	sync();
 	umount2("/usr/local", MNT_DETACH);
 	umount2("/home", MNT_DETACH);

@@ -202,9 +202,12 @@ static bool mount_private(const char *disk)
 	own_directory(NEW_ROOT "/rw/config", NULL, 0755);
 	own_directory(NEW_ROOT "/rw/home", NULL, 0755);
 	own_directory(NEW_ROOT "/rw/usrlocal", NULL, 0755);
-	if (find_user(default_user, 0, &user) && strncmp(user.home, "/home/", 6) == 0) {
+	for (int i = 0; i < 2; i++) {
 		char path[PATH_LIMIT + 32];
 
+		if (!find_user(i ? "user" : default_user, 0, &user) ||
+		    strncmp(user.home, "/home/", 6) != 0)
+			continue;
 		snprintf(path, sizeof path, NEW_ROOT "/rw%s", user.home);
 		own_directory(path, &user, 0700);
 	}

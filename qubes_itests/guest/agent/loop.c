@@ -116,6 +116,9 @@ _Noreturn void run_loop(int port_fd)
 		for (int i = 0; i < count; i++) {
 			struct watch *watch = ready[i].data.ptr;
 
+			/* Nothing can be read before there is room to answer. */
+			if (!watch && full && ready[i].events & EPOLLHUP)
+				port_disconnected();
 			/* Closed by an earlier one of this round, perhaps. */
 			if (watch && watch->fd >= 0 && watch->events)
 				watch->ready(watch, ready[i].events);

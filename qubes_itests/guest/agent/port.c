@@ -51,7 +51,7 @@ void port_open(int fd)
 	port.fd = fd;
 }
 
-static void disconnect(void)
+void port_disconnected(void)
 {
 	if (testing)
 		exit(port.broken);
@@ -269,6 +269,6 @@ bool port_receive(void)
 	lost = length == 0 || (length < 0 && errno != EAGAIN && errno != EINTR);
 	handled = handle_input();
 	if (lost)
-		disconnect();
+		port_disconnected();
 	return length > 0 || !handled;
 }

@@ -276,8 +276,8 @@ pid_t spawn(struct strings request, const int stdio[3], struct failure *failure)
 	           *line = next_string(&request), *source = next_string(&request), *variable;
 	bool service;
 
-	if (!source)
-		return fail(failure, REFUSED, "the request is incomplete", "");
+	if (!source || strlen(source) >= NAME_LIMIT)
+		return fail(failure, REFUSED, "the request is not valid", "");
 	service = strcmp(kind, "service") == 0;
 	if (!service && strcmp(kind, "command") != 0)
 		return fail(failure, REFUSED, "there is no kind ", kind);

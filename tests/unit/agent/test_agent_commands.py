@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import select
 import signal
 import struct
+import termios
 from typing import TYPE_CHECKING
 
 import pytest
@@ -248,3 +251,22 @@ def test_host_that_reads_late_loses_nothing(wire: Wire) -> None:
             total[got.stream] += len(got.payload)
         done += got.type == EXIT
     assert set(total.values()) == {250_000}
+
+
+def pending(wire: Wire) -> int:
+    """Return how many bytes wait to be read, once the agent has stopped writing."""
+    size = bytearray(4)
+    fcntl.ioctl(wire.sock, termios.FIONREAD, size)
+    return int.from_bytes(size, "little")
+
+
+def test_host_that_goes_without_reading_is_noticed(agent: AgentProcess) -> None:
+    """Though the port is full then: the agent waits for room in it."""
+    with agent.start() as wire:
+        wire.hello()
+        for _ in range(60):
+            wire.spawn("exec yes")
+        before = -1
+        while before != (before := pending(wire)):
+            select.select([], [], [], 0.2)
+    assert (agent.process.returncode, agent.stderr) == (0, "")
