@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qubes_itests.guest.agent import GuestAgent
 from qubes_itests.guest.frames import HEADER, FrameType, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 
 class Frame(NamedTuple):
@@ -22,7 +24,7 @@ class Frame(NamedTuple):
 
 
 class SocketDomain:
-    """As much of a domain as an agent needs: its channel is one end of a socket pair."""
+    """As much of a domain as an agent needs: its channel is an end of a socket pair."""
 
     def __init__(self, name: str, end: socket.socket, console: Path) -> None:
         self.spec = SimpleNamespace(name=name)
@@ -32,6 +34,7 @@ class SocketDomain:
     async def open_channel(
         self, protocol: Callable[[], asyncio.BaseProtocol], *, timeout: float
     ) -> Any:
+        assert timeout > 0
         self._end.setblocking(False)
         loop = asyncio.get_running_loop()
         return await loop.create_unix_connection(protocol, sock=self._end)
@@ -66,6 +69,16 @@ class Peer:
 
     async def expect(self, kind: int) -> Frame:
         frame = await self.receive()
+        assert frame.type == kind, frame
+        return frame
+
+    async def skip_to(self, kind: int) -> Frame:
+        """Return the next frame of a kind; what a reader sends may come before."""
+        while (frame := await self.receive()).type in (
+            FrameType.STOP,
+            FrameType.CREDIT,
+        ):
+            pass
         assert frame.type == kind, frame
         return frame
 

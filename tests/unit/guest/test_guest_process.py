@@ -1,0 +1,198 @@
+"""Processes: streams, credit, and back pressure, frame by frame."""
+
+import asyncio
+import struct
+
+import pytest
+
+from qubes_itests.guest.frames import PAYLOAD_MAX, WINDOW
+from qubes_itests.guest.frames import FrameType as F
+
+pytestmark = pytest.mark.asyncio
+
+
+def send_data(peer, size, channel=1):
+    for start in range(0, size, PAYLOAD_MAX):
+        peer.send(F.DATA, 1, channel, bytes(min(PAYLOAD_MAX, size - start)))
+
+
+async def spawn(connect, command="cat", **kwargs):
+    agent, peer = await connect()
+    process = await agent.spawn(command, **kwargs)
+    return process, peer, await peer.expect(F.SPAWN)
+
+
+async def total_credit(peer, wanted):
+    given = 0
+    while given < wanted:
+        frame = await peer.expect(F.CREDIT)
+        given += struct.unpack("<I", frame.payload)[0]
+    return given
+
+
+async def test_spawn_says_what_to_run(connect):
+    _, _, frame = await spawn(
+        connect, "echo ü", user="root", environment={"A": "1", "B": "two"}
+    )
+    assert frame.stream == 1
+    assert frame.payload == "command\0root\0echo ü\0\0A=1\0B=two\0".encode()
+
+
+async def test_services_say_who_calls(connect):
+    agent, peer = await connect()
+    await agent.spawn_service("qubes.Ping+x", source="work")
+    frame = await peer.expect(F.SPAWN)
+    assert frame.payload == b"service\0\0qubes.Ping+x\0work\0"
+
+
+async def test_the_guest_sends_no_more_than_a_window_until_somebody_reads(connect):
+    """What is not read is not given back; what is read is, in full."""
+    process, peer, _ = await spawn(connect)
+    send_data(peer, WINDOW)
+    peer.send(F.DATA, 1, 2, b"on another channel")
+    assert await process.stderr.read(100) == b"on another channel"
+    # all came in before that, and no credit went out but for stderr
+    assert len(process.stdout._buffer) == WINDOW
+    reading = asyncio.ensure_future(process.stdout.readexactly(WINDOW))
+    assert len(await reading) == WINDOW
+    assert await total_credit(peer, WINDOW) == WINDOW
+
+
+async def test_reading_more_than_a_window_at_once(connect):
+    """`readexactly` of more than fits a window must not wait for ever."""
+    process, peer, _ = await spawn(connect)
+    size = 3 * WINDOW
+    reading = asyncio.ensure_future(process.stdout.readexactly(size))
+    credit, left = WINDOW, size
+    while left:
+        part = min(PAYLOAD_MAX, left, credit)
+        if not part:
+            credit += await total_credit(peer, 1)
+            continue
+        peer.send(F.DATA, 1, 1, bytes(part))
+        credit, left = credit - part, left - part
+    assert len(await asyncio.wait_for(reading, 5)) == size
+
+
+async def test_a_fast_reader_keeps_the_guest_going(connect):
+    """Over many windows, the credit outstanding never runs dry for good."""
+    process, peer, _ = await spawn(connect)
+    reading = asyncio.ensure_future(process.stdout.read())
+    credit, left = WINDOW, 20 * WINDOW + 123
+    while left:
+        part = min(PAYLOAD_MAX, left, credit)
+        if part:
+            peer.send(F.DATA, 1, 1, bytes(part))
+            credit, left = credit - part, left - part
+        else:
+            credit += await total_credit(peer, 1)
+    peer.send(F.EOF, 1, 1)
+    assert len(await asyncio.wait_for(reading, 5)) == 20 * WINDOW + 123
+
+
+async def test_the_host_sends_no_more_than_its_credit(connect):
+    process, peer, _ = await spawn(connect)
+    data = bytes(range(256)) * 4096
+    process.stdin.write(data)
+    process.stdin.write_eof()
+    got = b""
+    while len(got) < WINDOW:
+        got += (await peer.expect(F.DATA)).payload
+    assert len(got) == WINDOW
+    draining = asyncio.ensure_future(process.stdin.drain())
+    await asyncio.sleep(0)
+    assert not draining.done()
+    peer.credit(1, 0, 10)
+    assert len((await peer.expect(F.DATA)).payload) == 10
+    peer.credit(1, 0, len(data))
+    while len(got) < len(data) - 10:
+        got += (await peer.expect(F.DATA)).payload
+    await draining
+    await peer.expect(F.EOF)
+    await process.stdin.wait_closed()
+
+
+async def test_changing_a_buffer_after_write_changes_nothing(connect):
+    process, peer, _ = await spawn(connect)
+    process.stdin.write(bytes(WINDOW))
+    while (frame := await peer.receive()).payload and len(frame.payload) == PAYLOAD_MAX:
+        pass
+    buffer = bytearray(b"first")
+    process.stdin.write(buffer)
+    buffer[:] = b"other"
+    peer.credit(1, 0, 5)
+    assert (await peer.expect(F.DATA)).payload == b"first"
+
+
+async def test_stop_of_the_guest_breaks_the_pipe(connect):
+    process, peer, _ = await spawn(connect)
+    process.stdin.write(bytes(2 * WINDOW))
+    draining = asyncio.ensure_future(process.stdin.drain())
+    peer.send(F.STOP, 1, 0)
+    with pytest.raises(BrokenPipeError):
+        await draining
+    assert process.stdin.is_closing()
+    process.stdin.write(b"dropped")
+    peer.send(F.EXIT, 1, payload=b"\0\0")
+    assert await process.communicate(b"ignored as asyncio does") == (b"", b"")
+
+
+async def test_stop_of_the_host_is_sent_once_and_drops_what_comes(connect):
+    process, peer, _ = await spawn(connect)
+    process.stdout.stop()
+    process.stdout.stop()
+    frame = await peer.expect(F.STOP)
+    assert (frame.stream, frame.channel) == (1, 1)
+    peer.send(F.DATA, 1, 1, b"late")
+    peer.send(F.EXIT, 1, payload=b"\0\0")
+    assert await process.wait() == 0
+    assert await process.stdout.read() == b""
+
+
+async def test_eof_and_exit_in_either_order(connect):
+    """EXIT ends what has not been closed: somebody in the background may hold it."""
+    process, peer, _ = await spawn(connect)
+    peer.send(F.DATA, 1, 1, b"out")
+    peer.send(F.EOF, 1, 1)
+    peer.send(F.DATA, 1, 2, b"err")
+    peer.send(F.EXIT, 1, payload=b"\0\7")
+    assert await process.communicate() == (b"out", b"err")
+    assert process.returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("payload", "status"), [(b"\0\0", 0), (b"\0\xff", 255), (b"\1\x0f", -15)]
+)
+async def test_exit_statuses_are_those_of_subprocess(connect, payload, status):
+    process, peer, _ = await spawn(connect)
+    assert process.returncode is None
+    peer.send(F.EXIT, 1, payload=payload)
+    assert await process.wait() == status
+    assert process.returncode == status
+
+
+async def test_what_does_not_start_says_why(connect):
+    process, peer, _ = await spawn(connect)
+    peer.send(F.EXIT, 1, payload=b"\2\x7fthere is no user nobody")
+    _, stderr = await process.communicate()
+    assert process.returncode == 127
+    assert stderr == b"vm: there is no user nobody\n"
+    assert process.failure == "there is no user nobody"
+
+
+async def test_signals(connect):
+    process, peer, _ = await spawn(connect)
+    process.terminate()
+    process.kill()
+    assert [(await peer.expect(F.SIGNAL)).payload for _ in range(2)] == [b"\x0f", b"\t"]
+    peer.send(F.EXIT, 1, payload=b"\1\x0f")
+    await process.wait()
+    with pytest.raises(ProcessLookupError):
+        process.terminate()
+
+
+async def test_write_after_eof(connect):
+    process, _, _ = await spawn(connect)
+    process.stdin.close()
+    with pytest.raises(RuntimeError):
+        process.stdin.write(b"x")
