@@ -32,6 +32,9 @@ R = TypeVar("R")
 #: Enough for every domain of a big run to have one call under way.
 _THREADS = 16
 
+#: Native connections that last as long as the process, by URI.
+_kept: dict[str, Any] = {}
+
 _ERRORS: dict[int, type[HypervisorError]] = {
     libvirt.VIR_ERR_NO_SUPPORT: NotSupportedError,
     libvirt.VIR_ERR_CONFIG_UNSUPPORTED: NotSupportedError,
@@ -55,20 +58,33 @@ def translate_error(
 class Connection:
     """One libvirt connection; make it with :meth:`open`."""
 
-    def __init__(self, native: Any) -> None:
+    def __init__(self, native: Any, *, kept: bool) -> None:
         self.native = native
+        self._kept = kept
         self._threads = ThreadPoolExecutor(_THREADS, "libvirt")
 
     @classmethod
-    async def open(cls, uri: str) -> Connection:
+    async def open(cls, uri: str, *, keep: bool = False) -> Connection:
         """Connect to `uri` on the running event loop.
 
+        :param keep: use one native connection per URI for the life of the process.
+            An embedded driver needs that: libvirt registers the driver anew at each
+            opening, and after twenty it has no room for more.
         :raise HypervisorError: when libvirt refuses.
         """
         libvirt.registerErrorHandler(lambda _context, _error: None, None)
         register_event_loop()
+        if uri not in _kept:
+            native = await cls._open_native(uri)
+            if not keep:
+                return cls(native, kept=False)
+            _kept[uri] = native
+        return cls(_kept[uri], kept=True)
+
+    @staticmethod
+    async def _open_native(uri: str) -> Any:
         try:
-            return cls(await asyncio.to_thread(libvirt.open, uri))
+            return await asyncio.to_thread(libvirt.open, uri)
         except libvirt.libvirtError as error:
             raise translate_error(error, "", "connect to") from error
 
@@ -97,6 +113,8 @@ class Connection:
     async def close(self) -> None:
         """Disconnect; calls under way end first."""
         await asyncio.to_thread(self._threads.shutdown)
+        if self._kept:
+            return
         try:
             await asyncio.to_thread(self.native.close)
         except libvirt.libvirtError as error:

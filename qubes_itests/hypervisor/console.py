@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 __all__ = ["Console"]
 
 #: Bytes of a console log's beginning and of its end that are always kept.
-_HEAD = 256 << 10
-_TAIL = 512 << 10
+_HEAD = 128 << 10
+_TAIL = 256 << 10
 #: What the file may grow to before its middle is dropped.
-_LIMIT = 2 << 20
+_LIMIT = 1 << 20
 
 _CHUNK = 64 << 10
+
+#: What Linux prints when it gives up.
+_PANIC = b"Kernel panic - not syncing"
 
 
 class Console:
@@ -27,7 +30,7 @@ class Console:
 
     The pipe exists before the hypervisor opens it, so that nothing is lost; it ends
     when the last writer does.  The log holds the beginning and the end of what was
-    printed, at most 2 MiB; what it drops in between it says in a line.
+    printed, at most 1 MiB; where it dropped something a line says so.
 
     :param pipe: path of the two named pipes, less their `.in` and `.out`.
     :param log: the file; added to if it exists.
@@ -37,10 +40,15 @@ class Console:
         self._paths = [pipe.with_name(pipe.name + end) for end in (".in", ".out")]
         self._log = log
         self._thread: threading.Thread | None = None
+        self._last = b""
+        self._dropped = 0
+        #: Whether the guest's kernel has said, since `open`, that it panicked.
+        self.panicked = False
 
     def open(self) -> None:
         """Make the pipes and begin to collect. Blocking."""
         self._unlink()
+        self._last, self.panicked = b"", False
         for path in self._paths:
             os.mkfifo(path, 0o600)
         source = os.open(self._paths[1], os.O_RDONLY | os.O_NONBLOCK)
@@ -80,10 +88,16 @@ class Console:
                     continue
                 if not data:
                     return
+                self._search(data)
                 target = self._append(target, data)
         finally:
             os.close(source)
             os.close(target)
+
+    def _search(self, data: bytes) -> None:
+        recent = self._last + data
+        self.panicked |= _PANIC in recent
+        self._last = recent[-len(_PANIC) :]
 
     def _append(self, target: int, data: bytes) -> int:
         with contextlib.suppress(OSError):  # a full disk must not stop the guest
@@ -100,7 +114,8 @@ class Console:
             size = log.seek(0, os.SEEK_END)
             log.seek(size - _TAIL)
             tail = log.read(_TAIL)
-        gap = f"\n[{size - _HEAD - _TAIL} bytes and what was here before: dropped]\n"
+        self._dropped += size - _HEAD - _TAIL
+        gap = f"\n[about {self._dropped} bytes dropped]\n"
         short.write_bytes(head + gap.encode() + tail)
         short.chmod(0o600)
         replacement = os.open(short, os.O_WRONLY | os.O_APPEND)

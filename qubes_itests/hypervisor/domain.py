@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import libvirt
@@ -15,6 +16,7 @@ from qubes_itests.hypervisor.contract import (
     DomainSpec,
     DomainState,
     LifecycleEvent,
+    LifecycleHandler,
     MemoryStatistics,
 )
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
@@ -37,35 +39,76 @@ _KIB = 1024
 class LibvirtDomain(Domain):
     """A transient libvirt domain: libvirt knows it while it runs.
 
+    :param publish: called on the event loop with every event of the domain.
     :param forget: called when the domain is undefined.
     """
 
     def __init__(
-        self, connection: Connection, spec: DomainSpec, forget: Callable[[], None]
+        self,
+        connection: Connection,
+        spec: DomainSpec,
+        publish: LifecycleHandler,
+        forget: Callable[[Domain], None],
     ) -> None:
         self.spec = spec
         self._connection = connection
+        self._publish = publish
         self._forget = forget
         self._native: Any = None
         self._changing = asyncio.Lock()
         self._stopped = asyncio.Event()
         self._stopped.set()
         self._last = DomainState.HALTED
-        self._undefined = False
+        self._announced: LifecycleEvent | None = None
+        self._ending: asyncio.Future[None] | None = None
+        self._loading = self._destroying = self._undefined = False
 
     @abc.abstractmethod
-    async def _create(self, saved_state: Path | None) -> Any:
-        """Bring the domain to life; return libvirt's handle."""
+    async def _create(self, saved_state: Path | None) -> None:
+        """Bring the domain to life; set libvirt's handle as soon as there is one."""
 
     async def _cleanup(self) -> None:
         """Take away what a run of the domain leaves on the host."""
 
+    def _panicked(self) -> bool:
+        """Tell whether the guest ended in a panic; asked after the clean-up."""
+        return False
+
     def handle_event(self, event: LifecycleEvent) -> None:
-        """Take note of an event; call it on the event loop."""
+        """Take note of one of libvirt's events; call it on the event loop."""
+        if self._stopped.is_set() or self._ending is not None:
+            return
         if event in (LifecycleEvent.STOPPED, LifecycleEvent.CRASHED):
+            self._ending = asyncio.ensure_future(self._end(event))
+        elif self._is_news(event):
+            self._announced = event
+            self._publish(self, event)
+
+    def _is_news(self, event: LifecycleEvent) -> bool:
+        # libvirt tells of the steps of a start too: a domain is resumed before it is
+        # started, and one that loads a state is paused meanwhile.
+        if event is LifecycleEvent.STARTED:
+            return self._announced is None
+        if self._announced is None or self._loading:
+            self._loading &= event is not LifecycleEvent.RESUMED
+            return False
+        paused = self._announced is LifecycleEvent.PAUSED
+        return paused is (event is LifecycleEvent.RESUMED)
+
+    async def _end(self, event: LifecycleEvent) -> None:
+        """Clean up after a run, then say that it is over, and how."""
+        try:
+            await self._cleanup()
+        finally:
+            if self._panicked() and not self._destroying:
+                event = LifecycleEvent.CRASHED
+            if self._destroying:
+                event = LifecycleEvent.STOPPED
             crashed = event is LifecycleEvent.CRASHED
             self._last = DomainState.CRASHED if crashed else DomainState.HALTED
+            self._native = self._ending = None
             self._stopped.set()
+            self._publish(self, event)
 
     async def _call(self, action: str, function: Callable[..., Any], *args: Any) -> Any:
         return await self._connection.call(self.spec.name, action, function, *args)
@@ -87,53 +130,61 @@ class LibvirtDomain(Domain):
     async def start(self, *, saved_state: Path | None = None) -> None:
         async with self._changing:
             await self._require_startable()
-            self._stopped.clear()
-            self._last = DomainState.HALTED
+            self._begin(loading=saved_state is not None)
             try:
-                self._native = await self._create(saved_state)
+                await self._create(saved_state)
             except BaseException:
-                self._native = None
-                self._stopped.set()
-                await asyncio.shield(self._cleanup())
+                await asyncio.shield(self._undo_start())
                 raise
+
+    def _begin(self, *, loading: bool) -> None:
+        self._stopped.clear()
+        self._last = DomainState.HALTED
+        self._announced = None
+        self._destroying = False
+        self._loading = loading
+
+    async def _undo_start(self) -> None:
+        if self._native is not None:
+            await self._stop()
+            return
+        self._stopped.set()
+        await self._cleanup()
 
     async def _require_startable(self) -> None:
         if self._undefined:
             raise StateError(self.spec.name, "start", "it is not defined any more")
-        if self._native is None:
-            return
         state = await self.state()
         if state not in (DomainState.HALTED, DomainState.CRASHED):
             raise StateError(self.spec.name, "start", f"it is {state.value}")
         await self._settle()
 
     async def _settle(self) -> None:
-        """Wait until the event of a stop is in, then clean up after the run."""
+        """Wait until the event of a stop is in; should it get lost, go on without."""
         try:
             await asyncio.wait_for(self._stopped.wait(), _STOP_EVENT)
         except TimeoutError:
             self.handle_event(LifecycleEvent.STOPPED)
-        self._native = None
-        await self._cleanup()
+            await self._stopped.wait()
 
     async def destroy(self) -> None:
         async with self._changing:
-            if self._native is None:
-                return
-            await self._stop_native()
-            await self._settle()
+            await self._stop()
 
-    async def _stop_native(self) -> None:
-        try:
-            await self._call("destroy", self._native.destroy)
-        except StateError:
-            return  # it went by itself meanwhile
+    async def _stop(self) -> None:
+        native = self._native
+        if native is None:
+            return
+        self._destroying = True
+        with contextlib.suppress(StateError):  # it may go by itself meanwhile
+            await self._call("destroy", native.destroy)
+        await self._settle()
 
     async def undefine(self) -> None:
         await self.destroy()
         if not self._undefined:
             self._undefined = True
-            self._forget()
+            self._forget(self)
 
     async def pause(self) -> None:
         native = self._running("pause")
@@ -153,10 +204,6 @@ class LibvirtDomain(Domain):
             raise DeadlineError(
                 f"stop of domain {self.spec.name!r}", timeout or 0, f"it is {state}"
             ) from None
-        async with self._changing:
-            if self._stopped.is_set():
-                self._native = None
-                await self._cleanup()
         return self._last
 
     def definition(self) -> str:
@@ -185,6 +232,8 @@ class LibvirtDomain(Domain):
     async def memory_statistics(self) -> MemoryStatistics:
         native = self._running("read the memory of")
         kib = await self._call("read the memory of", native.memoryStats)
+        if "actual" not in kib:  # the test driver's are of the guest alone
+            kib["actual"] = (await self._call("ask", native.info))[2]
 
         def size(key: str) -> int | None:
             return kib[key] * _KIB if key in kib else None

@@ -62,11 +62,15 @@ class LibvirtHypervisor(Hypervisor):
     ) -> None:
         domain = self._domains.get(UUID(bytes=native.UUID()))
         happened = lifecycle_event(event, detail)
-        if domain is None or happened is None:
-            return
-        domain.handle_event(happened)
+        if domain is not None and happened is not None:
+            domain.handle_event(happened)
+
+    def _publish(self, domain: Domain, event: LifecycleEvent) -> None:
         for handler in list(self._handlers.values()):
-            self._notify(handler, domain, happened)
+            self._notify(handler, domain, event)
+
+    def _forget(self, domain: Domain) -> None:
+        self._domains.pop(domain.spec.uuid, None)
 
     @staticmethod
     def _notify(
@@ -81,19 +85,23 @@ class LibvirtHypervisor(Hypervisor):
     def subscribe(self, handler: LifecycleHandler) -> Callable[[], None]:
         token = object()
         self._handlers[token] = handler
-        return lambda: _drop(self._handlers, token)
+
+        def unsubscribe() -> None:
+            self._handlers.pop(token, None)
+
+        return unsubscribe
 
     def domains(self) -> tuple[Domain, ...]:
         return tuple(self._domains.values())
 
     async def define(self, spec: DomainSpec) -> Domain:
         self._check(spec)
-        domain = self._make(spec, lambda: _drop(self._domains, spec.uuid))
+        domain = self._make(spec)
         self._domains[spec.uuid] = domain
         return domain
 
     @abc.abstractmethod
-    def _make(self, spec: DomainSpec, forget: Callable[[], None]) -> LibvirtDomain:
+    def _make(self, spec: DomainSpec) -> LibvirtDomain:
         """Return a new domain's handle."""
 
     def _check(self, spec: DomainSpec) -> None:
@@ -138,7 +146,3 @@ class LibvirtHypervisor(Hypervisor):
             deregister = self._connection.native.domainEventDeregisterAny
             await self._connection.call("", "leave", deregister, self._registration)
         await self._connection.close()
-
-
-def _drop(mapping: dict[Any, Any], key: object) -> None:
-    mapping.pop(key, None)

@@ -8,6 +8,7 @@ sandbox's first process, and end with it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +18,21 @@ from uuid import UUID
 
 from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.host.cache import Cache, digest
+from qubes_itests.host.kernel import find_kernel
 from qubes_itests.hypervisor.connection import Connection
 from qubes_itests.hypervisor.domain_xml import Machine, channel_path, domain_xml
 from qubes_itests.hypervisor.embed import CapabilityCache, emulator_key, make_root
+from qubes_itests.hypervisor.kvm import kvm_usable
 from qubes_itests.hypervisor.libvirt_hypervisor import LibvirtHypervisor
 from qubes_itests.hypervisor.qemu_domain import QemuDomain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qubes_itests.hypervisor.contract import DomainSpec
     from qubes_itests.hypervisor.domain import LibvirtDomain
 
 __all__ = ["QemuHypervisor"]
+
+_LOG = logging.getLogger(__name__)
 
 _EMULATOR = "qemu-system-x86_64"
 
@@ -53,32 +56,45 @@ class QemuHypervisor(LibvirtHypervisor):
 
     @classmethod
     async def open(
-        cls, directory: Path, cache: Cache | Path, *, kvm: bool = False
+        cls,
+        directory: Path,
+        cache: Cache | Path,
+        *,
+        kvm: bool | None = None,
+        kernel: Path | None = None,
     ) -> QemuHypervisor:
         """Open libvirt's embedded QEMU driver.
 
         :param directory: an existing directory of the run, its path short, for
-            libvirt's own files; one process at a time.
+            libvirt's own files. libvirt takes one per process, for the life of it.
         :param cache: where what libvirt learns about QEMU lasts.
-        :param kvm: use hardware virtualisation; see `kvm.kvm_usable`.
+        :param kvm: whether to use hardware virtualisation; None: if it works here.
+        :param kernel: image of the kernel that tries it; by default the guests'.
         :raise EnvironmentNotReadyError: QEMU is missing, or the path is too long.
         :raise HypervisorError: libvirt refuses.
         """
         if isinstance(cache, Path):
             cache = Cache(cache)
-        machine = Machine(kvm=kvm, emulator=_find_emulator())
+        emulator = _find_emulator()
+        if kvm is None:
+            kvm = await asyncio.to_thread(_kvm_works, cache, kernel)
+        machine = Machine(kvm=kvm, emulator=emulator)
         root = directory / "libvirt"
         _require_short(root)
         capabilities = CapabilityCache(cache, root, machine.emulator)
         await asyncio.to_thread(make_root, root)
         await asyncio.to_thread(capabilities.fetch)
-        connection = await Connection.open(f"qemu:///embed?root={quote(str(root))}")
+        connection = await Connection.open(
+            f"qemu:///embed?root={quote(str(root))}", keep=True
+        )
         hypervisor = cls(connection, machine, capabilities)
         await hypervisor._listen()
         return hypervisor
 
-    def _make(self, spec: DomainSpec, forget: Callable[[], None]) -> LibvirtDomain:
-        return QemuDomain(self._connection, spec, forget, self._machine)
+    def _make(self, spec: DomainSpec) -> LibvirtDomain:
+        return QemuDomain(
+            self._connection, spec, self._publish, self._forget, self._machine
+        )
 
     def _problem(self, spec: DomainSpec) -> str:
         problem = super()._problem(spec)
@@ -127,6 +143,12 @@ def _find_emulator() -> Path:
             f"{_EMULATOR} is not installed.", "Install it: apt install qemu-system-x86."
         )
     return Path(found)
+
+
+def _kvm_works(cache: Cache, kernel: Path | None) -> bool:
+    verdict = kvm_usable(cache, kernel or find_kernel(cache).image)
+    _LOG.info("KVM is %s: %s", "used" if verdict.usable else "not used", verdict.reason)
+    return verdict.usable
 
 
 def _require_short(root: Path) -> None:

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import libvirt
 
 from qubes_itests.exc import DeadlineError
 from qubes_itests.hypervisor.console import Console
@@ -20,14 +23,21 @@ from qubes_itests.hypervisor.domain_xml import (
     domain_xml,
     interface_xml,
 )
-from qubes_itests.hypervisor.saved_state import load_state, save_state
+from qubes_itests.hypervisor.exc import HypervisorError
+from qubes_itests.hypervisor.saved_state import SavedState, save_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from qubes_itests.hypervisor.connection import Connection
-    from qubes_itests.hypervisor.contract import Disk, DomainSpec, Interface
+    from qubes_itests.hypervisor.contract import (
+        Disk,
+        Domain,
+        DomainSpec,
+        Interface,
+        LifecycleHandler,
+    )
 
 __all__ = ["QemuDomain"]
 
@@ -41,10 +51,11 @@ class QemuDomain(LibvirtDomain):
         self,
         connection: Connection,
         spec: DomainSpec,
-        forget: Callable[[], None],
+        publish: LifecycleHandler,
+        forget: Callable[[Domain], None],
         machine: Machine,
     ) -> None:
-        super().__init__(connection, spec, forget)
+        super().__init__(connection, spec, publish, forget)
         self._machine = machine
         self._console = Console(console_pipe(spec), self.console_log())
 
@@ -54,14 +65,26 @@ class QemuDomain(LibvirtDomain):
     def _describe(self) -> str:
         return domain_xml(self.spec, self._machine)
 
-    async def _create(self, saved_state: Path | None) -> Any:
+    async def _create(self, saved_state: Path | None) -> None:
         await asyncio.to_thread(self._console.open)
-        native = self._connection.native
-        if saved_state is not None:
+        if saved_state is None:
+            await self._create_native(await asyncio.to_thread(self._cold_xml), 0)
+            return
+        with SavedState(self.spec.name, saved_state) as state:
             xml = domain_xml(self.spec, self._machine, incoming="defer")
-            return await load_state(self._connection, self.spec, xml, saved_state)
-        xml = await asyncio.to_thread(self._cold_xml)
-        return await self._call("start", native.createXML, xml, 0)
+            await self._create_native(xml, libvirt.VIR_DOMAIN_START_PAUSED)
+            await state.load(self._connection, self._native)
+
+    async def _create_native(self, xml: str, flags: int) -> None:
+        create = self._connection.native.createXML
+        call = asyncio.ensure_future(self._call("start", create, xml, flags))
+        try:
+            self._native = await asyncio.shield(call)
+        except asyncio.CancelledError:
+            # The thread cannot be stopped: wait, for what it makes must be undone.
+            with contextlib.suppress(HypervisorError):
+                self._native = await call
+            raise
 
     def _cold_xml(self) -> str:
         direct = frozenset(d.name for d in self.spec.disks if _opens_direct(d.path))
@@ -71,14 +94,16 @@ class QemuDomain(LibvirtDomain):
         await asyncio.to_thread(self._console.close)
         await asyncio.to_thread(channel_path(self.spec).unlink, missing_ok=True)
 
+    def _panicked(self) -> bool:
+        return self._console.panicked
+
     async def save(self, path: Path) -> None:
         async with self._changing:
             native = self._running("save")
             try:
-                await save_state(self._connection, self.spec, native, path)
+                await save_state(self._connection, self.spec.name, native, path)
             finally:
-                await self._stop_native()
-                await self._settle()
+                await self._stop()
 
     async def open_channel(
         self, protocol: Callable[[], asyncio.BaseProtocol], *, timeout: float = 10.0

@@ -10,9 +10,8 @@ import asyncio
 import json
 import os
 import secrets
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-import libvirt
 import libvirt_qemu
 
 from qubes_itests.exc import DeadlineError
@@ -22,9 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qubes_itests.hypervisor.connection import Connection
-    from qubes_itests.hypervisor.contract import DomainSpec
 
-__all__ = ["load_state", "save_state"]
+__all__ = ["SavedState", "save_state"]
 
 #: Seconds for one direction; a small guest takes one or two under emulation.
 _DEADLINE = 60.0
@@ -68,17 +66,17 @@ class _Monitor:
 
 
 async def save_state(
-    connection: Connection, spec: DomainSpec, native: Any, path: Path
+    connection: Connection, domain: str, native: Any, path: Path
 ) -> None:
     """Write a domain's state to `path`; its virtual CPUs stay stopped.
 
     :raise HypervisorError: it did not work; there is no file then.
     """
-    monitor = _Monitor(connection, spec.name, native)
+    monitor = _Monitor(connection, domain, native)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        await connection.call(spec.name, "save", native.suspend)
+        await connection.call(domain, "save", native.suspend)
         await monitor.execute(
             "save", "migrate-set-parameters", **{"max-bandwidth": 1 << 40}
         )
@@ -110,48 +108,41 @@ async def _wait_migrated(monitor: _Monitor, action: str) -> None:
         await asyncio.sleep(_POLL)
 
 
-async def load_state(
-    connection: Connection, spec: DomainSpec, xml: str, path: Path
-) -> Any:
-    """Start a domain from the state in `path`; return libvirt's handle.
+class SavedState:
+    """A saved state that is about to be loaded; a context manager.
 
-    :raise SavedStateError: it did not load; no domain is left.
+    :param domain: name of the domain that it is loaded into.
+    :param path: what `save_state` wrote.
+    :raise SavedStateError: there is no such file.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise SavedStateError(spec.name, "start", f"no saved state: {error}") from error
-    try:
-        flags = libvirt.VIR_DOMAIN_START_PAUSED
-        native = await connection.call(
-            spec.name, "start", connection.native.createXML, xml, flags
-        )
+
+    def __init__(self, domain: str, path: Path) -> None:
+        self._domain = domain
         try:
-            await _load(_Monitor(connection, spec.name, native), fd)
-        except BaseException:
-            await asyncio.shield(_discard(connection, spec.name, native))
-            raise
-        return native
-    finally:
-        os.close(fd)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._error(error) from error
 
+    def _error(self, reason: object) -> SavedStateError:
+        words = f"its saved state did not load: {reason}"
+        return SavedStateError(self._domain, "start", words)
 
-async def _load(monitor: _Monitor, fd: int) -> None:
-    try:
-        await monitor.pass_file("start", fd)
-        await monitor.execute("start", "migrate-incoming", uri=f"fd:{_FD_NAME}")
-        await _wait_migrated(monitor, "start")
-        await monitor._connection.call(  # noqa: SLF001
-            monitor.domain, "start", monitor.native.resume
-        )
-    except (HypervisorError, DeadlineError) as error:
-        raise SavedStateError(
-            monitor.domain, "start", f"its saved state did not load: {error}"
-        ) from error
+    async def load(self, connection: Connection, native: Any) -> None:
+        """Load into a domain that waits for it, and let it run.
 
+        :raise SavedStateError: it did not load; the domain is of no use then.
+        """
+        monitor = _Monitor(connection, self._domain, native)
+        try:
+            await monitor.pass_file("start", self._fd)
+            await monitor.execute("start", "migrate-incoming", uri=f"fd:{_FD_NAME}")
+            await _wait_migrated(monitor, "start")
+            await connection.call(self._domain, "start", native.resume)
+        except (HypervisorError, DeadlineError) as error:
+            raise self._error(error) from error
 
-async def _discard(connection: Connection, domain: str, native: Any) -> None:
-    try:
-        await connection.call(domain, "destroy", native.destroy)
-    except HypervisorError:
-        return  # QEMU gave up by itself
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        os.close(self._fd)

@@ -1,0 +1,112 @@
+"""How QEMU guests end, and what they can do to the host until then."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from qubes_itests.hypervisor.contract import Disk, DomainState, LifecycleEvent
+from qubes_itests.hypervisor.exc import HypervisorError
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest_asyncio.fixture
+async def hypervisor(open_qemu):
+    async with open_qemu() as opened:
+        yield opened
+
+
+@pytest_asyncio.fixture
+async def domain(hypervisor, make_spec):
+    return await hypervisor.define(make_spec())
+
+
+def processes(name):
+    """Return the process numbers of a domain's QEMU."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"guest={name},".encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("poweroff -f", DomainState.HALTED),
+        ("reboot -f", DomainState.HALTED),
+        ("echo c > /proc/sysrq-trigger", DomainState.CRASHED),
+    ],
+)
+async def test_the_guest_ends(hypervisor, domain, connect_shell, command, expected):
+    """A guest that powers off or reboots is halted, one that panics has crashed."""
+    events = []
+    hypervisor.subscribe(lambda _domain, event: events.append(event))
+    await domain.start()
+    shell = await connect_shell(domain)
+    await shell.run("true")
+    shell.transport.write(f"sync; {command}\n".encode())
+    assert await domain.wait_stopped(30) is expected
+    assert await domain.state() is expected
+    crashed = expected is DomainState.CRASHED
+    last = LifecycleEvent.CRASHED if crashed else LifecycleEvent.STOPPED
+    assert events == [LifecycleEvent.STARTED, last]
+    assert processes(domain.spec.name) == []
+    await domain.start()
+    assert await domain.state() is DomainState.RUNNING
+
+
+async def test_qemu_is_killed(domain):
+    """It counts as a crash; nothing stays, and the domain starts again."""
+    await domain.start()
+    (process,) = processes(domain.spec.name)
+    os.kill(process, signal.SIGKILL)
+    assert await domain.wait_stopped(10) is DomainState.CRASHED
+    assert [path.name for path in domain.spec.directory.iterdir()] == ["console.log"]
+    await domain.start()
+    await domain.destroy()
+    assert await domain.state() is DomainState.HALTED
+
+
+async def test_a_start_that_fails_leaves_nothing(hypervisor, make_spec, tmp_path):
+    spec = make_spec(disks=(Disk("xvda", tmp_path / "missing"),))
+    domain = await hypervisor.define(spec)
+    with pytest.raises(HypervisorError, match="missing"):
+        await domain.start()
+    assert await domain.state() is DomainState.HALTED
+    assert processes(spec.name) == []
+    assert {path.name for path in spec.directory.iterdir()} == {"console.log"}
+
+
+async def test_the_console_log_is_complete(domain, connect_shell):
+    """What a guest prints last is in the log when the domain has stopped."""
+    await domain.start()
+    shell = await connect_shell(domain)
+    await shell.run("yes 0123456789abcdef | head -c 50000 > /dev/console")
+    await shell.run("echo the very end > /dev/console; sync")
+    await domain.destroy()
+    log = domain.console_log().read_bytes()
+    assert b"the guest is up" in log
+    assert log.endswith(b"the very end\r\n")
+    assert [path.name for path in domain.spec.directory.iterdir()] == ["console.log"]
+
+
+async def test_cancelled_start(domain):
+    """A start that is given up undoes itself."""
+    start = asyncio.create_task(domain.start())
+    await asyncio.sleep(0.1)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert processes(domain.spec.name) == []
+    await domain.start()
+    assert await domain.state() is DomainState.RUNNING

@@ -1,0 +1,97 @@
+# ruff: noqa: S314 - the XML is our own
+"""Domain definitions carry the spec, and nothing in it can break out."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from qubes_itests.hypervisor.contract import Disk, DomainSpec, Interface
+from qubes_itests.hypervisor.devices import find_device
+from qubes_itests.hypervisor.domain_xml import Machine, disk_xml, domain_xml
+
+MACHINE = Machine(kvm=False, emulator=Path("/usr/bin/qemu-system-x86_64"))
+DISK = Disk("xvdb", Path("/images/<odd> & 'name'.img"))
+INTERFACE = Interface("00:16:3e:00:00:01", "br0")
+SPEC = DomainSpec(
+    name="work",
+    uuid=uuid.UUID("6ad6e1a5-7a0b-4e0f-a2f1-7a6a3d8b0a11"),
+    directory=Path("/run/work"),
+    memory=200,
+    max_memory=400,
+    vcpus=2,
+    kernel=Path("/boot/vmlinuz"),
+    initramfs=Path("/boot/initramfs"),
+    kernel_options='odd="</cmdline>"',
+    disks=(DISK,),
+    interfaces=(INTERFACE,),
+)
+
+
+def parse(**options):
+    return ET.fromstring(domain_xml(SPEC, MACHINE, **options))
+
+
+def test_the_spec_is_in_it():
+    root = parse()
+    assert root.get("type") == "qemu"
+    assert root.findtext("name") == "work"
+    assert root.findtext("uuid") == str(SPEC.uuid)
+    assert (root.findtext("memory"), root.findtext("currentMemory")) == ("400", "200")
+    assert root.findtext("vcpu") == "2"
+    assert root.findtext("os/kernel") == "/boot/vmlinuz"
+    assert root.findtext("os/cmdline").endswith(SPEC.kernel_options)
+    port = root.find("devices/channel")
+    assert port.find("target").get("name") == "org.qubes_itests.agent"
+    assert port.find("source").get("path") == "/run/work/agent.sock"
+
+
+def test_kvm():
+    machine = dataclasses.replace(MACHINE, kvm=True)
+    root = ET.fromstring(domain_xml(SPEC, machine))
+    assert root.get("type") == "kvm"
+    assert root.find("cpu").get("mode") == "host-passthrough"
+
+
+@pytest.mark.parametrize(("direct", "cache"), [(True, "none"), (False, "writeback")])
+def test_disks(direct, cache):
+    disk = ET.fromstring(disk_xml(DISK, direct=direct))
+    assert disk.find("source").get("file") == str(DISK.path)
+    assert disk.find("target").attrib == {"dev": "sdb", "bus": "scsi"}
+    assert disk.findtext("serial") == "xvdb"
+    assert disk.find("driver").get("cache") == cache
+    assert disk.find("driver").get("discard") == "unmap"
+    assert disk.find("readonly") is None
+    read_only = dataclasses.replace(DISK, read_only=True)
+    assert ET.fromstring(disk_xml(read_only, direct=True)).find("readonly") is not None
+
+
+def test_a_domain_that_loads_a_state_has_no_disks():
+    """Else it would differ from the machine that was saved."""
+    root = parse(incoming="defer")
+    assert root.findall("devices/disk") == root.findall("devices/interface") == []
+    argument = "{http://libvirt.org/schemas/domain/qemu/1.0}commandline/*"
+    assert [e.get("value") for e in root.findall(argument)] == ["-incoming", "defer"]
+    assert parse().findall(argument) == []
+
+
+def test_the_machine_does_not_depend_on_the_disks():
+    """What is hot-plugged finds the slots that a cold start would have used."""
+    bare = dataclasses.replace(SPEC, disks=(), interfaces=())
+    addresses = [
+        [ET.tostring(e) for e in ET.fromstring(xml).iter("address")]
+        for xml in (domain_xml(SPEC, MACHINE), domain_xml(bare, MACHINE))
+    ]
+    assert addresses[0] == addresses[1] != []
+
+
+def test_devices_are_found_by_name_and_address():
+    xml = domain_xml(SPEC, MACHINE)
+    assert find_device(xml, "disk", "xvdb").get("device") == "disk"
+    assert find_device(xml, "interface", INTERFACE.mac) is not None
+    assert find_device(xml, "disk", "xvda") is None
+    assert find_device(xml, "interface", "00:16:3e:00:00:02") is None

@@ -1,0 +1,77 @@
+"""What the test back end does without, it says."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from pathlib import Path
+
+import pytest
+
+from qubes_itests.hypervisor.contract import Disk, DomainSpec, DomainState, Interface
+from qubes_itests.hypervisor.exc import NotSupportedError, SavedStateError
+from qubes_itests.hypervisor.testdriver import TestHypervisor
+
+pytestmark = pytest.mark.asyncio
+
+
+def make_spec(directory):
+    return DomainSpec(
+        name="work",
+        uuid=uuid.uuid4(),
+        directory=directory,
+        memory=200,
+        max_memory=400,
+        kernel=Path("/none"),
+        initramfs=Path("/none"),
+    )
+
+
+async def test_what_needs_a_guest_is_refused(tmp_path):
+    async with await TestHypervisor.open(tmp_path, tmp_path) as hypervisor:
+        domain = await hypervisor.define(make_spec(tmp_path))
+        await domain.start()
+        calls = [
+            domain.open_channel(asyncio.Protocol),
+            domain.save(tmp_path / "state"),
+            domain.attach_disk(Disk("xvda", tmp_path / "image")),
+            domain.detach_disk("xvda"),
+            domain.resize_disk("xvda", 1 << 20),
+            domain.attach_interface(Interface("00:16:3e:00:00:01", "br0")),
+            domain.detach_interface("00:16:3e:00:00:01"),
+        ]
+        for call in calls:
+            with pytest.raises(NotSupportedError, match="no guest"):
+                await call
+
+
+async def test_no_saved_states(tmp_path):
+    async with await TestHypervisor.open(tmp_path, tmp_path) as hypervisor:
+        spec = make_spec(tmp_path)
+        domain = await hypervisor.define(spec)
+        assert await hypervisor.state_key(spec) is None
+        with pytest.raises(SavedStateError):
+            await domain.start(saved_state=tmp_path / "state")
+        assert await domain.state() is DomainState.HALTED
+        await domain.start()
+
+
+async def test_memory_follows_its_target(tmp_path):
+    async with await TestHypervisor.open(tmp_path, tmp_path) as hypervisor:
+        domain = await hypervisor.define(make_spec(tmp_path))
+        await domain.start()
+        await domain.set_memory_target(300 << 20)
+        assert (await domain.memory_statistics()).actual == 300 << 20
+
+
+async def test_connections_are_apart(tmp_path):
+    """Two are open at once, and neither sees the other's domains or events."""
+    one = await TestHypervisor.open(tmp_path, tmp_path)
+    two = await TestHypervisor.open(tmp_path, tmp_path)
+    async with one, two:
+        spec, events = make_spec(tmp_path), []
+        two.subscribe(lambda _domain, event: events.append(event))
+        first, second = await one.define(spec), await two.define(spec)
+        await first.start()
+        assert await second.state() is DomainState.HALTED
+        assert events == []
