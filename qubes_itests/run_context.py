@@ -6,6 +6,7 @@ import functools
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from qubes_itests.exc import HarnessError
 from qubes_itests.host import sandbox
 from qubes_itests.host.cache import Cache
 
@@ -84,6 +85,18 @@ class RunContext:
         """The event loop if the run has needed one so far."""
         return None if self._portal is None else self._portal.loop
 
-    def close(self) -> None:
-        """Undo everything that was made, in reverse."""
-        self._exit.close()
+    def close(self) -> list[str]:
+        """Undo everything that was made, in reverse; a second call does nothing.
+
+        :return: what could not be undone, or had been left: a sentence each.
+        """
+        left: list[str] = []
+        if self._testbed is not None:
+            testbed, self._testbed = self._testbed, None
+            for app in testbed.apps:
+                left += testbed.portal.run(testbed.close_app(app))
+        try:
+            self._exit.close()
+        except (HarnessError, OSError) as error:
+            left.append(str(error))
+        return left

@@ -27,6 +27,8 @@ __all__ = ["Deadline", "stacks"]
 _GRACE = 30.0
 #: Threads that have nothing to do with what hangs.
 _OURS = ("deadline", "heartbeat")
+#: Functions in which threads wait for work: executors, loops, console readers.
+_IDLE = ("_worker", "select", "_run_once", "poll", "_collect")
 
 
 class Deadline:
@@ -122,22 +124,28 @@ class Deadline:
 def stacks(loop: asyncio.AbstractEventLoop | None) -> str:
     """Return what the other threads and the tasks of a loop are doing, for people."""
     parts = [
-        f"Thread {thread.name}:\n" + "".join(traceback.format_stack(frame, limit=-6))
-        for thread, frame in _other_threads()
+        f"Thread {thread.name}:\n" + "".join(traceback.format_list(stack[-6:]))
+        for thread, stack in _other_threads()
+        if not _is_idle(stack)
     ]
     if loop is not None and not loop.is_closed():
         parts += [_describe(task) for task in _tasks(loop)]
     return "\n".join(parts)
 
 
-def _other_threads() -> list[tuple[threading.Thread, FrameType]]:
+def _other_threads() -> list[tuple[threading.Thread, traceback.StackSummary]]:
     frames = sys._current_frames()  # noqa: SLF001 - there is no other way
     me = threading.get_ident()
     return [
-        (thread, frames[thread.ident])
+        (thread, traceback.extract_stack(frames[thread.ident]))
         for thread in threading.enumerate()
         if thread.ident in frames and thread.ident != me and thread.name not in _OURS
     ]
+
+
+def _is_idle(stack: traceback.StackSummary) -> bool:
+    """Return whether a thread only waits for work: it has nothing to tell."""
+    return not stack or stack[-1].name in _IDLE
 
 
 def _tasks(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:

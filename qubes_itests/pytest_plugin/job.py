@@ -10,6 +10,7 @@ import pytest
 
 from qubes_itests import __version__
 from qubes_itests.exc import EnvironmentNotReadyError
+from qubes_itests.exit_codes import ExitCode
 from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.pytest_plugin import SETTINGS, header
 from qubes_itests.pytest_plugin.collection import Selection, collect, nodes
@@ -88,8 +89,6 @@ class Job:
         if session.items and not session.config.option.collectonly:
             try:
                 session.config.stash[CONTEXT].testbed  # noqa: B018 - is made by this
-            except ModuleNotFoundError:
-                pass
             except EnvironmentNotReadyError as error:
                 raise pytest.exit.Exception(str(error), error.exit_code) from None
         return (yield)
@@ -98,20 +97,52 @@ class Job:
     def pytest_sessionfinish(
         self, session: pytest.Session
     ) -> Generator[None, Any, Any]:
-        """End with what a person needs to go on."""
+        """Take the testbed down, and end with what a person needs to go on."""
         result = yield
         config = session.config
         if config.option.collectonly:
             return result
+        context = config.stash[CONTEXT]
         watch = cast(
             "FailureWatch", config.pluginmanager.get_plugin("qubes_itests-failures")
         )
         found = list(watch.failures.values())
         failures.store(failures.last_run(self._cache), found)
+        trouble = _trouble(watch, context.close())
+        _settle_status(session, trouble)
         terminal = config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None:
             failures.show(found, failures.COMMAND, terminal.write_line)
+            for _, text in trouble:
+                terminal.write_line(text)
         return result
+
+
+def _trouble(watch: FailureWatch, leaks: Sequence[str]) -> list[tuple[ExitCode, str]]:
+    """Return what is wrong with the run as a whole, the most telling last."""
+    return [
+        *(
+            (ExitCode.LEAKED_RESOURCE, f"left at the end of the run: {leak}")
+            for leak in leaks
+        ),
+        *(
+            (ExitCode.GUEST_PANIC, f"guest panic in {test}: {text}")
+            for test, said in watch.panics.items()
+            for text in said
+        ),
+    ]
+
+
+def _settle_status(
+    session: pytest.Session, trouble: Sequence[tuple[ExitCode, str]]
+) -> None:
+    """Let a panic explain failures, and a leak spoil a success."""
+    for code, _ in trouble:
+        weaker = {ExitCode.OK, ExitCode.LEAKED_RESOURCE}
+        if code is ExitCode.GUEST_PANIC:
+            weaker.add(ExitCode.TESTS_FAILED)
+        if int(session.exitstatus) in weaker:
+            session.exitstatus = code
 
 
 class JobParts:

@@ -12,6 +12,7 @@ from qubes_itests.configuration import Keep
 from qubes_itests.report import failures
 from qubes_itests.report.artifacts import Artifacts
 from qubes_itests.report.failures import Failure
+from qubes_itests.report.guest_logs import GuestLogs
 from qubes_itests.shell import open_shell
 
 if TYPE_CHECKING:
@@ -35,20 +36,34 @@ class FailureWatch:
         self._config = config
         self._context = context
         self._settings = context.settings
-        self._artifacts = Artifacts(
-            config.invocation_params.dir / context.settings.artifacts
-        )
         self._start = config.invocation_params.dir
+        self._artifacts = Artifacts(self._start / context.settings.artifacts)
+        self._logs: GuestLogs | None = None
         self._seen = ""
         self.deadline: Deadline | None = None
+        #: By test.
         self.failures: dict[str, Failure] = {}
+        #: What guests' kernels said when they gave up, by test.
+        self.panics: dict[str, list[str]] = {}
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Begin and end a test: its artefacts, its random numbers, its guests."""
+        self._artifacts.begin(item.nodeid)
+        self._seen = ""
+        testbed = self._context.opened_testbed
+        self._logs = GuestLogs(testbed.parts.run_directory) if testbed else None
+        random.seed(f"{self._settings.seed}:{item.nodeid}")
+        result = yield
+        if self._logs is not None and (said := self._logs.panics()):
+            self.panics[item.nodeid] = said
+        return result
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        """Begin a test: its artefacts, and its random numbers."""
-        self._artifacts.begin(item.nodeid)
-        self._seen = ""
-        random.seed(f"{self._settings.seed}:{item.nodeid}")
+        """Tell JUnit XML what the test runs on."""
+        if template := getattr(getattr(item, "cls", None), "template", None):
+            item.user_properties.append(("template", str(template)))
         try:
             return (yield)
         except Exception:
@@ -66,8 +81,9 @@ class FailureWatch:
             if not isinstance(error, pytest.skip.Exception | KeyboardInterrupt):
                 self._failed(item)
             raise
-        if self._settings.keep is Keep.ALWAYS:
-            self._keep_disks(item)
+        testbed = self._context.opened_testbed
+        if testbed is not None and self._settings.keep is Keep.ALWAYS:
+            self._artifacts.keep_disks(item.nodeid, testbed)
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -76,15 +92,15 @@ class FailureWatch:
             return
         test = report.nodeid
         self._artifacts.text(test, "failure.txt", report.longreprtext)
+        if self._logs is not None:
+            self._artifacts.logs(test, self._logs.written())
         directory = self._artifacts.directory(test)
         if directory.is_relative_to(self._start):
             directory = directory.relative_to(self._start)
-        why = failures.cause(report)
         first = self.failures.get(test)
-        self.failures[test] = Failure(
-            test, first.cause if first else why, str(directory),
-            self._artifacts.files(test),
-        )  # fmt: skip
+        why = first.cause if first else failures.cause(report)
+        files = self._artifacts.files(test)
+        self.failures[test] = Failure(test, why, str(directory), files)
 
     def _listen(self, item: Any) -> None:
         for name in ("addError", "addFailure"):
@@ -102,15 +118,11 @@ class FailureWatch:
         if testbed is None or self._seen == item.nodeid:
             return
         self._seen = item.nodeid
-        self._artifacts.collect(item.nodeid, testbed)
+        self._artifacts.collect(item.nodeid, testbed, self._context.plugins.hook)
         if self._settings.keep is not Keep.NEVER:
-            self._keep_disks(item)
+            self._artifacts.keep_disks(item.nodeid, testbed)
         if self._settings.shell_on_failure:
             self._open_shell(item, testbed)
-
-    def _keep_disks(self, item: pytest.Item) -> None:
-        if (testbed := self._context.opened_testbed) is not None:
-            self._artifacts.keep_disks(item.nodeid, testbed)
 
     def _open_shell(self, item: pytest.Item, testbed: Testbed) -> None:
         """Let a person look at the VMs of a failed test, one after the other."""

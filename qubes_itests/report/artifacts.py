@@ -16,9 +16,10 @@ from qubes_itests.host.command import run
 from qubes_itests.report.names import file_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-    from qubes_itests.core.app import Qubes
+    import pluggy
+
     from qubes_itests.testbed import Testbed
 
 __all__ = ["Artifacts", "tail"]
@@ -58,10 +59,15 @@ class Artifacts:
         data = text.encode("utf-8", "replace")
         self._write(test, name, data[-_LOG_LIMIT:])
 
-    def collect(self, test: str, testbed: Testbed) -> None:
-        """Keep what is to be seen of the VMs of a test, while they are there."""
+    def collect(self, test: str, testbed: Testbed, hook: pluggy.HookRelay) -> None:
+        """Keep what is to be seen of the VMs of a test, while they are there.
+
+        :param hook: of the plugins that may have more to tell.
+        """
         for app in testbed.apps:
-            self._collect_app(test, app)
+            for vm in app.domains:
+                if getattr(vm, "domain", None) is not None:
+                    self._collect_vm(test, vm, hook)
         tree = "\n".join(_tree(testbed.parts.pool_directory))
         self.text(test, "storage-tree.txt", tree + "\n")
 
@@ -72,20 +78,23 @@ class Artifacts:
                 for name, volume in getattr(vm, "volumes", {}).items():
                     self._copy_disk(test, vm.name, name, Path(volume.path))
 
-    def _collect_app(self, test: str, app: Qubes) -> None:
-        for vm in app.domains:
-            domain: Any = getattr(vm, "domain", None)
-            if domain is None:
-                continue
-            name = file_name(vm.name)
-            with contextlib.suppress(Exception):  # a dead domain has no definition
-                self.text(test, f"{name}.domain.xml", domain.definition())
-            self._log(test, f"{name}.console.log", domain.console_log())
-            self._log(test, f"{name}.agent.log", vm.directory / "agent.log")
+    def logs(self, test: str, logs: Iterable[Path]) -> None:
+        """Keep logs of VMs, which are still there when the VMs are gone.
 
-    def _log(self, test: str, name: str, path: Path) -> None:
-        with contextlib.suppress(OSError):
-            self._write(test, name, tail(path, _LOG_LIMIT))
+        :param logs: files in directories that are named after the VMs.
+        """
+        for path in logs:
+            name = f"{file_name(path.parent.name)}.{file_name(path.name)}"
+            with contextlib.suppress(OSError):
+                self._write(test, name, tail(path, _LOG_LIMIT))
+
+    def _collect_vm(self, test: str, vm: Any, hook: pluggy.HookRelay) -> None:
+        with contextlib.suppress(Exception):  # a dead domain has no definition
+            text = vm.domain.definition()
+            self.text(test, f"{file_name(vm.name)}.domain.xml", text)
+        directory = self.directory(test)
+        directory.mkdir(parents=True, exist_ok=True)
+        hook.qubes_itests_artifacts(test=test, vm=vm, directory=directory)
 
     def _write(self, test: str, name: str, data: bytes) -> None:
         directory = self.directory(test)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,11 @@ def cause(report: pytest.TestReport) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
     text = str(getattr(crash, "message", "") or report.longreprtext)
     where = "" if report.when == "call" else f"in {report.when}: "
+    # The package of an error class says nothing that its name does not.
+    text = re.sub(r"\A(?:[A-Za-z_]\w*\.)+(?=[A-Z]\w*\b)", "", text.strip())
+    first, _, others = text.partition("\n")
+    if first.endswith(":") and others:
+        text = f"{first} {one_line(others).removeprefix('- ')}"
     return where + (one_line(text) or "no reason was given")
 
 

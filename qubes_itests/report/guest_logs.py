@@ -1,0 +1,48 @@
+"""The logs of the VMs of one test: consoles, agents."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from qubes_itests.report.artifacts import tail
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["GuestLogs"]
+
+_PANIC = re.compile(rb"Kernel panic - not syncing[^\r\n]{0,200}")
+_SEARCHED = 1 << 20
+
+
+class GuestLogs:
+    """Tells which logs have been written since a test began.
+
+    :param directory: the run's directory of VMs.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._before = self._sizes()
+
+    def written(self) -> list[Path]:
+        """Return the logs that have grown since then."""
+        sizes = self._sizes()
+        return [
+            path for path, size in sizes.items() if size > self._before.get(path, 0)
+        ]
+
+    def panics(self) -> list[str]:
+        """Return what the kernels of guests said when they gave up, with VM names."""
+        found = []
+        for path in self.written():
+            new = path.stat().st_size - self._before.get(path, 0)
+            if said := _PANIC.search(tail(path, min(new, _SEARCHED))):
+                text = said[0].decode("ascii", "replace")
+                found.append(f"VM {path.parent.name}: {text}")
+        return found
+
+    def _sizes(self) -> dict[Path, int]:
+        logs = sorted(self._directory.glob("apps/*/vms/*/*.log"))
+        return {path: path.stat().st_size for path in logs if path.is_file()}
