@@ -57,8 +57,8 @@ async def test_the_pool_is_set_up_for_an_asynchronous_test(reflink_pool):
 def test_nothing_is_left_of_a_session_with_fixtures(tmp_path):
     """Neither a mount, nor a loop device, nor a directory of the run."""
     (tmp_path / "test_uses.py").write_text(
-        "def test_uses(btrfs, xfs, ext4, tmpfs, small_filesystem, reflink_pool):\n"
-        "    small_filesystem('btrfs', 128 * 1024**2)\n"
+        "def test_uses(btrfs, xfs, ext4, tmpfs, small_fs, reflink_pool):\n"
+        "    small_fs(128 * 1024**2)\n"
         "    assert False, 'a failure must not change it'\n"
     )
     before = MOUNTS.read_text()
@@ -170,3 +170,25 @@ def test_an_ext4_image_is_made_in_place(run_directory):
         unmount(directory)
         directory.rmdir()
         image.unlink()
+
+
+def test_a_machine_without_loop_devices_is_told_so(run_directory):
+    """In a mount namespace whose /dev is empty."""
+    program = (
+        "import pathlib, sys\n"
+        "from qubes_itests.host.exc import NoLoopDevicesError\n"
+        "from qubes_itests.host.filesystem import FilesystemType, LoopFilesystem\n"
+        "image, place = map(pathlib.Path, sys.argv[1:])\n"
+        "kind = FilesystemType.EXT4\n"
+        "try:\n"
+        "    LoopFilesystem(image, place, kind=kind, size=1 << 20).__enter__()\n"
+        "except NoLoopDevicesError as error:\n"
+        "    assert not image.exists() and not place.exists()\n"
+        "    print(error)\n"
+    )
+    script = 'mount -t tmpfs none /dev && mknod /dev/null c 1 3 && exec "$@"'
+    paths = [run_directory / "none.img", run_directory / "none"]
+    argv = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c"]
+    output = run([*argv, program, *paths])
+    assert "no usable loop device" in output
+    assert "modprobe loop" in output

@@ -139,11 +139,11 @@ async def _survive_restart(filesystem):
     await root.stop()
 
 
-@pytest.mark.parametrize("size", [128, 300], ids=["btrfs", "xfs"])
+@pytest.mark.parametrize(("kind", "size"), [("btrfs", 128), ("xfs", 300)])
 @pytest.mark.asyncio
-async def test_a_full_pool_refuses_and_keeps_what_it_has(size, small_filesystem):
+async def test_a_full_pool_refuses_and_keeps_what_it_has(kind, size, small_fs):
     """Importing what does not fit leaves the old image; less of it then fits."""
-    directory = small_filesystem({128: "btrfs", 300: "xfs"}[size], size * MIB)
+    directory = small_fs(size * MIB, kind)
     pool = ReflinkPool(name="small", dir_path=directory / "pool")
     await pool.setup()
     root = await template_root(pool)
@@ -173,9 +173,9 @@ async def test_a_full_pool_refuses_and_keeps_what_it_has(size, small_filesystem)
 
 
 @pytest.mark.asyncio
-async def test_a_pool_full_to_the_brim_can_still_start_and_stop(small_filesystem):
+async def test_a_pool_full_to_the_brim_can_still_start_and_stop(small_fs):
     """A start on a full filesystem works or fails cleanly, and works later."""
-    directory = small_filesystem("btrfs", 128 * MIB)
+    directory = small_fs(128 * MIB)
     pool = ReflinkPool(name="small", dir_path=directory / "pool")
     await pool.setup()
     root = await template_root(pool)
@@ -242,8 +242,8 @@ async def test_a_loop_device_over_a_running_volume_follows_its_size(reflink_pool
 
 
 @pytest.mark.asyncio
-async def test_a_read_only_pool_says_so(small_filesystem):
-    directory = small_filesystem("btrfs", 128 * MIB)
+async def test_a_read_only_pool_says_so(small_fs):
+    directory = small_fs(128 * MIB)
     pool = ReflinkPool(name="small", dir_path=directory / "pool")
     await pool.setup()
     volume = pool.init_volume(WORK, {"name": "private", **SAVED})
