@@ -181,11 +181,12 @@ class QubesVMStartError(QubesVMError):
     """The VM did not start; nothing of the attempt is left.
 
     :param vm: the VM.
-    :param step: the step that failed, as in "start storage".
+    :param step: the step that failed, as in "start its storage".
     :param reason: the error of that step.
     """
 
     def __init__(self, vm: Any, step: str, reason: BaseException) -> None:
-        super().__init__(vm, f"VM {vm} did not start: {step}: {reason}")
+        said = str(reason).removeprefix(f"VM {vm}: ")
+        super().__init__(vm, f"VM {vm} did not start: it could not {step}: {said}")
         self.step = step
         self.reason = reason

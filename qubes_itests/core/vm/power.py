@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from qubes_itests.core import qrexec
 from qubes_itests.core.exc import (
-    QubesException,
     QubesVMError,
     QubesVMNotRunningError,
     QubesVMShutdownTimeoutError,
     QubesVMStartError,
 )
-from qubes_itests.exc import DeadlineError
 from qubes_itests.guest.boot import boot
 
 if TYPE_CHECKING:
@@ -25,7 +23,8 @@ if TYPE_CHECKING:
 
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.storage import Storage
-    from qubes_itests.guest.agent import GuestAgent, Identity
+    from qubes_itests.guest.agent import GuestAgent
+    from qubes_itests.guest.identity import Identity
     from qubes_itests.guest.template import Template
     from qubes_itests.hypervisor.contract import Domain, DomainSpec
 
@@ -303,7 +302,5 @@ class _Step:
         self.vm.agent = None
         self.vm._power = "Halted"  # noqa: SLF001 - a part of the class above
         await self.vm.fire_event_async("domain-start-failed", reason=str(error))
-        if isinstance(error, (Exception, DeadlineError)):
-            if isinstance(error, QubesException) and self.name == "find its kernel":
-                raise error
+        if isinstance(error, Exception):
             raise QubesVMStartError(self.vm, self.name, error) from error

@@ -17,7 +17,7 @@ from qubes_itests.core.storage import Storage
 from qubes_itests.core.vm.base import BaseVM
 from qubes_itests.core.vm.execution import ExecutionMixin
 from qubes_itests.core.vm.power import PowerMixin
-from qubes_itests.guest.agent import Identity
+from qubes_itests.guest.identity import Identity
 from qubes_itests.hypervisor.contract import DomainSpec
 
 if TYPE_CHECKING:

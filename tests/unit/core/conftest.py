@@ -1,5 +1,7 @@
 """An app without guests: its hypervisor is never asked for anything."""
 
+import asyncio
+
 import pytest
 
 from qubes_itests.core.app import Qubes
@@ -14,11 +16,10 @@ class NoHypervisor:
 
 
 @pytest.fixture
-async def app(tmp_path):
+def app(tmp_path):
     app = Qubes(hypervisor=NoHypervisor(), directory=tmp_path)
-    await app.add_pool(
-        ReflinkPool(name="default", dir_path=tmp_path / "pool", setup_check=False)
-    )
+    pool = ReflinkPool(name="default", dir_path=tmp_path / "pool", setup_check=False)
+    asyncio.run(app.add_pool(pool))
     return app
 
 
