@@ -158,7 +158,7 @@ kernel_present() {
 fetch_kernel() {
     kernel_present && return
     say "fetching the kernel for guests"
-    "$venv/bin/python" -m qubes_itests.host.kernel fetch >>"$log"
+    "$venv/bin/python" -P -m qubes_itests.host.kernel fetch >>"$log"
 }
 
 # What the set-up depends on, in one word.
