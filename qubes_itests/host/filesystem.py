@@ -131,12 +131,11 @@ def mount(image: Path, directory: Path, *, options: Sequence[str] = ()) -> None:
         try:
             run(["mount", "-o", all_options, image, directory])
         except CommandError as error:
-            # Loop devices are the whole machine's: another run may take the free one
-            # before mount does.
-            if "loop device" not in error.stderr:
-                raise
+            # What mount says without loop devices depends on how they are lacking.
             require_loop_devices()
-            if time.monotonic() > deadline:
+            # They are the whole machine's: another run may take the free one before
+            # mount does.
+            if "loop device" not in error.stderr or time.monotonic() > deadline:
                 raise
             time.sleep(_LOOP_INTERVAL)
         else:
