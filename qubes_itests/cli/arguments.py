@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from qubes_itests import __version__
 from qubes_itests.configuration import convert
+from qubes_itests.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -118,8 +120,15 @@ def _split_name(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return "run", list(arguments)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # 2, argparse's own, is pytest's status for an interrupted run.
+        self.print_usage(sys.stderr)
+        self.exit(ExitCode.USAGE_ERROR, f"{self.prog}: {message}\n")
+
+
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qubes-itests" if name == "run" else f"qubes-itests {name}",
         description="Run Qubes OS integration tests against real VMs."
         if name == "run"

@@ -88,7 +88,7 @@ def _lines(failure: Failure, command: Sequence[str]) -> list[str]:
             f"  artefacts   {failure.artifacts}/  ({', '.join(failure.files)})"
         )
     lines.append(f"  run again   {again}")
-    if any(name.endswith(".console.log") for name in failure.files):
+    if any(name.endswith(".log") for name in failure.files):
         lines += [f"  look inside {inside}", f"  keep disks  {disks}"]
     return lines
 

@@ -37,7 +37,7 @@ class GuestLogs:
         """Return what the kernels of guests said when they gave up, with VM names."""
         found = []
         for path in self.written():
-            new = path.stat().st_size - self._before.get(path, 0)
+            new = max(path.stat().st_size - self._before.get(path, 0), 0)
             if said := _PANIC.search(tail(path, min(new, _SEARCHED))):
                 text = said[0].decode("ascii", "replace")
                 found.append(f"VM {path.parent.name}: {text}")

@@ -18,7 +18,7 @@ def file_name(text: str) -> str:
     """
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", text.replace("::", "."))
     name = name.lstrip(".-")[:_LONGEST]
-    if name and name == text.replace("::", "."):
+    if name == text.replace("::", ".") and "." not in text and name:
         return name
     mark = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=4).hexdigest()
     return f"{name or 'test'}-{mark}"

@@ -1,0 +1,159 @@
+"""The program as a process, where it needs neither root nor VMs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from plugin_site import FOR_TEMPLATE, ONCE, PluginSite
+
+PLUGIN = """
+    import unittest
+    print("a plugin that talks while it loads")
+
+    class TC_One(unittest.TestCase):
+        def test_1(self):
+            pass
+        def test_10(self):
+            pass
+
+    def list_tests():
+        return [TC_One]
+"""
+
+
+@pytest.fixture
+def site(tmp_path):
+    return PluginSite(tmp_path, {"QUBES_ITESTS_CACHE": str(tmp_path / "cache")})
+
+
+def test_list_shows_ids_to_copy_once_or_per_template(site):
+    site.install("alpha", PLUGIN, ONCE)
+    site.install("beta", PLUGIN, FOR_TEMPLATE)
+    done = site.run("list", "--template", "tiny", "--template", "debian-12")
+    assert done.returncode == 0
+    ids = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    assert [name for name in ids if name.startswith(("alpha", "beta"))] == [
+        "alpha::TC_One::test_1",
+        "alpha::TC_One::test_10",
+        "beta::TC_One_tiny::test_1",
+        "beta::TC_One_tiny::test_10",
+        "beta::TC_One_debian-12::test_1",
+        "beta::TC_One_debian-12::test_10",
+    ]
+
+
+def test_a_name_in_both_groups_gives_two_kinds_of_ids(site):
+    site.install("alpha", PLUGIN, ONCE, FOR_TEMPLATE)
+    out = site.run("list").stdout
+    assert "\nalpha@once::TC_One::test_1\n" in out
+    assert "\nalpha::TC_One_tiny::test_1\n" in out
+
+
+def test_json_is_json_whatever_plugins_print(site):
+    site.install("alpha", PLUGIN)
+    site.register("broken", "no_such_module:list_tests")
+    done = site.run("--json", "list", QUBES_TEST_EXTRA_INCLUDE="alpha broken")
+    alpha, broken = json.loads(done.stdout)["plugins"]
+    assert alpha["tests"][0] == {"id": "alpha::TC_One::test_1", "template": None}
+    assert alpha["problems"] == []
+    assert broken["tests"] == [{"id": "broken::plugin", "template": None}]
+    assert "no_such_module" in broken["problems"][0]
+
+
+def test_collect_only_shows_the_same_ids_as_list(site):
+    """The nodes of pytest and the quick list must not drift apart."""
+    site.install("alpha", PLUGIN, ONCE, FOR_TEMPLATE)
+    site.register("broken", "no_such_module:list_tests")
+    include = {"QUBES_TEST_EXTRA_INCLUDE": "alpha broken"}
+    listed = site.run("list", **include).stdout.splitlines()
+    collected = site.run("--collect-only", "-q", **include).stdout.splitlines()
+    assert [x for x in listed if "::" in x and x[0] != "#"] == [
+        x for x in collected if "::" in x
+    ]
+
+
+def test_a_selector_means_a_whole_name_before_it_means_a_prefix(site):
+    site.install("alpha", PLUGIN)
+
+    def selected(word):
+        out = site.run("--collect-only", "-q", word).stdout
+        return [line for line in out.splitlines() if "::" in line]
+
+    assert selected("alpha::TC_One::test_1") == ["alpha::TC_One::test_1"]
+    assert len(selected("alpha::TC_One::test_")) == 2
+    assert len(selected("alpha")) == 2
+    assert len(selected("alp")) == 2
+
+
+def test_a_selector_that_means_nothing_is_wrong_usage(site):
+    site.install("alpha", PLUGIN)
+    done = site.run("--collect-only", "alpha::TC_Onr")
+    assert done.returncode == 4
+    assert "Did you mean alpha::TC_One?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_suite_in_the_directory_does_not_leak_in(site):
+    site.install("alpha", PLUGIN)
+    (site.work / "conftest.py").write_text("raise RuntimeError('not yours')\n")
+    (site.work / "pytest.ini").write_text("[pytest]\naddopts = --nonsense\n")
+    (site.work / "test_x.py").write_text("def test_x(): pass\n")
+    done = site.run("--collect-only", "-q", QUBES_TEST_EXTRA_INCLUDE="alpha")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_x" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--keep=sometimes"], "--keep: keep: 'sometimes' is none of"),
+        (["list", "--no-such-option"], "--no-such-option"),
+        (["--shell-on-failure"], "there is no terminal"),
+        (["shell", "tiny"], "there is no terminal"),
+        (["shell"], "VM-or-template"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_status_4(site, arguments, said):
+    done = site.run(*arguments)
+    assert done.returncode == 4
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_key_in_the_configuration_is_told_before_anything_else(site):
+    (site.work / "pyproject.toml").write_text("[tool.qubes_itests]\ncolour = 1\n")
+    done = site.run("list")
+    assert done.returncode == 4
+    assert done.stderr.startswith("qubes-itests: pyproject.toml: unknown key 'colour'")
+
+
+def test_report_says_that_there_was_no_run(site):
+    done = site.run("report")
+    assert done.returncode == 5
+    assert "No run in this directory" in done.stdout
+
+
+def test_doctor_tells_what_a_run_would_tell(site):
+    done = site.run("doctor", "--json")
+    checks = json.loads(done.stdout)
+    failed = [check for check in checks if check["state"] == "fail"]
+    assert done.returncode == (failed[0]["exit_code"] if failed else 0)
+    assert any(check["name"] == "root" for check in checks)
+
+
+def test_clean_removes_the_cache_and_nothing_else_in_its_directory(site, tmp_path):
+    cache = tmp_path / "cache"
+    (cache / "precious").mkdir(parents=True)
+    (cache / "directories" / "x").mkdir(parents=True)
+    (cache / "runs" / "dead").mkdir(parents=True)
+    done = site.run("clean", "--cache")
+    assert done.returncode == 0
+    assert "Removed 1 stale run" in done.stdout
+    assert sorted(path.name for path in cache.iterdir()) == ["precious", "runs"]
+
+
+def test_help_names_the_sub_commands(site):
+    out = site.run("--help").stdout
+    for name in ("run", "list", "doctor", "shell", "clean", "report"):
+        assert f"\n  {name} " in out

@@ -1,0 +1,79 @@
+"""Where settings come from, and what is said when they make no sense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qubes_itests.configuration import ConfigurationError, Keep, Settings, load
+from qubes_itests.exit_codes import ExitCode
+
+
+def test_defaults_hold_where_nothing_is_said(tmp_path):
+    assert load(tmp_path, {}) == Settings()
+
+
+def test_environment_wins_over_file_and_command_line_over_both(tmp_path):
+    (tmp_path / "pyproject.toml").write_text(
+        "[tool.qubes_itests]\n"
+        'keep = "always"\nshell-on-failure = true\ntimeout = 5\ntemplate = ["a", "b"]\n'
+    )
+    environment = {"QUBES_ITESTS_KEEP": "failed", "QUBES_ITESTS_TIMEOUT": "2.5"}
+    settings = load(tmp_path, environment, {"timeout": 1.0})
+    assert settings == Settings(
+        keep=Keep.FAILED, shell_on_failure=True, timeout=1.0, template=("a", "b")
+    )
+
+
+def test_setup_cfg_is_read_and_only_its_own_section(tmp_path):
+    (tmp_path / "pyproject.toml").write_text("[tool.other]\nkeep = 1\n")
+    (tmp_path / "setup.cfg").write_text(
+        "[DEFAULT]\nnoise = 1\n[qubes_itests]\nwarm = no\nartifacts = out\nseed = 12\n"
+    )
+    settings = load(tmp_path, {})
+    assert settings == Settings(warm=False, artifacts=Path("out"), seed=12)
+
+
+def test_pyproject_is_preferred_to_setup_cfg(tmp_path):
+    (tmp_path / "pyproject.toml").write_text("[tool.qubes_itests]\nseed = 1\n")
+    (tmp_path / "setup.cfg").write_text("[qubes_itests]\nseed = 2\nwarm = no\n")
+    assert load(tmp_path, {}) == Settings(seed=1)
+
+
+def test_the_variable_of_qubes_os_names_templates_and_ours_wins(tmp_path):
+    environment = {"QUBES_TEST_TEMPLATES": "tiny debian-12 tiny"}
+    assert load(tmp_path, environment).template == ("tiny", "debian-12")
+    environment["QUBES_ITESTS_TEMPLATE"] = "other"
+    assert load(tmp_path, environment).template == ("other",)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("colour = 1", "unknown key 'colour'"),
+        ('keep = "sometimes"', "none of: never, failed, always"),
+        ("timeout = -1", "not a number of seconds"),
+        ("timeout = true", "not a number of seconds"),
+        ("timeout = nan", "not a number of seconds"),
+        ("seed = 1.5", "not a whole number"),
+        ("warm = 3", "neither true nor false"),
+        ("template = []", "not a list of template names"),
+        ('template = ["../x"]', "cannot be the name of a template"),
+        ('template = ["a\\nb"]', "cannot be the name of a template"),
+        ('artifacts = ""', "not the name of a directory"),
+        ('hypervisor = "a b"', "is not a name"),
+        ("keep =", "pyproject.toml"),
+    ],
+)
+def test_nonsense_is_refused_with_the_file_and_the_reason(tmp_path, line, said):
+    (tmp_path / "pyproject.toml").write_text(f"[tool.qubes_itests]\n{line}\n")
+    with pytest.raises(ConfigurationError, match=r"pyproject\.toml: ") as caught:
+        load(tmp_path, {})
+    assert said in str(caught.value)
+    assert caught.value.exit_code == ExitCode.USAGE_ERROR
+
+
+def test_a_bad_variable_is_named(tmp_path):
+    with pytest.raises(ConfigurationError, match="QUBES_ITESTS_SEED: seed: 'x'"):
+        load(tmp_path, {"QUBES_ITESTS_SEED": "x"})

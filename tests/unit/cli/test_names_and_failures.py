@@ -1,0 +1,86 @@
+"""File names from test ids, and the last lines after a failure."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qubes_itests.report.failures import Failure, load, show, store
+from qubes_itests.report.names import file_name, one_line
+
+
+def test_a_plain_id_is_readable_as_a_file_name():
+    assert file_name("smoke::TC_Run_tiny::test_010") == "smoke.TC_Run_tiny.test_010"
+
+
+@given(st.text())
+def test_any_text_becomes_one_harmless_path_component(text):
+    name = file_name(text)
+    assert name not in ("", ".", "..")
+    assert os.sep not in name
+    assert not name.startswith((".", "-"))
+    assert name.isascii()
+    assert len(name) < 140
+
+
+IDS = st.text("ab.:/", max_size=6)
+
+
+@given(IDS, IDS)
+def test_texts_that_differ_get_names_that_differ(one, other):
+    if one != other:
+        assert file_name(one) != file_name(other)
+
+
+@given(st.text())
+def test_one_line_is_one_printable_bounded_line(text):
+    line = one_line(text, 50)
+    assert line.isprintable()
+    assert len(line) <= 50
+
+
+FAILED = Failure("a::b::c", "no", "out/a.b.c", ("failure.txt", "vm.console.log"))
+
+
+def shown(failures, limit=5):
+    lines = []
+    show(failures, ["itests"], lines.append, limit)
+    return lines
+
+
+def test_the_last_lines_say_what_failed_why_and_what_to_type():
+    assert shown([FAILED]) == [
+        "",
+        "a::b::c",
+        "  cause       no",
+        "  artefacts   out/a.b.c/  (failure.txt, vm.console.log)",
+        "  run again   itests a::b::c",
+        "  look inside itests --shell-on-failure a::b::c",
+        "  keep disks  itests --keep=failed a::b::c",
+    ]
+
+
+def test_words_to_copy_are_quoted_for_the_shell():
+    (line,) = [x for x in shown([Failure("a b::$c", "no")]) if "run again" in x]
+    assert line.endswith("itests 'a b::$c'")
+
+
+def test_many_failures_are_not_a_flood():
+    lines = shown([FAILED] * 8, limit=2)
+    assert sum(line == "a::b::c" for line in lines) == 2
+    assert lines[-1] == "and 6 more: itests report"
+
+
+def test_failures_can_be_read_again(tmp_path):
+    store(tmp_path / "deep" / "file", [FAILED])
+    assert load(tmp_path / "deep" / "file") == [FAILED]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '[{"test": 1}]', "null"])
+def test_a_damaged_record_is_no_record(tmp_path, text):
+    (tmp_path / "file").write_text(text)
+    assert load(tmp_path / "file") is None
+    assert load(tmp_path / "missing") is None
