@@ -72,16 +72,21 @@ class Operations:
         self, volume: Volume, action: str, function: Callable[[], Result]
     ) -> Result:
         sources = [] if volume.source is None else [volume.source.vid]
-        with (
-            typed_errors(volume, action),
-            lock.hold(
+        with typed_errors(volume, action):
+            self._check_directory()
+            with lock.hold(
                 self._directory,
                 write=[volume.vid],
                 read=sources,
                 timeout=self.lock_timeout,
-            ),
-        ):
-            return function()
+            ):
+                return function()
+
+    def _check_directory(self) -> None:
+        # Not made here: it may be on a disk that is not mounted.
+        if not self._directory.is_dir():
+            reason = "the pool's directory is absent"
+            raise FileNotFoundError(errno.ENOENT, reason, str(self._directory))
 
 
 @contextlib.contextmanager
