@@ -78,7 +78,6 @@ class QubesTestCase(unittest.TestCase):
         if passed and leaks:
             raise LeakError(leaks)
 
-
     def _forget_vms(self) -> None:
         for name, value in tuple(vars(self).items()):
             if _holds_vm(value):

@@ -87,6 +87,12 @@ class LeakWatch:
         return [f"open file {number}: {target}" for number, target in left().items()]
 
     def _leaked_vms(self) -> list[str]:
+        def gone() -> bool:
+            # objects of an app refer to each other; only the collector frees them
+            gc.collect()
+            return all(reference() is None for _, reference in self._vms)
+
+        _until(gone)
         return [
             f"VM object {name}, held by {_holders(vm)}"
             for name, reference in self._vms
