@@ -65,12 +65,11 @@ class RawGuest:
         self.opened: list[socket.socket | TextIO] = []
         self.process = subprocess.Popen(command)
         try:
-            self.wire = self._connect()
-            self.qmp = socket.socket(socket.AF_UNIX)
+            self.wire = Wire(self._connect("agent"))
+            self.qmp = self._connect("qmp")
             self.qmp.settimeout(20)
-            self.qmp.connect(str(directory / "qmp"))
             self.lines = self.qmp.makefile("r")
-            self.opened += [self.lines, self.qmp]
+            self.opened.append(self.lines)
             self.lines.readline()
             self.control("qmp_capabilities")
         except BaseException:
@@ -86,23 +85,23 @@ class RawGuest:
         device = f"virtio-blk-pci,drive=drive-{name},serial={name},id={name}"
         return f"{device},bus={bus}" if bus else device
 
-    def _connect(self) -> Wire:
-        for _ in deadline_loop("QEMU's socket"):
+    def _connect(self, name: str) -> socket.socket:
+        for _ in deadline_loop(f"QEMU's socket {name}"):
             connection = socket.socket(socket.AF_UNIX)
             try:
-                connection.connect(str(self.directory / "agent"))
+                connection.connect(str(self.directory / name))
             except OSError:
                 connection.close()
                 assert self.process.poll() is None
             else:
                 self.opened.append(connection)
-                return Wire(connection)
+                return connection
         raise AssertionError
 
     def reconnect(self) -> None:
         """Close the connection to the agent and open another."""
         self.wire.sock.close()
-        self.wire = self._connect()
+        self.wire = Wire(self._connect("agent"))
 
     def control(self, command: str, **arguments: Any) -> Any:
         """Give QEMU an order, and return its answer."""

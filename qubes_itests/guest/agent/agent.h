@@ -44,6 +44,7 @@ struct strings {
 };
 const char *next_string(struct strings *strings); /* NULL when there is none */
 bool strings_valid(const struct strings *strings);
+ssize_t read_file(const char *path, char *buffer, size_t size); /* and end it by NUL */
 
 /* loop.c: what the agent waits for. */
 struct watch {

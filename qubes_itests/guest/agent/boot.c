@@ -41,12 +41,8 @@ static void load_modules(void)
 {
 	static char list[16384];
 	char *rest = list, *line;
-	int fd = open("/modules", O_RDONLY | O_CLOEXEC);
-	ssize_t length = fd < 0 ? 0 : read(fd, list, sizeof list - 1);
 
-	if (fd >= 0)
-		close(fd);
-	list[length < 0 ? 0 : length] = '\0';
+	read_file("/modules", list, sizeof list);
 	while ((line = strsep(&rest, "\n")))
 		if (*line)
 			load_module(line);
@@ -54,17 +50,11 @@ static void load_modules(void)
 
 static bool is_our_port(const char *device)
 {
-	char path[PATH_LIMIT], name[64] = "";
-	int fd;
+	char path[PATH_LIMIT], name[64];
 
 	snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", device);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0 || read(fd, name, sizeof name - 1) < 0)
-		name[0] = '\0';
-	if (fd >= 0)
-		close(fd);
-	name[strcspn(name, "\n")] = '\0';
-	return strcmp(name, PORT_NAME) == 0;
+	read_file(path, name, sizeof name);
+	return strcmp(name, PORT_NAME "\n") == 0;
 }
 
 static int find_port(void)

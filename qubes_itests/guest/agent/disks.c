@@ -2,7 +2,6 @@
 #include "agent.h"
 
 #include <dirent.h>
-#include <fcntl.h>
 #include <linux/netlink.h>
 #include <poll.h>
 #include <stdio.h>
@@ -13,54 +12,37 @@
 
 static struct watch uevents = {.fd = -1};
 
-static size_t read_at(const char *disk, const char *file, char *buffer, size_t size)
-{
-	char path[PATH_LIMIT];
-	int fd;
-	ssize_t length;
-
-	snprintf(path, sizeof path, "/sys/block/%s/%s", disk, file);
-	fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return 0;
-	length = read(fd, buffer, size);
-	close(fd);
-	return length < 0 ? 0 : (size_t)length;
-}
-
 /* The name that a disk's serial number asks for: "xvd" and one letter. */
 static bool disk_name(const char *disk, char name[5])
 {
-	char page[64];
+	char path[PATH_LIMIT], page[64];
 	const char *serial = page;
-	size_t length = read_at(disk, "serial", page, sizeof page);
+	ssize_t length;
 
-	if (length == 0) { /* SCSI: page 0x80, four bytes of header */
-		length = read_at(disk, "device/vpd_pg80", page, sizeof page);
-		serial += length < 4 ? length : 4;
-		length -= length < 4 ? length : 4;
+	snprintf(path, sizeof path, "/sys/block/%s/serial", disk);
+	length = read_file(path, page, sizeof page);
+	if (length <= 0) { /* SCSI: page 0x80, four bytes of header */
+		snprintf(path, sizeof path, "/sys/block/%s/device/vpd_pg80", disk);
+		length = read_file(path, page, sizeof page) - 4;
+		serial += 4;
 	}
-	while (length > 0 && (serial[length - 1] == ' ' || serial[length - 1] == '\0'))
+	while (length > 4 && serial[length - 1] == ' ')
 		length--;
 	if (length != 4 || memcmp(serial, "xvd", 3) != 0 || serial[3] < 'a' ||
 	    serial[3] > 'z')
 		return false;
-	memcpy(name, serial, 4);
-	name[4] = '\0';
+	snprintf(name, 5, "%.4s", serial);
 	return true;
 }
 
 static void link_disk(const char *disk)
 {
-	char name[5], path[16], target[NAME_LIMIT];
-	ssize_t length;
+	char name[5], path[16], target[NAME_LIMIT] = "";
 
 	if (!disk_name(disk, name))
 		return;
 	snprintf(path, sizeof path, "/dev/%s", name);
-	length = readlink(path, target, sizeof target - 1);
-	if (length > 0 && (size_t)length == strlen(disk) &&
-	    memcmp(target, disk, (size_t)length) == 0)
+	if (readlink(path, target, sizeof target - 1) > 0 && strcmp(target, disk) == 0)
 		return;
 	unlink(path);
 	if (symlink(disk, path) != 0)

@@ -113,61 +113,57 @@ static void loopback_up(void)
 		close(fd);
 }
 
-static bool is_there(const char *disk)
+static double seconds(void)
 {
-	char path[32];
+	struct timespec now;
 
-	snprintf(path, sizeof path, "/dev/%.16s", disk ? disk : "null");
-	return access(path, F_OK) == 0;
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+}
+
+static const char *device_path(const char *disk)
+{
+	static char path[32];
+
+	snprintf(path, sizeof path, "/dev/%.16s", disk);
+	return path;
 }
 
 static bool wait_for_disks(const struct identity *identity)
 {
 	const char *disks[3] = {identity->root, identity->private_disk,
 	                        identity->volatile_disk};
-	double left = identity->deadline ? strtod(identity->deadline, NULL) : 10;
-	struct timespec now;
-	double end;
+	double end = seconds() + (identity->deadline ? strtod(identity->deadline, NULL) : 10);
 	char text[64];
 
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	end = (double)now.tv_sec + (double)now.tv_nsec / 1e9 + left;
 	disks_scan();
 	for (int i = 0; i < 3; i++)
-		while (!is_there(disks[i])) {
-			clock_gettime(CLOCK_MONOTONIC, &now);
-			left = end - (double)now.tv_sec - (double)now.tv_nsec / 1e9;
-			if (left > 0) {
-				disks_wait((int)(left * 1000) + 1);
-				continue;
+		while (disks[i] && access(device_path(disks[i]), F_OK) != 0) {
+			double left = end - seconds();
+
+			if (left <= 0) {
+				snprintf(text, sizeof text, "no disk %.16s", disks[i]);
+				return failed(text, ETIMEDOUT);
 			}
-			snprintf(text, sizeof text, "no disk %.16s", disks[i]);
-			return failed(text, ETIMEDOUT);
+			disks_wait((int)(left * 1000) + 1);
 		}
 	return true;
 }
 
 static bool mount_disk(const char *disk, const char *path, unsigned long flags)
 {
-	char device[32], text[64];
-
-	snprintf(device, sizeof device, "/dev/%.16s", disk);
-	if (mount(device, path, "ext4", flags, "") == 0)
-		return true;
-	snprintf(text, sizeof text, "%s on %s", device, path);
-	return failed(text, errno);
+	return mount(device_path(disk), path, "ext4", flags, "") == 0 ||
+	       failed(device_path(disk), errno);
 }
 
 /* The filesystem grows to its disk, as the volume may have been resized. */
 static void grow(const char *disk, const char *path)
 {
-	char device[32];
 	struct stat status;
 	uint64_t size = 0, blocks;
-	int fd, mounted = open(path, O_RDONLY | O_CLOEXEC);
+	int fd = open(device_path(disk), O_RDONLY | O_CLOEXEC);
+	int mounted = open(path, O_RDONLY | O_CLOEXEC);
 
-	snprintf(device, sizeof device, "/dev/%.16s", disk);
-	fd = open(device, O_RDONLY | O_CLOEXEC);
 	if (fd >= 0 && mounted >= 0 && ioctl(fd, BLKGETSIZE64, &size) == 0 &&
 	    fstat(mounted, &status) == 0) {
 		blocks = size / (uint64_t)status.st_blksize;
@@ -224,20 +220,17 @@ static bool swap_on(const char *disk)
 		uint32_t version, last_page, bad_pages;
 		char rest[4096 - 1024 - 12 - 10], magic[10];
 	} header = {.version = 1};
-	char device[32];
 	uint64_t size = 0;
-	int fd;
+	int fd = open(device_path(disk), O_RDWR | O_CLOEXEC);
 	bool done;
 
 	_Static_assert(sizeof header == 4096, "one page");
-	snprintf(device, sizeof device, "/dev/%.16s", disk);
-	fd = open(device, O_RDWR | O_CLOEXEC);
 	memcpy(header.magic, "SWAPSPACE2", 10);
 	done = fd >= 0 && ioctl(fd, BLKGETSIZE64, &size) == 0;
 	header.last_page = (uint32_t)(size / 4096 - 1);
 	done = done && write(fd, &header, sizeof header) == sizeof header && fsync(fd) == 0;
-	if (!done || swapon(device, 0) != 0)
-		failed(device, errno);
+	if (!done || swapon(device_path(disk), 0) != 0)
+		failed(device_path(disk), errno);
 	if (fd >= 0)
 		close(fd);
 	return *problem == '\0';
@@ -284,21 +277,17 @@ static void unmount_root(void)
 	umount2(NEW_ROOT, MNT_DETACH);
 }
 
-/* From here on there is no way back. */
 static bool switch_root(void)
 {
 	static const char *const moved[] = {"/dev", "/proc", "/sys", "/run"};
 	char path[64];
 	struct stat status;
 
-	for (size_t i = 0; i < 4; i++) {
-		snprintf(path, sizeof path, NEW_ROOT "%s", moved[i]);
-		if (stat(path, &status) != 0)
-			return failed(path, errno);
-	}
-	for (size_t i = 0; i < 4; i++) {
-		snprintf(path, sizeof path, NEW_ROOT "%s", moved[i]);
-		if (mount(moved[i], path, NULL, MS_MOVE, NULL) != 0)
+	/* Looked at first, moved then: a failure must leave stage one whole. */
+	for (size_t i = 0; i < 8; i++) {
+		snprintf(path, sizeof path, NEW_ROOT "%s", moved[i % 4]);
+		if (i < 4 ? stat(path, &status) != 0
+		          : mount(moved[i % 4], path, NULL, MS_MOVE, NULL) != 0)
 			return failed(path, errno);
 	}
 	if (stat("/", &status) == 0)

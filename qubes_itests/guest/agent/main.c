@@ -1,10 +1,22 @@
 /* One program, told by the name it is called by. */
 #include "agent.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+ssize_t read_file(const char *path, char *buffer, size_t size)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t length = fd < 0 ? -1 : read(fd, buffer, size - 1);
+
+	if (fd >= 0)
+		close(fd);
+	buffer[length < 0 ? 0 : length] = '\0';
+	return length;
+}
 
 #ifdef AGENT_TEST
 /* agent --test-fd N: speak the protocol over that descriptor, as an ordinary process. */

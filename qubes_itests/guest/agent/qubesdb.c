@@ -42,7 +42,7 @@ bool db_set(const char *path, const char *value)
 	}
 	if (!value)
 		return true;
-	if (db_length + path_size + value_size > DB_MAX)
+	if (db_length + path_size + value_size >= DB_MAX)
 		return false;
 	memcpy(db + db_length, path, path_size);
 	memcpy(db + db_length + path_size, value, value_size);
@@ -66,8 +66,7 @@ bool db_publish(void)
 
 static bool db_load(void)
 {
-	int fd = open(in_root(DB_PATH), O_RDONLY | O_CLOEXEC);
-	ssize_t length = fd < 0 ? -1 : read(fd, db, sizeof db);
+	ssize_t length = read_file(in_root(DB_PATH), db, sizeof db);
 
 	db_length = length < 0 ? 0 : (size_t)length;
 	return length >= 0;

@@ -2,7 +2,6 @@
 #include "agent.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <grp.h>
 #include <signal.h>
 #include <stdio.h>
@@ -39,12 +38,8 @@ const char *in_root(const char *path)
 static const char *read_table(const char *path)
 {
 	static char table[TABLE_MAX];
-	int fd = open(in_root(path), O_RDONLY | O_CLOEXEC);
-	ssize_t length = fd < 0 ? 0 : read(fd, table, sizeof table - 1);
 
-	if (fd >= 0)
-		close(fd);
-	table[length < 0 ? 0 : length] = '\0';
+	read_file(in_root(path), table, sizeof table);
 	return table;
 }
 
