@@ -93,6 +93,7 @@ def domain_xml(
         _add(root, event, "destroy")
     devices = _devices(spec, machine)
     root.append(devices)
+    root.append(_capabilities())
     if incoming is None:
         devices.extend(_disk(d, direct=d.name in direct_disks) for d in spec.disks)
         devices.extend(_interface(interface) for interface in spec.interfaces)
@@ -197,6 +198,17 @@ def _interface(interface: Interface) -> ET.Element:
     _add(element, "source", bridge=interface.bridge)
     _add(element, "model", type="virtio")
     _add(element, "rom", enabled="no")
+    return element
+
+
+def _capabilities() -> ET.Element:
+    """Have libvirt read a CPU's features in one go.
+
+    With the capability that is taken away here it reads each of some 400 properties
+    by itself, which is three quarters of the time that it adds to a start.
+    """
+    element = ET.Element(f"{{{_QEMU}}}capabilities")
+    ET.SubElement(element, f"{{{_QEMU}}}del", capability="cpu-unavailable-features")
     return element
 
 

@@ -48,9 +48,14 @@ class QemuHypervisor(LibvirtHypervisor):
     name = "qemu"
 
     def __init__(
-        self, connection: Connection, machine: Machine, capabilities: CapabilityCache
+        self,
+        connection: Connection,
+        machine: Machine,
+        capabilities: CapabilityCache,
+        run_directory: Path,
     ) -> None:
         super().__init__(connection)
+        self._run_directory = run_directory
         self._machine = machine
         self._capabilities = capabilities
 
@@ -87,13 +92,19 @@ class QemuHypervisor(LibvirtHypervisor):
         connection = await Connection.open(
             f"qemu:///embed?root={quote(str(root))}", keep=True
         )
-        hypervisor = cls(connection, machine, capabilities)
+        run_directory = root / "run" / "qemu"
+        hypervisor = cls(connection, machine, capabilities, run_directory)
         await hypervisor._listen()
         return hypervisor
 
     def _make(self, spec: DomainSpec) -> LibvirtDomain:
         return QemuDomain(
-            self._connection, spec, self._publish, self._forget, self._machine
+            self._connection,
+            spec,
+            self._publish,
+            self._forget,
+            machine=self._machine,
+            run_directory=self._run_directory,
         )
 
     def _problem(self, spec: DomainSpec) -> str:

@@ -24,6 +24,7 @@ from qubes_itests.hypervisor.domain_xml import (
     interface_xml,
 )
 from qubes_itests.hypervisor.exc import HypervisorError
+from qubes_itests.hypervisor.process import kill_qemu
 from qubes_itests.hypervisor.saved_state import SavedState, save_state
 
 if TYPE_CHECKING:
@@ -45,7 +46,11 @@ _RETRY = 0.01
 
 
 class QemuDomain(LibvirtDomain):
-    """One QEMU process, while it runs."""
+    """One QEMU process, while it runs.
+
+    :param machine: what it has in common with its hypervisor's other domains.
+    :param run_directory: where libvirt keeps the numbers of its processes.
+    """
 
     def __init__(
         self,
@@ -53,10 +58,13 @@ class QemuDomain(LibvirtDomain):
         spec: DomainSpec,
         publish: LifecycleHandler,
         forget: Callable[[Domain], None],
+        *,
         machine: Machine,
+        run_directory: Path,
     ) -> None:
         super().__init__(connection, spec, publish, forget)
         self._machine = machine
+        self._pid_file = run_directory / f"{spec.name}.pid"
         self._console = Console(console_pipe(spec), self.console_log())
 
     def console_log(self) -> Path:
@@ -93,6 +101,9 @@ class QemuDomain(LibvirtDomain):
     async def _cleanup(self) -> None:
         await asyncio.to_thread(self._console.close)
         await asyncio.to_thread(channel_path(self.spec).unlink, missing_ok=True)
+
+    async def _pull_plug(self) -> None:
+        await asyncio.to_thread(kill_qemu, self._pid_file, self.spec.name)
 
     def _panicked(self) -> bool:
         return self._console.panicked
