@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from qubes_itests.core.app import Qubes
+from qubes_itests.core.storage import copy_image
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.warm import WarmStarts
-from qubes_storage.ficlone import clone_or_copy
 from qubes_storage.reflink import ReflinkPool
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from qubes_itests.host.cache import Cache
     from qubes_itests.hypervisor.contract import Hypervisor
     from qubes_itests.portal import Portal
-    from qubes_storage.volume import Volume
 
 __all__ = ["NoTestbedError", "Testbed", "current"]
 
@@ -139,7 +138,7 @@ class Testbed:
         image = self.parts.pool_directory / "images" / f"{template.name}.img"
         image.parent.mkdir(exist_ok=True)
         image.touch()
-        _fill(template.root_image, image)
+        copy_image(template.root_image, image)
         return dataclasses.replace(template, root_image=image)
 
     async def make_app(self, *templates: str) -> Qubes:
@@ -181,20 +180,9 @@ class Testbed:
             kernel=name,
             volume_config={"root": {"size": size}},
         )
-        await vm.create_on_disk()
-        await self._import(vm.volumes["root"], template.root_image, size)
+        await vm.storage.create({"root": template.root_image})
         if app.default_template is None:
             app.default_template = vm
-
-    @staticmethod
-    async def _import(volume: Volume, image: Path, size: int) -> None:
-        path = await volume.import_data(size)
-        success = False
-        try:
-            await asyncio.to_thread(_fill, image, path)
-            success = True
-        finally:
-            await volume.import_data_end(success)
 
     async def close_app(self, app: Qubes) -> list[str]:
         """End an app: kill its VMs, drop its pool.
@@ -218,8 +206,3 @@ class Testbed:
             f"domain {name} is left" for name in left if name in app.domains
         ]
         return app.problems
-
-
-def _fill(source: Path, target: Path) -> None:
-    with source.open("rb") as reader, target.open("r+b") as writer:
-        clone_or_copy(reader.fileno(), writer.fileno())

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any, Final
 from qubes_itests.core.exc import QubesPoolNotFoundError, QubesValueError
 from qubes_itests.host.filesystem import make_ext4
 from qubes_itests.hypervisor.contract import Disk
+from qubes_storage.ficlone import clone_or_copy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_storage.volume import Volume
 
-__all__ = ["Storage"]
+__all__ = ["Storage", "copy_image"]
 
 #: What the guest calls the standard volumes; others follow from xvde on.
 _DISK_NAMES: Final = {
@@ -79,28 +82,26 @@ class Storage:
         for name, volume in self.volumes.items():
             yield Disk(self.disk_name(name), volume.path, read_only=not volume.rw)
 
-    async def create(self) -> None:
+    async def create(self, images: Mapping[str, Path] | None = None) -> None:
         """Make all volumes; the private one gets its filesystem.
 
         If one fails, those made before are removed again.
-        """
-        await self._all(lambda v: v.create(), undo=lambda v: v.remove())
-        private = self.volumes.get("private")
-        if private is not None and private.save_on_stop:
-            try:
-                await self._format(private)
-            except BaseException:
-                await self.remove()
-                raise
 
-    async def _format(self, volume: Volume) -> None:
-        path = await volume.import_data(volume.size)
-        success = False
-        try:
-            await asyncio.to_thread(make_ext4, path, volume.size, "private")
-            success = True
-        finally:
-            await volume.import_data_end(success)
+        :param images: raw images that volumes begin with, by the volumes' names.
+        """
+        images = images or {}
+
+        async def make(volume: Volume) -> None:
+            if volume.name in images:
+                image = images[volume.name]
+                await _import(volume, lambda path: copy_image(image, path))
+            elif volume.name == "private" and volume.save_on_stop:
+                size = volume.size
+                await _import(volume, lambda path: make_ext4(path, size, "private"))
+            else:
+                await volume.create()
+
+        await self._all(make, undo=lambda v: v.remove())
 
     async def remove(self) -> None:
         """Remove all volumes, each of them even if another cannot be removed."""
@@ -164,3 +165,23 @@ class Storage:
                 with contextlib.suppress(Exception):
                     await undo(volume)  # type: ignore[misc]
             raise
+
+
+async def _import(volume: Volume, fill: Callable[[Path], None]) -> None:
+    # not created first: the empty image would become a revision
+    path = await volume.import_data(volume.size)
+    success = False
+    try:
+        await asyncio.to_thread(fill, path)
+        success = True
+    finally:
+        await volume.import_data_end(success)
+
+
+def copy_image(source: Path, target: Path) -> None:
+    """Give an existing file the contents of another, by reflink where that works.
+
+    :raise OSError: as the operating system says.
+    """
+    with source.open("rb") as reader, target.open("r+b") as writer:
+        clone_or_copy(reader.fileno(), writer.fileno())

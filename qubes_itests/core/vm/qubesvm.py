@@ -65,7 +65,8 @@ def domain_property(vm: BaseVM, prop: Any, value: Any) -> BaseVM | None:
     del prop
     if value in (None, ""):
         return None
-    return vm.app.domains[value]
+    found: BaseVM = vm.app.domains[value]
+    return found
 
 
 def _dispvm_template(vm: BaseVM, prop: Any, value: Any) -> BaseVM | None:
