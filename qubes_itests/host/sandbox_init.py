@@ -1,9 +1,9 @@
 """Both ends of a sandbox: the process that waits outside, and PID 1 inside.
 
 A program of its own (``sandbox_init.py MARK COMMAND…``) that uses the standard
-library alone, so that it starts at once. The outer process makes the PID namespace,
-waits, and passes signals on; PID 1 dies with it, sets up the other namespaces,
-starts the command and reaps orphans until the command ends.
+library alone, and little of that, so that it starts at once. The outer process makes
+the PID namespace, waits, and passes signals on; PID 1 dies with it, sets up the other
+namespaces, starts the command and reaps orphans until the command ends.
 
 Why not unshare(1): up to util-linux 2.40 it blocks SIGINT and SIGTERM while it
 waits, and passes none on.
@@ -16,11 +16,12 @@ import fcntl
 import os
 import select
 import signal
-import socket
 import struct
 import sys
-from pathlib import Path
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 NO_SANDBOX = 13
 NOT_FOUND = 127
@@ -35,6 +36,7 @@ MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 PR_SET_PDEATHSIG = 1
 SIOCGIFFLAGS, SIOCSIFFLAGS = 0x8913, 0x8914
 IFF_UP = 1
+AF_UNIX, SOCK_DGRAM = 1, 2
 SI_KERNEL = 0x80
 
 FORWARDED = {
@@ -146,18 +148,24 @@ def set_up() -> None:
 
 def add_libvirt_user() -> None:
     """Show libvirt's user and groups, where the machine has none, in here only."""
-    groups = Path("/etc/group").read_text(encoding="utf-8")
+    groups = read("/etc/group")
     lines = [
         f"{name}:x:{number}:"
         for name, number in GROUPS.items()
         if f"\n{name}:" not in f"\n{groups}"
     ]
     show_with_lines("/etc/group", groups, lines)
-    users = Path("/etc/passwd").read_text(encoding="utf-8")
+    users = read("/etc/passwd")
     if f"\n{USER}:" not in f"\n{users}":
         number = GROUPS[USER]
         line = f"{USER}:x:{number}:{number}::/var/lib/libvirt:/usr/sbin/nologin"
         show_with_lines("/etc/passwd", users, [line])
+
+
+def read(path: str) -> str:
+    """Return a file's text."""
+    with open(path, "rb") as file:  # noqa: PTH123  # pathlib takes long to import
+        return file.read().decode(errors="surrogateescape")
 
 
 def show_with_lines(path: str, text: str, lines: list[str]) -> None:
@@ -168,23 +176,24 @@ def show_with_lines(path: str, text: str, lines: list[str]) -> None:
     """
     if not lines:
         return
+    copy = "/tmp/copy"  # noqa: S108
     mount("none", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV)  # noqa: S108
-    copy = Path("/tmp/copy")  # noqa: S108
-    copy.write_text(text.rstrip("\n") + "\n" + "\n".join(lines) + "\n")
-    copy.chmod(0o644)
-    mount(str(copy), path, None, MS_BIND)
+    data = "\n".join([text.rstrip("\n"), *lines, ""])
+    with open(copy, "wb") as file:  # noqa: PTH123
+        file.write(data.encode(errors="surrogateescape"))
+        os.fchmod(file.fileno(), 0o644)
+    mount(copy, path, None, MS_BIND)
     check(libc.umount2(b"/tmp", 0), "unmount /tmp")
 
 
 def raise_loopback() -> None:
     """Set the loopback interface up."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        request = struct.pack("16sH22x", b"lo", 0)
-        flags = struct.unpack_from(
-            "H", fcntl.ioctl(any_socket, SIOCGIFFLAGS, request), 16
-        )[0]
-        request = struct.pack("16sH22x", b"lo", flags | IFF_UP)
-        fcntl.ioctl(any_socket, SIOCSIFFLAGS, request)
+    any_socket = libc.socket(AF_UNIX, SOCK_DGRAM, 0)
+    request = struct.pack("16sH22x", b"lo", 0)
+    flags = struct.unpack_from("H", fcntl.ioctl(any_socket, SIOCGIFFLAGS, request), 16)
+    request = struct.pack("16sH22x", b"lo", flags[0] | IFF_UP)
+    fcntl.ioctl(any_socket, SIOCSIFFLAGS, request)
+    os.close(any_socket)
 
 
 def identity() -> str:
