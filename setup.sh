@@ -134,11 +134,15 @@ make_venv() {
     echo "$PYTHON" >"$venv/.made-with"
 }
 
+# The bundled plugins are installed like any other, in place.
 install_project() {
     say "installing the project and its Python dependencies"
-    local target=$root${1:+[$1]} status=$MISSING_TOOL
+    local plugin status=$MISSING_TOOL
     local pip=("$venv/bin/python" -m pip --disable-pip-version-check
-        --no-input install --progress-bar off --editable "$target")
+        --no-input install --progress-bar off --editable "$root${1:+[$1]}")
+    for plugin in "$root"/plugins/*/setup.py; do
+        [ ! -e "$plugin" ] || pip+=(--editable "${plugin%/*}")
+    done
     "${pip[@]}" >>"$log" 2>&1 </dev/null && return
     tail -n 15 -- "$log" >&2
     ! tail -n 60 -- "$log" | grep -q -i -E \
@@ -164,8 +168,9 @@ fetch_kernel() {
 # What the set-up depends on, in one word.
 inputs() {
     {
-        cat -- "$root"/{setup.sh,setup.cfg,pyproject.toml} "$table"
-        echo "$root" "$PYTHON"
+        cat -- "$root"/{setup.sh,setup.cfg,pyproject.toml} "$table" \
+            "$root"/plugins/*/setup.py 2>/dev/null || true
+        echo "$root" "$PYTHON" "$root"/plugins/*/setup.py
         readlink -f -- "$venv/bin/python"
     } | cksum
 }

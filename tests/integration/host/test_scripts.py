@@ -31,16 +31,16 @@ from pathlib import Path
 
 def build_editable(directory, config_settings=None, metadata_directory=None):
     requires = Path("requires").read_text() if Path("requires").exists() else ""
-    info = "qubes_itests-0.1.dist-info"
+    info = "NAME-0.1.dist-info"
     files = {
-        "tiny.pth": str(Path.cwd()),
-        f"{info}/METADATA": "Metadata-Version: 2.1\\nName: qubes-itests\\n"
+        "NAME.pth": str(Path.cwd()),
+        f"{info}/METADATA": "Metadata-Version: 2.1\\nName: NAME\\n"
         f"Version: 0.1\\nProvides-Extra: dev\\n{requires}",
         f"{info}/WHEEL": "Wheel-Version: 1.0\\nGenerator: x\\nRoot-Is-Purelib: true\\n"
         "Tag: py3-none-any\\n",
     }
     files[f"{info}/RECORD"] = "".join(f"{name},,\\n" for name in files)
-    name = "qubes_itests-0.1-py3-none-any.whl"
+    name = "NAME-0.1-py3-none-any.whl"
     with zipfile.ZipFile(Path(directory, name), "w") as wheel:
         for path, text in files.items():
             wheel.writestr(path, text)
@@ -52,6 +52,11 @@ requires = []
 build-backend = "backend"
 backend-path = ["."]
 """
+
+
+def _write_project(root: Path, name: str) -> None:
+    (root / "backend.py").write_text(_BACKEND.replace("NAME", name))
+    (root / "pyproject.toml").write_text(_PYPROJECT)
 
 
 class Checkout:
@@ -85,8 +90,7 @@ class Checkout:
             "import os, sys\nprint('ran', *sys.argv[1:])\n"
             "print(sorted(os.listdir('/proc/self/fd'), key=int), file=sys.stderr)\n"
         )
-        (self.root / "backend.py").write_text(_BACKEND)
-        (self.root / "pyproject.toml").write_text(_PYPROJECT)
+        _write_project(self.root, "qubes_itests")
         (self.root / "pytest.py").write_text("print('pytest ran')\n")
 
     @property
@@ -308,6 +312,22 @@ def test_changed_inputs_are_installed_again_into_the_same_environment(ready):
     assert "installing the project" in done.stderr
     assert "making" not in done.stderr
     assert marker.exists()
+
+
+def test_bundled_plugins_are_installed(ready):
+    """Like any other plugin, and one that is new at the next start."""
+    plugin = ready.root / "plugins/extra"
+    plugin.mkdir(parents=True)
+    (plugin / "setup.py").touch()
+    _write_project(plugin, "extra_plugin")
+    done = ready.run("itests")
+    code = "import importlib.metadata as m; print(m.version('extra-plugin'))"
+    version = subprocess.run(
+        [ready.python, "-c", code], capture_output=True, text=True, check=False
+    )
+    shutil.rmtree(plugin.parent)
+    assert done.returncode == 0, done.stderr
+    assert version.stdout == "0.1\n", version.stderr
 
 
 def test_a_virtual_environment_whose_python_vanished_is_remade(ready):
