@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import unittest
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from .exc import LeakError
 from .leaks import LeakWatch
+from .outcomes import Outcomes
 from .policy import PolicyRule, policy_line
 from .process import ProcessWrapper
 from .vm import VMWrapper, unwrapped
@@ -47,6 +48,7 @@ class QubesTestCase(unittest.TestCase):
 
     _testbed: Testbed
     _leaks: LeakWatch
+    _outcomes: Outcomes
 
     def setUp(self) -> None:
         """Make the loop the current one, and begin to watch for leaks.
@@ -65,9 +67,17 @@ class QubesTestCase(unittest.TestCase):
         self.loop = current.enter_context(self._testbed.portal.as_current_loop())
         self.addCleanup(current.close)
 
+    def run(
+        self, result: unittest.TestResult | None = None
+    ) -> unittest.TestResult | None:
+        """Run the test, and take note of whether it fails."""
+        result = result if result is not None else self.defaultTestResult()
+        self._outcomes = Outcomes(result)
+        return super().run(cast("unittest.TestResult", self._outcomes))
+
     def success(self) -> bool:
-        """Return whether nothing of the test has failed so far."""
-        return bool(getattr(self._outcome, "success", True))  # type: ignore[attr-defined]
+        """Return whether nothing of the test has failed, or was skipped, so far."""
+        return self._outcomes.passed
 
     def _end(self) -> None:
         """Forget the VMs, and see what is left of them."""
@@ -132,7 +142,7 @@ class SystemTestCase(QubesTestCase):
         self.loop.run_until_complete(self._remove_vms([unwrapped(vm) for vm in vms]))
 
     async def _remove_vms(self, vms: list[Any]) -> None:
-        present = [vm for vm in vms if vm in self.app.domains]
+        present = [vm for vm in dict.fromkeys(vms) if vm in self.app.domains]
         for vm in present:
             if not vm.is_halted():
                 await vm.kill()

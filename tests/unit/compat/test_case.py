@@ -1,0 +1,242 @@
+"""The base class of tests: set-up, tear-down, and what it finds left behind."""
+
+import asyncio
+import os
+import socket
+import unittest
+import warnings
+
+import pytest
+
+from qubes_itests import testbed as testbed_module
+from qubes_itests.compat_core2 import ExtraTestCase, LeakError
+
+KEPT = []
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    yield
+    KEPT.clear()
+
+
+def run(body, **attributes):
+    """Run a test of this body, and return unittest's result."""
+    case = type("TC", (ExtraTestCase,), {"test": body, **attributes})("test")
+    result = unittest.TestResult()
+    case.run(result)
+    return result
+
+
+def failure(body, **attributes):
+    result = run(body, **attributes)
+    ((_, text),) = [*result.errors, *result.failures]
+    return text
+
+
+def test_set_up(bed):
+    def body(self):
+        assert self.app.default_template.name == "tiny"
+        assert self.app.default_dispvm.name == "test-inst-dvm"
+        assert self.app.default_dispvm.template_for_dispvms
+        assert asyncio.get_event_loop() is self.loop is bed.portal.facade
+        first, second = self.create_vms(["one", "two"])
+        assert (first.name, second.name) == ("test-inst-one", "test-inst-two")
+        self.vms = [first, second]
+        self.by_name = {"one": first}
+
+    result = run(body)
+    assert result.wasSuccessful(), result.errors
+    assert bed.closed == 1
+
+
+@pytest.mark.usefixtures("bed")
+def test_template_of_the_class():
+    def body(self):
+        assert self.app.default_template.name == "big"
+
+    assert run(body, template="big").wasSuccessful()
+
+
+def test_outside_a_run_it_says_so():
+    assert not testbed_module._current
+    assert "python -m qubes_itests" in failure(lambda _: None)
+
+
+def test_skip_in_set_up_still_cleans_up(bed):
+    """Plugins skip in setUp after VMs were started; tearDown is not called then."""
+
+    def skip(self):
+        ExtraTestCase.setUp(self)
+        self.create_vms(["one"])[0].start()
+        self.skipTest("not for this template")
+
+    result = run(lambda _: None, setUp=skip)
+    assert result.wasSuccessful()
+    assert len(result.skipped) == 1
+    assert bed.closed == 1
+
+
+def test_skip_before_set_up(bed):
+    def skip(self):
+        self.skipTest("not for this template")
+
+    assert len(run(lambda _: None, setUp=skip).skipped) == 1
+    assert bed.closed == 0
+
+
+@pytest.mark.usefixtures("bed")
+def test_remove_vms_in_tear_down():
+    def tear_down(self):
+        self.remove_vms((self.vm, self.vm, self.app.default_dispvm))
+        ExtraTestCase.tearDown(self)
+
+    def body(self):
+        (self.vm,) = self.create_vms(["one"])
+        self.vm.start()
+
+    assert run(body, tearDown=tear_down).wasSuccessful()
+
+
+@pytest.mark.usefixtures("bed")
+def test_policy():
+    rules = []
+
+    def body(self):
+        vm, other = self.create_vms(["one", "two"])
+        self.qrexec_policy("t.Echo", vm, "@default", target=other)
+        with self.qrexec_policy("t.Echo+arg", vm.name, other.name, allow=False):
+            rules.extend(map(str, self.app.policy.rules))
+        assert len(self.app.policy.rules) == 1
+
+    result = run(body)
+    assert result.wasSuccessful(), result.errors
+    assert [rule.split() for rule in rules] == [
+        ["t.Echo", "+arg", "test-inst-one", "test-inst-two", "deny"],
+        ["t.Echo", "*", "test-inst-one", "@default", "allow", "target=test-inst-two"],
+    ]
+
+
+@pytest.mark.parametrize("command", ["exit 0", "exit 127"])
+@pytest.mark.usefixtures("bed")
+def test_wait_for_session(command):
+    def body(self):
+        (vm,) = self.create_vms(["one"])
+        vm.start()
+        vm.services["qubes.WaitForSession"] = command
+        coroutine = self.wait_for_session(vm)
+        assert asyncio.iscoroutine(coroutine)
+        self.loop.run_until_complete(coroutine)
+
+    result = run(body)
+    assert result.wasSuccessful(), result.errors
+
+
+@pytest.mark.usefixtures("bed")
+def test_a_session_that_fails():
+    def body(self):
+        (vm,) = self.create_vms(["one"])
+        vm.start()
+        vm.services["qubes.WaitForSession"] = "echo no seat >&2; exit 1"
+        self.loop.run_until_complete(self.wait_for_session(vm))
+
+    assert "test-inst-one did not begin: exit status 1: no seat" in failure(body)
+
+
+@pytest.mark.usefixtures("bed")
+def test_a_left_vm_object():
+    def body(self):
+        KEPT.append(self.create_vms(["kept"])[0])
+
+    text = failure(body)
+    assert LeakError.__name__ in text
+    assert "VM object test-inst-kept, held by" in text
+
+
+def test_a_left_task(bed):
+    async def forever():
+        await asyncio.Event().wait()
+
+    def body(self):
+        async def start():
+            KEPT.append(asyncio.create_task(forever()))
+
+        self.loop.run_until_complete(start())
+
+    text = failure(body)
+    assert "task test_a_left_task.<locals>.forever (test_case.py:" in text
+    (task,) = KEPT
+    with pytest.raises(asyncio.CancelledError):
+        bed.portal.run(task, timeout=5)
+
+
+@pytest.mark.usefixtures("bed")
+def test_a_left_file(tmp_path):
+    def body(_self):
+        KEPT.append(os.open(tmp_path, os.O_RDONLY))
+
+    try:
+        text = failure(body)
+        assert f"open file {KEPT[0]}: {tmp_path}" in text
+    finally:
+        os.close(KEPT[0])
+
+
+@pytest.mark.usefixtures("bed")
+def test_a_left_socket():
+    def body(_self):
+        KEPT.append(socket.socket())
+
+    try:
+        assert "socket:[" in failure(body)
+    finally:
+        KEPT[0].close()
+
+
+@pytest.mark.usefixtures("bed")
+def test_a_coroutine_nobody_awaited():
+    """Also when it is gone in the middle of the test, and seen as a warning then."""
+
+    def body(self):
+        (vm,) = self.create_vms(["one"])
+        vm.create_on_disk()
+
+    assert "coroutine 'FakeVM.create_on_disk' was never awaited" in failure(body)
+
+
+@pytest.mark.usefixtures("bed")
+def test_other_warnings_are_handed_on():
+    def body(_self):
+        warnings.warn("heed this", UserWarning, stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert run(body).wasSuccessful()
+    assert [str(w.message) for w in seen] == ["heed this"]
+
+
+@pytest.mark.usefixtures("bed")
+def test_an_error_of_the_background():
+    def body(self):
+        def stumble():
+            raise ArithmeticError("unseen")
+
+        self.loop.call_soon_threadsafe(stumble)
+
+    assert "an error that nobody saw" in failure(body)
+
+
+def test_problems_of_the_app_fail_the_test(bed):
+    bed.problems = ["VM x could not be killed"]
+    assert "VM x could not be killed" in failure(lambda _: None)
+
+
+@pytest.mark.usefixtures("bed")
+def test_a_failing_test_has_one_failure():
+    """The leaks of a test that failed anyway are not worth a second error."""
+
+    def body(self):
+        KEPT.append(self.create_vms(["kept"])[0])
+        self.fail("the real cause")
+
+    assert "the real cause" in failure(body)
