@@ -9,13 +9,14 @@ import warnings
 import pytest
 
 from qubes_itests import testbed as testbed_module
-from qubes_itests.compat_core2 import ExtraTestCase, LeakError
+from qubes_itests.compat_core2 import ExtraTestCase, LeakError, leaks
 
 KEPT = []
 
 
 @pytest.fixture(autouse=True)
-def _forget():
+def _forget(monkeypatch):
+    monkeypatch.setattr(leaks, "_GRACE", 0.1)
     yield
     KEPT.clear()
 
