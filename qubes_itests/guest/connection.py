@@ -40,6 +40,8 @@ __all__ = ["AgentConnection"]
 log = logging.getLogger("qubes_itests.guest")
 
 _REFUSED: Final = 126
+#: Seconds until HELLO is sent again for the first time.
+_HELLO_INTERVAL: Final = 0.2
 
 
 class AgentConnection(asyncio.Protocol):
@@ -103,7 +105,17 @@ class AgentConnection(asyncio.Protocol):
     async def hello(self) -> None:
         """Begin the protocol; return when the agent is ready."""
         self._require_open()
-        await self._ask(self.protocol.hello())
+        asking = asyncio.ensure_future(self._ask(self.protocol.hello()))
+        try:
+            interval = _HELLO_INTERVAL
+            while not (await asyncio.wait([asking], timeout=interval))[0]:
+                # A guest that was saved and restored may get HELLO before it is told
+                # that the port is connected, and then drops it.
+                self.send(self.protocol.hello())
+                interval *= 2
+            await asking
+        finally:
+            asking.cancel()
 
     async def request(self, kind: FrameType, payload: bytes, what: str) -> None:
         """Make a request and wait for its answer.
@@ -124,6 +136,7 @@ class AgentConnection(asyncio.Protocol):
             raise GuestRefusedError(self.vm, what, event.reason)
 
     async def _ask(self, frame: bytes) -> Event:
+        self._require_open()
         self._answer = asyncio.get_running_loop().create_future()
         self.send(frame)
         return await asyncio.shield(self._answer)

@@ -119,7 +119,8 @@ class HostProtocol:
     _streams: dict[int, _Stream] = field(default_factory=dict)
     _next_host_stream: int = 1
     _next_guest_stream: int = FIRST_GUEST_STREAM
-    _nonce: bytes | None = None
+    _nonce: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    _hellos: int = 0
     _ready: bool = False
     _pending: bool = False
 
@@ -176,9 +177,10 @@ class HostProtocol:
             )
         return rule(self, frame)
 
-    def _on_ready(self, frame: _Frame) -> Event:
-        if self._nonce is None or self._ready:
+    def _on_ready(self, frame: _Frame) -> Event | None:
+        if not self._hellos:
             raise ProtocolViolation("", "READY answers HELLO, once")
+        self._hellos -= 1
         if len(frame.payload) != _HELLO.size:
             raise ProtocolViolation("", f"READY has {_HELLO.size} bytes")
         version, nonce = _HELLO.unpack(frame.payload)
@@ -188,8 +190,8 @@ class HostProtocol:
             )
         if nonce != self._nonce:
             raise ProtocolViolation("", "READY returns the bytes of HELLO")
-        self._ready = True
-        return Ready()
+        again, self._ready = self._ready, True
+        return None if again else Ready()
 
     def _on_done(self, frame: _Frame) -> Event:
         self._answered(frame)
@@ -316,8 +318,8 @@ class HostProtocol:
     # to the guest
 
     def hello(self) -> bytes:
-        """Begin; `Ready` follows."""
-        self._nonce = secrets.token_bytes(16)
+        """Begin; `Ready` follows. It may be sent again until then."""
+        self._hellos += 1
         return encode(FrameType.HELLO, payload=_HELLO.pack(VERSION, self._nonce))
 
     def request(self, kind: FrameType, payload: bytes) -> bytes:

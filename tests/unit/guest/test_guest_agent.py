@@ -42,6 +42,23 @@ async def test_a_guest_that_dies_before_it_answers(tmp_path, socketpair):
         await GuestAgent.connect(domain, timeout=5)
 
 
+async def test_a_guest_that_misses_the_first_hello(tmp_path, socketpair):
+    """HELLO comes again until the guest answers, and then no more."""
+    ours, theirs = socketpair
+    peer = Peer(theirs)
+    await peer.open()
+    domain = SocketDomain("vm", ours, tmp_path / "none")
+    connecting = asyncio.ensure_future(GuestAgent.connect(domain, timeout=5))
+    first = await peer.expect(F.HELLO)
+    assert await peer.expect(F.HELLO) == first
+    peer.send(F.READY, payload=first.payload)
+    agent = await connecting
+    await agent.spawn("true")
+    await peer.expect(F.SPAWN)
+    await agent.close()
+    peer.close()
+
+
 async def test_a_guest_that_answers_garbage(tmp_path, socketpair):
     ours, theirs = socketpair
     theirs.send(b"login: ")

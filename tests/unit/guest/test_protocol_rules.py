@@ -142,6 +142,16 @@ def test_ready_twice(protocol):
     assert "once" in broken_by(protocol, again)
 
 
+def test_hello_may_be_repeated_and_each_is_answered_once():
+    """Late answers mean nothing more; one too many is a breach."""
+    protocol = HostProtocol()
+    hello = protocol.hello()
+    assert protocol.hello() == hello
+    answer = encode(F.READY, payload=hello[HEADER.size :])
+    assert list(protocol.receive(answer + answer)) == [Ready()]
+    assert "once" in broken_by(protocol, answer)
+
+
 @pytest.mark.parametrize("kind", [F.DONE, F.FAILED])
 def test_an_answer_that_nobody_asked_for(protocol, kind):
     assert "follows a request" in broken_by(protocol, encode(kind))

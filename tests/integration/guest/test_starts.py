@@ -1,0 +1,170 @@
+"""Cold and warm starts of the mini template."""
+
+import asyncio
+import time
+from dataclasses import replace
+
+import pytest
+
+from qubes_itests.guest.exc import BootError
+from qubes_itests.guest.warm import WarmStarts
+from qubes_itests.host.cache import Cache
+from qubes_itests.hypervisor.contract import DomainState, LifecycleEvent
+
+MIB = 1 << 20
+
+
+async def test_a_cold_start_becomes_the_vm_it_is_told(machines, sh):
+    identity = machines.identity(
+        "work", db={"/qubes-vm-type": "AppVM"}, services=("cups",)
+    )
+    before = time.time()
+    async with machines.running("work", identity=identity) as agent:
+        assert await sh(agent, "hostname") == "work"
+        assert await sh(agent, "qubesdb-read /name") == "work"
+        assert await sh(agent, "qubesdb-read /qubes-vm-type") == "AppVM"
+        assert await sh(agent, "ls /run/qubes-service") == "cups"
+        assert await sh(agent, "id -un", user=None) == "user"
+        assert await sh(agent, "echo $HOME; pwd", user=None) == "/home/user\n/home/user"
+        assert before - 1 <= int(await sh(agent, "date +%s")) <= time.time() + 1
+        mounts = await sh(agent, "cat /proc/mounts")
+        assert "/ ext4 rw" in mounts
+        assert "/rw ext4 rw" in mounts
+        assert "partition" in await sh(agent, "cat /proc/swaps")
+        await agent.write_db("/qubes-netvm", "10.137.0.1")
+        assert await sh(agent, "qubesdb-read /qubes-netvm") == "10.137.0.1"
+        await agent.remove_db("/qubes-netvm")
+        process = await agent.spawn("qubesdb-read /qubes-netvm")
+        await process.communicate()
+        assert process.returncode == 2 or process.returncode == 1  # noqa: PLR1714
+
+
+async def test_two_warm_starts_share_nothing(machines, warm, sh, cache):
+    """Clones of one saved stage one: own randomness, own name, own disks and clock."""
+    specs = [
+        machines.spec("one", private=32 * MIB),
+        machines.spec("two", private=96 * MIB),
+    ]
+    booted = [await machines.boot(spec, warm=warm) for spec in specs]
+    assert cache.entries("stage-one")
+    agents = [agent for _, agent in booted]
+    for command in (
+        "cat /proc/sys/kernel/random/boot_id",
+        "head -c 32 /dev/urandom | sha256sum",
+        "cat /proc/sys/kernel/random/uuid",
+        "hostname",
+    ):
+        answers = [await sh(agent, command) for agent in agents]
+        assert answers[0] != answers[1], command
+    sizes = [int(await sh(a, "blockdev --getsize64 /dev/xvdb")) for a in agents]
+    assert sizes == [32 * MIB, 96 * MIB]
+    free = [int(await sh(a, "df -m /rw | awk 'END{print $2}'")) for a in agents]
+    assert free[1] > free[0] + 40
+    for agent in agents:
+        assert abs(int(await sh(agent, "date +%s")) - time.time()) < 2
+    await sh(agents[0], "echo mine > /rw/file; sync")
+    assert await sh(agents[1], "ls /rw") == "config\nhome\nlost+found\nusrlocal"
+
+
+async def test_what_is_in_rw_survives_and_power_off_is_clean(machines, warm, sh):
+    """The private volume outlives the run: cold start, power off, warm start."""
+    spec = machines.spec("work")
+    domain, agent = await machines.boot(spec)
+    await sh(agent, "echo kept > /rw/file")
+    await sh(agent, "echo home > ~/file", user=None)
+    await agent.power_off()
+    assert await domain.wait_stopped(20) is DomainState.HALTED
+    assert await agent.wait_closed() is None
+    await domain.undefine()
+    _, agent = await machines.boot(spec, warm=warm)
+    assert await sh(agent, "cat /rw/file; cat ~/file", user=None) == "kept\nhome"
+    assert "recovery" not in await sh(agent, "dmesg")
+
+
+async def test_a_state_that_does_not_load_is_dropped(machines, hypervisor, directory):
+    """A cold start follows, the VM never knows, and the bad state is gone."""
+    cache = Cache(directory / "cache")
+    spec = machines.spec("work")
+    key = await hypervisor.state_key(spec)
+    cache.entry(
+        "stage-one", key, lambda place: (place / "state").write_bytes(b"junk" * 1000)
+    ).exists()
+    warm = WarmStarts(cache, hypervisor)
+    _, agent = await machines.boot(spec, warm=warm)
+    assert await (await agent.spawn("true")).wait() == 0
+    assert cache.lookup("stage-one", key) is None
+
+
+async def test_starts_at_once_make_one_state(machines, hypervisor, directory):
+    """Three VMs start while there is no state: one guest boots for all of them."""
+    started = []
+
+    def record(domain, event):
+        if event is LifecycleEvent.STARTED:
+            started.append(domain.spec.name)
+
+    end = hypervisor.subscribe(record)
+    warm = WarmStarts(Cache(directory / "cache"), hypervisor)
+    specs = [machines.spec(f"vm{n}") for n in range(3)]
+    booted = await asyncio.gather(*(machines.boot(s, warm=warm) for s in specs))
+    end()
+    for _, agent in booted:
+        assert await (await agent.spawn("true")).wait() == 0
+    assert len([name for name in started if name.startswith("stage-one")]) == 1
+    assert sorted(d.spec.name for d in hypervisor.domains()) == ["vm0", "vm1", "vm2"]
+    assert not list(directory.glob("vm*/*/"))
+
+
+async def test_a_start_that_fails_undoes_itself(machines, hypervisor, warm):
+    """The private disk has no filesystem: the guest says so, and is gone."""
+    spec = machines.spec("work")
+    (spec.directory / "private.img").write_bytes(bytes(MIB))
+    for how in (None, warm):
+        with pytest.raises(BootError) as caught:
+            await machines.boot(spec, warm=how)
+        assert caught.value.step == "enter its root"
+        assert "/dev/xvdb" in str(caught.value)
+        assert hypervisor.domains() == ()
+
+
+async def test_a_disk_that_is_missing(machines, hypervisor):
+    spec = machines.spec("work")
+    spec = replace(spec, disks=spec.disks[:1])
+    with pytest.raises(BootError, match="no disk xvdb"):
+        await machines.boot(spec, timeout=10)
+    assert hypervisor.domains() == ()
+
+
+async def test_a_guest_without_our_init(machines, hypervisor, directory):
+    """The kernel panics at once: the error says where, and shows the console."""
+    initramfs = directory / "empty.cpio"
+    initramfs.write_bytes(bytes(512))
+    spec = machines.spec("work", initramfs=initramfs)
+    with pytest.raises(BootError, match="panic") as caught:
+        await machines.boot(spec, timeout=30)
+    assert caught.value.step == "reach its agent"
+    assert hypervisor.domains() == ()
+
+
+async def test_a_guest_that_never_answers(machines, hypervisor):
+    """The deadline covers everything, and leaves nothing behind."""
+    spec = machines.spec(
+        "work", kernel_options="init=/none rdinit=/none root=/dev/x rootwait"
+    )
+    begin = asyncio.get_running_loop().time()
+    with pytest.raises(BootError, match="reach its agent"):
+        await machines.boot(spec, timeout=6)
+    assert asyncio.get_running_loop().time() - begin < 12
+    assert hypervisor.domains() == ()
+
+
+async def test_a_start_that_is_cancelled_undoes_itself(machines, hypervisor):
+    started = asyncio.Event()
+    end = hypervisor.subscribe(lambda _domain, _event: started.set())
+    starting = asyncio.ensure_future(machines.boot(machines.spec("work")))
+    await started.wait()
+    end()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert hypervisor.domains() == ()
