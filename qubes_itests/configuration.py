@@ -118,8 +118,13 @@ def convert(name: str, value: object, source: str) -> object:
 
 def _from_files(directory: Path) -> dict[str, object]:
     for name, read in (("pyproject.toml", _read_toml), ("setup.cfg", _read_cfg)):
-        path = directory / name
-        if path.is_file() and (table := read(path)) is not None:
+        try:
+            table = read(directory / name)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ConfigurationError(name, error.strerror or str(error)) from None
+        if table is not None:
             return dict(_converted(table, name))
     return {}
 
@@ -151,7 +156,7 @@ def _read_toml(path: Path) -> Mapping[str, object] | None:
 def _read_cfg(path: Path) -> Mapping[str, object] | None:
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read(path, encoding="utf-8")
+        parser.read_string(path.read_text(encoding="utf-8"), path.name)
     except (configparser.Error, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(path.name, reason) from None

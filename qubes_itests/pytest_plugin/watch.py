@@ -17,6 +17,7 @@ from qubes_itests.shell import open_shell
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from pathlib import Path
 
     from qubes_itests.pytest_plugin.deadline import Deadline
     from qubes_itests.run_context import RunContext
@@ -38,7 +39,7 @@ class FailureWatch:
         self._settings = context.settings
         self._start = config.invocation_params.dir
         self._artifacts = Artifacts(self._start / context.settings.artifacts)
-        self._logs: GuestLogs | None = None
+        self._logs = GuestLogs(None)
         self._seen = ""
         self.deadline: Deadline | None = None
         #: By test.
@@ -51,11 +52,12 @@ class FailureWatch:
         """Begin and end a test: its artefacts, its random numbers, its guests."""
         self._artifacts.begin(item.nodeid)
         self._seen = ""
-        testbed = self._context.opened_testbed
-        self._logs = GuestLogs(testbed.parts.run_directory) if testbed else None
+        self._logs = GuestLogs(self._vm_directory())
         random.seed(f"{self._settings.seed}:{item.nodeid}")
         result = yield
-        if self._logs is not None and (said := self._logs.panics()):
+        if (directory := self._vm_directory()) is not None:
+            self._logs.found(directory)
+        if said := self._logs.panics():
             self.panics[item.nodeid] = said
         return result
 
@@ -92,8 +94,7 @@ class FailureWatch:
             return
         test = report.nodeid
         self._artifacts.text(test, "failure.txt", report.longreprtext)
-        if self._logs is not None:
-            self._artifacts.logs(test, self._logs.written())
+        self._keep_logs(test)
         directory = self._artifacts.directory(test)
         if directory.is_relative_to(self._start):
             directory = directory.relative_to(self._start)
@@ -101,6 +102,15 @@ class FailureWatch:
         why = first.cause if first else failures.cause(report)
         files = self._artifacts.files(test)
         self.failures[test] = Failure(test, why, str(directory), files)
+
+    def _vm_directory(self) -> Path | None:
+        testbed = self._context.opened_testbed
+        return testbed.parts.run_directory if testbed else None
+
+    def _keep_logs(self, test: str) -> None:
+        if (directory := self._vm_directory()) is not None:
+            self._logs.found(directory)
+            self._artifacts.logs(test, self._logs.written())
 
     def _listen(self, item: Any) -> None:
         for name in ("addError", "addFailure"):
@@ -119,6 +129,7 @@ class FailureWatch:
             return
         self._seen = item.nodeid
         self._artifacts.collect(item.nodeid, testbed, self._context.plugins.hook)
+        self._keep_logs(item.nodeid)
         if self._settings.keep is not Keep.NEVER:
             self._artifacts.keep_disks(item.nodeid, testbed)
         if self._settings.shell_on_failure:

@@ -68,8 +68,9 @@ class Artifacts:
             for vm in app.domains:
                 if getattr(vm, "domain", None) is not None:
                     self._collect_vm(test, vm, hook)
-        tree = "\n".join(_tree(testbed.parts.pool_directory))
-        self.text(test, "storage-tree.txt", tree + "\n")
+        if testbed.apps:
+            tree = "\n".join(_tree(testbed.parts.pool_directory))
+            self.text(test, "storage-tree.txt", tree + "\n")
 
     def keep_disks(self, test: str, testbed: Testbed) -> None:
         """Copy the disk images of a test's VMs, holes left out."""
@@ -84,7 +85,7 @@ class Artifacts:
         :param logs: files in directories that are named after the VMs.
         """
         for path in logs:
-            name = f"{file_name(path.parent.name)}.{file_name(path.name)}"
+            name = f"{file_name(path.parent.name)}.{file_name(path.stem)}.log"
             with contextlib.suppress(OSError):
                 self._write(test, name, tail(path, _LOG_LIMIT))
 

@@ -19,19 +19,25 @@ _SEARCHED = 1 << 20
 class GuestLogs:
     """Tells which logs have been written since a test began.
 
-    :param directory: the run's directory of VMs.
+    :param directory: the run's directory of VMs; None as long as there is none.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path | None) -> None:
         self._directory = directory
         self._before = self._sizes()
 
+    def found(self, directory: Path) -> None:
+        """Take note of the run's directory, which came after the test began."""
+        self._directory = directory
+
     def written(self) -> list[Path]:
-        """Return the logs that have grown since then."""
+        """Return the logs of the VMs that have started, or said anything, since then.
+
+        An empty console is worth having too: it says that the kernel was silent.
+        """
         sizes = self._sizes()
-        return [
-            path for path, size in sizes.items() if size > self._before.get(path, 0)
-        ]
+        new = {p.parent for p, size in sizes.items() if size > self._before.get(p, -1)}
+        return [path for path in sizes if path.parent in new]
 
     def panics(self) -> list[str]:
         """Return what the kernels of guests said when they gave up, with VM names."""
@@ -44,5 +50,7 @@ class GuestLogs:
         return found
 
     def _sizes(self) -> dict[Path, int]:
+        if self._directory is None:
+            return {}
         logs = sorted(self._directory.glob("apps/*/vms/*/*.log"))
         return {path: path.stat().st_size for path in logs if path.is_file()}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
 ONCE = "qubes.tests.extra"
 FOR_TEMPLATE = "qubes.tests.extra.for_template"
@@ -32,8 +33,7 @@ class PluginSite:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(ours)
-            or name in ("QUBES_ITESTS_SANDBOX", "QUBES_ITESTS_KVM")
+            if not name.startswith(ours) or name == "QUBES_ITESTS_KVM"
         }
         ci = ("GITHUB_ACTIONS", "GITLAB_CI", "CI")
         self.environment = {n: v for n, v in kept.items() if n not in ci}
@@ -59,8 +59,29 @@ class PluginSite:
         self, *arguments: str, program: str = "qubes_itests", **variables: str
     ) -> subprocess.CompletedProcess[str]:
         """Run ``python -m PROGRAM ARGUMENTS`` and return what came of it."""
+        return self._run([sys.executable, "-m", program, *arguments], variables)
+
+    def run_as_nobody(self) -> subprocess.CompletedProcess[str]:
+        """Run the main job as a user without rights."""
+        # Compiled to nothing but a status: that user may not be able to read us.
+        code = (
+            "import os, sys; from qubes_itests import __main__, cli, configuration;"
+            "from qubes_itests.cli import arguments, run;"
+            "from qubes_itests.host import cache, preflight, sandbox;"
+            "os.chdir(sys.argv[-1]);"
+            "os.environ['QUBES_ITESTS_CACHE'] = sys.argv.pop();"
+            "os.setgroups([]); os.setresgid(*3*[65534]); os.setresuid(*3*[65534]);"
+            "sys.exit(__main__.main())"
+        )
+        with tempfile.TemporaryDirectory() as cache:
+            Path(cache).chmod(0o777)
+            return self._run([sys.executable, "-c", code, cache], {})
+
+    def _run(
+        self, command: list[str], variables: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", program, *arguments],
+            command,
             cwd=self.work,
             env=self.environment | variables,
             stdin=subprocess.DEVNULL,

@@ -1,0 +1,31 @@
+"""A cache of its own for the runs of these tests, kept from one to the next."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from plugin_site import PluginSite
+
+from qubes_itests.host.cache import Cache
+from qubes_itests.host.kernel import find_kernel
+
+
+@pytest.fixture(scope="session")
+def shared_cache(sandbox):  # noqa: ARG001 - first
+    """Return a cache with a short path, since sockets will be in it."""
+    root = Path(tempfile.mkdtemp(prefix="qi-"))
+    yield root
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+def site(tmp_path, shared_cache):
+    environment = {
+        "QUBES_ITESTS_CACHE": str(shared_cache),
+        "OUTSIDE": str(Path("/proc/self/ns/pid").readlink()),
+        "QUBES_ITESTS_KERNEL": str(find_kernel(Cache()).image),
+    }
+    return PluginSite(tmp_path, environment)

@@ -1,0 +1,69 @@
+"""``pytest -p qubes_itests`` on a suite that knows nothing else of us."""
+
+from __future__ import annotations
+
+import pytest
+
+SUITE = """
+    import os
+
+    def test_sandbox(sandbox, run_directory):
+        assert os.readlink("/proc/self/ns/pid") != os.environ["OUTSIDE"]
+        assert run_directory.is_dir()
+
+    def test_filesystem(btrfs):
+        assert btrfs.is_dir()
+
+    def test_vms(vm_factory, qubes_app):
+        vm = vm_factory()
+        assert vm.run("exit 4", wait=True) == 4
+        assert vm.name in [other.name for other in qubes_app.domains]
+        other = vm_factory("named", start=False, memory=300)
+        assert (other.name, other.is_running(), other.memory) == ("named", False, 300)
+"""
+
+
+@pytest.fixture
+def suite(site):
+    text = "\n".join(line[4:] for line in SUITE.splitlines())
+    (site.work / "test_suite.py").write_text(text)
+    return site
+
+
+def test_fixtures_work_in_a_sandbox_and_the_header_says_so(suite):
+    done = suite.run("-p", "qubes_itests", program="pytest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 passed" in done.stdout
+    assert "\nsandbox: mount, PID, network and IPC namespaces" in done.stdout
+    assert f"\ncache: {suite.environment['QUBES_ITESTS_CACHE']}" in done.stdout
+    assert "\nhypervisor: qemu, " in done.stdout
+
+
+def test_arguments_and_exit_status_pass_through_the_sandbox(suite):
+    words = ("-p", "qubes_itests", "-q", "-k")
+    assert suite.run(*words, "no such test", program="pytest").returncode == 5
+    assert suite.run(*words, "sandbox", "--nonsense", program="pytest").returncode == 4
+    one = suite.run(*words, "test_sandbox", program="pytest")
+    assert one.returncode == 0
+    assert "1 passed, 2 deselected" in one.stdout
+
+
+def test_settings_have_names_of_their_own(suite):
+    words = ("-p", "qubes_itests", "-k", "test_sandbox")
+    wrong = suite.run(*words, "--itests-keep=sometimes", program="pytest")
+    assert wrong.returncode == 4
+    assert "--itests-keep: keep: 'sometimes' is none of" in wrong.stderr
+    right = suite.run(*words, "--itests-template=other", program="pytest")
+    assert right.returncode == 0
+    assert "templates: other (warm starts)" in right.stdout
+
+
+def test_pytest_documents_the_fixtures(suite):
+    out = suite.run("-p", "qubes_itests", "--fixtures", "-q", program="pytest").stdout
+    names = (
+        "sandbox", "run_directory", "portal", "testbed", "qubes_app", "vm_factory",
+        "btrfs", "xfs", "ext4", "reflink_pool",
+    )  # fmt: skip
+    for name in names:
+        at = out.index(f"\n{name} ")
+        assert "no docstring available" not in out[at : at + 200], name

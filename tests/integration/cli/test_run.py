@@ -1,0 +1,230 @@
+"""Whole runs of the main job, as a person types them."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ET
+
+from plugin_site import FOR_TEMPLATE, ONCE
+
+#: Enough for tests without guests, and quick.
+NO_GUESTS = ("--hypervisor", "test")
+
+PLUGIN = """
+    import os, random, sys, time, types, unittest
+    BEFORE = os.environ['OUTSIDE']
+
+    class TC_Good(unittest.TestCase):
+        def test_passes(self):
+            self.assertNotEqual(os.readlink("/proc/self/ns/pid"), BEFORE)
+        def test_random(self):
+            print("drew", random.random())
+        def test_skips(self):
+            self.skipTest("not today")
+
+    class TC_Bad(unittest.TestCase):
+        def test_fails(self):
+            self.assertEqual(1, 2, "numbers")
+        def test_hangs(self):
+            time.sleep(60)
+        def test_tampers(self):
+            sys.modules["json"] = types.ModuleType("json")
+        def test_undone(self):
+            self.assertTrue(sys.modules["json"].dumps)
+
+    def list_tests():
+        return [TC_Good, TC_Bad]
+"""
+
+
+def test_a_run_with_failures_of_many_kinds(site):
+    site.install("mixed", PLUGIN)
+    site.register("broken", "no_such_module:list_tests")
+    done = site.run(
+        *NO_GUESTS, "--timeout=2", "--junitxml=x.xml", "--seed=7", "broken", "mixed"
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = re.sub(r"  [0-9.]+ s", "", done.stdout).splitlines()
+    assert [line for line in lines if re.match(r"[A-Z]{5,7} +\w+::[\w:]+( |$)", line)][
+        :8
+    ] == [
+        "FAILED  broken::plugin",
+        "PASSED  mixed::TC_Good::test_passes",
+        "PASSED  mixed::TC_Good::test_random",
+        "SKIPPED mixed::TC_Good::test_skips  (not today)",
+        "FAILED  mixed::TC_Bad::test_fails",
+        "FAILED  mixed::TC_Bad::test_hangs",
+        "FAILED  mixed::TC_Bad::test_tampers",
+        "PASSED  mixed::TC_Bad::test_undone",
+    ]
+    assert "sandbox: mount, PID, network and IPC namespaces" in done.stdout
+    assert "seed: 7" in done.stdout
+    assert "did not end within 2 s (--timeout)" in done.stdout
+    assert "time.sleep(60)" in done.stdout
+    assert "replaced or removed modules that others use: json" in done.stdout
+    suite = ET.parse(site.work / "x.xml").getroot()[0]  # noqa: S314 - our own
+    assert {case.get("classname") for case in suite} == {
+        "broken", "mixed.TC_Bad", "mixed.TC_Good",
+    }  # fmt: skip
+    _check_last_lines(site, done.stdout)
+
+
+def _check_last_lines(site, output):
+    last = output[output.index(" in ", output.index("== ")) :].splitlines()
+    position = last.index("mixed::TC_Bad::test_fails")
+    assert last[position + 1 : position + 4] == [
+        "  cause       AssertionError: 1 != 2 : numbers",
+        "  artefacts   itests-artifacts/mixed.TC_Bad.test_fails/  (failure.txt)",
+        "  run again   python -m qubes_itests mixed::TC_Bad::test_fails",
+    ]
+    kept = site.work / "itests-artifacts" / "mixed.TC_Bad.test_fails" / "failure.txt"
+    assert "1 != 2" in kept.read_text()
+
+
+def test_what_failed_can_be_shown_and_run_again(site):
+    site.install("mixed", PLUGIN)
+    site.run(*NO_GUESTS, "mixed::TC_Bad::test_fails", "mixed::TC_Good::test_passes")
+    report = site.run("report")
+    assert report.returncode == 1
+    assert (
+        "  run again   python -m qubes_itests mixed::TC_Bad::test_fails"
+        in report.stdout
+    )
+    again = site.run(*NO_GUESTS, "--lf", "mixed")
+    assert again.returncode == 1
+    assert "1 failed, 6 deselected" in again.stdout
+
+
+def test_a_run_without_failures_leaves_nothing_in_the_directory(site):
+    site.install("mixed", PLUGIN)
+    done = site.run(*NO_GUESTS, "mixed::TC_Good")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(site.work.iterdir()) == []
+    assert site.run("report").returncode == 0
+
+
+def test_the_same_seed_draws_the_same_numbers(site):
+    site.install("mixed", PLUGIN)
+
+    def drawn(seed):
+        words = [*NO_GUESTS, "-rP", "--seed", seed, "mixed::TC_Good::test_random"]
+        return re.search(r"drew (\S+)", site.run(*words).stdout)[1]
+
+    assert drawn("1") == drawn("1") != drawn("2")
+
+
+def test_options_of_pytest_keep_their_meaning(site):
+    site.install("mixed", PLUGIN)
+    done = site.run(
+        *NO_GUESTS, "-q", "-k", "fails or tampers", "-x", "--tb=no", "mixed"
+    )
+    assert done.returncode == 1
+    assert "1 failed, 5 deselected" in done.stdout
+    assert "sandbox:" not in done.stdout
+    none = site.run(*NO_GUESTS, "-k", "nothing_has_this_name", "mixed")
+    assert none.returncode == 5
+
+
+def test_github_and_gitlab_can_fold_the_tests_of_a_plugin(site):
+    site.install("mixed", PLUGIN)
+    words = [*NO_GUESTS, "mixed::TC_Good::test_passes"]
+    github = site.run(*words, GITHUB_ACTIONS="true").stdout
+    assert re.search(r"^::group::mixed\nPASSED .*\n::endgroup::$", github, re.MULTILINE)
+    gitlab = site.run(*words, GITLAB_CI="true").stdout
+    assert re.search(
+        r"section_start:\d+:mixed\[collapsed=true\]\n\033\[0Kmixed", gitlab
+    )
+    assert re.search(r"section_end:\d+:mixed\n", gitlab)
+
+
+VM_PLUGIN = """
+    from qubes.tests.extra import ExtraTestCase
+
+    class TC_VM(ExtraTestCase):
+        def setUp(self):
+            super().setUp()
+            (self.vm,) = self.create_vms(["one"])
+            self.vm.start()
+        def test_good(self):
+            self.assertEqual(self.vm.run("exit 3", wait=True), 3)
+        def test_bad(self):
+            self.vm.run("echo precious >/rw/file; sync", user="root", wait=True)
+            self.fail("on purpose")
+        def test_panic(self):
+            command = "sleep 0.2; echo c >/proc/sysrq-trigger"
+            self.vm.run(command, user="root", wait=True)
+
+    def list_tests():
+        return [TC_VM]
+"""
+
+
+def test_a_failure_leaves_what_its_vms_said_and_had(site):
+    site.install("guests", VM_PLUGIN, FOR_TEMPLATE)
+    done = site.run("--keep=failed", "guests::TC_VM_tiny::test_bad")
+    assert done.returncode == 1, done.stdout + done.stderr
+    kept = site.work / "itests-artifacts" / "guests.TC_VM_tiny.test_bad"
+    names = sorted(path.name for path in kept.iterdir())
+    (vm,) = (n.removesuffix(".agent.log") for n in names if n.endswith(".agent.log"))
+    assert names == sorted([
+        "disks", "failure.txt", "storage-tree.txt",
+        f"{vm}.agent.log", f"{vm}.console.log", f"{vm}.domain.xml",
+    ])  # fmt: skip
+    assert f"<name>{vm}</name>" in (kept / f"{vm}.domain.xml").read_text()
+    disk = kept / "disks" / vm / "private.img"
+    assert b"precious" in disk.read_bytes()
+    assert f"appvms/{vm}/" in (kept / "storage-tree.txt").read_text()
+    assert (
+        "  look inside python -m qubes_itests --shell-on-failure guests" in done.stdout
+    )
+
+
+def test_templates_and_vms_are_in_the_junit_file(site):
+    site.install("guests", VM_PLUGIN, FOR_TEMPLATE)
+    done = site.run("--junitxml=x.xml", "guests::TC_VM_tiny::test_good")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (case,) = ET.parse(site.work / "x.xml").iter("testcase")  # noqa: S314 - our own
+    found = {p.get("name"): p.get("value") for p in case.iter("property")}
+    assert found["template"] == "tiny"
+
+
+def test_a_panic_of_a_guest_has_an_exit_status_of_its_own(site):
+    site.install("guests", VM_PLUGIN, FOR_TEMPLATE)
+    done = site.run("--tb=no", "guests::TC_VM_tiny::test_panic")
+    assert done.returncode == 21, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("guest panic in guests::TC_VM_tiny::test_panic: VM ")
+    assert "Kernel panic - not syncing: sysrq triggered crash" in last
+
+
+def test_a_template_that_does_not_exist_fails_its_own_tests_only(site):
+    site.install("guests", VM_PLUGIN, FOR_TEMPLATE)
+    done = site.run("--template=nosuch", "--template=tiny", "-k", "good")
+    assert done.returncode == 1
+    assert "there is no template 'nosuch'" in done.stdout
+    assert re.search(r"PASSED +guests::TC_VM_tiny::test_good", done.stdout)
+
+
+def test_no_root_is_one_sentence_and_its_status(site):
+    site.install("mixed", PLUGIN, ONCE)
+    done = site.run_as_nobody()
+    assert done.returncode == 10, done.stderr
+    assert done.stderr == (
+        "qubes-itests: Tests mount filesystems and make namespaces, which only root"
+        " may. Run the same command with sudo.\n"
+    )
+
+
+def test_no_kernel_is_one_sentence_and_its_status(site):
+    site.install("mixed", PLUGIN)
+    done = site.run(QUBES_ITESTS_KERNEL="/nonexistent")
+    assert done.returncode == 14
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_list_is_json_for_programs(site):
+    site.install("mixed", PLUGIN)
+    rows = json.loads(site.run("list", "--json").stdout)["plugins"]
+    assert "mixed" in [row["name"] for row in rows]
