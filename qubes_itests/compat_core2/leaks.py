@@ -75,9 +75,11 @@ class LeakWatch:
     def _leaked_tasks(self) -> list[str]:
         _until(lambda: not self._all_tasks() - self._tasks)
         left = self._all_tasks() - self._tasks
+        # before they are cancelled: afterwards they stand nowhere
+        found = [f"task {_described(task)}" for task in left]
         for task in left:
             self._portal.loop.call_soon_threadsafe(task.cancel)
-        return [f"task {_described(task)}" for task in left]
+        return found
 
     def _leaked_files(self) -> list[str]:
         def left() -> dict[str, str]:
