@@ -159,15 +159,15 @@ static bool mount_disk(const char *disk, const char *path, unsigned long flags)
 /* The filesystem grows to its disk, as the volume may have been resized. */
 static void grow(const char *disk, const char *path)
 {
-	struct stat status;
+	uint32_t super[8] = {0}; /* blocks in word 1, their size in word 6 */
 	uint64_t size = 0, blocks;
 	int fd = open(device_path(disk), O_RDONLY | O_CLOEXEC);
 	int mounted = open(path, O_RDONLY | O_CLOEXEC);
 
 	if (fd >= 0 && mounted >= 0 && ioctl(fd, BLKGETSIZE64, &size) == 0 &&
-	    fstat(mounted, &status) == 0) {
-		blocks = size / (uint64_t)status.st_blksize;
-		if (ioctl(mounted, EXT4_RESIZE, &blocks) != 0)
+	    pread(fd, super, sizeof super, 1024) == sizeof super) {
+		blocks = size >> (10 + (super[6] & 7));
+		if (blocks > super[1] && ioctl(mounted, EXT4_RESIZE, &blocks) != 0)
 			send_text(LOG, "%s does not grow: %s", path, strerror(errno));
 	}
 	if (fd >= 0)
@@ -228,7 +228,7 @@ static bool swap_on(const char *disk)
 	memcpy(header.magic, "SWAPSPACE2", 10);
 	done = fd >= 0 && ioctl(fd, BLKGETSIZE64, &size) == 0;
 	header.last_page = (uint32_t)(size / 4096 - 1);
-	done = done && write(fd, &header, sizeof header) == sizeof header && fsync(fd) == 0;
+	done = done && write(fd, &header, sizeof header) == sizeof header;
 	if (!done || swapon(device_path(disk), 0) != 0)
 		failed(device_path(disk), errno);
 	if (fd >= 0)

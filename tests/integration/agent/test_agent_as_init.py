@@ -142,7 +142,7 @@ def test_new_connection_finds_the_same_guest(guest: RawGuest) -> None:
 def test_refused_enter_leaves_stage_one_as_it_was(
     boot_guest: BootGuest, parts: Parts, tmp_path: Path
 ) -> None:
-    """What is wrong is named; when it is right, and the disks have come, all is well."""
+    """What is wrong is named; with right keys, and all disks there, it goes on."""
     guest = boot_guest(disks={})
     assert "unknown key" in (guest.enter(colour="red") or "")
     assert "seed" in (guest.enter(seed="xyz") or "")
