@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["make_root_image"]
 
-#: Fixed, so that the same directory gives the same image.
+#: Fixed, so that images of the same directory differ in nothing but the times of
+#: change (ctime), which nobody can set.
 _UUID: Final = "6f2f0d2e-7d0c-4d8b-9d57-1c6f0e8f5a11"
 _EPOCH: Final = "1"
 _OPTIONS: Final = (
