@@ -12,10 +12,13 @@ from qubes_itests.testbed import Parts, Testbed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     import pluggy
 
-    from qubes_itests.run_context import RunContext
+    from qubes_itests.configuration import Settings
+    from qubes_itests.host.cache import Cache
+    from qubes_itests.portal import Portal
 
 __all__ = ["offers", "open_testbed"]
 
@@ -24,19 +27,25 @@ _POOL_SIZE = 64 << 30
 
 
 @contextlib.contextmanager
-def open_testbed(context: RunContext) -> Iterator[Testbed]:
+def open_testbed(
+    portal: Portal,
+    cache: Cache,
+    directory: Path,
+    settings: Settings,
+    plugins: pluggy.PluginManager,
+) -> Iterator[Testbed]:
     """Make the pool's filesystem, connect to the hypervisor, open the testbed.
 
+    :param directory: of the run; it has a short path.
     :raise EnvironmentNotReadyError: when the machine lacks something.
     """
-    directory, cache = context.directory, context.cache
     kernel = find_kernel(cache)
     templates = {
         name: functools.partial(build, cache, kernel)
-        for name, build in offers(context.plugins, "templates").items()
+        for name, build in offers(plugins, "templates").items()
     }
-    make_pool = _one(context.plugins, "filesystems", context.settings.filesystem)
-    connect = _one(context.plugins, "hypervisors", context.settings.hypervisor)
+    make_pool = _one(plugins, "filesystems", settings.filesystem)
+    connect = _one(plugins, "hypervisors", settings.hypervisor)
     # Short names: the paths of unix sockets in there are limited to 107 bytes.
     pool, own, vms = (directory / name for name in ("pool", "hv", "vm"))
     for place in (pool, own, vms):
@@ -48,9 +57,9 @@ def open_testbed(context: RunContext) -> Iterator[Testbed]:
             cache=cache,
             open_hypervisor=functools.partial(connect, own, cache, kernel),
             templates=templates,
-            warm=context.settings.warm,
+            warm=settings.warm,
         )
-        with Testbed(context.portal, parts) as testbed:
+        with Testbed(portal, parts) as testbed:
             yield testbed
 
 

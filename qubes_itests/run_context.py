@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["RunContext"]
 
-#: Bytes of the filesystem with the VMs' disks; its image is sparse.
-_POOL_SIZE = 64 << 30
-
 
 class RunContext:
     """The parts of a run.
@@ -72,7 +69,10 @@ class RunContext:
         """
         from qubes_itests.assembly import open_testbed  # noqa: PLC0415
 
-        self._testbed = self._exit.enter_context(open_testbed(self))
+        opened = open_testbed(
+            self.portal, self.cache, self.directory, self.settings, self.plugins
+        )
+        self._testbed = self._exit.enter_context(opened)
         return self._testbed
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -10,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = ["Heartbeat", "LastWords", "duration"]
 
@@ -18,6 +19,7 @@ __all__ = ["Heartbeat", "LastWords", "duration"]
 _PLAIN_INTERVAL = 30.0
 _TERMINAL_INTERVAL = 0.25
 _WIDEST = 400
+_LOGS = ("qubes_itests", "qubes")
 
 
 class LastWords(logging.Handler):
@@ -31,6 +33,21 @@ class LastWords(logging.Handler):
         """Take a record's message, as one short line of printable characters."""
         text = record.getMessage()[:_WIDEST].partition("\n")[0]
         self.text = "".join(c if c.isprintable() else "?" for c in text)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear what the harness and its core log, whatever level is set for them."""
+        logs = [logging.getLogger(name) for name in _LOGS]
+        levels = [log.level for log in logs]
+        for log in logs:
+            log.addHandler(self)
+            log.setLevel(min(log.level, logging.INFO) or logging.INFO)
+        try:
+            yield
+        finally:
+            for log, level in zip(logs, levels, strict=True):
+                log.removeHandler(self)
+                log.setLevel(level)
 
 
 class Heartbeat:

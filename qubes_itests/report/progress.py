@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -47,19 +46,14 @@ class Progress:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtestloop(self) -> Generator[None, Any, Any]:
         """Take the progress of the tests over from the terminal reporter."""
-        log = logging.getLogger("qubes_itests")
-        level = log.level
-        log.addHandler(self._words)
-        log.setLevel(min(level, logging.INFO) if level else logging.INFO)
-        self._running = True
-        try:
-            return (yield)
-        finally:
-            self._running = False
-            self._heartbeat.stop()
-            self._folding.end()
-            log.removeHandler(self._words)
-            log.setLevel(level)
+        with self._words.listening():
+            self._running = True
+            try:
+                return (yield)
+            finally:
+                self._running = False
+                self._heartbeat.stop()
+                self._folding.end()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_report_teststatus(self) -> Generator[None, Any, Any]:

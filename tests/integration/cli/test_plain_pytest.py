@@ -41,7 +41,7 @@ def test_fixtures_work_in_a_sandbox_and_the_header_says_so(suite):
 
 def test_arguments_and_exit_status_pass_through_the_sandbox(suite):
     words = ("-p", "qubes_itests", "-q", "-k")
-    assert suite.run(*words, "no such test", program="pytest").returncode == 5
+    assert suite.run(*words, "no_such_test", program="pytest").returncode == 5
     assert suite.run(*words, "sandbox", "--nonsense", program="pytest").returncode == 4
     one = suite.run(*words, "test_sandbox", program="pytest")
     assert one.returncode == 0
