@@ -129,6 +129,16 @@ static const char *device_path(const char *disk)
 	return path;
 }
 
+/* A disk has its name a moment before it can be opened. */
+static bool usable(const char *disk)
+{
+	int fd = open(device_path(disk), O_RDONLY | O_CLOEXEC);
+
+	if (fd >= 0)
+		close(fd);
+	return fd >= 0;
+}
+
 static bool wait_for_disks(const struct identity *identity)
 {
 	const char *disks[3] = {identity->root, identity->private_disk,
@@ -138,14 +148,15 @@ static bool wait_for_disks(const struct identity *identity)
 
 	disks_scan();
 	for (int i = 0; i < 3; i++)
-		while (disks[i] && access(device_path(disks[i]), F_OK) != 0) {
+		while (disks[i] && !usable(disks[i])) {
 			double left = end - seconds();
 
 			if (left <= 0) {
 				snprintf(text, sizeof text, "no disk %.16s", disks[i]);
 				return failed(text, ETIMEDOUT);
 			}
-			disks_wait((int)(left * 1000) + 1);
+			if (!disks_wait(left < 0.1 ? 10 : 100))
+				disks_scan();
 		}
 	return true;
 }
