@@ -1,6 +1,7 @@
 """The life of a VM: every run ends once, is dealt with, and leaves nothing."""
 
 import asyncio
+import contextlib
 import subprocess
 
 import pytest
@@ -154,7 +155,9 @@ def test_guest_without_agent_fails_the_start_and_leaves_nothing(app, vm, run, ev
     vm.qrexec_timeout = 20
     app.warm_starts, saved = None, app.warm_starts
     try:
-        with pytest.raises(exc.QubesVMStartError, match=r"(?s)could not boot: .*Kernel panic"):
+        with pytest.raises(
+            exc.QubesVMStartError, match=r"(?s)could not boot: .*Kernel panic"
+        ):
             run(vm.start())
     finally:
         app.warm_starts = saved
@@ -165,7 +168,7 @@ def test_guest_without_agent_fails_the_start_and_leaves_nothing(app, vm, run, ev
 
 
 @pytest.mark.parametrize("moment", [0, 0.3, 1])
-def test_kill_during_start_undoes_it(app, vm, run, moment):
+def test_kill_around_a_start_leaves_it_halted(app, vm, run, moment):
     async def start_and_kill():
         under_way = asyncio.Event()
         vm.add_handler("domain-pre-start", lambda *_, **__: under_way.set())
@@ -173,7 +176,8 @@ def test_kill_during_start_undoes_it(app, vm, run, moment):
         await under_way.wait()
         await asyncio.sleep(moment)
         await vm.kill()
-        with pytest.raises((asyncio.CancelledError, exc.QubesVMError)):
+        # it may have been quick enough to be done before
+        with contextlib.suppress(asyncio.CancelledError):
             await starting
 
     run(start_and_kill())
