@@ -9,12 +9,15 @@ moves blocking calls to threads.  All sizes are bytes unless a name says MiB.
 from __future__ import annotations
 
 import abc
-import asyncio
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from uuid import UUID
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
+    from pathlib import Path
+    from uuid import UUID
 
 __all__ = [
     "Disk",
