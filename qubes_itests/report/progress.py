@@ -71,6 +71,17 @@ class Progress:
         if self._beats:
             self._heartbeat.start(str(nodeid))
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, Any, Any]:
+        """Tell JUnit XML how long the starts of VMs took."""
+        starts, self._words.starts = self._words.starts, []
+        for name, seconds in starts:
+            item.user_properties.append((f"start of {name}", f"{seconds:.3f} s"))
+        del call
+        return (yield)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Show what ended, and how."""
         if (part := getattr(report, "context", None)) is not None:

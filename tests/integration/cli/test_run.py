@@ -187,6 +187,7 @@ def test_templates_and_vms_are_in_the_junit_file(site):
     (case,) = ET.parse(site.work / "x.xml").iter("testcase")  # noqa: S314 - our own
     found = {p.get("name"): p.get("value") for p in case.iter("property")}
     assert found["template"] == "tiny"
+    assert re.fullmatch(r"\d+\.\d{3} s", found["start of test-inst-one"])
 
 
 def test_a_panic_of_a_guest_has_an_exit_status_of_its_own(site):
