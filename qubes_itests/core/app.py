@@ -186,7 +186,7 @@ class Qubes(PropertyHolder):
                 if not vm.is_halted():
                     await vm.kill()
             except Exception as error:
-                log.exception("VM %s could not be killed", vm)
+                log.error("VM %s could not be killed: %s", vm.name, str(error))  # noqa: TRY400
                 self.problems.append(f"VM {vm} could not be killed: {error}")
             with contextlib.suppress(TimeoutError):
                 await vm.wait_ended(vm.shutdown_timeout)

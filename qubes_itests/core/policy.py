@@ -202,10 +202,11 @@ class Policy:
             (r for r in self.rules if r.matches(service, source, asked, app)), None
         )
         decision = self._decide(app, rule, asked)
+        # names, not VMs: who keeps records must not keep the VMs alive
         log.info(
             "%s: %s -> %s: %s (%s)",
             service,
-            source,
+            source.name,
             target,
             "allowed" if decision.allowed else "denied",
             decision.reason,

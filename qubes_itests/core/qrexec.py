@@ -42,7 +42,7 @@ async def handle_call(source: Any, call: ServiceCall) -> None:
     try:
         await _connect(source, call, decision)
     except HarnessError as error:
-        log.warning("%s of %s failed: %s", call.service, source, error)
+        log.warning("%s of %s failed: %s", call.service, source.name, str(error))
         await call.refuse(str(error))
 
 
@@ -66,7 +66,7 @@ async def _serve_on_host(source: Any, call: ServiceCall) -> None:
     name = call.service.partition("+")[0]
     service = source.app.host_services.get(name)
     if service is None:
-        log.warning("%s called %s, which dom0 does not have", source, name)
+        log.warning("%s called %s, which dom0 does not have", source.name, name)
         await call.finish(_NOT_FOUND)
         return
     await call.finish(await service(source, call))

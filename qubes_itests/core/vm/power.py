@@ -206,7 +206,7 @@ class PowerMixin:
         if self._ending is task:
             self._ending = None
         if not task.cancelled() and task.exception() is not None:
-            log.error("the end of VM %s failed: %s", self, task.exception())
+            log.error("the end of VM %s failed: %s", self.name, str(task.exception()))
             self.app.problems.append(f"VM {self}: {task.exception()}")
 
     async def wait_ended(self, timeout: float) -> None:
