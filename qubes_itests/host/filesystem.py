@@ -42,6 +42,8 @@ class FilesystemType(enum.Enum):
 
     BTRFS = "btrfs"
     XFS = "xfs"
+    #: XFS made without reflinks, as those of older machines are.
+    XFS_NO_REFLINK = "xfs_no_reflink"
     EXT4 = "ext4"
 
     @property
@@ -53,6 +55,7 @@ class FilesystemType(enum.Enum):
 _MINIMUM_SIZE = {
     FilesystemType.BTRFS: 128 * _MIB,
     FilesystemType.XFS: 300 * _MIB,
+    FilesystemType.XFS_NO_REFLINK: 300 * _MIB,
     FilesystemType.EXT4: 1 * _MIB,
 }
 
@@ -67,6 +70,7 @@ _MAKE: dict[FilesystemType, tuple[str, ...]] = {
         "--nodiscard",
     ),
     FilesystemType.XFS: ("mkfs.xfs", "-q", "-f", "-K", "-m", "reflink=1"),
+    FilesystemType.XFS_NO_REFLINK: ("mkfs.xfs", "-q", "-f", "-K", "-m", "reflink=0"),
     FilesystemType.EXT4: (
         "mke2fs",
         "-q",
@@ -88,7 +92,7 @@ def make_filesystem(
 
     :param image: path of the file.
     :param size: bytes.
-    :param options: further arguments for mkfs, ``["-m", "reflink=0"]`` for instance.
+    :param options: further arguments for mkfs, ``["-L", "pool"]`` for instance.
     :raise ValueError: when the filesystem does not fit into `size`.
     :raise CommandError: when mkfs fails; the file is gone then.
     """

@@ -20,6 +20,7 @@ from qubes_itests.host.filesystem import (
     unmount,
 )
 from qubes_itests.host.loop import loop_devices_over
+from qubes_storage.ficlone import supports_reflink
 
 MIB = 1024**2
 MOUNTS = Path("/proc/self/mountinfo")
@@ -31,7 +32,13 @@ def filesystem_type(directory):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("btrfs", "btrfs"), ("xfs", "xfs"), ("ext4", "ext2/ext3"), ("tmpfs", "tmpfs")],
+    [
+        ("btrfs", "btrfs"),
+        ("xfs", "xfs"),
+        ("xfs_no_reflink", "xfs"),
+        ("ext4", "ext2/ext3"),
+        ("tmpfs", "tmpfs"),
+    ],
 )
 @pytest.mark.parametrize("turn", [1, 2])
 def test_a_fixture_is_an_empty_directory_on_its_filesystem(name, kind, turn, request):
@@ -41,6 +48,20 @@ def test_a_fixture_is_an_empty_directory_on_its_filesystem(name, kind, turn, req
     assert list(directory.iterdir()) == []
     (directory / f"left-{turn}").mkdir()
     (directory / f"left-{turn}" / "file").write_text("left")
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [
+        ("btrfs", True),
+        ("xfs", True),
+        ("xfs_no_reflink", False),
+        ("ext4", False),
+        ("tmpfs", False),
+    ],
+)
+def test_a_filesystem_shares_extents_or_not_as_its_fixture_says(name, shares, request):
+    assert supports_reflink(request.getfixturevalue(name)) is shares
 
 
 def test_the_pool_is_set_up_for_a_synchronous_test(reflink_pool, btrfs):
@@ -57,7 +78,9 @@ async def test_the_pool_is_set_up_for_an_asynchronous_test(reflink_pool):
 def test_nothing_is_left_of_a_session_with_fixtures(tmp_path):
     """Neither a mount, nor a loop device, nor a directory of the run."""
     (tmp_path / "test_uses.py").write_text(
-        "def test_uses(btrfs, xfs, ext4, tmpfs, small_fs, reflink_pool):\n"
+        "def test_uses(\n"
+        "    btrfs, xfs, xfs_no_reflink, ext4, tmpfs, small_fs, reflink_pool\n"
+        "):\n"
         "    small_fs(128 * 1024**2)\n"
         "    assert False, 'a failure must not change it'\n"
     )
