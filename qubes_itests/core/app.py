@@ -185,7 +185,7 @@ class Qubes(PropertyHolder):
             try:
                 if not vm.is_halted():
                     await vm.kill()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the caller is told
                 log.error("VM %s could not be killed: %s", vm.name, str(error))  # noqa: TRY400
                 self.problems.append(f"VM {vm} could not be killed: {error}")
             with contextlib.suppress(TimeoutError):
