@@ -14,4 +14,5 @@ pytest_plugins = (
     "qubes_itests.fixtures.session",
     "qubes_itests.fixtures.filesystems",
     "qubes_itests.fixtures.pools",
+    "qubes_itests.fixtures.faultdisk",
 )

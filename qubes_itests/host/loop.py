@@ -1,4 +1,4 @@
-"""Loop devices: whether there are any, and which are over a file."""
+"""Loop devices: whether there are any, attaching one, and which are over a file."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import contextlib
 import errno
 import fcntl
 import os
+import struct
 from pathlib import Path
+from typing import Self
 
 from qubes_itests.host.exc import NoLoopDevicesError
 
-__all__ = ["loop_devices_over", "require_loop_devices"]
+__all__ = ["LoopDevice", "loop_devices_over", "require_loop_devices"]
 
 _CONTROL = Path("/dev/loop-control")
 _LOOP_CTL_GET_FREE = 0x4C82
+_LOOP_CONFIGURE = 0x4C0A
+_LO_FLAGS_AUTOCLEAR = 4
+#: struct loop_config: the file, the block size, then struct loop_info64.
+_LOOP_CONFIG = struct.Struct("=II QQQQQIIII 64s 64s 32s QQ 64x")
+_ATTEMPTS = 100
 
 
 def require_loop_devices() -> None:
@@ -54,3 +61,49 @@ def _backing_file(device: Path) -> str | None:
         name = (device / "loop" / "backing_file").read_text().rstrip("\n")
         return name.removesuffix(" (deleted)")
     return None
+
+
+class LoopDevice:
+    """A loop device over a file, while the context lasts.
+
+    It detaches itself when nothing has it open any more: a mount may outlast the
+    context, and the death of this process leaves none behind.
+
+    :param image: the file.
+    """
+
+    def __init__(self, image: Path) -> None:
+        self.image = image
+        self._fd = -1
+        self._path = Path()
+
+    @property
+    def path(self) -> Path:
+        """The block device."""
+        return self._path
+
+    def __enter__(self) -> Self:
+        with self.image.open("r+b") as image:
+            for _ in range(_ATTEMPTS):
+                if self._attach(image.fileno()):
+                    return self
+        raise NoLoopDevicesError("others took every one that was free")
+
+    def __exit__(self, *_exc: object) -> None:
+        os.close(self._fd)
+
+    def _attach(self, image: int) -> bool:
+        require_loop_devices()
+        with _CONTROL.open("rb") as control:
+            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+        self._path = Path(f"/dev/loop{number}")
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        info = (0, 0, 0, 0, 0, 0, 0, 0, _LO_FLAGS_AUTOCLEAR, b"", b"", b"", 0, 0)
+        try:
+            fcntl.ioctl(self._fd, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(image, 0, *info))
+        except OSError as error:
+            os.close(self._fd)
+            if error.errno == errno.EBUSY:  # somebody else was faster
+                return False
+            raise NoLoopDevicesError(f"{self._path}: {error.strerror}") from error
+        return True
