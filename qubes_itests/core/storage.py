@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_storage.volume import Volume
 
-__all__ = ["Storage", "copy_image"]
+__all__ = ["Storage", "copy_image", "in_pool"]
 
 #: What the guest calls the standard volumes; others follow from xvde on.
 _DISK_NAMES: Final = {
@@ -29,6 +29,10 @@ _DISK_NAMES: Final = {
 }
 _FIRST_EXTRA: Final = ord("e")
 _LAST_EXTRA: Final = ord("z")
+
+#: Has the guest enlarge the filesystem of a volume; the volume's name is its input.
+_RESIZE_SERVICE: Final = "qubes.ResizeDisk"
+_WITH_FILESYSTEM: Final = ("root", "private")
 
 VolumeAction = Callable[["Volume"], Awaitable[object]]
 
@@ -129,28 +133,59 @@ class Storage:
         if failure is not None:
             raise failure
 
+    @property
+    def outdated_volumes(self) -> list[Volume]:
+        """The volumes whose source was committed anew since the VM started."""
+        return [volume for volume in self.volumes.values() if volume.is_outdated()]
+
+    async def resize(self, volume: Volume | str, size: int) -> None:
+        """Enlarge a volume; if the VM runs, it has the new size when this returns.
+
+        The filesystems of root and private grow with their volumes.  A VM that is
+        paused gets the larger disk, and its filesystem stays as it is.
+
+        :param volume: the volume, or its name.
+        :param size: bytes.
+        :raise VolumeError: nothing has changed then.
+        :raise subprocess.CalledProcessError: the volume and the disk have their new
+            size, and the guest could not enlarge its filesystem.
+        """
+        if isinstance(volume, str):
+            volume = self.volumes[volume]
+        await volume.resize(size)
+        if self.vm.domain is None or not self.vm.is_running():
+            return
+        await self.vm.domain.resize_disk(self.disk_name(volume.name), size)
+        if volume.name in _WITH_FILESYSTEM and not self.vm.is_paused():
+            await self.vm.run_service_for_stdio(
+                _RESIZE_SERVICE, input=f"{volume.name}\n".encode(), user="root"
+            )
+
     async def verify(self) -> None:
         """Raise what the first volume that is not in order raises."""
         await self._all(lambda v: v.verify())
 
-    async def clone(self, source: QubesVM) -> None:
+    async def clone(self, source: QubesVM, pool: str | None = None) -> None:
         """Make the volumes as copies of another VM's.
 
-        Only those that keep their contents are copied; the others are made anew.
+        Only those that keep their contents are copied; the others are made anew.  If
+        one fails, those made before are removed again.
+
+        :param pool: as for `in_pool`.
         """
         self.volumes.clear()
         for name, volume in source.volumes.items():
-            config = dict(volume.config)
-            config.pop("vid", None)
-            self.init_volume(name, {**config, "pool": str(volume.pool)})
-        await self._all(lambda v: v.create(), undo=lambda v: v.remove())
-        try:
-            for name, volume in self.volumes.items():
-                if volume.save_on_stop:
-                    await volume.import_volume(source.volumes[name])
-        except BaseException:
-            await self.remove()
-            raise
+            config = {**volume.config, "pool": str(volume.pool)}
+            del config["vid"]
+            self.init_volume(name, in_pool(config, pool))
+
+        async def copy(volume: Volume) -> None:
+            if volume.save_on_stop or volume.is_read_only:
+                await volume.import_volume(source.volumes[volume.name])
+            else:
+                await volume.create()
+
+        await self._all(copy, undo=lambda v: v.remove())
 
     async def _all(
         self, action: VolumeAction, undo: VolumeAction | None = None
@@ -165,6 +200,18 @@ class Storage:
                 with contextlib.suppress(Exception):
                     await undo(volume)  # type: ignore[misc]
             raise
+
+
+def in_pool(config: Mapping[str, Any], pool: str | None) -> dict[str, Any]:
+    """Return a volume's configuration with another pool, where it can have another.
+
+    A snapshot has to be where its source is, and stays there.
+
+    :param pool: name of the pool; None to change nothing.
+    """
+    if pool is None or config.get("snap_on_start"):
+        return dict(config)
+    return {**config, "pool": str(pool)}
 
 
 async def _import(volume: Volume, fill: Callable[[Path], None]) -> None:

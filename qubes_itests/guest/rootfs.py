@@ -69,6 +69,18 @@ _SCRIPTS: Final = {
     "etc/qubes-rpc/qubes.VMShell": 'exec "${SHELL:-/bin/sh}"\n',
     "etc/qubes-rpc/qubes.VMRootShell": "exec /bin/sh\n",
     "etc/qubes-rpc/qubes.WaitForSession": "# there is no session to wait for\n",
+    # The kernel learns of a new size in its own time; here it is asked for it.
+    "etc/qubes-rpc/qubes.ResizeDisk": (
+        "read -r volume\n"
+        "case $volume in\n"
+        "    root) device=/dev/xvda ;;\n"
+        "    private) device=/dev/xvdb ;;\n"
+        '    *) echo "volume $volume has no filesystem" >&2; exit 1 ;;\n'
+        "esac\n"
+        'disk=$(basename "$(readlink -f $device)")\n'
+        'echo 1 > "/sys/class/block/$disk/device/rescan"\n'
+        "exec resize2fs $device >&2\n"
+    ),
     "etc/qubes-rpc/qubes.GetDate": "exec date -u -Iseconds\n",
     # The argument is a command line: words with + between them, where -- stands for
     # a - and -XX for the byte of that hexadecimal value.

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qubes_itests.core import config
 from qubes_itests.core.exc import (
-    QubesException,
     QubesNoTemplateError,
     QubesVMError,
     QubesVMInUseError,
     QubesVMNotHaltedError,
 )
 from qubes_itests.core.properties import Property, to_bool
-from qubes_itests.core.storage import Storage
+from qubes_itests.core.storage import Storage, in_pool
 from qubes_itests.core.vm.base import BaseVM
 from qubes_itests.core.vm.execution import ExecutionMixin
 from qubes_itests.core.vm.power import PowerMixin
@@ -190,13 +189,11 @@ class QubesVM(PowerMixin, ExecutionMixin, BaseVM):
         self._volume_changes = dict(volume_config or {})
 
     def init_storage(self, pool: Any = None) -> None:
-        """Bind the volumes, all of them in `pool` if one is named."""
+        """Bind the volumes, all but snapshots in `pool` if one is named."""
         self.storage.volumes.clear()
         for name, settings in self._volume_settings().items():
-            changes = {"pool": pool} if pool is not None else {}
-            self.storage.init_volume(
-                name, {**settings, **self._volume_changes.get(name, {}), **changes}
-            )
+            config = {**settings, **self._volume_changes.get(name, {})}
+            self.storage.init_volume(name, in_pool(config, pool))
 
     def _volume_settings(self) -> dict[str, dict[str, Any]]:
         return {name: dict(value) for name, value in self.volume_config.items()}
@@ -279,7 +276,8 @@ class QubesVM(PowerMixin, ExecutionMixin, BaseVM):
     async def create_on_disk(self, pool: Any = None, pools: Any = None) -> None:
         """Make the VM's volumes.
 
-        :param pool: name of the pool for all of them.
+        :param pool: name of the pool for all of them but snapshots, which are where
+            their sources are.
         :param pools: names of pools, by the names of volumes.
         """
         if pools:
@@ -305,15 +303,14 @@ class QubesVM(PowerMixin, ExecutionMixin, BaseVM):
         """Make the VM's volumes as copies of another VM's, which must be halted.
 
         :param src: the VM to copy.
-        :param pool: accepted for callers of Qubes OS: volumes stay in their pools.
+        :param pool: name of the pool for all of them but snapshots; by default each is
+            in the pool of the one it is a copy of.
         """
-        if pool is not None:
-            raise QubesException("clone_disk_files keeps the pools of the source")
         if not src.is_halted():
             raise QubesVMNotHaltedError(src)
         if not self.is_halted():
             raise QubesVMNotHaltedError(self)
-        await self.storage.clone(src)
+        await self.storage.clone(src, pool)
         await self.fire_event_async("domain-clone-files", src=src)
 
     def check_unused(self) -> None:
