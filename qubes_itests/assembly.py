@@ -46,7 +46,6 @@ def open_testbed(
     }
     make_pool = _one(plugins, "filesystems", settings.filesystem)
     connect = _one(plugins, "hypervisors", settings.hypervisor)
-    # Short names: the paths of unix sockets in there are limited to 107 bytes.
     pool, own, vms = (directory / name for name in ("pool", "hv", "vm"))
     for place in (pool, own, vms):
         place.mkdir()

@@ -48,10 +48,14 @@ class RunContext:
 
         :raise NoSandboxError: outside a sandbox.
         """
-        from qubes_itests.host.rundir import RunDirectory  # noqa: PLC0415
+        from qubes_itests.host.rundir import (  # noqa: PLC0415
+            RunDirectory,
+            short_name,
+        )
 
         sandbox.require()
-        return self._exit.enter_context(RunDirectory(self.cache)).path
+        made = self._exit.enter_context(RunDirectory(self.cache))
+        return self._exit.enter_context(short_name(made.path))
 
     @functools.cached_property
     def portal(self) -> Portal:

@@ -13,13 +13,16 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from qubes_itests.host.command import run
+from qubes_itests.host.sandbox import require
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
     from qubes_itests.host.cache import Cache
 
-__all__ = ["RunDirectory", "remove_stale"]
+__all__ = ["RunDirectory", "remove_stale", "short_name"]
 
 
 class RunDirectory:
@@ -37,7 +40,6 @@ class RunDirectory:
                 # What cannot go must not keep this run from starting.
                 with contextlib.suppress(OSError):
                     _remove_tree(path)
-            # Short: the paths of unix sockets in it are limited to 107 bytes.
             self.path = Path(tempfile.mkdtemp(dir=self._runs, prefix=""))
             self._lock: int | None = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -77,6 +79,28 @@ def remove_stale(cache: Cache) -> list[Path]:
         for path in stale:
             _remove_tree(path)
         return stale
+
+
+@contextlib.contextmanager
+def short_name(path: Path) -> Iterator[Path]:
+    """Give a directory a short name as well, for this sandbox only.
+
+    The path of a Unix socket has at most 107 bytes (unix(7)), and the home of a run
+    may be deep.
+
+    :param path: the directory.
+    :return: the same directory by a path of about 15 bytes.
+    :raises NoSandboxError: outside a sandbox, where the name would stay.
+    """
+    require()
+    short = Path(tempfile.mkdtemp(dir="/dev/shm", prefix=""))
+    run(["mount", "--bind", path, short])
+    try:
+        yield short
+    finally:
+        # lazily: libvirt keeps files open in there for as long as the process lives
+        run(["umount", "--lazy", short])
+        short.rmdir()
 
 
 @contextlib.contextmanager

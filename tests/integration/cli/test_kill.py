@@ -40,19 +40,20 @@ def _left(cache):
         for line in Path("/proc/self/mounts").read_text().splitlines()
         if str(cache) in line
     ]
-    loops = [
-        f"loop device {path.parent.parent.name}"
-        for path in Path("/sys/block").glob("loop*/loop/backing_file")
-        if _reads(path, str(cache))
-    ]
-    return processes + mounts + loops
+    return processes + mounts + _loop_devices(cache)
 
 
-def _reads(path, wanted):
-    try:
-        return wanted in path.read_text()
-    except OSError:
-        return False
+def _loop_devices(cache):
+    """Return those over files in the cache, by inode: a name is one namespace's own."""
+    inodes = {path.stat().st_ino for path in (cache / "runs").rglob("*")}
+    listed = subprocess.run(
+        ["losetup", "--list", "--noheadings", "--output", "NAME,BACK-INO"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    pairs = [line.split() for line in listed.stdout.splitlines()]
+    return [f"loop device {name}" for name, inode in pairs if int(inode) in inodes]
 
 
 def _wait_for_nothing(cache, timeout):
