@@ -1,0 +1,76 @@
+"""file-reflink loses nothing in a power cut, and the test would notice if it did."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+
+import pool_scenario
+import pytest
+
+from qubes_itests.host.faultdisk import CrashStateError
+
+#: On each filesystem twice as many.
+STATES = 250
+
+
+@pytest.mark.parametrize("kind", ["btrfs", "xfs"])
+def test_a_power_cut_leaves_the_old_state_or_the_new_one(kind, faultdisk):
+    """All operations, cut anywhere, with parts of what was not flushed lost."""
+    recording = faultdisk.record(kind, pool_scenario.live)
+    assert faultdisk.examine(recording, pool_scenario.survives, STATES) >= 1
+
+
+@pytest.mark.parametrize("kind", ["btrfs", "xfs"])
+def test_so_it_does_while_others_flush(kind, faultdisk):
+    """Names then reach the disk before contents, unless somebody sees to it."""
+
+    def busy(filesystem):
+        with filesystem.neighbour():
+            pool_scenario.live(filesystem)
+
+    recording = faultdisk.record(kind, busy)
+    assert faultdisk.examine(recording, pool_scenario.survives, STATES) >= 1
+
+
+def without_fsync_of(kind):
+    """Return an fsync that the driver calls in vain for one kind of files."""
+    real = os.fsync
+
+    def fsync(descriptor):
+        by_driver = sys._getframe(1).f_globals["__name__"].startswith("qubes_storage.")
+        if not (by_driver and kind(os.fstat(descriptor).st_mode)):
+            real(descriptor)
+
+    return fsync
+
+
+@pytest.mark.parametrize("kind", ["btrfs", "xfs"])
+@pytest.mark.parametrize("forgotten", [stat.S_ISREG, stat.S_ISDIR])
+def test_a_driver_without_an_fsync_is_caught(kind, forgotten, faultdisk, monkeypatch):
+    """Within 50 states: the contents, or the names, are not what was promised."""
+
+    def sabotaged(filesystem):
+        with filesystem.neighbour(), monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", without_fsync_of(forgotten))
+            pool_scenario.live(filesystem)
+
+    recording = faultdisk.record(kind, sabotaged)
+    with pytest.raises(CrashStateError) as caught:
+        faultdisk.examine(recording, pool_scenario.survives, 50)
+    assert caught.value.step == "the check"
+    assert "--itests-crash-replay" in caught.value.replay
+
+
+@pytest.mark.parametrize("kind", ["btrfs", "xfs"])
+def test_a_disk_that_lies_about_flushes_is_caught(kind, faultdisk):
+    """The driver does all it can, and what it promised is lost nevertheless."""
+
+    def lied_to(filesystem):
+        filesystem.disk.lie_about_flushes()
+        pool_scenario.live(filesystem)
+
+    recording = faultdisk.record(kind, lied_to)
+    with pytest.raises(CrashStateError):
+        faultdisk.examine(recording, pool_scenario.survives, 50)
