@@ -52,4 +52,6 @@ def _enter_sandbox(arguments: Sequence[str]) -> None:
         from qubes_itests.host.preflight import require_ready  # noqa: PLC0415
 
         require_ready(Cache())
-    sandbox.reexec([sys.executable, "-m", "qubes_itests", *arguments])
+    # -P: what lies in the current directory must not be taken for a module
+    safe = ["-P"] if sys.flags.safe_path else []
+    sandbox.reexec([sys.executable, *safe, "-m", "qubes_itests", *arguments])

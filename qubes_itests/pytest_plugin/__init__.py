@@ -6,6 +6,7 @@ The main job loads it as well, and adds the tests of installed plugins to it.
 from __future__ import annotations
 
 import os
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,7 @@ from qubes_itests import configuration
 from qubes_itests.bundled import registry
 from qubes_itests.configuration import ConfigurationError, Settings
 from qubes_itests.fixtures.session import CONTEXT
+from qubes_itests.hookspec import PROJECT
 from qubes_itests.host import sandbox
 from qubes_itests.pytest_plugin import header, resandbox
 from qubes_itests.pytest_plugin.deadline import Deadline
@@ -22,6 +24,8 @@ from qubes_itests.run_context import RunContext
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+
+    import pluggy
 
 __all__ = ["CONTEXT", "SETTINGS"]
 
@@ -60,12 +64,31 @@ def pytest_configure(config: pytest.Config) -> None:
     settings = config.stash[SETTINGS]
     context = RunContext(settings, registry())
     config.stash[CONTEXT] = context
+    config.pluginmanager.register(_Offers(context.plugins), "qubes_itests-offers")
     watch = FailureWatch(config, context)
     config.pluginmanager.register(watch, "qubes_itests-failures")
     if settings.timeout:
         deadline = Deadline(settings.timeout, lambda: context.loop)
         watch.deadline = deadline
         config.pluginmanager.register(deadline, "qubes_itests-deadline")
+
+
+class _Offers:
+    """Takes up the hooks of `qubes_itests.hookspec` that conftest modules have.
+
+    :param registry: who is asked for templates, back ends and the others.
+    """
+
+    def __init__(self, registry: pluggy.PluginManager) -> None:
+        self._registry = registry
+
+    @pytest.hookimpl
+    def pytest_plugin_registered(self, plugin: object) -> None:
+        """Register a module that has such hooks; also called for earlier ones."""
+        if isinstance(plugin, ModuleType):
+            names = [name for name in vars(plugin) if name.startswith(f"{PROJECT}_")]
+            if names and not self._registry.is_registered(plugin):
+                self._registry.register(plugin)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -39,6 +39,20 @@ def test_fixtures_work_in_a_sandbox_and_the_header_says_so(suite):
     assert "\nhypervisor: qemu, " in done.stdout
 
 
+def test_a_conftest_may_offer_templates(suite):
+    """The one that it offers is the one that fails to build, in its own words."""
+    (suite.work / "conftest.py").write_text(
+        "from qubes_itests.hookspec import hookimpl\n\n"
+        "def build(cache, kernel):\n    raise OSError('no bricks')\n\n"
+        "@hookimpl\n"
+        "def qubes_itests_templates():\n    return {'castle': build}\n"
+    )
+    words = ("-p", "qubes_itests", "--itests-template=castle", "-k", "test_vms")
+    done = suite.run(*words, program="pytest")
+    assert done.returncode == 1
+    assert "no bricks" in done.stdout
+
+
 def test_arguments_and_exit_status_pass_through_the_sandbox(suite):
     words = ("-p", "qubes_itests", "-q", "-k")
     assert suite.run(*words, "no_such_test", program="pytest").returncode == 5
