@@ -1,9 +1,15 @@
 """Files that are complete or absent: temporary names, durable renames, hard links.
 
 A file that takes a while to make is made under a temporary name in the same directory
-(``NAME~`` and eight hex digits), brought to the disk, and renamed.  Whatever happens
-in between, the name shows the old file or the new one; what is left of an interrupted
-operation can be told by its name.  Everything that changes a name is logged at INFO.
+(``NAME~`` and eight hex digits) and renamed.  Whatever happens in between, the name
+shows the old file or the new one; what is left of an interrupted operation can be told
+by its name.
+
+To remove a large file takes as long as to clone it, so where somebody waits it is only
+given up: renamed to ``NAME~``, eight hex digits and ``.removed``.  No one uses a file
+of such a name, and anyone may remove it at any time.
+
+Everything that changes a name is logged at INFO.
 """
 
 from __future__ import annotations
@@ -22,8 +28,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
+    "GIVEN_UP",
     "TEMPORARY",
+    "empty",
     "fsync",
+    "give_up",
+    "given_up_name",
     "link",
     "make_directories",
     "new_file",
@@ -40,6 +50,9 @@ log = logging.getLogger(__name__)
 
 #: What a temporary name ends in.
 TEMPORARY = re.compile(r"~[0-9a-f]{8}\Z")
+
+#: What the name of a file that only waits for its removal ends in.
+GIVEN_UP = re.compile(r"~[0-9a-f]{8}\.removed\Z")
 
 
 def stat_image(path: Path) -> os.stat_result | None:
@@ -160,6 +173,32 @@ def remove(path: Path) -> None:
     log.info("removed %s", path)
 
 
+def empty(path: Path) -> None:
+    """Free all that a regular file occupies.
+
+    :raise OSError: ENOENT when there is none, EMEDIUMTYPE when it is something else.
+    """
+    with open_image(path, os.O_RDWR) as image:
+        os.ftruncate(image, 0)
+
+
+def give_up(path: Path) -> bool:
+    """Rename a regular file so that it is as good as removed, whatever its size.
+
+    :return: whether there was one.
+    :raise OSError: EMEDIUMTYPE when something else is there.
+    """
+    if stat_image(path) is None:
+        return False
+    rename(path, given_up_name(path), durable=False)
+    return True
+
+
+def given_up_name(path: Path) -> Path:
+    """Return a new name for a file that is given up."""
+    return path.with_name(f"{TEMPORARY.sub('', path.name)}{_unique()}.removed")
+
+
 def make_directories(path: Path) -> None:
     """Make a directory and its parents, for the owner only, durably."""
     if path.is_dir():
@@ -171,7 +210,11 @@ def make_directories(path: Path) -> None:
 
 
 def _temporary_name(path: Path) -> Path:
-    return path.with_name(f"{path.name}~{secrets.token_hex(4)}")
+    return path.with_name(path.name + _unique())
+
+
+def _unique() -> str:
+    return f"~{secrets.token_hex(4)}"
 
 
 def _create(path: Path) -> int:

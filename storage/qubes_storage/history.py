@@ -7,6 +7,7 @@ next commit takes it up.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from qubes_storage import files
@@ -34,13 +35,12 @@ class History:
         return revisions[:-1] if self._is_interrupted(revisions) else revisions
 
     def commit(self, image: Path, keep: int) -> None:
-        """Make `image`, under a name of its own so far, the committed one.
+        """Make `image`, which is on the disk under another name, the committed one.
 
         :param keep: how many revisions are left afterwards, the present one included.
         :raise OSError: the present image is still the committed one then.
         """
-        files.fsync(image)
-        self._begin(keep)
+        self._keep_present(keep)
         files.rename(image, self._files.clean)
         self._prune(keep)
 
@@ -53,18 +53,21 @@ class History:
         image = self._files.revision(revision)
         if files.same_image(image, self._files.clean):
             return
-        self._begin(keep)
+        self._keep_present(keep)
         files.replace_with_link(image, self._files.clean)
         self._prune(keep)
 
-    def _begin(self, keep: int) -> None:
+    def _keep_present(self, keep: int) -> None:
         # A clone of the present image must not survive it as that of the next one.
-        files.remove(self._files.precache)
-        if keep < 1 or files.stat_image(self._files.clean) is None:
+        files.give_up(self._files.precache)
+        clean = self._files.clean
+        if files.stat_image(clean) is None:
             return
-        if not self._is_interrupted(self._files.revisions()):
-            target = self._files.revision(self._files.next_revision())
-            files.link(self._files.clean, target)
+        if keep < 1:
+            # The rename over its last name would remove it there and then.
+            files.link(clean, files.given_up_name(clean))
+        elif not self._is_interrupted(self._files.revisions()):
+            files.link(clean, self._files.revision(self._files.next_revision()))
 
     def _is_interrupted(self, revisions: list[Revision]) -> bool:
         # The latest revision is the committed image itself only if a crash came
@@ -75,7 +78,9 @@ class History:
         return files.same_image(latest, self._files.clean)
 
     def _prune(self, keep: int) -> None:
-        revisions = self.revisions()
-        surplus = len(revisions) - max(0, keep)
-        for revision in revisions[: max(0, surplus)]:
-            files.remove(self._files.revision(revision))
+        # All is committed: a surplus revision is no reason to say it failed.
+        with contextlib.suppress(OSError):
+            revisions = self.revisions()
+            surplus = len(revisions) - max(0, keep)
+            for revision in revisions[: max(0, surplus)]:
+                files.give_up(self._files.revision(revision))

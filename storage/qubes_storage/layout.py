@@ -9,12 +9,15 @@ The files of the volume ``appvms/foo/private`` are, in ``appvms/foo`` of its poo
     private-origin.img                      the source's image it was started from
     private.img.7@2018-01-02T03:04:05Z      revision 7, as we write it
     private.img@2018-01-02T03:04:05Z        a revision, as older releases wrote it
-    private…img~0123abcd                    left of an interrupted operation
+    private…~0123abcd                       in the making, or left of a crash
+    private…~0123abcd.removed               only waits for its removal
+    private-cow.img, private-cow.img.old    left of a driver that had the tree before
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,15 +28,46 @@ from qubes_storage.exc import InvalidVidError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Revision", "VolumeFiles", "check_vid"]
+__all__ = ["ParsedName", "Revision", "VolumeFiles", "check_vid", "parse_name"]
 
-_SUFFIXES = ("-dirty", "-precache", "-import", "-origin")
+_SUFFIXES = ("-dirty", "-precache", "-import", "-origin", "-cow")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\Z", re.ASCII)
 _MAX_PART = 128  # leaves room for what is appended, within the 255 bytes of a name
 _PARTS = 3
 _TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 _REVISION = re.compile(rf"\.(?P<number>[1-9]\d{{0,17}})@(?P<time>{_TIME})\Z", re.ASCII)
 _OLD_REVISION = re.compile(rf"@(?P<time>{_TIME})\Z", re.ASCII)
+_NAME = re.compile(
+    rf"(?P<volume>[A-Za-z0-9_][A-Za-z0-9_.+-]*?)(?P<kind>{'|'.join(_SUFFIXES)})?\.img"
+    rf"(?:(?:\.[1-9]\d{{0,17}})?@{_TIME}|(?<=-cow\.img)\.old)?"
+    r"(?P<left>~[0-9a-f]{8}(?:\.removed)?)?\Z",
+    re.ASCII,
+)
+_LEFT = frozenset({"-import", "-cow"})
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedName:
+    """What the name of a file tells.
+
+    :param volume: name of the volume that it belongs to.
+    :param is_image: whether it shows that the volume exists.
+    :param is_left: whether an operation, or another driver, may have left it.
+    """
+
+    volume: str
+    is_image: bool
+    is_left: bool
+
+
+def parse_name(name: str) -> ParsedName | None:
+    """Return what a file's name tells, None when it is not a volume's file."""
+    match = _NAME.match(name)
+    if match is None or len(match["volume"]) > _MAX_PART:
+        return None
+    is_left = bool(match["left"]) or match["kind"] in _LEFT
+    is_image = not is_left and match["kind"] in {None, "-dirty"}
+    return ParsedName(match["volume"], is_image, is_left)
 
 
 def check_vid(vid: object) -> str:
@@ -156,21 +190,27 @@ class VolumeFiles:
         return Revision(max(numbers, default=0) + 1, time.strftime("%Y-%m-%dT%H:%M:%S"))
 
     def leftovers(self) -> list[Path]:
-        """Return the files that interrupted operations left."""
-        images = {self._named(suffix).name for suffix in ("", *_SUFFIXES)}
-        temporary = [
+        """Return the files that interrupted operations, or another driver, left."""
+        return [path for path in self._left() if not files.GIVEN_UP.search(path.name)]
+
+    def given_up(self) -> list[Path]:
+        """Return the files that only wait for their removal."""
+        return [path for path in self._left() if files.GIVEN_UP.search(path.name)]
+
+    def _left(self) -> list[Path]:
+        parsed = ((name, parse_name(name)) for name in self._names())
+        return [
             self.directory / name
-            for name in self._names()
-            if files.TEMPORARY.search(name) and name[:-9] in images
+            for name, found in parsed
+            if found and found.volume == self.name and found.is_left
         ]
-        return [*temporary, self.imported]
 
     def _named(self, suffix: str) -> Path:
         return self.directory / f"{self.name}{suffix}.img"
 
     def _names(self) -> list[str]:
         try:
-            return [entry.name for entry in self.directory.iterdir()]
+            return os.listdir(self.directory)  # noqa: PTH208 - names are all it takes
         except FileNotFoundError:
             return []
 

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-__all__ = ["LOCK_FILE", "LOCK_TIMEOUT", "hold"]
+__all__ = [
+    "LOCK_FILE",
+    "LOCK_TIMEOUT",
+    "hold",
+    "is_locked",
+    "open_lock_file",
+    "try_lock",
+    "unlock",
+]
 
 #: Name of the lock file in the directory of a pool.
 LOCK_FILE = ".lock"
@@ -48,8 +56,7 @@ def hold(
     """
     kinds = {_byte_of(vid): fcntl.F_RDLCK for vid in read}
     kinds |= {_byte_of(vid): fcntl.F_WRLCK for vid in write}
-    path = directory / LOCK_FILE
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = open_lock_file(directory)
     try:
         # In one order for everybody, or two holders could wait for each other.
         for byte in sorted(kinds):
@@ -59,14 +66,45 @@ def hold(
         os.close(fd)
 
 
-def _byte_of(vid: str) -> int:
-    digest = hashlib.blake2b(vid.encode(), digest_size=8).digest()
+def open_lock_file(directory: Path) -> int:
+    """Return a descriptor of a pool's lock file, which is made if it is not there."""
+    path = directory / LOCK_FILE
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def try_lock(fd: int, subject: str, *, shared: bool = False) -> bool:
+    """Lock a subject's byte through the lock file `fd`, until that is closed.
+
+    :return: False when somebody else's lock is in the way.
+    """
+    kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
+    return _try_lock(fd, _request(_byte_of(subject), kind))
+
+
+def unlock(fd: int, subject: str) -> None:
+    """Undo `try_lock`."""
+    _try_lock(fd, _request(_byte_of(subject), fcntl.F_UNLCK))
+
+
+def is_locked(fd: int, subject: str) -> bool:
+    """Tell whether a lock on a subject, not made through `fd`, exists."""
+    request = _request(_byte_of(subject), fcntl.F_WRLCK)
+    (kind,) = struct.unpack_from("h", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request))
+    return bool(kind != fcntl.F_UNLCK)
+
+
+def _byte_of(subject: str) -> int:
+    digest = hashlib.blake2b(subject.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2  # an offset must stay below 2**63
 
 
-def _lock_byte(fd: int, byte: int, kind: int, timeout: float) -> None:
+def _request(byte: int, kind: int) -> bytes:
     # struct flock: type, whence, start, length, pid (zero for this kind of lock).
-    request = struct.pack("hhqqi", kind, os.SEEK_SET, byte, 1, 0)
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)
+
+
+def _lock_byte(fd: int, byte: int, kind: int, timeout: float) -> None:
+    request = _request(byte, kind)
     deadline = time.monotonic() + timeout
     while not _try_lock(fd, request):
         if time.monotonic() >= deadline:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from qubes_storage.background import Background
     from qubes_storage.volume import Volume
 
 __all__ = ["Operations", "typed_errors"]
@@ -44,13 +45,18 @@ class Operations:
     another; others do not wait for each other.
 
     :param directory: the directory of the pool.
+    :param background: the pool's other work, which waits for operations.
     :param lock_timeout: seconds that another process may work on a volume.
     """
 
     def __init__(
-        self, directory: Path, lock_timeout: float = lock.LOCK_TIMEOUT
+        self,
+        directory: Path,
+        background: Background,
+        lock_timeout: float = lock.LOCK_TIMEOUT,
     ) -> None:
         self._directory = directory
+        self._background = background
         self.lock_timeout = lock_timeout
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock]
         self._turns = weakref.WeakValueDictionary()
@@ -72,7 +78,7 @@ class Operations:
         self, volume: Volume, action: str, function: Callable[[], Result]
     ) -> Result:
         sources = [] if volume.source is None else [volume.source.vid]
-        with typed_errors(volume, action):
+        with self._background.operation(), typed_errors(volume, action):
             self._check_directory()
             with lock.hold(
                 self._directory,

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import abc
+import re
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from qubes_storage.exc import InvalidVolumeConfigError, VolumeNotFoundError
+from qubes_storage.exc import (
+    InvalidVolumeConfigError,
+    PoolError,
+    VolumeNotFoundError,
+)
 from qubes_storage.layout import check_vid
 from qubes_storage.volume import Volume, check_revisions_to_keep
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["Pool", "VolumeOwner"]
+__all__ = ["Pool", "VolumeOwner", "parse_bool"]
 
 _VOLUME_KEYS = frozenset(
     {
@@ -27,6 +32,9 @@ _VOLUME_KEYS = frozenset(
         "revisions_to_keep",
     }
 )
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}\Z", re.ASCII)
+_NUMBER = re.compile(r"-?[0-9]{1,9}\Z", re.ASCII)
 
 
 class VolumeOwner(Protocol):
@@ -46,14 +54,25 @@ class Pool(abc.ABC):
 
     :param name: name of the pool.
     :param revisions_to_keep: what its volumes have unless configured otherwise.
+    :param ephemeral_volatile: whether volatile volumes must not outlive their stop.
+    :raise PoolError: for a value that makes no sense.
     """
 
     #: Name of the driver: its entry point in the group ``qubes.storage``.
     driver: ClassVar[str]
 
-    def __init__(self, *, name: str, revisions_to_keep: int = 1) -> None:
-        self.name = name
-        self.revisions_to_keep = check_revisions_to_keep(name, revisions_to_keep)
+    def __init__(
+        self,
+        *,
+        name: str,
+        revisions_to_keep: int | str = 1,
+        ephemeral_volatile: bool | str = False,
+    ) -> None:
+        self.name = _check_name(name)
+        self.revisions_to_keep = _parse_revisions_to_keep(name, revisions_to_keep)
+        self.ephemeral_volatile = parse_bool(
+            name, "ephemeral_volatile", ephemeral_volatile
+        )
         self._volumes: dict[str, Volume] = {}
 
     def __repr__(self) -> str:
@@ -63,9 +82,14 @@ class Pool(abc.ABC):
         return self.name
 
     @property
-    @abc.abstractmethod
     def config(self) -> dict[str, object]:
         """The keyword arguments that make this pool, and its driver's name."""
+        return {
+            "name": self.name,
+            "driver": self.driver,
+            "revisions_to_keep": self.revisions_to_keep,
+            "ephemeral_volatile": self.ephemeral_volatile,
+        }
 
     @property
     @abc.abstractmethod
@@ -127,7 +151,9 @@ class Pool(abc.ABC):
     def get_volume(self, vid: str) -> Volume:
         """Return the volume of that id.
 
-        :raise VolumeNotFoundError: when `init_volume` has made none.
+        One that only `setup` found is read-only until `init_volume` says what it is.
+
+        :raise VolumeNotFoundError: when neither knows it.
         """
         try:
             return self._volumes[vid]
@@ -136,8 +162,12 @@ class Pool(abc.ABC):
             raise VolumeNotFoundError(self.name, vid, "find", reason) from None
 
     def list_volumes(self) -> list[Volume]:
-        """Return the volumes that `init_volume` has made."""
+        """Return the volumes that `setup` found, and those of `init_volume`."""
         return list(self._volumes.values())
+
+    def _make_found(self, vid: str) -> None:
+        # Nothing that is done to a read-only volume, but its removal, can lose data.
+        self._volumes[vid] = self._make_volume(vid=vid, name=vid.rpartition("/")[2])
 
     def _check_keys(self, config: Mapping[str, Any]) -> None:
         vid = config["vid"]
@@ -156,3 +186,32 @@ def _make_vid(vm: VolumeOwner | None, config: Mapping[str, Any]) -> str:
     if vm is None:
         raise InvalidVolumeConfigError(str(name), "neither a VM nor a vid is given")
     return f"{vm.dir_path_prefix}/{vm.name}/{name}"
+
+
+def parse_bool(pool: str, option: str, value: bool | str) -> bool:  # noqa: FBT001
+    """Return the value of a pool's option that is yes or no.
+
+    :raise PoolError: for anything else.
+    """
+    words = {"yes": True, "true": True, "1": True, "no": False, "false": False}
+    if isinstance(value, bool):
+        return value
+    try:
+        return {**words, "0": False}[value.lower()]
+    except (KeyError, AttributeError):
+        raise PoolError(pool, f"{option} is yes or no, not {value!r}") from None
+
+
+def _check_name(name: object) -> str:
+    if isinstance(name, str) and _NAME.match(name):
+        return name
+    reason = "its name must be 1 to 128 letters, digits and _.+-, not starting with .+-"
+    raise PoolError(str(name), reason)
+
+
+def _parse_revisions_to_keep(pool: str, value: object) -> int:
+    number = int(value) if isinstance(value, str) and _NUMBER.match(value) else value
+    try:
+        return check_revisions_to_keep(pool, number)
+    except InvalidVolumeConfigError as error:
+        raise PoolError(pool, error.reason) from None

@@ -1,136 +1,110 @@
-"""The driver ``file-reflink``: a pool of images that share extents."""
+"""The driver ``file-reflink``: volumes are files that share extents.
+
+It is the driver ``file``, but for what it does instead of copying: an image that a VM
+writes to is a clone (FICLONE) of the committed one, made when it is needed or before.
+
+A clone need not be on the disk before the VM writes to it: FICLONE enlarges a file as
+it goes, so one that a power cut left incomplete is shorter than what it was cloned
+from, and is given up.  All that a VM had brought to the disk includes the whole clone.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qubes_storage import ficlone, files
-from qubes_storage.exc import PoolError, ReflinkNotSupportedError
-from qubes_storage.operation import Operations
-from qubes_storage.pool import Pool
-from qubes_storage.reflink_volume import ReflinkVolume, VolumeState
+from qubes_storage.exc import ReflinkNotSupportedError
+from qubes_storage.image_pool import ImagePool
+from qubes_storage.image_volume import ImageVolume
+from qubes_storage.operation import typed_errors
+from qubes_storage.pool import parse_bool
+from qubes_storage.preparation import is_clone_of, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from pathlib import Path
 
-    from qubes_storage.volume import Volume
+    from qubes_storage.image_content import ImageContent
 
 __all__ = ["ReflinkPool", "ReflinkVolume"]
 
 
-class ReflinkPool(Pool):
+class ReflinkVolume(ImageVolume):
+    """A volume of the driver ``file-reflink``."""
+
+    def wants_clone(self) -> bool:
+        """Tell whether its next start could do with a clone prepared ahead of it."""
+        if self.snap_on_start or not self.save_on_stop or self.revisions_to_keep < 0:
+            return False
+        if self._has(self.files.dirty) or self.pool.state(self.vid).is_used():
+            return False
+        image = files.stat_image(self.files.clean)
+        clone = files.stat_image(self.files.precache)
+        return image is not None and not is_clone_of(clone, image)
+
+    async def prepare(self) -> Self:
+        """Make the clone that the next start needs ahead of time.
+
+        Worth doing while nobody waits: the next start is then a rename.  No error
+        when there is nothing to prepare.
+        """
+        with typed_errors(self, "prepare"):
+            await asyncio.to_thread(prepare, self, lambda: True)
+        return self
+
+    def _clone(self, image: Path) -> None:
+        precache = self.files.precache
+        if is_clone_of(files.stat_image(precache), image.stat()):
+            files.rename(precache, self.files.dirty, durable=False)
+        else:
+            files.give_up(precache)
+            self._copy(image, self.files.dirty)
+
+
+class ReflinkPool(ImagePool):
     """A directory on a filesystem with reflinks (btrfs, XFS).
 
-    :param name: name of the pool.
-    :param dir_path: the directory; `setup` makes it.
-    :param revisions_to_keep: what its volumes have unless configured otherwise.
     :param setup_check: whether `setup` refuses a filesystem without reflinks; with
         False (or "no") images are copied sparsely there.
+    :param options: as for `ImagePool`.
     """
 
     driver = "file-reflink"
+    volume_class: ClassVar[type[ImageVolume]] = ReflinkVolume
 
     def __init__(
-        self,
-        *,
-        name: str,
-        dir_path: str | os.PathLike[str],
-        revisions_to_keep: int = 1,
-        setup_check: bool | str = True,
+        self, *, name: str, setup_check: bool | str = True, **options: Any
     ) -> None:
-        super().__init__(name=name, revisions_to_keep=revisions_to_keep)
-        self.dir_path = Path(dir_path).absolute()
-        self.setup_check = _parse_bool(name, setup_check)
-        self.operations = Operations(self.dir_path)
-        self._states: dict[str, VolumeState] = {}
+        super().__init__(name=name, **options)
+        self.setup_check = parse_bool(name, "setup_check", setup_check)
 
     @property
     def config(self) -> dict[str, object]:
         """The keyword arguments that make this pool, and its driver's name."""
-        return {
-            "name": self.name,
-            "driver": self.driver,
-            "dir_path": str(self.dir_path),
-            "revisions_to_keep": self.revisions_to_keep,
-            "setup_check": self.setup_check,
-        }
+        return {**super().config, "setup_check": self.setup_check}
 
-    @property
-    def size(self) -> int | None:
-        """Bytes of its filesystem; None while it is absent."""
-        status = self._statvfs()
-        return status and status.f_blocks * status.f_frsize
+    def copy(self, source: int, target: int) -> bool:
+        """Have a file share another's extents; copy it where that cannot be.
 
-    @property
-    def usage(self) -> int | None:
-        """Bytes in use on its filesystem; None while it is absent."""
-        status = self._statvfs()
-        return status and (status.f_blocks - status.f_bfree) * status.f_frsize
-
-    async def setup(self) -> None:
-        """Make the directory, and check that its files can share extents.
-
-        :raise ReflinkNotSupportedError: when they cannot and `setup_check` is set.
-        :raise PoolError: when the directory cannot be made or written.
+        :return: whether they share extents now.
+        :raise OSError: as the operating system says.
         """
-        await asyncio.to_thread(self._setup)
+        return ficlone.clone_or_copy(source, target)
 
-    async def destroy(self) -> None:
-        """Forget the pool.  Its directory and all images stay."""
-        self._volumes.clear()
-        self._states.clear()
+    def clean_up_after(self, volume: ImageContent) -> None:
+        """Do in the background what an operation on a volume left to be done."""
+        super().clean_up_after(volume)
+        if self.shares_extents and isinstance(volume, ReflinkVolume):
+            key = f"prepare {volume.vid}"
+            self.background.when_idle(key, functools.partial(prepare, volume))
 
-    def included_in(self, pools: Iterable[Pool]) -> Pool | None:
-        """Return the pool whose directory is nearest above this one's."""
-        above = [
-            pool
-            for pool in pools
-            if isinstance(pool, ReflinkPool) and pool.dir_path in self.dir_path.parents
-        ]
-        return max(above, key=lambda pool: len(pool.dir_path.parts), default=None)
-
-    def forget(self, volume: Volume) -> None:
-        """Drop a volume that was removed."""
-        self._volumes.pop(volume.vid, None)
-        self._states.pop(volume.vid, None)
-
-    def state(self, vid: str) -> VolumeState:
-        """Return what this process knows of the volume `vid`."""
-        return self._states.setdefault(vid, VolumeState())
-
-    def _make_volume(self, **config: Any) -> ReflinkVolume:
-        return ReflinkVolume(pool=self, **config)
-
-    def _setup(self) -> None:
-        try:
-            files.make_directories(self.dir_path)
-            ficlone.remove_leftovers(self.dir_path)
-            supported = ficlone.supports_reflink(self.dir_path)
-        except OSError as error:
-            raise PoolError(self.name, f"cannot set it up: {error}") from error
-        if self.setup_check and not supported:
+    def _check(self) -> None:
+        self.shares_extents = ficlone.supports_reflink(self.dir_path)
+        if self.setup_check and not self.shares_extents:
             reason = (
                 f"files in {self.dir_path} cannot share extents (no reflinks): move it"
                 " to btrfs, or to XFS made with reflink=1; or set setup_check=no to"
                 " have images copied instead"
             )
             raise ReflinkNotSupportedError(self.name, reason)
-
-    def _statvfs(self) -> os.statvfs_result | None:
-        try:
-            return os.statvfs(self.dir_path)
-        except FileNotFoundError:
-            return None
-
-
-def _parse_bool(pool: str, value: bool | str) -> bool:  # noqa: FBT001
-    words = {"yes": True, "true": True, "1": True, "no": False, "false": False}
-    if isinstance(value, bool):
-        return value
-    try:
-        return {**words, "0": False}[value.lower()]
-    except (KeyError, AttributeError):
-        raise PoolError(pool, f"setup_check is yes or no, not {value!r}") from None

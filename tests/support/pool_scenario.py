@@ -80,6 +80,8 @@ class Scenario:
         self.pool = ReflinkPool(name="crash", dir_path=directory / "pool")
         asyncio.run(self.pool.setup())
         self.volumes = {}
+        #: Those whose VM has flushed nothing since its start.
+        self.fresh = set()
         self._add("template", "vm-templates", "root", revisions_to_keep=2, **_SAVED)
         self._add("work", "appvms", "private", revisions_to_keep=1, **_SAVED)
         self._add("bare", "appvms", "private", revisions_to_keep=-1, **_SAVED)
@@ -89,6 +91,10 @@ class Scenario:
         flags = {"rw": True, "snap_on_start": True, "source": source}
         self._add("snapshot", "appvms", "root", **flags)
         self._add("both", "appvms", "root", save_on_stop=True, **flags)
+
+    def close(self):
+        """Forget what was started, as the end of the process does."""
+        asyncio.run(self.pool.destroy())
 
     def _add(self, vm, prefix, name, **config):
         owner = SimpleNamespace(name=vm, dir_path_prefix=prefix)
@@ -113,7 +119,9 @@ class Scenario:
             if volume.save_on_stop:
                 found[vm] = {
                     "clean": read(self.image(vm)),
-                    "dirty": read(self.image(vm, "-dirty")),
+                    "dirty": read(self.image(vm, "-dirty"))
+                    if volume.is_dirty()
+                    else None,
                     "former": self.revisions(vm)[-max(0, volume.revisions_to_keep) :]
                     if volume.revisions_to_keep > 0
                     else [],
@@ -129,6 +137,8 @@ class Scenario:
 
     def write(self, vm, version, *arguments, **options):
         write(Path(self.volumes[vm].path), version, *arguments, **options)
+        if options.get("sync", True):
+            self.fresh.discard(vm)
 
     # The steps.  What a VM writes in them has the version that `steps` names.
 
@@ -137,6 +147,7 @@ class Scenario:
 
     def start(self, vm, _version):
         self.run(vm, "start")
+        self.fresh.add(vm)
 
     def write_all(self, vm, version):
         self.write(vm, version)
@@ -163,6 +174,7 @@ class Scenario:
 
     def enlarge(self, vm, _version):
         self.run(vm, "resize", self.volumes[vm].size + SIZE // 2)
+        self.fresh.discard(vm)
 
     def import_data(self, vm, version):
         path = self.run(vm, "import_data", SIZE)
@@ -249,7 +261,9 @@ def live(filesystem):
     for version, (vm, step) in enumerate(STEPS, 1):
         note(filesystem, {"vm": vm, "step": step, "version": version})
         getattr(scenario, step)(vm, version)
-        note(filesystem, {"volumes": scenario.observe()})
+        fresh = sorted(scenario.fresh)
+        note(filesystem, {"volumes": scenario.observe(), "fresh": fresh})
+    scenario.close()
 
 
 def note(filesystem, text):
@@ -269,6 +283,8 @@ class Verdict:
         coming = [text["volumes"] for text in ahead if "volumes" in text]
         self.begun = bool(done)
         self.before = done[-1] if done else {}
+        notes = [text for text in reached if "fresh" in text]
+        self.fresh = notes[-1]["fresh"] if notes else []
         running = bool(reached) and "step" in reached[-1]
         self.step = reached[-1] if running else {"vm": None, "version": 0}
         self.after = coming[0] if running else self.before
@@ -290,7 +306,8 @@ class Verdict:
         writing = self.step["version"] if vm == self.step["vm"] else 0
         steps = (before["dirty"], after["dirty"])
         if state["dirty"] is None:
-            return None in steps
+            # A start is on the disk only when its VM has brought something there.
+            return None in steps or vm in self.fresh
         return is_mixture(state["dirty"], steps, writing)
 
 
@@ -310,33 +327,41 @@ def is_mixture(image, images, version):
 def must_work(scenario, found, only=None):
     """Whatever was left, each volume can be used, and no leftovers stay."""
     wanted = set(scenario.volumes) if only is None else set(only)
-    for vm, state in found.items():
-        volume = scenario.volumes[vm]
-        if volume.snap_on_start or vm not in wanted:
-            continue
-        if state["clean"] is None and state["dirty"] is None:
-            scenario.run(vm, "create")
-        expected = state["dirty"] or state["clean"] or [[0, SECTORS]]
-        _one_session(scenario, vm, expected)
-    for vm in wanted & {"snapshot", "both"}:
-        source = read(scenario.image("template"))
-        _one_session(scenario, vm, found.get(vm, {}).get("dirty") or source)
+    asyncio.run(_use(scenario, found, wanted))
+    asyncio.run(scenario.pool.settled())
     assert scenario.leftovers() == []
 
 
-def _one_session(scenario, vm, expected):
+async def _use(scenario, found, wanted):
+    snapshots = wanted & {"snapshot", "both"}
+    await asyncio.gather(
+        *(_use_saved(scenario, vm, found[vm]) for vm in wanted - snapshots)
+    )
+    source = read(scenario.image("template"))
+    expected = {vm: found.get(vm, {}).get("dirty") or source for vm in snapshots}
+    await asyncio.gather(*(_session(scenario, vm, expected[vm]) for vm in snapshots))
+
+
+async def _use_saved(scenario, vm, state):
+    if state["clean"] is None and state["dirty"] is None:
+        await scenario.volumes[vm].create()
+    expected = state["dirty"] or state["clean"] or [[0, SECTORS]]
+    await _session(scenario, vm, expected)
+
+
+async def _session(scenario, vm, expected):
     volume = scenario.volumes[vm]
-    scenario.run(vm, "start")
+    await volume.start()
     assert read(Path(volume.path)) == expected
     former = read(scenario.image(vm))
     scenario.write(vm, LAST, 0, 16)
-    scenario.run(vm, "stop")
+    await volume.stop()
     if not volume.save_on_stop:
         return
     assert flat(read(scenario.image(vm)))[:16] == [LAST] * 16
     assert len(volume.revisions) <= max(0, volume.revisions_to_keep)
     if volume.revisions_to_keep > 0 and former:
-        scenario.run(vm, "revert")
+        await volume.revert()
         assert read(scenario.image(vm)) == former
 
 
@@ -345,7 +370,11 @@ def survives(crash):
     verdict = Verdict(crash)
     scenario = Scenario(crash.directory)
     if not verdict.begun:
+        scenario.close()
         return
-    found = scenario.observe()
-    verdict.check(found)
-    must_work(scenario, found)
+    try:
+        found = scenario.observe()
+        verdict.check(found)
+        must_work(scenario, found)
+    finally:
+        scenario.close()

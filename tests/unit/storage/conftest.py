@@ -25,10 +25,13 @@ class Shop:
 
     def __init__(self, directory):
         self.directory = directory
+        self.pool = None
         self.pool = self.reopen()
 
     def reopen(self, **options):
         """Open the pool anew, as a process does that knows nothing but the files."""
+        if self.pool is not None:
+            self.run(self.pool.destroy())
         settings = {"name": "plain", "dir_path": self.directory, "setup_check": "no"}
         self.pool = ReflinkPool(**{**settings, **options})
         self.run(self.pool.setup())
@@ -93,6 +96,8 @@ class Shop:
         return b"".join(self.read(files.revision(revision)) for revision in kept)
 
     def tree(self):
+        """Return the files there are once nothing goes on in the background."""
+        self.run(self.pool.settled())
         return {
             str(path.relative_to(self.directory))
             for path in self.directory.rglob("*")

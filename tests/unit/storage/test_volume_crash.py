@@ -48,6 +48,7 @@ class Crash:
         for content in (b"1", b"2"):
             self.shop.session(volume, content)
         self.shop.run(volume.prepare())
+        self.shop.run(self.shop.pool.settled())
         return volume
 
     def _run(self, steps, volume):
@@ -183,7 +184,7 @@ def test_a_commit_that_is_done_twice_makes_one_revision(shop):
     shop.run(volume.create())
     shop.run(volume.start())
     shop.write(volume.path, b"1")
-    volume._history._begin(volume.revisions_to_keep)
+    volume._history._keep_present(volume.revisions_to_keep)
     shop.reopen()
     volume = shop.volume(revisions_to_keep=5)
     assert list(volume.revisions) == []

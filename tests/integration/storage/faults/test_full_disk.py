@@ -101,6 +101,7 @@ def test_no_space_at_each_step(name, directory):
     before = scenario.observe()
     case.act(scenario)
     after = scenario.observe()
+    scenario.close()
     for nth in itertools.count(1):
         assert nth < MOST_CALLS
         scenario = case.prepare(directory / str(nth))
@@ -111,6 +112,7 @@ def test_no_space_at_each_step(name, directory):
         if fault.hit is None:
             assert error is None
             assert found == after
+            scenario.close()
             break
         if error is not None:
             vids = {scenario.volumes[name].vid for name in (vm, "template")}
@@ -120,8 +122,10 @@ def test_no_space_at_each_step(name, directory):
             assert error is not None, f"it claims success in spite of {fault}"
             repeat(case, scenario)
             assert scenario.observe() == after, fault
+        scenario.close()
         reopened = Scenario(scenario.pool.dir_path.parent)
         pool_scenario.must_work(reopened, reopened.observe(), only=[vm])
+        reopened.close()
     assert nth > 1, "nothing was tried"
 
 
