@@ -60,10 +60,25 @@ def directory(request):
 
 
 @pytest.fixture
-def pool(directory):
-    pool = ReflinkPool(name="real", dir_path=directory / "pool")
-    asyncio.run(pool.setup())
-    return pool
+def opened():
+    """Return a function that opens a pool; it is forgotten before its filesystem."""
+    pools = []
+
+    async def open_pool(name, directory, **options):
+        pool = ReflinkPool(name=name, dir_path=directory / "pool", **options)
+        pool.background.idle = 1e9
+        await pool.setup()
+        pools.append(pool)
+        return pool
+
+    yield open_pool
+    for pool in pools:
+        asyncio.run(pool.destroy())
+
+
+@pytest.fixture
+def pool(directory, opened):
+    return asyncio.run(opened("real", directory))
 
 
 async def template_root(pool):
@@ -108,52 +123,52 @@ async def test_only_what_a_vm_writes_stops_being_shared(pool):
 
 @pytest.mark.parametrize("kind", [FilesystemType.BTRFS, FilesystemType.XFS])
 @pytest.mark.asyncio
-async def test_a_vm_loses_nothing_when_the_machine_restarts(kind, run_directory):
+async def test_a_vm_loses_nothing_when_the_machine_restarts(
+    kind, run_directory, opened
+):
     """What a pool holds is the same after unmounting and mounting again."""
     image, place = run_directory / "restart.img", run_directory / "restart"
     with LoopFilesystem(image, place, kind=kind, size=512 * MIB) as filesystem:
-        await _survive_restart(filesystem)
+        root = await _survive_restart(filesystem, opened)
+        await root.pool.destroy()
 
 
-async def _survive_restart(filesystem):
-    async def opened():
-        pool = ReflinkPool(name="real", dir_path=filesystem.mount_point / "pool")
-        await pool.setup()
+async def _survive_restart(filesystem, opened):
+    async def restarted():
+        pool = await opened("real", filesystem.mount_point)
         return pool.init_volume(TEMPLATE, {"name": "root", **SAVED})
 
-    root = await opened()
+    root = await restarted()
     await root.create()
     await root.start()
     fill(root.path)
     await root.stop()
     committed = root.files.clean.read_bytes()
     await root.start()
+    await root.pool.destroy()
     filesystem.remount()
-    root = await opened()
+    root = await restarted()
     assert root.is_dirty()
     assert root.files.clean.read_bytes() == committed
     await root.start()
     assert root.path.read_bytes() == committed
     await root.stop()
+    return root
 
 
 @pytest.mark.parametrize(("kind", "size"), [("btrfs", 128), ("xfs", 300)])
 @pytest.mark.asyncio
-async def test_a_full_pool_refuses_and_keeps_what_it_has(kind, size, small_fs):
+async def test_a_full_pool_refuses_and_keeps_what_it_has(kind, size, small_fs, opened):
     """Importing what does not fit leaves the old image; less of it then fits."""
     directory = small_fs(size * MIB, kind)
-    pool = ReflinkPool(name="small", dir_path=directory / "pool")
-    await pool.setup()
+    pool = await opened("small", directory)
     root = await template_root(pool)
     committed = root.files.clean.read_bytes()
     before = sorted(path.name for path in root.files.directory.iterdir())
     big = directory.parent / "big.img"
     big.touch()
     fill(big, size * MIB)
-    elsewhere = ReflinkPool(
-        name="elsewhere", dir_path=directory.parent / "elsewhere", setup_check="no"
-    )
-    await elsewhere.setup()
+    elsewhere = await opened("elsewhere", directory.parent, setup_check="no")
     source = elsewhere.init_volume(WORK, {"name": "root"})
     source.files.directory.mkdir(parents=True)
     big.rename(source.files.clean)
@@ -171,11 +186,10 @@ async def test_a_full_pool_refuses_and_keeps_what_it_has(kind, size, small_fs):
 
 
 @pytest.mark.asyncio
-async def test_a_pool_full_to_the_brim_can_still_start_and_stop(small_fs):
+async def test_a_pool_full_to_the_brim_can_still_start_and_stop(small_fs, opened):
     """A start on a full filesystem works or fails cleanly, and works later."""
     directory = small_fs(128 * MIB)
-    pool = ReflinkPool(name="small", dir_path=directory / "pool")
-    await pool.setup()
+    pool = await opened("small", directory)
     root = await template_root(pool)
     with pytest.raises(OSError, match="No space"):
         fill_up(directory / "ballast")
@@ -195,27 +209,21 @@ async def test_a_pool_full_to_the_brim_can_still_start_and_stop(small_fs):
 
 @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
 @pytest.mark.asyncio
-async def test_a_filesystem_without_reflinks_is_refused(kind, request):
+async def test_a_filesystem_without_reflinks_is_refused(kind, request, opened):
     """And the message names the way out, which then works."""
     directory = request.getfixturevalue(kind)
-    settings = {"name": "plain", "dir_path": directory / "pool"}
     with pytest.raises(ReflinkNotSupportedError, match="setup_check=no"):
-        await ReflinkPool(**settings).setup()
-    pool = ReflinkPool(**settings, setup_check="no")
-    await pool.setup()
+        await opened("plain", directory)
+    pool = await opened("plain", directory, setup_check="no")
     root = await template_root(pool)
     await root.start()
     assert root.path.read_bytes() == root.files.clean.read_bytes()
+    await pool.destroy()
 
 
 @pytest.mark.asyncio
-async def test_an_import_from_another_filesystem_is_a_sparse_copy(btrfs, xfs):
-    pools = [
-        ReflinkPool(name=name, dir_path=directory / "pool")
-        for name, directory in (("one", btrfs), ("two", xfs))
-    ]
-    for pool in pools:
-        await pool.setup()
+async def test_an_import_from_another_filesystem_is_a_sparse_copy(btrfs, xfs, opened):
+    pools = [await opened("one", btrfs), await opened("two", xfs)]
     source = await template_root(pools[0])
     await source.resize(64 * SIZE)
     clone = pools[1].init_volume(WORK, {"name": "private", **SAVED})
@@ -240,10 +248,9 @@ async def test_a_loop_device_over_a_running_volume_follows_its_size(reflink_pool
 
 
 @pytest.mark.asyncio
-async def test_a_read_only_pool_says_so(small_fs):
+async def test_a_read_only_pool_says_so(small_fs, opened):
     directory = small_fs(128 * MIB)
-    pool = ReflinkPool(name="small", dir_path=directory / "pool")
-    await pool.setup()
+    pool = await opened("small", directory)
     volume = pool.init_volume(WORK, {"name": "private", **SAVED})
     await volume.create()
     run(["mount", "-o", "remount,ro", directory])
@@ -256,7 +263,7 @@ async def test_a_read_only_pool_says_so(small_fs):
 
 @pytest.mark.asyncio
 async def test_a_pool_whose_filesystem_is_absent_writes_nothing_below_it(
-    run_directory,
+    run_directory, opened
 ):
     """An unmounted disk is an error, not a new pool in the mount point."""
     filesystem = LoopFilesystem(
@@ -266,8 +273,7 @@ async def test_a_pool_whose_filesystem_is_absent_writes_nothing_below_it(
         size=128 * MIB,
     )
     with filesystem:
-        pool = ReflinkPool(name="p", dir_path=filesystem.mount_point / "pool")
-        await pool.setup()
+        pool = await opened("p", filesystem.mount_point)
         volume = pool.init_volume(WORK, {"name": "private", **SAVED})
         await volume.create()
     filesystem.mount_point.mkdir()
