@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 #: What ``pytest -p qubes_itests`` loads besides this module.
 pytest_plugins = (
     "qubes_itests.pytest_plugin",
+    "qubes_itests.conformance.options",
     "qubes_itests.fixtures.session",
     "qubes_itests.fixtures.filesystems",
     "qubes_itests.fixtures.pools",
