@@ -15,6 +15,7 @@
           |    +-- QubesVMNotRunningError
           +-- QubesVMNotHaltedError
           +-- QubesVMShutdownTimeoutError
+          +-- QubesVMStorageError       says which volume could not be made
           +-- QubesVMStartError         says which step failed
 """
 
@@ -44,6 +45,7 @@ __all__ = [
     "QubesVMNotStartedError",
     "QubesVMShutdownTimeoutError",
     "QubesVMStartError",
+    "QubesVMStorageError",
     "QubesValueError",
 ]
 
@@ -177,16 +179,34 @@ class QubesVMShutdownTimeoutError(QubesVMError):
         self.timeout = timeout
 
 
+class QubesVMStorageError(QubesVMError):
+    """A volume of the VM could not be made; those made before it are gone again.
+
+    :param vm: the VM.
+    :param volume: the volume, which says in what pool it is.
+    :param reason: what the system said, as in "No space left on device".
+    """
+
+    def __init__(self, vm: Any, volume: Any, reason: str) -> None:
+        super().__init__(
+            vm,
+            f"volume {volume.name} of VM {vm} could not be made in pool"
+            f" {volume.pool}: {reason}",
+        )
+        self.volume = volume
+        self.reason = reason
+
+
 class QubesVMStartError(QubesVMError):
     """The VM did not start; nothing of the attempt is left.
 
     :param vm: the VM.
     :param step: the step that failed, as in "start its storage".
-    :param reason: the error of that step.
+    :param reason: what the step said.
     """
 
-    def __init__(self, vm: Any, step: str, reason: BaseException) -> None:
-        said = str(reason).removeprefix(f"VM {vm}: ")
+    def __init__(self, vm: Any, step: str, reason: str) -> None:
+        said = reason.removeprefix(f"VM {vm}: ")
         super().__init__(vm, f"VM {vm} did not start: it could not {step}: {said}")
         self.step = step
         self.reason = reason

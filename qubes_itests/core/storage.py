@@ -7,7 +7,12 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.core.exc import QubesPoolNotFoundError, QubesValueError
+from qubes_itests.core.exc import (
+    QubesPoolNotFoundError,
+    QubesValueError,
+    QubesVMStorageError,
+)
+from qubes_itests.host.exc import CommandError
 from qubes_itests.host.filesystem import make_ext4
 from qubes_itests.hypervisor.contract import Disk
 from qubes_storage.ficlone import clone_or_copy
@@ -105,7 +110,13 @@ class Storage:
             else:
                 await volume.create()
 
-        await self._all(make, undo=lambda v: v.remove())
+        async def make_or_say(volume: Volume) -> None:
+            try:
+                await make(volume)
+            except (CommandError, OSError) as error:
+                raise QubesVMStorageError(self.vm, volume, _said(error)) from error
+
+        await self._all(make_or_say, undo=lambda v: v.remove())
 
     async def remove(self) -> None:
         """Remove all volumes, each of them even if another cannot be removed."""
@@ -212,6 +223,13 @@ def in_pool(config: Mapping[str, Any], pool: str | None) -> dict[str, Any]:
     if pool is None or config.get("snap_on_start"):
         return dict(config)
     return {**config, "pool": str(pool)}
+
+
+def _said(error: CommandError | OSError) -> str:
+    if isinstance(error, CommandError):
+        # tools warn first and say last what ended them
+        return error.stderr.strip().rpartition("\n")[2] or str(error)
+    return error.strerror or str(error)
 
 
 async def _import(volume: Volume, fill: Callable[[Path], None]) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.agent import GuestAgent
 from qubes_itests.guest.console import console_tail
-from qubes_itests.guest.exc import BootError, GuestGoneError
+from qubes_itests.guest.exc import BootError, GuestGoneError, ProtocolViolation
+from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.hypervisor.exc import SavedStateError
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ _logger = logging.getLogger("qubes_itests.guest")
 
 #: A guest from a saved state that is silent for so long will not speak any more.
 _WARM_TIMEOUT: Final = 10.0
+
+#: Seconds between the end of a connection and that of the guest which caused it.
+_STOP_TIMEOUT: Final = 2.0
+_ENDS: Final = {DomainState.CRASHED: "crashed", DomainState.HALTED: "stopped"}
 
 
 async def boot(
@@ -55,20 +60,12 @@ async def boot(
         async with asyncio.timeout(timeout):
             return await start.run(hypervisor, warm, timeout)
     except BaseException as error:
+        expected = isinstance(error, (HarnessError, TimeoutError, OSError, ValueError))
+        reason = await start.reason(error, timeout) if expected else ""
         console = await start.undo()
-        if isinstance(error, (HarnessError, TimeoutError, OSError, ValueError)):
-            raise BootError(
-                spec.name, start.step, _reason(error, timeout), console
-            ) from error
+        if expected:
+            raise BootError(spec.name, start.step, reason, console) from error
         raise
-
-
-def _reason(error: BaseException, timeout: float) -> str:
-    if isinstance(error, DeadlineError):
-        return f"no {error.waited_for} within {error.timeout:.0f} s"
-    if isinstance(error, TimeoutError):
-        return f"not done within {timeout:.0f} s"
-    return str(error)
 
 
 class _Start:
@@ -107,7 +104,8 @@ class _Start:
         self, domain: Domain, warm: WarmStarts, end: float
     ) -> GuestAgent | None:
         self.step = "find a saved state"
-        state = await warm.state_for(self._spec)
+        # Half of the time: a guest that never speaks is then booted where all can see.
+        state = await warm.state_for(self._spec, _left(end) / 2)
         if state is None:
             return None
         self.step = "start from a saved state"
@@ -140,6 +138,24 @@ class _Start:
             domain, timeout=limit, on_call=self._on_call, log=self._log
         )
         return self._agent
+
+    async def reason(self, error: BaseException, timeout: float) -> str:
+        """Return why it failed, for a sentence that names VM and step."""
+        if isinstance(error, DeadlineError):
+            return f"no {error.waited_for} within {error.timeout:.0f} s"
+        if isinstance(error, TimeoutError):
+            return f"not done within {timeout:.0f} s"
+        if isinstance(error, GuestGoneError):
+            return await self._why_gone(error)
+        return str(error).removeprefix(f"VM {self._spec.name}: ")
+
+    async def _why_gone(self, error: GuestGoneError) -> str:
+        """Tell a guest that ended from a connection that did."""
+        if self._domain is not None and not isinstance(error, ProtocolViolation):
+            with contextlib.suppress(HarnessError):
+                state = await self._domain.wait_stopped(_STOP_TIMEOUT)
+                return f"the guest {_ENDS.get(state, 'stopped')}"
+        return error.reason
 
     async def undo(self) -> str:
         """Undo what was done; return the end of the console."""

@@ -14,12 +14,17 @@ if TYPE_CHECKING:
 
 __all__ = ["console_tail"]
 
-_BYTES: Final = 4096
+_BYTES: Final = 16384
 _LINES: Final = 20
+#: What Linux prints when it gives up; registers and stacks follow.
+_PANIC: Final = "Kernel panic - not syncing"
 
 
 def console_tail(domain: Domain) -> str:
-    """Return the last lines of a domain's console log; empty when there is none."""
+    """Return the last lines of a domain's console log; empty when there is none.
+
+    After a kernel panic those are the lines around its beginning.
+    """
     return _tail(domain.console_log())
 
 
@@ -32,4 +37,12 @@ def _tail(path: Path) -> str:
     except OSError:
         return ""
     text = data.decode(errors="replace").replace("\r\n", "\n")
-    return printable("\n".join(text.splitlines()[-_LINES:])).strip()
+    return printable("\n".join(_telling(text.splitlines()))).strip()
+
+
+def _telling(lines: list[str]) -> list[str]:
+    panics = (number for number, line in enumerate(lines) if _PANIC in line)
+    begin = next(panics, len(lines)) - _LINES // 2
+    last = max(0, len(lines) - _LINES)
+    begin = min(max(0, begin), last)
+    return lines[begin : begin + _LINES]

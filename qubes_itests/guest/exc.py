@@ -104,7 +104,9 @@ class BootError(GuestError):
 
     def __init__(self, vm: str, step: str, reason: str, console: str = "") -> None:
         tail = f"; the end of its console:\n{console}" if console else ""
-        super().__init__(vm, f"could not {step}: {reason}{tail}")
+        #: Reason and console.
+        self.told = f"{reason}{tail}"
+        super().__init__(vm, f"could not {step}: {self.told}")
         self.step = step
         self.reason = reason
         self.console = console

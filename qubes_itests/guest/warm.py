@@ -42,9 +42,10 @@ class WarmStarts:
         self._hypervisor = hypervisor
         self._making: dict[str, asyncio.Future[Path | None]] = {}
 
-    async def state_for(self, spec: DomainSpec) -> Path | None:
+    async def state_for(self, spec: DomainSpec, timeout: float) -> Path | None:
         """Return a state for this kind of VM, made if there is none yet.
 
+        :param timeout: seconds for the making.
         :return: None when the back end has no saved states, or this one could not be
             made; then it is not tried again.
         """
@@ -55,9 +56,15 @@ class WarmStarts:
         if found is not None:
             return found / _FILE
         if key not in self._making:
-            self._making[key] = asyncio.ensure_future(self._make(spec, key))
+            limit = min(timeout, _BOOT_TIMEOUT)
+            self._making[key] = asyncio.ensure_future(self._make(spec, key, limit))
         # several starts may wait for it; one that gives up must not end it
-        return await asyncio.shield(self._making[key])
+        waiting = asyncio.shield(self._making[key])
+        try:
+            return await asyncio.wait_for(waiting, timeout)
+        except TimeoutError:
+            log.warning("no saved state for %s within %.0f s", spec.name, timeout)
+            return None
 
     async def discard(self, spec: DomainSpec) -> None:
         """Throw away a state that turned out not to load; none is made in this run."""
@@ -69,12 +76,12 @@ class WarmStarts:
             self._making[key] = never
             await asyncio.to_thread(self._cache.discard, _KIND, key)
 
-    async def _make(self, spec: DomainSpec, key: str) -> Path | None:
+    async def _make(self, spec: DomainSpec, key: str, limit: float) -> Path | None:
         loop = asyncio.get_running_loop()
 
         def build(place: Path) -> None:
             # in a thread, which holds the lock of this key against other runs
-            making = self._save_stage_one(spec, place / _FILE)
+            making = self._save_stage_one(spec, place / _FILE, limit)
             asyncio.run_coroutine_threadsafe(making, loop).result()
 
         try:
@@ -84,7 +91,9 @@ class WarmStarts:
             return None
         return place / _FILE
 
-    async def _save_stage_one(self, spec: DomainSpec, path: Path) -> None:
+    async def _save_stage_one(
+        self, spec: DomainSpec, path: Path, limit: float
+    ) -> None:
         directory = Path(tempfile.mkdtemp(dir=spec.directory, prefix=""))
         identifier = uuid.uuid4()
         blank = replace(
@@ -98,7 +107,7 @@ class WarmStarts:
         domain = await self._hypervisor.define(blank)
         try:
             await domain.start()
-            agent = await GuestAgent.connect(domain, timeout=_BOOT_TIMEOUT)
+            agent = await GuestAgent.connect(domain, timeout=limit)
             await agent.close()
             await domain.save(path)
         finally:

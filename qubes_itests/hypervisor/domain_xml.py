@@ -185,6 +185,8 @@ def _disk(disk: Disk, *, direct: bool) -> ET.Element:
     driver.set("cache", "none" if direct else "writeback")
     driver.set("discard", "unmap")
     driver.set("detect_zeroes", "unmap")
+    # Else a full disk of the host stops the guest, and nobody is told.
+    driver.set("error_policy", "report")
     _add(element, "source").set("dev" if kind == "block" else "file", str(disk.path))
     _add(element, "target", dev=_target(disk.name), bus="scsi")
     _add(element, "serial", disk.name)

@@ -16,6 +16,7 @@ from qubes_itests.core.exc import (
     QubesVMStartError,
 )
 from qubes_itests.guest.boot import boot
+from qubes_itests.guest.exc import BootError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -308,4 +309,8 @@ class _Step:
         self.vm._power = "Halted"  # noqa: SLF001 - a part of the class above
         await self.vm.fire_event_async("domain-start-failed", reason=str(error))
         if isinstance(error, Exception):
-            raise QubesVMStartError(self.vm, self.name, error) from error
+            step, reason = self.name, str(error)
+            if isinstance(error, BootError):
+                # the steps of a boot say more than that it was one
+                step, reason = error.step, error.told
+            raise QubesVMStartError(self.vm, step, reason) from error

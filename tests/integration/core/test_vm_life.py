@@ -156,7 +156,7 @@ def test_guest_without_agent_fails_the_start_and_leaves_nothing(app, vm, run, ev
     app.warm_starts, saved = None, app.warm_starts
     try:
         with pytest.raises(
-            exc.QubesVMStartError, match=r"(?s)could not boot: .*Kernel panic"
+            exc.QubesVMStartError, match=r"(?s)could not reach its agent: .*Kernel panic"
         ):
             run(vm.start())
     finally:

@@ -173,3 +173,12 @@ def test_the_end_of_a_console_is_short_and_harmless(tmp_path):
     tail = console_tail(Console(path))
     assert len(tail.splitlines()) == 20
     assert "\x1b" not in tail
+
+
+def test_the_end_of_a_console_is_where_a_panic_begins(tmp_path):
+    path = tmp_path / "console"
+    trace = "\n".join(f"register {number}" for number in range(50))
+    path.write_text(f"last words\nKernel panic - not syncing: why\n{trace}\n")
+    lines = console_tail(Console(path)).splitlines()
+    assert lines[:2] == ["last words", "Kernel panic - not syncing: why"]
+    assert len(lines) == 20
