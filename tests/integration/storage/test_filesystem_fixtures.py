@@ -64,15 +64,19 @@ def test_a_filesystem_shares_extents_or_not_as_its_fixture_says(name, shares, re
     assert supports_reflink(request.getfixturevalue(name)) is shares
 
 
-def test_the_pool_is_set_up_for_a_synchronous_test(reflink_pool, btrfs):
-    assert reflink_pool.dir_path.parent == btrfs
-    assert reflink_pool.size > 0
-    asyncio.run(reflink_pool.setup())
+def test_the_pools_are_set_up_for_a_synchronous_test(
+    reflink_pool, btrfs, file_pool, ext4
+):
+    for pool, directory in ((reflink_pool, btrfs), (file_pool, ext4)):
+        assert pool.dir_path.parent == directory
+        assert pool.size > 0
+        asyncio.run(pool.setup())
 
 
 @pytest.mark.asyncio
-async def test_the_pool_is_set_up_for_an_asynchronous_test(reflink_pool):
+async def test_the_pools_are_set_up_for_an_asynchronous_test(reflink_pool, file_pool):
     await reflink_pool.setup()
+    await file_pool.setup()
 
 
 def test_nothing_is_left_of_a_session_with_fixtures(tmp_path):
