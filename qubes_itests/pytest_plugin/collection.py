@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 import types
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from qubes_itests.installed import PROBLEM, named_plugins
+from qubes_itests.report.failures import COMMAND
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -146,5 +148,5 @@ def _meant(word: str, ids: Sequence[str]) -> list[str]:
     hint = f" Did you mean {close[0]}?" if close else ""
     raise pytest.UsageError(
         f"no test's id begins with {word!r}.{hint}"
-        " `python -m qubes_itests list` shows all."
+        f" `{shlex.join([*COMMAND, 'list'])}` shows all."
     )

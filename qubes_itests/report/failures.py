@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shlex
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +23,21 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMAND", "Failure", "cause", "last_run", "load", "show", "state", "store"]
 
+#: Set by the script that sets up and starts: how it was called itself.
+_PROGRAM = "QUBES_ITESTS_PROGRAM"
+
+
+def _command() -> tuple[str, ...]:
+    """Return the words by which this program can be started once more, from here."""
+    if program := os.environ.get(_PROGRAM):
+        return (program,)
+    directory = os.path.dirname(sys.executable)  # noqa: PTH120 - of links as well
+    activated = os.path.dirname(shutil.which("python") or "") == directory  # noqa: PTH120
+    return ("python" if activated else sys.executable, "-m", "qubes_itests")
+
+
 #: How a person starts this program.
-COMMAND = ("python", "-m", "qubes_itests")
+COMMAND = _command()
 
 #: More than these are a flood; `report` shows them all.
 _SHOWN = 5

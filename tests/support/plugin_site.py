@@ -37,7 +37,10 @@ class PluginSite:
         }
         ci = ("GITHUB_ACTIONS", "GITLAB_CI", "CI")
         self.environment = {n: v for n, v in kept.items() if n not in ci}
-        self.environment |= {"PYTHONPATH": str(self.site), **environment}
+        # As after `. .venv/bin/activate`.
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        own = {"PYTHONPATH": str(self.site), "PATH": path}
+        self.environment |= {**own, **environment}
 
     def install(self, name: str, text: str, *groups: str) -> None:
         """Install a module with a `list_tests` as an entry point of the same name."""
