@@ -281,6 +281,8 @@ class ImageContent(Volume):
 
     def _current(self) -> os.stat_result | None:
         with typed_errors(self, "inspect"):
+            if self._keeps_image and not self._is_dirty():
+                return files.stat_image(self.files.clean)
             dirty = files.stat_image(self.files.dirty)
             return dirty or files.stat_image(self.files.clean)
 

@@ -94,7 +94,7 @@ class ImageVolume(ImageContent):
         self._use.refuse_if_importing("start")
         files.make_directories(self.files.directory)
         self._give_up_leftovers()
-        if not self._is_dirty():
+        if not (self.is_read_only or self._is_dirty()):
             files.give_up(self.files.dirty)
         self._use.begin("start")
         try:
@@ -147,9 +147,11 @@ class ImageVolume(ImageContent):
         if self._is_dirty():
             self._sync_dirty()
             self._history.commit(self.files.dirty, self.revisions_to_keep)
-        elif not self.save_on_stop:
+        elif not self._keeps_image:
             self._drop_dirty()
-        elif self._use.started:  # all but the last step of a commit is done
+        elif (
+            self._use.started and self.save_on_stop
+        ):  # all but the last step of a commit is done
             files.fsync(self.files.directory)
         if self.snap_on_start:
             files.give_up(self._origin)

@@ -39,7 +39,7 @@ _REVISION = re.compile(rf"\.(?P<number>[1-9]\d{{0,17}})@(?P<time>{_TIME})\Z", re
 _OLD_REVISION = re.compile(rf"@(?P<time>{_TIME})\Z", re.ASCII)
 _NAME = re.compile(
     rf"(?P<volume>[A-Za-z0-9_][A-Za-z0-9_.+-]*?)(?P<kind>{'|'.join(_SUFFIXES)})?\.img"
-    rf"(?:(?:\.[1-9]\d{{0,17}})?@{_TIME}|(?<=-cow\.img)\.old)?"
+    rf"(?P<former>(?:\.[1-9]\d{{0,17}})?@{_TIME}|(?<=-cow\.img)\.old)?"
     r"(?P<left>~[0-9a-f]{8}(?:\.removed)?)?\Z",
     re.ASCII,
 )
@@ -66,7 +66,7 @@ def parse_name(name: str) -> ParsedName | None:
     if match is None or len(match["volume"]) > _MAX_PART:
         return None
     is_left = bool(match["left"]) or match["kind"] in _LEFT
-    is_image = not is_left and match["kind"] in {None, "-dirty"}
+    is_image = match["kind"] in {None, "-dirty"} and not (is_left or match["former"])
     return ParsedName(match["volume"], is_image, is_left)
 
 

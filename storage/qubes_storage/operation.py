@@ -66,13 +66,16 @@ class Operations:
     ) -> Result:
         """Run a blocking `function` that works on `volume` and reads its source.
 
+        Once begun it is brought to its end: a cancellation counts only afterwards.
+
         :param action: a verb for the error, as in "start".
         :raise VolumeError: of the class that tells what went wrong.
         """
         # The file lock alone would do; this spares threads that only wait.
         turn = self._turns.setdefault(volume.vid, asyncio.Lock())
         async with turn:
-            return await asyncio.to_thread(self._run, volume, action, function)
+            work = asyncio.to_thread(self._run, volume, action, function)
+            return await _to_the_end(asyncio.ensure_future(work))
 
     def _run(
         self, volume: Volume, action: str, function: Callable[[], Result]
@@ -93,6 +96,17 @@ class Operations:
         if not self._directory.is_dir():
             reason = "the pool's directory is absent"
             raise FileNotFoundError(errno.ENOENT, reason, str(self._directory))
+
+
+async def _to_the_end(work: asyncio.Future[Result]) -> Result:
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        # The thread goes on, and who comes next must find its work complete.
+        await asyncio.wait([work])
+        if not work.cancelled():
+            work.exception()  # seen, or asyncio would complain that nobody did
+        raise
 
 
 @contextlib.contextmanager
