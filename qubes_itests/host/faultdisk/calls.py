@@ -12,7 +12,6 @@ import errno
 import fcntl
 import os
 import threading
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -44,16 +43,44 @@ _CALLS: dict[str, tuple[Any, int]] = {
 }
 
 
-@dataclass
 class CallFault:
-    """What became of a fault.
+    """One call that is to fail, and what became of it.
 
-    :param hit: the call that failed, as in "os.link(/a, /b)"; None if none did.
+    :param directory: calls that concern other places are let through and not counted.
+    :param nth: which of the others fails, 1 being the first.
+    :param error: how, as a number of `errno`.
     """
 
-    nth: int
-    hit: str | None = None
-    _left: int = field(default=0, repr=False)
+    def __init__(self, directory: Path, nth: int, error: int) -> None:
+        #: The call that failed, as in "link(/a, /b)"; None if none did.
+        self.hit: str | None = None
+        self._directory = directory
+        self._left = nth
+        self._error = error
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.hit or 'not hit'}>"
+
+    def wrap(self, name: str) -> Callable[..., Any]:
+        """Return a function to be called instead of a call of that name."""
+        module, position = _CALLS[name]
+        call = getattr(module, name)
+
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            if _concerns(self._directory, name, arguments, position):
+                self._count(name, arguments)
+            return call(*arguments, **options)
+
+        return wrapper
+
+    def _count(self, name: str, arguments: tuple[Any, ...]) -> None:
+        with self._lock:
+            self._left -= 1
+            if self._left:
+                return
+            self.hit = f"{name}({', '.join(map(str, arguments))})"
+        raise OSError(self._error, os.strerror(self._error))
 
 
 @contextlib.contextmanager
@@ -67,29 +94,14 @@ def failing_call(
     ioctl.
 
     :param directory: calls that concern other places are let through and not counted.
-    :param nth: which of them fails, 1 being the first.
+    :param nth: which of the others fails, 1 being the first.
     :param error: how, as a number of `errno`.
     """
-    fault = CallFault(nth, _left=nth)
-    lock = threading.Lock()
-
-    def wrap(name: str, call: Callable[..., Any], position: int) -> Callable[..., Any]:
-        def wrapper(*arguments: Any, **options: Any) -> Any:
-            if _concerns(directory, name, arguments, position):
-                with lock:
-                    fault._left -= 1  # noqa: SLF001
-                    strikes = fault._left == 0  # noqa: SLF001
-                if strikes:
-                    fault.hit = f"{name}({', '.join(map(str, arguments))})"
-                    raise OSError(error, os.strerror(error))
-            return call(*arguments, **options)
-
-        return wrapper
-
+    fault = CallFault(directory, nth, error)
     with contextlib.ExitStack() as patches:
-        for name, (module, position) in _CALLS.items():
-            wrapper = wrap(name, getattr(module, name), position)
-            patches.enter_context(mock.patch.object(module, name, wrapper))
+        for name, (module, _) in _CALLS.items():
+            patch = mock.patch.object(module, name, fault.wrap(name))
+            patches.enter_context(patch)
         yield fault
 
 
