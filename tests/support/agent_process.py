@@ -82,7 +82,7 @@ class AgentProcess:
         with ours:
             with theirs:
                 self.process = subprocess.Popen(
-                    [self.program, "--test-fd", str(theirs.fileno())],
+                    [self.program, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     env=self.environment,
                     stderr=subprocess.PIPE,

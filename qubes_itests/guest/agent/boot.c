@@ -18,23 +18,20 @@
 #include <time.h>
 #include <unistd.h>
 
-static void mount_kernel(const char *type, const char *path, const char *options)
+bool mount_kernel(const char *type, const char *path, const char *options)
 {
 	mkdir(path, 0755);
-	if (mount(type, path, type, MS_NOSUID, options) != 0)
-		dprintf(STDERR_FILENO, "agent: %s: %s\n", path, strerror(errno));
+	return mount(type, path, type, MS_NOSUID, options) == 0;
 }
 
-/* One line of /modules: a path, and the module's parameters. */
-static void load_module(char *line)
+/* One line of /modules: a path. */
+static void load_module(const char *path)
 {
-	const char *path = strsep(&line, " ");
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
 
-	if (fd < 0 || syscall(SYS_finit_module, fd, line ? line : "", 0) != 0)
+	if (fd < 0 || syscall(SYS_finit_module, fd, "", 0) != 0)
 		dprintf(STDERR_FILENO, "agent: %s: %s\n", path, strerror(errno));
-	if (fd >= 0)
-		close(fd);
+	close(fd);
 }
 
 static void load_modules(void)
@@ -48,27 +45,19 @@ static void load_modules(void)
 			load_module(line);
 }
 
-static bool is_our_port(const char *device)
-{
-	char path[PATH_LIMIT], name[64];
-
-	snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", device);
-	read_file(path, name, sizeof name);
-	return strcmp(name, PORT_NAME "\n") == 0;
-}
-
 static int find_port(void)
 {
 	DIR *directory = opendir("/sys/class/virtio-ports");
 	const struct dirent *entry;
-	char path[PATH_LIMIT];
+	char path[PATH_LIMIT], name[64];
 	int fd = -1;
 
 	while (directory && fd < 0 && (entry = readdir(directory))) {
-		if (entry->d_name[0] == '.' || !is_our_port(entry->d_name))
-			continue;
+		snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", entry->d_name);
+		read_file(path, name, sizeof name);
 		snprintf(path, sizeof path, "/dev/%s", entry->d_name);
-		fd = open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+		if (strcmp(name, PORT_NAME "\n") == 0)
+			fd = open(path, O_RDWR);
 	}
 	if (directory)
 		closedir(directory);
@@ -78,25 +67,22 @@ static int find_port(void)
 int boot(void)
 {
 	struct sched_param parameter = {0};
+	const struct timespec pause = {.tv_nsec = 10000000};
 	int console, fd;
 
 	mount_kernel("devtmpfs", "/dev", "");
-	console = open("/dev/console", O_RDWR);
+	console = open("/dev/console", O_RDWR | O_CLOEXEC);
 	for (int i = 0; console >= 0 && i < 3; i++)
 		dup2(console, i);
-	if (console > 2)
-		close(console);
 	mount_kernel("proc", "/proc", "");
 	mount_kernel("sysfs", "/sys", "");
 	mount_kernel("tmpfs", "/run", "mode=755");
-	disks_open();
 	load_modules();
-	calls_listen();
 	/* Woken by a command that writes, the agent shall not preempt it at once, but
 	 * find much to send. */
 	sched_setscheduler(0, SCHED_BATCH | SCHED_RESET_ON_FORK, &parameter);
 	while ((fd = find_port()) < 0)
-		disks_wait(1000);
+		nanosleep(&pause, NULL);
 	return fd;
 }
 
@@ -119,24 +105,18 @@ static bool all_ended(int signal_number, int milliseconds)
 	return false;
 }
 
-static void unmount_all(void)
-{
-	sync();
-	umount2("/usr/local", MNT_DETACH);
-	umount2("/home", MNT_DETACH);
-	if (umount("/rw") != 0)
-		mount(NULL, "/rw", NULL, MS_REMOUNT | MS_RDONLY, NULL);
-	mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL);
-	sync();
-}
-
 _Noreturn void power_off(bool reboot_instead)
 {
+	static const char *const mounted[] = {"/usr/local", "/home", "/rw", "/"};
+
 	if (testing)
 		exit(0);
 	if (!all_ended(SIGTERM, 2000))
 		all_ended(SIGKILL, 1000);
-	unmount_all();
+	sync();
+	for (size_t i = 0; i < sizeof mounted / sizeof *mounted; i++)
+		if (umount(mounted[i]) != 0)
+			mount(NULL, mounted[i], NULL, MS_REMOUNT | MS_RDONLY, NULL);
 	reboot(reboot_instead ? RB_AUTOBOOT : RB_POWER_OFF);
 	for (;;)
 		pause();

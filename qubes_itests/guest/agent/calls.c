@@ -1,118 +1,109 @@
 /* The agent's socket in the guest: where qrexec-client-vm asks for calls. */
 #include "agent.h"
 
+#include <fcntl.h>
+#include <pwd.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
-static struct watch listener = {.fd = -1};
-static struct watch clients[STREAMS_MAX]; /* that have not asked yet */
-
-static void refuse(int client, const char *text)
+void tell_client(int status, uint8_t value, const char *text)
 {
-	char message[1 + TEXT_MAX];
-	int length = snprintf(message, sizeof message, "%c%s", REFUSED, text);
+	uint8_t message[1 + TEXT_MAX] = {value};
+	size_t length = strnlen(text, TEXT_MAX);
+	struct buffer buffer = {message, sizeof message, 0, 1 + length};
 
-	send(client, message, (size_t)length, MSG_DONTWAIT | MSG_NOSIGNAL);
-	close(client);
+	memcpy(message + 1, text, length);
+	buffer_write(&buffer, status, sizeof message);
+	close(status);
 }
 
-/* The one message of a client: target and service, and its end of a socketpair. */
-static ssize_t receive_request(int client, char *request, size_t size, int *stdio)
+/* Target and service, and nothing else. */
+static bool request_valid(struct strings strings)
+{
+	bool whole = strings.next < strings.end && strings.end[-1] == '\0';
+	const char *target = whole ? next_string(&strings) : NULL,
+	           *service = whole ? next_string(&strings) : NULL;
+
+	return service && *target && strlen(target) < NAME_LIMIT && *service &&
+	       strlen(service) < NAME_LIMIT && strings.next == strings.end;
+}
+
+/* Pipes or sockets can be waited for, and do not block. */
+static bool fds_valid(const int *fds, size_t count)
+{
+	struct stat status;
+	bool valid = count == CALL_FDS;
+
+	for (size_t i = 0; i < count; i++)
+		valid = valid && fstat(fds[i], &status) == 0 &&
+		        (S_ISFIFO(status.st_mode) || S_ISSOCK(status.st_mode)) &&
+		        fcntl(fds[i], F_SETFL, O_NONBLOCK) == 0;
+	return valid;
+}
+
+/* One datagram: strings, descriptors, and who sent them; the number of descriptors. */
+static size_t receive(int socket, struct iovec *text, int *fds, struct ucred *sender)
 {
 	union {
-		char space[CMSG_SPACE(sizeof(int))];
+		char space[CMSG_SPACE(sizeof *sender) + CMSG_SPACE(CALL_FDS * sizeof *fds)];
 		struct cmsghdr align;
 	} control;
-	struct iovec part = {request, size};
-	struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1,
-	                         .msg_control = &control, .msg_controllen = sizeof control};
-	ssize_t length = recvmsg(client, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-	const struct cmsghdr *header = length > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+	struct msghdr message = {.msg_iov = text, .msg_iovlen = 1, .msg_control = &control,
+	                         .msg_controllen = sizeof control};
+	ssize_t length = recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	size_t size = 0;
 
-	if (header && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS &&
-	    header->cmsg_len == CMSG_LEN(sizeof(int)))
-		memcpy(stdio, CMSG_DATA(header), sizeof(int));
-	return message.msg_flags & MSG_TRUNC ? -1 : length;
-}
-
-static bool request_valid(struct strings strings, int stdio)
-{
-	const char *target, *service;
-	int type = 0;
-	socklen_t size = sizeof type;
-
-	if (strings.next == strings.end || !strings_valid(&strings))
-		return false;
-	target = next_string(&strings);
-	service = next_string(&strings);
-	return service && *target && strlen(target) < NAME_LIMIT && *service &&
-	       strlen(service) < NAME_LIMIT && strings.next == strings.end &&
-	       getsockopt(stdio, SOL_SOCKET, SO_TYPE, &type, &size) == 0 &&
-	       type == SOCK_STREAM;
-}
-
-static void client_ready(struct watch *watch, uint32_t events)
-{
-	struct ucred peer = {0};
-	socklen_t size = sizeof peer;
-	char text[2 * NAME_LIMIT];
-	struct user user;
-	int client = watch->fd, stdio = -1;
-	struct stream *slot = call_slot();
-	struct strings request = {text, text};
-	ssize_t length = receive_request(client, text, sizeof text, &stdio);
-
-	(void)events;
-	watch_events(watch, 0);
-	watch->fd = -1;
-	request.end += length > 0 ? length : 0;
-	getsockopt(client, SOL_SOCKET, SO_PEERCRED, &peer, &size);
-	if (!request_valid(request, stdio) || !find_user(NULL, peer.uid, &user) ||
-	    strlen(user.name) >= NAME_LIMIT)
-		refuse(client, "the request is not valid");
-	else if (!connected || !slot)
-		refuse(client, connected ? "too many calls at once" : "no host is connected");
-	else {
-		call_start(slot, client, stdio, request, user.name);
-		return;
+	if (length < 0)
+		return 0;
+	text->iov_len = message.msg_flags & (MSG_TRUNC | MSG_CTRUNC) ? 0 : (size_t)length;
+	for (struct cmsghdr *part = CMSG_FIRSTHDR(&message); part;
+	     part = CMSG_NXTHDR(&message, part)) {
+		if (part->cmsg_type == SCM_CREDENTIALS)
+			memcpy(sender, CMSG_DATA(part), sizeof *sender);
+		if (part->cmsg_type != SCM_RIGHTS)
+			continue;
+		size = part->cmsg_len - CMSG_LEN(0);
+		memcpy(fds, CMSG_DATA(part), size);
 	}
-	if (stdio >= 0)
-		close(stdio);
+	return size / sizeof *fds;
 }
 
-static void listener_ready(struct watch *watch, uint32_t events)
+void calls_ready(int socket)
 {
-	int client = accept4(watch->fd, NULL, NULL, SOCK_CLOEXEC);
+	char text[2 * NAME_LIMIT];
+	struct iovec part = {text, sizeof text};
+	struct ucred sender = {.uid = (uid_t)-1};
+	int fds[CALL_FDS + 1]; /* alignment may leave space for one more */
+	size_t count = receive(socket, &part, fds, &sender);
+	struct strings request = {text, text + part.iov_len};
+	struct passwd *user = count ? find_user(NULL, sender.uid) : NULL;
+	const char *problem = "the request is not valid";
 
-	(void)events;
-	if (client < 0)
-		return;
-	for (size_t i = 0; i < STREAMS_MAX; i++)
-		if (clients[i].fd < 0) {
-			watch_open(&clients[i], client, EPOLLIN, client_ready);
-			return;
-		}
-	refuse(client, "too many clients at once");
+	if (user && strlen(user->pw_name) < NAME_LIMIT && fds_valid(fds, count) &&
+	    request_valid(request))
+		problem = call_open(request, user->pw_name, fds);
+	if (problem && count == CALL_FDS)
+		tell_client(fds[--count], REFUSED, problem);
+	while (problem && count > 0)
+		close(fds[--count]);
 }
 
-void calls_listen(void)
+int calls_listen(void)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
-	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), on = 1;
 
 	mkdir(in_root("/run"), 0755);
 	mkdir(in_root("/run/qubes"), 0755);
 	snprintf(address.sun_path, sizeof address.sun_path, "%s", in_root(SOCKET_PATH));
 	unlink(address.sun_path);
-	if (bind(fd, (struct sockaddr *)&address, sizeof address) != 0 ||
-	    chmod(address.sun_path, 0666) != 0 || listen(fd, STREAMS_MAX) != 0)
+	if (setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &on, sizeof on) != 0 ||
+	    bind(fd, (struct sockaddr *)&address, sizeof address) != 0 ||
+	    chmod(address.sun_path, 0666) != 0)
 		die(SOCKET_PATH);
-	for (size_t i = 0; i < STREAMS_MAX; i++)
-		clients[i].fd = -1;
-	watch_open(&listener, fd, EPOLLIN, listener_ready);
+	return fd;
 }

@@ -1,12 +1,13 @@
 /* Stage two: the VM gets its identity, and its root becomes ours. */
 #include "agent.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <ftw.h>
 #include <linux/fs.h>
 #include <linux/random.h>
 #include <net/if.h>
+#include <pwd.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,51 +22,50 @@
 #define NEW_ROOT "/sysroot"
 #define EXT4_RESIZE _IOW('f', 16, uint64_t)
 
-struct identity {
-	const char *name, *time, *seed, *root, *private_disk, *volatile_disk, *root_mode,
-		*user, *deadline;
-	struct strings all;
-};
+enum { DEADLINE = 10 };
 
-/* What went wrong, for FAILED; with errno when it is not 0. */
+/* What went wrong, for FAILED. */
 static char problem[TEXT_MAX];
 
-static bool failed(const char *what, int error)
+static bool failed(const char *what)
 {
-	snprintf(problem, sizeof problem, "%s%s%s", what, error ? ": " : "",
-	         error ? strerror(error) : "");
+	snprintf(problem, sizeof problem, "%s: %s", what, strerror(errno));
 	return false;
 }
 
-static bool parse(struct strings request, struct identity *identity)
+static bool refused(const char *what)
 {
-	const struct {
-		const char *key;
-		const char **value;
-	} keys[] = {
-		{"name=", &identity->name}, {"time=", &identity->time},
-		{"seed=", &identity->seed}, {"root=", &identity->root},
-		{"private=", &identity->private_disk},
-		{"volatile=", &identity->volatile_disk},
-		{"root-mode=", &identity->root_mode}, {"default-user=", &identity->user},
-		{"deadline=", &identity->deadline},
-	};
+	snprintf(problem, sizeof problem, "%s", what);
+	return false;
+}
+
+/* The value of a key of ENTER, or NULL. */
+static const char *value_of(struct strings identity, const char *key)
+{
+	size_t length = strlen(key);
 	const char *entry;
 
-	identity->all = request;
-	while ((entry = next_string(&request))) {
-		size_t i = 0, count = sizeof keys / sizeof *keys;
+	while ((entry = next_string(&identity)))
+		if (strncmp(entry, key, length) == 0 && entry[length] == '=')
+			return entry + length + 1;
+	return NULL;
+}
 
-		if (strncmp(entry, "db:", 3) == 0 || strncmp(entry, "service:", 8) == 0)
-			continue;
-		while (i < count && strncmp(entry, keys[i].key, strlen(keys[i].key)) != 0)
-			i++;
-		if (i == count || *keys[i].value)
-			return failed(i == count ? "an unknown key" : "a key is there twice", 0);
-		*keys[i].value = entry + strlen(keys[i].key);
+static bool known(struct strings identity)
+{
+	static const char keys[] = "|name|time|seed|root|private|volatile|root-mode"
+	                           "|default-user|deadline|";
+	const char *entry;
+	char key[32];
+
+	while ((entry = next_string(&identity))) {
+		snprintf(key, sizeof key, "|%.*s|", (int)strcspn(entry, "="), entry);
+		if (!strchr(entry, '='))
+			return refused("an entry without =");
+		if (strncmp(entry, "db:", 3) != 0 && strncmp(entry, "service:", 8) != 0 &&
+		    !strstr(keys, key))
+			return refused("an unknown key");
 	}
-	if (!identity->name || !identity->root || strchr(identity->name, '/'))
-		return failed("name and root are needed", 0);
 	return true;
 }
 
@@ -78,19 +78,13 @@ static bool set_seed(const char *hex)
 	int fd = open("/dev/urandom", O_RDWR | O_CLOEXEC);
 	bool done;
 
-	for (size_t i = 0; i < 64; i++) {
-		unsigned int byte;
-
-		if (strlen(hex) != 128 || sscanf(hex + 2 * i, "%2x", &byte) != 1)
-			return failed("a bad seed", 0);
-		((uint8_t *)pool.info.buf)[i] = (uint8_t)byte;
-	}
-	done = fd >= 0 && ioctl(fd, RNDADDENTROPY, &pool) == 0 && ioctl(fd, RNDRESEEDCRNG) == 0;
-	if (!done)
-		failed("the random pool", errno);
-	if (fd >= 0)
-		close(fd);
-	return done;
+	for (int i = 0; i < 64; i++)
+		if (strlen(hex) != 128 ||
+		    sscanf(hex + 2 * i, "%2hhx", (uint8_t *)pool.info.buf + i) != 1)
+			return refused("a bad seed");
+	done = ioctl(fd, RNDADDENTROPY, &pool) == 0 && ioctl(fd, RNDRESEEDCRNG) == 0;
+	close(fd);
+	return done || failed("the random pool");
 }
 
 static bool set_clock(const char *nanoseconds)
@@ -99,29 +93,10 @@ static bool set_clock(const char *nanoseconds)
 	struct timespec now = {.tv_sec = (time_t)(value / 1000000000u),
 	                       .tv_nsec = (long)(value % 1000000000u)};
 
-	return clock_settime(CLOCK_REALTIME, &now) == 0 || failed("the clock", errno);
+	return clock_settime(CLOCK_REALTIME, &now) == 0 || failed("the clock");
 }
 
-static void loopback_up(void)
-{
-	struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING};
-	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-
-	if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &request) != 0)
-		send_text(LOG, "loopback: %s", strerror(errno));
-	if (fd >= 0)
-		close(fd);
-}
-
-static double seconds(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
-}
-
-static const char *device_path(const char *disk)
+static const char *device(const char *disk)
 {
 	static char path[32];
 
@@ -129,42 +104,21 @@ static const char *device_path(const char *disk)
 	return path;
 }
 
-/* A disk has its name a moment before it can be opened. */
-static bool usable(const char *disk)
+static bool wait_for_disks(struct strings identity)
 {
-	int fd = open(device_path(disk), O_RDONLY | O_CLOEXEC);
+	static const char *const keys[] = {"root", "private", "volatile"};
+	const char *deadline = value_of(identity, "deadline");
+	int milliseconds = 1000 * (deadline ? atoi(deadline) : DEADLINE);
 
-	if (fd >= 0)
-		close(fd);
-	return fd >= 0;
-}
+	for (size_t i = 0; i < 3; i++) {
+		const char *disk = value_of(identity, keys[i]);
+		char text[64];
 
-static bool wait_for_disks(const struct identity *identity)
-{
-	const char *disks[3] = {identity->root, identity->private_disk,
-	                        identity->volatile_disk};
-	double end = seconds() + (identity->deadline ? strtod(identity->deadline, NULL) : 10);
-	char text[64];
-
-	disks_scan();
-	for (int i = 0; i < 3; i++)
-		while (disks[i] && !usable(disks[i])) {
-			double left = end - seconds();
-
-			if (left <= 0) {
-				snprintf(text, sizeof text, "no disk %.16s", disks[i]);
-				return failed(text, ETIMEDOUT);
-			}
-			if (!disks_wait(left < 0.1 ? 10 : 100))
-				disks_scan();
-		}
+		snprintf(text, sizeof text, "no disk %.16s", disk ? disk : "");
+		if (disk && !disk_wait(device(disk), milliseconds))
+			return refused(text);
+	}
 	return true;
-}
-
-static bool mount_disk(const char *disk, const char *path, unsigned long flags)
-{
-	return mount(device_path(disk), path, "ext4", flags, "") == 0 ||
-	       failed(device_path(disk), errno);
 }
 
 /* The filesystem grows to its disk, as the volume may have been resized. */
@@ -172,120 +126,37 @@ static void grow(const char *disk, const char *path)
 {
 	uint32_t super[8] = {0}; /* blocks in word 1, their size in word 6 */
 	uint64_t size = 0, blocks;
-	int fd = open(device_path(disk), O_RDONLY | O_CLOEXEC);
+	int fd = open(device(disk), O_RDONLY | O_CLOEXEC);
 	int mounted = open(path, O_RDONLY | O_CLOEXEC);
 
-	if (fd >= 0 && mounted >= 0 && ioctl(fd, BLKGETSIZE64, &size) == 0 &&
-	    pread(fd, super, sizeof super, 1024) == sizeof super) {
+	ioctl(fd, BLKGETSIZE64, &size);
+	if (pread(fd, super, sizeof super, 1024) == sizeof super) {
 		blocks = size >> (10 + (super[6] & 7));
 		if (blocks > super[1] && ioctl(mounted, EXT4_RESIZE, &blocks) != 0)
 			send_text(LOG, "%s does not grow: %s", path, strerror(errno));
 	}
-	if (fd >= 0)
-		close(fd);
-	if (mounted >= 0)
-		close(mounted);
+	close(fd);
+	close(mounted);
 }
 
-static void own_directory(const char *path, const struct user *user, mode_t mode)
+static bool mount_disk(const char *disk, const char *path, unsigned long flags)
 {
-	if (mkdir(path, mode) == 0 && user && chown(path, user->uid, user->gid) != 0)
-		send_text(LOG, "%s: %s", path, strerror(errno));
+	if (mount(device(disk), path, "ext4", flags, "") != 0)
+		return failed(device(disk));
+	if (!(flags & MS_RDONLY))
+		grow(disk, path);
+	return true;
 }
 
-static bool bind_mount(const char *from, const char *to)
+/* Gives the memory of the initramfs back. */
+static int remove_one(const char *path, const struct stat *status, int type,
+                      struct FTW *place)
 {
-	return mount(from, to, NULL, MS_BIND, NULL) == 0 || failed(to, errno);
-}
-
-static bool mount_private(const char *disk)
-{
-	struct user user;
-
-	if (!mount_disk(disk, NEW_ROOT "/rw", MS_NOSUID | MS_NODEV))
-		return false;
-	grow(disk, NEW_ROOT "/rw");
-	root_prefix = NEW_ROOT;
-	own_directory(NEW_ROOT "/rw/config", NULL, 0755);
-	own_directory(NEW_ROOT "/rw/home", NULL, 0755);
-	own_directory(NEW_ROOT "/rw/usrlocal", NULL, 0755);
-	for (int i = 0; i < 2; i++) {
-		char path[PATH_LIMIT + 32];
-
-		if (!find_user(i ? "user" : default_user, 0, &user) ||
-		    strncmp(user.home, "/home/", 6) != 0)
-			continue;
-		snprintf(path, sizeof path, NEW_ROOT "/rw%s", user.home);
-		own_directory(path, &user, 0700);
-	}
-	root_prefix = "";
-	return bind_mount(NEW_ROOT "/rw/home", NEW_ROOT "/home") &&
-	       bind_mount(NEW_ROOT "/rw/usrlocal", NEW_ROOT "/usr/local");
-}
-
-/* A swap area of version 1 that covers the disk. */
-static bool swap_on(const char *disk)
-{
-	struct {
-		char boot[1024];
-		uint32_t version, last_page, bad_pages;
-		char rest[4096 - 1024 - 12 - 10], magic[10];
-	} header = {.version = 1};
-	uint64_t size = 0;
-	int fd = open(device_path(disk), O_RDWR | O_CLOEXEC);
-	bool done;
-
-	_Static_assert(sizeof header == 4096, "one page");
-	memcpy(header.magic, "SWAPSPACE2", 10);
-	done = fd >= 0 && ioctl(fd, BLKGETSIZE64, &size) == 0;
-	header.last_page = (uint32_t)(size / 4096 - 1);
-	done = done && write(fd, &header, sizeof header) == sizeof header;
-	if (!done || swapon(device_path(disk), 0) != 0)
-		failed(device_path(disk), errno);
-	if (fd >= 0)
-		close(fd);
-	return *problem == '\0';
-}
-
-/* Give the memory of the initramfs back; it is the filesystem of `device`. */
-static void remove_tree(int parent, const char *name, dev_t device)
-{
-	int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-	DIR *directory = fd < 0 ? NULL : fdopendir(fd);
-	const struct dirent *entry;
-	struct stat status;
-
-	while (directory && fstat(fd, &status) == 0 && status.st_dev == device &&
-	       (entry = readdir(directory))) {
-		if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
-			continue;
-		if (unlinkat(fd, entry->d_name, 0) == 0)
-			continue;
-		remove_tree(fd, entry->d_name, device);
-		unlinkat(fd, entry->d_name, AT_REMOVEDIR);
-	}
-	if (directory)
-		closedir(directory);
-}
-
-static bool mount_root(const struct identity *identity)
-{
-	bool read_only = identity->root_mode && strcmp(identity->root_mode, "ro") == 0;
-
-	mkdir(NEW_ROOT, 0755);
-	if (!mount_disk(identity->root, NEW_ROOT, read_only ? MS_RDONLY : 0))
-		return false;
-	if (!read_only)
-		grow(identity->root, NEW_ROOT);
-	return !identity->private_disk || mount_private(identity->private_disk);
-}
-
-static void unmount_root(void)
-{
-	umount2(NEW_ROOT "/usr/local", MNT_DETACH);
-	umount2(NEW_ROOT "/home", MNT_DETACH);
-	umount2(NEW_ROOT "/rw", MNT_DETACH);
-	umount2(NEW_ROOT, MNT_DETACH);
+	(void)status;
+	(void)type;
+	(void)place;
+	remove(path);
+	return 0;
 }
 
 static bool switch_root(void)
@@ -299,107 +170,150 @@ static bool switch_root(void)
 		snprintf(path, sizeof path, NEW_ROOT "%s", moved[i % 4]);
 		if (i < 4 ? stat(path, &status) != 0
 		          : mount(moved[i % 4], path, NULL, MS_MOVE, NULL) != 0)
-			return failed(path, errno);
+			return failed(path);
 	}
-	if (stat("/", &status) == 0)
-		remove_tree(AT_FDCWD, "/", status.st_dev);
+	nftw("/", remove_one, 16, FTW_DEPTH | FTW_MOUNT | FTW_PHYS);
 	if (chdir(NEW_ROOT) != 0 || mount(".", "/", NULL, MS_MOVE, NULL) != 0 ||
 	    chroot(".") != 0 || chdir("/") != 0)
-		return failed("the new root", errno);
+		return failed("the new root");
 	return true;
+}
+
+static bool mount_root(struct strings identity)
+{
+	const char *mode = value_of(identity, "root-mode"), *root = value_of(identity, "root");
+
+	mkdir(NEW_ROOT, 0755);
+	if (!mount_disk(root, NEW_ROOT, mode && strcmp(mode, "ro") == 0 ? MS_RDONLY : 0))
+		return false;
+	if (switch_root())
+		return true;
+	umount2(NEW_ROOT, MNT_DETACH);
+	return false;
+}
+
+static void make_homes(void)
+{
+	FILE *file = fopen("/etc/passwd", "re");
+	const struct passwd *user;
+	char path[PATH_LIMIT];
+
+	while (file && (user = fgetpwent(file))) {
+		snprintf(path, sizeof path, "/rw%s", user->pw_dir);
+		if (strncmp(path, "/rw/home/", 9) == 0 && mkdir(path, 0700) == 0 &&
+		    chown(path, user->pw_uid, user->pw_gid) != 0)
+			send_text(LOG, "%s: %s", path, strerror(errno));
+	}
+	if (file)
+		fclose(file);
+}
+
+static bool mount_private(const char *disk)
+{
+	if (!mount_disk(disk, "/rw", MS_NOSUID | MS_NODEV))
+		return false;
+	mkdir("/rw/config", 0755);
+	mkdir("/rw/home", 0755);
+	mkdir("/rw/usrlocal", 0755);
+	make_homes();
+	return (mount("/rw/home", "/home", NULL, MS_BIND, NULL) == 0 &&
+	        mount("/rw/usrlocal", "/usr/local", NULL, MS_BIND, NULL) == 0) ||
+	       failed("/rw");
+}
+
+/* A swap area of version 1 that covers the disk. */
+static bool swap_on(const char *disk)
+{
+	uint64_t size = 0;
+	uint32_t header[3] = {1, 0, 0}; /* version, last page, bad pages */
+	int fd = open(device(disk), O_RDWR | O_CLOEXEC);
+	bool done = ioctl(fd, BLKGETSIZE64, &size) == 0;
+
+	header[1] = (uint32_t)(size / 4096 - 1);
+	done = done && pwrite(fd, header, sizeof header, 1024) == sizeof header &&
+	       pwrite(fd, "SWAPSPACE2", 10, 4086) == 10 && swapon(device(disk), 0) == 0;
+	close(fd);
+	return done || failed(device(disk));
 }
 
 static void mount_rest(void)
 {
-	mkdir("/dev/pts", 0755);
-	mkdir("/dev/shm", 01777);
-	mount("devpts", "/dev/pts", "devpts", MS_NOSUID, "mode=620,ptmxmode=666");
-	mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
-	mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
-	if (symlink("/proc/self/fd", "/dev/fd") == 0) {
-		symlink("/proc/self/fd/0", "/dev/stdin");
-		symlink("/proc/self/fd/1", "/dev/stdout");
-		symlink("/proc/self/fd/2", "/dev/stderr");
-	}
+	static const char *const links[][2] = {
+		{"/proc/self/fd", "/dev/fd"}, {"/proc/self/fd/0", "/dev/stdin"},
+		{"/proc/self/fd/1", "/dev/stdout"}, {"/proc/self/fd/2", "/dev/stderr"}};
+
+	mount_kernel("devpts", "/dev/pts", "mode=620,ptmxmode=666");
+	mount_kernel("tmpfs", "/dev/shm", "mode=1777");
+	mount_kernel("tmpfs", "/tmp", "mode=1777");
+	for (size_t i = 0; i < sizeof links / sizeof *links; i++)
+		if (symlink(links[i][0], links[i][1]) != 0)
+			send_text(LOG, "%s: %s", links[i][1], strerror(errno));
+}
+
+static void loopback_up(void)
+{
+	struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING};
+	int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+
+	if (ioctl(fd, SIOCSIFFLAGS, &request) != 0)
+		send_text(LOG, "loopback: %s", strerror(errno));
+	close(fd);
 }
 
 static void make_service(const char *name, size_t length)
 {
 	char path[PATH_LIMIT];
-	int fd;
 
 	if (length == 0 || length >= NAME_LIMIT || *name == '.' || memchr(name, '/', length))
 		return;
 	snprintf(path, sizeof path, "/run/qubes-service/%.*s", (int)length, name);
-	fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
-	if (fd >= 0)
-		close(fd);
+	close(open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0644));
 }
 
-static bool set_entries(const struct identity *identity)
+static bool set_entries(struct strings identity)
 {
-	struct strings all = identity->all;
-	const char *entry;
+	const char *name = value_of(identity, "name"), *entry;
 	char path[NAME_LIMIT];
 
 	mkdir("/run/qubes-service", 0755);
-	if (!db_set("/name", identity->name))
-		return failed("the database", 0);
-	while ((entry = next_string(&all))) {
-		const char *value = strchr(entry, '=');
+	if (!db_set("/name", name) || sethostname(name, strlen(name)) != 0)
+		return failed("the name");
+	while ((entry = next_string(&identity))) {
+		int length = (int)strcspn(entry, "=");
 
 		if (strncmp(entry, "service:", 8) == 0)
-			make_service(entry + 8, strcspn(entry + 8, "="));
+			make_service(entry + 8, (size_t)length - 8);
 		if (strncmp(entry, "db:", 3) != 0)
 			continue;
-		snprintf(path, sizeof path, "%.*s", (int)(value - entry - 3), entry + 3);
-		if (!db_set(path, value + 1))
-			return failed("the database takes no such entry, or is full", 0);
+		snprintf(path, sizeof path, "%.*s", length - 3, entry + 3);
+		if (!db_set(path, entry + length + 1))
+			return refused("the database takes no such entry");
 	}
-	return db_publish() || failed(DB_PATH, errno);
-}
-
-static bool entries_valid(struct strings all)
-{
-	const char *entry;
-
-	while ((entry = next_string(&all)))
-		if (!strchr(entry, '='))
-			return failed("an entry without =", 0);
 	return true;
 }
 
-void enter(struct strings request)
+const char *enter(struct strings identity)
 {
-	struct identity identity = {0};
 	static bool entered;
+	const char *seed = value_of(identity, "seed"), *now = value_of(identity, "time"),
+	           *private = value_of(identity, "private"),
+	           *swap = value_of(identity, "volatile"),
+	           *user = value_of(identity, "default-user");
 
-	*problem = '\0';
-	if (testing || entered) {
-		send_text(FAILED, "there is no stage two %s", testing ? "here" : "but one");
-		return;
-	}
-	if (!entries_valid(request) || !parse(request, &identity) ||
-	    (identity.seed && !set_seed(identity.seed)) ||
-	    (identity.time && !set_clock(identity.time)) || !wait_for_disks(&identity)) {
-		send_text(FAILED, "%s", problem);
-		return;
-	}
-	if (identity.user)
-		snprintf(default_user, sizeof default_user, "%s", identity.user);
-	if (!mount_root(&identity) || !switch_root()) {
-		unmount_root();
-		send_text(FAILED, "%s", problem);
-		return;
-	}
+	if (entered)
+		return "there is no stage two but one";
+	if (!value_of(identity, "name") || !value_of(identity, "root"))
+		return "name and root are needed";
+	if (!known(identity) || (seed && !set_seed(seed)) || (now && !set_clock(now)) ||
+	    !wait_for_disks(identity) || !mount_root(identity))
+		return problem;
 	entered = true;
+	if (user)
+		snprintf(default_user, sizeof default_user, "%s", user);
 	mount_rest();
 	loopback_up();
-	if (sethostname(identity.name, strlen(identity.name)) != 0)
-		failed("the host name", errno);
-	if (!set_entries(&identity) ||
-	    (identity.volatile_disk && !swap_on(identity.volatile_disk)))
-		send_text(FAILED, "%s", problem);
-	else
-		send_frame(DONE, 0, 0, NULL, 0);
+	if ((private && !mount_private(private)) || !set_entries(identity) ||
+	    (swap && !swap_on(swap)))
+		return problem;
+	return NULL;
 }

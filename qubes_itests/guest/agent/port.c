@@ -1,274 +1,299 @@
-/* The port: frames from the host are taken apart here, those to it collected. */
+/* The port, and the loop: frames from the host are taken apart, those to it collected. */
 #include "agent.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
+#include <sys/signalfd.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
-enum { INPUT = 131072, OUTPUT = 262144, WRITE_MAX = HEADER_SIZE + PAYLOAD_MAX };
+enum { INPUT = 131072, OUTPUT = 262144, PAGE = 4096, WRITE_MAX = HEADER_SIZE + PAYLOAD_MAX };
 
+static uint8_t input[INPUT], output[OUTPUT];
 static struct {
-	int fd;
-	size_t in_start, in_end, out_start, out_end;
-	struct frame data;   /* the DATA that is only partly here, */
-	size_t data_left;    /* and what is missing of it */
-	bool broken;         /* all input is dropped until the host disconnects */
-	uint8_t in[INPUT], out[OUTPUT];
-} port;
-bool testing, connected;
+	int fd, edges;
+	bool readable;
+	bool connected; /* HELLO came */
+	bool answered;  /* and something was written since: the driver knows of the host */
+	struct buffer in, out;
+} port = {.in = {.bytes = input, .size = INPUT}, .out = {.bytes = output, .size = OUTPUT}};
 
-_Noreturn void die(const char *what)
+bool port_connected(void)
 {
-	dprintf(STDERR_FILENO, "agent: %s: %s\n", what, strerror(errno));
-	if (testing)
-		exit(1);
-	power_off(false);
+	return port.connected;
 }
 
-const char *next_string(struct strings *strings)
+static void port_flush(void)
 {
-	const char *string = strings->next;
+	size_t start = port.out.start;
 
-	if (string == strings->end)
-		return NULL;
-	strings->next += strlen(string) + 1;
-	return string;
-}
-
-bool strings_valid(const struct strings *strings)
-{
-	return strings->next == strings->end || strings->end[-1] == '\0';
-}
-
-void port_open(int fd)
-{
-	/* A blocking write would spin in the driver until the host has taken it. */
-	if (fcntl(fd, F_SETFL, O_NONBLOCK) != 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) != 0)
-		die("the port");
-	port.fd = fd;
-}
-
-void port_disconnected(void)
-{
-	if (testing)
-		exit(port.broken);
-	port.in_start = port.in_end = port.out_start = port.out_end = port.data_left = 0;
-	port.broken = connected = false;
-	streams_reset();
-}
-
-void port_flush(void)
-{
-	while (port.out_start < port.out_end) {
-		size_t length = port.out_end - port.out_start;
-		ssize_t done = write(port.fd, port.out + port.out_start,
-		                     length < WRITE_MAX ? length : WRITE_MAX);
-
-		if (done <= 0)
-			break;
-		port.out_start += (size_t)done;
-	}
-	if (port.out_start == port.out_end)
-		port.out_start = port.out_end = 0;
+	/* Bound by what the driver takes at once. */
+	buffer_write(&port.out, port.fd, WRITE_MAX);
+	port.answered = port.answered || port.out.start > start;
 }
 
 bool port_room(void)
 {
-	if (port.out_end + 2 * WRITE_MAX <= OUTPUT)
-		return true;
-	port_flush();
-	if (port.out_start > OUTPUT / 2) {
-		memmove(port.out, port.out + port.out_start, port.out_end - port.out_start);
-		port.out_end -= port.out_start;
-		port.out_start = 0;
-	}
-	return port.out_end + 2 * WRITE_MAX <= OUTPUT;
+	if (!buffer_room(&port.out, 2 * WRITE_MAX))
+		port_flush();
+	return buffer_room(&port.out, 2 * WRITE_MAX);
 }
 
 uint8_t *port_payload(void)
 {
-	return port.out + port.out_end + HEADER_SIZE;
+	return port.out.bytes + port.out.end + HEADER_SIZE;
 }
 
 void send_frame(enum frame_type type, uint8_t channel, uint32_t stream,
                 const void *payload, size_t length)
 {
 	struct frame frame = {(uint8_t)type, channel, (uint16_t)length, stream};
+	uint8_t *place = buffer_room(&port.out, HEADER_SIZE + length);
 
-	if (port.out_end + HEADER_SIZE + length > OUTPUT) {
+	if (!place) {
 		errno = ENOBUFS;
 		die("output");
 	}
-	memcpy(port.out + port.out_end, &frame, HEADER_SIZE);
-	if (length && payload != port_payload())
-		memcpy(port_payload(), payload, length);
-	port.out_end += HEADER_SIZE + length;
-	if (port.out_end - port.out_start >= WRITE_MAX)
+	memcpy(place, &frame, HEADER_SIZE);
+	if (length && payload != place + HEADER_SIZE)
+		memcpy(place + HEADER_SIZE, payload, length);
+	port.out.end += HEADER_SIZE + length;
+	if (port.out.end - port.out.start >= WRITE_MAX)
 		port_flush();
-}
-
-void send_exit(uint32_t stream, enum exit_kind kind, int value, const char *text)
-{
-	char payload[2 + TEXT_MAX] = {(char)kind, (char)value};
-	size_t length = strnlen(text, TEXT_MAX);
-
-	memcpy(payload + 2, text, length);
-	send_frame(EXIT, 0, stream, payload, 2 + length);
 }
 
 void send_text(enum frame_type type, const char *format, ...)
 {
-	char text[1025];
+	char text[2 * TEXT_MAX + 1];
 	va_list arguments;
 
 	va_start(arguments, format);
 	vsnprintf(text, sizeof text, format, arguments);
 	va_end(arguments);
-	if (connected)
+	if (port.connected)
 		send_frame(type, 0, 0, text, strlen(text));
 }
 
-static const char *hello(const struct frame *frame, const uint8_t *payload)
+static void disconnect(void)
 {
-	uint16_t version = PROTOCOL_VERSION;
-	uint8_t answer[18];
-
-	if (frame->length != sizeof answer)
-		return "HELLO of a wrong length";
+	port.connected = port.answered = false;
+	port.in.start = port.in.end = port.out.start = port.out.end = 0;
 	streams_reset();
-	connected = true;
-	memcpy(answer, &version, 2);
-	memcpy(answer + 2, payload + 2, 16);
-	send_frame(READY, 0, 0, answer, sizeof answer);
-	return NULL;
 }
 
-static void db_request(const char *path, const char *value)
+static void hello(const uint8_t *nonce)
 {
-	if (!path || !db_set(path, value))
-		send_text(FAILED, "the database takes no such entry, or is full");
-	else if (!db_publish())
-		send_text(FAILED, "%s: %s", DB_PATH, strerror(errno));
+	uint8_t answer[18] = {PROTOCOL_VERSION};
+
+	streams_reset();
+	/* What is left was for another host. */
+	port.out.start = port.out.end = 0;
+	port.answered = false;
+	port.connected = true;
+	memcpy(answer + 2, nonce, 16);
+	send_frame(READY, 0, 0, answer, sizeof answer);
+}
+
+static void control_frame(const struct frame *frame, const uint8_t *payload,
+                          struct strings strings)
+{
+	const char *problem = NULL, *path;
+
+	if (frame->type == HELLO) {
+		hello(payload + 2);
+		return;
+	}
+	if (frame->type == POWER_OFF)
+		power_off(payload[0] == 1);
+	if (frame->type == ENTER)
+		problem = testing ? "there is no stage two here" : enter(strings);
+	else if (!(path = next_string(&strings)) ||
+	         !db_set(path, frame->type == DB_WRITE ? next_string(&strings) : NULL))
+		problem = "the database takes no such entry";
+	if (problem)
+		send_text(FAILED, "%s", problem);
 	else
 		send_frame(DONE, 0, 0, NULL, 0);
 }
 
-static const char *control_frame(const struct frame *frame, const uint8_t *payload)
+/* Act on a whole frame; an answer names the rule that the host has broken. */
+static const char *take_frame(const struct frame *frame, const uint8_t *payload)
 {
-	struct strings strings = {(const char *)payload,
-	                          (const char *)payload + frame->length};
-	const char *path;
+	static const struct {
+		uint16_t least, most;
+		bool control, strings;
+	} rules[EXIT + 1] = {
+		[HELLO] = {18, 18, true, false},
+		[ENTER] = {1, PAYLOAD_MAX, true, true},
+		[DB_WRITE] = {0, PAYLOAD_MAX, true, true},
+		[DB_REMOVE] = {0, PAYLOAD_MAX, true, true},
+		[POWER_OFF] = {1, 1, true, false},
+		[SPAWN] = {1, PAYLOAD_MAX, false, true},
+		[DATA] = {1, PAYLOAD_MAX, false, false},
+		[END_OF_FILE] = {0, 0, false, false},
+		[STOP] = {0, 0, false, false},
+		[CREDIT] = {4, 4, false, false},
+		[SIGNAL] = {1, 1, false, false},
+		[EXIT] = {2, 2 + TEXT_MAX, false, false},
+	};
+	uint8_t type = frame->type <= EXIT ? frame->type : 0;
+	const char *end = (const char *)payload + frame->length;
 
-	if (frame->type == HELLO)
-		return hello(frame, payload);
-	if (frame->type == POWER_OFF) {
-		if (frame->length != 1)
-			return "POWER_OFF of a wrong length";
-		power_off(payload[0] == 1);
-	}
-	if (!strings_valid(&strings))
-		return "strings without an end";
-	switch (frame->type) {
-	case ENTER:
-		enter(strings);
-		return NULL;
-	case DB_WRITE:
-		path = next_string(&strings);
-		db_request(strings.next < strings.end ? path : NULL, strings.next);
-		return NULL;
-	case DB_REMOVE:
-		db_request(next_string(&strings), NULL);
-		return NULL;
-	default:
-		return "a frame of unknown type on the control stream";
-	}
+	if (type == 0 || type == CALL || rules[type].control != (frame->stream == 0))
+		return "its type is unknown, or not for this stream";
+	if (frame->length < rules[type].least || frame->length > rules[type].most)
+		return "its length is wrong";
+	if (rules[type].strings && frame->length && end[-1] != '\0')
+		return "its strings have no end";
+	if (!rules[type].control)
+		return stream_frame(frame, payload);
+	control_frame(frame, payload, (struct strings){(const char *)payload, end});
+	return NULL;
 }
 
-/* Handle the frame at the start of the input; false: not all of it is here. */
-static bool take_frame(const char **error)
+/* Take the next frame out of the input; false: not all of it is here. */
+static bool next_frame(void)
 {
-	size_t available = port.in_end - port.in_start;
-	const uint8_t *payload = port.in + port.in_start + HEADER_SIZE;
+	size_t held = port.in.end - port.in.start;
+	const uint8_t *payload = port.in.bytes + port.in.start + HEADER_SIZE;
+	const char *error = NULL;
 	struct frame frame;
 
-	if (available < HEADER_SIZE)
+	if (held < HEADER_SIZE)
 		return false;
-	memcpy(&frame, port.in + port.in_start, HEADER_SIZE);
+	memcpy(&frame, payload - HEADER_SIZE, HEADER_SIZE);
 	if (frame.length > PAYLOAD_MAX)
-		*error = "a frame longer than allowed";
-	else if (!connected && frame.type != HELLO)
-		*error = "a frame before HELLO";
-	else if (frame.type == DATA && frame.length > 0) {
-		port.data = frame;
-		port.data_left = frame.length;
-		port.in_start += HEADER_SIZE;
-		return true;
-	} else if (available - HEADER_SIZE < frame.length)
+		error = "it is longer than allowed";
+	else if (held < (size_t)HEADER_SIZE + frame.length)
 		return false;
-	else if (frame.stream == 0)
-		*error = control_frame(&frame, payload);
-	else
-		*error = stream_frame(&frame, payload);
-	port.in_start += HEADER_SIZE + frame.length;
-	return true;
-}
-
-/* Data is passed on as it comes, not when its frame is complete. */
-static bool take_data(const char **error)
-{
-	size_t available = port.in_end - port.in_start;
-	size_t length = available < port.data_left ? available : port.data_left;
-
-	if (length == 0)
-		return false;
-	*error = stream_data(&port.data, port.in + port.in_start, length);
-	port.in_start += length;
-	port.data_left -= length;
-	return true;
-}
-
-/* False: some is left, for lack of room for the answers. */
-static bool handle_input(void)
-{
-	const char *error = NULL;
-	bool room = true;
-
-	while (!port.broken && (room = port_room())) {
-		if (!(port.data_left ? take_data(&error) : take_frame(&error)))
-			break;
-		if (!error)
-			continue;
-		send_text(FAILED, "the host broke the protocol: %s", error);
-		port.broken = true;
-		connected = false;
+	else if (port.connected || frame.type == HELLO)
+		error = take_frame(&frame, payload);
+	port.in.start += (size_t)HEADER_SIZE + frame.length;
+	if (error) {
+		send_text(FAILED, "the host broke the protocol: frame of type %#x: %s",
+		          frame.type, error);
 		streams_reset();
+		port.connected = false;
+		port.in.start = port.in.end;
+	}
+	return true;
+}
+
+/* True: there is more to be done when there is room for the answers. */
+static bool port_receive(void)
+{
+	/* The driver gives at most a page at a time: collect what there is. */
+	while (port.readable && buffer_room(&port.in, PAGE)) {
+		ssize_t length = read(port.fd, port.in.bytes + port.in.end,
+		                      port.in.size - port.in.end);
+
+		port.readable = length > 0;
+		port.in.end += length > 0 ? (size_t)length : 0;
+	}
+	while (port_room())
+		if (!next_frame())
+			return port.readable;
+	return true;
+}
+
+/* A port that says it has no host may be wrong, after a restore for instance, until
+ * something could be written; before that there is nothing to be dropped either. */
+static void port_event(void)
+{
+	struct epoll_event event;
+
+	if (epoll_wait(port.edges, &event, 1, 0) != 1)
+		return;
+	port.readable = true;
+	if (!(event.events & EPOLLHUP))
+		return;
+	if (testing)
+		exit(0);
+	if (port.answered)
+		disconnect();
+}
+
+static void port_open(int fd)
+{
+	/* Edges, for a port without a host is "ready" all the time. */
+	struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET};
+
+	port.fd = fd;
+	port.edges = epoll_create1(EPOLL_CLOEXEC);
+	/* A blocking write would spin in the driver until the host has taken it. */
+	if (fcntl(fd, F_SETFL, O_NONBLOCK) != 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) != 0 ||
+	    port.edges < 0 || epoll_ctl(port.edges, EPOLL_CTL_ADD, fd, &event) != 0)
+		die("the port");
+}
+
+static int signals_open(void)
+{
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGCHLD);
+	if (!testing) {
+		sigaddset(&set, SIGTERM);
+		sigaddset(&set, SIGUSR1);
+		sigaddset(&set, SIGUSR2);
+	}
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	signal(SIGPIPE, SIG_IGN);
+	return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+}
+
+static void signals_ready(int fd)
+{
+	struct signalfd_siginfo info;
+	int status;
+	pid_t pid;
+
+	while (read(fd, &info, sizeof info) == (ssize_t)sizeof info)
+		if (info.ssi_signo != SIGCHLD) /* as busybox tells its init */
+			power_off(info.ssi_signo == SIGTERM);
+	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+		stream_reaped(pid, status);
+}
+
+_Noreturn void run_loop(int port_fd, int disks)
+{
+	enum { PORT, SIGNALS, CALLS, DISKS, STREAMS };
+	static struct pollfd polled[STREAMS + STREAM_FDS];
+	bool more = true;
+
+	port_open(port_fd);
+	for (int i = 0; i < STREAMS; i++)
+		polled[i].events = POLLIN;
+	polled[PORT].fd = port.edges;
+	polled[SIGNALS].fd = signals_open();
+	polled[CALLS].fd = calls_listen();
+	polled[DISKS].fd = disks;
+	for (;;) {
+		/* Nothing but the port is heard before there is room for answers. */
+		bool room = port_room();
+		nfds_t count = room ? streams_collect(polled + STREAMS) : 0;
+		int ready = poll(polled, room ? STREAMS + count : 1, room && more ? 0 : -1);
+
+		if (ready < 0 && errno != EINTR)
+			die("poll");
+		if (room && ready > 0) {
+			streams_ready(polled + STREAMS, count);
+			if (polled[SIGNALS].revents)
+				signals_ready(polled[SIGNALS].fd);
+			if (polled[CALLS].revents)
+				calls_ready(polled[CALLS].fd);
+			if (polled[DISKS].revents)
+				disks_ready();
+		}
+		port_event();
+		more = port_receive();
+		more = !streams_sweep() || more;
 		port_flush();
 	}
-	if (port.broken)
-		port.in_start = port.in_end;
-	memmove(port.in, port.in + port.in_start, port.in_end - port.in_start);
-	port.in_end -= port.in_start;
-	port.in_start = 0;
-	return room;
-}
-
-bool port_receive(void)
-{
-	ssize_t length = 1;
-	bool handled, lost;
-
-	/* The driver gives at most a page at a time: collect what there is. */
-	while (port.in_end < INPUT && length > 0) {
-		length = read(port.fd, port.in + port.in_end, INPUT - port.in_end);
-		if (length > 0)
-			port.in_end += (size_t)length;
-	}
-	lost = length == 0 || (length < 0 && errno != EAGAIN && errno != EINTR);
-	handled = handle_input();
-	if (lost)
-		port_disconnected();
-	return length > 0 || !handled;
 }

@@ -1,113 +1,98 @@
-/* The VM's database: the agent publishes it as one file, the clients read that. */
+/* The VM's database: one file for each entry, named by its path with ! for /. */
 #include "agent.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
-enum { DB_MAX = 262144 };
-
-/* Path, NUL, value, NUL; again and again. */
-static char db[DB_MAX];
-static size_t db_length;
-
-static char *value_of(char *path)
+static const char *file_of(const char *path)
 {
-	return path + strlen(path) + 1;
-}
+	static char file[PATH_LIMIT];
+	int start = snprintf(file, sizeof file, "%s/", in_root(DB_PATH));
 
-static char *next_entry(char *path)
-{
-	char *value = value_of(path);
-
-	return value + strlen(value) + 1;
+	snprintf(file + start, sizeof file - (size_t)start, "%s", path);
+	for (char *slash = file + start; (slash = strchr(slash, '/'));)
+		*slash = '!';
+	return file;
 }
 
 bool db_set(const char *path, const char *value)
 {
-	char *end = db + db_length;
-	size_t path_size = strlen(path) + 1, value_size = value ? strlen(value) + 1 : 0;
+	const char *file = file_of(path);
+	char temporary[PATH_LIMIT];
+	ssize_t length = value ? (ssize_t)strlen(value) : -1;
+	bool written;
+	int fd;
 
-	if (*path != '/' || path_size > NAME_LIMIT)
+	if (*path != '/' || strlen(path) >= NAME_LIMIT - 1)
 		return false;
-	for (char *entry = db; entry < end; entry = next_entry(entry)) {
-		char *next = next_entry(entry);
-
-		if (strcmp(entry, path) != 0)
-			continue;
-		memmove(entry, next, (size_t)(end - next));
-		db_length -= (size_t)(next - entry);
-		break;
-	}
 	if (!value)
-		return true;
-	if (db_length + path_size + value_size >= DB_MAX)
+		return unlink(file) == 0 || access(file, F_OK) != 0;
+	mkdir(in_root(DB_PATH), 0755);
+	snprintf(temporary, sizeof temporary, "%s/.new", in_root(DB_PATH));
+	fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+	written = write(fd, value, (size_t)length) == length;
+	close(fd);
+	return written && rename(temporary, file) == 0;
+}
+
+static bool print_value(const char *path, const char *end)
+{
+	static char value[65536];
+
+	if (read_file(file_of(path), value, sizeof value) < 0)
 		return false;
-	memcpy(db + db_length, path, path_size);
-	memcpy(db + db_length + path_size, value, value_size);
-	db_length += path_size + value_size;
+	printf("%s%s", value, end);
 	return true;
 }
 
-bool db_publish(void)
+/* What is below the prefix: paths, with their values or without. */
+static void print_below(const char *prefix, bool full, bool values)
 {
-	char temporary[PATH_LIMIT];
-	int fd;
-	bool written;
+	struct dirent **entries;
+	int count = scandir(in_root(DB_PATH), &entries, NULL, alphasort);
 
-	snprintf(temporary, sizeof temporary, "%s.new", in_root(DB_PATH));
-	fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-	written = fd >= 0 && write(fd, db, db_length) == (ssize_t)db_length;
-	if (fd >= 0)
-		close(fd);
-	return written && rename(temporary, in_root(DB_PATH)) == 0;
+	for (int i = 0; i < count; i++) {
+		char *path = entries[i]->d_name;
+
+		for (char *mark = path; (mark = strchr(mark, '!'));)
+			*mark = '/';
+		if (*path == '/' && strncmp(path, prefix, strlen(prefix)) == 0) {
+			printf(values ? "%s = " : "%s\n", path + (full ? 0 : strlen(prefix)));
+			if (values)
+				print_value(path, "\n");
+		}
+		free(entries[i]);
+	}
+	if (count >= 0)
+		free(entries);
 }
 
-static bool db_load(void)
-{
-	ssize_t length = read_file(in_root(DB_PATH), db, sizeof db);
-
-	db_length = length < 0 ? 0 : (size_t)length;
-	return length >= 0;
-}
-
-/* read PATH…: their values.  list [PREFIX], multiread PREFIX: what is below it. */
+/* read PATH: its value.  list [PREFIX], multiread PREFIX: what is below it. */
 int qubesdb_main(int argc, char **argv, const char *command)
 {
-	bool exact = strcmp(command, "read") == 0, list = strcmp(command, "list") == 0;
-	bool full = false, raw = false, found = false;
-	const char *prefix;
+	bool read = strcmp(command, "read") == 0, list = strcmp(command, "list") == 0;
+	bool full = false, raw = false;
+	const char *path;
 	int option;
 
-	if (!exact && !list && strcmp(command, "multiread") != 0) {
-		fprintf(stderr, "%s: there is no such command\n", argv[0]);
-		return 2;
-	}
 	while ((option = getopt(argc, argv, "frq")) != -1) {
 		full = full || option == 'f';
 		raw = raw || option == 'r';
 		if (option == '?')
 			return 2;
 	}
-	prefix = optind < argc ? argv[optind] : list ? "/" : NULL;
-	if (!prefix || !db_load()) {
-		fprintf(stderr, prefix ? "%s: there is no database yet\n"
-		                       : "usage: %s [-f] [-r] PATH\n", argv[0]);
-		return prefix ? 1 : 2;
+	path = optind < argc ? argv[optind] : list ? "/" : NULL;
+	if (!path || (!read && !list && strcmp(command, "multiread") != 0)) {
+		fputs("usage: qubesdb-{read,list,multiread} [-f] [-r] PATH\n", stderr);
+		return 2;
 	}
-	for (char *path = db; path < db + db_length; path = next_entry(path)) {
-		size_t cut = full ? 0 : strlen(prefix);
-
-		if (exact ? strcmp(path, prefix) != 0 : strncmp(path, prefix, strlen(prefix)) != 0)
-			continue;
-		found = true;
-		if (list)
-			puts(path + cut);
-		else if (exact)
-			printf(raw ? "%s" : "%s\n", value_of(path));
-		else
-			printf("%s = %s\n", path + cut, value_of(path));
-	}
-	return found || !exact ? 0 : 1;
+	if (read)
+		return print_value(path, raw ? "" : "\n") ? 0 : 1;
+	print_below(path, full, !list);
+	return 0;
 }

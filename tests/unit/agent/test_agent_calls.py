@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+import select
 import socket
 import struct
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,18 +19,18 @@ from agent_wire import (
     EXIT,
     STOP,
     WINDOW,
-    Frame,
     Wire,
     strings,
 )
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Iterator
+    from pathlib import Path
 
     from agent_process import AgentProcess
 
 FIRST = 0x80000001
+REQUEST = strings("work", "t.S")
 
 
 def call(agent: AgentProcess, *arguments: str) -> subprocess.Popen[bytes]:
@@ -128,6 +130,33 @@ def test_local_command_talks_to_the_service(wire: Wire, agent: AgentProcess) -> 
         assert local.returncode == 6
 
 
+def test_local_command_may_close_its_output_alone(
+    wire: Wire, agent: AgentProcess
+) -> None:
+    """The service sees the end of it, and what it sends then still arrives."""
+    script = "echo ask; exec >&-; cat >&$SAVED_FD_1"
+    with call(agent, "work", "t.S", "sh", "-c", script) as client:
+        wire.expect(CALL, FIRST)
+        assert collect(wire, FIRST) == b"ask\n"
+        wire.write(FIRST, b"answer", 1)
+        answer(wire, FIRST, 0, 4)
+        assert client.communicate(timeout=10)[0] == b"answer"
+        assert client.returncode == 4
+
+
+def test_local_command_may_close_its_input_alone(
+    wire: Wire, agent: AgentProcess
+) -> None:
+    with call(agent, "work", "t.S", "sh", "-c", "exec <&-; cat <&$SAVED_FD_0") as local:
+        wire.expect(CALL, FIRST)
+        assert wire.expect(STOP, FIRST).channel == 1
+        assert local.stdin
+        local.stdin.write(b"on")
+        local.stdin.close()
+        assert collect(wire, FIRST) == b"on"
+        answer(wire, FIRST, 0, 0)
+
+
 def test_local_command_that_does_not_exist(wire: Wire, agent: AgentProcess) -> None:
     with call(agent, "work", "t.S", "/does/not/exist") as client:
         wire.expect(CALL, FIRST)
@@ -191,12 +220,34 @@ def test_missing_agent_is_told(agent: AgentProcess) -> None:
         assert client.returncode == 125
 
 
-@contextmanager
-def asking(agent: AgentProcess) -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
-        client.settimeout(10)
+@dataclasses.dataclass
+class Caller:
+    """What is left to one that has asked for a call: its ends of three pipes."""
+
+    stdin: int
+    stdout: int
+    status: int
+
+    def close(self) -> None:
+        for end in (self.stdin, self.stdout, self.status):
+            os.close(end)
+
+    def answer(self) -> bytes:
+        """Return the message that ends the call, nothing if there is none."""
+        assert select.select([self.status], [], [], 10)[0]
+        return os.read(self.status, 1000)
+
+
+def ask(agent: AgentProcess, request: bytes, *more: int) -> Caller:
+    """Ask for a call, handing over the agent's ends of three pipes and some more."""
+    pipes = [os.pipe() for _ in range(3)]
+    given = [pipes[0][0], pipes[1][1], pipes[2][1]]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
         client.connect(str(agent.socket))
-        yield client
+        socket.send_fds(client, [request], [*given, *more])
+    for fd in given:
+        os.close(fd)
+    return Caller(pipes[0][1], pipes[1][0], pipes[2][0])
 
 
 @pytest.mark.parametrize(
@@ -206,43 +257,54 @@ def asking(agent: AgentProcess) -> Iterator[socket.socket]:
 def test_malformed_requests_are_refused(
     wire: Wire, agent: AgentProcess, request_bytes: bytes
 ) -> None:
-    pair = socket.socketpair()
-    with asking(agent) as client, pair[0], pair[1]:
-        socket.send_fds(client, [request_bytes], [pair[1].fileno()])
-        assert client.recv(600)[:1] == bytes([126])
+    with contextlib.closing(ask(agent, request_bytes)) as caller:
+        assert caller.answer()[:1] == bytes([126])
     assert wire.run("true").value == 0
 
 
-def test_request_must_bring_a_stream_socket(wire: Wire, agent: AgentProcess) -> None:
-    with asking(agent) as client:
-        client.send(strings("work", "t.S"))
-        assert client.recv(600)[:1] == bytes([126])
-    with asking(agent) as client:
-        socket.send_fds(client, [strings("work", "t.S")], [1])
-        assert client.recv(600)[:1] == bytes([126])
+def test_request_must_bring_three_descriptors(wire: Wire, agent: AgentProcess) -> None:
+    """With more or fewer there is none to answer on; all that came are closed."""
+    for number in (1, 2, 5):
+        with contextlib.closing(ask(agent, REQUEST, *[1] * number)) as caller:
+            assert caller.answer() == b""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+        client.connect(str(agent.socket))
+        client.send(REQUEST)
+        ours, theirs = socket.socketpair()
+        socket.send_fds(client, [REQUEST], [theirs.fileno()])
+        theirs.close()
+        with ours:
+            assert ours.recv(1) == b""
+    assert wire.run("true").value == 0
+
+
+def test_request_must_bring_pipes_or_sockets(
+    wire: Wire, agent: AgentProcess, tmp_path: Path
+) -> None:
+    """What may block the agent, or cannot be waited for, is refused."""
+    status, theirs = os.pipe()
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client,
+        (tmp_path / "file").open("wb") as file,
+    ):
+        client.connect(str(agent.socket))
+        socket.send_fds(client, [REQUEST], [file.fileno(), file.fileno(), theirs])
+    os.close(theirs)
+    assert os.read(status, 1000)[:1] == bytes([126])
+    os.close(status)
     assert wire.run("true").value == 0
 
 
 def test_no_more_than_128_calls_at_once(wire: Wire, agent: AgentProcess) -> None:
-    clients = []
-    for number in range(129):
-        pair = socket.socketpair()
-        client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        clients += [client, *pair]
-        client.connect(str(agent.socket))
-        socket.send_fds(client, [strings("work", "t.S")], [pair[1].fileno()])
-        if number < 128:
-            wire.expect(CALL, FIRST + number)
-    assert client.recv(600)[:1] == bytes([126])
-    for each in clients:
-        each.close()
+    callers = []
     for number in range(128):
-        answer(wire, FIRST + number, 0, 0)
+        callers.append(ask(agent, REQUEST))
+        wire.expect(CALL, FIRST + number)
+    callers.append(ask(agent, REQUEST))
+    assert callers[-1].answer()[:1] == bytes([126])
+    for number in range(128):
+        answer(wire, FIRST + number, 0, 7)
+    assert {caller.answer() for caller in callers[:128]} == {b"\7"}
+    for caller in callers:
+        caller.close()
     assert wire.run("true").value == 0
-
-
-def test_idle_clients_do_not_hold_up_others(wire: Wire, agent: AgentProcess) -> None:
-    with asking(agent), call(agent, "work", "t.S") as client:
-        assert isinstance(wire.expect(CALL, FIRST), Frame)
-        answer(wire, FIRST, 0, 0)
-        assert client.wait(timeout=10) == 0

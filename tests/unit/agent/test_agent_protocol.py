@@ -70,7 +70,7 @@ def test_broken_rule_ends_the_connection(agent: AgentProcess, garbage: bytes) ->
         wire.sock.sendall(garbage)
         reason = wire.expect(FAILED).payload.decode()
         assert reason.startswith("the host broke the protocol: ")
-    assert (agent.process.returncode, agent.stderr) == (1, "")
+    assert (agent.process.returncode, agent.stderr) == (0, "")
 
 
 def test_input_after_a_broken_rule_is_dropped(agent: AgentProcess) -> None:
@@ -78,7 +78,7 @@ def test_input_after_a_broken_rule_is_dropped(agent: AgentProcess) -> None:
         wire.hello()
         wire.sock.sendall(frame(0x42) + SLEEP + b"\xff" * 100_000)
         wire.expect(FAILED)
-    assert (agent.process.returncode, agent.stderr) == (1, "")
+    assert (agent.process.returncode, agent.stderr) == (0, "")
 
 
 def test_nothing_is_answered_before_hello(agent: AgentProcess) -> None:
@@ -87,7 +87,7 @@ def test_nothing_is_answered_before_hello(agent: AgentProcess) -> None:
         wire.sock.settimeout(0.3)
         with pytest.raises(TimeoutError):
             wire.sock.recv(1)
-    assert (agent.process.returncode, agent.stderr) == (1, "")
+    assert (agent.process.returncode, agent.stderr) == (0, "")
 
 
 def test_exactly_the_credit_is_accepted(wire: Wire) -> None:
@@ -155,5 +155,5 @@ def test_no_frames_whatever_harm_the_agent(
                 wire.sock.sendall(data[start : start + step])
         except BrokenPipeError:
             pass
-    assert agent.process.returncode in (0, 1)
+    assert agent.process.returncode == 0
     assert agent.stderr == ""

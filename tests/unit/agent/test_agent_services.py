@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from agent_wire import DATA, STOP
 
 if TYPE_CHECKING:
     from agent_process import AgentProcess
@@ -84,6 +86,24 @@ def test_services_own_exit_status_comes_back(wire: Wire, agent: AgentProcess) ->
     agent.service("t.S", "cat; exit 42")
     result = wire.run("t.S", b"data", kind="service", source="dom0")
     assert (result.kind, result.value, result.stdout) == (0, 42, b"data")
+
+
+def test_stdio_of_services_are_stream_sockets(wire: Wire, agent: AgentProcess) -> None:
+    agent.service("t.S", "for i in 0 1 2; do readlink /proc/self/fd/$i; done | cat")
+    assert serve(wire, "t.S").stdout.count(b"socket:") == 2
+
+
+def test_stopped_output_of_a_service_is_a_broken_pipe(
+    wire: Wire, agent: AgentProcess
+) -> None:
+    """A writer that waits for room in a socket gets an error, another a signal."""
+    agent.service("t.S", "exec yes")
+    stream = wire.spawn("t.S", kind="service", source="work")
+    wire.expect(DATA, stream)
+    wire.send(STOP, 1, stream)
+    result = wire.finish(stream)
+    killed = (result.kind, result.value) == (1, signal.SIGPIPE)
+    assert killed or b"yes:" in result.stderr
 
 
 def test_unknown_kind_of_stream_is_refused(wire: Wire) -> None:
