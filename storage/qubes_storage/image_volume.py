@@ -149,10 +149,8 @@ class ImageVolume(ImageContent):
             self._history.commit(self.files.dirty, self.revisions_to_keep)
         elif not self._keeps_image:
             self._drop_dirty()
-        elif (
-            self._use.started and self.save_on_stop
-        ):  # all but the last step of a commit is done
-            files.fsync(self.files.directory)
+        elif self.save_on_stop and self._use.started:
+            files.fsync(self.files.directory)  # where a former attempt ended
         if self.snap_on_start:
             files.give_up(self._origin)
         self._use.end()
