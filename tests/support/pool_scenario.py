@@ -77,8 +77,10 @@ class Scenario:
     """
 
     def __init__(self, directory):
+        # One loop for all operations: to make one takes longer than most of them.
+        self._runner = asyncio.Runner()
         self.pool = ReflinkPool(name="crash", dir_path=directory / "pool")
-        asyncio.run(self.pool.setup())
+        self.wait_for(self.pool.setup())
         self.volumes = {}
         #: Those whose VM has flushed nothing since its start.
         self.fresh = set()
@@ -94,7 +96,11 @@ class Scenario:
 
     def close(self):
         """Forget what was started, as the end of the process does."""
-        asyncio.run(self.pool.destroy())
+        self.wait_for(self.pool.destroy())
+        self._runner.close()
+
+    def wait_for(self, coroutine):
+        return self._runner.run(coroutine)
 
     def _add(self, vm, prefix, name, **config):
         owner = SimpleNamespace(name=vm, dir_path_prefix=prefix)
@@ -133,7 +139,7 @@ class Scenario:
         return sorted(name for name in names if _LEFT.search(name))
 
     def run(self, vm, operation, *arguments):
-        return asyncio.run(getattr(self.volumes[vm], operation)(*arguments))
+        return self.wait_for(getattr(self.volumes[vm], operation)(*arguments))
 
     def write(self, vm, version, *arguments, **options):
         write(Path(self.volumes[vm].path), version, *arguments, **options)
@@ -188,7 +194,7 @@ class Scenario:
 
     def import_template(self, vm, _version):
         volumes = self.volumes
-        asyncio.run(volumes[vm].import_volume(volumes["template"]))
+        self.wait_for(volumes[vm].import_volume(volumes["template"]))
 
     def remove(self, vm, _version):
         self.run(vm, "remove")
@@ -327,8 +333,8 @@ def is_mixture(image, images, version):
 def must_work(scenario, found, only=None):
     """Whatever was left, each volume can be used, and no leftovers stay."""
     wanted = set(scenario.volumes) if only is None else set(only)
-    asyncio.run(_use(scenario, found, wanted))
-    asyncio.run(scenario.pool.settled())
+    scenario.wait_for(_use(scenario, found, wanted))
+    scenario.wait_for(scenario.pool.settled())
     assert scenario.leftovers() == []
 
 
