@@ -91,9 +91,7 @@ class WarmStarts:
             return None
         return place / _FILE
 
-    async def _save_stage_one(
-        self, spec: DomainSpec, path: Path, limit: float
-    ) -> None:
+    async def _save_stage_one(self, spec: DomainSpec, path: Path, limit: float) -> None:
         directory = Path(tempfile.mkdtemp(dir=spec.directory, prefix=""))
         identifier = uuid.uuid4()
         blank = replace(
