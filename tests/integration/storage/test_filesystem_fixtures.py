@@ -199,7 +199,7 @@ def test_an_ext4_image_is_made_in_place(run_directory):
         image.unlink()
 
 
-def test_a_machine_without_loop_devices_is_told_so(run_directory):
+def test_a_machine_without_loop_devices_is_told_so(tmp_path):
     """In a mount namespace whose /dev is empty."""
     program = (
         "import pathlib, sys\n"
@@ -214,7 +214,7 @@ def test_a_machine_without_loop_devices_is_told_so(run_directory):
         "    print(error)\n"
     )
     script = 'mount -t tmpfs none /dev && mknod /dev/null c 1 3 && exec "$@"'
-    paths = [run_directory / "none.img", run_directory / "none"]
+    paths = [tmp_path / "none.img", tmp_path / "none"]
     argv = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-c"]
     output = run([*argv, program, *paths])
     assert "no usable loop device" in output
