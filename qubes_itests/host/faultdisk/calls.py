@@ -14,7 +14,6 @@ import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -100,8 +99,8 @@ def failing_call(
     fault = CallFault(directory, nth, error)
     with contextlib.ExitStack() as patches:
         for name, (module, _) in _CALLS.items():
-            patch = mock.patch.object(module, name, fault.wrap(name))
-            patches.enter_context(patch)
+            patches.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, fault.wrap(name))
         yield fault
 
 

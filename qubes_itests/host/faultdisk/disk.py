@@ -128,7 +128,10 @@ class FaultDisk:
         # Closing it tells the process to unmount and to end.
         self._channel = undo.enter_context(ours)
         self._answers = undo.enter_context(ours.makefile("rb"))
-        self._answer("serve")
+        try:
+            self._answer("serve")
+        except FaultDiskError as error:
+            raise NoFuseError(error.log or error.reason) from error
 
     def _spawn(self, mount_point: Path, channel: int) -> subprocess.Popen[bytes]:
         module = f"{__package__}.server"

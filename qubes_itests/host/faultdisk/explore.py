@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 from qubes_itests.host.command import CommandError, run
 from qubes_itests.host.faultdisk import sparse
 from qubes_itests.host.faultdisk.exc import CrashStateError
-from qubes_itests.host.faultdisk.filesystem import mount_device
-from qubes_itests.host.filesystem import FilesystemType, unmount
+from qubes_itests.host.faultdisk.filesystem import (
+    mount_device,
+    unmounted_afterwards,
+)
+from qubes_itests.host.filesystem import FilesystemType
 from qubes_itests.host.loop import LoopDevice
 
 if TYPE_CHECKING:
@@ -123,17 +126,15 @@ class CrashExplorer:
         self, image: Path, directory: Path, state: CrashState
     ) -> Iterator[None]:
         kind = self._recording.kind
-        with LoopDevice(image) as loop:
-            try:
-                mount_device(loop.path, directory, kind)
-            except CommandError as error:
-                raise self._error(state, "mount", error.stderr) from error
-        try:
+        with unmounted_afterwards(directory):
+            with LoopDevice(image) as loop:
+                try:
+                    mount_device(loop.path, directory, kind)
+                except CommandError as error:
+                    raise self._error(state, "mount", error.stderr) from error
             yield
-        finally:
-            _leave(directory)
-            if kind is FilesystemType.BTRFS:
-                _forget_devices()
+        if kind is FilesystemType.BTRFS:
+            _forget_devices()
 
     def _check_filesystem(self, image: Path, state: CrashState) -> None:
         checker = _CHECKERS[self._recording.kind]
@@ -144,14 +145,6 @@ class CrashExplorer:
 
     def _error(self, state: CrashState, step: str, reason: str) -> CrashStateError:
         return CrashStateError(state, step, reason, checked=self._checked)
-
-
-def _leave(directory: Path) -> None:
-    try:
-        unmount(directory)
-    except BaseException:
-        run(["umount", "--lazy", directory])
-        raise
 
 
 def _forget_devices() -> None:

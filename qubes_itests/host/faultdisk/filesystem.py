@@ -25,7 +25,7 @@ from qubes_itests.host.filesystem import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["FaultFilesystem", "mount_device"]
+__all__ = ["FaultFilesystem", "mount_device", "unmounted_afterwards"]
 
 _BTRFS_IOC_START_SYNC = 0x80089418
 _BTRFS_IOC_WAIT_SYNC = 0x40089416
@@ -55,7 +55,7 @@ class FaultFilesystem:
             image = self._make_image()
             self.mount_point.mkdir(mode=0o700)
             self.disk = undo.enter_context(FaultDisk(image, self._place))
-            undo.callback(self._unmount)
+            undo.enter_context(unmounted_afterwards(self.mount_point))
             self.mount()
             self._undo = undo.pop_all()
         return self
@@ -125,15 +125,24 @@ class FaultFilesystem:
         finally:
             os.close(fd)
 
-    def _unmount(self) -> None:
-        if not is_mounted(self.mount_point):
-            return
-        try:
-            unmount(self.mount_point)
-        except BaseException:
-            # The disk goes all the same; it must not keep a mount alive.
-            run(["umount", "--lazy", self.mount_point])
-            raise
+
+@contextlib.contextmanager
+def unmounted_afterwards(directory: Path) -> Iterator[None]:
+    """Unmount a directory in the end, if something is mounted there.
+
+    What is in use after a failure goes out of sight, and is freed when it no longer is.
+
+    :raise CommandError: when it is in use, though nothing had failed.
+    """
+    try:
+        yield
+        if is_mounted(directory):
+            unmount(directory)
+    except BaseException:
+        # A check that failed may have left files open; its error is the one to tell.
+        if is_mounted(directory):
+            run(["umount", "--lazy", directory])
+        raise
 
 
 def mount_device(device: Path, directory: Path, kind: FilesystemType) -> None:

@@ -7,6 +7,7 @@ import errno
 import itertools
 import mmap
 import os
+import re
 import select
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from qubes_itests.host.command import run
-from qubes_itests.host.faultdisk import FaultDisk, Kind
-from qubes_itests.host.faultdisk.exc import FaultDiskError
+from qubes_itests.host.faultdisk import CrashStateError, FaultDisk, Kind
+from qubes_itests.host.faultdisk.exc import FaultDiskError, NoFuseError
 
 MIB = 1024**2
 
@@ -126,6 +127,30 @@ def test_an_order_that_makes_no_sense_is_an_error(faultdisk):
     disk.note("it lives on")
 
 
+def test_a_machine_without_fuse_is_told_so(tmpfs, monkeypatch):
+    image = tmpfs / "image"
+    image.write_bytes(bytes(MIB))
+    monkeypatch.setenv("FUSE_LIBRARY_PATH", "/nonexistent/libfuse.so")
+    with pytest.raises(NoFuseError, match="libfuse3-3"), FaultDisk(image, tmpfs):
+        pass
+    assert list(tmpfs.iterdir()) == [image]
+
+
+def test_a_check_that_leaves_a_file_open_is_told_its_error(faultdisk):
+    """And nothing stays mounted because of it."""
+    held = []
+
+    def check(crash):
+        held.append((crash.directory / "held").open("w"))
+        raise ValueError("this is wrong")
+
+    recording = faultdisk.record("ext4", lambda fs: fs.disk.note("done"))
+    with pytest.raises(CrashStateError, match="ValueError: this is wrong"):
+        faultdisk.examine(recording, check)
+    held.pop().close()
+    assert not re.search(r"/faultdisk-.* ext4 ", mounts())
+
+
 def mounts():
     return Path("/proc/self/mountinfo").read_text()
 
@@ -136,11 +161,11 @@ def test_nothing_of_a_disk_stays(tmpfs):
         file.truncate(MIB)
     with FaultDisk(image, tmpfs) as disk:
         process = disk._process
-        assert "faultdisk" in mounts()
+        assert str(tmpfs) + "/" in mounts()
         with opened(disk):
             pass
     assert process.returncode == 0
-    assert "faultdisk" not in mounts()
+    assert str(tmpfs) + "/" not in mounts()
     assert list(tmpfs.iterdir()) == [image]
 
 
@@ -159,7 +184,7 @@ def test_nothing_of_a_disk_survives_who_made_it(tmpfs):
     argv = [sys.executable, "-c", program, tmpfs]
     output = subprocess.run(argv, capture_output=True, check=False).stdout
     assert ends(int(output))
-    assert "faultdisk" not in mounts()
+    assert str(tmpfs) + "/" not in mounts()
 
 
 def ends(pid):
