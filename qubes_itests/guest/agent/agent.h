@@ -2,11 +2,24 @@
 #ifndef AGENT_H
 #define AGENT_H
 
+/* What most files need; the others include what is theirs alone. */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
+#include <pwd.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/types.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #define PORT_NAME "org.qubes_itests.agent"
 #define SOCKET_PATH "/run/qubes/agent.sock"

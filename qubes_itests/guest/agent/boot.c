@@ -1,22 +1,12 @@
 /* Stage one, and the end: what init does before the host speaks and when all is over. */
 #include "agent.h"
 
-#include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <linux/reboot.h>
 #include <sched.h>
-#include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/wait.h>
 #include <time.h>
-#include <unistd.h>
 
 bool mount_kernel(const char *type, const char *path, const char *options)
 {

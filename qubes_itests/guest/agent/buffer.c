@@ -1,10 +1,6 @@
 /* Bytes on their way from one descriptor to another. */
 #include "agent.h"
 
-#include <errno.h>
-#include <string.h>
-#include <unistd.h>
-
 uint8_t *buffer_room(struct buffer *buffer, size_t length)
 {
 	size_t held = buffer->end - buffer->start;

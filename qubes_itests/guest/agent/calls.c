@@ -1,14 +1,7 @@
 /* The agent's socket in the guest: where qrexec-client-vm asks for calls. */
 #include "agent.h"
 
-#include <fcntl.h>
-#include <pwd.h>
-#include <stdio.h>
-#include <string.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/un.h>
-#include <unistd.h>
 
 void tell_client(int status, uint8_t value, const char *text)
 {

@@ -1,18 +1,9 @@
 /* qrexec-client-vm [options] [--] TARGET SERVICE[+ARG] [LOCAL_COMMAND [ARGUMENT…]] */
 #include "agent.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <getopt.h>
-#include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/prctl.h>
-#include <sys/socket.h>
 #include <sys/un.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 enum { CLIENT_FAILED = 125 };
 

@@ -1,13 +1,7 @@
 /* Disks are known by their serial numbers: /dev/xvda leads to the disk called xvda. */
 #include "agent.h"
 
-#include <dirent.h>
-#include <fcntl.h>
 #include <linux/netlink.h>
-#include <stdio.h>
-#include <string.h>
-#include <sys/socket.h>
-#include <unistd.h>
 
 static int uevents = -1;
 

@@ -1,28 +1,19 @@
 /* Stage two: the VM gets its identity, and its root becomes ours. */
 #include "agent.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <ftw.h>
 #include <linux/fs.h>
 #include <linux/random.h>
 #include <net/if.h>
-#include <pwd.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/swap.h>
 #include <time.h>
-#include <unistd.h>
 
 #define NEW_ROOT "/sysroot"
 #define EXT4_RESIZE _IOW('f', 16, uint64_t)
 
-enum { DEADLINE = 10 };
+enum { DEADLINE = 10000 /* milliseconds */ };
 
 /* What went wrong, for FAILED. */
 static char problem[TEXT_MAX];
@@ -49,24 +40,6 @@ static const char *value_of(struct strings identity, const char *key)
 		if (strncmp(entry, key, length) == 0 && entry[length] == '=')
 			return entry + length + 1;
 	return NULL;
-}
-
-static bool known(struct strings identity)
-{
-	static const char keys[] = "|name|time|seed|root|private|volatile|root-mode"
-	                           "|default-user|deadline|";
-	const char *entry;
-	char key[32];
-
-	while ((entry = next_string(&identity))) {
-		snprintf(key, sizeof key, "|%.*s|", (int)strcspn(entry, "="), entry);
-		if (!strchr(entry, '='))
-			return refused("an entry without =");
-		if (strncmp(entry, "db:", 3) != 0 && strncmp(entry, "service:", 8) != 0 &&
-		    !strstr(keys, key))
-			return refused("an unknown key");
-	}
-	return true;
 }
 
 static bool set_seed(const char *hex)
@@ -107,16 +80,14 @@ static const char *device(const char *disk)
 static bool wait_for_disks(struct strings identity)
 {
 	static const char *const keys[] = {"root", "private", "volatile"};
-	const char *deadline = value_of(identity, "deadline");
-	int milliseconds = 1000 * (deadline ? atoi(deadline) : DEADLINE);
+	const char *deadline = value_of(identity, "deadline"), *disk;
 
 	for (size_t i = 0; i < 3; i++) {
-		const char *disk = value_of(identity, keys[i]);
-		char text[64];
-
-		snprintf(text, sizeof text, "no disk %.16s", disk ? disk : "");
-		if (disk && !disk_wait(device(disk), milliseconds))
-			return refused(text);
+		disk = value_of(identity, keys[i]);
+		if (disk && !disk_wait(device(disk), deadline ? 1000 * atoi(deadline) : DEADLINE)) {
+			snprintf(problem, sizeof problem, "no disk %.16s", disk);
+			return false;
+		}
 	}
 	return true;
 }
@@ -159,37 +130,30 @@ static int remove_one(const char *path, const struct stat *status, int type,
 	return 0;
 }
 
-static bool switch_root(void)
+static bool switch_root(const char *disk, bool read_only)
 {
 	static const char *const moved[] = {"/dev", "/proc", "/sys", "/run"};
 	char path[64];
 	struct stat status;
 
+	mkdir(NEW_ROOT, 0755);
+	if (!mount_disk(disk, NEW_ROOT, read_only ? MS_RDONLY : 0))
+		return false;
 	/* Looked at first, moved then: a failure must leave stage one whole. */
 	for (size_t i = 0; i < 8; i++) {
 		snprintf(path, sizeof path, NEW_ROOT "%s", moved[i % 4]);
-		if (i < 4 ? stat(path, &status) != 0
-		          : mount(moved[i % 4], path, NULL, MS_MOVE, NULL) != 0)
-			return failed(path);
+		if (i < 4 ? stat(path, &status) == 0
+		          : mount(moved[i % 4], path, NULL, MS_MOVE, NULL) == 0)
+			continue;
+		failed(path);
+		umount2(NEW_ROOT, MNT_DETACH);
+		return false;
 	}
 	nftw("/", remove_one, 16, FTW_DEPTH | FTW_MOUNT | FTW_PHYS);
 	if (chdir(NEW_ROOT) != 0 || mount(".", "/", NULL, MS_MOVE, NULL) != 0 ||
 	    chroot(".") != 0 || chdir("/") != 0)
 		return failed("the new root");
 	return true;
-}
-
-static bool mount_root(struct strings identity)
-{
-	const char *mode = value_of(identity, "root-mode"), *root = value_of(identity, "root");
-
-	mkdir(NEW_ROOT, 0755);
-	if (!mount_disk(root, NEW_ROOT, mode && strcmp(mode, "ro") == 0 ? MS_RDONLY : 0))
-		return false;
-	if (switch_root())
-		return true;
-	umount2(NEW_ROOT, MNT_DETACH);
-	return false;
 }
 
 static void make_homes(void)
@@ -279,14 +243,14 @@ static bool set_entries(struct strings identity)
 	if (!db_set("/name", name) || sethostname(name, strlen(name)) != 0)
 		return failed("the name");
 	while ((entry = next_string(&identity))) {
-		int length = (int)strcspn(entry, "=");
+		const char *value = strchrnul(entry, '=');
 
 		if (strncmp(entry, "service:", 8) == 0)
-			make_service(entry + 8, (size_t)length - 8);
+			make_service(entry + 8, (size_t)(value - entry - 8));
 		if (strncmp(entry, "db:", 3) != 0)
 			continue;
-		snprintf(path, sizeof path, "%.*s", length - 3, entry + 3);
-		if (!db_set(path, entry + length + 1))
+		snprintf(path, sizeof path, "%.*s", (int)(value - entry - 3), entry + 3);
+		if (*value == '\0' || !db_set(path, value + 1))
 			return refused("the database takes no such entry");
 	}
 	return true;
@@ -298,14 +262,17 @@ const char *enter(struct strings identity)
 	const char *seed = value_of(identity, "seed"), *now = value_of(identity, "time"),
 	           *private = value_of(identity, "private"),
 	           *swap = value_of(identity, "volatile"),
-	           *user = value_of(identity, "default-user");
+	           *user = value_of(identity, "default-user"),
+	           *mode = value_of(identity, "root-mode"),
+	           *root = value_of(identity, "root");
 
 	if (entered)
 		return "there is no stage two but one";
-	if (!value_of(identity, "name") || !value_of(identity, "root"))
+	if (!value_of(identity, "name") || !root)
 		return "name and root are needed";
-	if (!known(identity) || (seed && !set_seed(seed)) || (now && !set_clock(now)) ||
-	    !wait_for_disks(identity) || !mount_root(identity))
+	if ((seed && !set_seed(seed)) || (now && !set_clock(now)) ||
+	    !wait_for_disks(identity) ||
+	    !switch_root(root, mode && strcmp(mode, "ro") == 0))
 		return problem;
 	entered = true;
 	if (user)

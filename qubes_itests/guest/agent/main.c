@@ -1,13 +1,6 @@
 /* One program, told by the name it is called by. */
 #include "agent.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
 bool testing;
 static const char *root_prefix = "";
 

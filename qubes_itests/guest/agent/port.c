@@ -1,17 +1,9 @@
 /* The port, and the loop: frames from the host are taken apart, those to it collected. */
 #include "agent.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <signal.h>
 #include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/epoll.h>
 #include <sys/signalfd.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 enum { INPUT = 131072, OUTPUT = 262144, PAGE = 4096, WRITE_MAX = HEADER_SIZE + PAYLOAD_MAX };
 

@@ -1,14 +1,6 @@
 /* The VM's database: one file for each entry, named by its path with ! for /. */
 #include "agent.h"
 
-#include <dirent.h>
-#include <fcntl.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 static const char *file_of(const char *path)
 {
 	static char file[PATH_LIMIT];

@@ -4,16 +4,7 @@
  * agent writes for the host, and sources, which it reads for the host. */
 #include "agent.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
-#include <sys/socket.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 enum { CHANNELS = 3, GIVE_BACK = WINDOW / 4, CREDIT_MAX = INT32_MAX };
 static const uint32_t first_guest = 0x80000000u;
@@ -367,29 +358,25 @@ static struct stream *find(uint32_t id)
 	return stream;
 }
 
-static const char *take_credit(struct channel *source, const uint8_t *payload)
-{
-	uint32_t credit;
-
-	memcpy(&credit, payload, sizeof credit);
-	if (credit > CREDIT_MAX - source->credit)
-		return "too much credit";
-	source->credit += credit;
-	return NULL;
-}
-
 static const char *channel_frame(struct channel *channel, const struct frame *frame,
                                  const uint8_t *payload)
 {
+	uint32_t credit;
+
 	if (channel->sink != (frame->type == DATA || frame->type == END_OF_FILE))
 		return "that is not for this channel";
 	if (frame->type == DATA)
 		return sink_data(channel, payload, frame->length);
 	if (frame->type == END_OF_FILE)
 		return sink_finish(channel);
-	if (frame->type == CREDIT)
-		return take_credit(channel, payload);
-	channel_close(channel); /* STOP */
+	if (frame->type == STOP) {
+		channel_close(channel);
+		return NULL;
+	}
+	memcpy(&credit, payload, sizeof credit);
+	if (credit > CREDIT_MAX - channel->credit)
+		return "too much credit";
+	channel->credit += credit;
 	return NULL;
 }
 
