@@ -84,7 +84,7 @@ class QubesTestCase(unittest.TestCase):
         passed = self.success()
         self._forget_vms()
         # what failed has a traceback that holds a lot; and one failure is enough
-        leaks = self._leaks.end()
+        leaks = self._leaks.end(objects=passed)
         if passed and leaks:
             raise LeakError(leaks)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
@@ -108,4 +109,6 @@ def _probe(emulator: str, kernel: Path, deadline: float) -> Verdict:
         return Verdict(usable=True, reason="a kernel booted")
     lines = done.stderr.decode(errors="replace").strip().splitlines()
     told = lines[-1] if lines else f"QEMU exited with status {done.returncode}"
-    return Verdict(usable=False, reason=f"a guest did not boot: {told[:200]}")
+    # where in QEMU's own sources it gave up is no news to anybody here
+    told = re.sub(r"^(?:qemu[\w-]*: )?(?:\S+\.c:\d+: )?", "", told)
+    return Verdict(usable=False, reason=f"KVM boots no guest: {told[:200]}")

@@ -103,9 +103,18 @@ def _lines(failure: Failure, command: Sequence[str]) -> list[str]:
             f"  artefacts   {failure.artifacts}/  ({', '.join(failure.files)})"
         )
     lines.append(f"  run again   {again}")
-    if any(name.endswith(".log") for name in failure.files):
+    if kept := _kept_disks(failure):
+        shells = [shlex.join([*command, "shell", str(path)]) for path in kept]
+        lines += [f"  look inside {shell}" for shell in shells]
+    elif any(name.endswith(".log") for name in failure.files):
         lines += [f"  look inside {inside}", f"  keep disks  {disks}"]
     return lines
+
+
+def _kept_disks(failure: Failure) -> list[Path]:
+    if not failure.artifacts:
+        return []
+    return sorted(Path(failure.artifacts).glob("disks/*"))
 
 
 def state(cache: Path) -> Path:

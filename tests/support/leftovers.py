@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -16,15 +19,10 @@ def leftovers(cache: Path) -> list[str]:
         for path in Path("/proc").glob("[0-9]*/mountinfo")
         if f"{cache.name}/runs/" in _text(path)
     ]
-    loops = [
-        f"loop device {path.parent.parent.name} over {_text(path)}"
-        for path in Path("/sys/block").glob("loop*/loop/backing_file")
-        if "(deleted)" in _text(path)
-    ]
     directories = [
         f"directory {path}" for path in (cache / "runs").glob("*") if path.is_dir()
     ]
-    return processes + loops + directories
+    return processes + _loop_devices(cache) + directories
 
 
 def wait_for_no_leftovers(cache: Path, timeout: float = 10.0) -> list[str]:
@@ -33,6 +31,30 @@ def wait_for_no_leftovers(cache: Path, timeout: float = 10.0) -> list[str]:
     while (left := leftovers(cache)) and time.monotonic() < deadline:
         time.sleep(0.02)
     return left
+
+
+def _loop_devices(cache: Path) -> list[str]:
+    """Return those over lost files, and over files of runs.
+
+    By inode, for the name of a file is its own in each mount namespace.
+    """
+    status = [path.stat() for path in (cache / "runs").rglob("*")]
+    files = {
+        (f"{os.major(s.st_dev)}:{os.minor(s.st_dev)}", str(s.st_ino)) for s in status
+    }
+    columns = "NAME,BACK-FILE,BACK-MAJ:MIN,BACK-INO"
+    listed = subprocess.run(
+        ["losetup", "--list", "--json", "--output", columns],
+        check=True,
+        capture_output=True,
+    )
+    devices = json.loads(listed.stdout or "{}").get("loopdevices", ())
+    return [
+        f"loop device {device['name']} over {device['back-file']}"
+        for device in devices
+        if (str(device["back-maj:min"]).strip(), str(device["back-ino"])) in files
+        or "(deleted)" in str(device["back-file"])
+    ]
 
 
 def _text(path: Path) -> str:

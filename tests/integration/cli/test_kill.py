@@ -1,15 +1,14 @@
 """Nothing survives a run that is killed, at whatever moment."""
 
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from leftovers import leftovers
 
 from qubes_itests.host.cache import Cache
 
@@ -21,58 +20,16 @@ SEEN = 4
 LONGEST = 6.0
 
 
-def _command_lines():
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            yield int(entry.name), line.replace(b"\0", b" ").decode(errors="replace")
-
-
-def _left(cache):
-    """Return what a run with this cache has left on the machine."""
-    processes = [
-        f"process {pid}: {line[:200]}"
-        for pid, line in _command_lines()
-        if str(cache) in line
-    ]
-    mounts = [
-        f"mount {line}"
-        for line in Path("/proc/self/mounts").read_text().splitlines()
-        if str(cache) in line
-    ]
-    return processes + mounts + _loop_devices(cache)
-
-
-def _loop_devices(cache):
-    """Return those over files in the cache, by inode: a name is one namespace's own."""
-    status = [path.stat() for path in (cache / "runs").rglob("*")]
-    files = {
-        (f"{os.major(s.st_dev)}:{os.minor(s.st_dev)}", str(s.st_ino)) for s in status
-    }
-    columns = "NAME,BACK-MAJ:MIN,BACK-INO"
-    listed = subprocess.run(
-        ["losetup", "--list", "--json", "--output", columns],
-        check=True,
-        capture_output=True,
-    )
-    devices = json.loads(listed.stdout or "{}").get("loopdevices", ())
-    return [
-        f"loop device {device['name']}"
-        for device in devices
-        if (str(device["back-maj:min"]).strip(), str(device["back-ino"])) in files
-    ]
+def _alive(cache):
+    """Return what is left but for directories: the next run removes those."""
+    return [what for what in leftovers(cache) if not what.startswith("directory")]
 
 
 def _wait_for_nothing(cache, timeout):
     deadline = time.monotonic() + timeout
-    while left := _left(cache):
-        if time.monotonic() > deadline:
-            return left
+    while (left := _alive(cache)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return []
+    return left
 
 
 @pytest.fixture
@@ -110,7 +67,7 @@ def test_nothing_survives_kill_at_any_moment(cache, tmp_path):
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
-            left = " ".join(_left(cache))
+            left = " ".join(_alive(cache))
             seen_running += "qemu" in left and "loop device" in left
             process.send_signal(signal.SIGKILL)
         process.wait()

@@ -63,6 +63,12 @@ def test_the_last_lines_say_what_failed_why_and_what_to_type():
     ]
 
 
+def test_kept_disks_come_with_the_command_that_opens_them(tmp_path):
+    (tmp_path / "disks" / "vm").mkdir(parents=True)
+    lines = shown([Failure("a::b", "no", str(tmp_path), ("disks/", "vm.log"))])
+    assert lines[-1] == f"  look inside itests shell {tmp_path}/disks/vm"
+
+
 def test_words_to_copy_are_quoted_for_the_shell():
     (line,) = [x for x in shown([Failure("a b::$c", "no")]) if "run again" in x]
     assert line.endswith("itests 'a b::$c'")
