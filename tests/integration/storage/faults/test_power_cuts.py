@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from functools import partial
 
 import pool_scenario
 import pytest
 
 from qubes_itests.host.faultdisk import CrashStateError
+from qubes_storage import pool_class
 
 #: On each filesystem twice as many.
 STATES = 250
@@ -32,6 +34,16 @@ def test_so_it_does_while_others_flush(kind, faultdisk):
 
     recording = faultdisk.record(kind, busy)
     assert faultdisk.examine(recording, pool_scenario.survives, STATES) >= 1
+
+
+def test_the_driver_file_survives_power_cuts_too(faultdisk):
+    """It copies where the other shares, here on a filesystem that cannot share."""
+    driver = pool_class("file")
+    recording = faultdisk.record(
+        "ext4", partial(pool_scenario.live, pool_class=driver), size=64 * 1024**2
+    )
+    check = partial(pool_scenario.survives, pool_class=driver)
+    assert faultdisk.examine(recording, check, STATES // 2) >= 1
 
 
 def without_fsync_of(kind):
