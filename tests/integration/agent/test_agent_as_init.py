@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from typing import TYPE_CHECKING
 
 import pytest
-from agent_wire import CALL, DATA, EXIT, POWER_OFF, pour
+from agent_wire import CALL, DATA, EXIT, POWER_OFF, STOP, pour
 from raw_guest import deadline_loop, make_disks
 
 if TYPE_CHECKING:
@@ -72,6 +73,22 @@ def test_user_is_logged_in(guest: RawGuest) -> None:
         "700 user\n700 user\n"
     )
     assert "qubes" in guest.output("id -Gn", user="").split()
+
+
+@pytest.mark.parametrize("user", ["root", "user"])
+def test_stdio_can_be_opened_by_name(guest: RawGuest, user: str) -> None:
+    """The pipes belong to whoever runs the command."""
+    script = "cat /dev/stdin > /dev/stdout; echo error > /dev/stderr"
+    result = guest.wire.run(script, b"through names", user=user)
+    assert (result.stdout, result.stderr) == (b"through names", b"error\n")
+
+
+def test_writer_without_a_reader_is_killed(guest: RawGuest) -> None:
+    stream = guest.wire.spawn("exec yes")
+    guest.wire.expect(DATA, stream)
+    guest.wire.send(STOP, 1, stream)
+    result = guest.wire.finish(stream)
+    assert (result.kind, result.value) == (1, signal.SIGPIPE)
 
 
 def test_root_is_root(guest: RawGuest) -> None:
