@@ -1,10 +1,14 @@
 """Random operations on volumes of all kinds, next to a model, in a plain directory."""
 
+import os
+
 import pytest
 from volume_machine import run_machine
 
+from qubes_storage import StoragePoolException
 from qubes_storage.file import FilePool
-from qubes_storage.reflink import ReflinkPool
+from qubes_storage.history import History
+from qubes_storage.reflink import ReflinkPool, ReflinkVolume
 
 
 @pytest.mark.parametrize(
@@ -17,3 +21,39 @@ def test_volumes_behave_like_their_model(tmp_path, driver, options):
         return driver(name="plain", dir_path=directory, **options)
 
     run_machine(tmp_path, make_pool, examples=15, steps=40)
+
+
+def _resize_in_place(monkeypatch):
+    monkeypatch.setattr(
+        ReflinkVolume,
+        "_resize_committed",
+        lambda volume, size: os.truncate(volume._committed_image("resize"), size),
+    )
+
+
+def _write_what_others_rely_on(monkeypatch):
+    monkeypatch.setattr(
+        ReflinkVolume,
+        "_may_write_committed",
+        lambda volume, _image: volume.revisions_to_keep < 0,
+    )
+
+
+def _keep_one_too_few(monkeypatch):
+    prune = History._prune
+    monkeypatch.setattr(History, "_prune", lambda self, keep: prune(self, keep - 1))
+
+
+@pytest.mark.parametrize(
+    "sabotage", [_resize_in_place, _write_what_others_rely_on, _keep_one_too_few]
+)
+def test_a_driver_with_a_fault_does_not(tmp_path, monkeypatch, sabotage):
+    """The machine finds what a slip in one line of a driver does."""
+    sabotage(monkeypatch)
+
+    def make_pool(directory):
+        return ReflinkPool(name="plain", dir_path=directory, setup_check="no")
+
+    failures = (AssertionError, StoragePoolException, pytest.fail.Exception)
+    with pytest.raises(failures):
+        run_machine(tmp_path, make_pool, examples=100, steps=60)
