@@ -118,8 +118,10 @@ class ImageVolume(ImageContent):
                 os.ftruncate(image, self._size)
 
     def _snapshot_source(self) -> None:
-        image = self._source._committed_image("start")  # noqa: SLF001 - one class
-        files.replace_with_link(image, self._origin, durable=False)
+        # Once it has a second name nobody writes it, and its owner may go on.
+        with self.pool.operations.reading(self._source):
+            image = self._source._committed_image("start")  # noqa: SLF001 - one class
+            files.replace_with_link(image, self._origin, durable=False)
         try:
             self._copy(self._origin, self.files.dirty)
         except BaseException:
@@ -144,6 +146,8 @@ class ImageVolume(ImageContent):
 
     def _stop(self) -> None:
         self._use.refuse_if_lost("stop")
+        if self._use.import_size is not None:
+            return  # it is not started
         if self._is_dirty():
             self._sync_dirty()
             self._history.commit(self.files.dirty, self.revisions_to_keep)

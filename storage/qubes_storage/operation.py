@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from qubes_storage import lock
@@ -64,7 +65,7 @@ class Operations:
     async def run(
         self, volume: Volume, action: str, function: Callable[[], Result]
     ) -> Result:
-        """Run a blocking `function` that works on `volume` and reads its source.
+        """Run a blocking `function` that works on `volume`.
 
         Once begun it is brought to its end: a cancellation counts only afterwards.
 
@@ -74,20 +75,25 @@ class Operations:
         # The file lock alone would do; this spares threads that only wait.
         turn = self._turns.setdefault(volume.vid, asyncio.Lock())
         async with turn:
-            work = asyncio.to_thread(self._run, volume, action, function)
+            work = _in_thread(lambda: self._run(volume, action, function))
             return await _to_the_end(asyncio.ensure_future(work))
+
+    @contextlib.contextmanager
+    def reading(self, volume: Volume) -> Iterator[None]:
+        """Keep others from changing a volume; for as short a time as possible.
+
+        :raise TimeoutError: when somebody works on it and does not come to an end.
+        """
+        with lock.hold(self._directory, read=[volume.vid], timeout=self.lock_timeout):
+            yield
 
     def _run(
         self, volume: Volume, action: str, function: Callable[[], Result]
     ) -> Result:
-        sources = [] if volume.source is None else [volume.source.vid]
         with self._background.operation(), typed_errors(volume, action):
             self._check_directory()
             with lock.hold(
-                self._directory,
-                write=[volume.vid],
-                read=sources,
-                timeout=self.lock_timeout,
+                self._directory, write=[volume.vid], timeout=self.lock_timeout
             ):
                 return function()
 
@@ -96,6 +102,15 @@ class Operations:
         if not self._directory.is_dir():
             reason = "the pool's directory is absent"
             raise FileNotFoundError(errno.ENOENT, reason, str(self._directory))
+
+
+async def _in_thread(function: Callable[[], Result]) -> Result:
+    # The event loop's own threads are few: long operations would delay others.
+    executor = ThreadPoolExecutor(1, "qubes_storage_operation")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(executor, function)
+    finally:
+        executor.shutdown(wait=False)
 
 
 async def _to_the_end(work: asyncio.Future[Result]) -> Result:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import resource
 import signal
+import threading
 
 import pytest
 
@@ -145,6 +147,46 @@ def test_a_volume_that_another_process_works_on_is_busy(shop):
     with lock.hold(shop.directory, write=[volume.vid]), pytest.raises(VolumeBusyError):
         shop.run(volume.create())
     shop.run(volume.create())
+
+
+@pytest.mark.asyncio
+async def test_operations_that_wait_delay_no_other(tmp_path, shop_class):
+    """However many wait for another process, there is a thread for the next."""
+    shop = await asyncio.to_thread(shop_class, tmp_path / "pool")
+    waiting = [shop.volume(vm=f"work{number}") for number in range(50)]
+    with lock.hold(shop.directory, write=[volume.vid for volume in waiting]):
+        tasks = [asyncio.ensure_future(volume.create()) for volume in waiting]
+        await asyncio.wait_for(shop.volume().create(), 10)
+        assert not [task for task in tasks if task.done()]
+    await asyncio.gather(*tasks)
+
+
+@pytest.mark.asyncio
+async def test_the_clone_of_a_snapshot_delays_no_commit_of_its_source(
+    tmp_path, shop_class, monkeypatch
+):
+    """The source is locked until its image has a second name, and no longer."""
+    shop = await asyncio.to_thread(shop_class, tmp_path / "pool")
+    template = await asyncio.to_thread(shop.template, b"1")
+    snapshot = shop.volume("snapshot", source=template)
+    await template.start()
+    shop.write(template.path, b"2")
+    copying, go_on = threading.Event(), threading.Event()
+    real = shop.pool.copy
+
+    def slowly(*arguments):
+        copying.set()
+        assert go_on.wait(10)
+        return real(*arguments)
+
+    monkeypatch.setattr(shop.pool, "copy", slowly)
+    starting = asyncio.ensure_future(snapshot.start())
+    assert await asyncio.to_thread(copying.wait, 10)
+    await asyncio.wait_for(template.stop(), 10)
+    go_on.set()
+    await starting
+    assert shop.read(snapshot.path) == b"1"
+    assert snapshot.is_outdated()
 
 
 def test_a_lock_goes_with_the_process_that_held_it(shop):

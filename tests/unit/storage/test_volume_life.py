@@ -419,6 +419,14 @@ def test_nothing_else_happens_during_an_import(shop, saved):
             shop.run(action())
 
 
+def test_a_stop_does_not_end_an_import(shop, saved):
+    path = shop.run(saved.import_data())
+    shop.run(saved.stop())
+    shop.write(path, b"2")
+    shop.run(saved.import_data_end(success=True))
+    assert shop.committed(saved) == b"2"
+
+
 def test_ending_what_did_not_begin_is_an_error(shop, saved):
     with pytest.raises(VolumeStateError, match="no import"):
         shop.run(saved.import_data_end(success=True))
