@@ -136,6 +136,7 @@ def test_a_machine_without_fuse_is_told_so(tmpfs, monkeypatch):
     assert list(tmpfs.iterdir()) == [image]
 
 
+@pytest.mark.usefixtures("expected_failure")
 def test_a_check_that_leaves_a_file_open_is_told_its_error(faultdisk):
     """And nothing stays mounted because of it."""
     held = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -26,6 +27,7 @@ def run_pytest(directory, arguments):
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
         cwd=directory,
+        env={**os.environ, "QUBES_ITESTS_ARTIFACTS": str(directory / "kept")},
         capture_output=True,
         check=False,
         text=True,

@@ -15,6 +15,7 @@ import pytest
 from pool_scenario import SIZE, Scenario
 
 from qubes_itests.host.faultdisk import failing_call
+from qubes_storage import pool_class
 from qubes_storage.exc import OutOfSpaceError, VolumeStateError
 
 MOST_CALLS = 60
@@ -73,9 +74,9 @@ class Case:
     preparation: list[str]
     operation: str
 
-    def prepare(self, directory):
+    def prepare(self, directory, pool):
         directory.mkdir()
-        scenario = Operations(directory)
+        scenario = Operations(directory, pool)
         for version, step in enumerate(
             ["create", "start", "write_all", "stop", "start", "write_some", "stop"], 1
         ):
@@ -88,23 +89,28 @@ class Case:
         getattr(scenario, self.operation)(self.vm, 99)
 
 
-@pytest.fixture(params=["btrfs", "xfs"])
-def directory(request):
-    return request.getfixturevalue(request.param)
+DRIVERS = {"btrfs": "file-reflink", "xfs": "file-reflink", "ext4": "file"}
+
+
+@pytest.fixture(params=DRIVERS)
+def place(request):
+    """Return a directory, and the pools of a driver that is to work there."""
+    return request.getfixturevalue(request.param), pool_class(DRIVERS[request.param])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_space_at_each_step(name, directory):
+def test_no_space_at_each_step(name, place):
+    directory, pool = place
     (vm, preparation), operation = CASES[name]
     case = Case(vm, preparation, operation)
-    scenario = case.prepare(directory / "whole")
+    scenario = case.prepare(directory / "whole", pool)
     before = scenario.observe()
     case.act(scenario)
     after = scenario.observe()
     scenario.close()
     for nth in itertools.count(1):
         assert nth < MOST_CALLS
-        scenario = case.prepare(directory / str(nth))
+        scenario = case.prepare(directory / str(nth), pool)
         with failing_call(scenario.pool.dir_path, nth) as fault:
             error = failure(case, scenario)
         found = scenario.observe()
@@ -123,7 +129,7 @@ def test_no_space_at_each_step(name, directory):
             repeat(case, scenario)
             assert scenario.observe() == after, fault
         scenario.close()
-        reopened = Scenario(scenario.pool.dir_path.parent)
+        reopened = Scenario(scenario.pool.dir_path.parent, pool)
         pool_scenario.must_work(reopened, reopened.observe(), only=[vm])
         reopened.close()
     assert nth > 1, "nothing was tried"

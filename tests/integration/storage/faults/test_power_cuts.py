@@ -58,6 +58,7 @@ def without_fsync_of(kind):
     return fsync
 
 
+@pytest.mark.usefixtures("expected_failure")
 @pytest.mark.parametrize("kind", ["btrfs", "xfs"])
 @pytest.mark.parametrize("forgotten", [stat.S_ISREG, stat.S_ISDIR])
 def test_a_driver_without_an_fsync_is_caught(kind, forgotten, faultdisk, monkeypatch):
@@ -75,6 +76,7 @@ def test_a_driver_without_an_fsync_is_caught(kind, forgotten, faultdisk, monkeyp
     assert "--itests-crash-replay" in caught.value.replay
 
 
+@pytest.mark.usefixtures("expected_failure")
 @pytest.mark.parametrize("kind", ["btrfs", "xfs"])
 def test_a_disk_that_lies_about_flushes_is_caught(kind, faultdisk):
     """The driver does all it can, and what it promised is lost nevertheless."""
