@@ -1,0 +1,150 @@
+"""The errors of memory balancing.
+
+::
+
+    HarnessError
+     +-- QmemmanError
+          +-- ConfigurationFileError   a key or value of the configuration is wrong
+          +-- BudgetError              the machine is smaller than its dom0
+          +-- AlreadyRunningError      another daemon serves the socket
+          +-- UnavailableError         no daemon answers on the socket
+          +-- MemoryRefusedError       there is not enough memory for a VM
+          +-- DomainGoneError          a domain ended while it was dealt with
+          +-- TimelineError            a file is no timeline
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qubes_itests.exc import HarnessError
+from qubes_itests.qmemman.sizes import mib
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+__all__ = [
+    "AlreadyRunningError",
+    "BudgetError",
+    "ConfigurationFileError",
+    "DomainGoneError",
+    "MemoryRefusedError",
+    "QmemmanError",
+    "TimelineError",
+    "UnavailableError",
+]
+
+_MOST_HOLDERS = 10
+
+
+class QmemmanError(HarnessError):
+    """The base of all errors of memory balancing."""
+
+
+class ConfigurationFileError(QmemmanError):
+    """A configuration file says something that cannot be followed.
+
+    :param path: the file.
+    :param problem: what is wrong and what is expected.
+    """
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class BudgetError(QmemmanError):
+    """The machine's memory does not even hold dom0.
+
+    :param total: memory of the machine, bytes.
+    :param dom0: what dom0 holds, bytes.
+    """
+
+    def __init__(self, total: int, dom0: int) -> None:
+        super().__init__(
+            f"a machine of {mib(total)} cannot hold a dom0 of {mib(dom0)}:"
+            " give it more memory, or a smaller dom0"
+        )
+        self.total = total
+        self.dom0 = dom0
+
+
+class AlreadyRunningError(QmemmanError):
+    """Another daemon serves this socket.
+
+    :param socket: its path.
+    """
+
+    def __init__(self, socket: Path) -> None:
+        super().__init__(
+            f"another qmemman serves {socket}: stop it, or choose another socket"
+        )
+        self.socket = socket
+
+
+class UnavailableError(QmemmanError):
+    """No daemon answers, so nobody can say whether there is memory.
+
+    :param socket: where it should have answered.
+    :param reason: what happened instead.
+    """
+
+    def __init__(self, socket: Path, reason: str) -> None:
+        super().__init__(
+            f"no answer from qmemman at {socket}: {reason}; is it running?"
+        )
+        self.socket = socket
+        self.reason = reason
+
+
+class MemoryRefusedError(QmemmanError):
+    """There is not enough memory for a VM.
+
+    :param asked: what it asked for, bytes.
+    :param obtainable: what could have been had: free memory and what others can
+        spare, bytes; None when the daemon did not tell.
+    :param holders: what is held, in bytes, by the domains' names.
+    """
+
+    def __init__(
+        self, asked: int, obtainable: int | None, holders: Mapping[str, int]
+    ) -> None:
+        largest = sorted(holders.items(), key=lambda item: -item[1])
+        shown = [f"{name} {mib(held)}" for name, held in largest[:_MOST_HOLDERS]]
+        if len(largest) > _MOST_HOLDERS:
+            shown.append(f"{len(largest) - _MOST_HOLDERS} more")
+        message = f"not enough memory: {mib(asked)} asked"
+        if obtainable is not None:
+            message += f", {mib(obtainable)} obtainable"
+        if shown:
+            message += f"; held by {', '.join(shown)}"
+        super().__init__(f"{message}. Shut a VM down, or give this one less memory.")
+        self.asked = asked
+        self.obtainable = obtainable
+        self.holders = dict(holders)
+
+
+class DomainGoneError(QmemmanError):
+    """A domain ended while it was dealt with.
+
+    :param domid: its number.
+    """
+
+    def __init__(self, domid: str) -> None:
+        super().__init__(f"domain {domid} is gone")
+        self.domid = domid
+
+
+class TimelineError(QmemmanError):
+    """A file is not a timeline of memory.
+
+    :param path: the file.
+    :param problem: what is wrong with it.
+    """
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path} is not a timeline of memory: {problem}")
+        self.path = path
+        self.problem = problem
