@@ -13,7 +13,7 @@ from qubes_itests.conformance.features import FEATURES, MARKER
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
-__all__ = ["DIRECTORY", "LACKS", "driver_name", "pool_config"]
+__all__ = ["DIRECTORY", "LACKS", "driver_name", "lacks", "pool_config"]
 
 #: What stands in a pool's configuration for the directory of a test.
 DIRECTORY: Final = "{directory}"
@@ -23,7 +23,8 @@ LACKS = pytest.StashKey[frozenset[str]]()
 
 _DRIVER: Final = "qubes_storage_driver"
 _POOL_CONFIG: Final = "pool_config"
-_DEFAULT_CONFIG: Final = {"dir_path": f"{DIRECTORY}/pool", "setup_check": "no"}
+_LACKS: Final = "qubes_storage_lacks"
+_DEFAULT_CONFIG: Final = {"dir_path": f"{DIRECTORY}/pool"}
 _NUMBER: Final = re.compile(r"-?\d+")
 
 #: Names of the properties of reports.
@@ -47,6 +48,11 @@ def pool_config(config: pytest.Config) -> Mapping[str, str | int]:
     """
     words = config.getoption(_POOL_CONFIG)
     return dict(map(_pair, words)) if words else _DEFAULT_CONFIG
+
+
+def lacks(config: pytest.Config) -> frozenset[str]:
+    """Return the features that the command line says the driver lacks."""
+    return frozenset(config.getoption(_LACKS))
 
 
 def _pair(word: str) -> tuple[str, str | int]:
@@ -77,6 +83,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         " elsewhere and is emptied after every test (default: "
         + " ".join(f"{key}={value}" for key, value in _DEFAULT_CONFIG.items())
         + ")",
+    )
+    group.addoption(
+        "--qubes-storage-lacks",
+        dest=_LACKS,
+        metavar="FEATURE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="features that the driver does not have; it has to refuse them",
     )
 
 

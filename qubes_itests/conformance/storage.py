@@ -13,8 +13,9 @@ or, to be in charge of how a pool is made, from a test module::
         def make_pool(self, name, directory):
             return MyPool(name=name, dir_path=directory / "pool")
 
-Every test runs on every filesystem.  What the driver cannot do it has to declare; the
-same tests then prove that it refuses.  A table of all this ends the run.
+Every test runs on every filesystem.  What the driver cannot do it has to declare, by
+the attribute `lacks` of the class here or of its pool, or by ``--qubes-storage-lacks``;
+the same tests then prove that it refuses.  A table of all this ends the run.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from qubes_itests.conformance.options import (
     DIRECTORY,
     LACKS,
     driver_name,
+    lacks,
     pool_config,
 )
 from qubes_itests.conformance.trial import Trial
@@ -106,12 +108,18 @@ class StorageConformance(
         directory = None if own else request.getfixturevalue(filesystem)
         with asyncio.Runner() as runner:
             trial = Trial(lambda: self._open_pool(request, directory), runner)
-            lacks = self.lacks | getattr(type(trial.pool), "lacks", frozenset())
-            if directory is not None and not supports_reflink(directory):
-                lacks |= {"shared_extents"}
-            request.node.stash[LACKS] = check_lacks(lacks)
+            request.node.stash[LACKS] = self._lacks_of(trial.pool, request, directory)
             yield trial
             trial.clean_up()
+
+    def _lacks_of(
+        self, pool: Pool, request: pytest.FixtureRequest, directory: Path | None
+    ) -> frozenset[str]:
+        del request
+        names = self.lacks | getattr(type(pool), "lacks", frozenset())
+        if directory is not None and not supports_reflink(directory):
+            names |= {"shared_extents"}
+        return check_lacks(names)
 
     def _open_pool(
         self, request: pytest.FixtureRequest, directory: Path | None
@@ -130,6 +138,12 @@ class TestStorageDriver(StorageConformance):
         values = pool_config(config).values()
         needed = any(DIRECTORY in str(value) for value in values)
         return cls.filesystems if needed else ("own",)
+
+    def _lacks_of(
+        self, pool: Pool, request: pytest.FixtureRequest, directory: Path | None
+    ) -> frozenset[str]:
+        known = super()._lacks_of(pool, request, directory)
+        return check_lacks(known | lacks(request.config))
 
     def _open_pool(
         self, request: pytest.FixtureRequest, directory: Path | None
