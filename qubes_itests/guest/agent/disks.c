@@ -2,6 +2,7 @@
 #include "agent.h"
 
 #include <linux/netlink.h>
+#include <time.h>
 
 static int uevents = -1;
 
@@ -52,14 +53,22 @@ void disks_ready(void)
 	scan();
 }
 
+static long long now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000LL + now.tv_nsec / 1000000;
+}
+
 /* Whether a disk can be opened: it has its name a moment earlier. */
 bool disk_wait(const char *path, int milliseconds)
 {
 	struct pollfd change = {.fd = uevents, .events = POLLIN};
+	long long end = now_ms() + milliseconds;
 	int fd;
 
-	for (; (fd = open(path, O_RDONLY | O_CLOEXEC)) < 0 && milliseconds > 0;
-	     milliseconds -= 20) {
+	while ((fd = open(path, O_RDONLY | O_CLOEXEC)) < 0 && now_ms() < end) {
 		poll(&change, 1, 20);
 		disks_ready();
 	}
