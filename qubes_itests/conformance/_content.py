@@ -31,8 +31,8 @@ class RevisionTests:
 
     @feature("revisions")
     def test_former_image_is_kept_and_reverted_to(self, trial: Trial) -> None:
-        """One by default; what was there before the revert becomes a revision."""
-        volume = trial.made("one")
+        """What was there before the revert becomes a revision."""
+        volume = trial.made("one", revisions_to_keep=1)
         trial.session(volume, "two")
         assert len(volume.revisions) == 1
         trial.run(volume.revert())
@@ -44,7 +44,7 @@ class RevisionTests:
     @feature("revisions")
     def test_revert_is_refused_while_the_vm_runs(self, trial: Trial) -> None:
         """And what the VM writes is committed as if nothing had been tried."""
-        volume = trial.made("one")
+        volume = trial.made("one", revisions_to_keep=1)
         trial.session(volume, "two")
         trial.run(volume.start())
         trial.write(volume, "three")
@@ -58,7 +58,7 @@ class RevisionTests:
     @feature("revisions")
     def test_revert_changes_what_snapshots_start_from(self, trial: Trial) -> None:
         """One that runs keeps what it started from, and is outdated."""
-        source = trial.made("good", vm="template")
+        source = trial.made("good", vm="template", revisions_to_keep=1)
         trial.session(source, "bad")
         snapshot = trial.made(kind="snapshot", source=source)
         trial.run(snapshot.start())
