@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -204,8 +205,9 @@ class Storage:
         done: list[Volume] = []
         try:
             for volume in self.volumes.values():
-                await action(volume)
-                done.append(volume)
+                await _to_its_end(
+                    action(volume), functools.partial(done.append, volume)
+                )
         except BaseException:
             for volume in reversed(done if undo else []):
                 with contextlib.suppress(Exception):
@@ -223,6 +225,19 @@ def in_pool(config: Mapping[str, Any], pool: str | None) -> dict[str, Any]:
     if pool is None or config.get("snap_on_start"):
         return dict(config)
     return {**config, "pool": str(pool)}
+
+
+async def _to_its_end(action: Awaitable[object], succeeded: Callable[[], None]) -> None:
+    """Await an action; if that is cancelled, first see whether it succeeds."""
+    acting = asyncio.ensure_future(action)
+    try:
+        await asyncio.shield(acting)
+    except asyncio.CancelledError:
+        await asyncio.wait([acting])
+        if not acting.cancelled() and acting.exception() is None:
+            succeeded()
+        raise
+    succeeded()
 
 
 def _said(error: CommandError | OSError) -> str:

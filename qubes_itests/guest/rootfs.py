@@ -94,10 +94,6 @@ _SCRIPTS: Final = {
         "    rest=${rest#*+}\n"
         'done\nexec "$@"\n'
     ),
-    # busybox would ask its own init
-    "usr/bin/poweroff": "sync\nexec busybox poweroff -f\n",
-    "usr/bin/halt": "sync\nexec busybox poweroff -f\n",
-    "usr/bin/reboot": "sync\nexec busybox reboot -f\n",
 }
 #: Applets that the agent or a script above takes the place of.
 _NOT_APPLETS: Final = frozenset({"busybox", "init", "linuxrc", "sulogin"})

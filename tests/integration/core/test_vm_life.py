@@ -116,6 +116,15 @@ def test_each_run_ends_once_before_the_next_begins(vm, run, sh, events, end):
     assert sh(vm, "hostname") == "work"
 
 
+@pytest.mark.parametrize("command", ["poweroff", "halt", "reboot"])
+def test_ending_inside_loses_nothing_that_was_written(vm, run, sh, command):
+    run(vm.start())
+    run(vm.run(f"echo late > /rw/late; {command}", user="root"))
+    run(vm.wait_ended(60))
+    run(vm.start())
+    assert sh(vm, "cat /rw/late") == "late"
+
+
 def test_pause_stops_the_guest_and_unpause_lets_it_go_on(vm, run, sh):
     run(vm.start())
     run(vm.pause())
@@ -156,7 +165,8 @@ def test_guest_without_agent_fails_the_start_and_leaves_nothing(app, vm, run, ev
     app.warm_starts, saved = None, app.warm_starts
     try:
         with pytest.raises(
-            exc.QubesVMStartError, match=r"(?s)could not reach its agent: .*Kernel panic"
+            exc.QubesVMStartError,
+            match=r"(?s)could not reach its agent: .*Kernel panic",
         ):
             run(vm.start())
     finally:
