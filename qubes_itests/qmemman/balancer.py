@@ -1,0 +1,361 @@
+"""Carrying decisions out, one at a time, whatever single domains do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qubes_itests.qmemman import algorithm
+from qubes_itests.qmemman.contract import Order
+from qubes_itests.qmemman.decision import decide_balance, decide_balloon, obtainable
+from qubes_itests.qmemman.exc import BudgetError, DomainGoneError
+from qubes_itests.qmemman.policy import DEFAULT_POLICY, Policy
+from qubes_itests.qmemman.state import DOM0, DomainMemory, parse_report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from qubes_itests.qmemman.algorithm import Target
+    from qubes_itests.qmemman.contract import DomainReading, MemoryBackend
+    from qubes_itests.qmemman.timeline import Recorder
+
+__all__ = ["Balancer", "Refusal"]
+
+_log = logging.getLogger(__name__)
+#: Seconds a back end has for one domain: one that hangs must not stop the others.
+_CALL_TIMEOUT = 2.0
+#: Donors first free memory, then it is shared: this needs a few rounds.
+_MOST_ROUNDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a VM got no memory; bytes.
+
+    :param asked: what it asked for.
+    :param obtainable: what could have been had.
+    :param holders: what each domain held, by name.
+    """
+
+    asked: int
+    obtainable: int
+    holders: dict[str, int]
+
+
+class Balancer:
+    """The state of one machine's memory, and the two acts that change it.
+
+    The caller sees to it that only one act is under way at a time.
+
+    :param backend: the machine.
+    :param policy: the numbers to go by.
+    :param recorder: gets a record of every decision.
+    :param pause_file: while it exists nothing is balanced.
+    :param available_file: where the available memory is published, in bytes.
+    """
+
+    def __init__(
+        self,
+        backend: MemoryBackend,
+        policy: Policy = DEFAULT_POLICY,
+        *,
+        recorder: Recorder | None = None,
+        pause_file: Path | None = None,
+        available_file: Path | None = None,
+    ) -> None:
+        self.policy = policy
+        self.domains: dict[str, DomainMemory] = {}
+        self.names: dict[str, str] = {}
+        self.free = 0
+        self.total = 0
+        self.refusal: Refusal | None = None
+        self._backend = backend
+        self._recorder = recorder
+        self._pause_file = pause_file
+        self._available_file = available_file
+        self._reports: dict[str, int | None] = {}
+
+    def note_report(self, domid: str, untrusted: bytes) -> None:
+        """Remember what a guest reported, for the next reading."""
+        self._reports[domid] = parse_report(untrusted)
+
+    def reported(self, domid: str) -> bool:
+        """Return whether a domain has said what it uses."""
+        return self._reports.get(domid) is not None
+
+    async def refresh(self) -> None:
+        """Read the machine.
+
+        :raise BudgetError: when dom0 holds more than there is.
+        """
+        try:
+            async with asyncio.timeout(_CALL_TIMEOUT):
+                reading = await self._backend.read()
+        except TimeoutError:
+            _log.warning("the machine's memory cannot be read now")
+            return
+        self.total = reading.total
+        self.names = {domain.domid: domain.name for domain in reading.domains}
+        self.domains = {r.domid: self._state(r) for r in reading.domains}
+        for domid in self._reports.keys() - self.domains.keys():
+            del self._reports[domid]
+        dom0 = self.domains.get(DOM0)
+        if dom0 is not None and dom0.current > self.total:
+            raise BudgetError(self.total, dom0.current)
+        self.free = self._assignable(reading.free)
+
+    def _state(self, reading: DomainReading) -> DomainMemory:
+        old = self.domains.get(reading.domid)
+        target = old.last_target if old else reading.target
+        maximum = reading.maximum
+        if maximum is None:
+            maximum = int(self.total * self.policy.overhead_factor)
+        return DomainMemory(
+            domid=reading.domid,
+            used=self._reports.get(reading.domid),
+            actual=max(reading.current, target),
+            current=reading.current,
+            maximum=maximum,
+            last_target=target,
+            no_progress=bool(old and old.no_progress),
+            slow_memset_react=bool(old and old.slow_memset_react),
+            paused=reading.paused,
+        )
+
+    def _assignable(self, free: int) -> int:
+        """Return what is free and was not promised to anybody, bytes."""
+        assignable = int(free * self.policy.overhead_factor)
+        promised = sum(max(0, d.last_target - d.current) for d in self.domains.values())
+        if assignable < promised + self.policy.free_minimum:
+            _log.error("free memory %d is low: %d are promised", assignable, promised)
+        return assignable - promised
+
+    async def balance(self) -> None:
+        """Give everybody the memory it should have, as far as it can be had now."""
+        if self._pause_file is not None and self._pause_file.exists():
+            _log.debug("%s exists: nothing is balanced", self._pause_file)
+            return
+        for _ in range(_MOST_ROUNDS):
+            await self.refresh()
+            self._update(
+                algorithm.clear_outdated_markers(domain, self.policy)
+                for domain in self.domains.values()
+            )
+            targets = decide_balance(self.free, self.domains.values(), self.policy)
+            self._record("balance" if targets else "look", targets)
+            if not targets or not await self._carry_out(targets):
+                break
+        await self._publish()
+
+    async def _carry_out(self, targets: list[Target]) -> bool:
+        """Set targets; False when donors were late and the rest was left."""
+        before = dict(self.domains)
+        for domid, target in targets:
+            domain = self.domains.get(domid)
+            if domain is None:
+                continue
+            if target > domain.actual and not await self._wait_for(domid, target):
+                self._mark_late(targets, before)
+                await self._give_what_is_there(domid, target)
+                return False
+            await self._set(domid, target)
+        await self._wait_for_donors(targets)
+        return True
+
+    async def _wait_for(self, domid: str, target: int) -> bool:
+        """Wait until others have freed what this domain is to get."""
+        for _ in range(self.policy.patience):
+            domain = self.domains.get(domid)
+            if domain is None or self._fits(domain, target):
+                return True
+            await self._pause()
+        domain = self.domains.get(domid)
+        return domain is None or self._fits(domain, target)
+
+    def _fits(self, domain: DomainMemory, target: int) -> bool:
+        # a tenth less than is kept, for rounding
+        rest = self.free - (target - domain.actual)
+        return rest >= 0.9 * self.policy.free_to_keep
+
+    async def _wait_for_donors(self, targets: list[Target]) -> None:
+        """Wait until who was told to give has given, so that it can be shared."""
+        before = dict(self.domains)
+        for _ in range(self.policy.patience):
+            if not self._late(targets):
+                return
+            await self._pause()
+        self._mark_late(targets, before)
+
+    def _late(self, targets: list[Target]) -> list[DomainMemory]:
+        tolerance = self.policy.donor_tolerance
+        donors = (self.domains.get(domid) for domid, _ in targets)
+        return [d for d in donors if d and d.actual > d.last_target + tolerance]
+
+    def _mark_late(
+        self, targets: list[Target], before: dict[str, DomainMemory]
+    ) -> None:
+        for domain in self._late(targets):
+            old = before.get(domain.domid)
+            if old is not None and old.actual == domain.actual:
+                _log.warning("%s does not give memory", self._called(domain.domid))
+                self._update([replace(domain, no_progress=True)])
+            else:
+                _log.warning("%s gives memory slowly", self._called(domain.domid))
+                self._update([replace(domain, slow_memset_react=True)])
+
+    async def _give_what_is_there(self, domid: str, target: int) -> None:
+        if domain := self.domains.get(domid):
+            there = self.free + domain.actual - self.policy.free_to_keep
+            if min(there, target) > domain.actual:
+                await self._set(domid, min(there, target))
+
+    async def balloon(self, amount: int) -> bool:
+        """Free `amount` bytes for a VM that starts; False when they cannot be had."""
+        self._update(replace(d, no_progress=False) for d in self.domains.values())
+        await self.refresh()
+        needed = amount + self.policy.free_minimum
+        seen: deque[int] = deque()
+        silent: dict[str, tuple[int, int]] = {}
+        while self.free < needed:
+            self._note_silence(silent)
+            targets = self._balloon_targets(amount, seen)
+            self._record("balloon", targets, amount)
+            if not targets:
+                self._refuse(amount)
+                return False
+            for domid, target in targets:
+                actual = self.domains[domid].actual if domid in self.domains else 0
+                silent.setdefault(domid, (actual, 0))
+                await self._set(domid, target)
+            await self._pause()
+        await self._withdraw_promises()
+        self._record("granted", [], amount)
+        return True
+
+    def _balloon_targets(self, amount: int, seen: deque[int]) -> list[Target]:
+        policy = self.policy
+        seen.append(self.free)
+        if len(seen) > policy.progress_period / policy.step:
+            progress = self.free - seen.popleft()
+            if progress < policy.progress_rate * policy.progress_period:
+                return []
+        missing = amount + policy.free_to_keep - self.free
+        return decide_balloon(missing, self.domains.values(), policy)
+
+    def _note_silence(self, silent: dict[str, tuple[int, int]]) -> None:
+        """Exclude donors that have held the same for too many steps."""
+        for domid, (held, steps) in tuple(silent.items()):
+            domain = self.domains.get(domid)
+            if domain is None or domain.actual != held:
+                del silent[domid]
+            elif steps + 1 >= self.policy.patience:
+                _log.warning("%s does not give memory", self._called(domid))
+                self._update([replace(domain, no_progress=True)])
+            else:
+                silent[domid] = (held, steps + 1)
+
+    async def _withdraw_promises(self) -> None:
+        """Keep domains from growing into what a starting VM was just given."""
+        tolerance = self.policy.promise_tolerance
+        found = algorithm.preferences(self.domains.values(), self.policy)
+        for domain, preferred in found.each:
+            keep = max(domain.current, preferred)
+            if keep + tolerance < domain.last_target:
+                await self._set(domain.domid, keep)
+
+    def _refuse(self, amount: int) -> None:
+        holders = {self._called(d.domid): d.actual for d in self.domains.values()}
+        could = obtainable(self.free, self.domains.values(), self.policy)
+        self.refusal = Refusal(amount, could, holders)
+        self._record("refused", [], amount)
+
+    async def set_memory(self, wishes: Iterable[Target]) -> bool:
+        """Set targets that somebody asks for; 0 stands for a VM's preferred memory.
+
+        :return: False when one of them is not possible; then none is set.
+        """
+        await self.refresh()
+        targets = []
+        for domid, wish in wishes:
+            domain = self.domains.get(domid)
+            if domain is None or domain.used is None:
+                return False
+            target = wish or algorithm.preferred_memory(domain, self.policy)
+            if not domain.used <= target <= domain.maximum:
+                return False
+            targets.append((domid, target))
+        growth = sum(target - self.domains[domid].actual for domid, target in targets)
+        if growth > max(0, self.free - self.policy.free_minimum):
+            return False
+        self._record("set", targets)
+        for domid, target in targets:
+            await self._set(domid, target)
+        return True
+
+    async def _set(self, domid: str, target: int) -> None:
+        domain = self.domains.get(domid)
+        if domain is None:
+            return
+        policy = self.policy
+        order = Order(
+            domid=domid,
+            target=target,
+            guest_target=max(0, target - policy.guest_margin),
+            limit=target + policy.limit_margin,
+        )
+        self.free -= max(domain.current, target) - domain.actual
+        actual = max(domain.current, target)
+        self._update([replace(domain, last_target=target, actual=actual)])
+        try:
+            async with asyncio.timeout(_CALL_TIMEOUT):
+                await self._backend.set_target(order)
+        except DomainGoneError:
+            self.domains.pop(domid, None)
+        except TimeoutError:
+            _log.warning("%s cannot be told its target", self._called(domid))
+
+    async def _pause(self) -> None:
+        await asyncio.sleep(self.policy.step)
+        await self.refresh()
+        self._record("step", [])
+
+    def _update(self, states: Iterable[DomainMemory]) -> None:
+        self.domains.update({state.domid: state for state in tuple(states)})
+
+    def _called(self, domid: str) -> str:
+        return self.names.get(domid, f"domain {domid}")
+
+    def _record(self, event: str, targets: list[Target], amount: int = 0) -> None:
+        for state in self.domains.values() if targets else ():
+            _log.info("%s %s: %s", event, self._called(state.domid), state)
+        if self._recorder is not None:
+            self._recorder.record(self, event, targets, amount)
+
+    async def _publish(self) -> None:
+        if self._available_file is not None:
+            found = algorithm.preferences(self.domains.values(), self.policy)
+            available = found.available(self.free - self.policy.free_to_keep)
+            await asyncio.to_thread(_replace, self._available_file, str(available))
+
+    def subscribe(self, on_news: Callable[[], None]) -> Callable[[], None]:
+        """Note reports from now on, and call `on_news` for them and for changes.
+
+        :return: a function that ends it.
+        """
+
+        def on_report(domid: str, untrusted: bytes) -> None:
+            self.note_report(domid, untrusted)
+            on_news()
+
+        return self._backend.subscribe(on_report, on_news)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="ascii")
+    temporary.chmod(0o644)
+    temporary.replace(path)

@@ -1,0 +1,128 @@
+"""How the start of a VM asks for memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from typing import TYPE_CHECKING
+
+from qubes_itests.exc import DeadlineError
+from qubes_itests.qmemman import protocol
+from qubes_itests.qmemman.exc import MemoryRefusedError, UnavailableError
+from qubes_itests.qmemman.sizes import KIB, MIB
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+__all__ = ["Client", "memory_for_start"]
+
+_LONGEST_STATUS = 64 * MIB
+_BASE_OVERHEAD = 4 * MIB
+_VCPU_OVERHEAD = 3 * MIB // 2
+#: Bytes of page tables per MiB of maximum memory, where the guest has its own.
+_TABLES = 8 * KIB
+
+
+def memory_for_start(
+    memory: int, *, vcpus: int, maxmem: int = 0, virt_mode: str = "pvh"
+) -> int:
+    """Return what a VM's start asks for, in bytes.
+
+    Its initial memory counts, not `maxmem`: what is populated on demand is the
+    hypervisor's affair.
+
+    :param memory: initial memory, MiB.
+    :param vcpus: number of virtual CPUs.
+    :param maxmem: what it may grow to, MiB; 0 when it is not balanced.
+    :param virt_mode: ``pvh``, ``hvm`` or ``pv``.
+    """
+    overhead = _BASE_OVERHEAD + vcpus * _VCPU_OVERHEAD
+    if virt_mode != "pv":
+        overhead += max(memory, maxmem) * _TABLES
+    return memory * MIB + overhead
+
+
+class Client:
+    """Asks the daemon.
+
+    :param path: of its Unix socket.
+    :param timeout: seconds that an answer may take.
+    """
+
+    def __init__(self, path: Path, *, timeout: float = 60.0) -> None:
+        self.path = path
+        self.timeout = timeout
+
+    @contextlib.asynccontextmanager
+    async def memory(self, amount: int) -> AsyncIterator[None]:
+        """Have `amount` bytes free inside: start the VM there, and only then leave.
+
+        Waits until dom0 has reported: before, it sits on all it was booted with, and
+        the first VMs would find no memory.
+
+        :raise MemoryRefusedError: when they cannot be freed.
+        :raise UnavailableError: when there is no daemon, or it does not understand.
+        :raise DeadlineError: when no answer comes in time.
+        """
+        await self._ask(protocol.READY, "report of dom0's memory usage")
+        async with self._connection() as (reader, writer):
+            writer.write(b"%d\n" % amount)
+            answer = await self._line(reader, "answer from qmemman")
+            if answer == protocol.FAIL:
+                # still connected, so the daemon's last refusal is this one
+                raise await self._refusal(amount)
+            if answer != protocol.OK:
+                raise UnavailableError(self.path, f"it answered {answer!r}")
+            yield
+
+    async def status(self) -> dict[str, object]:
+        """Return the daemon's view of all memory.
+
+        :raise UnavailableError: when there is no daemon.
+        """
+        status = json.loads(await self._ask(protocol.STATUS, "status of qmemman"))
+        if not isinstance(status, dict):
+            raise UnavailableError(self.path, "its status is not understood")
+        return status
+
+    async def _refusal(self, amount: int) -> MemoryRefusedError:
+        refusal = (await self.status()).get("refusal")
+        if not isinstance(refusal, dict):
+            return MemoryRefusedError(amount, None, {})
+        return MemoryRefusedError(amount, refusal["obtainable"], refusal["holders"])
+
+    async def _ask(self, line: bytes, what: str) -> bytes:
+        async with self._connection() as (reader, writer):
+            writer.write(line)
+            return await self._line(reader, what)
+
+    async def _line(self, reader: asyncio.StreamReader, what: str) -> bytes:
+        try:
+            async with asyncio.timeout(self.timeout):
+                line = await reader.readline()
+        except TimeoutError as error:
+            raise DeadlineError(what, self.timeout) from error
+        except (OSError, ValueError) as error:
+            raise UnavailableError(self.path, str(error)) from error
+        if not line.endswith(b"\n"):
+            raise UnavailableError(self.path, "it closed the connection")
+        return line
+
+    @contextlib.asynccontextmanager
+    async def _connection(
+        self,
+    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        try:
+            reader, writer = await asyncio.open_unix_connection(
+                self.path, limit=_LONGEST_STATUS
+            )
+        except OSError as error:
+            raise UnavailableError(self.path, str(error)) from error
+        try:
+            yield reader, writer
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()

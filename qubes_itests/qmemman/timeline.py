@@ -1,0 +1,176 @@
+"""The timeline: one line of JSON for each decision, and for what it led to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qubes_itests.qmemman.algorithm import preferred_memory
+from qubes_itests.qmemman.exc import TimelineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from qubes_itests.qmemman.algorithm import Target
+    from qubes_itests.qmemman.balancer import Balancer
+
+__all__ = ["DomainRecord", "Record", "Recorder", "parse_record", "read"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainRecord:
+    """One domain at one moment; bytes.
+
+    :param target: what it was last told to hold.
+    :param preferred: None until it has reported what it used.
+    """
+
+    name: str
+    used: int | None
+    current: int
+    actual: int
+    target: int
+    preferred: int | None
+    maximum: int
+    no_progress: bool = False
+    slow_memset_react: bool = False
+    paused: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One moment.
+
+    :param time: seconds on the recorder's clock.
+    :param event: ``look``, ``balance``, ``balloon``, ``step``, ``granted``,
+        ``refused``, ``set`` or ``note``.
+    :param total: the machine's memory, bytes.
+    :param free: what is free and promised to nobody, bytes.
+    :param domains: by number.
+    :param targets: that were decided on: number and bytes, in order.
+    :param amount: what a starting VM asked for, bytes.
+    :param text: of a note.
+    """
+
+    time: float
+    event: str
+    total: int
+    free: int
+    domains: Mapping[str, DomainRecord]
+    targets: Sequence[Target] = field(default=())
+    amount: int = 0
+    text: str = ""
+
+
+class Recorder:
+    """Appends to a timeline; close it in the end.
+
+    :param path: the file; it is created.
+    :param clock: gives the time in seconds, for instance the loop's.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
+        self.path = path
+        self._clock = clock
+        # a line at a time: who follows the file sees whole lines, and none is lost
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._last: Record | None = None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def record(
+        self, balancer: Balancer, event: str, targets: Sequence[Target], amount: int = 0
+    ) -> None:
+        """Append the balancer's state."""
+        domains = {
+            domid: DomainRecord(
+                name=balancer.names.get(domid, domid),
+                used=state.used,
+                current=state.current,
+                actual=state.actual,
+                target=state.last_target,
+                preferred=None
+                if state.used is None
+                else preferred_memory(state, balancer.policy),
+                maximum=state.maximum,
+                no_progress=state.no_progress,
+                slow_memset_react=state.slow_memset_react,
+                paused=state.paused,
+            )
+            for domid, state in balancer.domains.items()
+        }
+        record = Record(
+            time=self._clock(),
+            event=event,
+            total=balancer.total,
+            free=balancer.free,
+            domains=domains,
+            targets=tuple(targets),
+            amount=amount,
+        )
+        self._append(record)
+
+    def note(self, text: str) -> None:
+        """Append a remark, for instance what a scenario does now."""
+        last = self._last
+        self._append(
+            Record(
+                time=self._clock(),
+                event="note",
+                total=last.total if last else 0,
+                free=last.free if last else 0,
+                domains=last.domains if last else {},
+                text=text,
+            )
+        )
+
+    def _append(self, record: Record) -> None:
+        self._last = record
+        self._file.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
+
+
+def parse_record(line: str) -> Record:
+    """Return the record that a line holds.
+
+    :raise ValueError: when it holds none.
+    """
+    try:
+        values: dict[str, Any] = json.loads(line)
+        domains = {
+            str(domid): DomainRecord(**domain)
+            for domid, domain in values.pop("domains").items()
+        }
+        targets = tuple(
+            (str(domid), int(size)) for domid, size in values.pop("targets")
+        )
+        record = Record(domains=domains, targets=targets, **values)
+        # what else is in it is drawn and shown, so it must be numbers
+        float(record.time), int(record.free), int(record.total)
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"not a record: {error}") from error
+    return record
+
+
+def read(path: Path) -> list[Record]:
+    """Return a timeline's records; a last line that is still being written is left out.
+
+    :raise TimelineError: when the file is none, or cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TimelineError(path, str(error)) from error
+    whole = text[: text.rfind("\n") + 1]
+    return list(_parse(path, whole.splitlines()))
+
+
+def _parse(path: Path, lines: Iterable[str]) -> Iterable[Record]:
+    for number, line in enumerate(lines, 1):
+        try:
+            yield parse_record(line)
+        except ValueError as error:
+            raise TimelineError(path, f"line {number}: {error}") from error

@@ -1,0 +1,67 @@
+"""An event loop whose time passes only where everybody waits.
+
+``asyncio.sleep`` and timeouts take no time in it, sockets between tasks of one process
+work, and every run of the same program goes the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+__all__ = ["VirtualTimeLoop", "run"]
+
+_T = TypeVar("_T")
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """Reports what is ready; instead of waiting it lets virtual time jump."""
+
+    now = 0.0
+    #: jobs in threads: they run in real time, so it must not jump meanwhile
+    jobs = 0
+
+    def select(
+        self, timeout: float | None = None
+    ) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if ready or timeout == 0:
+            return ready
+        if self.jobs or timeout is None:
+            return super().select(timeout)
+        self.now += timeout
+        return ready
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """The loop; `time` starts at 0."""
+
+    def __init__(self) -> None:
+        self._virtual = _JumpingSelector()
+        super().__init__(self._virtual)
+
+    def time(self) -> float:
+        """Return virtual seconds."""
+        return self._virtual.now
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Any, *args: Any
+    ) -> asyncio.Future[Any]:
+        """Run a job in a thread; time stands still until it is done."""
+        self._virtual.jobs += 1
+        future = super().run_in_executor(executor, func, *args)
+        future.add_done_callback(self._job_done)
+        return future
+
+    def _job_done(self, _future: object) -> None:
+        self._virtual.jobs -= 1
+
+
+def run(program: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine in virtual time, and return its result."""
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(program)

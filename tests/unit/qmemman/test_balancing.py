@@ -1,0 +1,198 @@
+"""The daemon on a simulated machine: good guests and bad ones."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+from memory_machine import MIB, trial
+
+from qubes_itests.qmemman import virtual_time
+from qubes_itests.qmemman.exc import BudgetError, MemoryRefusedError
+from qubes_itests.qmemman.simulated import SimulatedMachine
+
+
+def simulate(program):
+    """Make a test of a coroutine function: it runs in virtual time."""
+
+    def test(tmp_path):
+        virtual_time.run(program(tmp_path))
+
+    test.__doc__ = program.__doc__
+    return test
+
+
+@simulate
+async def test_the_fourth_vm_squeezes_the_others(tmp_path):
+    async with trial(tmp_path, total=3200) as t:
+        guests = [await t.start(f"vm{i}", 400, 2000, 250) for i in range(3)]
+        await t.until(lambda: all(t.target(g) > 500 for g in guests))
+        before = t.machine.now()
+        guests.append(await t.start("vm3", 700, 2000, 250))
+        assert t.machine.now() - before < 2
+        await t.until(lambda: t.target(guests[3]) > 500)
+        assert all(guest.squeezed == 0 for guest in guests)
+
+
+@simulate
+async def test_a_vm_under_pressure_gains_and_idle_ones_give(tmp_path):
+    async with trial(tmp_path, total=3000) as t:
+        busy, idle = [await t.start(name, 400, 2500, 250) for name in ("busy", "idle")]
+        await t.until(lambda: t.target(idle) > 600)
+        target = t.target(busy)
+        busy.use(600 * MIB)
+        assert await t.until(lambda: t.target(busy) > target) < 1.5
+        await t.until(lambda: t.target(busy) >= 780)
+        assert t.target(idle) < target
+
+
+@simulate
+async def test_a_steady_state_stays(tmp_path):
+    async with trial(tmp_path) as t:
+        guests = [await t.start(f"vm{i}", 400, 2000, 250 + 50 * i) for i in range(3)]
+        await asyncio.sleep(10)
+        targets = [t.target(guest) for guest in guests]
+        for _ in range(60):
+            await asyncio.sleep(1)
+            assert [t.target(guest) for guest in guests] == targets
+
+
+@simulate
+async def test_a_stuck_guest_is_left_alone_until_it_needs_more(tmp_path):
+    async with trial(tmp_path, total=3200) as t:
+        stuck, good = [
+            await t.start(name, 900, 2000, 600) for name in ("stuck", "good")
+        ]
+        await t.until(lambda: t.target(stuck) > 800)
+        stuck.stuck = True
+        stuck.use(200 * MIB)
+        good.use(1300 * MIB)
+        await t.until(lambda: t.balancer.domains["1"].no_progress)
+        stuck.stuck = False
+        stuck.use(stuck.holds())
+        await t.until(lambda: not t.balancer.domains["1"].no_progress)
+
+
+@simulate
+async def test_a_starting_vm_gets_around_a_stuck_guest(tmp_path):
+    async with trial(tmp_path, total=3000) as t:
+        stuck = await t.start("stuck", 400, 2000, 150)
+        await t.start("good", 400, 2000, 150)
+        await asyncio.sleep(5)
+        stuck.stuck = True
+        held = stuck.holds()
+        new = await t.start("new", 500, 1000, 200)
+        assert (new.holds(), stuck.holds()) == (500 * MIB, held)
+
+
+@simulate
+async def test_a_guest_that_dies_in_the_middle_stops_nothing(tmp_path):
+    async with trial(tmp_path, total=3000) as t:
+        dying = await t.start("dying", 400, 2000, 150)
+        other = await t.start("other", 400, 2000, 150)
+        await asyncio.sleep(5)
+        for guest in (dying, other):
+            guest.rate = 200 * MIB
+        start = asyncio.create_task(t.start("new", 700, 1000, 200))
+        await asyncio.sleep(0.3)
+        t.machine.stop(dying)
+        await start
+        other.use(900 * MIB)
+        await t.until(lambda: t.target(other) >= 1150)
+
+
+@simulate
+async def test_a_paused_guest_is_not_fed(tmp_path):
+    async with trial(tmp_path, total=3000) as t:
+        paused, other = [await t.start(n, 300, 2000, 500) for n in ("paused", "other")]
+        t.machine.pause(paused)
+        await asyncio.sleep(1)
+        target = t.target(paused)
+        other.use(800 * MIB)
+        await t.until(lambda: t.target(other) > 1000)
+        assert t.target(paused) == target
+        t.machine.resume(paused)
+        await t.until(lambda: t.target(paused) > target or target > 600)
+
+
+@simulate
+async def test_lies_and_nonsense_are_not_reported(tmp_path):
+    async with trial(tmp_path) as t:
+        guest = await t.start("liar", 400, 1000, 300)
+        await asyncio.sleep(3)
+        target = t.target(guest)
+        for lie in (b"-5", b"%d" % 2**70, b"1e9", b"", b"\xff" * 4000, b"12 13"):
+            guest.report(lie)
+            await asyncio.sleep(0.5)
+            assert t.target(guest) == target
+        guest.report(b"%d" % 2**40)
+        await asyncio.sleep(0.5)
+        assert t.target(guest) <= 1000
+
+
+@simulate
+async def test_a_refusal_says_who_holds_the_memory(tmp_path):
+    async with trial(tmp_path, total=2000) as t:
+        await t.start("big", 600, 1000, 700)
+        with pytest.raises(MemoryRefusedError, match="1500 MiB asked") as caught:
+            await t.start("new", 1500, 2000, 10)
+        assert 0 < caught.value.obtainable < 1500 * MIB
+        assert set(caught.value.holders) == {"dom0", "big"}
+        # and the next that fits is served
+        await t.start("small", 100, 400, 50)
+
+
+@simulate
+async def test_the_first_vm_waits_for_dom0_to_report_and_shrink(tmp_path):
+    async with trial(tmp_path, total=2000, dom0=2000, dom0_used=0) as t:
+        t.machine.dom0.stop()
+        start = asyncio.create_task(t.start("first", 400, 800, 200))
+        await asyncio.sleep(5)
+        assert not start.done()
+        t.machine.dom0.report(b"300000")
+        assert (await start).holds() == 400 * MIB
+
+
+@simulate
+async def test_nothing_moves_while_the_pause_file_exists(tmp_path):
+    pause, available = tmp_path / "pause", tmp_path / "available"
+    options = {"pause_file": pause, "available_file": available}
+    async with trial(tmp_path, **options) as t:
+        guest = await t.start("vm", 400, 2000, 250)
+        await t.until(available.exists)
+        assert available.read_text().lstrip("-").isdigit()
+        await asyncio.sleep(5)
+        pause.touch()
+        target = t.target(guest)
+        guest.use(1900 * MIB)
+        await asyncio.sleep(10)
+        assert t.target(guest) == target
+        pause.unlink()
+        await t.until(lambda: t.target(guest) > target)
+
+
+@simulate
+async def test_a_back_end_that_fails_once_is_asked_again(tmp_path):
+    async with trial(tmp_path) as t:
+        guest = await t.start("vm", 400, 2000, 250)
+        read = t.machine.read
+        failures = iter((OSError("no"), KeyError("no")))
+
+        async def failing():
+            if error := next(failures, None):
+                raise error
+            return await read()
+
+        t.machine.read = failing
+        logging.disable(logging.ERROR)
+        guest.use(1200 * MIB)
+        await t.until(lambda: t.target(guest) > 1500, within=30)
+        logging.disable(logging.NOTSET)
+
+
+@simulate
+async def test_a_machine_smaller_than_its_dom0_is_refused(tmp_path):
+    with pytest.raises(BudgetError, match="4000 MiB"):
+        SimulatedMachine(2000 * MIB, 4000 * MIB)
+    assert not list(tmp_path.iterdir())

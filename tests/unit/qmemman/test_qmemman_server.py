@@ -1,0 +1,178 @@
+"""The socket: the protocol, the lock, and clients that behave badly."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+
+import pytest
+from memory_machine import MIB, trial
+
+from qubes_itests.qmemman import virtual_time
+from qubes_itests.qmemman.client import Client, memory_for_start
+from qubes_itests.qmemman.config_file import read_policy
+from qubes_itests.qmemman.exc import (
+    AlreadyRunningError,
+    ConfigurationFileError,
+    UnavailableError,
+)
+from qubes_itests.qmemman.policy import DEFAULT_POLICY
+from qubes_itests.qmemman.protocol import Balloon, SetMemory, parse_request
+from qubes_itests.qmemman.server import Server
+
+
+async def _ask(path, data):
+    reader, writer = await asyncio.open_unix_connection(path)
+    try:
+        writer.write(data)
+        return await reader.readline(), writer
+    except BaseException:
+        writer.close()
+        raise
+
+
+def test_requests():
+    assert parse_request(b"400\n") == Balloon(400)
+    assert parse_request(b"0:400 7:0\n") == SetMemory((("0", 400), ("7", 0)))
+    for bad in (b"", b"-1", b"1 2", b"1:2 3", b"1:2 1:3", b"x", b"%d" % 2**70, b"1:-2"):
+        assert parse_request(bad) is None
+
+
+def test_answers(tmp_path):
+    async def program():
+        async with trial(tmp_path) as t:
+            guest = await t.start("vm", 400, 1000, 300)
+            await asyncio.sleep(5)
+            for data, expected in (
+                (b"1048576\n", b"OK\n"),
+                (b"99999999999999\n", b"FAIL\n"),
+                (b"many\n", b"INVALID_ARG\n"),
+                (b"1:%d\n" % (600 * MIB), b"OK\n"),
+                (b"1:0\n", b"OK\n"),
+                (b"1:%d\n" % MIB, b"FAIL\n"),
+                (b"99:0\n", b"FAIL\n"),
+                (b"READY\n", b"OK\n"),
+            ):
+                answer, writer = await _ask(t.path, data)
+                assert answer == expected, data
+                writer.close()
+            assert guest.squeezed == 0
+            answer, writer = await _ask(t.path, b"STATUS\n")
+            writer.close()
+            status = json.loads(answer)
+            assert status["domains"]["1"]["name"] == "vm"
+
+    virtual_time.run(program())
+
+
+def test_the_lock_is_held_until_the_client_closes(tmp_path):
+    async def program():
+        async with trial(tmp_path) as t:
+            answer, first = await _ask(t.path, b"1000000\n")
+            assert answer == b"OK\n"
+            waiting = asyncio.create_task(_ask(t.path, b"1000000\n"))
+            vanished = asyncio.create_task(_ask(t.path, b"1000000\n"))
+            await asyncio.sleep(1)
+            vanished.cancel()
+            first.write(b"5000000\n")
+            await asyncio.sleep(30)
+            assert not waiting.done()
+            first.close()
+            answer, second = await waiting
+            assert answer == b"OK\n"
+            # one that never closes is put out after ten minutes
+            answer, third = await _ask(t.path, b"1000000\n")
+            assert answer == b"OK\n"
+            second.close()
+            third.close()
+
+    virtual_time.run(program())
+
+
+def test_one_daemon_per_socket(tmp_path):
+    async def program():
+        async with trial(tmp_path) as t:
+            with pytest.raises(AlreadyRunningError, match=r"qmemman\.sock"):
+                async with Server(t.balancer, t.path):
+                    pass
+            await t.client.status()
+        with pytest.raises(UnavailableError, match="is it running"):
+            await Client(t.path).status()
+        # a dead daemon's socket is no obstacle
+        t.path.touch()
+        async with Server(t.balancer, t.path):
+            await t.client.status()
+
+    virtual_time.run(program())
+
+
+def test_hostile_requests_and_reports(tmp_path):
+    """10,000 of them: afterwards the daemon balances as before."""
+    chance = random.Random(7)  # noqa: S311 - not for secrets
+
+    async def attack(t, guest):
+        kind = chance.randrange(5)
+        if kind == 0:
+            guest.report(chance.randbytes(chance.randrange(40)))
+            return
+        if kind == 1:
+            guest.report(b"%d" % chance.randrange(-(2**10), 2**70))
+            return
+        with contextlib.suppress(OSError):
+            reader, writer = await asyncio.open_unix_connection(t.path)
+            writer.write(chance.randbytes(chance.randrange(2000)))
+            if kind == 2:
+                writer.write(b"\n")
+                await reader.read(20)
+            elif kind == 3:
+                await asyncio.sleep(chance.random() * 20)
+            writer.close()
+
+    async def program():
+        async with trial(tmp_path) as t:
+            victim = await t.start("victim", 400, 2000, 250)
+            bad = await t.start("bad", 400, 600, 250)
+            for _ in range(100):
+                await asyncio.gather(*(attack(t, bad) for _ in range(100)))
+            await asyncio.sleep(30)
+            victim.use(1100 * MIB)
+            await t.until(lambda: t.target(victim) >= 1400)
+            assert t.target(bad) <= 600
+            await t.start("late", 200, 400, 50)
+
+    virtual_time.run(program())
+
+
+def test_what_a_start_asks_for():
+    assert memory_for_start(400, vcpus=2, virt_mode="pv") == 407 * MIB
+    assert memory_for_start(400, vcpus=2, maxmem=4000) == 407 * MIB + 4000 * 8192
+    assert memory_for_start(400, vcpus=2) == 407 * MIB + 400 * 8192
+
+
+def test_configuration(tmp_path):
+    path = tmp_path / "qmemman.conf"
+    assert read_policy(path) == DEFAULT_POLICY
+    path.write_text("[global]\nvm-min-mem = 100MiB\ncache-margin-factor = 1.5\n")
+    policy = read_policy(path)
+    assert (policy.vm_min_mem, policy.cache_margin_factor) == (100 * MIB, 1.5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[global]\nvm-min-mem = 200 parsecs",
+        "[global]\nvm-min-mem = -1",
+        "[global]\ncache-margin-factor = nan",
+        "[global]\ncache-margin-factor = 0.5",
+        "[global]\nvm-mem-min = 200MiB",
+        "[globl]\n",
+        "vm-min-mem = 1",
+    ],
+)
+def test_wrong_configuration_names_file_and_key(tmp_path, text):
+    path = tmp_path / "qmemman.conf"
+    path.write_text(text)
+    with pytest.raises(ConfigurationFileError, match=r"qmemman\.conf"):
+        read_policy(path)
