@@ -45,6 +45,7 @@ _MODULES = {
     "shell": "shell",
     "clean": "clean",
     "report": "last_run",
+    "memory": "memory",
 }
 _HELP = {
     "run": "run the tests of all installed plugins (the default)",
@@ -53,6 +54,7 @@ _HELP = {
     "shell": "open a shell in a fresh VM made from a template",
     "clean": "remove what killed runs left behind",
     "report": "show the failures of the last run again",
+    "memory": "show who holds the memory, live, or plot it as an SVG",
 }
 
 
@@ -66,6 +68,8 @@ class Command:
     :param json: print JSON.
     :param target: of `shell`: a template, or the directory of a kept VM.
     :param cache: of `clean`: remove the cache too.
+    :param words: of `memory`: ``plot`` or not, and a timeline.
+    :param output: of `memory plot`: the file to write.
     """
 
     name: str
@@ -74,6 +78,8 @@ class Command:
     json: bool = False
     target: str = ""
     cache: bool = False
+    words: tuple[str, ...] = ()
+    output: str = ""
 
     @property
     def module(self) -> str:
@@ -104,6 +110,7 @@ def parse(arguments: Sequence[str]) -> Command:
         for key in list(values)
         if key not in Command.__dataclass_fields__
     }
+    values["words"] = tuple(values.get("words", ()))
     return Command(name=name, given=given, rest=tuple(rest), **values)
 
 
@@ -146,6 +153,11 @@ def _parser(name: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "target", metavar="VM-or-template", help="a template, or a kept VM's folder"
         )
+    elif name == "memory":
+        parser.add_argument(
+            "words", metavar="[plot] FILE", nargs="*", help="a timeline: memory.jsonl"
+        )
+        parser.add_argument("--output", "-o", metavar="SVG", help="what plot writes")
     elif name == "clean":
         parser.add_argument(
             "--cache", action="store_true", help="also remove images and saved states"
@@ -160,8 +172,8 @@ def _parser(name: str) -> argparse.ArgumentParser:
 def _usage(name: str) -> str:
     if name == "run":
         return "qubes-itests [run] [options] [pytest options] [selectors]"
-    target = " VM-or-template" if name == "shell" else ""
-    return f"qubes-itests {name} [options]{target}"
+    words = {"shell": " VM-or-template", "memory": " [plot] [FILE]"}.get(name, "")
+    return f"qubes-itests {name} [options]{words}"
 
 
 def _epilog() -> str:

@@ -32,7 +32,7 @@ _REQUEST_TIMEOUT = 10.0
 _LONGEST_HOLD = 600.0
 _MOST_CLIENTS = 256
 #: Seconds without news after which somebody looks anyway.
-_IDLE = 5.0
+_IDLE = 1.0
 
 
 class Server:

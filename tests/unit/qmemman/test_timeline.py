@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import closing
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from memory_machine import MIB, trial
+from memory_machine import MIB
+from memory_recording import record_refusal
 
-from qubes_itests.qmemman import timeline, virtual_time
-from qubes_itests.qmemman.exc import MemoryRefusedError, TimelineError
-
-
-def recorded(directory):
-    """Record VMs that start and work until one is refused, and return the file."""
-    path = directory / "memory.jsonl"
-
-    async def program():
-        clock = asyncio.get_running_loop().time
-        with closing(timeline.Recorder(path, clock)) as recorder:
-            async with trial(directory, total=3000, recorder=recorder) as t:
-                guest = await t.start("work", 400, 2000, 250)
-                await t.start("web", 600, 2000, 400)
-                await asyncio.sleep(5)
-                recorder.note("work needs 900 MiB")
-                guest.use(900 * MIB)
-                await asyncio.sleep(10)
-                with pytest.raises(MemoryRefusedError):
-                    await t.start("huge", 2500, 2500, 1)
-
-    virtual_time.run(program())
-    return path
+from qubes_itests.qmemman import timeline
+from qubes_itests.qmemman.exc import TimelineError
 
 
 def test_every_decision_is_in_it(tmp_path):
-    path = recorded(tmp_path)
+    path = record_refusal(tmp_path)
     records = timeline.read(path)
     assert {"balance", "granted", "refused", "note"} <= {r.event for r in records}
     assert [r.time for r in records] == sorted(r.time for r in records)
@@ -57,3 +39,12 @@ def test_other_files_are_refused_with_the_line(tmp_path, line):
         timeline.read(path)
     with pytest.raises(TimelineError, match="no-such"):
         timeline.read(tmp_path / "no-such")
+
+
+def test_the_example_of_the_guide_runs():
+    text = (Path(__file__).parents[3] / "docs/qmemman.md").read_text()
+    program = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "work holds 2000 MiB\n"

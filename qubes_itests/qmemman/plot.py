@@ -1,0 +1,317 @@
+"""A timeline as a picture: who held how much memory, when, and why it changed.
+
+An SVG of our own, without any plotting library: it is drawn in the main job, after a
+test has failed, and must open in every browser years later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+from qubes_itests.qmemman.sizes import MIB, mib
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from qubes_itests.qmemman.timeline import Record
+
+__all__ = ["draw"]
+
+_WIDTH, _LEFT, _RIGHT, _TOP = 1000, 70, 170, 66
+_STACK, _ROW, _GAP = 300, 80, 18
+#: Told apart by people with colour blindness too (Okabe and Ito).
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800")
+_DOM0_COLOUR, _FREE_COLOUR = "#8a8a8a", "#e4efe0"
+#: Among more records than this nobody sees a difference.
+_MOST_POINTS = 1500
+_MOST_ROWS = 12
+_EVENTS = {"granted": "#1a7f37", "refused": "#c00000", "note": "#333333"}
+_STYLE = """
+text { font: 12px sans-serif; fill: #222 } .small { font-size: 11px; fill: #555 }
+.title { font-size: 16px; font-weight: bold } .axis { stroke: #999; fill: none }
+.grid { stroke: #ddd } .line { fill: none; stroke-width: 1.6 }
+"""
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """From times and sizes to places in one panel."""
+
+    records: Sequence[Record]
+    top: float
+    height: float
+    most: int
+
+    def x(self, time: float) -> float:
+        start, end = self.records[0].time, self.records[-1].time
+        share = (time - start) / (end - start) if end > start else 0
+        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(self, size: float) -> float:
+        share = min(max(size / self.most, 0), 1) if self.most else 0
+        return self.top + self.height * (1 - share)
+
+    def steps(self, value: Callable[[Record], int | None]) -> str:
+        """Return the path of a value that stays until the next record."""
+        words: list[str] = []
+        for record in self.records:
+            size = value(record)
+            if size is None:
+                words.append("")
+                continue
+            x, y = f"{self.x(record.time):.1f}", f"{self.y(size):.1f}"
+            words.append(f"H{x}V{y}" if words and words[-1] else f"M{x} {y}")
+        return "".join(words)
+
+
+def draw(records: Sequence[Record]) -> str:
+    """Return a timeline as the text of an SVG file.
+
+    :param records: in order of time; none gives a picture that says so.
+    """
+    if not records:
+        return _document(80, ['<text x="20" y="40">Nothing was recorded.</text>'])
+    thin = _thinned(records)
+    names = _names(thin)
+    shown = list(names)[:_MOST_ROWS]
+    stack = _Frame(thin, _TOP, _STACK, max(record.total for record in thin))
+    body = [*_head(thin), *_stack(stack, names), *_events(stack)]
+    top = _TOP + _STACK + 78
+    body.append(
+        _label(
+            _LEFT,
+            top - 18,
+            "Each VM: shaded what it uses, solid what it holds, black its target,"
+            " dotted what it prefers.",
+        )
+    )
+    for domid in shown:
+        body += _row(thin, domid, names, top)
+        top += _ROW + _GAP
+    if len(names) > len(shown):
+        body.append(
+            f'<text x="{_LEFT}" y="{top}">{len(names) - len(shown)} more VMs</text>'
+        )
+    return _document(top + 24, body)
+
+
+def _thinned(records: Sequence[Record]) -> list[Record]:
+    every = max(1, len(records) // _MOST_POINTS)
+    last = len(records) - 1
+    return [
+        record
+        for number, record in enumerate(records)
+        if number % every == 0 or record.event in _EVENTS or number == last
+    ]
+
+
+def _names(records: Sequence[Record]) -> dict[str, str]:
+    return {
+        domid: domain.name
+        for record in records
+        for domid, domain in record.domains.items()
+    }
+
+
+def _colour(domid: str, names: dict[str, str]) -> str:
+    if domid == "0":
+        return _DOM0_COLOUR
+    vms = [each for each in names if each != "0"]
+    return _COLOURS[vms.index(domid) % len(_COLOURS)]
+
+
+def _head(records: Sequence[Record]) -> Iterator[str]:
+    first, last = records[0], records[-1]
+    yield f'<text x="{_LEFT}" y="26" class="title">Who holds the memory</text>'
+    yield (
+        f'<text x="{_LEFT}" y="44" class="small">A machine of {mib(last.total)}'
+        f" over {last.time - first.time:.0f} seconds</text>"
+    )
+
+
+def _stack(frame: _Frame, names: dict[str, str]) -> Iterator[str]:
+    yield from _axes(frame, 4)
+    yield from _times(frame)
+    yield _label(_LEFT - 8, frame.top - 10, "MiB", "end")
+    bottom: dict[int, int] = dict.fromkeys(range(len(frame.records)), 0)
+    right = _WIDTH - _RIGHT + 10
+    labels: list[tuple[float, str, str]] = []
+    for domid, name in names.items():
+        low, bottom = bottom, _raised(bottom, frame.records, domid)
+        colour = _colour(domid, names)
+        yield _area(frame, low, bottom, colour)
+        end = len(frame.records) - 1
+        if bottom[end] > low[end]:
+            held = f"{name} {mib(bottom[end] - low[end])}"
+            labels.append((frame.y((bottom[end] + low[end]) / 2), held, colour))
+    full = {number: record.total for number, record in enumerate(frame.records)}
+    yield _area(frame, bottom, full, _FREE_COLOUR)
+    end = len(frame.records) - 1
+    free = full[end] - bottom[end]
+    labels.append((frame.y(bottom[end] + free / 2), f"free {mib(free)}", "#4d7a40"))
+    yield from _apart(labels, right)
+
+
+def _raised(
+    low: dict[int, int], records: Sequence[Record], domid: str
+) -> dict[int, int]:
+    """Return a stack with what one domain holds on top."""
+    high = dict(low)
+    for number, record in enumerate(records):
+        if domain := record.domains.get(domid):
+            high[number] += domain.current
+    return high
+
+
+def _area(frame: _Frame, low: dict[int, int], high: dict[int, int], colour: str) -> str:
+    """Return the band between two stacks, in steps."""
+    upper, lower = [], []
+    for number, record in enumerate(frame.records):
+        x = frame.x(record.time)
+        after = frame.records[min(number + 1, len(frame.records) - 1)]
+        for place in (x, frame.x(after.time)):
+            upper.append(f"{place:.1f},{frame.y(high[number]):.1f}")
+            lower.append(f"{place:.1f},{frame.y(low[number]):.1f}")
+    points = " ".join([*upper, *reversed(lower)])
+    return f'<polygon points="{points}" fill="{colour}" fill-opacity="0.85"/>'
+
+
+def _apart(labels: list[tuple[float, str, str]], x: float) -> Iterator[str]:
+    """Yield labels beside their bands, moved until none hides another."""
+    lowest = 0.0
+    for y, text, colour in sorted(labels):
+        lowest = max(y, lowest + 15)
+        yield (
+            f'<text x="{x}" y="{lowest + 4:.1f}" style="fill:{colour};'
+            f'font-weight:bold">{escape(text)}</text>'
+        )
+
+
+def _axes(frame: _Frame, parts: int) -> Iterator[str]:
+    right = _WIDTH - _RIGHT
+    step = _round(frame.most / MIB / parts) * MIB
+    size = 0
+    while size <= frame.most:
+        y = frame.y(size)
+        yield f'<path class="grid" d="M{_LEFT} {y:.1f}H{right}"/>'
+        yield _label(_LEFT - 8, y + 4, f"{size // MIB}", "end")
+        size += step
+
+
+def _times(frame: _Frame) -> Iterator[str]:
+    start, end = frame.records[0].time, frame.records[-1].time
+    step = _round((end - start) / 8)
+    y = frame.top + frame.height
+    passed = 0
+    while passed <= end - start:
+        yield _label(frame.x(start + passed), y + 16, f"{passed} s", "middle")
+        passed += step
+
+
+def _round(value: float) -> int:
+    """Return the next of 1, 2, 5, 10, 20, 50 ..."""
+    power = 1
+    while True:
+        for factor in (1, 2, 5):
+            if factor * power >= value:
+                return factor * power
+        power *= 10
+
+
+def _label(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return (
+        f'<text class="small" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
+        f"{escape(text)}</text>"
+    )
+
+
+def _events(frame: _Frame) -> Iterator[str]:
+    """Yield a mark for everything that explains a change, its text below the axis."""
+    taken = [0.0, 0.0]
+    for record in frame.records:
+        colour = _EVENTS.get(record.event)
+        if colour is None:
+            continue
+        text = record.text or f"{mib(record.amount)} {record.event}"
+        x, bottom = frame.x(record.time), frame.top + frame.height
+        length = 6.2 * len(text)
+        place = min(x, _WIDTH - _RIGHT - length)
+        yield (
+            f'<path d="M{x:.1f} {frame.top}V{bottom}" stroke="{colour}"'
+            f' stroke-dasharray="4 3"><title>{escape(text)}</title></path>'
+        )
+        line = next((n for n, until in enumerate(taken) if until < place), None)
+        if line is not None:
+            taken[line] = place + length + 8
+            yield (
+                f'<text class="small" x="{place:.1f}" y="{bottom + 31 + 14 * line}"'
+                f' style="fill:{colour}">{escape(text)}</text>'
+            )
+
+
+def _row(
+    records: Sequence[Record], domid: str, names: dict[str, str], top: float
+) -> Iterator[str]:
+    domains = [r.domains[domid] for r in records if domid in r.domains]
+    most = max(max(d.actual, d.target, d.preferred or 0) for d in domains)
+    frame = _Frame(records, top, _ROW, int(most * 1.1) or 1)
+    colour = _colour(domid, names)
+
+    def value(name: str) -> Callable[[Record], int | None]:
+        return lambda record: getattr(record.domains.get(domid), name, None)
+
+    yield from _axes(frame, 2)
+    used = {n: value("used")(record) or 0 for n, record in enumerate(records)}
+    yield _area(frame, dict.fromkeys(used, 0), used, colour).replace("0.85", "0.3")
+    for name, style in (
+        ("preferred", f"stroke:{colour};stroke-dasharray:2 3"),
+        ("current", f"stroke:{colour};stroke-width:2.4"),
+        ("target", "stroke:#000;stroke-width:1"),
+    ):
+        yield f'<path class="line" style="{style}" d="{frame.steps(value(name))}"/>'
+    yield from _said(records, domid, frame, names[domid], colour)
+
+
+def _said(
+    records: Sequence[Record], domid: str, frame: _Frame, name: str, colour: str
+) -> Iterator[str]:
+    """Yield the words beside a row: its last state, and whether it was marked."""
+    x, seen = (
+        _WIDTH - _RIGHT + 10,
+        [r.domains[domid] for r in records if domid in r.domains],
+    )
+    last = seen[-1]
+    ended = domid not in records[-1].domains
+    lines = [
+        f"uses {mib(last.used)}" if last.used is not None else "has not reported",
+        f"holds {mib(last.current)}",
+        f"target {mib(last.target)}",
+    ]
+    flags = {
+        "did not give memory": any(d.no_progress for d in seen),
+        "gave memory slowly": any(d.slow_memset_react for d in seen),
+        "was paused": any(d.paused for d in seen),
+        "has ended": ended,
+    }
+    lines += [text for text, true in flags.items() if true]
+    yield (
+        f'<text x="{x}" y="{frame.top + 12}" style="fill:{colour};font-weight:bold">'
+        f"{escape(name)}</text>"
+    )
+    for number, text in enumerate(lines):
+        yield _label(x, frame.top + 28 + 14 * number, text)
+
+
+def _document(height: float, body: Sequence[str]) -> str:
+    size = f'width="{_WIDTH}" height="{height:.0f}" viewBox="0 0 {_WIDTH} {height:.0f}"'
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
+            f"<style>{_STYLE}</style>",
+            '<rect width="100%" height="100%" fill="white"/>',
+            *body,
+            "</svg>\n",
+        ]
+    )

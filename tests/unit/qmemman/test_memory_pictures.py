@@ -1,0 +1,66 @@
+"""The live view and the picture, made from a recorded simulation."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from xml.etree import ElementTree as ET
+
+import pytest
+from memory_recording import record_refusal
+from rich.console import Console
+
+from qubes_itests.qmemman import live, plot, timeline
+from qubes_itests.qmemman.exc import TimelineError
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    return record_refusal(tmp_path_factory.mktemp("memory"))
+
+
+def _parsed(svg):
+    return ET.fromstring(svg)  # noqa: S314 - our own
+
+
+def test_the_picture_names_every_vm_and_event(recording):
+    svg = plot.draw(timeline.read(recording))
+    text = " ".join(_parsed(svg).itertext())
+    for words in ("dom0", "work", "web", "uses 900 MiB", "free", "2500 MiB refused"):
+        assert words in text
+    assert "work needs 900 MiB" in text
+
+
+def test_names_cannot_break_the_picture(tmp_path, recording):
+    evil = tmp_path / "evil"
+    evil.write_text(recording.read_text().replace('"web"', '"</text><script>&"'))
+    svg = plot.draw(timeline.read(evil))
+    root = _parsed(svg)
+    assert not root.findall(".//{*}script")
+    assert "Nothing was recorded" in plot.draw([])
+
+
+def test_the_live_view_shows_the_last_moment(recording):
+    out = io.StringIO()
+    live.follow(recording, Console(file=out, width=120))
+    words = out.getvalue().split()
+    assert {"dom0", "work", "web", "900"} <= set(words)
+    with pytest.raises(TimelineError, match="empty"):
+        live.follow(recording.with_name("qmemman.sock.lock"), Console(file=out))
+
+
+def test_the_command_line_plots(recording, tmp_path):
+    def run(*words):
+        command = [sys.executable, "-m", "qubes_itests", "memory", *words]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+
+    done = run("plot", str(recording))
+    assert (done.returncode, done.stdout) == (0, "Wrote memory.svg.\n")
+    _parsed((tmp_path / "memory.svg").read_text())
+    assert "work" in run(str(recording)).stdout
+    failed = run("plot", "no-such-file")
+    assert failed.returncode == 3
+    assert "is not a timeline" in failed.stderr
