@@ -31,22 +31,12 @@ def _resize_in_place(monkeypatch):
     )
 
 
-def _write_what_others_rely_on(monkeypatch):
-    monkeypatch.setattr(
-        ReflinkVolume,
-        "_may_write_committed",
-        lambda volume, _image: volume.revisions_to_keep < 0,
-    )
-
-
 def _keep_one_too_few(monkeypatch):
     prune = History._prune
     monkeypatch.setattr(History, "_prune", lambda self, keep: prune(self, keep - 1))
 
 
-@pytest.mark.parametrize(
-    "sabotage", [_resize_in_place, _write_what_others_rely_on, _keep_one_too_few]
-)
+@pytest.mark.parametrize("sabotage", [_resize_in_place, _keep_one_too_few])
 def test_a_driver_with_a_fault_does_not(tmp_path, monkeypatch, sabotage):
     """The machine finds what a slip in one line of a driver does."""
     sabotage(monkeypatch)
