@@ -14,7 +14,7 @@ from qubes_itests.qmemman.policy import DEFAULT_POLICY, Policy
 from qubes_itests.qmemman.state import DOM0, DomainMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
     "Preferences",
@@ -57,11 +57,13 @@ class Preferences:
     :param each: in the order given.
     :param total: the sum of what they prefer, bytes.
     :param needed: the sum of what they lack, bytes; negative when they can spare.
+    :param known: the same as `each`, by number.
     """
 
     each: Sequence[tuple[DomainMemory, int]]
     total: int
     needed: int
+    known: Mapping[str, tuple[DomainMemory, int]]
 
     def available(self, free: int) -> int:
         """Return what is left over once everybody has what it prefers, bytes."""
@@ -74,7 +76,7 @@ def preferences(
     """Return who takes part: who has reported, responds, and is not paused."""
     # preferred_memory(), spelt out: called 10,000 times it was half of a decision
     factor, floor = policy.cache_margin_factor, policy.vm_min_mem
-    each = []
+    known = {}
     total = actual = 0
     for domain in domains:
         used = domain.used
@@ -85,10 +87,10 @@ def preferences(
         else:
             wanted, maximum = used * factor, domain.maximum
             preferred = max(int(min(wanted, maximum)), floor)
-        each.append((domain, preferred))
+        known[domain.domid] = (domain, preferred)
         total += preferred
         actual += domain.actual
-    return Preferences(each, total, total - actual)
+    return Preferences(tuple(known.values()), total, total - actual, known)
 
 
 def balloon(
@@ -225,12 +227,10 @@ def is_significant(
     """
     if policy.free_to_keep - free > policy.smallest_change:
         return True
-    wanted = dict(targets)
+    known = found.known
     transfer = abs(free - policy.free_to_keep)
-    for domain, preferred in found.each:
-        target = wanted.get(domain.domid)
-        if target is None:
-            continue
+    for domid, target in targets:
+        domain, preferred = known[domid]
         change = target - domain.last_target
         if change > policy.smallest_change and 0 < domain.last_target < preferred:
             return True

@@ -54,9 +54,8 @@ def decide_balloon(
     """
     domains = tuple(domains)
     found = algorithm.preferences(domains, policy)
-    floors = {domain.domid: preferred for domain, preferred in found.each}
     targets = algorithm.balloon(amount, domains, policy)
-    return _safe([(d, max(target, floors[d])) for d, target in targets], found)
+    return _safe([(d, max(target, found.known[d][1])) for d, target in targets], found)
 
 
 def obtainable(
@@ -72,10 +71,9 @@ def obtainable(
 
 
 def _safe(targets: Iterable[Target], found: Preferences) -> list[Target]:
-    known = {pair[0].domid: pair for pair in found.each}
     kept = []
     for domid, wanted in targets:
-        domain, preferred = known[domid]
+        domain, preferred = found.known[domid]
         target = min(wanted, domain.maximum)
         lacks = domain.actual < min(preferred, domain.maximum)
         if target != domain.last_target and not (lacks and target < domain.actual):
