@@ -15,3 +15,4 @@ class FilePool(ImagePool):
     """
 
     driver = "file"
+    lacks = frozenset({"shared_extents"})

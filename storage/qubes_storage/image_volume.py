@@ -62,6 +62,7 @@ class ImageVolume(ImageContent):
             return
         if self._has(self.files.clean) or self._has(self.files.dirty):
             raise VolumeExistsError(*self._about("create"), "it has an image already")
+        self._use.refuse_if_importing("create")
         if not self._size:
             raise InvalidSizeError(*self._about("create"), "its size must not be 0")
         self._remove_all()  # what an interrupted removal left

@@ -60,6 +60,8 @@ class Pool(abc.ABC):
 
     #: Name of the driver: its entry point in the group ``qubes.storage``.
     driver: ClassVar[str]
+    #: Features, by the conformance suite's names, that the driver does not have.
+    lacks: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,

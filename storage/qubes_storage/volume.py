@@ -185,6 +185,7 @@ class Volume(abc.ABC):
         """Make the volume: an empty image of the configured size, if it keeps one.
 
         :raise VolumeExistsError: when it has an image already.
+        :raise VolumeStateError: while an import is under way.
         """
 
     @abc.abstractmethod

@@ -159,7 +159,9 @@ class VolumeMachine(RuleBasedStateMachine):
             self.do(name, "create")
         elif model.committed or model.is_dirty:
             self.refused(VolumeExistsError, name, "create")
-        elif not model.importing:  # the contract leaves open what it does then
+        elif model.importing:
+            self.refused(VolumeStateError, name, "create")
+        else:
             self.do(name, "create")
             model.committed = Image(0, model.configured)
 
