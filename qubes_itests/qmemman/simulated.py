@@ -16,7 +16,7 @@ from qubes_itests.qmemman.contract import (
     MemoryBackend,
     Order,
 )
-from qubes_itests.qmemman.exc import BudgetError, DomainGoneError
+from qubes_itests.qmemman.exc import BudgetError, DomainGoneError, MemoryRefusedError
 from qubes_itests.qmemman.sizes import KIB, MIB
 from qubes_itests.qmemman.state import DOM0
 
@@ -167,10 +167,11 @@ class SimulatedMachine(MemoryBackend):
 
         :param memory: what it holds at first, bytes.
         :param maximum: what it can hold, bytes.
-        :raise BudgetError: when it is not free: the start was not balanced.
+        :raise MemoryRefusedError: when it is not free: nobody was asked before.
         """
         if memory > self.free():
-            raise BudgetError(self.free(), memory)
+            held = {guest.name: guest.holds() for guest in self.guests.values()}
+            raise MemoryRefusedError(memory, self.free(), held)
         domid = str(next(self._numbers))
         guest = SimulatedGuest(self, domid, name, memory, maximum)
         self.guests[domid] = guest

@@ -47,6 +47,6 @@ class Trial:
 async def trial(directory, total=4000, dom0=1000, dom0_used=300, **options):
     """Yield a machine whose daemon runs; sizes in MiB."""
     made = Trial(directory, total, dom0, **options)
-    async with Server(made.balancer, made.path):
+    async with Server(made.balancer, made.path) as made.server:
         made.machine.dom0.use(dom0_used * MIB)
         yield made

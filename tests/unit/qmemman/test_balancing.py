@@ -195,4 +195,7 @@ async def test_a_back_end_that_fails_once_is_asked_again(tmp_path):
 async def test_a_machine_smaller_than_its_dom0_is_refused(tmp_path):
     with pytest.raises(BudgetError, match="4000 MiB"):
         SimulatedMachine(2000 * MIB, 4000 * MIB)
+    machine = SimulatedMachine(2000 * MIB, 1900 * MIB)
+    with pytest.raises(MemoryRefusedError, match="100 MiB obtainable; held by dom0"):
+        machine.start("unasked", 400 * MIB, 400 * MIB)
     assert not list(tmp_path.iterdir())

@@ -141,6 +141,9 @@ def test_hostile_requests_and_reports(tmp_path):
             await t.until(lambda: t.target(victim) >= 1400)
             assert t.target(bad) <= 600
             await t.start("late", 200, 400, 50)
+            # nothing is kept of them
+            assert len(t.server._clients) <= 1
+            assert t.balancer._reports.keys() <= t.machine.guests.keys()
 
     virtual_time.run(program())
 
