@@ -175,9 +175,8 @@ def test_a_failure_leaves_what_its_vms_said_and_had(site):
     disk = kept / "disks" / vm / "private.img"
     assert b"precious" in disk.read_bytes()
     assert f"appvms/{vm}/" in (kept / "storage-tree.txt").read_text()
-    assert (
-        "  look inside python -m qubes_itests --shell-on-failure guests" in done.stdout
-    )
+    place = f"itests-artifacts/{kept.name}/disks/{vm}"
+    assert f"  look inside python -m qubes_itests shell {place}" in done.stdout
 
 
 def test_templates_and_vms_are_in_the_junit_file(site):
