@@ -66,8 +66,13 @@ class CapabilityCache:
     def fetch(self) -> None:
         """Give libvirt what an earlier run learnt; before it is opened. Blocking."""
         entry = self._cache.lookup(_KIND, self._key)
-        if entry is not None:
+        if entry is None:
+            return
+        try:
             shutil.copytree(entry, self._live, dirs_exist_ok=True)
+        except OSError:
+            # another run puts a newer one in its place: libvirt finds out by itself
+            shutil.rmtree(self._live, ignore_errors=True)
 
     def store(self) -> None:
         """Keep what libvirt has learnt, if it is new. Blocking."""
