@@ -86,9 +86,10 @@ class CapabilityCache:
 
 
 def _contents(directory: Path) -> dict[str, bytes]:
-    if not directory.is_dir():
+    try:
+        return {path.name: path.read_bytes() for path in directory.glob("*.xml")}
+    except FileNotFoundError:  # another run is replacing it
         return {}
-    return {path.name: path.read_bytes() for path in directory.glob("*.xml")}
 
 
 def _write(directory: Path, contents: dict[str, bytes]) -> None:
