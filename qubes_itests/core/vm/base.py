@@ -6,6 +6,7 @@ import re
 import uuid as uuid_module
 from typing import TYPE_CHECKING, Any, Final
 
+from qubes_itests.core import config
 from qubes_itests.core.events import Emitter
 from qubes_itests.core.exc import QubesValueError
 from qubes_itests.core.features import Features, Tags
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["BaseVM", "validate_name"]
 
 _NAME: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9_-]*")
-_NAME_LENGTH: Final = 31
 _RESERVED: Final = {"none", "default", "Domain-0", "lost+found"}
 
 
@@ -32,10 +32,10 @@ def validate_name(holder: object, prop: object, value: Any) -> str:
     del holder, prop
     if not isinstance(value, str):
         raise QubesValueError(f"VM name {value!r} is no string")
-    if len(value) > _NAME_LENGTH:
+    if len(value) > config.vm_name_length:
         raise QubesValueError(
             f"VM name {value!r} has {len(value)} characters;"
-            f" {_NAME_LENGTH} are the most"
+            f" {config.vm_name_length} are the most"
         )
     if not _NAME.fullmatch(value):
         raise QubesValueError(
