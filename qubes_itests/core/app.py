@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qubes_itests.guest.template import Template
     from qubes_itests.guest.warm import WarmStarts
     from qubes_itests.hypervisor.contract import Hypervisor
+    from qubes_itests.qmemman.client import Client
     from qubes_storage.pool import Pool
 
 __all__ = ["VM_CLASSES", "Qubes"]
@@ -102,6 +103,8 @@ class Qubes(PropertyHolder):
         self.directory = directory
         self.kernels = dict(kernels or {})
         self.warm_starts = warm_starts
+        #: Asked for memory by each start; None where memory is not balanced.
+        self.qmemman: Client | None = None
         self.pools: dict[str, Pool] = {}
         self.policy = Policy()
         #: Services of dom0 that VMs may call, by name.

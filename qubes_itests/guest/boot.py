@@ -15,6 +15,7 @@ from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.hypervisor.exc import SavedStateError
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from qubes_itests.guest.calls import CallHandler
@@ -43,6 +44,7 @@ async def boot(
     warm: WarmStarts | None = None,
     on_call: CallHandler | None = None,
     log: Path | None = None,
+    on_domain_start: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[Domain, GuestAgent]:
     """Start a VM to the point where it runs commands.
 
@@ -53,9 +55,10 @@ async def boot(
     :param warm: saved states to start from; None boots.
     :param on_call: run as a task for each call that comes out of the guest.
     :param log: file for the agent log.
+    :param on_domain_start: awaited when the domain runs, before its guest answers.
     :raise BootError: it did not start; names the step, and everything is undone.
     """
-    start = _Start(spec, identity, on_call, log)
+    start = _Start(spec, identity, on_call, log, on_domain_start)
     try:
         async with asyncio.timeout(timeout):
             return await start.run(hypervisor, warm, timeout)
@@ -77,12 +80,14 @@ class _Start:
         identity: Identity,
         on_call: CallHandler | None,
         agent_log: Path | None,
+        on_domain_start: Callable[[], Awaitable[None]] | None,
     ) -> None:
         self.step = "define its domain"
         self._spec = spec
         self._identity = identity
         self._on_call = on_call
         self._log = agent_log
+        self._on_domain_start = on_domain_start
         self._domain: Domain | None = None
         self._agent: GuestAgent | None = None
 
@@ -95,6 +100,7 @@ class _Start:
         if not agent:
             self.step = "start its domain"
             await domain.start()
+            await self._announce()
             agent = await self._connect(domain, _left(end))
         self.step = "enter its root"
         await agent.enter(self._identity, timeout=_left(end))
@@ -111,6 +117,7 @@ class _Start:
         self.step = "start from a saved state"
         try:
             await domain.start(saved_state=state)
+            await self._announce()
             limit = min(_WARM_TIMEOUT, _left(end))
             return await self._connect_and_attach(domain, limit)
         except (SavedStateError, DeadlineError, GuestGoneError) as error:
@@ -118,6 +125,10 @@ class _Start:
             await domain.destroy()
             await warm.discard(self._spec)
             return None
+
+    async def _announce(self) -> None:
+        if self._on_domain_start is not None:
+            await self._on_domain_start()
 
     async def _connect_and_attach(self, domain: Domain, limit: float) -> GuestAgent:
         connecting = asyncio.ensure_future(self._connect(domain, limit))

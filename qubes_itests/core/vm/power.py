@@ -74,6 +74,10 @@ class PowerMixin:
         """Return what the guest has to know."""
         raise NotImplementedError
 
+    def start_memory(self) -> int:
+        """Return what a start asks of qmemman, in bytes."""
+        raise NotImplementedError
+
     async def fire_event_async(
         self, event: str, *, pre_event: bool = False, **kwargs: Any
     ) -> list[Any]:
@@ -117,15 +121,18 @@ class PowerMixin:
 
         :param start_guid: passed on in the events; there is no GUI here.
         :param notify_function: accepted for callers of Qubes OS, and not called.
-        :param mem_required: accepted likewise.
+        :param mem_required: bytes to ask of qmemman, if it runs; by default what
+            `memory` and the hypervisor's overhead come to.
         :return: the VM.
         :raise QubesVMStartError: names the step that failed; all is undone.
         """
-        del notify_function, mem_required
+        del notify_function
         if self._starting is None:
             if self._power in ("Running", "Paused"):
                 return self
-            self._starting = asyncio.ensure_future(self._start(start_guid=start_guid))
+            self._starting = asyncio.ensure_future(
+                self._start(start_guid=start_guid, memory=mem_required)
+            )
             self._starting.add_done_callback(self._start_done)
         await asyncio.shield(self._starting)
         return self
@@ -136,7 +143,7 @@ class PowerMixin:
             # every caller may have gone; then nobody else asks for it
             task.exception()
 
-    async def _start(self, *, start_guid: bool) -> None:
+    async def _start(self, *, start_guid: bool, memory: int | None) -> None:
         if self._ending is not None:
             await asyncio.shield(self._ending)
         if self.features.get(_PROHIBIT):  # type: ignore[attr-defined]
@@ -151,17 +158,33 @@ class PowerMixin:
         step, began = _Step(self), time.monotonic()
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_exit(step.failed)
-            await self._run_steps(step, undo, start_guid=start_guid)
+            async with contextlib.AsyncExitStack() as reservation:
+                with step("have its memory"):
+                    await self._reserve_memory(reservation, memory)
+                await self._run_steps(step, undo, reservation, start_guid=start_guid)
             undo.pop_all()
         took = time.monotonic() - began
         # Reports take the figures from the record, which outlives the test: no objects.
         started = {"vm_started": (self.name, took)}
         log.info("VM %s started in %.2f s", self.name, took, extra=started)
 
-    async def _run_steps(
-        self, step: _Step, undo: contextlib.AsyncExitStack, *, start_guid: bool
+    async def _reserve_memory(
+        self, reservation: contextlib.AsyncExitStack, amount: int | None
     ) -> None:
+        """Ask qmemman, if it runs, and keep its promise until the stack closes."""
         self._power = "Transient"
+        if self.app.qmemman is not None:
+            asked = self.start_memory() if amount is None else amount
+            await reservation.enter_async_context(self.app.qmemman.memory(asked))
+
+    async def _run_steps(
+        self,
+        step: _Step,
+        undo: contextlib.AsyncExitStack,
+        reservation: contextlib.AsyncExitStack,
+        *,
+        start_guid: bool,
+    ) -> None:
         with step("find its kernel"):
             files = self.boot_files()
         with step("start its storage"):
@@ -177,6 +200,8 @@ class PowerMixin:
                 warm=self.app.warm_starts,
                 on_call=lambda call: qrexec.handle_call(self, call),
                 log=self.directory / "agent.log",
+                # From then on the domain itself holds its memory.
+                on_domain_start=reservation.aclose,
             )
             undo.push_async_callback(self.domain.undefine)
             undo.push_async_callback(self.agent.close)

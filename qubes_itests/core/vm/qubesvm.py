@@ -18,6 +18,7 @@ from qubes_itests.core.vm.execution import ExecutionMixin
 from qubes_itests.core.vm.power import PowerMixin
 from qubes_itests.guest.identity import Identity
 from qubes_itests.hypervisor.contract import DomainSpec
+from qubes_itests.qmemman.client import memory_for_start
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -235,6 +236,15 @@ class QubesVM(PowerMixin, ExecutionMixin, BaseVM):
             initramfs=files.initramfs,
             kernel_options=f"{files.kernel_options} {self.kernelopts}".strip(),
             disks=tuple(self.storage.disks()),
+        )
+
+    def start_memory(self) -> int:
+        """Return what a start asks of qmemman, in bytes."""
+        return memory_for_start(
+            self.memory,
+            vcpus=self.vcpus,
+            maxmem=self.maxmem,
+            virt_mode=self.virt_mode,
         )
 
     def identity(self) -> Identity:
