@@ -9,6 +9,9 @@
      +-- QubesLabelNotFoundError, QubesTagNotFoundError, QubesFeatureNotFoundError,
      |   QubesVMNotFoundError, QubesPoolNotFoundError   (also KeyErrors)
      +-- QubesNoTemplateError
+     +-- QubesNotImplementedError       asked for, and not there (also NotImplementedError)
+     +-- ProtocolError                  a request of the Admin API that cannot be
+     +-- PermissionDenied               a request that may not be
      +-- QubesVMError                   concerns one VM
           +-- QubesVMInUseError
           +-- QubesVMNotStartedError
@@ -29,11 +32,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
+    "PermissionDenied",
+    "ProtocolError",
     "QubesException",
     "QubesFeatureNotFoundError",
     "QubesLabelNotFoundError",
     "QubesNoSuchPropertyError",
     "QubesNoTemplateError",
+    "QubesNotImplementedError",
     "QubesPoolNotFoundError",
     "QubesPropertyValueError",
     "QubesTagNotFoundError",
@@ -133,6 +139,18 @@ class QubesTagNotFoundError(_NotFoundError):
 
 class QubesNoTemplateError(QubesException):
     """A VM that needs a template was made without one."""
+
+
+class QubesNotImplementedError(QubesException, NotImplementedError):
+    """Qubes OS has it, and this does not."""
+
+
+class ProtocolError(QubesException):
+    """A request of the Admin API has a field that cannot be."""
+
+
+class PermissionDenied(QubesException):  # noqa: N818 - its name in Qubes OS
+    """A request of the Admin API is not allowed to who makes it."""
 
 
 class QubesVMError(QubesException):
