@@ -8,8 +8,8 @@ __all__ = ["defaults", "max_qid", "vm_name_length"]
 
 _GIB: Final = 1024**3
 
-#: The highest number that a VM may have.
-max_qid: Final = 254
+#: The highest number that a VM may have; its two bytes are a part of its IP address.
+max_qid: Final = 65_000
 
 #: How many characters a VM's name may have.
 vm_name_length: Final = 31

@@ -27,32 +27,45 @@ class VMCollection:
     def __init__(self, app: Qubes) -> None:
         self._app = app
         self._by_uuid: dict[uuid.UUID, BaseVM] = {}
+        self._by_name: dict[str, BaseVM] = {}
+        self._by_qid: dict[int, BaseVM] = {}
+        #: No number below this one is free.
+        self._next_qid = 1
 
-    def add(self, vm: BaseVM) -> BaseVM:
+    def add(self, vm: BaseVM, *, announce: bool = True) -> BaseVM:
         """Add a VM, and return it.
 
-        :raise QubesValueError: when its name or number is taken.
+        :param announce: whether to enable its events and fire those of a new VM; a VM
+            that is loaded is not new.
+        :raise QubesValueError: when its name, number or UUID is taken.
         """
-        for known in self:
-            if vm.name == known.name:
-                raise QubesValueError(f"there is a VM {vm.name!r} already")
-            if vm.qid == known.qid:
-                raise QubesValueError(f"there is a VM with qid {vm.qid} already")
+        self._check_free(vm)
         self._by_uuid[vm.uuid] = vm
-        vm.events_enabled = True
-        vm.fire_event("domain-init")
-        self._app.fire_event("domain-add", vm=vm)
+        self._by_name[vm.name] = vm
+        self._by_qid[vm.qid] = vm
+        if announce:
+            vm.events_enabled = True
+            vm.fire_event("domain-init")
+            self._app.fire_event("domain-add", vm=vm)
         return vm
+
+    def _check_free(self, vm: BaseVM) -> None:
+        if vm.name in self._by_name:
+            raise QubesValueError(f"there is a VM {vm.name!r} already")
+        if vm.qid in self._by_qid:
+            raise QubesValueError(f"there is a VM with qid {vm.qid} already")
+        if vm.uuid in self._by_uuid:
+            raise QubesValueError(f"there is a VM with UUID {vm.uuid} already")
 
     def _find(self, key: Any) -> BaseVM | None:
         if isinstance(key, BaseVM):
             found = self._by_uuid.get(key.uuid)
             return found if found is key else None
-        if isinstance(key, uuid.UUID):
-            return self._by_uuid.get(key)
-        return next(
-            (vm for vm in self._by_uuid.values() if key in (vm.name, vm.qid)), None
-        )
+        if isinstance(key, str):
+            return self._by_name.get(key)
+        if isinstance(key, int):
+            return self._by_qid.get(key)
+        return self._by_uuid.get(key) if isinstance(key, uuid.UUID) else None
 
     def __getitem__(self, key: Any) -> Any:
         # a wrapper of a VM stands for the VM
@@ -78,9 +91,13 @@ class VMCollection:
             raise QubesException(f"VM {vm} runs; kill or shut it down before removing")
         vm.check_unused()
         self._app.fire_event("domain-pre-delete", pre_event=True, vm=vm)
-        del self._by_uuid[vm.uuid]
+        self._forget(vm)
         vm.events_enabled = False
         self._app.fire_event("domain-delete", vm=vm)
+
+    def _forget(self, vm: BaseVM) -> None:
+        del self._by_uuid[vm.uuid], self._by_name[vm.name], self._by_qid[vm.qid]
+        self._next_qid = min(self._next_qid, vm.qid)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(list(self._by_uuid.values()))
@@ -102,8 +119,8 @@ class VMCollection:
 
     def get_new_unused_qid(self) -> int:
         """Return the lowest number that no VM has; LookupError when all are taken."""
-        taken = {vm.qid for vm in self}
-        for qid in range(1, config.max_qid + 1):
-            if qid not in taken:
-                return qid
-        raise LookupError(f"all {config.max_qid} numbers of VMs are taken")
+        while self._next_qid in self._by_qid:
+            self._next_qid += 1
+        if self._next_qid > config.max_qid:
+            raise LookupError(f"all {config.max_qid} numbers of VMs are taken")
+        return self._next_qid

@@ -47,6 +47,13 @@ def validate_name(holder: object, prop: object, value: Any) -> str:
     return value
 
 
+def _set_qid(holder: object, prop: object, value: Any) -> int:
+    del holder, prop
+    if not 0 <= int(value) <= config.max_qid:
+        raise ValueError(f"it takes a number from 0 to {config.max_qid}")
+    return int(value)
+
+
 def _set_label(holder: object, prop: object, value: Any) -> Label:
     del holder, prop
     return find_label(value)
@@ -67,10 +74,18 @@ class BaseVM(PropertyHolder):
         doc="Names the VM for ever.",
     )
     name = Property[str](
-        "name", setter=validate_name, clone=False, doc="Names the VM among the others."
+        "name",
+        setter=validate_name,
+        clone=False,
+        write_once=True,
+        doc="Names the VM among the others.",
     )
     qid = Property[int](
-        "qid", type=int, clone=False, write_once=True, doc="A small number of the VM."
+        "qid",
+        setter=_set_qid,
+        clone=False,
+        write_once=True,
+        doc="A small number of the VM.",
     )
     label = Property[Label]("label", setter=_set_label, doc="Its colour.")
 

@@ -1,0 +1,72 @@
+"""The VMs of an app: found, numbered and forgotten, however many there are."""
+
+import uuid
+
+import pytest
+
+from qubes_itests.core import config, exc
+
+
+def add(app, name, **properties):
+    return app.add_new_vm("TemplateVM", name=name, label="black", **properties)
+
+
+def test_removed_vm_is_found_by_none_of_its_keys(app):
+    vm = add(app, "one")
+    keys = (vm, vm.name, vm.qid, vm.uuid)
+    del app.domains["one"]
+    assert not any(key in app.domains for key in keys)
+    assert add(app, "one") is not vm
+
+
+def test_what_is_no_key_is_not_found(app):
+    add(app, "one")
+    for key in (None, "1", 1.5, b"one", ["one"], uuid.uuid4()):
+        assert key not in app.domains
+
+
+@pytest.mark.parametrize(
+    ("taken", "said"),
+    [("qid", "with qid 7"), ("uuid", "with UUID"), ("name", "a VM 'one'")],
+)
+def test_taken_identity_is_refused_and_leaves_the_first(app, taken, said):
+    one = add(app, "one", qid=7)
+    other = {"name": "two", "qid": 8} | {taken: getattr(one, taken)}
+    with pytest.raises(exc.QubesValueError, match=said):
+        add(app, **other)
+    assert app.domains.keys() == ["dom0", "one"]
+    assert app.domains[7] is one
+
+
+def test_lowest_free_number_is_given_again(app):
+    vms = [add(app, f"vm{n}") for n in range(5)]
+    assert [vm.qid for vm in vms] == [1, 2, 3, 4, 5]
+    del app.domains["vm3"], app.domains["vm1"]
+    assert [add(app, name).qid for name in "abc"] == [2, 4, 6]
+
+
+def test_numbers_that_were_chosen_are_passed_over(app):
+    add(app, "first", qid=1)
+    add(app, "third", qid=3)
+    assert [add(app, name).qid for name in "ab"] == [2, 4]
+
+
+def test_all_numbers_taken(app, monkeypatch):
+    monkeypatch.setattr(config, "max_qid", 2)
+    add(app, "a")
+    add(app, "b")
+    with pytest.raises(LookupError, match="all 2 numbers"):
+        app.domains.get_new_unused_qid()
+
+
+@pytest.mark.parametrize("qid", [-1, config.max_qid + 1, "x"])
+def test_number_out_of_range(app, qid):
+    with pytest.raises(exc.QubesPropertyValueError, match="qid"):
+        add(app, "one", qid=qid)
+
+
+def test_name_and_number_stay(app):
+    vm = add(app, "one")
+    for name, value in (("name", "two"), ("qid", 77)):
+        with pytest.raises(exc.QubesPropertyValueError, match="once and for all"):
+            setattr(vm, name, value)
