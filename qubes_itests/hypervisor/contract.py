@@ -92,6 +92,7 @@ class DomainSpec:
     :param kernel: kernel image (bzImage or ELF) on the host.
     :param initramfs: initramfs image on the host.
     :param kernel_options: appended to the back end's own kernel command line.
+    :param balanced: whether its memory may be changed while it runs.
     """
 
     name: str
@@ -105,6 +106,7 @@ class DomainSpec:
     kernel_options: str = ""
     disks: tuple[Disk, ...] = ()
     interfaces: tuple[Interface, ...] = ()
+    balanced: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ class MemoryStatistics:
     :param cached: page cache, bytes.
     :param swapped_in: pages brought in from swap since boot, bytes.
     :param swapped_out: pages written out to swap since boot, bytes.
+    :param updated: when the guest reported, in seconds since the epoch.
     """
 
     actual: int
@@ -127,6 +130,7 @@ class MemoryStatistics:
     cached: int | None = None
     swapped_in: int | None = None
     swapped_out: int | None = None
+    updated: int | None = None
 
 
 class Domain(abc.ABC):

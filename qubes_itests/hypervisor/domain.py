@@ -250,4 +250,5 @@ class LibvirtDomain(Domain):
             cached=size("disk_caches"),
             swapped_in=size("swap_in"),
             swapped_out=size("swap_out"),
+            updated=kib.get("last_update"),
         )

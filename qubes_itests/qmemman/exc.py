@@ -60,15 +60,22 @@ class BudgetError(QmemmanError):
 
     :param total: memory of the machine, bytes.
     :param dom0: what dom0 holds, bytes.
+    :param dom0_used: what dom0 uses, bytes, if that is what is wrong.
     """
 
-    def __init__(self, total: int, dom0: int) -> None:
-        super().__init__(
-            f"a machine of {mib(total)} cannot hold a dom0 of {mib(dom0)}:"
-            " give it more memory, or a smaller dom0"
-        )
+    def __init__(self, total: int, dom0: int, dom0_used: int = 0) -> None:
+        machine = f"a machine of {mib(total)} cannot hold a dom0 of {mib(dom0)}"
+        if 0 <= dom0_used <= dom0:
+            problem = f"{machine}: give it more memory, or a smaller dom0"
+        else:
+            problem = (
+                f"a dom0 of {mib(dom0)} cannot use {mib(dom0_used)}:"
+                " give it more memory, or have it use less"
+            )
+        super().__init__(problem)
         self.total = total
         self.dom0 = dom0
+        self.dom0_used = dom0_used
 
 
 class AlreadyRunningError(QmemmanError):

@@ -236,6 +236,7 @@ class QubesVM(PowerMixin, ExecutionMixin, BaseVM):
             initramfs=files.initramfs,
             kernel_options=f"{files.kernel_options} {self.kernelopts}".strip(),
             disks=tuple(self.storage.disks()),
+            balanced=self.maxmem > 0,
         )
 
     def start_memory(self) -> int:

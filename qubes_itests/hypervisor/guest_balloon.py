@@ -1,0 +1,181 @@
+"""One guest's balloon: asked, told, and believed only what can be."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from qubes_itests.hypervisor.exc import HypervisorError, StateError
+from qubes_itests.qmemman.contract import DomainReading
+from qubes_itests.qmemman.sizes import KIB, MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from qubes_itests.hypervisor.contract import Domain, MemoryStatistics
+
+__all__ = ["BalloonedGuest", "used_memory"]
+
+_log = logging.getLogger(__name__)
+
+#: Guests write their statistics once a second; these are how often they are looked at.
+_INTERVAL = 0.1
+#: Seconds after which a guest that does not answer is told of.
+_PATIENCE = 5.0
+_REPORT_STEP = 30_000 * KIB
+_NOT_REPORTED = b""
+
+
+def used_memory(statistics: MemoryStatistics, unseen: int, maximum: int) -> int | None:
+    """Return what a guest uses, in bytes; None when its statistics make no sense.
+
+    What is in a tmpfs is part of the page cache, and cannot be given away: where the
+    kernel says how much it could, the less of the two counts.  Swap does not count:
+    the statistics have what was ever swapped, not what is now.
+
+    :param statistics: as the guest wrote them, so anything.
+    :param unseen: what the domain holds beyond what the guest's kernel can use, bytes.
+    :param maximum: the domain can never hold more, bytes.
+    """
+    total, unused = statistics.total, statistics.unused
+    if total is None or unused is None:
+        return None
+    cached = statistics.cached or 0
+    spare = unused + cached
+    if min(total, unused, cached) < 0 or spare > total or total > maximum:
+        return None
+    if statistics.available is not None:
+        spare = max(0, min(spare, statistics.available))
+    return min(total - spare + unseen, maximum)
+
+
+class BalloonedGuest:
+    """One run of a domain; a task of its own asks it and tells it.
+
+    :param domid: number of this run.
+    :param domain: that runs.
+    :param pass_on: gets what the guest reports.
+    :param paused: its CPUs are stopped; keep it up to date.
+    """
+
+    def __init__(
+        self,
+        domid: str,
+        domain: Domain,
+        pass_on: Callable[[bytes], None],
+        *,
+        paused: bool = False,
+    ) -> None:
+        self.domid = domid
+        self.paused = paused
+        self._domain = domain
+        self._pass_on = pass_on
+        self._maximum = domain.spec.max_memory * MIB
+        self._memory = self._target = self._current = domain.spec.memory * MIB
+        self._wanted: int | None = None
+        self._settled = False
+        self._unseen = 0
+        self._sample: MemoryStatistics | None = None
+        self._report: bytes | None = None
+        self._reported = 0
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Begin to ask it."""
+        self._task = asyncio.create_task(self._live())
+
+    def end(self) -> None:
+        """Ask it no more."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def reading(self) -> DomainReading:
+        """Return what was last seen of it."""
+        return DomainReading(
+            domid=self.domid,
+            name=self._domain.spec.name,
+            current=self._current,
+            maximum=self._maximum,
+            target=self._target,
+            paused=self.paused,
+        )
+
+    def order(self, target: int) -> None:
+        """Have it aim at so many bytes, as soon as it can be told."""
+        self._target = self._wanted = max(1, min(target, self._maximum))
+        self._news.set()
+
+    def repeat_report(self) -> None:
+        """Pass its last report on again, if there was one."""
+        if self._report is not None:
+            self._pass_on(self._report)
+
+    async def _live(self) -> None:
+        # One call at a time, so that a guest that hangs costs one thread and no more.
+        while True:
+            try:
+                await self._watched(self._exchange())
+            except StateError:
+                pass  # it is starting or has ended: the event says which
+            except HypervisorError as error:
+                _log.warning("%s", error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_INTERVAL):
+                    await self._news.wait()
+            self._news.clear()
+
+    async def _watched(self, exchange: Any) -> None:
+        """Wait for one exchange as long as it takes, but say when it takes long."""
+        task = asyncio.create_task(exchange)
+        try:
+            _, late = await asyncio.wait([task], timeout=_PATIENCE)
+            if late:
+                name = self._domain.spec.name
+                _log.warning("%s does not answer: what it had is assumed", name)
+            await task
+        finally:
+            task.cancel()
+
+    async def _exchange(self) -> None:
+        wanted, self._wanted = self._wanted, None
+        if wanted is not None:
+            await self._domain.set_memory_target(wanted)
+        self._take(await self._domain.memory_statistics())
+
+    def _take(self, statistics: MemoryStatistics) -> None:
+        held = min(max(0, statistics.actual), self._maximum)
+        # A cold guest has all memory until its balloon is up, and was promised less.
+        self._settled |= held <= self._memory
+        if not self._settled:
+            return
+        self._current = held
+        old, self._sample = self._sample, statistics
+        if not self._domain.spec.balanced or statistics == old:
+            return
+        self._learn_unseen(old, statistics)
+        self._say(used_memory(statistics, self._unseen, self._maximum))
+
+    def _learn_unseen(
+        self, old: MemoryStatistics | None, new: MemoryStatistics
+    ) -> None:
+        """See what the guest's kernel has less than the domain, if neither moves."""
+        if old and new.total and (old.actual, old.total) == (new.actual, new.total):
+            self._unseen = max(0, new.actual - new.total)
+
+    def _say(self, used: int | None) -> None:
+        if used is None:
+            if self._report not in (None, _NOT_REPORTED):
+                self._tell(_NOT_REPORTED)
+        elif self._report in (None, _NOT_REPORTED) or (
+            abs(used - self._reported) >= _REPORT_STEP
+        ):
+            self._reported = used
+            self._tell(b"%d" % (used // KIB))
+
+    def _tell(self, report: bytes) -> None:
+        self._report = report
+        self._pass_on(report)
