@@ -1,28 +1,45 @@
 """Events: what happens to an object, and whom it concerns.
 
-A class lists its handlers with :func:`handler`; any object may get more with
-:meth:`Emitter.add_handler`.  A name may end in ``*``.  Which functions of a class
-answer to an event is found out once per class and event name.
+A class lists its handlers with :func:`handler`; any class and any object may get more.
+Names of handlers may have wildcards.  Which functions of a class answer to an event is
+found out once per class and event name.
+
+Order: base class before subclass, class before object; the other way round for events
+that announce something (`pre_event`).  Within one class those of its definition come
+before those that were added.  This is the order of Qubes OS; where that leaves it open,
+it is the order of definition and of adding.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, ClassVar, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from types import GeneratorType
+from typing import Any, ClassVar, Final, TypeVar
+from weakref import WeakKeyDictionary
 
 __all__ = ["Emitter", "handler"]
 
 Handler = Callable[..., Any]
 _F = TypeVar("_F", bound=Handler)
 
+#: For how many event names a class remembers its handlers: names may come from guests.
+_MOST_RESOLVED: Final = 4096
+
+_Level = tuple[tuple[str, Handler], ...]
+_declared_by_class: WeakKeyDictionary[type, _Level] = WeakKeyDictionary()
+
 
 def handler(*events: str) -> Callable[[_F], _F]:
     """Mark a function of a class as handler of events.
 
-    It is called with the object, the event's name, and the event's own keywords.
+    It is called with the object, the event's name, and the event's own keywords.  It
+    may be a plain function or a generator, and, for events that are fired with
+    `Emitter.fire_event_async`, a coroutine function or an asynchronous generator.
 
-    :param events: names; one that ends in ``*`` stands for all with that beginning.
+    :param events: names, which may have the wildcards of the shell: ``*`` for all
+        events, ``property-set:*`` for all with that beginning.
     """
 
     def mark(function: _F) -> _F:
@@ -32,18 +49,34 @@ def handler(*events: str) -> Callable[[_F], _F]:
     return mark
 
 
-def _answers(pattern: str, event: str) -> bool:
-    if pattern.endswith("*"):
-        return event.startswith(pattern[:-1])
-    return pattern == event
+def _declared(cls: type) -> _Level:
+    """Return the handlers of a class's own definition; it may be a mere mixin."""
+    found = _declared_by_class.get(cls)
+    if found is None:
+        found = _declared_by_class[cls] = tuple(
+            (event, function)
+            for function in vars(cls).values()
+            for event in getattr(function, "ha_events", ())
+        )
+    return found
 
 
-def _flatten(effect: Any) -> list[Any]:
-    if effect is None:
-        return []
+def _answering(handlers: Iterable[tuple[str, Handler]], event: str) -> list[Handler]:
+    return [
+        function
+        for pattern, function in handlers
+        if pattern == event or fnmatch.fnmatchcase(event, pattern)
+    ]
+
+
+def _flatten(effect: Any) -> Iterable[Any]:
     if isinstance(effect, Iterable) and not isinstance(effect, (str, bytes)):
-        return list(effect)
-    return [effect]
+        return effect
+    return (effect,)
+
+
+def _is_asynchronous(effect: Any) -> bool:
+    return isinstance(effect, (Awaitable, AsyncGenerator))
 
 
 class Emitter:
@@ -52,31 +85,28 @@ class Emitter:
     #: While false, no handler is called: the object is still being made.
     events_enabled: bool = False
 
-    _own_handlers: ClassVar[list[tuple[str, Handler]]] = []
-    _resolved: ClassVar[dict[str, tuple[Handler, ...]]] = {}
+    _added_handlers: ClassVar[list[tuple[str, Handler]]] = []
+    _resolved: ClassVar[dict[tuple[str, bool], tuple[Handler, ...]]] = {}
 
     def __init__(self) -> None:
         self._instance_handlers: list[tuple[str, Handler]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._own_handlers = [
-            (event, function)
-            for function in vars(cls).values()
-            for event in getattr(function, "ha_events", ())
-        ]
+        cls._added_handlers = []
         cls._resolved = {}
 
     @classmethod
     def add_class_handler(cls, event: str, function: Handler) -> None:
-        """Have `function` called for an event on any object of this class."""
-        cls._own_handlers.append((event, function))
-        cls._forget_resolved()
+        """Have `function` called for an event on any object of this class, once."""
+        if (event, function) not in cls._added_handlers:
+            cls._added_handlers.append((event, function))
+            cls._forget_resolved()
 
     @classmethod
     def remove_class_handler(cls, event: str, function: Handler) -> None:
         """Undo `add_class_handler`; ValueError if that was not done."""
-        cls._own_handlers.remove((event, function))
+        cls._added_handlers.remove((event, function))
         cls._forget_resolved()
 
     @classmethod
@@ -86,73 +116,93 @@ class Emitter:
             subclass._forget_resolved()  # noqa: SLF001 - of this very class
 
     @classmethod
-    def _resolve(cls, event: str) -> tuple[Handler, ...]:
+    def _resolve(cls, event: str, *, pre_event: bool) -> tuple[Handler, ...]:
         return tuple(
             function
-            for base in reversed(cls.__mro__)
-            for pattern, function in vars(base).get("_own_handlers", ())
-            if _answers(pattern, event)
+            for base in (cls.__mro__ if pre_event else reversed(cls.__mro__))
+            for level in (_declared(base), vars(base).get("_added_handlers", ()))
+            for function in _answering(level, event)
         )
 
     def add_handler(self, event: str, function: Handler) -> None:
-        """Have `function` called for an event on this object only."""
-        self._instance_handlers.append((event, function))
+        """Have `function` called for an event on this object only, once."""
+        if (event, function) not in self._instance_handlers:
+            self._instance_handlers.append((event, function))
 
     def remove_handler(self, event: str, function: Handler) -> None:
-        """Undo `add_handler`; ValueError if that was not done."""
+        """Undo `add_handler`; ValueError if that was not done.
+
+        A handler may do so while it is called: an event goes to those that were there
+        when it was fired.
+        """
         self._instance_handlers.remove((event, function))
 
     def _handlers(self, event: str, *, pre_event: bool) -> tuple[Handler, ...]:
-        cls = type(self)
-        handlers = cls._resolved.get(event)
+        resolved = self._resolved
+        handlers = resolved.get((event, pre_event))
         if handlers is None:
-            handlers = cls._resolved[event] = cls._resolve(event)
+            if len(resolved) >= _MOST_RESOLVED:
+                resolved.clear()
+            handlers = self._resolve(event, pre_event=pre_event)
+            resolved[event, pre_event] = handlers
         if self._instance_handlers:
-            handlers += tuple(
-                function
-                for pattern, function in self._instance_handlers
-                if _answers(pattern, event)
-            )
-        return handlers[::-1] if pre_event else handlers
+            own = tuple(_answering(self._instance_handlers, event))
+            return own + handlers if pre_event else handlers + own
+        return handlers
 
     def fire_event(
         self, event: str, *, pre_event: bool = False, **kwargs: Any
     ) -> list[Any]:
-        """Call the handlers of an event: base class first, this object's own last.
+        """Call the handlers of an event, in the order that the module describes.
 
         :param event: the name, without wildcard.
         :param pre_event: call them in the opposite order, as an announcement that
             any of them may veto by raising.
         :return: all that the handlers returned or yielded, in one list.
-        :raise TypeError: when a handler is a coroutine function.
+        :raise RuntimeError: when a handler is asynchronous.
         """
-        if not self.events_enabled:
-            return []
         effects: list[Any] = []
+        if not self.events_enabled:
+            return effects
         for function in self._handlers(event, pre_event=pre_event):
             effect = function(self, event, **kwargs)
-            if inspect.iscoroutine(effect):
-                effect.close()
-                raise TypeError(
-                    f"{function!r} is a coroutine function, but {event!r} is fired"
-                    " synchronously: make it a plain function"
-                )
-            effects.extend(_flatten(effect))
+            if effect is None:
+                continue
+            if isinstance(effect, (list, GeneratorType)):
+                effects.extend(effect)
+            elif _is_asynchronous(effect):
+                raise _refused(function, event, effect)
+            else:
+                effects.extend(_flatten(effect))
         return effects
 
     async def fire_event_async(
         self, event: str, *, pre_event: bool = False, **kwargs: Any
     ) -> list[Any]:
-        """Call the handlers as `fire_event` does, and await those that are coroutines.
+        """Call the handlers as `fire_event` does; await those that are asynchronous.
 
-        One ends before the next begins, so that the order holds for these as well.
+        One ends before the next begins, so that the order, and a veto, hold for these
+        as well.  (Qubes OS calls the plain ones first and the others all at once, in no
+        particular order; a handler must not rely on another that is after it.)
         """
-        if not self.events_enabled:
-            return []
         effects: list[Any] = []
+        if not self.events_enabled:
+            return effects
         for function in self._handlers(event, pre_event=pre_event):
             effect = function(self, event, **kwargs)
             if isinstance(effect, Awaitable):
                 effect = await effect
-            effects.extend(_flatten(effect))
+            if isinstance(effect, AsyncGenerator):
+                effects.extend([item async for item in effect])
+            elif effect is not None:
+                effects.extend(_flatten(effect))
         return effects
+
+
+def _refused(function: Handler, event: str, effect: Any) -> RuntimeError:
+    if inspect.iscoroutine(effect):
+        effect.close()  # else Python warns that nobody awaited it
+    return RuntimeError(
+        f"{function!r} is asynchronous, but {event!r} is fired synchronously:"
+        " make it a plain function"
+    )

@@ -2,6 +2,7 @@
 
 import pytest
 
+from qubes_itests.core import events
 from qubes_itests.core.events import Emitter, handler
 
 
@@ -108,7 +109,7 @@ def test_coroutine_handler_in_synchronous_event_is_an_error():
         """Never run."""
 
     subject.add_handler("start", slow)
-    with pytest.raises(TypeError, match="coroutine function"):
+    with pytest.raises(RuntimeError, match="asynchronous"):
         subject.fire_event("start")
 
 
@@ -132,8 +133,129 @@ def test_resolution_happens_once_per_class_and_event(monkeypatch):
     monkeypatch.setattr(
         Derived,
         "_resolve",
-        classmethod(lambda cls, event: calls.append(event) or resolve(cls, event)),
+        classmethod(
+            lambda cls, event, **kw: calls.append(event) or resolve(cls, event, **kw)
+        ),
     )
     for _ in range(3):
         subject.fire_event("stop")
     assert calls == ["stop"]
+
+
+def test_effects_are_flattened_one_level():
+    """Lists, tuples and generators are; a string is one effect; None is none."""
+    subject = Derived()
+    effects = [["a", ["b"]], ("c",), (n for n in (1, 2)), "text", b"raw", 7, None, []]
+    for effect in effects:
+        subject.add_handler("stop", lambda *_, effect=effect: effect)
+    flat = ["base", "a", ["b"], "c", 1, 2, "text", b"raw", 7]
+    assert subject.fire_event("stop") == flat
+
+
+def test_wildcards_are_those_of_the_shell():
+    subject = Derived()
+    heard = []
+    for pattern in ("a-*-set:*", "a-??", "a-[xy]z"):
+        subject.add_handler(pattern, lambda *_, pattern=pattern: heard.append(pattern))
+    for event in ("a-b-set:c", "a-yz", "A-YZ", "a-[xy]z"):
+        subject.fire_event(event)
+    assert heard == ["a-*-set:*", "a-??", "a-[xy]z", "a-[xy]z"]
+
+
+def test_added_twice_is_called_once():
+    subject = Derived()
+    heard = []
+    for _ in range(2):
+        subject.add_handler("x", heard.append)
+        Derived.add_class_handler("x", print)
+    try:
+        assert Derived._added_handlers == [("x", print)]
+        assert subject._instance_handlers == [("x", heard.append)]
+    finally:
+        Derived.remove_class_handler("x", print)
+
+
+def test_handlers_of_a_mere_mixin_are_called():
+    """The mixin is no Emitter, and comes where the method resolution order has it."""
+
+    class Mixin:
+        @handler("start")
+        def on_mixin(self, _event):
+            return "mixin"
+
+    class Mixed(Mixin, Base):
+        """Has handlers of two kinds of bases."""
+
+    assert Mixed().fire_event("start") == ["base", "mixin"]
+
+
+def test_defined_handlers_come_before_added_ones_of_their_class_also_before():
+    """Classes go the other way round for an announcement, not those within one."""
+    subject = Derived()
+    Base.add_class_handler("start", added := lambda *_: "added")
+    try:
+        assert subject.fire_event("start") == ["base", "added", "one", "two"]
+        announced = subject.fire_event("start", pre_event=True)
+    finally:
+        Base.remove_class_handler("start", added)
+    assert announced == ["one", "two", "base", "added"]
+
+
+def test_handler_may_remove_itself_and_others_while_it_is_called():
+    """The event goes to those that were there when it was fired."""
+    subject = Derived()
+    heard = []
+
+    def once(*_):
+        heard.append("once")
+        subject.remove_handler("x", once)
+        subject.remove_handler("x", other)
+        subject.add_handler("x", late)
+
+    def other(*_):
+        heard.append("other")
+
+    def late(*_):
+        heard.append("late")
+
+    subject.add_handler("x", once)
+    subject.add_handler("x", other)
+    subject.fire_event("x")
+    subject.fire_event("x")
+    assert heard == ["once", "other", "late"]
+
+
+@pytest.mark.asyncio
+async def test_asynchronous_veto_keeps_later_handlers_from_beginning():
+    subject = Derived()
+
+    async def veto(*_):
+        raise PermissionError("no")
+
+    subject.add_handler("start", veto)
+    with pytest.raises(PermissionError):
+        await subject.fire_event_async("start", pre_event=True)
+    assert subject.seen == []
+
+
+@pytest.mark.asyncio
+async def test_asynchronous_generator_yields_effects():
+    subject = Derived()
+
+    async def slow(*_):
+        yield "slow"
+        yield "slower"
+
+    subject.add_handler("stop", slow)
+    assert await subject.fire_event_async("stop") == ["base", "slow", "slower"]
+    with pytest.raises(RuntimeError, match="asynchronous"):
+        subject.fire_event("stop")
+
+
+def test_names_without_end_take_no_memory_without_end():
+    """Guests choose names of features, and so names of events."""
+    subject = Derived()
+    for number in range(events._MOST_RESOLVED + 10):
+        subject.fire_event(f"feature:{number}")
+    assert len(Derived._resolved) <= events._MOST_RESOLVED
+    assert len(subject.seen) == events._MOST_RESOLVED + 10
