@@ -11,6 +11,7 @@ from qubes_itests.core.exc import (
     QubesTagNotFoundError,
     QubesValueError,
 )
+from qubes_itests.core.store.document import check_text
 
 if TYPE_CHECKING:
     from qubes_itests.core.vm.base import BaseVM
@@ -50,6 +51,12 @@ class Features(MutableMapping[str, str]):
                 f"{name!r} is no name of a feature: it takes letters, digits, . _ -"
             )
         value = ("1" if value else "") if isinstance(value, bool) else str(value)
+        try:
+            check_text(value)
+        except ValueError as error:
+            raise QubesValueError(
+                f"feature {name!r} of {self._vm} cannot be {value!r}: {error}"
+            ) from None
         kwargs = {"feature": name, "value": value}
         if name in self._values:
             kwargs["oldvalue"] = self._values[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, overload
+from weakref import WeakKeyDictionary
 
 from qubes_itests.core.events import Emitter
 from qubes_itests.core.exc import (
@@ -11,6 +12,7 @@ from qubes_itests.core.exc import (
     QubesNoSuchPropertyError,
     QubesPropertyValueError,
 )
+from qubes_itests.core.store.document import check_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -125,6 +127,8 @@ class Property(Generic[T]):
                 value = self.setter(instance, self, value)
             if self.type is not None and value is not None:
                 value = self.type(value)
+            if isinstance(value, str):
+                check_text(value)
         except QubesException:
             raise
         except (ValueError, TypeError, KeyError) as error:
@@ -143,6 +147,24 @@ class Property(Generic[T]):
             instance.fire_event(f"{event}:{self.name}", **kwargs)
 
 
+_listed: WeakKeyDictionary[type, tuple[Property[Any], ...]] = WeakKeyDictionary()
+
+
+def _properties(cls: type[PropertyHolder]) -> tuple[Property[Any], ...]:
+    listed = _listed.get(cls)
+    if listed is None:
+        found = {
+            name: attribute
+            for base in reversed(cls.__mro__)
+            for name, attribute in vars(base).items()
+            if isinstance(attribute, Property)
+        }
+        listed = _listed[cls] = tuple(
+            sorted(found.values(), key=lambda p: (p.load_stage, p.name))
+        )
+    return listed
+
+
 class PropertyHolder(Emitter):
     """An object with properties.
 
@@ -159,16 +181,7 @@ class PropertyHolder(Emitter):
     @classmethod
     def property_list(cls, load_stage: int | None = None) -> list[Property[Any]]:
         """Return the properties of this class, in order of load stage and name."""
-        found = {
-            name: attribute
-            for base in reversed(cls.__mro__)
-            for name, attribute in vars(base).items()
-            if isinstance(attribute, Property)
-        }
-        return sorted(
-            (p for p in found.values() if load_stage in (None, p.load_stage)),
-            key=lambda p: (p.load_stage, p.name),
-        )
+        return [p for p in _properties(cls) if load_stage in (None, p.load_stage)]
 
     def property_get_def(self, prop: str | Property[Any]) -> Property[Any]:
         """Return the definition of a property; QubesNoSuchPropertyError if none."""
@@ -181,6 +194,13 @@ class PropertyHolder(Emitter):
     def property_is_default(self, prop: str | Property[Any]) -> bool:
         """Tell whether the property was never set, or was reset."""
         return self.property_get_def(prop).name not in self._values
+
+    def property_values(self) -> list[tuple[Property[Any], Any]]:
+        """Return the properties that are set, with their values, as listed."""
+        values = self._values
+        return [
+            (p, values[p.name]) for p in _properties(type(self)) if p.name in values
+        ]
 
     def property_uses(self, value: object) -> list[str]:
         """Return the names of the properties that are set to this very object."""

@@ -1,0 +1,1 @@
+"""The state of an app as a file in the style of `qubes.xml`."""

@@ -1,0 +1,77 @@
+"""An app's state as a document: what was set, and nothing that is a default."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.core.store.document import Element, to_bytes
+
+if TYPE_CHECKING:
+    from qubes_itests.core.app import Qubes
+    from qubes_itests.core.properties import PropertyHolder
+    from qubes_itests.core.vm.base import BaseVM
+
+__all__ = ["VERSION", "saved", "state_of"]
+
+#: The version of the format: that of Qubes OS, whose names and structure it has.
+VERSION: Final = "3.0"
+
+
+def saved(app: Qubes) -> bytes:
+    """Return the state of an app as the bytes of its store.
+
+    Equal states have equal bytes.
+
+    :raise QubesValueError: for what a document cannot hold.
+    """
+    return to_bytes(state_of(app))
+
+
+def state_of(app: Qubes) -> Element:
+    """Return the state of an app as a document."""
+    root = Element("qubes", {"version": VERSION})
+    labels = root.add("labels")
+    for label in sorted(app.labels.values(), key=lambda label: label.index):
+        labels.add("label", label.name, id=f"label-{label.index}", color=label.color)
+    pools = root.add("pools")
+    for pool in app.pools.values():
+        config = {name: _text(value) for name, value in pool.config.items()}
+        pools.add("pool", **config)
+    _add_properties(root, app)
+    domains = root.add("domains")
+    for vm in sorted(app.domains, key=lambda vm: vm.qid):
+        domains.children.append(_domain(vm))
+    return root
+
+
+def _domain(vm: BaseVM) -> Element:
+    domain = Element("domain", {"id": f"domain-{vm.qid}", "class": vm.klass})
+    _add_properties(domain, vm)
+    features = domain.add("features")
+    for name, value in sorted(vm.features.items()):
+        features.add("feature", value, name=name)
+    tags = domain.add("tags")
+    for tag in sorted(vm.tags):
+        tags.add("tag", name=tag)
+    _add_volumes(domain, vm)
+    return domain
+
+
+def _add_properties(element: Element, holder: PropertyHolder) -> None:
+    properties = element.add("properties")
+    for prop, value in holder.property_values():
+        properties.add("property", _text(value), name=prop.name)
+
+
+def _add_volumes(domain: Element, vm: Any) -> None:
+    volumes = getattr(vm, "volumes", None)
+    if not volumes:
+        return
+    config = domain.add("volume-config")
+    for volume in volumes.values():
+        attributes = {name: _text(value) for name, value in volume.config.items()}
+        config.add("volume", **attributes)
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
