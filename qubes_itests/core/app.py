@@ -106,7 +106,7 @@ class Qubes(PropertyHolder):
         #: Asked for memory by each start; None where memory is not balanced.
         self.qmemman: Client | None = None
         self.pools: dict[str, Pool] = {}
-        self.policy = Policy()
+        self.policy = Policy(directory=directory / "policy.d")
         #: Services of dom0 that VMs may call, by name.
         self.host_services: dict[str, HostService] = {}
         #: What went wrong where nobody was there to be told; empty if all is well.

@@ -1,0 +1,138 @@
+"""The policy of an app: rules that programs added, then those of its files."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from qubes_itests.core.policy.decision import Decision, decide, denied
+from qubes_itests.core.policy.exc import PolicyFileError, RequestError
+from qubes_itests.core.policy.files import PolicyFiles
+from qubes_itests.core.policy.request import Request, shown
+from qubes_itests.core.policy.rule import Rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from qubes_itests.core.app import Qubes
+    from qubes_itests.core.policy.decision import AskHandler
+    from qubes_itests.core.policy.exc import PolicyError
+    from qubes_itests.core.vm.base import BaseVM
+
+__all__ = ["Policy", "evaluate"]
+
+log = logging.getLogger("qubes.policy")
+
+
+class Policy:
+    """The rules of an app, in the order in which they are asked.
+
+    :param lines: rules to begin with.
+    :param directory: of files ``*.policy``; one that does not exist has no rules.
+    :param legacy: what ``!compat-4.0`` reads; by default ``policy`` beside `directory`.
+    """
+
+    def __init__(
+        self,
+        lines: Iterable[str] = (),
+        *,
+        directory: Path | None = None,
+        legacy: Path | None = None,
+    ) -> None:
+        #: Those that were added; they come before those of the files.
+        self.rules: list[Rule] = [Rule.parse(line) for line in lines]
+        #: Answers rules ``ask``; while it is None, they deny.
+        self.ask_handler: AskHandler | None = None
+        self._files = PolicyFiles(directory, legacy)
+
+    @property
+    def error(self) -> PolicyError | None:
+        """What is wrong with the files; while it is set, they deny everything."""
+        return self._files.loaded.error
+
+    def add_rule(self, rule: Rule | str, *, first: bool = True) -> Rule:
+        """Add a rule before (or behind) all others that were added, and return it.
+
+        :param rule: as in a file of ``policy.d``.
+        :raise PolicySyntaxError: when it cannot be understood.
+        """
+        parsed = Rule.parse(rule) if isinstance(rule, str) else rule
+        self.rules.insert(0 if first else len(self.rules), parsed)
+        return parsed
+
+    def remove_rule(self, rule: Rule) -> None:
+        """Remove a rule that `add_rule` returned; ValueError if it is not there."""
+        for index, known in enumerate(self.rules):
+            if known is rule:
+                del self.rules[index]
+                return
+        raise ValueError(f"the policy has no rule {rule}")
+
+    def load_directory(self, directory: Path, legacy: Path | None = None) -> None:
+        """Take the rules of the files from this directory, in place of any other's.
+
+        They are read again whenever `refresh` finds them changed.
+
+        :param directory: of files ``*.policy``, read in the order of their names.
+        :param legacy: what ``!compat-4.0`` reads; by default ``policy`` beside it.
+        :raise PolicyError: when they cannot be used; until they can, they deny
+            everything.
+        """
+        if not directory.is_dir():
+            raise PolicyFileError(directory, "it is no directory")
+        self._files = PolicyFiles(directory, legacy)
+        self.refresh()
+        if self.error is not None:
+            raise self.error
+
+    def refresh(self) -> None:
+        """Read the files again if one of them has changed; this blocks."""
+        self._files.refresh()
+
+    def evaluate(
+        self, app: Qubes, service: str, source: BaseVM, target: str
+    ) -> Decision:
+        """Decide on a call, by the files as they were when last refreshed.
+
+        :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``; not trusted.
+        :param source: the VM that calls.
+        :param target: what it asked for, not trusted; a VM that does not exist is
+            ``@default``.
+        """
+        try:
+            request = Request.check(app, service, source, target)
+            decision = self._decide(request)
+        except RequestError as error:
+            decision = denied(error.reason)
+        # names, not VMs: who keeps records must not keep the VMs alive
+        log.info(
+            "%s: %s -> %s: %s (%s)",
+            shown(service),
+            source.name,
+            shown(target or "@default"),
+            f"allowed to {decision.target}" if decision.allowed else "denied",
+            decision.reason,
+        )
+        return decision
+
+    def _decide(self, request: Request) -> Decision:
+        added, loaded = tuple(self.rules), self._files.loaded
+        for rule in (*added, *loaded.rules):
+            if rule.matches(request):
+                return decide(request, rule, (*added, *loaded.rules), self.ask_handler)
+        if loaded.error is not None:
+            return denied(f"the policy's files cannot be used: {loaded.error}")
+        return denied("no rule of the policy speaks of it")
+
+
+async def evaluate(app: Qubes, service: str, source: BaseVM, target: str) -> Decision:
+    """Decide on a call of a VM by the app's policy, its files as they are now.
+
+    :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``; not trusted.
+    :param source: the VM that calls.
+    :param target: what it asked for; not trusted.
+    """
+    await asyncio.to_thread(app.policy.refresh)
+    return app.policy.evaluate(app, service, source, target)
