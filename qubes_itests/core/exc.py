@@ -9,13 +9,14 @@
      +-- QubesLabelNotFoundError, QubesTagNotFoundError, QubesFeatureNotFoundError,
      |   QubesVMNotFoundError, QubesPoolNotFoundError   (also KeyErrors)
      +-- QubesNoTemplateError
-     +-- QubesNotImplementedError       asked for, and not there (also NotImplementedError)
+     +-- QubesNotImplementedError       asked for, and not there
      +-- ProtocolError                  a request of the Admin API that cannot be
      +-- PermissionDenied               a request that may not be
      +-- QubesVMError                   concerns one VM
           +-- QubesVMInUseError
           +-- QubesVMNotStartedError
           |    +-- QubesVMNotRunningError
+          |    +-- QubesVMNotPausedError
           +-- QubesVMNotHaltedError
           +-- QubesVMShutdownTimeoutError
           +-- QubesVMStorageError       says which volume could not be made
@@ -47,6 +48,7 @@ __all__ = [
     "QubesVMInUseError",
     "QubesVMNotFoundError",
     "QubesVMNotHaltedError",
+    "QubesVMNotPausedError",
     "QubesVMNotRunningError",
     "QubesVMNotStartedError",
     "QubesVMShutdownTimeoutError",
@@ -149,7 +151,7 @@ class ProtocolError(QubesException):
     """A request of the Admin API has a field that cannot be."""
 
 
-class PermissionDenied(QubesException):  # noqa: N818 - its name in Qubes OS
+class PermissionDenied(QubesException):
     """A request of the Admin API is not allowed to who makes it."""
 
 
@@ -178,6 +180,13 @@ class QubesVMNotStartedError(QubesVMError):
 
 class QubesVMNotRunningError(QubesVMNotStartedError):
     """The VM is not running."""
+
+
+class QubesVMNotPausedError(QubesVMNotStartedError):
+    """The VM is neither paused nor suspended."""
+
+    def __init__(self, vm: Any, message: str = "") -> None:
+        super().__init__(vm, message or f"VM {vm} is not paused")
 
 
 class QubesVMNotHaltedError(QubesVMError):

@@ -1,0 +1,299 @@
+"""Methods by name, and what every call of one goes through.
+
+A method declares what its destination, argument and payload may be; whatever else
+arrives is refused here, before the method runs.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import logging
+import re
+import subprocess
+import traceback
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+
+from qubes_itests.admin.protocol import Request, encode_exception, encode_reply
+from qubes_itests.core.exc import (
+    PermissionDenied,
+    ProtocolError,
+    QubesException,
+    QubesVMNotFoundError,
+)
+from qubes_itests.exc import HarnessError, InternalError
+from qubes_storage.exc import StoragePoolException
+
+if TYPE_CHECKING:
+    from qubes_itests.admin.streams import EventStream
+    from qubes_itests.core.app import Qubes
+
+__all__ = [
+    "METHODS",
+    "Call",
+    "Destination",
+    "Dispatcher",
+    "error_name",
+    "method",
+    "save",
+]
+
+log = logging.getLogger("qubes.admin")
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
+
+#: The classes that clients know; an error travels as the nearest of its bases.
+_KNOWN_ERRORS: Final = {
+    "DeviceAlreadyAttached",
+    "PermissionDenied",
+    "ProtocolError",
+    "QubesException",
+    "QubesFeatureNotFoundError",
+    "QubesLabelNotFoundError",
+    "QubesMemoryError",
+    "QubesNoSuchPropertyError",
+    "QubesNoTemplateError",
+    "QubesNotImplementedError",
+    "QubesPropertyValueError",
+    "QubesTagNotFoundError",
+    "QubesVMError",
+    "QubesVMInUseError",
+    "QubesVMNotFoundError",
+    "QubesVMNotHaltedError",
+    "QubesVMNotPausedError",
+    "QubesVMNotRunningError",
+    "QubesVMNotStartedError",
+    "QubesVMNotSuspendedError",
+    "QubesVMShutdownTimeout",
+    "QubesValueError",
+    "StoragePoolException",
+}
+_OTHER_NAMES: Final = {"QubesVMShutdownTimeoutError": "QubesVMShutdownTimeout"}
+_EXPECTED: Final = (HarnessError, StoragePoolException, subprocess.CalledProcessError)
+_UUID: Final = re.compile(r"uuid:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class Destination(enum.Enum):
+    """What a method may be about."""
+
+    ANY = enum.auto()
+    DOM0 = enum.auto()
+    VM = enum.auto()
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a method, its fields validated.
+
+    :param app: whom it is made to.
+    :param method: its name.
+    :param source: the VM that calls.
+    :param destination: the VM that it is about.
+    :param raw_argument: the argument as it came.
+    :param stream: takes the events of a method that sends any.
+    """
+
+    app: Qubes
+    method: str
+    source: Any
+    destination: Any
+    raw_argument: str
+    stream: EventStream | None = None
+    #: What the method's validators made of the argument and the payload.
+    argument: Any = field(default=None, init=False)
+    payload: Any = field(default=None, init=False)
+
+    def permit(self, **kwargs: Any) -> list[Any]:
+        """Fire ``admin-permission:METHOD`` on the source; a handler vetoes by raising.
+
+        :param kwargs: what the call is going to do, for the handlers.
+        :return: filters: functions that tell whether the source may see an item.
+        """
+        filters: list[Any] = self.source.fire_event(
+            f"admin-permission:{self.method}",
+            pre_event=True,
+            dest=self.destination,
+            arg=self.raw_argument,
+            **kwargs,
+        )
+        return filters
+
+    def permitted(self, items: Iterable[_T], **kwargs: Any) -> list[_T]:
+        """Fire the same event, and return the items that pass all filters."""
+        filters = self.permit(**kwargs)
+        if not filters:
+            return list(items)
+        return [item for item in items if all(allows(item) for allows in filters)]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method and what it takes."""
+
+    name: str
+    function: Callable[[Call], Any]
+    destination: Destination
+    argument: Callable[[Call], Any] | None
+    payload: Callable[[Call, bytes], Any] | None
+    saves: bool
+    streams: bool
+
+    def validate(self, call: Call, payload: bytes) -> None:
+        """Fill in the call; ProtocolError for what the method does not take."""
+        is_dom0 = call.destination.klass == "AdminVM"
+        if self.destination is Destination.DOM0 and not is_dom0:
+            raise ProtocolError(f"{self.name} is a method of dom0 alone")
+        if self.destination is Destination.VM and is_dom0:
+            raise ProtocolError(f"{self.name} is no method of dom0")
+        if self.argument is not None:
+            call.argument = self.argument(call)
+        elif call.raw_argument:
+            raise ProtocolError(f"{self.name} takes no argument")
+        if self.payload is not None:
+            call.payload = self.payload(call, payload)
+        elif payload:
+            raise ProtocolError(f"{self.name} takes no payload")
+        if self.streams and call.stream is None:
+            raise ProtocolError(f"{self.name} needs a connection that takes events")
+
+
+#: All methods, by name.
+METHODS: Final[dict[str, Method]] = {}
+
+
+def method(
+    *names: str,
+    destination: Destination = Destination.ANY,
+    argument: Callable[[Call], Any] | None = None,
+    payload: Callable[[Call, bytes], Any] | None = None,
+    saves: bool = False,
+    streams: bool = False,
+) -> Callable[[_F], _F]:
+    """Make a function, plain or a coroutine function, a method of the Admin API.
+
+    It is called with the `Call` and returns the content of the reply, None for none.
+
+    :param names: of the methods.
+    :param destination: what they may be about.
+    :param argument: makes a value of the argument, or raises; None if there is none.
+    :param payload: the same of the payload.
+    :param saves: whether the app is saved afterwards.
+    :param streams: whether it sends events, and ends when the client goes.
+    """
+
+    def register(function: _F) -> _F:
+        for name in names:
+            METHODS[name] = Method(
+                name, function, destination, argument, payload, saves, streams
+            )
+        return function
+
+    return register
+
+
+def error_name(error: BaseException) -> str:
+    """Return the name under which a client is told of an error."""
+    for cls in type(error).__mro__:
+        name = _OTHER_NAMES.get(cls.__name__, cls.__name__)
+        if name in _KNOWN_ERRORS:
+            return name
+    return "QubesException"
+
+
+class Dispatcher:
+    """Answers requests.
+
+    :param app: whom they are made to.
+    :param methods: those there are, by name.
+    :param debug: whether clients get tracebacks.
+    """
+
+    def __init__(
+        self, app: Qubes, methods: Mapping[str, Method], *, debug: bool = False
+    ) -> None:
+        self.app = app
+        self.methods = methods
+        self.debug = debug
+
+    async def answer(
+        self, request: Request, stream: EventStream | None = None
+    ) -> bytes | None:
+        """Do what is asked, and return the reply, which tells of errors too.
+
+        :param stream: takes the events, for methods that send any.
+        :return: None if events were the answer.
+        """
+        try:
+            content = await self._execute(request, stream)
+        except _EXPECTED as error:
+            return self._refusal(request, error)
+        except Exception as error:  # noqa: BLE001 - logged, and the client told
+            # as text: a record must not keep objects of the frames alive
+            log.error("%s failed:\n%s", request, traceback.format_exc())  # noqa: TRY400
+            return self._encode(
+                InternalError(
+                    f"{request.method} failed unexpectedly ({type(error).__name__});"
+                    " the server's log says more"
+                ),
+                error,
+            )
+        if stream is not None and stream.begun:
+            return None
+        return encode_reply(content or "")
+
+    def _refusal(self, request: Request, error: BaseException) -> bytes:
+        if isinstance(error, InternalError):
+            log.error("%s failed:\n%s", request, traceback.format_exc())
+        elif isinstance(error, (ProtocolError, PermissionDenied)):
+            log.warning("%s is refused: %s", request, str(error))
+        else:
+            log.info("%s: %s", request, str(error))
+        return self._encode(error, error)
+
+    def _encode(self, told: BaseException, cause: BaseException) -> bytes:
+        lines = traceback.format_exception(cause) if self.debug else ()
+        return encode_exception(error_name(told), str(told), "".join(lines))
+
+    async def _execute(
+        self, request: Request, stream: EventStream | None
+    ) -> str | None:
+        found = self.methods.get(request.method)
+        if found is None:
+            raise ProtocolError(f"there is no method {request.method!r}")
+        call = Call(
+            self.app,
+            request.method,
+            self._domain(request.source),
+            self._domain(request.destination),
+            request.argument,
+            stream,
+        )
+        found.validate(call, request.payload)
+        content = found.function(call)
+        if inspect.isawaitable(content):
+            content = await content
+        if found.saves:
+            await save(self.app)
+        return content  # type: ignore[no-any-return]
+
+    def _domain(self, name: str) -> Any:
+        key: Any = name
+        if name.startswith("uuid:"):
+            if not _UUID.fullmatch(name):
+                raise QubesException(f"{name!r} is no UUID")
+            key = uuid.UUID(name.removeprefix("uuid:"))
+        found = self.app.domains.get(key)
+        if found is None:
+            raise QubesVMNotFoundError(name)
+        return found
+
+
+async def save(app: Qubes) -> None:
+    """Save the app's state."""
+    saving = cast("Any", app).save()
+    if inspect.isawaitable(saving):
+        await saving

@@ -1,0 +1,178 @@
+"""Methods on VMs as a whole: list, create, remove."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.admin.dispatch import Call, Destination, method
+from qubes_itests.admin.validation import ascii_text
+from qubes_itests.core.app import VM_CLASSES
+from qubes_itests.core.exc import (
+    ProtocolError,
+    QubesException,
+    QubesValueError,
+    QubesVMInUseError,
+    QubesVMNotFoundError,
+    QubesVMNotHaltedError,
+)
+from qubes_itests.core.vm.base import validate_name
+
+if TYPE_CHECKING:
+    from qubes_itests.core.labels import Label
+
+__all__: list[str] = []
+
+log = logging.getLogger("qubes.admin")
+
+_CREATE: Final = "admin.vm.Create."
+_IN_POOL: Final = "admin.vm.CreateInPool."
+_VOLUMES: Final = ("root", "private", "volatile", "kernel")
+
+
+@method("admin.vmclass.List", destination=Destination.DOM0)
+def list_classes(call: Call) -> str:
+    """Return the names of the classes of VMs, one a line."""
+    return "".join(f"{name}\n" for name in call.permitted(["AdminVM", *VM_CLASSES]))
+
+
+@method("admin.vm.List")
+def list_vms(call: Call) -> str:
+    """Return each VM's name, class, state and UUID; on a VM, of that one."""
+    is_dom0 = call.destination.klass == "AdminVM"
+    vms = sorted(call.app.domains) if is_dom0 else [call.destination]
+    return "".join(
+        f"{vm.name} class={vm.klass} state={vm.get_power_state()} uuid={vm.uuid}\n"
+        for vm in call.permitted(vms)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What the payload of a creation asks for."""
+
+    name: str
+    label: Label
+    pool: str | None = None
+    pools: dict[str, str] = field(default_factory=dict)
+
+
+def _pairs(data: bytes) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for word in ascii_text(data).split(" "):
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ProtocolError(f"{word!r} is not KEY=VALUE")
+        if key in pairs:
+            raise ProtocolError(f"{key!r} is given twice")
+        pairs[key] = value
+    return pairs
+
+
+def _wanted(call: Call, data: bytes) -> _Wanted:
+    pairs = _pairs(data)
+    if not {"name", "label"} <= set(pairs):
+        raise ProtocolError("the payload needs name= and label=")
+    name = validate_name(None, None, pairs.pop("name"))
+    if name in call.app.domains:
+        raise QubesValueError(f"there is a VM {name!r} already")
+    label = pairs.pop("label")
+    if label.isdigit():
+        raise ProtocolError("label= takes a name, not a number")
+    pool, pools = _wanted_pools(call, pairs)
+    return _Wanted(name, call.app.get_label(label), pool, pools)
+
+
+def _wanted_pools(
+    call: Call, pairs: dict[str, str]
+) -> tuple[str | None, dict[str, str]]:
+    in_pool = call.method.startswith(_IN_POOL)
+    allowed = {"pool", *(f"pool:{name}" for name in _VOLUMES)} if in_pool else set()
+    if unknown := sorted(set(pairs) - allowed):
+        raise ProtocolError(f"the payload takes no {', '.join(unknown)}")
+    for pool in pairs.values():
+        call.app.get_pool(pool)
+    common = pairs.pop("pool", None)
+    if common is not None and pairs:
+        raise ProtocolError("either pool= or pool:VOLUME=, not both")
+    return common, {key.removeprefix("pool:"): name for key, name in pairs.items()}
+
+
+def _template(call: Call) -> Any:
+    cls = VM_CLASSES[call.method.rpartition(".")[2]]
+    if not call.raw_argument:
+        return None
+    if not hasattr(cls, "template"):
+        raise QubesValueError(f"a {cls.__name__} has no template")
+    if call.raw_argument not in call.app.domains:
+        raise QubesVMNotFoundError(call.raw_argument)
+    return call.app.domains[call.raw_argument]
+
+
+@method(
+    *(prefix + name for prefix in (_CREATE, _IN_POOL) for name in VM_CLASSES),
+    destination=Destination.DOM0,
+    argument=_template,
+    payload=_wanted,
+    saves=True,
+)
+async def create(call: Call) -> None:
+    """Make a VM, with its volumes."""
+    wanted: _Wanted = call.payload
+    properties: dict[str, Any] = {"name": wanted.name, "label": wanted.label}
+    if call.argument is not None:
+        properties["template"] = call.argument
+    call.permit(pool=wanted.pool, pools=wanted.pools, **properties)
+    vm = call.app.add_new_vm(call.method.rpartition(".")[2], **properties)
+    try:
+        vm.tags.add(f"created-by-{call.source.name}")
+        await vm.create_on_disk(pool=wanted.pool, pools=wanted.pools)
+    except BaseException:
+        with contextlib.suppress(QubesException):
+            del call.app.domains[vm]
+        raise
+
+
+def _uuid_wanted(call: Call, data: bytes) -> bool:
+    del call
+    if data not in (b"", b"uuid"):
+        raise ProtocolError("the payload is empty or uuid")
+    return data == b"uuid"
+
+
+@method("admin.vm.CreateDisposable", payload=_uuid_wanted)
+async def create_disposable(call: Call) -> str:
+    """Make a disposable VM from the destination; from dom0's default on dom0."""
+    is_dom0 = call.destination.klass == "AdminVM"
+    template = _default_dispvm(call) if is_dom0 else call.destination
+    call.permit(dispvm_template=template)
+    cls: Any = call.app.get_vm_class("DispVM")
+    vm = await cls.from_appvm(template)
+    for tag in ("created-by", "disp-created-by"):
+        vm.tags.add(f"{tag}-{call.source.name}")
+    return f"uuid:{vm.uuid}" if call.payload else str(vm.name)
+
+
+def _default_dispvm(call: Call) -> Any:
+    holder = call.source if hasattr(call.source, "default_dispvm") else call.app
+    if holder.default_dispvm is None:
+        raise QubesException(
+            f"{holder} has no default_dispvm: set it, or name a VM to make the"
+            " disposable one from"
+        )
+    return holder.default_dispvm
+
+
+@method("admin.vm.Remove", saves=True)
+async def remove(call: Call) -> None:
+    """Remove a VM and its volumes."""
+    call.permit()
+    vm = call.destination
+    if vm.klass == "AdminVM":
+        raise QubesVMInUseError(vm, "dom0 cannot be removed")
+    if not vm.is_halted():
+        raise QubesVMNotHaltedError(vm)
+    del call.app.domains[vm]
+    await vm.remove_from_disk()

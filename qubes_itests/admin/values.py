@@ -1,0 +1,118 @@
+"""Values of properties, as the Admin API writes them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.core.exc import ProtocolError, QubesPropertyValueError
+from qubes_itests.core.properties import to_bool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qubes_itests.core.properties import Property, PropertyHolder
+
+__all__ = ["escape", "parse_value", "property_kind", "write_default", "write_value"]
+
+_INTEGER: Final = re.compile(r"-?(?:0|[1-9][0-9]{0,18})")
+_PRINTABLE: Final = re.compile(r"[ -~]*")
+_VM_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+#: How the type in a property's declaration is called in the Admin API, by what the
+#: declaration has in it.
+_KINDS: Final = (("VM", "vm"), ("Label", "label"), ("bool", "bool"), ("int", "int"))
+
+
+@functools.cache
+def _declared(prop: Property[Any]) -> str:
+    """Return the type that a property was declared with, as text."""
+    generic = getattr(prop, "__orig_class__", None)
+    if generic is None:
+        return getattr(prop.type, "__name__", "str")
+    declared = generic.__args__[0]
+    return str(getattr(declared, "__forward_arg__", None) or declared)
+
+
+@functools.cache
+def property_kind(prop: Property[Any]) -> str:
+    """Return the Admin API's name of a property's type: str, int, bool, vm or label."""
+    declared = _declared(prop)
+    return next((kind for word, kind in _KINDS if word in declared), "str")
+
+
+def _write(prop: Property[Any], value: Any) -> str:
+    text = "" if value is None else str(value)
+    return f"type={property_kind(prop)} {text}"
+
+
+def write_value(holder: PropertyHolder, prop: Property[Any]) -> str:
+    """Return ``default=True|False type=TYPE VALUE``; what is not set has no value."""
+    try:
+        value = getattr(holder, prop.name)
+    except AttributeError:
+        return f"default=True {_write(prop, None)}"
+    return f"default={holder.property_is_default(prop)} {_write(prop, value)}"
+
+
+def write_default(holder: PropertyHolder, prop: Property[Any]) -> str:
+    """Return ``type=TYPE VALUE``; nothing if the property has no default."""
+    try:
+        return _write(prop, prop.get_default(holder))
+    except AttributeError:
+        return ""
+
+
+def escape(text: str) -> str:
+    """Return text that has no line breaks, for answers with one item a line."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n")
+
+
+def parse_value(holder: PropertyHolder, prop: Property[Any], data: bytes) -> Any:
+    """Return the value that a client wants a property to have.
+
+    :raise QubesPropertyValueError: when it is none of the property's type.
+    :raise ProtocolError: when it is not even text.
+    """
+    try:
+        text = data.decode("ascii")
+    except UnicodeDecodeError:
+        raise ProtocolError("the value of a property is plain ASCII") from None
+    try:
+        return _PARSERS[property_kind(prop)](prop, text)
+    except ValueError as error:
+        raise QubesPropertyValueError(holder, prop.name, text, str(error)) from None
+
+
+def _parse_int(_prop: Property[Any], text: str) -> int:
+    if not _INTEGER.fullmatch(text):
+        raise ValueError("it takes a whole number")
+    return int(text)
+
+
+def _parse_vm(_prop: Property[Any], text: str) -> str | None:
+    if text and not _VM_NAME.fullmatch(text):
+        raise ValueError("it takes the name of a VM, or nothing")
+    return text or None
+
+
+def _parse_label(_prop: Property[Any], text: str) -> str:
+    if not text or text.isdigit() or not _PRINTABLE.fullmatch(text):
+        raise ValueError("it takes the name of a label")
+    return text
+
+
+def _parse_str(prop: Property[Any], text: str) -> str | None:
+    if not _PRINTABLE.fullmatch(text):
+        raise ValueError("it takes no control characters")
+    return None if not text and "None" in _declared(prop) else text
+
+
+_PARSERS: Final[dict[str, Callable[[Property[Any], str], Any]]] = {
+    "bool": lambda _prop, text: to_bool(text),
+    "int": _parse_int,
+    "label": _parse_label,
+    "str": _parse_str,
+    "vm": _parse_vm,
+}

@@ -1,0 +1,196 @@
+"""The socket: who may connect, who is answered, who is dropped."""
+
+import logging
+import select
+import socket
+import stat
+import threading
+
+import pytest
+from admin_client import AdminError, Client, EmptyReplyError, frame, parse
+
+from qubes_itests.admin import connection
+from qubes_itests.admin import server as server_module
+from qubes_itests.admin.dispatch import METHODS, Destination, Method
+from qubes_itests.admin.exc import AlreadyServedError
+from qubes_itests.admin.server import AdminServer
+
+
+def dropped(client, data):
+    with pytest.raises((EmptyReplyError, ConnectionResetError)):
+        parse(client.exchange(data))
+
+
+def hung_up(client):
+    """Tell, within ten seconds, whether the other end of a socket is closed."""
+    waiting = select.poll()
+    waiting.register(client, 0)
+    return bool(waiting.poll(10_000))
+
+
+def test_owner_and_group_may_connect(server):
+    assert stat.S_IMODE(server.path.stat().st_mode) == 0o660
+    assert server.path.is_socket()
+
+
+def test_a_framing_error_closes_the_connection(client):
+    dropped(client, b"hello")
+    dropped(client, b"dom0\0admin.vm.List\0dom0\0\0")
+    assert client.call("admin.vm.List")
+
+
+def test_a_request_that_is_too_long_closes_the_connection(client):
+    dropped(client, frame("admin.vm.List") + bytes(1 << 20))
+    assert client.call("admin.vm.List")
+
+
+def test_an_unknown_method_is_answered(client):
+    with pytest.raises(AdminError, match=r"admin\.vm\.Nonsense") as caught:
+        client.call("admin.vm.Nonsense")
+    assert caught.value.kind == "ProtocolError"
+
+
+def test_internal_methods_are_not_here(client):
+    with pytest.raises(AdminError, match="there is no method"):
+        client.call("internal.GetSystemInfo")
+
+
+def test_whoever_connects_is_dom0_and_nobody_else(client):
+    with pytest.raises(AdminError) as caught:
+        parse(client.exchange(frame("admin.vm.List", source="work")))
+    assert caught.value.kind == "PermissionDenied"
+
+
+@pytest.mark.parametrize("name", ["nobody", "uuid:" + "0" * 36, "uuid:x", "@default"])
+def test_a_destination_that_is_not_there_is_answered(client, name):
+    with pytest.raises(AdminError) as caught:
+        client.call("admin.vm.List", name)
+    assert caught.value.kind in {"QubesVMNotFoundError", "QubesException"}
+
+
+def test_a_destination_may_be_a_uuid(client, app):
+    reply = client.call("admin.vm.List", f"uuid:{app.domains['work'].uuid}")
+    assert reply.startswith(b"work ")
+
+
+def test_a_defect_is_answered_and_logged_with_its_traceback(client, server, caplog):
+    def fail(call):
+        raise ZeroDivisionError(f"about {call.destination}")
+
+    server.dispatcher.methods = {
+        **METHODS,
+        "x": Method("x", fail, Destination.ANY, None, None, saves=False, streams=False),
+    }
+    with (
+        caplog.at_level(logging.ERROR),
+        pytest.raises(AdminError, match="the server's log") as caught,
+    ):
+        client.call("x")
+    assert caught.value.kind == "QubesException"
+    assert caught.value.traceback == ""
+    assert "ZeroDivisionError: about dom0" in caplog.text
+    assert all(record.exc_info is None for record in caplog.records)
+
+
+def test_debugging_shows_tracebacks(app, tmp_path, run):
+    server = AdminServer(app, tmp_path / "debug.sock", debug=True)
+    run(server.__aenter__())
+    with pytest.raises(AdminError) as caught:
+        Client(server.path).call("admin.vm.List", "nobody")
+    run(server.__aexit__(None, None, None))
+    assert "Traceback" in caught.value.traceback
+
+
+def test_clients_that_never_end_their_request_delay_nobody(server, client):
+    """Two hundred send half a request; others are answered meanwhile."""
+    slow = []
+    for _ in range(200):
+        connection_ = socket.socket(socket.AF_UNIX)
+        connection_.connect(str(server.path))
+        connection_.sendall(b"admin.vm.List+ do")
+        slow.append(connection_)
+    for _ in range(20):
+        assert client.call("admin.vm.List")
+    for connection_ in slow:
+        connection_.close()
+
+
+def test_a_client_that_never_ends_its_request_is_dropped(server, monkeypatch):
+    monkeypatch.setattr(connection, "CLIENT_TIMEOUT", 0.05)
+    with socket.socket(socket.AF_UNIX) as slow:
+        slow.connect(str(server.path))
+        slow.sendall(b"admin.vm.List+ do")
+        assert hung_up(slow)
+
+
+def test_the_oldest_that_sends_goes_when_there_are_too_many(
+    server, client, monkeypatch
+):
+    monkeypatch.setattr(server_module, "_MOST_CLIENTS", 3)
+    slow = [socket.socket(socket.AF_UNIX) for _ in range(6)]
+    for each in slow:
+        each.settimeout(10)
+        each.connect(str(server.path))
+    assert client.call("admin.vm.List")
+    assert slow[0].recv(1) == b""
+    for each in slow:
+        each.close()
+
+
+def test_a_client_that_does_not_read_its_answer_is_dropped(server, monkeypatch):
+    monkeypatch.setattr(connection, "CLIENT_TIMEOUT", 0.3)
+    server.dispatcher.methods = {
+        "big": Method(
+            "big",
+            lambda _call: "x" * (8 << 20),
+            Destination.ANY,
+            None,
+            None,
+            saves=False,
+            streams=False,
+        )
+    }
+    with socket.socket(socket.AF_UNIX) as slow:
+        slow.connect(str(server.path))
+        slow.sendall(frame("big"))
+        slow.shutdown(socket.SHUT_WR)
+
+        assert hung_up(slow)
+
+
+def test_many_clients_at_once_are_all_answered(client):
+    replies = []
+
+    def ask():
+        replies.extend(client.call("admin.vm.List") for _ in range(20))
+
+    threads = [threading.Thread(target=ask) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(replies) == 200
+    assert len(set(replies)) == 1
+
+
+def test_a_second_server_is_refused_and_a_dead_socket_replaced(
+    server, app, run, tmp_path
+):
+    with pytest.raises(AlreadyServedError):
+        run(AdminServer(app, server.path).__aenter__())
+    dead = tmp_path / "dead.sock"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(dead))
+    other = AdminServer(app, dead)
+    run(other.__aenter__())
+    assert Client(dead).call("admin.vm.List")
+    run(other.__aexit__(None, None, None))
+    assert not dead.exists()
+
+
+def test_a_file_in_place_of_the_socket_is_left_alone(app, run, tmp_path):
+    path = tmp_path / "precious"
+    path.write_text("data")
+    with pytest.raises(OSError, match="in use"):
+        run(AdminServer(app, path).__aenter__())
+    assert path.read_text() == "data"
