@@ -16,4 +16,5 @@ pytest_plugins = (
     "qubes_itests.fixtures.filesystems",
     "qubes_itests.fixtures.pools",
     "qubes_itests.fixtures.faultdisk",
+    "qubes_itests.fixtures.memory",
 )

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
+from qubes_itests.balancing.app_memory import machine
 from qubes_itests.exc import HarnessError
 from qubes_itests.host.kernel import find_kernel
 from qubes_itests.testbed import Parts, Testbed
@@ -57,6 +58,7 @@ def open_testbed(
             open_hypervisor=functools.partial(connect, own, cache, kernel),
             templates=templates,
             warm=settings.warm,
+            memory=machine(size) if (size := settings.memory_budget) else None,
         )
         with Testbed(portal, parts) as testbed:
             yield testbed

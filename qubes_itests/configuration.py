@@ -23,7 +23,18 @@ from qubes_itests.exit_codes import ExitCode
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["ConfigurationError", "Keep", "Settings", "convert", "load"]
+__all__ = [
+    "LEAST_MEMORY_BUDGET",
+    "ConfigurationError",
+    "Keep",
+    "Settings",
+    "convert",
+    "load",
+]
+
+#: MiB of the smallest machine on which a VM starts beside dom0.
+LEAST_MEMORY_BUDGET = 2200
+_MOST_MEMORY_BUDGET = 1 << 24
 
 
 class ConfigurationError(HarnessError):
@@ -62,6 +73,8 @@ class Settings:
     :param warm: start VMs from saved states where that is possible.
     :param hypervisor: name of the back end.
     :param filesystem: name of the filesystem with the VMs' disks; it has reflinks.
+    :param memory_budget: MiB of the machine that the VMs of each test share, as
+        qmemman balances it; 0 for no such limit.
     """
 
     keep: Keep = Keep.NEVER
@@ -73,6 +86,7 @@ class Settings:
     warm: bool = True
     hypervisor: str = "qemu"
     filesystem: str = "btrfs"
+    memory_budget: int = 0
 
 
 #: A template's name becomes part of class names, VM names and paths.
@@ -218,6 +232,18 @@ def _integer(value: object) -> int:
     raise ValueError(f"{value!r} is not a whole number")
 
 
+def _memory_budget(value: object) -> int:
+    size = _integer(value)
+    if size != 0 and size < LEAST_MEMORY_BUDGET:
+        raise ValueError(
+            f"a machine of {size} MiB has no memory for a VM beside dom0:"
+            f" give it {LEAST_MEMORY_BUDGET} MiB or more, or 0 for no limit"
+        )
+    if size > _MOST_MEMORY_BUDGET:
+        raise ValueError(f"there is no machine of {size} MiB: it is a number of MiB")
+    return size
+
+
 def _templates(value: object) -> tuple[str, ...]:
     names = value.split() if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not names:
@@ -244,4 +270,5 @@ _CONVERTERS: dict[str, Callable[[Any], object]] = {
     "warm": _flag,
     "hypervisor": _word,
     "filesystem": _word,
+    "memory_budget": _memory_budget,
 }

@@ -6,14 +6,16 @@ import asyncio
 import dataclasses
 import itertools
 import logging
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
+from qubes_itests.balancing.app_memory import AppMemory, counts
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.storage import copy_image
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.warm import WarmStarts
+from qubes_itests.hypervisor.balloons import LibvirtMemory
 from qubes_storage.reflink import ReflinkPool
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from qubes_itests.host.cache import Cache
     from qubes_itests.hypervisor.contract import Hypervisor
     from qubes_itests.portal import Portal
+    from qubes_itests.qmemman.budget import MemoryBudget
 
 __all__ = ["NoTestbedError", "Testbed", "current"]
 
@@ -64,6 +67,7 @@ class Parts:
     :param open_hypervisor: connects to the hypervisor; awaited on the loop.
     :param templates: functions that build the templates, by name.
     :param warm: start VMs from saved states where the hypervisor can.
+    :param memory: the machine that the VMs of each app share; None for no limit.
     """
 
     run_directory: Path
@@ -72,6 +76,7 @@ class Parts:
     open_hypervisor: Callable[[], Coroutine[Any, Any, Hypervisor]]
     templates: Mapping[str, Callable[[], Template]]
     warm: bool = True
+    memory: MemoryBudget | None = None
 
 
 class Testbed:
@@ -91,6 +96,8 @@ class Testbed:
         self._numbers = itertools.count(1)
         self._templates: dict[str, Template] = {}
         self._apps: list[Qubes] = []
+        #: What undoes the balancing of an app's memory.
+        self._balancing: dict[Qubes, AsyncExitStack] = {}
         self._exit = ExitStack()
         self.hypervisor: Hypervisor
         self.warm_starts: WarmStarts | None = None
@@ -169,6 +176,8 @@ class Testbed:
         )
         for name, template in files.items():
             await self._add_template(app, name, template)
+        if self.parts.memory is not None:
+            await self.balance_memory(app, self.parts.memory)
         return app
 
     async def _add_template(self, app: Qubes, name: str, template: Template) -> None:
@@ -184,12 +193,36 @@ class Testbed:
         if app.default_template is None:
             app.default_template = vm
 
+    async def balance_memory(
+        self, app: Qubes, budget: MemoryBudget
+    ) -> AppMemory[LibvirtMemory]:
+        """Have qmemman balance the memory of an app's VMs until the app is closed.
+
+        What has balanced it so far ends.
+
+        :param budget: the machine that they share, with its dom0.
+        :raise BudgetError: when dom0 does not fit.
+        """
+        await self._end_balancing(app)
+        async with AsyncExitStack() as stack:
+            machine = await stack.enter_async_context(
+                LibvirtMemory(self.hypervisor, budget, counts=counts(app))
+            )
+            memory = await stack.enter_async_context(AppMemory(app, machine))
+            self._balancing[app] = stack.pop_all()
+        return memory
+
+    async def _end_balancing(self, app: Qubes) -> None:
+        if app in self._balancing:
+            await self._balancing.pop(app).aclose()
+
     async def close_app(self, app: Qubes) -> list[str]:
         """End an app: kill its VMs, drop its pool.
 
         :return: what went wrong, one sentence each; empty if all is well.
         """
         await app.close()
+        await self._end_balancing(app)
         self._apps.remove(app)
         for vm in app.domains:
             if hasattr(vm, "storage"):

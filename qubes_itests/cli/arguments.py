@@ -32,6 +32,7 @@ _PYTEST_VALUES = _words("""
 """)
 _OWN_VALUES = _words("""
     --keep --artifacts --timeout --seed --template --hypervisor --filesystem
+    --memory-budget
 """)
 #: With these pytest runs no test.
 _NO_TESTS = _words("""
@@ -202,3 +203,4 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--warm", action=argparse.BooleanOptionalAction, help="start from saved states")
     add("--hypervisor", metavar="NAME", help="the back end that runs VMs (qemu)")
     add("--filesystem", metavar="NAME", help="with the VMs' disks: btrfs or xfs")
+    add("--memory-budget", metavar="MIB", help="of the VMs' machine; 0: no limit (0)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.host import rundir
 from qubes_itests.host.cache import Cache
 from qubes_itests.qmemman import live, plot, timeline
 
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["execute"]
 
-_NAME = "memory.jsonl"
-
 
 def execute(command: Command, _settings: Settings) -> int:
     """Show it or plot it."""
@@ -28,7 +28,7 @@ def execute(command: Command, _settings: Settings) -> int:
     files = words[1:] if plotting else words
     if len(files) > 1:
         raise HarnessError(f"One timeline at a time, not {len(files)}.")
-    path = Path(files[0]) if files else _newest(Cache().root / "runs")
+    path = Path(files[0]) if files else _newest(Cache())
     if plotting:
         _plot(path, Path(command.output or path.with_suffix(".svg").name))
     else:
@@ -36,11 +36,19 @@ def execute(command: Command, _settings: Settings) -> int:
     return ExitCode.OK
 
 
-def _newest(runs: Path) -> Path:
-    found = sorted(runs.rglob(_NAME), key=lambda path: path.stat().st_mtime)
+def _newest(cache: Cache) -> Path:
+    """Return the timeline of a run under way that was written to last."""
+    found: list[tuple[float, Path]] = []
+    for run in rundir.under_way(cache):
+        for path in run.glob(f"vm/apps/*/{timeline.TIMELINE}"):
+            with contextlib.suppress(FileNotFoundError):  # the run may end meanwhile
+                found.append((path.stat().st_mtime, path))
     if not found:
-        raise HarnessError(f"No run under {runs} balances memory now: name a timeline.")
-    return found[-1]
+        raise HarnessError(
+            "No run balances memory now: begin one with --memory-budget=4096, or name"
+            f" a timeline, as failed tests leave it: {timeline.TIMELINE}."
+        )
+    return max(found)[1]
 
 
 def _plot(source: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.host.cache import Cache
 
-__all__ = ["RunDirectory", "remove_stale", "short_name"]
+__all__ = ["RunDirectory", "remove_stale", "short_name", "under_way"]
 
 
 class RunDirectory:
@@ -66,6 +66,16 @@ class RunDirectory:
         traceback: TracebackType | None,
     ) -> None:
         self.remove()
+
+
+def under_way(cache: Cache) -> list[Path]:
+    """Return the directories of runs that are alive."""
+    runs = cache.root / "runs"
+    if not runs.is_dir():
+        return []
+    with _all_runs_locked(runs):
+        dead = _stale(runs)
+        return [path for path in runs.iterdir() if path.is_dir() and path not in dead]
 
 
 def remove_stale(cache: Cache) -> list[Path]:

@@ -45,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add(f"{_PREFIX}timeout", metavar="SECONDS", help="for each test; 0 for none")
     add(f"{_PREFIX}seed", metavar="NUMBER", help="of random numbers in tests")
     add(f"{_PREFIX}template", metavar="NAME", action="append", help="to test on")
+    add(f"{_PREFIX}memory-budget", metavar="MIB", help="of the VMs' machine; 0: any")
     add(f"{_PREFIX}no-warm", action="store_false", default=None, dest="itests_warm")
 
 

@@ -27,6 +27,8 @@ def lines(context: RunContext) -> list[str]:
         templates = ", ".join(settings.template)
         starts = "warm starts" if settings.warm else "cold starts"
         result.append(f"templates: {templates} ({starts})")
+        if size := settings.memory_budget:
+            result.append(f"memory: {size} MiB for dom0 and the VMs of each test")
     return result
 
 

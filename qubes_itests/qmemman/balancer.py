@@ -130,8 +130,9 @@ class Balancer:
         """Return what is free and was not promised to anybody, bytes."""
         assignable = int(free * self.policy.overhead_factor)
         promised = sum(max(0, d.last_target - d.current) for d in self.domains.values())
-        if assignable < promised + self.policy.free_minimum:
-            _log.error("free memory %d is low: %d are promised", assignable, promised)
+        # before dom0 reports it holds everything, and that is no news
+        if assignable < promised + self.policy.free_minimum and self.reported(DOM0):
+            _log.warning("free memory %d is low: %d are promised", assignable, promised)
         return assignable - promised
 
     async def balance(self) -> None:

@@ -118,6 +118,8 @@ class Server:
             _log.debug("a client is dropped: %s", error)
         except asyncio.CancelledError:
             pass  # the daemon ends
+        except Exception:  # noqa: BLE001 - one request must not spoil the others
+            _log.exception("a request failed")
         finally:
             self._clients.discard(task)
             writer.transport.abort() if writer.is_closing() else writer.close()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.qmemman.algorithm import preferred_memory
 from qubes_itests.qmemman.exc import TimelineError
@@ -16,7 +17,18 @@ if TYPE_CHECKING:
     from qubes_itests.qmemman.algorithm import Target
     from qubes_itests.qmemman.balancer import Balancer
 
-__all__ = ["DomainRecord", "Record", "Recorder", "parse_record", "read"]
+__all__ = [
+    "TIMELINE",
+    "DomainRecord",
+    "Record",
+    "Recorder",
+    "parse_record",
+    "read",
+    "tail",
+]
+
+#: The name of the file in the directory of an app.
+TIMELINE: Final = "memory.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,17 +167,30 @@ def parse_record(line: str) -> Record:
     return record
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, most: int | None = None) -> list[Record]:
     """Return a timeline's records; a last line that is still being written is left out.
 
+    :param most: only the lines within the last so many bytes; None for all.
     :raise TimelineError: when the file is none, or cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = tail(path, most).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise TimelineError(path, str(error)) from error
-    whole = text[: text.rfind("\n") + 1]
-    return list(_parse(path, whole.splitlines()))
+    return list(_parse(path, text.splitlines()))
+
+
+def tail(path: Path, most: int | None = None) -> bytes:
+    """Return the whole lines of a file within its last `most` bytes."""
+    with path.open("rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        start = 0 if most is None else max(0, length - most)
+        # one byte more tells whether a line begins at the start
+        file.seek(max(0, start - 1))
+        if start:
+            file.readline()
+        data = file.read()
+    return data[: data.rfind(b"\n") + 1]
 
 
 def _parse(path: Path, lines: Iterable[str]) -> Iterable[Record]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qubes_itests.host.command import run
+from qubes_itests.qmemman import plot, timeline
+from qubes_itests.qmemman.exc import TimelineError
 from qubes_itests.report.names import file_name
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ class Artifacts:
             for vm in app.domains:
                 if getattr(vm, "domain", None) is not None:
                     self._collect_vm(test, vm, hook)
+            self._collect_memory(test, app.directory / timeline.TIMELINE)
         if testbed.apps:
             tree = "\n".join(_tree(testbed.parts.pool_directory))
             self.text(test, "storage-tree.txt", tree + "\n")
@@ -96,6 +99,13 @@ class Artifacts:
         directory = self.directory(test)
         directory.mkdir(parents=True, exist_ok=True)
         hook.qubes_itests_artifacts(test=test, vm=vm, directory=directory)
+
+    def _collect_memory(self, test: str, path: Path) -> None:
+        """Keep a timeline of qmemman, if there is one, and draw it."""
+        with contextlib.suppress(OSError, TimelineError):
+            self._write(test, path.name, timeline.tail(path, _LOG_LIMIT))
+            picture = plot.draw(timeline.read(path, _LOG_LIMIT))
+            self._write(test, f"{path.stem}.svg", picture.encode())
 
     def _write(self, test: str, name: str, data: bytes) -> None:
         directory = self.directory(test)

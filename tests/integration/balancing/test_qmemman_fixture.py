@@ -1,0 +1,36 @@
+"""The fixtures `memory_budget` and `qmemman`, on real VMs."""
+
+from __future__ import annotations
+
+import pytest
+
+from qubes_itests.core.exc import QubesVMStartError
+from qubes_itests.qmemman.budget import MemoryBudget
+from qubes_itests.qmemman.sizes import MIB
+
+
+@pytest.fixture
+def memory_budget():
+    return MemoryBudget(total=1500 * MIB, dom0=1500 * MIB, dom0_used=100 * MIB)
+
+
+def test_vms_of_a_test_share_a_machine(vm_factory, qmemman):
+    vm = vm_factory("work", memory=300, maxmem=600)
+    qmemman.wait_for_target(vm, at_least=400)
+    assert qmemman.holds("dom0") < 1500
+    assert {"granted", "balance"} <= {record.event for record in qmemman.records()}
+
+
+def test_a_start_without_memory_says_who_holds_it(vm_factory, qubes_app, qmemman):
+    vm_factory("work", memory=300)
+    with pytest.raises(QubesVMStartError) as caught:
+        vm_factory("large", memory=900)
+    said = str(caught.value)
+    assert "could not have its memory: not enough memory: 913 MiB asked" in said
+    assert "work 300 MiB" in said
+    large = qubes_app.domains["large"]
+    assert large.is_halted()
+    assert [domain.spec.name for domain in qubes_app.hypervisor.domains()] == ["work"]
+    assert not large.directory.exists()
+    assert not any(volume.is_dirty() for volume in large.volumes.values())
+    assert qmemman.records()[-1].event != "granted"
