@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from qubes_itests.core.domains import VMCollection
 from qubes_itests.core.exc import QubesPoolNotFoundError, QubesValueError
 from qubes_itests.core.labels import LABELS, Label, find_label
 from qubes_itests.core.policy import Policy
 from qubes_itests.core.properties import Property, PropertyHolder
+from qubes_itests.core.store.file import StoreFile
+from qubes_itests.core.store.opening import open_store
+from qubes_itests.core.store.saving import saved
 from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.core.vm.appvm import AppVM
 from qubes_itests.core.vm.qubesvm import QubesVM
@@ -18,6 +22,7 @@ from qubes_itests.core.vm.standalonevm import StandaloneVM
 from qubes_itests.core.vm.templatevm import TemplateVM
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
     from pathlib import Path
 
@@ -65,6 +70,7 @@ class Qubes(PropertyHolder):
     :param directory: an existing directory for what the VMs leave: consoles, sockets.
     :param kernels: what VMs may boot, by name.
     :param warm_starts: saved states to start from, None to start cold.
+    :param store: the file that `save` writes and `load` reads; None to keep nothing.
     """
 
     default_template = Property["TemplateVM | None"](
@@ -97,8 +103,12 @@ class Qubes(PropertyHolder):
         directory: Path,
         kernels: Mapping[str, Template] | None = None,
         warm_starts: WarmStarts | None = None,
+        store: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
+        self.store = None if store is None else StoreFile(store)
+        #: While true, what properties refer to may not be there yet.
+        self.loading = False
         self.hypervisor = hypervisor
         self.directory = directory
         self.kernels = dict(kernels or {})
@@ -117,6 +127,24 @@ class Qubes(PropertyHolder):
 
     def __str__(self) -> str:
         return "the app"
+
+    @classmethod
+    async def load(
+        cls, store: str | os.PathLike[str], *, lock: bool = False, **options: Any
+    ) -> Self:
+        """Return an app with the state that another one has saved.
+
+        :param store: the file.
+        :param lock: whether to keep other writers out until `close`.
+        :param options: the other parameters of the class.
+        :raise StoreError: says what is wrong with the file, and where.
+        """
+        app = cls(store=store, **options)
+        assert app.store is not None  # noqa: S101 - the line above
+        app.events_enabled, app.loading = False, True
+        app.domains["dom0"].events_enabled = False
+        await open_store(app, app.store, lock=lock)
+        return app
 
     @property
     def labels(self) -> Mapping[int, Label]:
@@ -173,14 +201,30 @@ class Qubes(PropertyHolder):
             raise QubesPoolNotFoundError(name, self.pools)
         return self.pools[name]
 
-    def save(self) -> None:
-        """Do nothing but say so to listeners: this app lives as long as its run."""
+    def save(self, *, lock: bool = True) -> None:
+        """Write the state to the store, all of it or nothing, and tell listeners.
+
+        Without a store they are told all the same: the app lives as long as its run.
+
+        :param lock: whether to keep other writers out from now on, until `close`.
+        :raise StoreError: when another writer has changed the store, or keeps it.
+        """
+        if self.store is not None:
+            self.store.write(saved(self), self.store.next_version(), lock=lock)
+        self.fire_event("app-saved")
+
+    async def save_async(self, *, lock: bool = True) -> None:
+        """Save, without keeping the event loop waiting for the disk; see `save`."""
+        if self.store is not None:
+            data, version = saved(self), self.store.next_version()
+            await asyncio.to_thread(self.store.write, data, version, lock=lock)
         self.fire_event("app-saved")
 
     async def close(self) -> None:
         """Kill the VMs that run and wait until the ends of their runs are dealt with.
 
         One that cannot be killed is noted in `problems`; the others are killed still.
+        Then the store is left to other writers.
         """
         for vm in self.domains:
             if not isinstance(vm, QubesVM):
@@ -193,3 +237,5 @@ class Qubes(PropertyHolder):
                 self.problems.append(f"VM {vm} could not be killed: {error}")
             with contextlib.suppress(TimeoutError):
                 await vm.wait_ended(vm.shutdown_timeout)
+        if self.store is not None:
+            self.store.release()

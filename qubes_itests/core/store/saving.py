@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
+from qubes_itests.core.properties import Property
 from qubes_itests.core.store.document import Element, to_bytes
 
 if TYPE_CHECKING:
@@ -59,8 +61,10 @@ def _domain(vm: BaseVM) -> Element:
 
 def _add_properties(element: Element, holder: PropertyHolder) -> None:
     properties = element.add("properties")
-    for prop, value in holder.property_values():
-        properties.add("property", _text(value), name=prop.name)
+    for prop in holder.property_list():
+        if not holder.property_is_default(prop):
+            with contextlib.suppress(Property.DontSave):
+                properties.add("property", prop.saved(holder), name=prop.name)
 
 
 def _add_volumes(domain: Element, vm: Any) -> None:

@@ -41,7 +41,7 @@ class AppVM(QubesVM):
 
     def __init__(self, app: Any, **properties: Any) -> None:
         super().__init__(app, **properties)
-        if "template" not in self._values:
+        if "template" not in self._values and not self.app.loading:
             raise QubesNoTemplateError(f"VM {self} needs a template")
 
     def _volume_settings(self) -> dict[str, dict[str, Any]]:

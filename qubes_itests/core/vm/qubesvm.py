@@ -44,7 +44,8 @@ def _positive(vm: Any, prop: Any, value: Any) -> int:
 def _max_memory(vm: QubesVM, prop: Any, value: Any) -> int:
     del prop
     number = int(value)
-    if not 0 <= number <= _MOST_MEMORY * vm.memory:
+    # memory may have been lowered since
+    if number < 0 or (number > _MOST_MEMORY * vm.memory and not vm.app.loading):
         raise ValueError(
             f"it takes MiB from 0 (no balancing) to {_MOST_MEMORY} x memory,"
             f" here {_MOST_MEMORY * vm.memory}"

@@ -1,0 +1,73 @@
+"""An app from its store: loaded whole or not at all, its pools set up, its VMs told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from qubes_itests.core.exc import QubesException
+from qubes_itests.core.store.document import parse
+from qubes_itests.core.store.loading import Loading
+from qubes_storage.exc import StoragePoolException
+
+if TYPE_CHECKING:
+    from qubes_itests.core.app import Qubes
+    from qubes_itests.core.store.file import StoreFile
+
+__all__ = ["open_store"]
+
+log = logging.getLogger("qubes.store")
+
+
+async def open_store(app: Qubes, store: StoreFile, *, lock: bool = False) -> None:
+    """Give a new app the state of its store; ``domain-load`` is fired on each VM.
+
+    Disposable VMs that should have been removed when they ended are removed, unless
+    others use them.  A pool that cannot be set up stays and is noted in `problems`.
+
+    :param lock: whether to keep other writers out until the app is closed.
+    :raise StoreError: says what is wrong with the file; the app is of no use then.
+    """
+    data = await asyncio.to_thread(store.read, lock=lock)
+    try:
+        root = await asyncio.to_thread(parse, data, store.path)
+        Loading(app, root, store.path).run()
+    except BaseException:
+        store.release()
+        raise
+    for pool in app.pools.values():
+        await _set_up(app, pool)
+    _enable_events(app)
+    for vm in app.domains:
+        if getattr(vm, "auto_cleanup", False):
+            await _remove(app, vm)
+        else:
+            vm.fire_event("domain-load")
+
+
+def _enable_events(app: Qubes) -> None:
+    app.loading = False
+    app.events_enabled = True
+    for vm in app.domains:
+        vm.events_enabled = True
+
+
+async def _set_up(app: Qubes, pool: Any) -> None:
+    try:
+        await pool.setup()
+    except StoragePoolException as error:
+        log.error("pool %s is not ready: %s", pool, str(error))  # noqa: TRY400
+        app.problems.append(f"pool {pool} is not ready: {error}")
+
+
+async def _remove(app: Qubes, vm: Any) -> None:
+    name = vm.name
+    try:
+        vm.check_unused()
+        await vm.remove_from_disk()
+        del app.domains[vm]
+    except (QubesException, StoragePoolException) as error:
+        log.warning("disposable VM %s is kept: %s", name, str(error))
+    else:
+        log.info("disposable VM %s is gone: it ended with its last run", name)
