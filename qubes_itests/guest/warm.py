@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qubes_itests.exc import HarnessError
+from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.agent import GuestAgent
 
 if TYPE_CHECKING:
     from qubes_itests.host.cache import Cache
-    from qubes_itests.hypervisor.contract import DomainSpec, Hypervisor
+    from qubes_itests.hypervisor.contract import Domain, DomainSpec, Hypervisor
 
 __all__ = ["WarmStarts"]
 
@@ -25,6 +25,7 @@ log = logging.getLogger("qubes_itests.guest")
 _KIND: Final = "stage-one"
 _FILE: Final = "state"
 _BOOT_TIMEOUT: Final = 60.0
+_LOOK: Final = 0.05
 
 
 class WarmStarts:
@@ -106,8 +107,26 @@ class WarmStarts:
         try:
             await domain.start()
             agent = await GuestAgent.connect(domain, timeout=limit)
-            await agent.close()
+            try:
+                await _balloon_up(domain, limit)
+            finally:
+                await agent.close()
             await domain.save(path)
         finally:
             await domain.undefine()
             shutil.rmtree(directory, ignore_errors=True)
+
+
+async def _balloon_up(domain: Domain, limit: float) -> None:
+    """Wait until the guest holds its initial memory only, as VMs begin with that.
+
+    Until its balloon driver has come that far, a guest has all it may ever have.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + limit
+    while (
+        held := (await domain.memory_statistics()).actual >> 20
+    ) > domain.spec.memory:
+        if loop.time() > end:
+            raise DeadlineError(f"balloon of {domain.spec.name}", limit, f"{held} MiB")
+        await asyncio.sleep(_LOOK)
