@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
+import logging
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, overload
-from weakref import WeakKeyDictionary
 
 from qubes_itests.core.events import Emitter
 from qubes_itests.core.exc import (
@@ -12,78 +12,107 @@ from qubes_itests.core.exc import (
     QubesNoSuchPropertyError,
     QubesPropertyValueError,
 )
+from qubes_itests.core.labels import Label
+from qubes_itests.core.property_values import conversion, to_bool, to_text
 from qubes_itests.core.store.document import check_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["Property", "PropertyHolder", "to_bool"]
+__all__ = ["Property", "PropertyHolder", "VMProperty", "stateless_property", "to_bool"]
+
+log = logging.getLogger("qubes.property")
 
 T = TypeVar("T")
 
-_TRUE: Final = {"1", "true", "yes", "on"}
-_FALSE: Final = {"0", "false", "no", "off"}
 
-
-class _NoDefault(enum.Enum):
+class _Mark(enum.Enum):
     NO_DEFAULT = enum.auto()
+    DEFAULT = enum.auto()
 
 
-NO_DEFAULT: Final = _NoDefault.NO_DEFAULT
+NO_DEFAULT: Final = _Mark.NO_DEFAULT
 
-
-def to_bool(value: object) -> bool:
-    """Read a truth value the way Qubes does: ``True``, ``"yes"``, ``"0"``, 1.
-
-    :raise ValueError: for what is neither.
-    """
-    text = str(value).strip().lower()
-    if text in _TRUE:
-        return True
-    if text in _FALSE:
-        return False
-    raise ValueError("it takes a truth value: True, False, yes, no, on, off, 1, 0")
+_TYPE_NAMES: Final[dict[Any, str]] = {int: "int", bool: "bool", Label: "label"}
 
 
 class Property(Generic[T]):
     """One setting of an object: a descriptor that checks, stores and announces it.
 
     :param name: as the attribute.
-    :param type: called on a new value; its ValueError becomes the refusal's reason.
+    :param type: what its values are.  `bool` and `int` are read from text as Qubes
+        does; any other is called on a new value, and its ValueError becomes the
+        refusal's reason.
     :param default: a value, or a function of the object that gives one; without it,
         reading an unset property is an AttributeError.
     :param setter: called as ``setter(object, property, value)`` before `type`; returns
-        the value to store, or raises ValueError.
+        the value to store, or raises ValueError.  `forbidden` refuses all.
+    :param save_via: called as ``save_via(object, property, value)``; returns the text
+        that the store keeps, or raises `DontSave`.
     :param clone: whether `PropertyHolder.clone_properties` copies it.
     :param write_once: whether it may be set only as long as it is unset.
     :param load_stage: at which step of loading an app it is read (4 knows all VMs).
+    :param order: within a stage, after those of lower order: for checks that need them.
     :param doc: what it means, with units.
     """
+
+    #: What a property is set to for being reset.
+    DEFAULT: Final = _Mark.DEFAULT
+
+    class DontSave(Exception):  # noqa: N818 - its name in Qubes OS
+        """Raised by a `save_via`: the store is not to keep the value."""
 
     def __init__(
         self,
         name: str,
         *,
         type: Callable[[Any], T] | None = None,  # noqa: A002 - its name in Qubes OS
-        default: T | Callable[[Any], T] | _NoDefault = NO_DEFAULT,
+        default: T | Callable[[Any], T] | _Mark = NO_DEFAULT,
         setter: Callable[[Any, Property[T], Any], Any] | None = None,
+        save_via: Callable[[Any, Property[T], T], str] | None = None,
         clone: bool = True,
         write_once: bool = False,
         load_stage: int = 2,
+        order: int = 0,
         doc: str = "",
     ) -> None:
-        self.name = name
+        self.name = self.__name__ = name
         self.type = type
         self.default = default
         self.setter = setter
+        self.save_via = save_via
         self.clone = clone
         self.write_once = write_once
         self.load_stage = load_stage
+        self.order = order
         self.__doc__ = doc
+
+    @property
+    def type_name(self) -> str:
+        """What the Admin API calls its type: str, int, bool, vm or label."""
+        return _TYPE_NAMES.get(self.type, "str")
+
+    @staticmethod
+    def bool(_holder: object, _prop: object, value: object) -> bool:
+        """Setter of truth values, as `to_bool` reads them."""
+        return to_bool(value)
+
+    @staticmethod
+    def forbidden(_holder: object, _prop: object, _value: object) -> Any:
+        """Setter of what nobody may set."""
+        raise ValueError("it cannot be set")
+
+    @staticmethod
+    def dontsave(_holder: object, _prop: object, _value: object) -> str:
+        """`save_via` of what the store is not to keep."""
+        raise Property.DontSave
 
     def __set_name__(self, owner: type[Any], name: str) -> None:
         if name != self.name:
             raise TypeError(f"property {self.name!r} is bound to attribute {name!r}")
+
+    def __str__(self) -> str:
+        return self.name
 
     @overload
     def __get__(self, instance: None, owner: Any) -> Self: ...
@@ -99,7 +128,7 @@ class Property(Generic[T]):
 
     def get_default(self, instance: PropertyHolder) -> T:
         """Return what it is as long as nobody sets it; AttributeError if nothing."""
-        if isinstance(self.default, _NoDefault):
+        if isinstance(self.default, _Mark):
             raise AttributeError(  # noqa: TRY004 - what reading an unset name raises
                 f"property {self.name!r} of {instance} is not set"
             )
@@ -108,61 +137,140 @@ class Property(Generic[T]):
         return self.default
 
     def __set__(self, instance: PropertyHolder, value: Any) -> None:
-        if self.write_once and self.name in instance._values:  # noqa: SLF001
-            raise QubesPropertyValueError(
-                instance, self.name, value, "it is set once and for all"
-            )
+        if value is self.DEFAULT:
+            self.__delete__(instance)
+            return
+        self._check_unwritten(instance, value)
         value = self._checked(instance, value)
-        kwargs: dict[str, Any] = {"name": self.name, "newvalue": value}
-        old = instance._values.get(self.name, NO_DEFAULT)  # noqa: SLF001
-        if old is not NO_DEFAULT:
-            kwargs["oldvalue"] = old
+        if not instance.events_enabled:
+            instance._values[self.name] = value  # noqa: SLF001
+            return
+        kwargs = {"name": self.name, "newvalue": value, **self._old(instance)}
         instance.fire_event(f"property-pre-set:{self.name}", pre_event=True, **kwargs)
         instance._values[self.name] = value  # noqa: SLF001
         instance.fire_event(f"property-set:{self.name}", **kwargs)
 
+    def _check_unwritten(self, instance: PropertyHolder, value: Any) -> None:
+        if self.write_once and self.name in instance._values:  # noqa: SLF001
+            raise QubesPropertyValueError(
+                instance, self.name, value, "it is set once and for all"
+            )
+
     def _checked(self, instance: PropertyHolder, value: Any) -> Any:
+        """Return the value to store; only a setter may have it be None."""
+        new = value
         try:
             if self.setter is not None:
-                value = self.setter(instance, self, value)
-            if self.type is not None and value is not None:
-                value = self.type(value)
-            if isinstance(value, str):
-                check_text(value)
+                new = self.setter(instance, self, value)
+                if new is None:
+                    return None
+            if self.type is not None and new.__class__ is not self.type:
+                new = conversion(self.type)(new)
+            if isinstance(new, str):
+                check_text(new)
         except QubesException:
             raise
         except (ValueError, TypeError, KeyError) as error:
             raise QubesPropertyValueError(
                 instance, self.name, value, str(error)
             ) from error
-        return value
+        return new
+
+    def _old(self, instance: PropertyHolder) -> dict[str, Any]:
+        try:
+            return {"oldvalue": self.__get__(instance, type(instance))}
+        except AttributeError:
+            return {}
 
     def __delete__(self, instance: PropertyHolder) -> None:
-        old = instance._values.get(self.name, NO_DEFAULT)  # noqa: SLF001
-        kwargs = {"name": self.name} | ({} if old is NO_DEFAULT else {"oldvalue": old})
+        self._check_unwritten(instance, self.DEFAULT)
+        if self.setter is Property.forbidden:
+            self._checked(instance, self.DEFAULT)
+        kwargs = {"name": self.name, **self._old(instance)}
         for event in ("property-pre-reset", "property-pre-del"):
             instance.fire_event(f"{event}:{self.name}", pre_event=True, **kwargs)
         instance._values.pop(self.name, None)  # noqa: SLF001
         for event in ("property-reset", "property-del"):
             instance.fire_event(f"{event}:{self.name}", **kwargs)
 
+    def saved(self, instance: PropertyHolder) -> str:
+        """Return the text that the store keeps of the present value.
 
-_listed: WeakKeyDictionary[type, tuple[Property[Any], ...]] = WeakKeyDictionary()
+        :raise Property.DontSave: when it is not to keep it.
+        """
+        value = self.__get__(instance, type(instance))
+        return (self.save_via or _as_text)(instance, self, value)
 
 
-def _properties(cls: type[PropertyHolder]) -> tuple[Property[Any], ...]:
-    listed = _listed.get(cls)
-    if listed is None:
-        found = {
-            name: attribute
-            for base in reversed(cls.__mro__)
-            for name, attribute in vars(base).items()
-            if isinstance(attribute, Property)
-        }
-        listed = _listed[cls] = tuple(
-            sorted(found.values(), key=lambda p: (p.load_stage, p.name))
-        )
-    return listed
+def _as_text(_holder: object, _prop: object, value: object) -> str:
+    return to_text(value)
+
+
+class VMProperty(Property[T]):
+    """A property whose value is a VM of the app, or None: set to it or to its name.
+
+    :param name: as the attribute.
+    :param klass: name of the only class of VMs that it takes; None for all.
+    :param allow_none: whether it takes None, which may be written as empty text.
+    :param check: called as ``check(object, vm)``; raises ValueError for a VM that it
+        does not take.
+    :param options: what `Property` takes besides.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        klass: str | None = None,
+        allow_none: bool = True,
+        check: Callable[[Any, Any], None] | None = None,
+        **options: Any,
+    ) -> None:
+        options.setdefault("load_stage", 4)
+        super().__init__(name, setter=self._vm, **options)
+        self.klass = klass
+        self.allow_none = allow_none
+        self.check = check
+
+    @property
+    def type_name(self) -> str:
+        """What the Admin API calls its type: vm."""
+        return "vm"
+
+    def _vm(self, holder: Any, _prop: object, value: Any) -> Any:
+        if value is None or value == "":
+            if not self.allow_none:
+                raise ValueError("it takes a VM")
+            return None
+        found = getattr(holder, "app", holder).domains[value]
+        if self.klass is not None and found.klass != self.klass:
+            raise ValueError(f"{found} is no {self.klass}")
+        if self.check is not None:
+            self.check(holder, found)
+        return found
+
+
+def stateless_property(function: Callable[[Any], T]) -> Property[T]:
+    """Make a property that is computed anew each time: read, and neither set nor saved.
+
+    :param function: gives the value; its name and docstring are the property's.
+    """
+    return Property(
+        function.__name__,
+        type=_return_type(function),
+        default=function,
+        setter=Property.forbidden,
+        save_via=Property.dontsave,
+        clone=False,
+        doc=function.__doc__ or "",
+    )
+
+
+def _return_type(function: Callable[[Any], T]) -> Any:
+    """Return int or bool where the annotation says so, which may be a string."""
+    said = function.__annotations__.get("return")
+    name = said.__name__ if isinstance(said, type) else str(said).partition(" ")[0]
+    return {"int": int, "bool": bool}.get(name)
 
 
 class PropertyHolder(Emitter):
@@ -174,14 +282,24 @@ class PropertyHolder(Emitter):
     def __init__(self, **properties: Any) -> None:
         super().__init__()
         self._values: dict[str, Any] = {}
-        for name, value in properties.items():
+        for name in properties:
             self.property_get_def(name)
-            setattr(self, name, value)
+        for prop in self.property_list():
+            if prop.name in properties:
+                setattr(self, prop.name, properties[prop.name])
 
     @classmethod
     def property_list(cls, load_stage: int | None = None) -> list[Property[Any]]:
-        """Return the properties of this class, in order of load stage and name."""
-        return [p for p in _properties(cls) if load_stage in (None, p.load_stage)]
+        """Return the properties of this class, in the order that they are loaded in.
+
+        :param load_stage: only those of that stage.
+        """
+        known: tuple[Property[Any], ...] | None = vars(cls).get("_properties")
+        if known is None:
+            known = cls._properties = _find_properties(cls)
+        return [p for p in known if load_stage in (None, p.load_stage)]
+
+    _properties: tuple[Property[Any], ...]
 
     def property_get_def(self, prop: str | Property[Any]) -> Property[Any]:
         """Return the definition of a property; QubesNoSuchPropertyError if none."""
@@ -195,20 +313,38 @@ class PropertyHolder(Emitter):
         """Tell whether the property was never set, or was reset."""
         return self.property_get_def(prop).name not in self._values
 
-    def property_values(self) -> list[tuple[Property[Any], Any]]:
-        """Return the properties that are set, with their values, as listed."""
-        values = self._values
-        return [
-            (p, values[p.name]) for p in _properties(type(self)) if p.name in values
-        ]
-
     def property_uses(self, value: object) -> list[str]:
         """Return the names of the properties that are set to this very object."""
         return [name for name, known in self._values.items() if known is value]
 
     def property_get_default(self, prop: str | Property[Any]) -> Any:
-        """Return what the property would be if it was reset."""
+        """Return what the property would be if it was reset.
+
+        :raise AttributeError: when it has no default.
+        """
         return self.property_get_def(prop).get_default(self)
+
+    def property_require(
+        self,
+        prop: str | Property[Any],
+        *,
+        allow_none: bool = False,
+        hard: bool = False,
+    ) -> None:
+        """Complain if a property has no value.
+
+        :param allow_none: whether None counts as a value.
+        :param hard: whether to raise ValueError; else it is logged.
+        """
+        name = prop.name if isinstance(prop, Property) else prop
+        if getattr(self, name, None) is not None:
+            return
+        if allow_none and hasattr(self, name):
+            return
+        message = f"{self} needs its property {name!r} set"
+        if hard:
+            raise ValueError(message)
+        log.critical("%s", message)
 
     def clone_properties(
         self, src: PropertyHolder, proplist: Iterable[str | Property[Any]] | None = None
@@ -219,11 +355,22 @@ class PropertyHolder(Emitter):
         :param proplist: which ones; by default all that may be cloned.
         """
         chosen = (
-            [p for p in self.property_list() if p.clone]
+            {p.name for p in self.property_list() if p.clone}
             if proplist is None
-            else [self.property_get_def(p) for p in proplist]
+            else {self.property_get_def(p).name for p in proplist}
         )
-        for prop in chosen:
-            if prop.name in src._values:
+        for prop in self.property_list():
+            if prop.name in chosen and prop.name in src._values:
                 setattr(self, prop.name, src._values[prop.name])
         self.fire_event("clone-properties", src=src, proplist=proplist)
+
+
+def _find_properties(cls: type[Any]) -> tuple[Property[Any], ...]:
+    found: dict[str, Property[Any]] = {}
+    for base in reversed(cls.__mro__):
+        for name, attribute in vars(base).items():
+            if isinstance(attribute, Property):
+                found[name] = attribute
+            else:
+                found.pop(name, None)
+    return tuple(sorted(found.values(), key=lambda p: (p.load_stage, p.order, p.name)))
