@@ -229,9 +229,11 @@ class Balancer:
                 self._refuse(amount)
                 return False
             for domid, target in targets:
-                actual = self.domains[domid].actual if domid in self.domains else 0
-                silent.setdefault(domid, (actual, 0))
-                await self._set(domid, target)
+                if (domain := self.domains.get(domid)) is None:
+                    continue
+                silent.setdefault(domid, (domain.actual, 0))
+                if target != domain.last_target:
+                    await self._set(domid, target)
             await self._pause()
         await self._withdraw_promises()
         self._record("granted", [], amount)

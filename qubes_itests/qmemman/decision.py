@@ -41,7 +41,11 @@ def decide_balance(
         targets = algorithm.balance_when_low_on_memory(found, spare, policy)
     if not algorithm.is_significant(targets, found, free, policy):
         return []
-    return _safe(targets, found)
+    return [
+        (domid, target)
+        for domid, target in _safe(targets, found)
+        if target != found.known[domid][0].last_target
+    ]
 
 
 def decide_balloon(
@@ -50,7 +54,8 @@ def decide_balloon(
     """Return what donors shall go down to, so that `amount` becomes free.
 
     :param amount: bytes beyond what is free now.
-    :return: nothing when donors cannot spare it.
+    :return: nothing when donors cannot spare it; those that were told already and have
+        not moved yet are among them.
     """
     domains = tuple(domains)
     found = algorithm.preferences(domains, policy)
@@ -76,6 +81,6 @@ def _safe(targets: Iterable[Target], found: Preferences) -> list[Target]:
         domain, preferred = found.known[domid]
         target = min(wanted, domain.maximum)
         lacks = domain.actual < min(preferred, domain.maximum)
-        if target != domain.last_target and not (lacks and target < domain.actual):
+        if not (lacks and target < domain.actual):
             kept.append((domid, target))
     return kept

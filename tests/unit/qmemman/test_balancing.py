@@ -87,6 +87,17 @@ async def test_a_starting_vm_gets_around_a_stuck_guest(tmp_path):
 
 
 @simulate
+async def test_a_starting_vm_waits_for_a_donor_that_takes_a_while(tmp_path):
+    """Nothing has moved yet at the next look: no reason to refuse."""
+    async with trial(tmp_path, total=3000) as t:
+        donor = await t.start("donor", 400, 2000, 150)
+        await asyncio.sleep(5)
+        donor.delay = t.machine.dom0.delay = 0.35
+        new = await t.start("new", 700, 1000, 200)
+        assert new.holds() == 700 * MIB
+
+
+@simulate
 async def test_a_guest_that_dies_in_the_middle_stops_nothing(tmp_path):
     async with trial(tmp_path, total=3000) as t:
         dying = await t.start("dying", 400, 2000, 150)
