@@ -247,6 +247,10 @@ class Domain(abc.ABC):
         """Ask the balloon driver to bring the domain to `target` bytes."""
 
     @abc.abstractmethod
+    async def cpu_time(self) -> float:
+        """Return how long its virtual CPUs have run since it started, in seconds."""
+
+    @abc.abstractmethod
     async def memory_statistics(self) -> MemoryStatistics:
         """Return what the domain holds and what its guest last reported."""
 

@@ -34,6 +34,7 @@ __all__ = ["LibvirtDomain"]
 _STOP_EVENT = 10.0
 
 _KIB = 1024
+_NANOSECONDS = 1_000_000_000
 
 
 class LibvirtDomain(Domain):
@@ -232,6 +233,11 @@ class LibvirtDomain(Domain):
                 f"{target} bytes is not within 1 and {self.spec.max_memory} MiB",
             )
         await self._call("set the memory of", native.setMemory, target // _KIB)
+
+    async def cpu_time(self) -> float:
+        native = self._running("read the CPU time of")
+        info = await self._call("read the CPU time of", native.info)
+        return float(info[4]) / _NANOSECONDS
 
     async def memory_statistics(self) -> MemoryStatistics:
         native = self._running("read the memory of")

@@ -137,6 +137,7 @@ async def test_calls_that_need_a_running_domain(domain, tmp_path):
         domain.resize_disk("xvda", 1 << 20),
         domain.detach_interface("00:16:3e:00:00:01"),
         domain.set_memory_target(100 << 20),
+        domain.cpu_time(),
         domain.memory_statistics(),
     ]
     for call in calls:
