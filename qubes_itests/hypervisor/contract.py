@@ -69,14 +69,17 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """A network interface of a domain.
+    """A network interface of a domain, plugged into a bridge or a tap of the host.
 
     :param mac: address in lower case with colons; unique within the domain.
-    :param bridge: name of the host's bridge that it is plugged into.
+    :param bridge: name of the bridge.
+    :param tap: name of a tap device that is there and set up already; instead of a
+        bridge.
     """
 
     mac: str
-    bridge: str
+    bridge: str = ""
+    tap: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,12 @@ import pytest
 
 from qubes_itests.hypervisor.contract import Disk, DomainSpec, Interface
 from qubes_itests.hypervisor.devices import find_device
-from qubes_itests.hypervisor.domain_xml import Machine, disk_xml, domain_xml
+from qubes_itests.hypervisor.domain_xml import (
+    Machine,
+    disk_xml,
+    domain_xml,
+    interface_xml,
+)
 
 MACHINE = Machine(kvm=False, emulator=Path("/usr/bin/qemu-system-x86_64"))
 DISK = Disk("xvdb", Path("/images/<odd> & 'name'.img"))
@@ -68,6 +73,18 @@ def test_disks(direct, cache):
     assert disk.find("readonly") is None
     read_only = dataclasses.replace(DISK, read_only=True)
     assert ET.fromstring(disk_xml(read_only, direct=True)).find("readonly") is not None
+
+
+def test_interfaces():
+    """In a bridge, or in a tap that libvirt must neither make nor configure."""
+    in_bridge = ET.fromstring(interface_xml(INTERFACE))
+    assert in_bridge.get("type") == "bridge"
+    assert in_bridge.find("source").get("bridge") == "br0"
+    assert in_bridge.find("target") is None
+    in_tap = ET.fromstring(interface_xml(Interface(INTERFACE.mac, tap="qt1")))
+    assert in_tap.get("type") == "ethernet"
+    assert in_tap.find("target").attrib == {"dev": "qt1", "managed": "no"}
+    assert in_tap.find("source") is None
 
 
 def test_a_domain_that_loads_a_state_has_no_disks():

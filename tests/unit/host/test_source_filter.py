@@ -1,0 +1,100 @@
+"""The filter between a VM and its net VM lets through what an honest VM sends."""
+
+from ipaddress import IPv4Address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qubes_itests.host.bridge import source_filter
+
+MAC = bytes.fromhex("00163e5e6c05")
+NET = bytes.fromhex("00163e5e6cff")
+OWN = IPv4Address("10.137.0.5")
+BEHIND = IPv4Address("10.137.0.6")
+GATEWAY = IPv4Address("10.137.0.1")
+BROADCAST = b"\xff" * 6
+
+addresses = st.ip_addresses(v=4)
+macs = st.binary(min_size=6, max_size=6)
+
+
+def passes(frame, sources=(OWN, BEHIND), *, tagged=False):
+    """Run the program as the kernel does: what lies beyond the frame drops it."""
+    program = source_filter(MAC.hex(":"), sources)
+    sizes = {0x20: 4, 0x28: 2}
+    counter = accumulator = 0
+    while True:
+        code, if_true, if_false, operand = program[counter]
+        counter += 1
+        if code == 0x06:
+            return operand == 0
+        if code == 0x15:
+            counter += if_true if accumulator == operand else if_false
+        elif operand >= 0xFFFFF000:
+            accumulator = int(tagged)
+        elif operand + sizes[code] > len(frame):
+            return False
+        else:
+            part = frame[operand : operand + sizes[code]]
+            accumulator = int.from_bytes(part)
+
+
+def ipv4(mac, source):
+    header = bytes(12) + source.packed + GATEWAY.packed
+    return NET + mac + b"\x08\x00" + header + b"data"
+
+
+def arp(mac, sender_mac, sender):
+    said = sender_mac + sender.packed + bytes(6) + GATEWAY.packed
+    return BROADCAST + mac + b"\x08\x06" + bytes(8) + said
+
+
+def test_what_an_honest_vm_sends_passes():
+    assert passes(ipv4(MAC, OWN))
+    assert passes(ipv4(MAC, BEHIND))
+    assert passes(arp(MAC, MAC, OWN))
+
+
+@given(mac=macs, source=addresses)
+def test_no_packet_from_elsewhere_passes(mac, source):
+    honest = mac == MAC and source in (OWN, BEHIND)
+    assert passes(ipv4(mac, source)) == honest
+
+
+@given(mac=macs, sender_mac=macs, sender=addresses)
+def test_nobody_claims_the_address_of_another(mac, sender_mac, sender):
+    """Not even one of a VM behind: its packets come by way of this VM."""
+    assert passes(arp(mac, sender_mac, sender)) == (
+        mac == sender_mac == MAC and sender == OWN
+    )
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        NET + MAC + b"\x86\xdd" + bytes(40),
+        NET + MAC + b"\x81\x00\x00\x05" + ipv4(MAC, OWN)[12:],
+        NET + MAC,
+        ipv4(MAC, OWN)[:28],
+        b"",
+    ],
+    ids=["ipv6", "vlan", "no-type", "cut", "empty"],
+)
+def test_nothing_else_passes(frame):
+    assert not passes(frame)
+
+
+def test_a_tag_that_the_card_took_off_is_seen():
+    assert not passes(ipv4(MAC, OWN), tagged=True)
+
+
+def test_no_sources_is_no_traffic():
+    assert not passes(ipv4(MAC, OWN), ())
+
+
+def test_two_thousand_sources_fit():
+    """The kernel takes 4,096 instructions."""
+    sources = [IPv4Address(int(OWN) + n) for n in range(2000)]
+    assert len(source_filter(MAC.hex(":"), sources)) <= 4096
+    assert passes(ipv4(MAC, sources[-1]), sources)
