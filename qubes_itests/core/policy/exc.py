@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.core.exc import QubesValueError
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from qubes_itests.core.policy.rule import Origin
 
 __all__ = ["PolicyError", "PolicyFileError", "PolicySyntaxError", "RequestError"]
+
+#: So much of a line is enough to find it by.
+_SHOWN: Final = 200
 
 
 class PolicyError(QubesValueError):
@@ -37,7 +40,7 @@ class PolicySyntaxError(PolicyError):
 
     def __init__(self, line: str, reason: str, origin: Origin | None = None) -> None:
         where = "policy line" if origin is None else f"{origin}: policy line"
-        super().__init__(f"{where} {line!r}: {reason}")
+        super().__init__(f"{where} {line[:_SHOWN]!r}: {reason}")
         self.line = line
         self.reason = reason
         self.origin = origin
