@@ -249,9 +249,12 @@ class Domain(abc.ABC):
     async def set_memory_target(self, target: int) -> None:
         """Ask the balloon driver to bring the domain to `target` bytes."""
 
-    @abc.abstractmethod
     async def cpu_time(self) -> float:
-        """Return how long its virtual CPUs have run since it started, in seconds."""
+        """Return how long its virtual CPUs have run since it started, in seconds.
+
+        0 where the back end cannot tell.
+        """
+        return 0.0
 
     @abc.abstractmethod
     async def memory_statistics(self) -> MemoryStatistics:
