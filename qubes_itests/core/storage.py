@@ -13,6 +13,7 @@ from qubes_itests.core.exc import (
     QubesValueError,
     QubesVMStorageError,
 )
+from qubes_itests.guest.uninterrupted import to_its_end
 from qubes_itests.host.exc import CommandError
 from qubes_itests.host.filesystem import make_ext4
 from qubes_itests.hypervisor.contract import Disk
@@ -209,10 +210,15 @@ class Storage:
                     action(volume), functools.partial(done.append, volume)
                 )
         except BaseException:
-            for volume in reversed(done if undo else []):
-                with contextlib.suppress(Exception):
-                    await undo(volume)  # type: ignore[misc]
+            if undo is not None:
+                await to_its_end(_undo(done, undo))
             raise
+
+
+async def _undo(done: list[Volume], undo: VolumeAction) -> None:
+    for volume in reversed(done):
+        with contextlib.suppress(Exception):
+            await undo(volume)
 
 
 def in_pool(config: Mapping[str, Any], pool: str | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.agent import GuestAgent
 from qubes_itests.guest.console import console_tail
 from qubes_itests.guest.exc import BootError, GuestGoneError, ProtocolViolation
+from qubes_itests.guest.uninterrupted import to_its_end
 from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.hypervisor.exc import SavedStateError
 
@@ -65,7 +66,7 @@ async def boot(
     except BaseException as error:
         expected = isinstance(error, (HarnessError, TimeoutError, OSError, ValueError))
         reason = await start.reason(error, timeout) if expected else ""
-        console = await start.undo()
+        console = await to_its_end(start.undo())
         if expected:
             raise BootError(spec.name, start.step, reason, console) from error
         raise

@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from qubes_itests.core import qrexec
 from qubes_itests.core.exc import (
     QubesVMError,
-    QubesVMNotRunningError,
-    QubesVMShutdownTimeoutError,
-    QubesVMStartError,
+    QubesVMNotFoundError,
 )
+from qubes_itests.core.vm.ending import STARTS, EndMixin
+from qubes_itests.core.vm.pausing import STARTED
+from qubes_itests.core.vm.step import Step
 from qubes_itests.guest.boot import boot
-from qubes_itests.guest.exc import BootError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from qubes_itests.core.app import Qubes
-    from qubes_itests.core.storage import Storage
     from qubes_itests.guest.agent import GuestAgent
     from qubes_itests.guest.identity import Identity
     from qubes_itests.guest.template import Template
@@ -36,21 +34,19 @@ log = logging.getLogger("qubes.vm")
 _PROHIBIT: Final = "prohibit-start"
 
 
-class PowerMixin:
+class PowerMixin(EndMixin):
     """What a VM class needs to have a life cycle.
 
     One run of a VM is: `domain-pre-start`, storage, boot, `domain-spawn`,
     `domain-start`; and, however it ends, once: storage stopped, `domain-stopped`,
-    `domain-shutdown`.  The next run begins after that.
+    `domain-shutdown`.  A start that fails ends with `domain-start-failed` instead, once
+    too.  The next run begins after that.
     """
-
-    app: Qubes
-    name: str
-    storage: Storage
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._power = "Halted"
         self._starting: asyncio.Task[None] | None = None
+        self._begun = self._aborted = False
         self._ending: asyncio.Task[None] | None = None
         #: The domain of the present or the last run.
         self.domain: Domain | None = None
@@ -78,18 +74,14 @@ class PowerMixin:
         """Return what a start asks of qmemman, in bytes."""
         raise NotImplementedError
 
-    async def fire_event_async(
-        self, event: str, *, pre_event: bool = False, **kwargs: Any
-    ) -> list[Any]:
-        """Fire an event; see `qubes_itests.core.events.Emitter`."""
-        return await super().fire_event_async(  # type: ignore[misc, no-any-return]
-            event, pre_event=pre_event, **kwargs
-        )
-
     # state
 
     def get_power_state(self) -> str:
-        """Return ``Halted``, ``Transient``, ``Running``, ``Paused`` or ``Halting``."""
+        """Return the state as `qvm-ls` shows it.
+
+        ``Halted``, ``Transient`` (starting), ``Running``, ``Paused``, ``Suspended`` or
+        ``Halting``.
+        """
         return self._power
 
     def is_running(self) -> bool:
@@ -100,9 +92,9 @@ class PowerMixin:
         """Tell whether there is none."""
         return self._power == "Halted"
 
-    def is_paused(self) -> bool:
-        """Tell whether its virtual CPUs are stopped."""
-        return self._power == "Paused"
+    def is_starting(self) -> bool:
+        """Tell whether a start is under way, other than the one that asks."""
+        return self._starting is not None and self._starting not in STARTS.get()
 
     @property
     def directory(self) -> Path:
@@ -125,15 +117,27 @@ class PowerMixin:
             `memory` and the hypervisor's overhead come to.
         :return: the VM.
         :raise QubesVMStartError: names the step that failed; all is undone.
+        :raise QubesVMError: when it may not be started; what handlers of
+            `domain-pre-start` raise.
         """
         del notify_function
         if self._starting is None:
-            if self._power in ("Running", "Paused"):
+            if self._power in STARTED:
                 return self
+            if self._ending is not None and asyncio.current_task() is self._ending:
+                raise QubesVMError(
+                    self,
+                    f"VM {self} cannot be started by a handler of the end of its run,"
+                    " which the start would wait for; start it in a task of its own",
+                )
+            self._begun = self._aborted = False
             self._starting = asyncio.ensure_future(
                 self._start(start_guid=start_guid, memory=mem_required)
             )
             self._starting.add_done_callback(self._start_done)
+        elif self._starting in STARTS.get():
+            # a handler of this very start: it is as far as it is
+            return self
         await asyncio.shield(self._starting)
         return self
 
@@ -144,29 +148,68 @@ class PowerMixin:
             task.exception()
 
     async def _start(self, *, start_guid: bool, memory: int | None) -> None:
-        if self._ending is not None:
-            await asyncio.shield(self._ending)
-        if self.features.get(_PROHIBIT):  # type: ignore[attr-defined]
+        this = asyncio.current_task()
+        STARTS.set(tuple(t for t in (*STARTS.get(), this) if t and not t.done()))
+        self._begun = True
+        try:
+            if self._aborted:
+                raise asyncio.CancelledError  # noqa: TRY301 - it was killed as early
+            if self._ending is not None:
+                await asyncio.wait([self._ending])
+            self._require_startable()
+            await self._begin(start_guid=start_guid, memory=memory)
+        except asyncio.CancelledError:
+            await self.start_failed()
+            raise QubesVMError(self, f"VM {self} was killed before its start") from None
+        except BaseException:
+            await self.start_failed()
+            raise
+
+    def _require_startable(self) -> None:
+        if self not in self.app.domains:
+            raise QubesVMNotFoundError(self.name)
+        if reason := self.features.get(_PROHIBIT):  # type: ignore[attr-defined]
             raise QubesVMError(
                 self,
-                f"VM {self} must not be started:"
-                f" {self.features[_PROHIBIT]} (feature {_PROHIBIT!r})",  # type: ignore[attr-defined]
+                f"VM {self} must not be started: {reason} (feature {_PROHIBIT!r})",
             )
-        await self.fire_event_async(
-            "domain-pre-start", pre_event=True, start_guid=start_guid
-        )
-        step, began = _Step(self), time.monotonic()
+
+    async def start_failed(self) -> None:
+        """Act on a start that failed, after all of it is undone; for subclasses."""
+
+    async def _begin(self, *, start_guid: bool, memory: int | None) -> None:
+        step, began = Step(self), time.monotonic()
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_exit(step.failed)
-            async with contextlib.AsyncExitStack() as reservation:
-                with step("have its memory"):
-                    await self._reserve_memory(reservation, memory)
-                await self._run_steps(step, undo, reservation, start_guid=start_guid)
+            with self._uninterrupted_undoing():
+                await self.fire_event_async(
+                    "domain-pre-start", pre_event=True, start_guid=start_guid
+                )
+                async with contextlib.AsyncExitStack() as reservation:
+                    with step("have its memory"):
+                        await self._reserve_memory(reservation, memory)
+                    await self._run_steps(
+                        step, undo, reservation, start_guid=start_guid
+                    )
             undo.pop_all()
         took = time.monotonic() - began
         # Reports take the figures from the record, which outlives the test: no objects.
         started = {"vm_started": (self.name, took)}
         log.info("VM %s started in %.2f s", self.name, took, extra=started)
+
+    @contextlib.contextmanager
+    def _uninterrupted_undoing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            # Too late to be killed: that would leave the undoing half done.
+            self._aborted = True
+            raise
+
+    def halted_by_failure(self) -> None:
+        """Take note that a start failed and is undone."""
+        self.agent = None
+        self._power = "Halted"
 
     async def _reserve_memory(
         self, reservation: contextlib.AsyncExitStack, amount: int | None
@@ -179,7 +222,7 @@ class PowerMixin:
 
     async def _run_steps(
         self,
-        step: _Step,
+        step: Step,
         undo: contextlib.AsyncExitStack,
         reservation: contextlib.AsyncExitStack,
         *,
@@ -210,132 +253,4 @@ class PowerMixin:
             self._power = "Running"
             self.start_time = time.time()
             await self.fire_event_async("domain-start", start_guid=start_guid)
-        self._ending = asyncio.ensure_future(self._end_of_run(self.domain, self.agent))
-        self._ending.add_done_callback(self._ending_done)
-
-    # the end of a run
-
-    async def _end_of_run(self, domain: Domain, agent: GuestAgent) -> None:
-        await domain.wait_stopped()
-        self._power = "Halting"
-        try:
-            await agent.close()
-            await domain.undefine()
-            await self.storage.stop()
-        finally:
-            self.agent = None
-            self._power = "Halted"
-        await self.fire_event_async("domain-stopped")
-        await self.fire_event_async("domain-shutdown")
-
-    def _ending_done(self, task: asyncio.Task[None]) -> None:
-        if self._ending is task:
-            self._ending = None
-        if not task.cancelled() and task.exception() is not None:
-            log.error("the end of VM %s failed: %s", self.name, str(task.exception()))
-            self.app.problems.append(f"VM {self}: {task.exception()}")
-
-    async def wait_ended(self, timeout: float) -> None:
-        """Wait until the end of the present run is dealt with; at once if halted.
-
-        :param timeout: seconds; then TimeoutError.
-        """
-        if self._ending is not None:
-            async with asyncio.timeout(timeout):
-                await asyncio.shield(self._ending)
-
-    async def shutdown(
-        self,
-        force: bool = False,  # noqa: FBT001, FBT002 - as in Qubes OS
-        wait: bool = False,  # noqa: FBT001, FBT002
-        timeout: float | None = None,
-    ) -> Self:
-        """Ask the guest to power off.
-
-        :param force: do it even if handlers of `domain-pre-shutdown` object.
-        :param wait: return when all of the run has ended.
-        :param timeout: seconds to wait; by default the VM's `shutdown_timeout`.
-        :raise QubesVMNotStartedError: when it is halted.
-        :raise QubesVMShutdownTimeoutError: when it runs still; it goes on running.
-        """
-        agent = self._running_agent()
-        await self.fire_event_async("domain-pre-shutdown", pre_event=True, force=force)
-        if self._power == "Paused":
-            await self.unpause()
-        await agent.power_off()
-        if not wait:
-            return self
-        limit = float(timeout or self.shutdown_timeout)  # type: ignore[attr-defined]
-        try:
-            await self.wait_ended(limit)
-        except TimeoutError:
-            raise QubesVMShutdownTimeoutError(self, limit) from None
-        return self
-
-    async def kill(self) -> None:
-        """Stop the VM at once, as pulling the plug does.
-
-        :raise QubesVMNotStartedError: when it is halted.
-        """
-        if self._starting is not None:
-            starting = self._starting
-            starting.cancel()
-            await asyncio.wait([starting])
-            return
-        await self._running_domain().destroy()
-        await self.wait_ended(float(self.shutdown_timeout))  # type: ignore[attr-defined]
-
-    def _running_agent(self) -> GuestAgent:
-        if self.agent is None or self._power in ("Halted", "Transient"):
-            raise QubesVMNotRunningError(self)
-        return self.agent
-
-    def _running_domain(self) -> Domain:
-        self._running_agent()
-        if self.domain is None:
-            raise QubesVMNotRunningError(self)
-        return self.domain
-
-    async def pause(self) -> None:
-        """Stop its virtual CPUs; QubesVMNotStartedError when it is halted."""
-        domain = self._running_domain()
-        await self.fire_event_async("domain-pre-paused", pre_event=True)
-        await domain.pause()
-        self._power = "Paused"
-        await self.fire_event_async("domain-paused")
-
-    async def unpause(self) -> None:
-        """Let its virtual CPUs run; QubesVMNotStartedError when it is halted."""
-        domain = self._running_domain()
-        await self.fire_event_async("domain-pre-unpaused", pre_event=True)
-        await domain.resume()
-        self._power = "Running"
-        await self.fire_event_async("domain-unpaused")
-
-
-class _Step:
-    """Remembers which step of a start is under way, for the error that names it."""
-
-    def __init__(self, vm: PowerMixin) -> None:
-        self.vm = vm
-        self.name = "begin"
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.name = name
-        log.info("VM %s starts: %s", self.vm.name, name)
-        yield
-
-    async def failed(self, _cls: object, error: object, _traceback: object) -> None:
-        """Set the VM back to halted and raise an error that names the step."""
-        if not isinstance(error, BaseException):
-            return
-        self.vm.agent = None
-        self.vm._power = "Halted"  # noqa: SLF001 - a part of the class above
-        await self.vm.fire_event_async("domain-start-failed", reason=str(error))
-        if isinstance(error, Exception):
-            step, reason = self.name, str(error)
-            if isinstance(error, BootError):
-                # the steps of a boot say more than that it was one
-                step, reason = error.step, error.told
-            raise QubesVMStartError(self.vm, step, reason) from error
+        self._run_began(self.domain, self.agent)

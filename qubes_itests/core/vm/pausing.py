@@ -1,0 +1,124 @@
+"""Pause and suspend: the virtual CPUs of a running VM stand still."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.core.exc import QubesVMNotPausedError, QubesVMNotRunningError
+from qubes_itests.exc import HarnessError
+from qubes_itests.hypervisor.exc import StateError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from qubes_itests.guest.agent import GuestAgent
+    from qubes_itests.hypervisor.contract import Domain
+
+__all__ = ["STARTED", "PauseMixin"]
+
+log = logging.getLogger("qubes.vm")
+
+#: The power states of a VM that has been started and does not end yet.
+STARTED: Final = ("Running", "Paused", "Suspended")
+_STILL: Final = ("Paused", "Suspended")
+
+#: Seconds that a guest has to get ready for being suspended, and to wake up again.
+_SERVICE_TIMEOUT: Final = 10.0
+
+
+class PauseMixin:
+    """What a VM class needs to be paused and suspended."""
+
+    name: str
+    domain: Domain | None
+    agent: GuestAgent | None
+    _power: str
+
+    def is_paused(self) -> bool:
+        """Tell whether its virtual CPUs stand still."""
+        return self._power in _STILL
+
+    def running_agent(self) -> GuestAgent:
+        """Return the agent; QubesVMNotRunningError when there is none to talk to."""
+        if self.agent is None or self._power in ("Halted", "Transient"):
+            raise QubesVMNotRunningError(self)
+        return self.agent
+
+    def running_domain(self) -> Domain:
+        """Return the domain; QubesVMNotRunningError when it is not started."""
+        self.running_agent()
+        if self.domain is None:
+            raise QubesVMNotRunningError(self)
+        return self.domain
+
+    async def pause(self) -> None:
+        """Stop its virtual CPUs; QubesVMNotStartedError when it is halted."""
+        domain = self.running_domain()
+        await self._fire("domain-pre-paused", pre_event=True)
+        await self._change(domain, domain.pause, "Paused")
+        await self._fire("domain-paused")
+
+    async def unpause(self) -> None:
+        """Let its virtual CPUs run.
+
+        :raise QubesVMNotStartedError: when it is halted.
+        :raise QubesVMNotPausedError: when they run.
+        """
+        domain = self.running_domain()
+        if not self.is_paused():
+            raise QubesVMNotPausedError(self)
+        await self._fire("domain-pre-unpaused", pre_event=True)
+        await self._change(domain, domain.resume, "Running")
+        await self._fire("domain-unpaused")
+
+    async def suspend(self) -> None:
+        """Let the guest get ready for a long pause, and pause it.
+
+        :raise QubesVMNotStartedError: when it is halted.
+        """
+        if not self.is_paused():
+            self.running_agent()
+            await self._tell("qubes.SuspendPreAll")
+            await self.pause()
+        self._become(self.running_domain(), "Suspended")
+
+    async def resume(self) -> None:
+        """Wake it up from `suspend`; a VM that is only paused is unpaused.
+
+        :raise QubesVMNotStartedError: when it is halted.
+        :raise QubesVMNotPausedError: when it is neither suspended nor paused.
+        """
+        suspended = self._power == "Suspended"
+        await self.unpause()
+        if suspended:
+            await self._tell("qubes.SuspendPostAll")
+
+    async def _fire(self, event: str, *, pre_event: bool = False) -> None:
+        await self.fire_event_async(event, pre_event=pre_event)  # type: ignore[attr-defined]
+
+    async def _change(
+        self, domain: Domain, action: Callable[[], Awaitable[None]], state: str
+    ) -> None:
+        try:
+            await action()
+        except StateError as error:
+            raise QubesVMNotRunningError(self) from error
+        self._become(domain, state)
+
+    def _become(self, domain: Domain, state: str) -> None:
+        # The run may have ended meanwhile, and the next one may have begun.
+        if self.domain is not domain or self._power not in STARTED:
+            raise QubesVMNotRunningError(self)
+        self._power = state
+
+    async def _tell(self, service: str) -> None:
+        """Call a service that the guest may have or not have."""
+        call: Any = self.run_service_for_stdio  # type: ignore[attr-defined]
+        try:
+            async with asyncio.timeout(_SERVICE_TIMEOUT):
+                await call(service, user="root")
+        except (subprocess.CalledProcessError, HarnessError, TimeoutError) as error:
+            log.info("%s in VM %s: %s", service, self.name, str(error))
