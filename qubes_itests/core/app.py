@@ -8,7 +8,11 @@ import logging
 from typing import TYPE_CHECKING, Any, Self
 
 from qubes_itests.core.domains import VMCollection
-from qubes_itests.core.exc import QubesPoolNotFoundError, QubesValueError
+from qubes_itests.core.exc import (
+    QubesPoolInUseError,
+    QubesPoolNotFoundError,
+    QubesValueError,
+)
 from qubes_itests.core.labels import LABELS, Label, find_label
 from qubes_itests.core.policy import Policy
 from qubes_itests.core.properties import Property, PropertyHolder
@@ -194,6 +198,26 @@ class Qubes(PropertyHolder):
         self.pools[pool.name] = pool
         self.fire_event("pool-add", pool=pool)
         return pool
+
+    async def remove_pool(self, name: str) -> None:
+        """Forget a storage pool; what is in it stays.
+
+        :raise QubesPoolInUseError: when a VM has a volume in it, or it is a default.
+        """
+        pool = self.get_pool(name)
+        users = [
+            f"VM {vm}"
+            for vm in self.domains
+            if any(v.pool is pool for v in getattr(vm, "volumes", {}).values())
+        ]
+        if self.default_pool == name:
+            users.append("the app (default_pool)")
+        if users:
+            raise QubesPoolInUseError(name, users)
+        self.fire_event("pool-pre-delete", pre_event=True, pool=pool)
+        await pool.destroy()
+        del self.pools[name]
+        self.fire_event("pool-delete", pool=pool)
 
     def get_pool(self, name: str) -> Pool:
         """Return a storage pool by name; QubesPoolNotFoundError if there is none."""

@@ -9,6 +9,7 @@
      +-- QubesLabelNotFoundError, QubesTagNotFoundError, QubesFeatureNotFoundError,
      |   QubesVMNotFoundError, QubesPoolNotFoundError   (also KeyErrors)
      +-- QubesNoTemplateError
+     +-- QubesPoolInUseError            names what uses it
      +-- QubesNotImplementedError       asked for, and not there
      +-- ProtocolError                  a request of the Admin API that cannot be
      +-- PermissionDenied               a request that may not be
@@ -41,6 +42,7 @@ __all__ = [
     "QubesNoSuchPropertyError",
     "QubesNoTemplateError",
     "QubesNotImplementedError",
+    "QubesPoolInUseError",
     "QubesPoolNotFoundError",
     "QubesPropertyValueError",
     "QubesTagNotFoundError",
@@ -137,6 +139,21 @@ class QubesTagNotFoundError(_NotFoundError):
     """The VM does not have that tag."""
 
     kind = "tag"
+
+
+class QubesPoolInUseError(QubesException):
+    """The storage pool cannot be removed while something uses it.
+
+    :param name: of the pool.
+    :param users: what uses it.
+    """
+
+    def __init__(self, name: str, users: Iterable[str]) -> None:
+        self.name = name
+        self.users = tuple(users)
+        super().__init__(
+            f"pool {name!r} is used by {', '.join(self.users)}; change these first"
+        )
 
 
 class QubesNoTemplateError(QubesException):
