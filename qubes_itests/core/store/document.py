@@ -133,7 +133,8 @@ class _Parser:
         #: The elements that the parser is in; the first one holds the root.
         self._open = [Element("")]
         self._count = 0
-        self._expat = expat.ParserCreate()
+        # it is written so, and what a document says of itself may be nonsense
+        self._expat = expat.ParserCreate("utf-8")
         self._expat.buffer_text = True
         self._expat.StartElementHandler = self._start
         self._expat.EndElementHandler = self._end

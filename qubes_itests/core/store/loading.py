@@ -161,7 +161,7 @@ class Loading:
         for name in ("qid", "name"):
             if name not in properties:
                 self.refuse(domain, f"a VM without property {name!r}")
-        identity = {
+        identity: dict[str, Any] = {
             name: self._claim(name, properties[name])
             for name in _IDENTITY
             if name in properties
@@ -195,7 +195,7 @@ class Loading:
             default = properties["name"] if "name" in str(error) else domain
             self.refuse(properties.get(str(name), default), str(error), error)
 
-    def _dom0(self, domain: Element, identity: dict[str, str]) -> BaseVM:
+    def _dom0(self, domain: Element, identity: dict[str, Any]) -> BaseVM:
         dom0: BaseVM = self._app.domains[0]
         if (identity["qid"], identity["name"]) != ("0", dom0.name):
             self.refuse(domain, f"the AdminVM has qid 0 and the name {dom0.name!r}")

@@ -24,5 +24,27 @@ def app(tmp_path):
 
 
 @pytest.fixture
+def stored(tmp_path):
+    """Make an app that is saved to the file `qubes.xml`, with nothing in it."""
+    return Qubes(
+        hypervisor=NoHypervisor(), directory=tmp_path, store=tmp_path / "qubes.xml"
+    )
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load what an app has saved, or what a file of the test's own says."""
+
+    def load(text=None, **options):
+        path = tmp_path / "qubes.xml"
+        if text is not None:
+            path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        options = {"hypervisor": NoHypervisor(), "directory": tmp_path} | options
+        return asyncio.run(Qubes.load(path, **options))
+
+    return load
+
+
+@pytest.fixture
 def template(app):
     return app.add_new_vm("TemplateVM", name="tiny", label="black")
