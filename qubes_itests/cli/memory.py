@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["execute"]
 
+#: Of a table that goes into a file or a pipe.
+_WIDTH = 120
+
 
 def execute(command: Command, _settings: Settings) -> int:
     """Show it or plot it."""
@@ -32,7 +36,8 @@ def execute(command: Command, _settings: Settings) -> int:
     if plotting:
         _plot(path, Path(command.output or path.with_suffix(".svg").name))
     else:
-        live.follow(path, Console())
+        terminal = sys.stdout.isatty()
+        live.follow(path, Console(width=None if terminal else _WIDTH))
     return ExitCode.OK
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["follow", "render"]
 
 _BAR = 30
+_LONGEST_NAME = 31
 _INTERVAL = 0.25
 
 
@@ -34,7 +35,10 @@ def render(record: Record) -> RenderableType:
     :param record: the moment; names in it are untrusted and shown as plain text.
     """
     table = Table(box=None, pad_edge=False)
-    for heading in ("VM", "uses", "holds", "target", "prefers", "of the machine", ""):
+    longest = max((len(domain.name) for domain in record.domains.values()), default=0)
+    # names are what one looks for: rather the bars are cut on a narrow terminal
+    table.add_column("VM", no_wrap=True, min_width=min(longest, _LONGEST_NAME))
+    for heading in ("uses", "holds", "target", "prefers", "of the machine", ""):
         right = heading in ("uses", "holds", "target", "prefers")
         table.add_column(heading, justify="right" if right else "left", no_wrap=True)
     for domain in record.domains.values():
@@ -65,7 +69,7 @@ def _cells(domain: DomainRecord, total: int) -> Iterator[Text]:
 
 
 def follow(path: Path, console: Console) -> None:
-    """Show a timeline; on a terminal go on as it grows, until interrupted.
+    """Show a timeline; on a terminal go on as it grows, until it is removed.
 
     :raise TimelineError: when the file is none.
     """
@@ -78,7 +82,7 @@ def follow(path: Path, console: Console) -> None:
                 console.print(render(record))
                 return
             with Live(render(record), console=console, auto_refresh=False) as live:
-                while True:
+                while path.exists():
                     time.sleep(_INTERVAL)
                     if newer := _last(path, file):
                         live.update(render(newer), refresh=True)

@@ -48,6 +48,13 @@ def test_the_variable_of_qubes_os_names_templates_and_ours_wins(tmp_path):
     assert load(tmp_path, environment).template == ("other",)
 
 
+def test_a_memory_budget_is_mib_or_none(tmp_path):
+    environment = {"QUBES_ITESTS_MEMORY_BUDGET": "4096"}
+    assert load(tmp_path, environment).memory_budget == 4096
+    (tmp_path / "setup.cfg").write_text("[qubes_itests]\nmemory-budget = 0\n")
+    assert load(tmp_path, {}).memory_budget == 0
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -64,6 +71,10 @@ def test_the_variable_of_qubes_os_names_templates_and_ours_wins(tmp_path):
         ('artifacts = ""', "not the name of a directory"),
         ('hypervisor = "a b"', "is not a name"),
         ("keep =", "pyproject.toml"),
+        ("memory_budget = 1000", "has no memory for a VM beside dom0: give it 2200"),
+        ("memory_budget = -1", "has no memory for a VM beside dom0"),
+        ('memory_budget = "4GiB"', "'4GiB' is not a whole number"),
+        ("memory_budget = 4294967296", "there is no machine of 4294967296 MiB"),
     ],
 )
 def test_nonsense_is_refused_with_the_file_and_the_reason(tmp_path, line, said):
