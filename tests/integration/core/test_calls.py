@@ -1,5 +1,7 @@
 """Calls between VMs: policy decides, streams connect, the exit status comes back."""
 
+import logging
+
 import pytest
 
 ECHO = '#!/bin/sh\necho "$QREXEC_REMOTE_DOMAIN ${1-}"\ncat\nexit ${1:-0}\n'
@@ -107,3 +109,72 @@ def test_service_of_dom0(app, pair, run):
 @pytest.mark.parametrize("target", ["../x", "a" * 100, "dom0; rm", "@dispvm", "gone"])
 def test_targets_that_cannot_be_are_refused(pair, run, target):
     assert call(run, pair[0], f"qrexec-client-vm '{target}' test.Echo")[0] == 126
+
+
+WHO = "#!/bin/sh\nid -un; hostname; echo $1; echo $QREXEC_SERVICE_FULL_NAME\n"
+
+
+@pytest.fixture
+def policy_file(app):
+    """Write a file of the run's own policy, and return its path."""
+
+    def write(text):
+        path = app.directory / "policy.d" / "30-user.policy"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_policy_file_is_obeyed_and_its_changes_too(pair, run, policy_file, caplog):
+    """A file redirects, sets the user, and speaks of one argument; then it denies."""
+    caplog.set_level(logging.INFO, "qubes.policy")
+    work, vault = pair
+    path = policy_file("test.Who +x work @default allow target=vault user=root\n")
+    install = "cat > /etc/qubes-rpc/test.Who; chmod +x /etc/qubes-rpc/test.Who"
+    run(vault.run_for_stdio(install, user="root", input=WHO.encode()))
+    command = "qrexec-client-vm @default test.Who+x"
+    assert call(run, work, command)[:2] == (0, b"root\nvault\nx\ntest.Who+x\n")
+    assert f"work -> @default: allowed to vault ({path}:1: " in caplog.text
+    assert call(run, work, "qrexec-client-vm @default test.Who+y")[0] == 126
+
+    policy_file("test.Who * work @default deny\n")
+    status, _, stderr = call(run, work, command)
+    assert status == 126
+    assert b"denied by policy" in stderr
+    assert b"deny" not in stderr.replace(b"denied by policy", b"")
+
+    policy_file("test.Who * work @default allow target=vault\nnonsense\n")
+    assert call(run, work, command)[0] == 126
+    assert f"{path}:2: policy line 'nonsense'" in caplog.text
+
+
+def test_target_that_must_not_be_started(app, make_vm, pair, run):
+    third = make_vm("third")
+    app.policy.add_rule("test.Echo * work @anyvm allow autostart=no")
+    assert call(run, pair[0], "qrexec-client-vm third test.Echo")[0] == 126
+    assert third.is_halted()
+    assert call(run, pair[0], "qrexec-client-vm vault test.Echo")[0] == 0
+
+
+def test_question_that_a_test_answers(app, pair, run):
+    app.policy.add_rule("test.Echo * work @default ask default_target=vault")
+    app.policy.add_rule("test.Echo * work vault allow", first=False)
+    command = "qrexec-client-vm @default test.Echo"
+    assert call(run, pair[0], command)[0] == 126
+    app.policy.ask_handler = lambda question: question.default
+    assert call(run, pair[0], command, b"hi\n")[:2] == (0, b"work \nhi\n")
+
+
+def test_vm_named_by_its_uuid(app, pair, run):
+    work, vault = pair
+    app.policy.add_rule(f"test.Echo * uuid:{work.uuid} vault allow")
+    status, stdout, _ = call(run, work, f"qrexec-client-vm uuid:{vault.uuid} test.Echo")
+    assert (status, stdout) == (0, b"work \n")
+
+
+def test_calls_that_no_rule_can_allow(app, pair, run):
+    app.policy.add_rule("* * * * allow")
+    for words in ("work test.Echo", "vault ../test.Echo", "@anyvm test.Echo"):
+        assert call(run, pair[0], f"qrexec-client-vm {words}")[0] == 126, words
