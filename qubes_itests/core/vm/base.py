@@ -10,6 +10,7 @@ from qubes_itests.core import config
 from qubes_itests.core.events import Emitter
 from qubes_itests.core.exc import QubesValueError
 from qubes_itests.core.features import Features, Tags
+from qubes_itests.core.firewall import Firewall
 from qubes_itests.core.labels import Label, find_label
 from qubes_itests.core.properties import Property, PropertyHolder
 
@@ -93,6 +94,9 @@ class BaseVM(PropertyHolder):
         self.app = app
         self.features = Features(self)
         self.tags = Tags(self)
+        self.firewall = Firewall()
+        #: What its user wrote about it.
+        self.notes = ""
         properties.setdefault("uuid", uuid_module.uuid4())
         Emitter.__init__(self)
         super().__init__(**properties)
