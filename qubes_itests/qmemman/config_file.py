@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import configparser
+import logging
 import math
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +29,18 @@ def _factor(text: str) -> float:
     return factor
 
 
+def _log_level(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,2}", text, re.ASCII) or int(text) > logging.CRITICAL:
+        raise ValueError(f"{text!r} is no level from 0 (all) to {logging.CRITICAL}")
+    return int(text)
+
+
 _KEYS: dict[str, Callable[[str], float]] = {
     "vm-min-mem": parse_size,
     "dom0-mem-boost": parse_size,
     "cache-margin-factor": _factor,
+    "log-level": _log_level,
 }
-#: Understood, and left to whoever configures logging.
-_OTHER_KEYS = frozenset({"log-level"})
 
 
 def read_policy(path: Path, default: Policy = DEFAULT_POLICY) -> Policy:
@@ -55,16 +62,14 @@ def read_policy(path: Path, default: Policy = DEFAULT_POLICY) -> Policy:
         )
     values = parser["global"] if parser.has_section("global") else {}
     changes: dict[str, Any] = {
-        key.replace("-", "_"): _convert(path, key, values[key])
-        for key in values
-        if key not in _OTHER_KEYS
+        key.replace("-", "_"): _convert(path, key, values[key]) for key in values
     }
     return replace(default, **changes)
 
 
 def _convert(path: Path, key: str, text: str) -> float:
     if key not in _KEYS:
-        known = ", ".join([*_KEYS, *_OTHER_KEYS])
+        known = ", ".join(_KEYS)
         raise ConfigurationFileError(path, f"unknown key {key!r}; there are {known}")
     try:
         return _KEYS[key](text)

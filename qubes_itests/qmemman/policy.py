@@ -1,4 +1,4 @@
-"""The numbers of the policy: those of Qubes OS, three of them configurable."""
+"""The numbers of the policy: those of Qubes OS, four of them configurable."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ class Policy:
     :param donor_tolerance: a donor that holds so much beyond its target is late.
     :param marker_tolerance: a domain within this of its target has responded.
     :param promise_tolerance: a target less than this above what is held is no promise.
+    :param log_level: of the daemon's messages, as `logging` counts: 20 shows every
+        decision; None leaves it to whoever configures logging.
     """
 
     vm_min_mem: int = 200 * MIB
@@ -58,6 +60,7 @@ class Policy:
     donor_tolerance: int = 50 * MIB // 4
     marker_tolerance: int = 50 * MIB // 2
     promise_tolerance: int = 200 * KIB
+    log_level: int | None = None
 
 
 DEFAULT_POLICY = Policy()

@@ -17,7 +17,7 @@ from qubes_itests.qmemman.exc import AlreadyRunningError
 from qubes_itests.qmemman.state import DOM0
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable
+    from collections.abc import Coroutine, Iterable, Iterator
     from pathlib import Path
     from types import TracebackType
 
@@ -58,6 +58,7 @@ class Server:
         :raise BudgetError: when the machine cannot hold its dom0.
         """
         async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(_logged_at(self._balancer.policy.log_level))
             _take(self.path, stack)
             stack.callback(self.path.unlink, missing_ok=True)
             await self._balancer.refresh()
@@ -186,6 +187,19 @@ class Server:
             "domains": domains,
             "refusal": None if refusal is None else asdict(refusal),
         }
+
+
+@contextlib.contextmanager
+def _logged_at(level: int | None) -> Iterator[None]:
+    """Have all of qmemman log from a level on, meanwhile."""
+    logger = logging.getLogger("qubes_itests.qmemman")
+    before = logger.level
+    if level is not None:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _take(path: Path, stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> None:
