@@ -110,7 +110,7 @@ class LibvirtMemory(MemoryBackend):
             return
         for guest in self._guests.values():
             if guest.domid == order.domid:
-                guest.order(order.target)
+                guest.order(order.target, order.limit)
                 return
         raise DomainGoneError(order.domid)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
@@ -75,6 +76,7 @@ class BalloonedGuest:
         self._pass_on = pass_on
         self._maximum = domain.spec.max_memory * MIB
         self._memory = self._target = self._current = domain.spec.memory * MIB
+        self._limit = self._memory
         self._wanted: int | None = None
         self._settled = False
         self._unseen = 0
@@ -104,9 +106,13 @@ class BalloonedGuest:
             paused=self.paused,
         )
 
-    def order(self, target: int) -> None:
-        """Have it aim at so many bytes, as soon as it can be told."""
-        self._target = self._wanted = max(1, min(target, self._maximum))
+    def order(self, target: int, limit: int) -> None:
+        """Have it aim at so many bytes, as soon as it can be told.
+
+        :param limit: what it takes beyond this is not there, bytes.
+        """
+        self._target = self._wanted = max(KIB, min(target, self._maximum))
+        self._limit = limit
         self._news.set()
 
     def repeat_report(self) -> None:
@@ -152,18 +158,24 @@ class BalloonedGuest:
         self._settled |= held <= self._memory
         if not self._settled:
             return
-        self._current = held
-        old, self._sample = self._sample, statistics
-        if not self._domain.spec.balanced or statistics == old:
-            return
-        self._learn_unseen(old, statistics)
-        self._say(used_memory(statistics, self._unseen, self._maximum))
+        # Whose balloon is unloaded takes all it can: a hypervisor with no more memory
+        # than the budget has would refuse it that.
+        self._current = min(held, max(self._current, self._limit))
+        if self._domain.spec.balanced and self._is_new(statistics):
+            self._learn_unseen(statistics)
+            self._sample = statistics
+            self._say(used_memory(statistics, self._unseen, self._maximum))
 
-    def _learn_unseen(
-        self, old: MemoryStatistics | None, new: MemoryStatistics
-    ) -> None:
+    def _is_new(self, statistics: MemoryStatistics) -> bool:
+        """Tell whether the guest has written statistics since the last sample."""
+        if self._sample is None:
+            return statistics.total is not None
+        return replace(statistics, actual=self._sample.actual) != self._sample
+
+    def _learn_unseen(self, new: MemoryStatistics) -> None:
         """See what the guest's kernel has less than the domain, if neither moves."""
-        if old and new.total and (old.actual, old.total) == (new.actual, new.total):
+        old = self._sample or new
+        if new.total and (old.actual, old.total) == (new.actual, new.total):
             self._unseen = max(0, new.actual - new.total)
 
     def _say(self, used: int | None) -> None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["SimulatedWorld", "World"]
 
 _LOOK = 0.02
+#: Seconds without a new target after which all have what they should have.
+_STILL = 1.5
 
 
 class World(abc.ABC):
@@ -54,7 +56,10 @@ class World(abc.ABC):
 
     @abc.abstractmethod
     async def use(self, name: str, size: int) -> None:
-        """Have a VM use so much from now on; ``dom0`` too."""
+        """Have a VM use so much from now on; ``dom0`` too.
+
+        Returns when it does: a VM that has less is given time to get more.
+        """
 
     @abc.abstractmethod
     async def hang(self, name: str) -> None:
@@ -110,6 +115,23 @@ class World(abc.ABC):
             await asyncio.sleep(_LOOK)
         return clock() - start
 
+    async def settled(self, *names: str, timeout: float = 20.0) -> None:
+        """Wait until VMs have targets, and these stay what they are.
+
+        :raise DeadlineError: when they do not.
+        """
+        clock = asyncio.get_running_loop().time
+        last, since = [0], clock()
+
+        def still() -> bool:
+            nonlocal last, since
+            targets = [self.target(name) for name in names]
+            if targets != last:
+                last, since = targets, clock()
+            return all(targets) and clock() - since >= _STILL
+
+        await self.until(f"rest of {', '.join(names)}", still, timeout=timeout)
+
     def _note(self, text: str) -> None:
         if self._recorder is not None:
             self._recorder.note(text)
@@ -151,9 +173,13 @@ class SimulatedWorld(World):
         self._note(f"{name} starts")
 
     async def use(self, name: str, size: int) -> None:
-        """Use and report."""
+        """Use and report; a guest that has not so much takes it as it comes."""
         self._note(f"{name} uses {mib(size)}")
-        self._guests[name].use(size)
+        guest = self._guests[name]
+        while guest.room() < size and not guest.stuck and name != "dom0":
+            guest.use(max(guest.used, min(size, guest.room())))
+            await asyncio.sleep(_LOOK)
+        guest.use(size)
 
     async def hang(self, name: str) -> None:
         """Stop its balloon."""

@@ -76,6 +76,10 @@ class SimulatedGuest:
         self._settle()
         return self._held
 
+    def room(self) -> int:
+        """Return what it could use now without lacking memory, bytes."""
+        return self.holds() - _UNSEEN
+
     def use(self, size: int) -> None:
         """Use so many bytes from now on, and report it as its agent does."""
         self.used = size
