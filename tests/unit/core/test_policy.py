@@ -273,8 +273,10 @@ def test_answer_to_a_question(vms):
 
 @pytest.mark.parametrize("answer", [None, "other", "gone", "@default", ""])
 def test_answers_that_deny(vms, answer):
-    decision, questions = ask(vms, ["* * work @default ask target=vault"], answer, "")
-    assert questions[0].targets == ("vault",)
+    line = "* * work @default ask target=vault default_target=other"
+    decision, (question,) = ask(vms, [line], answer, "")
+    assert question.targets == ("vault",)
+    assert question.default is None  # it is none of the targets
     assert not decision.allowed
     assert "asked" in decision.reason
 

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import pathlib
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -347,7 +349,7 @@ PIECES = st.sampled_from(
 TEXTS = st.one_of(st.lists(PIECES, max_size=40).map("".join), st.text())
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(["1.policy", "x", "y"]), TEXTS))
 def test_any_text_is_a_policy_or_a_policy_error(directory, legacy, files):
     """Whatever the files say, loading them ends in rules or in one kind of error."""
@@ -363,3 +365,10 @@ def test_any_text_is_a_policy_or_a_policy_error(directory, legacy, files):
         assert lines(policy) == []
     else:
         assert policy.error is None
+
+
+def test_examples_of_the_documents_are_a_policy(load):
+    """What docs/policy.md shows as a file of a policy can be loaded as one."""
+    text = (pathlib.Path(__file__).parents[3] / "docs/policy.md").read_text()
+    (example,) = re.findall(r"```policy\n(.*?)```", text, re.DOTALL)
+    assert len(lines(load({"30.policy": example}))) == 6
