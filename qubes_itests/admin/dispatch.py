@@ -15,9 +15,10 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from qubes_itests.admin.protocol import Request, encode_exception, encode_reply
+from qubes_itests.admin.tokens import CloneTokens
 from qubes_itests.core.exc import (
     PermissionDenied,
     ProtocolError,
@@ -94,6 +95,7 @@ class Call:
     :param source: the VM that calls.
     :param destination: the VM that it is about.
     :param raw_argument: the argument as it came.
+    :param tokens: those that volumes are cloned by.
     :param stream: takes the events of a method that sends any.
     """
 
@@ -102,6 +104,7 @@ class Call:
     source: Any
     destination: Any
     raw_argument: str
+    tokens: CloneTokens
     stream: EventStream | None = None
     #: What the method's validators made of the argument and the payload.
     argument: Any = field(default=None, init=False)
@@ -218,6 +221,7 @@ class Dispatcher:
         self.app = app
         self.methods = methods
         self.debug = debug
+        self._tokens = CloneTokens()
 
     async def answer(
         self, request: Request, stream: EventStream | None = None
@@ -270,6 +274,7 @@ class Dispatcher:
             self._domain(request.source),
             self._domain(request.destination),
             request.argument,
+            self._tokens,
             stream,
         )
         found.validate(call, request.payload)
@@ -294,6 +299,4 @@ class Dispatcher:
 
 async def save(app: Qubes) -> None:
     """Save the app's state."""
-    saving = cast("Any", app).save()
-    if inspect.isawaitable(saving):
-        await saving
+    await app.save_async()

@@ -38,6 +38,8 @@ def _declared(prop: Property[Any]) -> str:
 @functools.cache
 def property_kind(prop: Property[Any]) -> str:
     """Return the Admin API's name of a property's type: str, int, bool, vm or label."""
+    if prop.type_name != "str":
+        return prop.type_name
     declared = _declared(prop)
     return next((kind for word, kind in _KINDS if word in declared), "str")
 

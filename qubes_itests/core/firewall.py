@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.core.exc import QubesValueError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 __all__ = ["Firewall", "FirewallRuleError", "parse_rule"]
 

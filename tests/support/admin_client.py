@@ -67,8 +67,11 @@ class Client:
     @contextlib.contextmanager
     def events(self, destination="dom0", method="admin.Events"):
         """Give an iterator over events, until its block ends."""
-        with self._connection(frame(method, destination)) as connection:
-            yield read_events(connection.makefile("rb"))
+        with (
+            self._connection(frame(method, destination)) as connection,
+            connection.makefile("rb") as stream,
+        ):
+            yield read_events(stream)
 
     @contextlib.contextmanager
     def _connection(self, data):

@@ -45,9 +45,9 @@ class SavingQubes(Qubes):
 
     saved = 0
 
-    def save(self, *args, **kwargs):
+    async def save_async(self, **kwargs):
         self.saved += 1
-        return super().save(*args, **kwargs)
+        await super().save_async(**kwargs)
 
 
 @pytest.fixture

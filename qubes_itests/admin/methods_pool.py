@@ -1,0 +1,158 @@
+"""Methods on storage pools."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.admin.dispatch import Call, Destination, method
+from qubes_itests.admin.validation import ascii_text, boolean, pool, revisions_to_keep
+from qubes_itests.core.exc import ProtocolError, QubesException, QubesValueError
+from qubes_storage.drivers import driver_names, pool_class
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qubes_storage.pool import Pool
+
+__all__: list[str] = []
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_ON_DOM0: Final = functools.partial(method, destination=Destination.DOM0)
+
+
+def _lines(values: Mapping[str, object]) -> str:
+    return "".join(f"{key}={value}\n" for key, value in values.items())
+
+
+@_ON_DOM0("admin.pool.List")
+def list_pools(call: Call) -> str:
+    """Return the names, one a line."""
+    return "".join(f"{each}\n" for each in call.permitted(call.app.pools.values()))
+
+
+@functools.cache
+def _parameters(driver: str) -> tuple[str, ...]:
+    """Return the options of a driver, those of its base classes included."""
+    return tuple(
+        sorted(
+            {
+                parameter.name
+                for cls in pool_class(driver).__mro__
+                if "__init__" in vars(cls) and cls is not object
+                for parameter in inspect.signature(cls).parameters.values()
+                if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+            }
+            - {"name"}
+        )
+    )
+
+
+@_ON_DOM0("admin.pool.ListDrivers")
+def list_drivers(call: Call) -> str:
+    """Return the drivers and their options, one driver a line."""
+    drivers = call.permitted(driver_names())
+    return "".join(f"{' '.join((name, *_parameters(name)))}\n" for name in drivers)
+
+
+@_ON_DOM0("admin.pool.Info", argument=pool)
+def info(call: Call) -> str:
+    """Return its configuration, size and usage, as KEY=VALUE lines."""
+    found: Pool = call.argument
+    call.permit(pool=found)
+    values: dict[str, object] = dict(sorted(found.config.items()))
+    outer = found.included_in(call.app.pools.values())
+    more = {"size": found.size, "usage": found.usage, "included_in": outer}
+    values |= {key: value for key, value in more.items() if value is not None}
+    return _lines(values)
+
+
+@_ON_DOM0("admin.pool.UsageDetails", argument=pool)
+def usage_details(call: Call) -> str:
+    """Return what size and usage are made of, as KEY=VALUE lines."""
+    call.permit(pool=call.argument)
+    return _lines(dict(sorted(call.argument.usage_details.items())))
+
+
+def _driver(call: Call) -> str:
+    if call.raw_argument not in driver_names():
+        raise QubesException(
+            f"there is no storage driver {call.raw_argument!r}:"
+            f" there are {', '.join(driver_names())}"
+        )
+    return call.raw_argument
+
+
+def _configuration(call: Call, data: bytes) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for line in ascii_text(data).splitlines():
+        key, equals, value = line.partition("=")
+        if not equals:
+            raise ProtocolError(f"{line!r} is not KEY=VALUE")
+        if key in options:
+            raise ProtocolError(f"{key!r} is given twice")
+        options[key] = value
+    if not _NAME.fullmatch(options.get("name", "")):
+        raise ProtocolError("the payload needs name=, of letters, digits and _.-")
+    if options["name"] in call.app.pools:
+        raise QubesValueError(f"there is a pool {options['name']!r} already")
+    known = ("name", *_parameters(call.argument))
+    if unknown := sorted(set(options) - set(known)):
+        raise QubesValueError(
+            f"driver {call.argument} takes no {', '.join(unknown)}:"
+            f" it takes {', '.join(known)}"
+        )
+    return options
+
+
+@_ON_DOM0("admin.pool.Add", argument=_driver, payload=_configuration, saves=True)
+async def add(call: Call) -> None:
+    """Make a pool; the payload is its options, as KEY=VALUE lines."""
+    options = dict(call.payload)
+    call.permit(
+        name=options["name"],
+        pool_config={key: value for key, value in options.items() if key != "name"},
+    )
+    cls: Any = pool_class(call.argument)
+    try:
+        made = cls(**options)
+    except TypeError as error:
+        raise QubesValueError(f"driver {call.argument}: {error}") from None
+    await call.app.add_pool(made)
+
+
+@_ON_DOM0("admin.pool.Remove", argument=pool, saves=True)
+async def remove(call: Call) -> None:
+    """Forget a pool that nobody uses; what is in it stays."""
+    call.permit(pool=call.argument)
+    await call.app.remove_pool(call.argument.name)
+
+
+@_ON_DOM0("admin.pool.volume.List", argument=pool)
+def list_volumes(call: Call) -> str:
+    """Return the ids of its volumes, one a line."""
+    permitted = call.permitted(call.argument.list_volumes())
+    return "".join(f"{volume.vid}\n" for volume in permitted)
+
+
+@_ON_DOM0(
+    "admin.pool.Set.revisions_to_keep",
+    argument=pool,
+    payload=revisions_to_keep,
+    saves=True,
+)
+def set_revisions_to_keep(call: Call) -> None:
+    """Set how many revisions its new volumes keep."""
+    call.permit(newvalue=call.payload)
+    call.argument.revisions_to_keep = call.payload
+
+
+@_ON_DOM0(
+    "admin.pool.Set.ephemeral_volatile", argument=pool, payload=boolean, saves=True
+)
+def set_ephemeral_volatile(call: Call) -> None:
+    """Set whether its volatile volumes must not outlive their stop."""
+    call.permit(newvalue=call.payload)
+    call.argument.ephemeral_volatile = call.payload

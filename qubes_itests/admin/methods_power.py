@@ -1,0 +1,79 @@
+"""Methods on the life of VMs: start, shut down, pause, and how they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qubes_itests.admin.dispatch import Call, Destination, method
+from qubes_itests.admin.usage import usage_of
+from qubes_itests.admin.validation import words_among
+from qubes_itests.core.exc import QubesVMNotRunningError
+
+if TYPE_CHECKING:
+    from qubes_itests.core.vm.qubesvm import QubesVM
+
+__all__: list[str] = []
+
+
+@method("admin.vm.Start")
+async def start(call: Call) -> None:
+    """Start it, and wait until it has started."""
+    call.permit()
+    await call.destination.start()
+
+
+@method("admin.vm.Shutdown", argument=words_among("force", "wait"))
+async def shutdown(call: Call) -> None:
+    """Ask its guest to power off; the argument is any of force and wait."""
+    options = {word: word in call.argument for word in ("force", "wait")}
+    call.permit(**options)
+    await call.destination.shutdown(**options)
+
+
+@method("admin.vm.Kill")
+async def kill(call: Call) -> None:
+    """Stop it at once."""
+    call.permit()
+    await call.destination.kill()
+
+
+@method(
+    *(f"admin.vm.{act}" for act in ("Pause", "Unpause", "Suspend", "Resume")),
+    destination=Destination.VM,
+)
+async def pause(call: Call) -> None:
+    """Stop its virtual CPUs, or have them run again."""
+    call.permit()
+    action = call.method.rpartition(".")[2].lower()
+    await getattr(call.destination, action)()
+
+
+@method("admin.vm.CurrentState")
+async def current_state(call: Call) -> str:
+    """Return its memory in KiB, its CPU time in milliseconds, and its power state."""
+    call.permit()
+    vm: Any = call.destination
+    usage = await usage_of(vm)
+    state = {
+        "mem": usage.memory >> 10,
+        "mem_static_max": _most_memory(vm),
+        "cputime": round(usage.cpu_time * 1000),
+        "power_state": vm.get_power_state(),
+    }
+    return " ".join(f"{key}={value}" for key, value in state.items())
+
+
+def _most_memory(vm: QubesVM) -> int:
+    if not hasattr(vm, "maxmem"):
+        return 0
+    return max(vm.memory, vm.maxmem or 0) << 10
+
+
+@method("admin.vm.Console", destination=Destination.VM)
+async def console(call: Call) -> str:
+    """Return the path of the file that collects what the guest prints."""
+    call.permit()
+    vm = call.destination
+    if not vm.is_running() or vm.domain is None:
+        raise QubesVMNotRunningError(vm)
+    return str(vm.domain.console_log())

@@ -1,0 +1,51 @@
+"""What VMs use of the machine: memory and CPU time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.hypervisor.exc import HypervisorError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Usage", "cpu_percent", "usage_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a VM uses.
+
+    :param memory: bytes that it holds.
+    :param cpu_time: seconds that its CPUs have run since its start.
+    :param at: when that was, in seconds of the event loop's clock.
+    """
+
+    memory: int = 0
+    cpu_time: float = 0.0
+    at: float = 0.0
+
+
+_NOTHING: Final = Usage()
+
+
+async def usage_of(vm: Any, at: float = 0.0) -> Usage:
+    """Return what a VM uses; nothing when it does not run, and of dom0."""
+    domain = getattr(vm, "domain", None)
+    if domain is None or not vm.is_running():
+        return _NOTHING
+    try:
+        statistics = await domain.memory_statistics()
+        return Usage(statistics.actual, await domain.cpu_time(), at)
+    except HypervisorError:
+        # it ended meanwhile
+        return _NOTHING
+
+
+def cpu_percent(before: Mapping[str, Usage], name: str, now: Usage) -> int:
+    """Return how much of one CPU a VM had since it was looked at before, in percent."""
+    then = before.get(name)
+    if then is None or now.at <= then.at or now.cpu_time < then.cpu_time:
+        return 0
+    return round(100 * (now.cpu_time - then.cpu_time) / (now.at - then.at))
