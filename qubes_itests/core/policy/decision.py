@@ -35,6 +35,8 @@ class Decision:
     :param reason: one sentence, for the log; not for the caller.
     :param notify: whether a user should be told.
     :param autostart: whether the target may be started for it.
+    :param requested: whom the caller asked for, which dom0's services act upon when a
+        rule redirects to them: a VM's name or a keyword; empty if that was not valid.
     """
 
     allowed: bool
@@ -44,6 +46,7 @@ class Decision:
     reason: str
     notify: bool = False
     autostart: bool = True
+    requested: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +71,18 @@ class Question:
 AskHandler = Callable[[Question], str | None]
 
 
-def denied(reason: str, rule: Rule | None = None, *, notify: bool = True) -> Decision:
+def denied(
+    reason: str, rule: Rule | None = None, *, requested: str = "", notify: bool = True
+) -> Decision:
     """Return the decision that denies a call."""
     return Decision(
-        allowed=False, target="", user=None, rule=rule, reason=reason, notify=notify
+        allowed=False,
+        target="",
+        user=None,
+        rule=rule,
+        reason=reason,
+        notify=notify,
+        requested=requested,
     )
 
 
@@ -84,13 +95,19 @@ def decide(
     :param ask: answers questions, None if nobody is there.
     """
     if rule.action is Action.DENY:
-        return denied(rule.shown, rule, notify=rule.notify is not False)
+        return _refuse(request, rule, rule.shown, notify=rule.notify is not False)
     try:
         if rule.action is Action.ASK:
             return _ask(request, rule, rules, ask)
         return _allow(request, rule, _destination(request, rule))
     except RequestError as error:
-        return denied(f"{error.reason}; {rule.shown}", rule, notify=bool(rule.notify))
+        reason = f"{error.reason}; {rule.shown}"
+        return _refuse(request, rule, reason, notify=bool(rule.notify))
+
+
+def _refuse(request: Request, rule: Rule, reason: str, *, notify: bool) -> Decision:
+    requested = request.destination.requested
+    return denied(reason, rule, requested=requested, notify=notify)
 
 
 def _destination(request: Request, rule: Rule) -> Destination:
@@ -116,6 +133,7 @@ def _allow(request: Request, rule: Rule, destination: Destination) -> Decision:
         reason=rule.shown,
         notify=bool(rule.notify),
         autostart=rule.autostart,
+        requested=request.destination.requested,
     )
 
 
@@ -154,7 +172,7 @@ def _question(request: Request, rule: Rule, offered: Sequence[str]) -> Question:
     return Question(
         service=request.service + request.argument,
         source=request.source.name,
-        requested=str(request.destination.token),
+        requested=request.destination.requested,
         targets=tuple(offered),
         default=default if default in offered else None,
     )

@@ -122,9 +122,10 @@ class Policy:
         for rule in (*added, *loaded.rules):
             if rule.matches(request):
                 return decide(request, rule, (*added, *loaded.rules), self.ask_handler)
+        reason = "no rule of the policy speaks of it"
         if loaded.error is not None:
-            return denied(f"the policy's files cannot be used: {loaded.error}")
-        return denied("no rule of the policy speaks of it")
+            reason = f"the policy's files cannot be used: {loaded.error}"
+        return denied(reason, requested=request.destination.requested)
 
 
 async def evaluate(app: Qubes, service: str, source: BaseVM, target: str) -> Decision:

@@ -88,6 +88,11 @@ class Destination:
             return f"@dispvm:{self.base.name}"
         return "@adminvm" if self.token.kind is Kind.ADMINVM else ""
 
+    @property
+    def requested(self) -> str:
+        """How the caller named it, a VM by its name."""
+        return self.vm.name if self.vm is not None else str(self.token)
+
     def is_running(self) -> bool:
         """Tell whether a call to it would start nothing."""
         if self.token.kind is Kind.ADMINVM:

@@ -185,6 +185,25 @@ def test_why_a_call_is_denied(vms, line, target, reason):
     assert re.search(reason, decision.reason), decision.reason
 
 
+@pytest.mark.parametrize(
+    ("target", "requested"),
+    [
+        ("vault", "vault"),
+        (f"uuid:{UUID}", "vault"),
+        ("gone", "@default"),
+        ("", "@default"),
+        ("dom0", "@adminvm"),
+        ("$dispvm", "@dispvm"),
+        ("@dispvm:dvm2", "@dispvm:dvm2"),
+        ("no/name", ""),
+    ],
+)
+def test_whom_the_caller_asked_for(vms, target, requested):
+    """A decision says it whether it allows, denies or redirects to dom0."""
+    for lines in (["* * * * allow target=dom0"], ["* * * * deny"], []):
+        assert decide(vms, lines, target=target).requested == requested
+
+
 def test_no_default_dispvm(vms):
     vms["work"].default_dispvm = None
     decision = decide(vms, ["* * * @dispvm allow"], target="@dispvm")
