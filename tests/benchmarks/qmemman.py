@@ -19,9 +19,11 @@ from qubes_itests.qmemman.replay import replay
 from qubes_itests.qmemman.state import DomainMemory
 
 MIB = 1024**2
-MEMORY_PER_VM = 800 * MIB
-#: What a quarter of an hour of 100 VMs must not be worse than.
-LEAST_FAIRNESS, MOST_THRASH, MOST_BELOW = 0.99, 4.5, 0.02
+MEMORY_PER_VM = 800
+#: What a quarter of an hour of 100 VMs must not be worse than, by MiB for each VM:
+#: fairness, bytes moved per byte needed, time below preference.  A replay gives the
+#: same numbers on every machine, so the bounds lie one percent beside them.
+GATES = {600: (0.949, 0.798, 0.162), MEMORY_PER_VM: (0.988, 4.04, 0.0095)}
 
 
 def domains(count):
@@ -58,15 +60,15 @@ def decisions():
             row(f"{count} domains, {name} memory", times, unit=unit, bound=limit)
 
 
-def quality(count, length):
+def quality(count, length, each=MEMORY_PER_VM):
     """Replay a trace, print what came of it, and return it."""
     trace = traces.generate(count, length, 1)
     verdicts = []
     taken = seconds(
-        lambda: verdicts.append(replay(trace, count * MEMORY_PER_VM, judge_every=60))
+        lambda: verdicts.append(replay(trace, count * each * MIB, judge_every=60))
     )
     verdict = verdicts[0]
-    heading(f"{count} VMs over {length} s, {MEMORY_PER_VM // MIB} MiB each")
+    heading(f"{count} VMs over {length} s, {each} MiB each")
     row("time", [taken], bound="< 30 s")
     row("fairness", [verdict.fairness], unit="")
     row("moved per needed", [verdict.thrash], unit="")
@@ -78,14 +80,13 @@ def quality(count, length):
 def main():
     """Measure, print and judge."""
     decisions()
-    verdict = quality(100, 900)
+    worse = False
+    for each, (fairness, thrash, below) in GATES.items():
+        verdict = quality(100, 900, each)
+        worse |= verdict.fairness < fairness
+        worse |= verdict.thrash > thrash or verdict.below > below
     if "--all" in sys.argv:
         quality(1000, 3600)
-    worse = (
-        verdict.fairness < LEAST_FAIRNESS
-        or verdict.thrash > MOST_THRASH
-        or verdict.below > MOST_BELOW
-    )
     sys.exit("the decisions are worse than they were" if worse else 0)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 SUITE = """
@@ -72,11 +75,19 @@ def test_settings_have_names_of_their_own(suite):
     assert "templates: other (warm starts)" in right.stdout
 
 
+def test_the_example_of_the_guide_to_memory_runs(site):
+    text = (Path(__file__).parents[3] / "docs/qmemman.md").read_text()
+    (example,) = re.findall(r"```python\n(# test_memory.py.*?)```", text, re.DOTALL)
+    (site.work / "test_memory.py").write_text(example)
+    done = site.run("-p", "qubes_itests", "test_memory.py", program="pytest")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_pytest_documents_the_fixtures(suite):
     out = suite.run("-p", "qubes_itests", "--fixtures", "-q", program="pytest").stdout
     names = (
         "sandbox", "run_directory", "portal", "testbed", "qubes_app", "vm_factory",
-        "btrfs", "xfs", "ext4", "reflink_pool",
+        "btrfs", "xfs", "ext4", "reflink_pool", "qmemman", "memory_budget",
     )  # fmt: skip
     for name in names:
         at = out.index(f"\n{name} ")
