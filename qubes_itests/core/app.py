@@ -8,6 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Self
 
 from qubes_itests.core.domains import VMCollection
+from qubes_itests.core.events import handler
 from qubes_itests.core.exc import (
     QubesPoolInUseError,
     QubesPoolNotFoundError,
@@ -67,6 +68,13 @@ def _app_dispvm(app: Qubes, prop: Property[Any], value: Any) -> BaseVM | None:
     return found
 
 
+def _app_netvm(app: Qubes, prop: Property[Any], value: Any) -> BaseVM | None:
+    found = _app_domain(app, prop, value)
+    if found is not None and not getattr(found, "provides_network", False):
+        raise ValueError(f"{found} has not provides_network set")
+    return found
+
+
 class Qubes(PropertyHolder):
     """A Qubes system: the VMs, and all that they share.
 
@@ -87,7 +95,16 @@ class Qubes(PropertyHolder):
         doc="What disposable VMs are made from.",
     )
     default_netvm = Property["BaseVM | None"](
-        "default_netvm", setter=_app_domain, default=None, doc="The net VM of new VMs."
+        "default_netvm",
+        setter=_app_netvm,
+        default=None,
+        doc="The net VM of VMs that set none.",
+    )
+    default_fw_netvm = Property["BaseVM | None"](
+        "default_fw_netvm",
+        setter=_app_netvm,
+        default=None,
+        doc="The net VM of net VMs that set none.",
     )
     default_kernel = Property["str | None"](
         "default_kernel",
@@ -149,6 +166,31 @@ class Qubes(PropertyHolder):
         app.domains["dom0"].events_enabled = False
         await open_store(app, app.store, lock=lock)
         return app
+
+    @handler("property-pre-set:default_netvm")
+    def on_default_netvm_pre_set(
+        self, _event: str, newvalue: BaseVM | None, **_kwargs: Any
+    ) -> None:
+        """Refuse one that does not run, if VMs that run would have it."""
+        for vm in self._by_default_netvm():
+            vm.require_running(newvalue)
+
+    @handler("property-set:default_netvm", "property-reset:default_netvm")
+    def on_default_netvm_set(
+        self, _event: str, oldvalue: BaseVM | None = None, **_kwargs: Any
+    ) -> None:
+        """Tell the VMs whose net VM this changes."""
+        for vm in self._by_default_netvm():
+            vm.fire_event("property-reset:netvm", name="netvm", oldvalue=oldvalue)
+
+    def _by_default_netvm(self) -> list[QubesVM]:
+        return [
+            vm
+            for vm in self.domains
+            if isinstance(vm, QubesVM)
+            and not vm.provides_network
+            and vm.property_is_default("netvm")
+        ]
 
     @property
     def labels(self) -> Mapping[int, Label]:

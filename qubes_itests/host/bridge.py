@@ -110,6 +110,10 @@ class Tap:
             ]
         )
 
+    def cut(self) -> None:
+        """Take it out of its bridge: nothing passes any more, whatever the VM does."""
+        _ip(f"link set {self.name} down nomaster")
+
     def remove(self) -> None:
         """Remove it; nothing happens if it is gone."""
         _remove(self.name)

@@ -269,6 +269,8 @@ class Hypervisor(abc.ABC):
 
     #: Short name of the back end, as on the command line.
     name: str
+    #: Whether its domains can be plugged into bridges of this host.
+    networked: bool = True
 
     @abc.abstractmethod
     async def close(self) -> None:

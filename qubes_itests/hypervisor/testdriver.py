@@ -89,6 +89,7 @@ class TestHypervisor(LibvirtHypervisor):
     __test__ = False
 
     name = "test"
+    networked = False
     _numbers = itertools.count()
 
     @classmethod

@@ -164,6 +164,7 @@ class ScriptedHypervisor(Hypervisor):
     """
 
     name = "scripted"
+    networked = False
 
     def __init__(self, random: Random, turns: int = 6) -> None:
         self.random = random

@@ -13,9 +13,9 @@ from qubes_itests.core.exc import (
 )
 from qubes_itests.core.properties import Property, to_bool
 from qubes_itests.core.storage import Storage, in_pool
-from qubes_itests.core.vm.base import BaseVM
 from qubes_itests.core.vm.execution import ExecutionMixin
 from qubes_itests.core.vm.power import PowerMixin
+from qubes_itests.core.vm.wiring import WiringMixin
 from qubes_itests.guest.identity import Identity
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.qmemman.client import memory_for_start
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qubes_itests.core.app import Qubes
+    from qubes_itests.core.vm.base import BaseVM
     from qubes_itests.guest.template import Template
     from qubes_storage.volume import Volume
 
@@ -77,19 +78,7 @@ def _dispvm_template(vm: BaseVM, prop: Any, value: Any) -> BaseVM | None:
     return found
 
 
-def _net_vm(vm: BaseVM, prop: Any, value: Any) -> BaseVM | None:
-    found = domain_property(vm, prop, value)
-    seen: Any = found
-    while seen is not None:
-        if seen == vm:
-            raise ValueError(f"{vm} would be its own net VM by way of {found}")
-        seen = getattr(seen, "netvm", None)
-    if found is not None and not getattr(found, "provides_network", False):
-        raise ValueError(f"{found} has not provides_network set")
-    return found
-
-
-class QubesVM(PowerMixin, ExecutionMixin, BaseVM):
+class QubesVM(PowerMixin, ExecutionMixin, WiringMixin):
     """A VM that can be started.
 
     :param app: the app that it belongs to.
@@ -130,13 +119,6 @@ class QubesVM(PowerMixin, ExecutionMixin, BaseVM):
     kernelopts = Property[str](
         "kernelopts", type=str, default="", doc="Added to the kernel's command line."
     )
-    netvm = Property["BaseVM | None"](
-        "netvm",
-        setter=_net_vm,
-        load_stage=4,
-        default=lambda vm: vm.app.default_netvm,
-        doc="The VM that connects this one to the network; None for no network at all.",
-    )
     default_user = Property[str](
         "default_user", type=str, default="user", doc="Who runs commands."
     )
@@ -158,9 +140,6 @@ class QubesVM(PowerMixin, ExecutionMixin, BaseVM):
         setter=_positive,
         default=config.defaults["shutdown_timeout"],
         doc="How long a shutdown may take, seconds.",
-    )
-    provides_network = Property[bool](
-        "provides_network", type=to_bool, default=False, doc="May be others' netvm."
     )
     template_for_dispvms = Property[bool](
         "template_for_dispvms",
@@ -281,7 +260,7 @@ class QubesVM(PowerMixin, ExecutionMixin, BaseVM):
         }
         if template is not None:
             entries["/qubes-base-template"] = str(template)
-        return entries
+        return entries | self.network_entries()
 
     # on disk
 

@@ -1,0 +1,379 @@
+"""What a store may hold, and what is refused, by its line; the past is understood."""
+
+import logging
+import re
+import textwrap
+
+import pytest
+
+from qubes_itests.core import exc
+from qubes_itests.core.store.exc import StoreFormatError
+
+UUID = "2fcfc1f4-b2fe-4361-931a-c5294b35edfa"
+
+# as Qubes OS has written it: labels by reference, no volumes, no UUID of one VM
+OLDER = f"""\
+<?xml version="1.0" encoding="utf-8" ?>
+<qubes version="3.0">
+    <properties>
+        <property name="default_netvm">sys-net</property>
+        <property name="default_fw_netvm">sys-net</property>
+        <property name="default_template">fedora</property>
+    </properties>
+    <labels>
+        <label id="label-1" color="#cc0000">red</label>
+        <label id="label-9" color="#ff00ff">pink</label>
+    </labels>
+    <pools>
+        <pool driver="file" dir_path="/nonexistent/qubes-test" name="default"/>
+    </pools>
+    <domains>
+        <domain class="TemplateVM" id="domain-2">
+            <properties>
+                <property name="name">fedora</property>
+                <property name="label" ref="label-1" />
+                <property name="netvm"></property>
+            </properties>
+        </domain>
+        <domain class="StandaloneVM" id="domain-1">
+            <properties>
+                <property name="qid">1</property>
+                <property name="name">sys-net</property>
+                <property name="provides_network">True</property>
+                <property name="label" ref="label-1" />
+                <property name="netvm"></property>
+                <property name="uuid">{UUID.upper()}</property>
+                <property name="stubdom_mem">128</property>
+            </properties>
+            <services>
+                <service>clocksync</service>
+                <service enabled="False">cups</service>
+            </services>
+        </domain>
+        <domain class="AppVM" id="domain-3">
+            <properties>
+                <property name="maxmem">8000</property>
+                <property name="memory">2000</property>
+                <property name="name">work</property>
+                <property name="label" ref="label-1" />
+                <property name="template">fedora</property>
+                <property name="dispvm_allowed">True</property>
+            </properties>
+            <features>
+                <feature name="gui">1</feature>
+                <feature name="empty"></feature>
+            </features>
+            <tags><tag name="mine"/></tags>
+        </domain>
+    </domains>
+</qubes>
+"""
+
+
+def document(*vms, app=""):
+    """Return a store of VMs; an extra line of each is the last one of its properties.
+
+    The lines of the first VM are 6 (domain), 8 (name), 9 (qid), 10 (extra).
+    """
+    head = (
+        f"<qubes>\n<pools><pool name='default' driver='file' dir_path='/nonexistent'/>"
+        f"</pools>\n<properties>\n{app}</properties>\n<domains>\n"
+    )
+    return head + "".join(vms) + "</domains>\n</qubes>\n"
+
+
+def vm(name, extra="", *, qid=1, klass="StandaloneVM", after=""):
+    return textwrap.dedent(f"""\
+        <domain class="{klass}">
+        <properties>
+        <property name="name">{name}</property>
+        <property name="qid">{qid}</property>
+        {extra}
+        </properties>
+        {after}
+        </domain>
+        """)
+
+
+def prop(name, value):
+    return f'<property name="{name}">{value}</property>'
+
+
+def test_older_store(load, caplog):
+    with caplog.at_level(logging.WARNING, "qubes.store"):
+        app = load(OLDER)
+    assert app.domains.keys() == ["dom0", "fedora", "sys-net", "work"]
+    net, work = app.domains["sys-net"], app.domains["work"]
+    assert str(net.uuid) == UUID
+    assert net.provides_network is True
+    assert net.netvm is None
+    assert dict(net.features) == {"service.clocksync": "1", "service.cups": ""}
+    assert work.qid == 3
+    assert work.template is app.domains["fedora"] is app.default_template
+    assert work.netvm is net
+    assert work.property_is_default("netvm")
+    assert (work.memory, work.maxmem) == (2000, 8000)
+    assert work.template_for_dispvms is True
+    assert dict(work.features) == {"gui": "1", "empty": ""}
+    assert set(work.tags) == {"mine"}
+    assert str(work.label) == "red"
+    assert list(work.volumes) == ["root", "private", "volatile"]
+    for ignored in ("label: 'pink'", "stubdom_mem"):
+        assert f"{ignored}" in caplog.text
+    assert "qubes.xml:10: no such label" in caplog.text
+
+
+def test_older_store_is_saved_as_of_today(load, tmp_path):
+    app = load(OLDER)
+    app.save(lock=False)
+    first = (tmp_path / "qubes.xml").read_bytes()
+    assert b"ref=" not in first
+    assert b"<service" not in first
+    assert b'<volume name="private"' in first
+    load().save(lock=False)
+    assert (tmp_path / "qubes.xml").read_bytes() == first
+
+
+def test_pool_that_cannot_be_set_up_is_a_problem_and_no_end(load):
+    app = load(OLDER.replace("/nonexistent", "/proc/nonexistent"))
+    assert "pool default is not ready" in app.problems[0]
+    assert "default" in app.pools
+
+
+def test_empty_store_has_dom0(load):
+    assert load("<qubes/>").domains.keys() == ["dom0"]
+
+
+def test_loaded_vms_are_told_and_nothing_is_new(load, stored, tmp_path):
+    seen = []
+    stored.add_new_vm  # noqa: B018 - the fixture has no pool, hence the document
+    from qubes_itests.core.vm.standalonevm import StandaloneVM  # noqa: PLC0415
+
+    def note(_vm, event, **_kwargs):
+        seen.append(event)
+
+    StandaloneVM.add_class_handler("*", note)
+    try:
+        app = load(document(vm("one", prop("memory", 300))))
+    finally:
+        StandaloneVM.remove_class_handler("*", note)
+    assert seen == ["domain-load"]
+    assert app.events_enabled
+    assert app.domains["dom0"].events_enabled
+    assert not app.loading
+
+
+DANGLING = "no such VM: 'gone'"
+NET = prop("provides_network", "True")
+REFUSED = {
+    "root": ("<system/>", 1, "this is a 'system', not a 'qubes'"),
+    "version": ("<qubes version='5.0'/>", 1, "version '5.0' of the format"),
+    "no driver": ("<qubes><pools>\n<pool name='x'/></pools></qubes>", 2, "'driver'"),
+    "unknown driver": (
+        "<qubes><pools>\n<pool name='x' driver='tape'/></pools></qubes>",
+        2,
+        "tape",
+    ),
+    "option of a pool": (
+        "<qubes><pools>\n<pool name='x' driver='file' speed='9'/></pools></qubes>",
+        2,
+        "speed",
+    ),
+    "two pools": (
+        "<qubes><pools>\n<pool name='x' driver='file' dir_path='/x'/>\n"
+        "<pool name='x' driver='file' dir_path='/y'/></pools></qubes>",
+        3,
+        "pool 'x' is in line 2 already",
+    ),
+    "two labels": (
+        "<qubes><labels>\n<label id='label-1'>red</label>\n"
+        "<label id='label-1'>blue</label></labels></qubes>",
+        3,
+        "label 'label-1' is in line 2 already",
+    ),
+    "no class": (document(vm("one", klass="")), 6, "'domain' lacks the attribute"),
+    "unknown class": (document(vm("one", klass="NetVM")), 6, "no VM class 'NetVM'"),
+    "no name": (
+        "<qubes><domains>\n<domain class='AppVM'/></domains></qubes>",
+        2,
+        "qid",
+    ),
+    "impossible name": (document(vm("../etc")), 8, "VM name '../etc'"),
+    "impossible number": (document(vm("one", qid=70_000)), 9, "from 0 to 65000"),
+    "no number": (document(vm("one", qid="x")), 9, "'qid'"),
+    "impossible UUID": (document(vm("one", prop("uuid", "x"))), 10, "'uuid'"),
+    "two names": (
+        document(vm("one"), vm("one", qid=2)),
+        16,
+        "name 'one' belongs to the VM in line 8",
+    ),
+    "two numbers": (
+        document(vm("one"), vm("two")),
+        17,
+        "qid '1' belongs to the VM in line 9",
+    ),
+    "two UUIDs": (
+        document(
+            vm("one", prop("uuid", UUID)), vm("two", prop("uuid", UUID.upper()), qid=2)
+        ),
+        18,
+        "belongs to the VM in line 10",
+    ),
+    "dom0's number": (document(vm("one", qid=0)), 6, "there is a VM with qid 0"),
+    "another dom0": (document(vm("dom1", qid=4, klass="AdminVM")), 6, "'dom0'"),
+    "two of one property": (
+        document(vm("one", prop("memory", 300) + prop("memory", 400))),
+        10,
+        "property 'memory' is in line 10 already",
+    ),
+    "unknown property": (
+        document(vm("one", prop("memroy", 300))),
+        10,
+        "StandaloneVM has no property 'memroy'",
+    ),
+    "value": (document(vm("one", prop("memory", "much"))), 10, "'memory' of one"),
+    "unknown label": (document(vm("one", prop("label", "pink"))), 10, "'pink'"),
+    "dangling netvm": (document(vm("one", prop("netvm", "gone"))), 10, DANGLING),
+    "dangling template": (
+        document(vm("one", prop("template", "gone"), klass="AppVM")),
+        10,
+        DANGLING,
+    ),
+    "no template": (document(vm("one", klass="AppVM")), 6, "lacks a template"),
+    "dangling default": (
+        document(app=prop("default_netvm", "gone")),
+        4,
+        DANGLING,
+    ),
+    "netvm that is none": (
+        document(vm("one"), vm("two", prop("netvm", "one"), qid=2)),
+        18,
+        "provides_network",
+    ),
+    "netvm loop": (
+        document(
+            vm("one", NET + prop("netvm", "two")),
+            vm("two", NET + prop("netvm", "one"), qid=2),
+        ),
+        None,
+        "netvm|net VM",
+    ),
+    "feature's name": (
+        document(vm("one", after="<features><feature name='a b'/></features>")),
+        12,
+        "no name of a feature",
+    ),
+    "tag's name": (
+        document(vm("one", after="<tags><tag name='a b'/></tags>")),
+        12,
+        "no tag",
+    ),
+    "tag without a name": (
+        document(vm("one", after="<tags><tag/></tags>")),
+        12,
+        "'tag' lacks the attribute 'name'",
+    ),
+    "volume's pool": (
+        document(
+            vm(
+                "one",
+                after="<volume-config>\n<volume name='private' pool='gone'/>"
+                "</volume-config>",
+            )
+        ),
+        13,
+        "'gone'",
+    ),
+    "volume's id": (
+        document(
+            vm(
+                "one",
+                after="<volume-config>\n<volume name='private' vid='../../etc'/>"
+                "</volume-config>",
+            )
+        ),
+        13,
+        "etc",
+    ),
+    "volume's flag": (
+        document(
+            vm(
+                "one",
+                after="<volume-config>\n<volume name='x' rw='maybe'/></volume-config>",
+            )
+        ),
+        13,
+        "neither True nor False",
+    ),
+    "volume's size": (
+        document(
+            vm(
+                "one",
+                after="<volume-config>\n<volume name='x' size='1G'/></volume-config>",
+            )
+        ),
+        13,
+        "1G",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "line", "reason"), REFUSED.values(), ids=REFUSED)
+def test_refused_where_it_is_wrong(load, text, line, reason, tmp_path):
+    """It is refused whole: neither directory of its pools nor any other file is made."""
+    with pytest.raises(StoreFormatError, match=reason) as caught:
+        load(text)
+    if line is not None:
+        assert caught.value.line == line, caught.value
+    assert re.match(
+        rf"{re.escape(str(tmp_path))}/qubes.xml:\d+:\d+: ", str(caught.value)
+    )
+    assert (tmp_path / "qubes.xml").read_text() == text
+    assert not (tmp_path / "pool").exists()
+
+
+def test_refused_store_is_left_to_others(load, tmp_path):
+    with pytest.raises(StoreFormatError):
+        load("<system/>", lock=True)
+    (tmp_path / "qubes.xml").write_text("<qubes/>")
+    load(lock=True).store.release()
+
+
+def test_order_of_vms_and_properties_does_not_matter(load):
+    """A client before its net VM, and a net VM whose default would be a loop."""
+    app = load(
+        document(
+            vm("client", prop("netvm", "firewall")),
+            vm("net", NET + prop("netvm", "router"), qid=2),
+            vm("firewall", NET + prop("netvm", "net"), qid=3),
+            vm("router", prop("netvm", "") + NET, qid=4),
+            app=prop("default_netvm", "net"),
+        )
+    )
+    names = []
+    found = app.domains["client"]
+    while found is not None:
+        names.append(found.name)
+        found = found.netvm
+    assert names == ["client", "firewall", "net", "router"]
+
+
+def test_defaults_make_no_loop_of_net_vms(load):
+    app = load(
+        document(
+            vm("net", NET),
+            vm("firewall", NET + prop("netvm", "net"), qid=2),
+            vm("client", qid=3),
+            app=prop("default_netvm", "firewall")
+            + prop("default_fw_netvm", "firewall"),
+        )
+    )
+    net, firewall, client = (app.domains[n] for n in ("net", "firewall", "client"))
+    assert (client.netvm, firewall.netvm, net.netvm) == (firewall, net, None)
+
+
+def test_memory_that_was_lowered_after_maxmem(load):
+    app = load(document(vm("one", prop("maxmem", 3000) + prop("memory", 100))))
+    assert (app.domains["one"].memory, app.domains["one"].maxmem) == (100, 3000)
+    with pytest.raises(exc.QubesPropertyValueError):
+        app.domains["one"].maxmem = 3000
