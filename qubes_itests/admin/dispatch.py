@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from qubes_itests.admin.hub import EventHub
 from qubes_itests.admin.protocol import Request, encode_exception, encode_reply
 from qubes_itests.admin.tokens import CloneTokens
 from qubes_itests.core.exc import (
@@ -96,6 +97,7 @@ class Call:
     :param destination: the VM that it is about.
     :param raw_argument: the argument as it came.
     :param tokens: those that volumes are cloned by.
+    :param hub: where streams get their events.
     :param stream: takes the events of a method that sends any.
     """
 
@@ -105,6 +107,7 @@ class Call:
     destination: Any
     raw_argument: str
     tokens: CloneTokens
+    hub: EventHub
     stream: EventStream | None = None
     #: What the method's validators made of the argument and the payload.
     argument: Any = field(default=None, init=False)
@@ -222,6 +225,7 @@ class Dispatcher:
         self.methods = methods
         self.debug = debug
         self._tokens = CloneTokens()
+        self._hub = EventHub(app)
 
     async def answer(
         self, request: Request, stream: EventStream | None = None
@@ -275,6 +279,7 @@ class Dispatcher:
             self._domain(request.destination),
             request.argument,
             self._tokens,
+            self._hub,
             stream,
         )
         found.validate(call, request.payload)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import logging
-from typing import Any, Final
-
-from qubes_itests.admin.protocol import encode_event
+from typing import Final
 
 __all__ = ["EventStream"]
 
@@ -25,11 +23,10 @@ class EventStream(abc.ABC):
         self.begun = False
         self._closed = asyncio.Event()
 
-    def send(self, subject: str, event: str, **values: Any) -> None:
+    def send(self, event: bytes) -> None:
         """Send an event, unless the client is gone.
 
-        :param subject: name of a VM; empty for the app.
-        :param event: its name.
+        :param event: its bytes.
         """
         if self._closed.is_set():
             return
@@ -39,7 +36,7 @@ class EventStream(abc.ABC):
             self._drop()
             self.close()
             return
-        self._write(encode_event(subject, event, values))
+        self._write(event)
 
     async def wait_closed(self) -> None:
         """Wait until the client is gone."""

@@ -8,8 +8,6 @@ import pytest
 from admin_client import AdminError, frame
 
 from qubes_itests.admin import streams
-from qubes_itests.admin.methods_events import Subscription
-from qubes_itests.core.events import Emitter
 
 
 def fire(app, run, name, event, **values):
@@ -74,6 +72,16 @@ def test_vms_that_are_added_later_are_heard_and_removed_ones_forgotten(client, a
         assert "domain-tag-add:late" in names
         assert added._instance_handlers == []
     assert set(before) == set(handlers(app))
+
+
+def test_any_number_of_streams_is_one_handler(client, app, run):
+    """What is fired costs the same however many listen, and all of them hear it."""
+    with client.events() as first, client.events() as second:
+        next(first)
+        next(second)
+        assert set(handlers(app).values()) == {1}
+        fire(app, run, "work", "told")
+        assert next(first).name == next(second).name == "told"
 
 
 def test_a_stream_of_one_vm_hears_of_no_other(client, app, run):
@@ -172,15 +180,3 @@ def test_stats_say_first_that_they_are_there_and_end_with_the_client(client, ser
     with client.events(method="admin.vm.Stats") as events:
         assert next(events).name == "connection-established"
     wait_until(lambda: not server._clients)
-
-
-def test_a_subscription_that_ends_has_no_handlers_left():
-    class Sink:
-        def send(self, *_args, **_kwargs):
-            pass
-
-    emitter = Emitter()
-    subscription = Subscription(Sink(), [])
-    subscription.vm(emitter)
-    subscription.end()
-    assert emitter._instance_handlers == []

@@ -1,0 +1,104 @@
+"""Events of an app and its VMs, on their way to any number of streams."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.admin.protocol import encode_event
+
+if TYPE_CHECKING:
+    import uuid
+    from collections.abc import Callable, Iterator
+
+    from qubes_itests.admin.streams import EventStream
+    from qubes_itests.core.app import Qubes
+    from qubes_itests.core.events import Emitter
+
+__all__ = ["EventHub"]
+
+#: Events that are questions between the core's own parts.
+_INTERNAL: Final = (
+    "admin-permission:",
+    "device-get:",
+    "device-list:",
+    "device-list-attached:",
+    "domain-is-fully-usable",
+)
+
+
+@dataclass(slots=True, eq=False)
+class _Subscriber:
+    stream: EventStream
+    only: uuid.UUID | None
+    filters: list[Callable[..., bool]] = field(default_factory=list)
+
+
+class EventHub:
+    """Listens as long as anybody does, once for all of them.
+
+    :param app: whose events, and those of its VMs, it hands on.
+    """
+
+    def __init__(self, app: Qubes) -> None:
+        self._app = app
+        self._subscribers: list[_Subscriber] = []
+        self._listening: dict[int, tuple[Emitter, Callable[..., Any]]] = {}
+
+    @contextlib.contextmanager
+    def subscribed(
+        self,
+        stream: EventStream,
+        filters: list[Callable[..., bool]],
+        only: uuid.UUID | None = None,
+    ) -> Iterator[None]:
+        """Send events to a stream for the time of the block.
+
+        :param filters: called with (subject, event, values); all must agree.
+        :param only: of the VM whose events they are to be; None for all.
+        """
+        subscriber = _Subscriber(stream, only, filters)
+        self._subscribers.append(subscriber)
+        if len(self._subscribers) == 1:
+            self._begin()
+        try:
+            yield
+        finally:
+            self._subscribers.remove(subscriber)
+            if not self._subscribers:
+                self._end()
+
+    def _begin(self) -> None:
+        self._listen(self._app, self._on_app_event)
+        for vm in self._app.domains:
+            self._listen(vm, self._on_event)
+
+    def _end(self) -> None:
+        for emitter, function in self._listening.values():
+            emitter.remove_handler("*", function)
+        self._listening.clear()
+
+    def _listen(self, emitter: Emitter, function: Callable[..., Any]) -> None:
+        emitter.add_handler("*", function)
+        self._listening[id(emitter)] = (emitter, function)
+
+    def _on_app_event(self, app: Any, event: str, **values: Any) -> None:
+        self._on_event(app, event, **values)
+        if event == "domain-add":
+            self._listen(values["vm"], self._on_event)
+        elif event == "domain-delete":
+            if (known := self._listening.pop(id(values["vm"]), None)) is not None:
+                known[0].remove_handler("*", known[1])
+
+    def _on_event(self, subject: Any, event: str, **values: Any) -> None:
+        if event.startswith(_INTERNAL):
+            return
+        is_vm = subject is not self._app
+        name, which = (subject.name, subject.uuid) if is_vm else ("", None)
+        data = encode_event(name, event, values)
+        for subscriber in tuple(self._subscribers):
+            if subscriber.only in {None, which} and all(
+                allows((subject, event, values)) for allows in subscriber.filters
+            ):
+                subscriber.stream.send(data)
