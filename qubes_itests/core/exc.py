@@ -11,7 +11,11 @@
      +-- QubesNoTemplateError
      +-- QubesPoolInUseError            names what uses it
      +-- QubesNotImplementedError       asked for, and not there
+     +-- DeviceNotAssigned, DeviceAlreadyAttached, DeviceAlreadyAssigned
+     |                                  (also KeyErrors)
+     +-- UnrecognizedDevice             not there, or another one (also a ValueError)
      +-- ProtocolError                  a request of the Admin API that cannot be
+     |    +-- UnexpectedDeviceProperty  it contradicts itself about a device
      +-- PermissionDenied               a request that may not be
      +-- QubesVMError                   concerns one VM
           +-- QubesVMInUseError
@@ -34,6 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
+    "DeviceAlreadyAssigned",
+    "DeviceAlreadyAttached",
+    "DeviceNotAssigned",
     "PermissionDenied",
     "ProtocolError",
     "QubesException",
@@ -57,6 +64,8 @@ __all__ = [
     "QubesVMStartError",
     "QubesVMStorageError",
     "QubesValueError",
+    "UnexpectedDeviceProperty",
+    "UnrecognizedDevice",
 ]
 
 
@@ -170,6 +179,45 @@ class ProtocolError(QubesException):
 
 class PermissionDenied(QubesException):
     """A request of the Admin API is not allowed to who makes it."""
+
+
+class UnexpectedDeviceProperty(ProtocolError):  # noqa: N818 - its name in Qubes OS
+    """What was sent contradicts itself about a device.
+
+    :param name: the property.
+    :param found: what it is.
+    :param expected: what it has to be.
+    """
+
+    def __init__(self, name: str, found: str, expected: str) -> None:
+        super().__init__(f"{name} of the device is {found!r}, not {expected!r}")
+        self.name = name
+        self.found = found
+        self.expected = expected
+
+
+class _DeviceError(QubesException, KeyError):
+    """A device is not where a request expects it."""
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of the message
+        return str(self.args[0])
+
+
+class DeviceNotAssigned(_DeviceError):  # noqa: N818 - its name in Qubes OS
+    """The device is not assigned, or attached, to that VM."""
+
+
+class DeviceAlreadyAttached(_DeviceError):  # noqa: N818
+    """A VM has the device already."""
+
+
+class DeviceAlreadyAssigned(_DeviceError):  # noqa: N818
+    """The device is assigned to that VM already."""
+
+
+class UnrecognizedDevice(QubesException, ValueError):  # noqa: N818
+    """The device is not there, or is another than the expected one."""
 
 
 class QubesVMError(QubesException):

@@ -12,7 +12,7 @@ from qubes_itests.core.exc import (
     QubesNoSuchPropertyError,
     QubesPropertyValueError,
 )
-from qubes_itests.core.labels import Label
+from qubes_itests.core.labels import find_label
 from qubes_itests.core.property_values import conversion, to_bool, to_text
 from qubes_itests.core.store.document import check_text
 
@@ -33,7 +33,7 @@ class _Mark(enum.Enum):
 
 NO_DEFAULT: Final = _Mark.NO_DEFAULT
 
-_TYPE_NAMES: Final[dict[Any, str]] = {int: "int", bool: "bool", Label: "label"}
+_TYPE_NAMES: Final[dict[Any, str]] = {int: "int", bool: "bool", find_label: "label"}
 
 
 class Property(Generic[T]):

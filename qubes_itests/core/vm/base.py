@@ -7,12 +7,13 @@ import uuid as uuid_module
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core import config
+from qubes_itests.core.devices import DeviceManager
 from qubes_itests.core.events import Emitter
 from qubes_itests.core.exc import QubesValueError
 from qubes_itests.core.features import Features, Tags
 from qubes_itests.core.firewall import Firewall
 from qubes_itests.core.labels import Label, find_label
-from qubes_itests.core.properties import Property, PropertyHolder
+from qubes_itests.core.properties import Property, PropertyHolder, stateless_property
 
 if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
@@ -55,11 +56,6 @@ def _set_qid(holder: object, prop: object, value: Any) -> int:
     return int(value)
 
 
-def _set_label(holder: object, prop: object, value: Any) -> Label:
-    del holder, prop
-    return find_label(value)
-
-
 class BaseVM(PropertyHolder):
     """A VM as the app knows it.
 
@@ -88,12 +84,14 @@ class BaseVM(PropertyHolder):
         write_once=True,
         doc="A small number of the VM.",
     )
-    label = Property[Label]("label", setter=_set_label, doc="Its colour.")
+    label = Property[Label]("label", type=find_label, doc="Its colour.")
 
     def __init__(self, app: Qubes, **properties: Any) -> None:
         self.app = app
         self.features = Features(self)
         self.tags = Tags(self)
+        #: Its devices, by class; see `qubes_itests.core.devices`.
+        self.devices = DeviceManager(self)
         self.firewall = Firewall()
         #: What its user wrote about it.
         self.notes = ""
@@ -101,10 +99,21 @@ class BaseVM(PropertyHolder):
         Emitter.__init__(self)
         super().__init__(**properties)
 
-    @property
+    @stateless_property
     def klass(self) -> str:
         """Name of its class, as in `qvm-ls`."""
         return type(self).__name__
+
+    @stateless_property
+    def icon(self) -> str:
+        """Name of its icon: by its class and its label."""
+        return f"{self._icon_kind()}-{self.label}"
+
+    def _icon_kind(self) -> str:
+        if self.features.get("servicevm"):
+            return "servicevm"
+        for_dispvms = getattr(self, "template_for_dispvms", False)
+        return "dispvm" if for_dispvms else self.klass.lower()
 
     @property
     def dir_path_prefix(self) -> str:
