@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Element", "check_text", "parse", "to_bytes"]
+__all__ = ["Element", "check_text", "parse", "storable", "to_bytes"]
 
 #: A VM takes about 2,000 bytes and 50 elements; there are 65,000 VMs at the most.
 _MOST_BYTES: Final = 256 * 1024**2
@@ -26,6 +26,9 @@ _MOST_ELEMENTS: Final = 5_000_000
 _MOST_DEPTH: Final = 16
 
 _INDENT: Final = "  "
+
+#: Characters to show on both sides of one that is refused.
+_AROUND: Final = 20
 
 _IMPOSSIBLE: Final = re.compile(
     "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
@@ -79,10 +82,14 @@ def check_text(text: str) -> str:
         return), or halves of surrogate pairs.
     """
     if found := _IMPOSSIBLE.search(text):
-        raise ValueError(
-            f"its character {found.start() + 1}, {found[0]!r}, cannot be stored"
-        )
+        around = text[max(0, found.start() - _AROUND) : found.end() + _AROUND]
+        raise ValueError(f"{found[0]!r} in {around!r} cannot be stored")
     return text
+
+
+def storable(text: str) -> str:
+    """Return a text with underscores for what a document cannot hold."""
+    return _IMPOSSIBLE.sub("_", text)
 
 
 def to_bytes(root: Element) -> bytes:

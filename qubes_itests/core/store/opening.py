@@ -64,9 +64,7 @@ async def _set_up(app: Qubes, pool: Any) -> None:
 async def _remove(app: Qubes, vm: Any) -> None:
     name = vm.name
     try:
-        vm.check_unused()
-        await vm.remove_from_disk()
-        del app.domains[vm]
+        await app.domains.remove(vm)
     except (QubesException, StoragePoolException) as error:
         log.warning("disposable VM %s is kept: %s", name, str(error))
     else:

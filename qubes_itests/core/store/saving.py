@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
+from qubes_itests.core.exc import QubesValueError
+from qubes_itests.core.firewall import Firewall
 from qubes_itests.core.properties import Property
-from qubes_itests.core.store.document import Element, to_bytes
+from qubes_itests.core.store.document import Element, storable, to_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qubes_itests.core.app import Qubes
+    from qubes_itests.core.device_assignment import DeviceAssignment
     from qubes_itests.core.properties import PropertyHolder
     from qubes_itests.core.vm.base import BaseVM
 
@@ -26,7 +31,10 @@ def saved(app: Qubes) -> bytes:
 
     :raise QubesValueError: for what a document cannot hold.
     """
-    return to_bytes(state_of(app))
+    try:
+        return to_bytes(state_of(app))
+    except ValueError as error:
+        raise QubesValueError(f"the app cannot be saved: {error}") from error
 
 
 def state_of(app: Qubes) -> Element:
@@ -55,8 +63,34 @@ def _domain(vm: BaseVM) -> Element:
     tags = domain.add("tags")
     for tag in sorted(vm.tags):
         tags.add("tag", name=tag)
+    for devclass, devices in sorted(vm.devices.items()):
+        _add_devices(domain, devclass, sorted(devices.get_assigned_devices()))
+    if vm.firewall.rules != Firewall().rules:
+        firewall = domain.add("firewall")
+        for rule in vm.firewall.rules:
+            firewall.add("rule", rule)
+    if vm.notes:
+        domain.add("notes", storable(vm.notes))
     _add_volumes(domain, vm)
     return domain
+
+
+def _add_devices(
+    domain: Element, devclass: str, assignments: Sequence[DeviceAssignment]
+) -> None:
+    if not assignments:
+        return
+    devices = domain.add("devices", **{"class": devclass})
+    for assignment in assignments:
+        attributes = {
+            "backend-domain": assignment.backend_name,
+            "id": assignment.port_id,
+            "identity": assignment.device_id,
+            "mode": assignment.mode.value,
+        }
+        device = devices.add("device", **attributes)
+        for name, value in sorted(assignment.options.items()):
+            device.add("option", value, name=name)
 
 
 def _add_properties(element: Element, holder: PropertyHolder) -> None:

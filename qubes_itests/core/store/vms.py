@@ -1,8 +1,11 @@
-"""What a VM has besides its properties: features, tags, volumes."""
+"""What a VM has besides its properties: features, tags, devices, volumes and others."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.core.device_assignment import AssignmentMode, DeviceAssignment
+from qubes_itests.core.device_protocol import ANY, Port, VirtualDevice
 
 if TYPE_CHECKING:
     from qubes_itests.core.store.document import Element
@@ -29,8 +32,51 @@ def load_extras(loading: Loading, vm: BaseVM, domain: Element) -> None:
     for name, element in tags.items():
         with loading.at(element):
             vm.tags.add(name)
+    for element in domain.find_all("devices"):
+        _load_devices(loading, vm, element)
+    for element in domain.find_all("firewall"):
+        with loading.at(element):
+            vm.firewall.rules = [rule.text for rule in element.find_all("rule")]
+    for element in domain.find_all("notes"):
+        vm.notes = element.text
     if hasattr(vm, "volumes"):
         _load_volumes(loading, vm, domain)
+
+
+def _load_devices(loading: Loading, vm: BaseVM, devices: Element) -> None:
+    for element in devices.find_all("device"):
+        with loading.at(element):
+            collection = vm.devices[loading.attribute(devices, "class")]
+            assignment = _assignment(loading, vm, element, collection.devclass)
+            if assignment in list(collection.get_assigned_devices()):
+                loading.refuse(element, f"device {assignment} is assigned twice")
+            collection.load_assignment(assignment)
+
+
+def _assignment(
+    loading: Loading, vm: BaseVM, element: Element, devclass: str
+) -> DeviceAssignment:
+    backend = loading.attribute(element, "backend-domain")
+    port = Port(
+        None if backend == ANY else vm.app.domains[backend],
+        loading.attribute(element, "id"),
+        devclass,
+    )
+    options = loading.unique(element.find_all("option"), "name")
+    return DeviceAssignment(
+        VirtualDevice(port, element.attributes.get("identity")),
+        vm,
+        {name: option.text for name, option in options.items()},
+        _mode(element),
+    )
+
+
+def _mode(element: Element) -> str:
+    # there was only "required" once, yes or no
+    old = AssignmentMode.AUTO
+    if element.attributes.get("required", "no").lower() in ("yes", "true"):
+        old = AssignmentMode.REQUIRED
+    return element.attributes.get("mode", old.value)
 
 
 def _load_volumes(loading: Loading, vm: Any, domain: Element) -> None:

@@ -38,7 +38,7 @@ def load(tmp_path):
     def load(text=None, **options):
         path = tmp_path / "qubes.xml"
         if text is not None:
-            path.write_bytes(text if isinstance(text, bytes) else text.encode())
+            path.write_text(text.replace("{directory}", str(tmp_path / "pool")))
         options = {"hypervisor": NoHypervisor(), "directory": tmp_path} | options
         return asyncio.run(Qubes.load(path, **options))
 

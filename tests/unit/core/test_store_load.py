@@ -8,11 +8,12 @@ import pytest
 
 from qubes_itests.core import exc
 from qubes_itests.core.store.exc import StoreFormatError
+from qubes_itests.core.vm.standalonevm import StandaloneVM
 
 UUID = "2fcfc1f4-b2fe-4361-931a-c5294b35edfa"
 
 # as Qubes OS has written it: labels by reference, no volumes, no UUID of one VM
-OLDER = f"""\
+OLDER = """\
 <?xml version="1.0" encoding="utf-8" ?>
 <qubes version="3.0">
     <properties>
@@ -25,7 +26,7 @@ OLDER = f"""\
         <label id="label-9" color="#ff00ff">pink</label>
     </labels>
     <pools>
-        <pool driver="file" dir_path="/nonexistent/qubes-test" name="default"/>
+        <pool driver="file" dir_path="{directory}" name="default"/>
     </pools>
     <domains>
         <domain class="TemplateVM" id="domain-2">
@@ -42,7 +43,7 @@ OLDER = f"""\
                 <property name="provides_network">True</property>
                 <property name="label" ref="label-1" />
                 <property name="netvm"></property>
-                <property name="uuid">{UUID.upper()}</property>
+                <property name="uuid">2FCFC1F4-B2FE-4361-931A-C5294B35EDFA</property>
                 <property name="stubdom_mem">128</property>
             </properties>
             <services>
@@ -73,11 +74,11 @@ OLDER = f"""\
 def document(*vms, app=""):
     """Return a store of VMs; an extra line of each is the last one of its properties.
 
-    The lines of the first VM are 6 (domain), 8 (name), 9 (qid), 10 (extra).
+    The lines of the first VM are 7 (domain), 9 (name), 10 (qid), 11 (extra).
     """
     head = (
-        f"<qubes>\n<pools><pool name='default' driver='file' dir_path='/nonexistent'/>"
-        f"</pools>\n<properties>\n{app}</properties>\n<domains>\n"
+        "<qubes>\n<pools><pool name='default' driver='file' dir_path='{directory}'/>"
+        f"</pools>\n<properties>\n{app}\n</properties>\n<domains>\n"
     )
     return head + "".join(vms) + "</domains>\n</qubes>\n"
 
@@ -135,7 +136,7 @@ def test_older_store_is_saved_as_of_today(load, tmp_path):
 
 
 def test_pool_that_cannot_be_set_up_is_a_problem_and_no_end(load):
-    app = load(OLDER.replace("/nonexistent", "/proc/nonexistent"))
+    app = load(OLDER.replace("{directory}", "/proc/nonexistent"))
     assert "pool default is not ready" in app.problems[0]
     assert "default" in app.pools
 
@@ -144,10 +145,8 @@ def test_empty_store_has_dom0(load):
     assert load("<qubes/>").domains.keys() == ["dom0"]
 
 
-def test_loaded_vms_are_told_and_nothing_is_new(load, stored, tmp_path):
+def test_loaded_vms_are_told_and_nothing_is_new(load):
     seen = []
-    stored.add_new_vm  # noqa: B018 - the fixture has no pool, hence the document
-    from qubes_itests.core.vm.standalonevm import StandaloneVM  # noqa: PLC0415
 
     def note(_vm, event, **_kwargs):
         seen.append(event)
@@ -180,66 +179,64 @@ REFUSED = {
         "speed",
     ),
     "two pools": (
-        "<qubes><pools>\n<pool name='x' driver='file' dir_path='/x'/>\n"
-        "<pool name='x' driver='file' dir_path='/y'/></pools></qubes>",
+        "<qubes><pools>\n<pool name='x' driver='x'/>\n<pool name='x'/></pools></qubes>",
         3,
         "pool 'x' is in line 2 already",
     ),
     "two labels": (
-        "<qubes><labels>\n<label id='label-1'>red</label>\n"
-        "<label id='label-1'>blue</label></labels></qubes>",
+        "<qubes><labels>\n<label id='x'/>\n<label id='x'/></labels></qubes>",
         3,
-        "label 'label-1' is in line 2 already",
+        "label 'x' is in line 2 already",
     ),
-    "no class": (document(vm("one", klass="")), 6, "'domain' lacks the attribute"),
-    "unknown class": (document(vm("one", klass="NetVM")), 6, "no VM class 'NetVM'"),
+    "no class": (document(vm("one", klass="")), 7, "'domain' lacks the attribute"),
+    "unknown class": (document(vm("one", klass="NetVM")), 7, "no VM class 'NetVM'"),
     "no name": (
         "<qubes><domains>\n<domain class='AppVM'/></domains></qubes>",
         2,
         "qid",
     ),
-    "impossible name": (document(vm("../etc")), 8, "VM name '../etc'"),
-    "impossible number": (document(vm("one", qid=70_000)), 9, "from 0 to 65000"),
-    "no number": (document(vm("one", qid="x")), 9, "'qid'"),
-    "impossible UUID": (document(vm("one", prop("uuid", "x"))), 10, "'uuid'"),
+    "impossible name": (document(vm("../etc")), 9, "VM name '../etc'"),
+    "impossible number": (document(vm("one", qid=70_000)), 10, "from 0 to 65000"),
+    "no number": (document(vm("one", qid="x")), 10, "'qid'"),
+    "impossible UUID": (document(vm("one", prop("uuid", "x"))), 11, "'uuid'"),
     "two names": (
         document(vm("one"), vm("one", qid=2)),
-        16,
-        "name 'one' belongs to the VM in line 8",
+        17,
+        "name 'one' belongs to the VM in line 9",
     ),
     "two numbers": (
         document(vm("one"), vm("two")),
-        17,
-        "qid '1' belongs to the VM in line 9",
+        18,
+        "qid '1' belongs to the VM in line 10",
     ),
     "two UUIDs": (
         document(
             vm("one", prop("uuid", UUID)), vm("two", prop("uuid", UUID.upper()), qid=2)
         ),
-        18,
-        "belongs to the VM in line 10",
+        19,
+        "belongs to the VM in line 11",
     ),
-    "dom0's number": (document(vm("one", qid=0)), 6, "there is a VM with qid 0"),
-    "another dom0": (document(vm("dom1", qid=4, klass="AdminVM")), 6, "'dom0'"),
+    "dom0's number": (document(vm("one", qid=0)), 7, "there is a VM with qid 0"),
+    "another dom0": (document(vm("dom1", qid=4, klass="AdminVM")), 7, "'dom0'"),
     "two of one property": (
         document(vm("one", prop("memory", 300) + prop("memory", 400))),
-        10,
-        "property 'memory' is in line 10 already",
+        11,
+        "property 'memory' is in line 11 already",
     ),
     "unknown property": (
         document(vm("one", prop("memroy", 300))),
-        10,
+        11,
         "StandaloneVM has no property 'memroy'",
     ),
-    "value": (document(vm("one", prop("memory", "much"))), 10, "'memory' of one"),
-    "unknown label": (document(vm("one", prop("label", "pink"))), 10, "'pink'"),
-    "dangling netvm": (document(vm("one", prop("netvm", "gone"))), 10, DANGLING),
+    "value": (document(vm("one", prop("memory", "much"))), 11, "'memory' of one"),
+    "unknown label": (document(vm("one", prop("label", "pink"))), 11, "'pink'"),
+    "dangling netvm": (document(vm("one", prop("netvm", "gone"))), 11, DANGLING),
     "dangling template": (
         document(vm("one", prop("template", "gone"), klass="AppVM")),
-        10,
+        11,
         DANGLING,
     ),
-    "no template": (document(vm("one", klass="AppVM")), 6, "lacks a template"),
+    "no template": (document(vm("one", klass="AppVM")), 7, "lacks a template"),
     "dangling default": (
         document(app=prop("default_netvm", "gone")),
         4,
@@ -247,7 +244,7 @@ REFUSED = {
     ),
     "netvm that is none": (
         document(vm("one"), vm("two", prop("netvm", "one"), qid=2)),
-        18,
+        19,
         "provides_network",
     ),
     "netvm loop": (
@@ -260,17 +257,17 @@ REFUSED = {
     ),
     "feature's name": (
         document(vm("one", after="<features><feature name='a b'/></features>")),
-        12,
+        13,
         "no name of a feature",
     ),
     "tag's name": (
         document(vm("one", after="<tags><tag name='a b'/></tags>")),
-        12,
+        13,
         "no tag",
     ),
     "tag without a name": (
         document(vm("one", after="<tags><tag/></tags>")),
-        12,
+        13,
         "'tag' lacks the attribute 'name'",
     ),
     "volume's pool": (
@@ -281,7 +278,7 @@ REFUSED = {
                 "</volume-config>",
             )
         ),
-        13,
+        14,
         "'gone'",
     ),
     "volume's id": (
@@ -292,7 +289,7 @@ REFUSED = {
                 "</volume-config>",
             )
         ),
-        13,
+        14,
         "etc",
     ),
     "volume's flag": (
@@ -302,7 +299,7 @@ REFUSED = {
                 after="<volume-config>\n<volume name='x' rw='maybe'/></volume-config>",
             )
         ),
-        13,
+        14,
         "neither True nor False",
     ),
     "volume's size": (
@@ -312,7 +309,7 @@ REFUSED = {
                 after="<volume-config>\n<volume name='x' size='1G'/></volume-config>",
             )
         ),
-        13,
+        14,
         "1G",
     ),
 }
@@ -320,7 +317,8 @@ REFUSED = {
 
 @pytest.mark.parametrize(("text", "line", "reason"), REFUSED.values(), ids=REFUSED)
 def test_refused_where_it_is_wrong(load, text, line, reason, tmp_path):
-    """It is refused whole: neither directory of its pools nor any other file is made."""
+    """It is refused whole: not even the directories of its pools are made."""
+    text = text.replace("{directory}", str(tmp_path / "pool"))
     with pytest.raises(StoreFormatError, match=reason) as caught:
         load(text)
     if line is not None:
