@@ -175,6 +175,11 @@ class GuestWriter:
         """Wait until all is sent, or nobody reads it any more."""
         await self._until(lambda: not self._size)
 
+    @property
+    def backlog(self) -> int:
+        """How many bytes wait to be taken by the guest."""
+        return self._size
+
     def can_write_eof(self) -> bool:
         """Tell that it can be closed; as asyncio has it."""
         return True
