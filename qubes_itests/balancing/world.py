@@ -48,7 +48,10 @@ class VMWorld(World):
         super().__init__(memory.balancer, memory.recorder)
         #: The VMs, by name.
         self.vms: dict[str, Any] = {}
-        self._app = app
+        #: What balances them.
+        self.memory = memory
+        #: Where they are made.
+        self.app = app
         self._backend = memory.backend
         self._used: dict[str, GuestMemory] = {}
         self._idle: dict[str, int] = {}
@@ -56,7 +59,15 @@ class VMWorld(World):
 
     async def start(self, name: str, *, memory: int, maximum: int) -> None:
         """Start a VM, and have it use half of its memory."""
-        vm = self._app.add_new_vm(
+        await self.start_idle(name, memory=memory, maximum=maximum)
+        await self.use(name, memory // 2)
+
+    async def start_idle(self, name: str, *, memory: int, maximum: int) -> None:
+        """Start a VM, and wait until it has reported what it uses by itself.
+
+        :raise MemoryRefusedError: when there is no memory for it.
+        """
+        vm = self.app.add_new_vm(
             "AppVM",
             name=name,
             label="red",
@@ -75,7 +86,6 @@ class VMWorld(World):
         self._used[name] = GuestMemory(vm)
         await self.until(f"report of {name}", lambda: bool(self._reported(name)))
         self._idle[name] = self._reported(name)
-        await self.use(name, memory // 2)
 
     async def use(self, name: str, size: int) -> None:
         """Use memory until all that the guest uses comes to so much, or is idle.

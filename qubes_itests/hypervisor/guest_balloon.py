@@ -147,9 +147,11 @@ class BalloonedGuest:
             task.cancel()
 
     async def _exchange(self) -> None:
-        wanted, self._wanted = self._wanted, None
+        wanted = self._wanted
         if wanted is not None:
             await self._domain.set_memory_target(wanted)
+            if self._wanted == wanted:
+                self._wanted = None
         self._take(await self._domain.memory_statistics())
 
     def _take(self, statistics: MemoryStatistics) -> None:
@@ -167,7 +169,12 @@ class BalloonedGuest:
             self._say(used_memory(statistics, self._unseen, self._maximum))
 
     def _is_new(self, statistics: MemoryStatistics) -> bool:
-        """Tell whether the guest has written statistics since the last sample."""
+        """Tell whether the guest has written statistics since the last sample.
+
+        Those of more memory than it has are from before its balloon moved.
+        """
+        if (statistics.total or 0) > statistics.actual:
+            return False
         if self._sample is None:
             return statistics.total is not None
         return replace(statistics, actual=self._sample.actual) != self._sample

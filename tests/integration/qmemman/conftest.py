@@ -34,9 +34,6 @@ def open_world(testbed):
         world = VMWorld(app, memory)
         try:
             yield world
-        except BaseException:
-            print(memory.describe())
-            raise
         finally:
             killed = [name for name, vm in world.vms.items() if oom_killed(vm)]
             problems = await testbed.close_app(app)
