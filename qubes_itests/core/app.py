@@ -7,22 +7,30 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Self
 
+from qubes_itests.core import config
+from qubes_itests.core.autostart import start_autostart
+from qubes_itests.core.cloning import clone_vm
 from qubes_itests.core.domains import VMCollection
 from qubes_itests.core.events import handler
 from qubes_itests.core.exc import (
+    QubesNoTemplateError,
     QubesPoolInUseError,
     QubesPoolNotFoundError,
     QubesValueError,
+    QubesVMNotStartedError,
 )
 from qubes_itests.core.labels import LABELS, Label, find_label
 from qubes_itests.core.policy import Policy
-from qubes_itests.core.properties import Property, PropertyHolder
+from qubes_itests.core.properties import Property, PropertyHolder, VMProperty
 from qubes_itests.core.store.file import StoreFile
 from qubes_itests.core.store.opening import open_store
 from qubes_itests.core.store.saving import saved
 from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.core.vm.appvm import AppVM
+from qubes_itests.core.vm.dispvm import DispVM
 from qubes_itests.core.vm.qubesvm import QubesVM
+from qubes_itests.core.vm.remotevm import RemoteVM
+from qubes_itests.core.vm.settings import check_for_dispvms, kernel_name, positive
 from qubes_itests.core.vm.standalonevm import StandaloneVM
 from qubes_itests.core.vm.templatevm import TemplateVM
 
@@ -33,6 +41,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.core.qrexec import HostService
     from qubes_itests.core.vm.base import BaseVM
+    from qubes_itests.exc import HarnessError
     from qubes_itests.guest.template import Template
     from qubes_itests.guest.warm import WarmStarts
     from qubes_itests.hypervisor.contract import Hypervisor
@@ -44,35 +53,14 @@ __all__ = ["VM_CLASSES", "Qubes"]
 log = logging.getLogger("qubes.app")
 
 #: The classes of VMs, by name.
-VM_CLASSES: Mapping[str, type[QubesVM]] = {
-    cls.__name__: cls for cls in (TemplateVM, AppVM, StandaloneVM)
+VM_CLASSES: Mapping[str, type[Any]] = {
+    cls.__name__: cls for cls in (TemplateVM, AppVM, StandaloneVM, DispVM, RemoteVM)
 }
 
 
-def _app_domain(app: Qubes, prop: Property[Any], value: Any) -> BaseVM | None:
-    del prop
-    return app.domains[value] if value not in (None, "") else None
-
-
-def _app_template(app: Qubes, prop: Property[Any], value: Any) -> BaseVM | None:
-    found = _app_domain(app, prop, value)
-    if found is not None and found.klass != "TemplateVM":
-        raise ValueError(f"{found} is no TemplateVM")
-    return found
-
-
-def _app_dispvm(app: Qubes, prop: Property[Any], value: Any) -> BaseVM | None:
-    found = _app_domain(app, prop, value)
-    if found is not None and not getattr(found, "template_for_dispvms", False):
-        raise ValueError(f"{found} has not template_for_dispvms set")
-    return found
-
-
-def _app_netvm(app: Qubes, prop: Property[Any], value: Any) -> BaseVM | None:
-    found = _app_domain(app, prop, value)
-    if found is not None and not getattr(found, "provides_network", False):
-        raise ValueError(f"{found} has not provides_network set")
-    return found
+def _check_network(_app: object, vm: Any) -> None:
+    if not getattr(vm, "provides_network", False):
+        raise ValueError(f"{vm} has not provides_network set")
 
 
 class Qubes(PropertyHolder):
@@ -85,31 +73,56 @@ class Qubes(PropertyHolder):
     :param store: the file that `save` writes and `load` reads; None to keep nothing.
     """
 
-    default_template = Property["TemplateVM | None"](
-        "default_template", setter=_app_template, default=None, doc="For new AppVMs."
-    )
-    default_dispvm = Property["BaseVM | None"](
-        "default_dispvm",
-        setter=_app_dispvm,
+    default_template = VMProperty["TemplateVM | None"](
+        "default_template",
+        klass="TemplateVM",
+        load_stage=3,
         default=None,
-        doc="What disposable VMs are made from.",
+        doc="The template of AppVMs that name none.",
     )
-    default_netvm = Property["BaseVM | None"](
+    default_dispvm = VMProperty["BaseVM | None"](
+        "default_dispvm",
+        check=check_for_dispvms,
+        load_stage=3,
+        default=None,
+        doc="What disposable VMs are made from, of VMs that set none.",
+    )
+    default_netvm = VMProperty["BaseVM | None"](
         "default_netvm",
-        setter=_app_netvm,
+        check=_check_network,
+        load_stage=3,
         default=None,
         doc="The net VM of VMs that set none.",
     )
-    default_fw_netvm = Property["BaseVM | None"](
+    default_fw_netvm = VMProperty["BaseVM | None"](
         "default_fw_netvm",
-        setter=_app_netvm,
+        check=_check_network,
+        load_stage=3,
         default=None,
         doc="The net VM of net VMs that set none.",
     )
     default_kernel = Property["str | None"](
         "default_kernel",
+        setter=kernel_name,
+        load_stage=3,
         default=lambda app: next(iter(app.kernels), None),
         doc="Name of the kernel of VMs that set none.",
+    )
+    default_qrexec_timeout = Property[int](
+        "default_qrexec_timeout",
+        type=int,
+        setter=positive,
+        load_stage=3,
+        default=config.defaults["qrexec_timeout"],
+        doc="The qrexec_timeout of VMs that set none, seconds.",
+    )
+    default_shutdown_timeout = Property[int](
+        "default_shutdown_timeout",
+        type=int,
+        setter=positive,
+        load_stage=3,
+        default=config.defaults["shutdown_timeout"],
+        doc="The shutdown_timeout of VMs that set none, seconds.",
     )
     default_pool = Property["str | None"](
         "default_pool",
@@ -203,8 +216,10 @@ class Qubes(PropertyHolder):
         return find_label(label)
 
     @staticmethod
-    def get_vm_class(name: str) -> type[QubesVM]:
+    def get_vm_class(name: str | type[Any]) -> type[Any]:
         """Return the VM class of that name; QubesValueError if there is none."""
+        if isinstance(name, type):
+            return name
         if name not in VM_CLASSES:
             raise QubesValueError(
                 f"there is no VM class {name!r}: there are {', '.join(VM_CLASSES)}"
@@ -212,25 +227,48 @@ class Qubes(PropertyHolder):
         return VM_CLASSES[name]
 
     def add_new_vm(
-        self, cls: str | type[QubesVM], qid: int | None = None, **properties: Any
+        self, cls: str | type[Any], qid: int | None = None, **properties: Any
     ) -> Any:
         """Make a VM and add it; nothing is made on disk.
 
         :param cls: the class, or its name.
         :param qid: its number; by default the lowest that is free.
         :param properties: `name`, `label`, `template` … and any other property.
+            Without a `template` an AppVM has the `default_template`, a DispVM the
+            `default_dispvm`.
         :return: the VM.
         :raise QubesValueError: for a name that cannot be or is taken.
+        :raise QubesNoTemplateError: without a template, where one is needed.
         """
-        vm_class = self.get_vm_class(cls) if isinstance(cls, str) else cls
+        vm_class = self.get_vm_class(cls)
         if issubclass(vm_class, AppVM):
             properties.setdefault("template", self.default_template)
+        elif issubclass(vm_class, DispVM):
+            if properties.get("template") is None:
+                properties["template"] = self._dispvm_base()
         elif properties.get("template", "") is None:
             del properties["template"]
         qid = self.domains.get_new_unused_qid() if qid is None else qid
         vm = vm_class(self, qid=qid, **properties)
-        vm.init_storage()
+        if isinstance(vm, QubesVM):
+            vm.init_storage()
         return self.domains.add(vm)
+
+    def _dispvm_base(self) -> BaseVM:
+        if self.default_dispvm is None:
+            raise QubesNoTemplateError(
+                "a DispVM was asked for without a template, and the app has no"
+                " default_dispvm: set that, or name a template"
+            )
+        return self.default_dispvm
+
+    async def clone_vm(self, source: QubesVM, name: str, **options: Any) -> Any:
+        """Make a copy of a halted VM; see `qubes_itests.core.cloning.clone_vm`."""
+        return await clone_vm(self, source, name, **options)
+
+    async def start_autostart(self) -> dict[str, HarnessError]:
+        """Start the VMs that start with the system; return why some did not."""
+        return await start_autostart(self)
 
     async def add_pool(self, pool: Pool) -> Pool:
         """Set up a storage pool, add it under its name, and return it."""
@@ -296,8 +334,10 @@ class Qubes(PropertyHolder):
             if not isinstance(vm, QubesVM):
                 continue
             try:
-                if not vm.is_halted():
+                if vm.is_starting() or not vm.is_halted():
                     await vm.kill()
+            except QubesVMNotStartedError:
+                pass  # it ended by itself
             except Exception as error:  # noqa: BLE001 - the caller is told
                 log.error("VM %s could not be killed: %s", vm.name, str(error))  # noqa: TRY400
                 self.problems.append(f"VM {vm} could not be killed: {error}")

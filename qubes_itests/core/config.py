@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["defaults", "max_qid", "vm_name_length"]
+__all__ = ["defaults", "dispvm_prefix", "max_dispid", "max_qid", "vm_name_length"]
 
 _GIB: Final = 1024**3
 
 #: The highest number that a VM may have; its two bytes are a part of its IP address.
 max_qid: Final = 65_000
+
+#: The highest number in the name of a disposable VM.
+max_dispid: Final = 9999
+
+#: What comes before that number.
+dispvm_prefix: Final = "disp"
 
 #: How many characters a VM's name may have.
 vm_name_length: Final = 31

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 import uuid
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core import config
-from qubes_itests.core.exc import QubesException, QubesValueError, QubesVMNotFoundError
+from qubes_itests.core.exc import (
+    QubesException,
+    QubesValueError,
+    QubesVMNotFoundError,
+    QubesVMNotHaltedError,
+)
 from qubes_itests.core.vm.base import BaseVM
 
 if TYPE_CHECKING:
@@ -15,6 +22,9 @@ if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
 
 __all__ = ["VMCollection"]
+
+#: Names of so many disposable VMs that are gone are not given again.
+_REMEMBERED: Final = 1000
 
 
 class VMCollection:
@@ -29,6 +39,7 @@ class VMCollection:
         self._by_uuid: dict[uuid.UUID, BaseVM] = {}
         self._by_name: dict[str, BaseVM] = {}
         self._by_qid: dict[int, BaseVM] = {}
+        self._last_dispids: deque[int] = deque(maxlen=_REMEMBERED)
         #: No number below this one is free.
         self._next_qid = 1
 
@@ -87,17 +98,28 @@ class VMCollection:
         vm = self[key]
         if vm.klass == "AdminVM":
             raise QubesException("dom0 cannot be removed")
-        if not vm.is_halted():
-            raise QubesException(f"VM {vm} runs; kill or shut it down before removing")
+        if not vm.is_halted() or vm.is_starting():
+            raise QubesVMNotHaltedError(
+                vm, f"VM {vm} runs; kill or shut it down before removing it"
+            )
         vm.check_unused()
         self._app.fire_event("domain-pre-delete", pre_event=True, vm=vm)
         self._forget(vm)
-        vm.events_enabled = False
         self._app.fire_event("domain-delete", vm=vm)
 
     def _forget(self, vm: BaseVM) -> None:
         del self._by_uuid[vm.uuid], self._by_name[vm.name], self._by_qid[vm.qid]
         self._next_qid = min(self._next_qid, vm.qid)
+
+    async def remove(self, key: Any) -> None:
+        """Remove a VM, and then its volumes.
+
+        :raise QubesVMNotHaltedError: when it runs.
+        :raise QubesVMInUseError: when others use it, naming them.
+        """
+        vm = self[key]
+        del self[vm]
+        await vm.remove_from_disk()
 
     def __iter__(self) -> Iterator[Any]:
         return iter(list(self._by_uuid.values()))
@@ -124,3 +146,20 @@ class VMCollection:
         if self._next_qid > config.max_qid:
             raise LookupError(f"all {config.max_qid} numbers of VMs are taken")
         return self._next_qid
+
+    def get_new_unused_dispid(self) -> int:
+        """Return a number for the name of a new disposable VM, none of the last ones.
+
+        :raise LookupError: when too many are taken.
+        """
+        taken = {getattr(vm, "dispid", None) for vm in self} | set(self._last_dispids)
+        free = [
+            number
+            for number in range(1, config.max_dispid + 1)
+            if number not in taken
+            and f"{config.dispvm_prefix}{number}" not in self._by_name
+        ]
+        if not free:
+            raise LookupError(f"all {config.max_dispid} numbers are taken")
+        self._last_dispids.append(secrets.choice(free))
+        return self._last_dispids[-1]

@@ -10,6 +10,7 @@ from qubes_itests.core.exc import QubesException
 from qubes_itests.core.policy import evaluate
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.relay import relay
+from qubes_itests.guest.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from qubes_itests.core.policy import Decision
@@ -25,6 +26,10 @@ HostService = Callable[[Any, "ServiceCall"], Awaitable[int]]
 
 _REFUSED: Final = 126
 _NOT_FOUND: Final = 127
+_DISPVM: Final = "@dispvm"
+
+#: What tells in a disposable VM's tags whose call it was made for.
+_ORIGIN_TAGS: Final = ("created-by", "disp-created-by")
 
 
 async def handle_call(source: Any, call: ServiceCall) -> None:
@@ -52,17 +57,51 @@ async def _connect(source: Any, call: ServiceCall, decision: Decision) -> None:
     if decision.target == "@adminvm":
         await _serve_on_host(source, call)
         return
-    if decision.target.startswith("@dispvm"):
-        raise QubesException(
-            f"{call.service}: disposable VMs are not available yet; name a VM as target"
-        )
+    if decision.target.startswith(_DISPVM):
+        await _call_disposable(source, call, decision)
+        return
     target = source.app.domains[decision.target]
     if decision.autostart:
         await target.start()
-    process = await target.agent.spawn_service(
+    await _call(target, source, call, decision)
+
+
+async def _call(target: Any, source: Any, call: ServiceCall, decision: Decision) -> int:
+    process = await target.running_agent().spawn_service(
         call.service, source=source.name, user=decision.user
     )
-    await relay(call, process)
+    return await relay(call, process)
+
+
+async def _call_disposable(source: Any, call: ServiceCall, decision: Decision) -> None:
+    """Make a DispVM for the time of a call; whatever ends the call, it goes too."""
+    app = source.app
+    template = _dispvm_template(source, decision.target)
+    vm = await app.get_vm_class("DispVM").from_appvm(template)
+    try:
+        vm.tags.update(f"{tag}-{source.name}" for tag in _ORIGIN_TAGS)
+        await vm.start()
+        await _call(vm, source, call, decision)
+    finally:
+        await to_its_end(_clean_up(vm))
+
+
+async def _clean_up(vm: Any) -> None:
+    try:
+        await vm.cleanup()
+    except Exception as error:  # noqa: BLE001 - the call has ended, whatever comes
+        vm.note_problem(error)
+
+
+def _dispvm_template(source: Any, target: str) -> Any:
+    name = target.removeprefix(_DISPVM).removeprefix(":")
+    template = source.app.domains[name] if name else source.default_dispvm
+    if template is None:
+        raise QubesException(
+            f"{source} has no default_dispvm to make a disposable VM from: set that of"
+            " the VM or of the app"
+        )
+    return template
 
 
 async def _serve_on_host(source: Any, call: ServiceCall) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_storage.volume import Volume
 
-__all__ = ["Storage", "copy_image", "in_pool"]
+__all__ = ["Storage", "copy_image", "in_pool", "kept_by"]
 
 #: What the guest calls the standard volumes; others follow from xvde on.
 _DISK_NAMES: Final = {
@@ -186,15 +186,21 @@ class Storage:
 
         :param pool: as for `in_pool`.
         """
+        own = self.vm.volume_settings()
         self.volumes.clear()
         for name, volume in source.volumes.items():
             config = {**volume.config, "pool": str(volume.pool)}
             del config["vid"]
+            if type(self.vm) is not type(source):
+                # what is kept, and what begins anew, is a matter of the class
+                config.pop("source", None)
+                flags = ("snap_on_start", "save_on_stop", "source")
+                config |= {k: v for k, v in own.get(name, {}).items() if k in flags}
             self.init_volume(name, in_pool(config, pool))
 
         async def copy(volume: Volume) -> None:
             if volume.save_on_stop or volume.is_read_only:
-                await volume.import_volume(source.volumes[volume.name])
+                await volume.import_volume(kept_by(source.volumes[volume.name]))
             else:
                 await volume.create()
 
@@ -213,6 +219,16 @@ class Storage:
             if undo is not None:
                 await to_its_end(_undo(done, undo))
             raise
+
+
+def kept_by(volume: Volume) -> Volume:
+    """Return the volume whose committed image a start of this one begins with.
+
+    A snapshot that keeps nothing of its own begins with what its source does.
+    """
+    while volume.source is not None and not volume.save_on_stop:
+        volume = volume.source
+    return volume
 
 
 async def _undo(done: list[Volume], undo: VolumeAction) -> None:

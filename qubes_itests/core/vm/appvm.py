@@ -8,6 +8,7 @@ from qubes_itests.core import config
 from qubes_itests.core.events import handler
 from qubes_itests.core.exc import QubesNoTemplateError
 from qubes_itests.core.properties import Property
+from qubes_itests.core.vm.dvmtemplate import DVMTemplateMixin
 from qubes_itests.core.vm.qubesvm import QubesVM, set_template
 from qubes_itests.core.vm.templatevm import TemplateVM
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["AppVM"]
 
 
-class AppVM(QubesVM):
+class AppVM(DVMTemplateMixin, QubesVM):
     """A VM whose root is a snapshot of its template's, new at each start."""
 
     template = Property[TemplateVM](
@@ -44,8 +45,9 @@ class AppVM(QubesVM):
         if "template" not in self._values and not self.app.loading:
             raise QubesNoTemplateError(f"VM {self} needs a template")
 
-    def _volume_settings(self) -> dict[str, dict[str, Any]]:
-        settings = super()._volume_settings()
+    def volume_settings(self) -> dict[str, dict[str, Any]]:
+        """Return the settings of its volumes, by their names."""
+        settings = super().volume_settings()
         source = self.template.volumes["root"]
         settings["root"] |= {
             "source": source,
@@ -56,5 +58,6 @@ class AppVM(QubesVM):
 
     @handler("property-set:template")
     def on_template_set(self, _event: str, **_kwargs: Any) -> None:
-        """Have the root volume start from the new template."""
-        self.init_storage()
+        """Have what starts from the old template start from the new one."""
+        for vm in (self, *self.dispvms):
+            vm.rebase_storage()

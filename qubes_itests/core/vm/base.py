@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qubes_itests.core import config
 from qubes_itests.core.devices import DeviceManager
 from qubes_itests.core.events import Emitter
-from qubes_itests.core.exc import QubesValueError
+from qubes_itests.core.exc import QubesValueError, QubesVMInUseError
 from qubes_itests.core.features import Features, Tags
 from qubes_itests.core.firewall import Firewall
 from qubes_itests.core.labels import Label, find_label
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["BaseVM", "validate_name"]
 
 _NAME: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9_-]*")
-_RESERVED: Final = {"none", "default", "Domain-0", "lost+found"}
+_RESERVED: Final = {"none", "default", "dom0", "domain-0"}
+_DISPOSABLE: Final = re.compile(config.dispvm_prefix + "[0-9]+")
 
 
 def validate_name(holder: object, prop: object, value: Any) -> str:
@@ -31,7 +32,8 @@ def validate_name(holder: object, prop: object, value: Any) -> str:
 
     :raise QubesValueError: when it is not; the message says why.
     """
-    del holder, prop
+    del prop
+    klass = getattr(holder, "klass", None)
     if not isinstance(value, str):
         raise QubesValueError(f"VM name {value!r} is no string")
     if len(value) > config.vm_name_length:
@@ -44,8 +46,11 @@ def validate_name(holder: object, prop: object, value: Any) -> str:
             f"VM name {value!r} has characters that a name cannot have: it begins with"
             " a letter and goes on with letters, digits, _ and -"
         )
-    if value in _RESERVED or value.endswith("-dm"):
+    reserved = value.lower() in _RESERVED and klass != "AdminVM"
+    if reserved or value.endswith("-dm"):
         raise QubesValueError(f"VM name {value!r} is reserved")
+    if _DISPOSABLE.fullmatch(value) and klass not in ("DispVM", None):
+        raise QubesValueError(f"VM name {value!r} is reserved for disposable VMs")
     return value
 
 
@@ -119,6 +124,19 @@ class BaseVM(PropertyHolder):
     def dir_path_prefix(self) -> str:
         """The folder of a pool in which VMs of its kind have theirs."""
         return "appvms"
+
+    def check_unused(self) -> None:
+        """Raise QubesVMInUseError, naming who, when others use this VM."""
+        users = [
+            f"{holder} ({name})"
+            for holder in (*self.app.domains, self.app)
+            for name in holder.property_uses(self)
+            if holder is not self
+        ]
+        if users:
+            raise QubesVMInUseError(
+                self, f"VM {self} is used by {', '.join(users)}; change these first"
+            )
 
     def __str__(self) -> str:
         return self._values.get("name", "a VM without a name")  # type: ignore[no-any-return]

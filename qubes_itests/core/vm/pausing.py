@@ -58,7 +58,7 @@ class PauseMixin:
         """Stop its virtual CPUs; QubesVMNotStartedError when it is halted."""
         domain = self.running_domain()
         await self._fire("domain-pre-paused", pre_event=True)
-        await self._change(domain, domain.pause, "Paused")
+        await self._switch(domain, domain.pause, "Paused")
         await self._fire("domain-paused")
 
     async def unpause(self) -> None:
@@ -71,7 +71,7 @@ class PauseMixin:
         if not self.is_paused():
             raise QubesVMNotPausedError(self)
         await self._fire("domain-pre-unpaused", pre_event=True)
-        await self._change(domain, domain.resume, "Running")
+        await self._switch(domain, domain.resume, "Running")
         await self._fire("domain-unpaused")
 
     async def suspend(self) -> None:
@@ -99,7 +99,7 @@ class PauseMixin:
     async def _fire(self, event: str, *, pre_event: bool = False) -> None:
         await self.fire_event_async(event, pre_event=pre_event)  # type: ignore[attr-defined]
 
-    async def _change(
+    async def _switch(
         self, domain: Domain, action: Callable[[], Awaitable[None]], state: str
     ) -> None:
         try:

@@ -53,7 +53,7 @@ class PowerMixin(EndMixin):
         #: The agent of the present run.
         self.agent: GuestAgent | None = None
         #: Seconds since the epoch of the last start, None before the first.
-        self.start_time: float | None = None
+        self.started_at: float | None = None
         super().__init__(*args, **kwargs)
 
     # what the other parts of a VM provide
@@ -156,7 +156,7 @@ class PowerMixin(EndMixin):
                 raise asyncio.CancelledError  # noqa: TRY301 - it was killed as early
             if self._ending is not None:
                 await asyncio.wait([self._ending])
-            self._require_startable()
+            self.check_startable()
             await self._begin(start_guid=start_guid, memory=memory)
         except asyncio.CancelledError:
             await self.start_failed()
@@ -165,7 +165,8 @@ class PowerMixin(EndMixin):
             await self.start_failed()
             raise
 
-    def _require_startable(self) -> None:
+    def check_startable(self) -> None:
+        """Raise when it must not be started."""
         if self not in self.app.domains:
             raise QubesVMNotFoundError(self.name)
         if reason := self.features.get(_PROHIBIT):  # type: ignore[attr-defined]
@@ -251,6 +252,6 @@ class PowerMixin(EndMixin):
         with step("announce itself"):
             await self.fire_event_async("domain-spawn", start_guid=start_guid)
             self._power = "Running"
-            self.start_time = time.time()
+            self.started_at = time.time()
             await self.fire_event_async("domain-start", start_guid=start_guid)
         self._run_began(self.domain, self.agent)

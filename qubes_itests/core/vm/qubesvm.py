@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qubes_itests.core import config
 from qubes_itests.core.exc import (
     QubesNoTemplateError,
     QubesVMError,
-    QubesVMInUseError,
     QubesVMNotHaltedError,
 )
-from qubes_itests.core.properties import Property, to_bool
 from qubes_itests.core.storage import Storage, in_pool
 from qubes_itests.core.vm.execution import ExecutionMixin
 from qubes_itests.core.vm.power import PowerMixin
+from qubes_itests.core.vm.settings import SettingsMixin
 from qubes_itests.core.vm.wiring import WiringMixin
 from qubes_itests.guest.identity import Identity
+from qubes_itests.guest.uninterrupted import to_its_end
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.qmemman.client import memory_for_start
 
@@ -31,36 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["QubesVM", "domain_property"]
 
-_MOST_MEMORY = 10
-
-
-def _positive(vm: Any, prop: Any, value: Any) -> int:
-    del vm, prop
-    number = int(value)
-    if number <= 0:
-        raise ValueError("it takes a whole number above 0")
-    return number
-
-
-def _max_memory(vm: QubesVM, prop: Any, value: Any) -> int:
-    del prop
-    number = int(value)
-    # memory may have been lowered since
-    if number < 0 or (number > _MOST_MEMORY * vm.memory and not vm.app.loading):
-        raise ValueError(
-            f"it takes MiB from 0 (no balancing) to {_MOST_MEMORY} x memory,"
-            f" here {_MOST_MEMORY * vm.memory}"
-        )
-    return number
-
-
-def _virt_mode(vm: Any, prop: Any, value: Any) -> str:
-    del vm, prop
-    mode = str(value).lower()
-    if mode not in ("pvh", "hvm"):
-        raise ValueError("it takes pvh or hvm")
-    return mode
-
 
 def domain_property(vm: BaseVM, prop: Any, value: Any) -> BaseVM | None:
     """Setter of properties whose value is a VM: takes it, its name, or None."""
@@ -71,89 +40,13 @@ def domain_property(vm: BaseVM, prop: Any, value: Any) -> BaseVM | None:
     return found
 
 
-def _dispvm_template(vm: BaseVM, prop: Any, value: Any) -> BaseVM | None:
-    found = domain_property(vm, prop, value)
-    if found is not None and not getattr(found, "template_for_dispvms", False):
-        raise ValueError(f"{found} has not template_for_dispvms set")
-    return found
-
-
-class QubesVM(PowerMixin, ExecutionMixin, WiringMixin):
+class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
     """A VM that can be started.
 
     :param app: the app that it belongs to.
     :param volume_config: changes to the settings of its volumes, by their names.
     :param properties: first values of its properties.
     """
-
-    memory = Property[int](
-        "memory",
-        setter=_positive,
-        default=config.defaults["memory"],
-        doc="Memory at start, MiB.",
-    )
-    maxmem = Property[int](
-        "maxmem",
-        setter=_max_memory,
-        default=config.defaults["maxmem"],
-        doc="The most that balancing may give, MiB; 0 means no balancing.",
-    )
-    vcpus = Property[int](
-        "vcpus", setter=_positive, default=config.defaults["vcpus"], doc="Virtual CPUs."
-    )
-    virt_mode = Property[str](
-        "virt_mode",
-        setter=_virt_mode,
-        default=lambda vm: getattr(getattr(vm, "template", None), "virt_mode", "pvh"),
-        doc="pvh or hvm.",
-    )
-    kernel = Property[str | None](
-        "kernel",
-        default=lambda vm: (
-            vm.template.kernel
-            if getattr(vm, "template", None)
-            else vm.app.default_kernel
-        ),
-        doc="Name of one of the app's kernels.",
-    )
-    kernelopts = Property[str](
-        "kernelopts", type=str, default="", doc="Added to the kernel's command line."
-    )
-    default_user = Property[str](
-        "default_user", type=str, default="user", doc="Who runs commands."
-    )
-    default_dispvm = Property["BaseVM | None"](
-        "default_dispvm",
-        setter=_dispvm_template,
-        load_stage=4,
-        default=lambda vm: vm.app.default_dispvm,
-        doc="What its disposable VMs are made from.",
-    )
-    qrexec_timeout = Property[int](
-        "qrexec_timeout",
-        setter=_positive,
-        default=config.defaults["qrexec_timeout"],
-        doc="How long the agent may take to answer after a start, seconds.",
-    )
-    shutdown_timeout = Property[int](
-        "shutdown_timeout",
-        setter=_positive,
-        default=config.defaults["shutdown_timeout"],
-        doc="How long a shutdown may take, seconds.",
-    )
-    template_for_dispvms = Property[bool](
-        "template_for_dispvms",
-        type=to_bool,
-        default=False,
-        doc="May be what disposable VMs are made from.",
-    )
-    autostart = Property[bool](
-        "autostart", type=to_bool, default=False, doc="Start it with the system."
-    )
-    include_in_backups = Property[bool](
-        "include_in_backups", type=to_bool, default=True, doc="Have it in backups."
-    )
-    debug = Property[bool]("debug", type=to_bool, default=False, doc="Debug mode.")
 
     #: The volumes of the class, by name; see `Storage.init_volumes`.
     volume_config: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -172,11 +65,18 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin):
     def init_storage(self, pool: Any = None) -> None:
         """Bind the volumes, all but snapshots in `pool` if one is named."""
         self.storage.volumes.clear()
-        for name, settings in self._volume_settings().items():
+        for name, settings in self.volume_settings().items():
             config = {**settings, **self._volume_changes.get(name, {})}
             self.storage.init_volume(name, in_pool(config, pool))
 
-    def _volume_settings(self) -> dict[str, dict[str, Any]]:
+    def rebase_storage(self) -> None:
+        """Bind the snapshots anew, after a change of the template."""
+        for name, settings in self.volume_settings().items():
+            if settings.get("snap_on_start"):
+                self.storage.init_volume(name, settings)
+
+    def volume_settings(self) -> dict[str, dict[str, Any]]:
+        """Return the settings of its volumes, by their names."""
         return {name: dict(value) for name, value in self.volume_config.items()}
 
     @property
@@ -281,7 +181,15 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin):
         if pool is not None or pools:
             self.init_storage(pool)
         await self.storage.create()
-        await self.fire_event_async("domain-create-on-disk")
+        await self._announce_volumes("domain-create-on-disk")
+
+    async def _announce_volumes(self, event: str, **kwargs: Any) -> None:
+        """Fire an event; if a handler fails, remove the volumes that it is about."""
+        try:
+            await self.fire_event_async(event, **kwargs)
+        except BaseException:
+            await to_its_end(self.storage.remove())
+            raise
 
     async def remove_from_disk(self) -> None:
         """Remove the VM's volumes; QubesVMNotHaltedError when it runs."""
@@ -302,20 +210,7 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin):
         if not self.is_halted():
             raise QubesVMNotHaltedError(self)
         await self.storage.clone(src, pool)
-        await self.fire_event_async("domain-clone-files", src=src)
-
-    def check_unused(self) -> None:
-        """Raise QubesVMInUseError, naming who, when others use this VM."""
-        users = [
-            f"{holder} ({name})"
-            for holder in (*self.app.domains, self.app)
-            for name in holder.property_uses(self)
-            if holder is not self
-        ]
-        if users:
-            raise QubesVMInUseError(
-                self, f"VM {self} is used by {', '.join(users)}; change these first"
-            )
+        await self._announce_volumes("domain-clone-files", src=src)
 
 
 def set_template(vm: QubesVM, prop: Any, value: Any) -> QubesVM:

@@ -4,20 +4,15 @@ import asyncio
 import contextlib
 import itertools
 import re
-from random import Random
 
 import pytest
 import pytest_asyncio
-from scripted_hypervisor import ScriptedHypervisor
+from scripted_app import make_app, make_vm
 
 from qubes_itests.core import exc
-from qubes_itests.core.app import Qubes
 from qubes_itests.exc import HarnessError
-from qubes_itests.guest.template import Template
 from qubes_itests.hypervisor.contract import DomainState, LifecycleEvent
-from qubes_storage.reflink import ReflinkPool
 
-MIB = 1024**2
 SEEDS = 200
 
 #: What one VM may fire, in letters: see `LETTERS`.
@@ -40,28 +35,7 @@ def letters(events):
 
 @pytest_asyncio.fixture
 async def app(tmp_path):
-    app = Qubes(
-        hypervisor=ScriptedHypervisor(Random(1)),  # noqa: S311 - to be repeated
-        directory=tmp_path,
-        kernels={"tiny": Template("tiny", tmp_path, tmp_path, tmp_path)},
-    )
-    pool = ReflinkPool(name="default", dir_path=tmp_path / "pool", setup_check=False)
-    await app.add_pool(pool)
-    template = await make_vm(app, "TemplateVM", "tiny")
-    app.default_template = template
-    return app
-
-
-async def make_vm(app, cls, name, **properties):
-    small = {"size": MIB}
-    volumes = {"private": {**small}, "volatile": {**small}}
-    if cls != "AppVM":
-        volumes["root"] = small
-    vm = app.add_new_vm(
-        cls, name=name, label="red", volume_config=volumes, **properties
-    )
-    await vm.create_on_disk()
-    return vm
+    return await make_app(tmp_path)
 
 
 def record(vm, random):

@@ -1,0 +1,45 @@
+"""Start the VMs that are to start with the system."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from qubes_itests.exc import HarnessError
+
+if TYPE_CHECKING:
+    from qubes_itests.core.app import Qubes
+
+__all__ = ["start_autostart"]
+
+log = logging.getLogger("qubes.app")
+
+
+async def start_autostart(app: Qubes) -> dict[str, HarnessError]:
+    """Start all VMs with `autostart` set: net VMs before those that they connect.
+
+    One that does not start keeps none of the others from it.
+
+    :return: why which VM did not start, by its name; empty if all did.
+    """
+    failures: dict[str, HarnessError] = {}
+
+    async def start(vm: Any) -> None:
+        try:
+            await vm.start()
+        except HarnessError as error:
+            log.warning("autostart: %s", str(error))
+            failures[vm.name] = error
+
+    wanted = [vm for vm in app.domains if getattr(vm, "autostart", False)]
+    for level in sorted({_distance(vm) for vm in wanted}):
+        at_once = [start(vm) for vm in wanted if _distance(vm) == level]
+        await asyncio.gather(*at_once)
+    return failures
+
+
+def _distance(vm: Any) -> int:
+    """Return by how many net VMs a VM is connected; loops are refused elsewhere."""
+    netvm = getattr(vm, "netvm", None)
+    return 0 if netvm is None else 1 + _distance(netvm)

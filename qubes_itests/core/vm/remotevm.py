@@ -1,0 +1,81 @@
+"""RemoteVM: a VM of another machine, known by its name and the way there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from qubes_itests.core.exc import QubesVMError
+from qubes_itests.core.properties import Property, VMProperty
+from qubes_itests.core.vm.base import BaseVM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["RemoteVM"]
+
+
+def _refusing(action: str) -> Callable[..., Any]:
+    async def refuse(self: RemoteVM, *_args: object, **_kwargs: object) -> NoReturn:
+        raise QubesVMError(
+            self, f"VM {self} is on another machine: cannot {action} it from here"
+        )
+
+    refuse.__doc__ = f"Refuse to {action} it: it is on another machine."
+    return refuse
+
+
+class RemoteVM(BaseVM):
+    """A VM of another machine: names, for policy and tools; it never runs here."""
+
+    relayvm = VMProperty["BaseVM | None"](
+        "relayvm", default=None, doc="The local VM that passes calls on."
+    )
+    transport_rpc = Property["str | None"](
+        "transport_rpc",
+        type=str,
+        default=None,
+        doc="The service of `relayvm` that passes calls on.",
+    )
+    remote_name = Property["str | None"](
+        "remote_name", type=str, default=None, doc="Its name on its own machine."
+    )
+
+    @property
+    def netvm(self) -> None:
+        """Its network is none of ours."""
+
+    def get_power_state(self) -> str:
+        """Return ``Halted``: that is what it is here."""
+        return "Halted"
+
+    def is_running(self) -> bool:
+        """Tell no: it never runs here."""
+        return False
+
+    def is_halted(self) -> bool:
+        """Tell yes: that is what it is here."""
+        return True
+
+    def is_starting(self) -> bool:
+        """Tell no: it never starts here."""
+        return False
+
+    def is_paused(self) -> bool:
+        """Tell no: it never runs here."""
+        return False
+
+    start = _refusing("start")
+    shutdown = _refusing("shut down")
+    kill = _refusing("kill")
+    pause = _refusing("pause")
+    unpause = _refusing("unpause")
+    suspend = _refusing("suspend")
+    resume = _refusing("resume")
+    run = _refusing("run commands in")
+    run_service = _refusing("call services in")
+
+    async def create_on_disk(self, pool: Any = None, pools: Any = None) -> None:
+        """Do nothing: it has no volumes here."""
+
+    async def remove_from_disk(self) -> None:
+        """Do nothing: it has no volumes here."""
