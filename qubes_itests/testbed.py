@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from qubes_itests.balancing.app_memory import AppMemory, counts
+from qubes_itests.admin.vm_calls import offer_to_vms
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.storage import copy_image
 from qubes_itests.exc import HarnessError
@@ -169,6 +170,7 @@ class Testbed:
             warm_starts=self.warm_starts,
         )
         self._apps.append(app)
+        offer_to_vms(app)
         await app.add_pool(
             ReflinkPool(
                 name=POOL_NAME, dir_path=self.parts.pool_directory / str(number)
