@@ -88,8 +88,11 @@ class EventHub:
         if event == "domain-add":
             self._listen(values["vm"], self._on_event)
         elif event == "domain-delete":
-            if (known := self._listening.pop(id(values["vm"]), None)) is not None:
-                known[0].remove_handler("*", known[1])
+            self._forget(values["vm"])
+
+    def _forget(self, vm: Any) -> None:
+        if (known := self._listening.pop(id(vm), None)) is not None:
+            vm.remove_handler("*", known[1])
 
     def _on_event(self, subject: Any, event: str, **values: Any) -> None:
         if event.startswith(_INTERNAL):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qubes_itests.admin import (
     methods_backup,
+    methods_device,
     methods_events,
     methods_feature,
     methods_label,
@@ -20,6 +21,7 @@ __all__ = ["METHODS"]
 
 _MODULES = (
     methods_backup,
+    methods_device,
     methods_events,
     methods_feature,
     methods_label,

@@ -1,0 +1,97 @@
+"""Calls of the Admin API that come out of VMs by qrexec, and that policy allows."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.admin.connection import CLIENT_TIMEOUT
+from qubes_itests.admin.dispatch import Dispatcher
+from qubes_itests.admin.methods import METHODS
+from qubes_itests.admin.protocol import LONGEST_REQUEST, Request
+from qubes_itests.admin.streams import EventStream
+
+if TYPE_CHECKING:
+    from qubes_itests.core.app import Qubes
+    from qubes_itests.guest.calls import ServiceCall
+    from qubes_itests.guest.streams import GuestWriter
+
+__all__ = ["handle_vm_call", "offer_to_vms"]
+
+log = logging.getLogger("qubes.admin")
+
+_REFUSED: Final = 126
+
+
+def offer_to_vms(app: Qubes, dispatcher: Dispatcher | None = None) -> Dispatcher:
+    """Have dom0 answer the Admin API to VMs, as far as the policy lets them call.
+
+    :param app: whose `host_services` get the methods.
+    :param dispatcher: answers; by default one of its own.
+    :return: who answers.
+    """
+    chosen = dispatcher or Dispatcher(app, METHODS)
+
+    async def serve(source: Any, call: ServiceCall) -> int:
+        return await handle_vm_call(chosen, source, call)
+
+    app.host_services.update(dict.fromkeys(METHODS, serve))
+    return chosen
+
+
+async def handle_vm_call(dispatcher: Dispatcher, source: Any, call: ServiceCall) -> int:
+    """Answer one call, which the policy has allowed and sent to dom0.
+
+    What the VM asked for as target is what the call is about, whoever answers it.
+
+    :param source: the VM that calls.
+    :param call: names the method and the target; everything in it is the guest's word.
+    :return: the call's exit status: 0 also when the reply tells of an exception.
+    """
+    payload = await _payload(call)
+    if payload is None:
+        log.warning("%s: %s sent too much, or too slowly", call.service, source.name)
+        return _REFUSED
+    method, _, argument = call.service.partition("+")
+    request = Request(method, argument, source.name, _destination(call.target), payload)
+    stream = _QrexecStream(call.stdout)
+    reply = await dispatcher.answer(request, stream)
+    if reply is not None:
+        call.stdout.write(reply)
+    return 0
+
+
+def _destination(target: str) -> str:
+    word = target.replace("$", "@", 1) if target.startswith("$") else target
+    return "dom0" if word in {"@adminvm", "@default"} else word
+
+
+async def _payload(call: ServiceCall) -> bytes | None:
+    """Return all that the caller sends; None if that is too much or takes too long."""
+    payload = bytearray()
+    try:
+        async with asyncio.timeout(CLIENT_TIMEOUT):
+            while part := await call.stdin.read(LONGEST_REQUEST):
+                payload += part
+                if len(payload) > LONGEST_REQUEST:
+                    return None
+    except TimeoutError:
+        return None
+    return bytes(payload)
+
+
+class _QrexecStream(EventStream):
+    def __init__(self, stdout: GuestWriter) -> None:
+        super().__init__()
+        self._stdout = stdout
+        stdout.when_broken(self.close)
+
+    def _write(self, data: bytes) -> None:
+        self._stdout.write(data)
+
+    def _backlog(self) -> int:
+        return self._stdout.backlog
+
+    def _drop(self) -> None:
+        self._stdout.break_off(BrokenPipeError("the events are not read"))
