@@ -10,8 +10,8 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from qubes_itests.balancing.app_memory import AppMemory, counts
 from qubes_itests.admin.vm_calls import offer_to_vms
+from qubes_itests.balancing.app_memory import AppMemory, counts
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.storage import copy_image
 from qubes_itests.exc import HarnessError
