@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["draw"]
 
 _WIDTH, _LEFT, _RIGHT, _TOP = 1000, 70, 170, 66
-_STACK, _ROW, _GAP = 300, 80, 18
+_STACK, _ROW, _GAP, _LINE = 300, 80, 18, 14
+#: Lines of text about events; what finds no place has its mark and a tooltip.
+_MOST_LINES = 4
 #: Told apart by people with colour blindness too (Okabe and Ito).
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800")
 _DOM0_COLOUR, _FREE_COLOUR = "#8a8a8a", "#e4efe0"
@@ -56,20 +58,35 @@ class _Frame:
     def steps(self, value: Callable[[Record], int | None]) -> str:
         """Return the path of a value that stays until the next record."""
         words: list[str] = []
+        before: str | None = None
         for record in self.records:
             size = value(record)
-            if size is None:
-                words.append("")
-                continue
-            x, y = f"{self.x(record.time):.1f}", f"{self.y(size):.1f}"
-            words.append(f"H{x}V{y}" if words and words[-1] else f"M{x} {y}")
+            x = f"{self.x(record.time):.1f}"
+            y = None if size is None else f"{self.y(size):.1f}"
+            if y != before or record is self.records[-1]:
+                words.append(f"H{x}" if before else f"M{x} {y}" if y else "")
+                words.append(f"V{y}" if before and y else "")
+            before = y
         return "".join(words)
 
+    def corners(self, values: dict[int, int]) -> list[tuple[str, str]]:
+        """Return where a value that stays until the next record changes, and its end.
 
-def draw(records: Sequence[Record]) -> str:
+        :param values: by the index of the record.
+        """
+        found: list[tuple[str, str]] = []
+        for number, record in enumerate(self.records):
+            y = f"{self.y(values[number]):.1f}"
+            if not found or y != found[-1][1]:
+                found.append((f"{self.x(record.time):.1f}", y))
+        return [*found, (f"{self.x(self.records[-1].time):.1f}", found[-1][1])]
+
+
+def draw(records: Sequence[Record], title: str = "Who holds the memory") -> str:
     """Return a timeline as the text of an SVG file.
 
     :param records: in order of time; none gives a picture that says so.
+    :param title: its heading.
     """
     if not records:
         return _document(80, ['<text x="20" y="40">Nothing was recorded.</text>'])
@@ -77,8 +94,16 @@ def draw(records: Sequence[Record]) -> str:
     names = _names(thin)
     shown = list(names)[:_MOST_ROWS]
     stack = _Frame(thin, _TOP, _STACK, max(record.total for record in thin))
-    body = [*_head(thin), *_stack(stack, names), *_events(stack)]
-    top = _TOP + _STACK + 78
+    marks, lines = _events(stack)
+    bottom = _TOP + _STACK + 31 + _LINE * lines
+    end = bottom + 34 + len(shown) * (_ROW + _GAP) - _GAP
+    body = [
+        *_head(thin, title),
+        *_stack(stack, names),
+        *marks,
+        *_event_lines(stack, bottom + 24, end),
+    ]
+    top = bottom + 34
     body.append(
         _label(
             _LEFT,
@@ -122,9 +147,9 @@ def _colour(domid: str, names: dict[str, str]) -> str:
     return _COLOURS[vms.index(domid) % len(_COLOURS)]
 
 
-def _head(records: Sequence[Record]) -> Iterator[str]:
+def _head(records: Sequence[Record], title: str) -> Iterator[str]:
     first, last = records[0], records[-1]
-    yield f'<text x="{_LEFT}" y="26" class="title">Who holds the memory</text>'
+    yield f'<text x="{_LEFT}" y="26" class="title">{escape(title)}</text>'
     yield (
         f'<text x="{_LEFT}" y="44" class="small">A machine of {mib(last.total)}'
         f" over {last.time - first.time:.0f} seconds</text>"
@@ -165,17 +190,20 @@ def _raised(
     return high
 
 
-def _area(frame: _Frame, low: dict[int, int], high: dict[int, int], colour: str) -> str:
+def _area(
+    frame: _Frame,
+    low: dict[int, int],
+    high: dict[int, int],
+    colour: str,
+    opacity: float = 0.85,
+) -> str:
     """Return the band between two stacks, in steps."""
-    upper, lower = [], []
-    for number, record in enumerate(frame.records):
-        x = frame.x(record.time)
-        after = frame.records[min(number + 1, len(frame.records) - 1)]
-        for place in (x, frame.x(after.time)):
-            upper.append(f"{place:.1f},{frame.y(high[number]):.1f}")
-            lower.append(f"{place:.1f},{frame.y(low[number]):.1f}")
-    points = " ".join([*upper, *reversed(lower)])
-    return f'<polygon points="{points}" fill="{colour}" fill-opacity="0.85"/>'
+    upper, lower = frame.corners(high), frame.corners(low)
+    there = "".join(f"H{x}V{y}" for x, y in upper[1:])
+    pairs = zip(lower[-2:0:-1], lower[-3::-1], strict=True)
+    back = "".join(f"H{x}V{before}" for (x, _), (_, before) in pairs)
+    path = f"M{upper[0][0]} {upper[0][1]}{there}V{lower[-1][1]}{back}H{upper[0][0]}Z"
+    return f'<path d="{path}" fill="{colour}" fill-opacity="{opacity}"/>'
 
 
 def _apart(labels: list[tuple[float, str, str]], x: float) -> Iterator[str]:
@@ -227,9 +255,10 @@ def _label(x: float, y: float, text: str, anchor: str = "start") -> str:
     )
 
 
-def _events(frame: _Frame) -> Iterator[str]:
-    """Yield a mark for everything that explains a change, its text below the axis."""
-    taken = [0.0, 0.0]
+def _events(frame: _Frame) -> tuple[list[str], int]:
+    """Return marks for what explains a change, and how many lines of text they take."""
+    taken = [0.0] * _MOST_LINES
+    marks = []
     for record in frame.records:
         colour = _EVENTS.get(record.event)
         if colour is None:
@@ -238,16 +267,27 @@ def _events(frame: _Frame) -> Iterator[str]:
         x, bottom = frame.x(record.time), frame.top + frame.height
         length = 6.2 * len(text)
         place = min(x, _WIDTH - _RIGHT - length)
-        yield (
+        marks.append(
             f'<path d="M{x:.1f} {frame.top}V{bottom}" stroke="{colour}"'
             f' stroke-dasharray="4 3"><title>{escape(text)}</title></path>'
         )
         line = next((n for n, until in enumerate(taken) if until < place), None)
         if line is not None:
             taken[line] = place + length + 8
-            yield (
-                f'<text class="small" x="{place:.1f}" y="{bottom + 31 + 14 * line}"'
+            marks.append(
+                f'<text class="small" x="{place:.1f}" y="{bottom + 31 + _LINE * line}"'
                 f' style="fill:{colour}">{escape(text)}</text>'
+            )
+    return marks, sum(until > 0 for until in taken)
+
+
+def _event_lines(frame: _Frame, top: float, bottom: float) -> Iterator[str]:
+    """Yield the events' lines again, faintly, across the rows of VMs."""
+    for record in frame.records:
+        if colour := _EVENTS.get(record.event):
+            yield (
+                f'<path d="M{frame.x(record.time):.1f} {top}V{bottom}"'
+                f' stroke="{colour}" stroke-opacity="0.25"/>'
             )
 
 
@@ -260,11 +300,12 @@ def _row(
     colour = _colour(domid, names)
 
     def value(name: str) -> Callable[[Record], int | None]:
-        return lambda record: getattr(record.domains.get(domid), name, None)
+        # a target of 0 was never set
+        return lambda record: getattr(record.domains.get(domid), name, None) or None
 
     yield from _axes(frame, 2)
     used = {n: value("used")(record) or 0 for n, record in enumerate(records)}
-    yield _area(frame, dict.fromkeys(used, 0), used, colour).replace("0.85", "0.3")
+    yield _area(frame, dict.fromkeys(used, 0), used, colour, 0.3)
     for name, style in (
         ("preferred", f"stroke:{colour};stroke-dasharray:2 3"),
         ("current", f"stroke:{colour};stroke-width:2.4"),
