@@ -63,6 +63,11 @@ def _check_network(_app: object, vm: Any) -> None:
         raise ValueError(f"{vm} has not provides_network set")
 
 
+def _app_pool(app: Qubes, prop: Property[Any], value: Any) -> str | None:
+    del prop
+    return app.get_pool(str(value)).name if value not in (None, "") else None
+
+
 class Qubes(PropertyHolder):
     """A Qubes system: the VMs, and all that they share.
 
@@ -126,6 +131,7 @@ class Qubes(PropertyHolder):
     )
     default_pool = Property["str | None"](
         "default_pool",
+        setter=_app_pool,
         default=lambda app: next(iter(app.pools), None),
         doc="Name of the pool of volumes that name none.",
     )
@@ -250,6 +256,8 @@ class Qubes(PropertyHolder):
             del properties["template"]
         qid = self.domains.get_new_unused_qid() if qid is None else qid
         vm = vm_class(self, qid=qid, **properties)
+        # before its volumes take the place of those of the VM that is there
+        self.domains.check_free(vm)
         if isinstance(vm, QubesVM):
             vm.init_storage()
         return self.domains.add(vm)

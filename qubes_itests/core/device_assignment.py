@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qubes_itests.core import device_serialization
 from qubes_itests.core.device_protocol import ANY, Port, VirtualDevice
 from qubes_itests.core.exc import ProtocolError, QubesException
+from qubes_itests.core.store.document import check_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,7 +45,10 @@ class DeviceAssignment:
     ) -> None:
         self.virtual_device = VirtualDevice(device.port, device.device_id)
         self.frontend_domain = frontend_domain
-        self.options = {name: str(value) for name, value in (options or {}).items()}
+        self.options = {
+            check_text(name): check_text(str(value))
+            for name, value in (options or {}).items()
+        }
         self.mode = AssignmentMode(mode)
 
     def clone(self, **changes: Any) -> DeviceAssignment:

@@ -50,7 +50,7 @@ class VMCollection:
             that is loaded is not new.
         :raise QubesValueError: when its name, number or UUID is taken.
         """
-        self._check_free(vm)
+        self.check_free(vm)
         self._by_uuid[vm.uuid] = vm
         self._by_name[vm.name] = vm
         self._by_qid[vm.qid] = vm
@@ -60,7 +60,8 @@ class VMCollection:
             self._app.fire_event("domain-add", vm=vm)
         return vm
 
-    def _check_free(self, vm: BaseVM) -> None:
+    def check_free(self, vm: BaseVM) -> None:
+        """Raise QubesValueError when the name, number or UUID of a VM is taken."""
         if vm.name in self._by_name:
             raise QubesValueError(f"there is a VM {vm.name!r} already")
         if vm.qid in self._by_qid:

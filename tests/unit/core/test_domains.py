@@ -70,3 +70,20 @@ def test_name_and_number_stay(app):
     for name, value in (("name", "two"), ("qid", 77)):
         with pytest.raises(exc.QubesPropertyValueError, match="once and for all"):
             setattr(vm, name, value)
+
+
+def test_refused_vm_does_not_take_the_volumes_of_the_one_that_is_there(app):
+    one = add(app, "one")
+    with pytest.raises(exc.QubesValueError, match="a VM 'one' already"):
+        add(app, "one", qid=5)
+    for volume in one.volumes.values():
+        assert volume.pool.get_volume(volume.vid) is volume
+
+
+def test_default_pool_is_one_that_there_is(app):
+    with pytest.raises(exc.QubesPoolNotFoundError):
+        app.default_pool = "none such"
+    app.default_pool = app.get_pool("default")
+    assert app.default_pool == "default"
+    app.default_pool = None
+    assert app.default_pool is None

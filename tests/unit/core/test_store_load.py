@@ -375,3 +375,97 @@ def test_memory_that_was_lowered_after_maxmem(load):
     assert (app.domains["one"].memory, app.domains["one"].maxmem) == (100, 3000)
     with pytest.raises(exc.QubesPropertyValueError):
         app.domains["one"].maxmem = 3000
+
+
+DEVICES = """\
+<devices class="pci">
+<device backend-domain="dom0" id="00_1f.3" required="yes">
+<option name="no-strict-reset">True</option>
+</device>
+<device backend-domain="dom0" id="00_1f.4"/>
+</devices>
+<devices class="block">
+<device backend-domain="*" id="*" identity="disk:*" mode="ask-to-attach"/>
+</devices>
+<devices class="usb"/>
+"""
+
+
+def test_devices(load):
+    app = load(document(vm("one", after=DEVICES)))
+    found = {
+        (str(a.port), a.device_id, a.mode.value, tuple(a.options.items()))
+        for devclass in ("pci", "block")
+        for a in app.domains["one"].devices[devclass].get_assigned_devices()
+    }
+    assert found == {
+        ("dom0:00_1f.3", "*", "required", (("no-strict-reset", "True"),)),
+        ("dom0:00_1f.4", "*", "auto-attach", ()),
+        ("*:*", "disk:*", "ask-to-attach", ()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        (DEVICES.replace("dom0", "gone", 1), 14),
+        (DEVICES.replace("00_1f.3", "../x"), 14),
+        (DEVICES.replace("00_1f.4", "00_1f.3"), 17),
+        (DEVICES.replace("ask-to-attach", "perhaps"), 20),
+        (DEVICES.replace('class="block"', 'class="B!"'), 20),
+    ],
+)
+def test_devices_that_cannot_be(load, wrong, line):
+    with pytest.raises(StoreFormatError) as caught:
+        load(document(vm("one", after=wrong)))
+    assert caught.value.line == line, caught.value
+
+
+def test_firewall_and_notes(load):
+    rules = "<firewall><rule>action=drop dst4=10.0.0.0/8</rule></firewall>"
+    app = load(document(vm("one", after=rules + "<notes>a\nb</notes>")))
+    assert app.domains["one"].firewall.rules == ("action=drop dst4=10.0.0.0/8",)
+    assert app.domains["one"].notes == "a\nb"
+    with pytest.raises(StoreFormatError, match="firewall rule 'action=no'"):
+        load(
+            document(
+                vm("one", after="<firewall><rule>action=no</rule></firewall>"),
+            )
+        )
+
+
+def test_notes_with_what_cannot_be_stored_do_not_keep_the_app_from_being_saved(load):
+    app = load(document(vm("one")))
+    app.domains["one"].notes = "a\0b\ud800"
+    app.save(lock=False)
+    assert load().domains["one"].notes == "a_b_"
+
+
+def test_disposable_vms_of_the_last_run_are_gone(load, caplog):
+    template = vm("tiny", qid=9, klass="TemplateVM")
+    base = vm(
+        "base",
+        prop("template", "tiny") + prop("template_for_dispvms", "True"),
+        qid=8,
+        klass="AppVM",
+    )
+    disposables = [
+        vm(
+            f"disp{number}",
+            prop("template", "base")
+            + prop("dispid", number)
+            + prop("auto_cleanup", number > 1)
+            + prop("provides_network", "True"),
+            qid=number,
+            klass="DispVM",
+        )
+        for number in (1, 2, 3)
+    ]
+    client = vm("client", prop("netvm", "disp3"), qid=7)
+    with caplog.at_level(logging.INFO, "qubes.store"):
+        app = load(document(*disposables, client, base, template))
+    # one is no longer needed, one has no auto_cleanup, one is in use
+    names = {"dom0", "tiny", "base", "client", "disp1", "disp3"}
+    assert set(app.domains.keys()) == names
+    assert "disposable VM disp3 is kept: VM disp3 is used by client" in caplog.text
+    assert "disposable VM disp2 is gone" in caplog.text
