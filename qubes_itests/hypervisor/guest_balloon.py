@@ -128,7 +128,7 @@ class BalloonedGuest:
             except StateError:
                 pass  # it is starting or has ended: the event says which
             except HypervisorError as error:
-                _log.warning("%s", error)
+                _log.info("%s", error)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_INTERVAL):
                     await self._news.wait()

@@ -115,22 +115,25 @@ class World(abc.ABC):
             await asyncio.sleep(_LOOK)
         return clock() - start
 
-    async def settled(self, *names: str, timeout: float = 20.0) -> None:
+    async def settled(
+        self, *names: str, still: float = _STILL, timeout: float = 20.0
+    ) -> None:
         """Wait until VMs have targets, and these stay what they are.
 
+        :param still: seconds for which they must stay.
         :raise DeadlineError: when they do not.
         """
         clock = asyncio.get_running_loop().time
         last, since = [0], clock()
 
-        def still() -> bool:
+        def rests() -> bool:
             nonlocal last, since
             targets = [self.target(name) for name in names]
             if targets != last:
                 last, since = targets, clock()
-            return all(targets) and clock() - since >= _STILL
+            return all(targets) and clock() - since >= still
 
-        await self.until(f"rest of {', '.join(names)}", still, timeout=timeout)
+        await self.until(f"rest of {', '.join(names)}", rests, timeout=timeout)
 
     def _note(self, text: str) -> None:
         if self._recorder is not None:

@@ -151,3 +151,50 @@ def test_a_vm_that_is_not_balanced_keeps_its_memory(open_world, run):
             assert statistics.actual == 400 * MIB
 
     run(program())
+
+
+def test_a_cold_vm_counts_as_what_it_was_promised(open_world, run):
+    """It has its maximum until its balloon is up; from a saved state it never has."""
+
+    async def program():
+        async with open_world(2600) as world:
+            saved, world.app.warm_starts = world.app.warm_starts, None
+            vm = world.app.add_new_vm(
+                "AppVM", name="cold", label="red", memory=400, maxmem=800
+            )
+            await vm.create_on_disk()
+
+            def reported():
+                state = world.memory.domains().get("cold")
+                assert state is None or state.used or state.actual == 400 * MIB
+                return state is not None and state.used is not None
+
+            start = asyncio.ensure_future(vm.start())
+            await world.until("report of a cold VM", reported, timeout=40)
+            await start
+            await vm.kill()
+            world.app.warm_starts = saved
+            await vm.start()
+            statistics = await vm.domain.memory_statistics()
+            # the last page may go beyond what it was told
+            assert statistics.actual <= world.memory.domains()["cold"].actual + 4096
+
+    run(program())
+
+
+def test_idle_guests_give_at_once(open_world, run):
+    """128 MiB for a starting VM are there in 2 s; afterwards everything rests."""
+
+    async def program():
+        async with open_world(2000) as world:
+            for name in ("one", "two"):
+                await world.start_idle(name, **KIND)
+            await world.settled("one", "two")
+            amount = world.memory.balancer.free + 128 * MIB
+            clock = asyncio.get_running_loop().time
+            begin = clock()
+            async with world.memory.client.memory(amount):
+                assert clock() - begin < 2
+            await world.settled("one", "two", still=8)
+
+    run(program())
