@@ -31,6 +31,8 @@ AnyBackend = TypeVar("AnyBackend", bound=MemoryBackend)
 
 _SOCKET: Final = "qmemman.sock"
 _LOOK: Final = 0.02
+#: Seconds: others may start before, one after the other, and make saved states first.
+_ANSWER: Final = 240.0
 
 #: MiB that a dom0 with a desktop uses, and the most that it boots with.
 _DOM0_USES: Final = 1024
@@ -77,7 +79,7 @@ class AppMemory(Generic[AnyBackend]):
     ) -> None:
         self.backend = backend
         #: What the starts of VMs ask.
-        self.client = Client(app.directory / _SOCKET)
+        self.client = Client(app.directory / _SOCKET, timeout=_ANSWER)
         #: The file that every decision goes to; it outlasts the balancing.
         self.timeline: Path = app.directory / TIMELINE
         self.balancer: Balancer
