@@ -33,6 +33,9 @@ __all__ = [
 VMPREFIX: Final = "test-inst-"
 CLSVMPREFIX: Final = "test-cls-"
 
+#: Name of the net VM that `init_networking` makes.
+NET_VM: Final = "sys-net"
+
 #: Seconds that a user's session may take to begin.
 _SESSION_TIMEOUT: Final = 60.0
 
@@ -127,7 +130,21 @@ class SystemTestCase(QubesTestCase):
             self.app.default_template = self.app.domains[template]
 
     def init_networking(self) -> None:
-        """Accept the call: VMs have no network yet."""
+        """Have a net VM, and all VMs of the app connected by it that name no other.
+
+        It starts when the first of them does.
+        """
+        if self.app.default_netvm is None:
+            net = self.app.add_new_vm(
+                "AppVM",
+                name=NET_VM,
+                template=self.app.default_template,
+                label="red",
+                netvm=None,
+                provides_network=True,
+            )
+            self.loop.run_until_complete(net.create_on_disk())
+            self.app.default_netvm = net
 
     @staticmethod
     def make_vm_name(name: str, class_teardown: bool = False) -> str:  # noqa: FBT001, FBT002
@@ -240,7 +257,7 @@ class ExtraTestCase(SystemTestCase):
         return VMWrapper(vm, loop=self.loop)
 
     def enable_network(self) -> None:
-        """Ask for network in VMs that are made afterwards."""
+        """Connect all VMs of the test by a net VM; see `init_networking`."""
         self.init_networking()
 
 

@@ -45,6 +45,8 @@ class Downlink:
         self.agent = agent
         self.bridge = bridge
         self.closed = False
+        #: Who has an address: hardware and IPv4 addresses, and names of VMs.
+        self.taken: dict[str, str] = {}
         self._tap: Tap | None = None
         self._routes: Routes = {}
         self._changing = asyncio.Lock()

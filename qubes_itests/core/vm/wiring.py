@@ -171,6 +171,7 @@ class WiringMixin(NetMixin):
             if downlink is not None:
                 await downlink.close()
         if uplink is not None:
+            self._leave_addresses(uplink.downlink)
             await self._announce_end(uplink)
 
     @handler("property-set:netvm", "property-reset:netvm")
@@ -229,10 +230,14 @@ class WiringMixin(NetMixin):
 
     async def _plug(self, downlink: Downlink) -> None:
         domain, agent = self._live()
-        self._require_distinct(downlink)
-        self.uplink = await Uplink.open(
-            domain, downlink, self.mac, self.ip, self.behind()
-        )
+        self._take_addresses(downlink)
+        try:
+            self.uplink = await Uplink.open(
+                domain, downlink, self.mac, self.ip, self.behind()
+            )
+        except BaseException:
+            self._leave_addresses(downlink)
+            raise
         await _all(
             self._set_up(agent, downlink),
             self.announce(self.uplink),
@@ -249,14 +254,20 @@ class WiringMixin(NetMixin):
             dns=self.dns or (),
         )
 
-    def _require_distinct(self, downlink: Downlink) -> None:
-        for other in downlink.owner.attached_vms():
-            for name in ("mac", "ip"):
-                value = getattr(self, name)
-                if other is not self and getattr(other, name) == value:
-                    raise QubesVMError(
-                        self, f"VM {self} has the {name} of VM {other}: {value}"
-                    )
+    def _take_addresses(self, downlink: Downlink) -> None:
+        for address in (self.mac, str(self.ip)):
+            if address in downlink.taken:
+                raise QubesVMError(
+                    self,
+                    f"VM {self} cannot be attached to VM {downlink.owner}:"
+                    f" VM {downlink.taken[address]} has the address {address}",
+                )
+        downlink.taken |= dict.fromkeys((self.mac, str(self.ip)), self.name)
+
+    def _leave_addresses(self, downlink: Downlink) -> None:
+        for address, name in list(downlink.taken.items()):
+            if name == self.name:
+                del downlink.taken[address]
 
     async def _unplug(self, uplink: Uplink) -> None:
         domain, agent = self._live()
@@ -268,6 +279,7 @@ class WiringMixin(NetMixin):
             await uplink.remove()
             self._loose.remove(uplink)
         finally:
+            self._leave_addresses(uplink.downlink)
             await self._announce_end(uplink)
         if self.netvm is None:
             await self._tell_addresses(agent)
@@ -291,6 +303,7 @@ class WiringMixin(NetMixin):
                 raise QubesVMNotRunningError(self, f"VM {self} is paused; unpause it")
             if self.downlink is None:
                 self.downlink = await Downlink.open(self, domain, agent, self.ip)
+                self.downlink.taken[str(self.ip)] = self.name
             return self.downlink
 
     def attached_vms(self) -> Iterator[WiringMixin]:
