@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,28 +33,30 @@ def execute(command: Command, _settings: Settings) -> int:
     files = words[1:] if plotting else words
     if len(files) > 1:
         raise HarnessError(f"One timeline at a time, not {len(files)}.")
-    path = Path(files[0]) if files else _newest(Cache())
+    cache = Cache()
+    path = Path(files[0]) if files else _newest(cache)
+    if path is None:
+        raise HarnessError(
+            "No run balances memory now: begin one with --memory-budget=4096, or name"
+            f" a timeline, as failed tests leave it: {timeline.TIMELINE}."
+        )
     if plotting:
         _plot(path, Path(command.output or path.with_suffix(".svg").name))
     else:
         terminal = sys.stdout.isatty()
-        live.follow(path, Console(width=None if terminal else _WIDTH))
+        newest = None if files else functools.partial(_newest, cache)
+        live.follow(path, Console(width=None if terminal else _WIDTH), newest)
     return ExitCode.OK
 
 
-def _newest(cache: Cache) -> Path:
+def _newest(cache: Cache) -> Path | None:
     """Return the timeline of a run under way that was written to last."""
     found: list[tuple[float, Path]] = []
     for run in rundir.under_way(cache):
         for path in run.glob(f"vm/apps/*/{timeline.TIMELINE}"):
             with contextlib.suppress(FileNotFoundError):  # the run may end meanwhile
                 found.append((path.stat().st_mtime, path))
-    if not found:
-        raise HarnessError(
-            "No run balances memory now: begin one with --memory-budget=4096, or name"
-            f" a timeline, as failed tests leave it: {timeline.TIMELINE}."
-        )
-    return max(found)[1]
+    return max(found)[1] if found else None
 
 
 def _plot(source: Path, target: Path) -> None:

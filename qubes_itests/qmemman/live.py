@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, TextIO
 
@@ -15,7 +16,7 @@ from qubes_itests.qmemman.sizes import MIB, mib
 from qubes_itests.qmemman.timeline import parse_record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from rich.console import Console, RenderableType
@@ -68,26 +69,58 @@ def _cells(domain: DomainRecord, total: int) -> Iterator[Text]:
     yield Text(", ".join(text for text, true in flags.items() if true), style="yellow")
 
 
-def follow(path: Path, console: Console) -> None:
+def follow(
+    path: Path, console: Console, newest: Callable[[], Path | None] | None = None
+) -> None:
     """Show a timeline; on a terminal go on as it grows, until it is removed.
 
-    :raise TimelineError: when the file is none.
+    :param newest: asked for the timeline to go on with: another one when a new test
+        has begun, None when there is none any more.
+    :raise TimelineError: when a file is none.
     """
+    if not console.is_terminal:
+        with _opened(path) as file:
+            console.print(render(_first(path, file)))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        following: Path | None = path
+        while following is not None:
+            try:
+                _follow_one(following, live, newest)
+            except TimelineError:
+                if newest is None or following.exists():
+                    raise
+            following = newest() if newest else None
+
+
+def _follow_one(
+    path: Path, live: Live, newest: Callable[[], Path | None] | None
+) -> None:
+    with _opened(path) as file:
+        if newest is None:
+            live.update(render(_first(path, file)), refresh=True)
+        while path.exists():
+            if record := _last(path, file):
+                live.update(render(record), refresh=True)
+            elif newest and newest() != path:
+                return
+            time.sleep(_INTERVAL)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
     try:
         with path.open(encoding="utf-8") as file:
-            record = _last(path, file)
-            if record is None:
-                raise TimelineError(path, "it is empty")
-            if not console.is_terminal:
-                console.print(render(record))
-                return
-            with Live(render(record), console=console, auto_refresh=False) as live:
-                while path.exists():
-                    time.sleep(_INTERVAL)
-                    if newer := _last(path, file):
-                        live.update(render(newer), refresh=True)
+            yield file
     except (OSError, UnicodeDecodeError) as error:
         raise TimelineError(path, str(error)) from error
+
+
+def _first(path: Path, file: TextIO) -> Record:
+    record = _last(path, file)
+    if record is None:
+        raise TimelineError(path, "it is empty")
+    return record
 
 
 def _last(path: Path, file: TextIO) -> Record | None:

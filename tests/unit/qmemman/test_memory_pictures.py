@@ -50,6 +50,26 @@ def test_the_live_view_shows_the_last_moment(recording):
         live.follow(recording.with_name("qmemman.sock.lock"), Console(file=out))
 
 
+def test_the_live_view_goes_on_with_the_next_test_and_ends_with_the_run(
+    tmp_path, recording
+):
+    """The second file appears when nothing comes in the first any more."""
+    second = tmp_path / "second"
+    second.write_text(recording.read_text().replace('"work"', '"other"'))
+    answers = iter([second, second, second, None, None])
+
+    def newest():
+        answer = next(answers)
+        if answer is None:
+            second.unlink(missing_ok=True)
+        return answer
+
+    out = io.StringIO()
+    console = Console(file=out, width=120, force_terminal=True)
+    live.follow(recording, console, newest)
+    assert out.getvalue().index("work") < out.getvalue().index("other")
+
+
 def test_the_command_line_plots(recording, tmp_path):
     def run(*words):
         command = [sys.executable, "-m", "qubes_itests", "memory", *words]

@@ -29,6 +29,18 @@ def test_every_decision_is_in_it(tmp_path):
     assert timeline.read(path) == records
 
 
+def test_the_end_of_a_long_timeline_is_whole_records(tmp_path):
+    path = record_refusal(tmp_path)
+    records, size = timeline.read(path), path.stat().st_size
+    last = len(path.read_bytes().splitlines(keepends=True)[-1])
+    for most in (size + 1, size, size - 1, last, last - 1, 1):
+        found = timeline.read(path, most)
+        assert found == records[len(records) - len(found) :]
+        assert len(timeline.tail(path, most)) <= most
+    assert len(timeline.read(path, last)) == 1
+    assert timeline.read(path, last - 1) == []
+
+
 @pytest.mark.parametrize(
     "line", ["x", "[]", "{}", '{"domains":{"1":{"a":1}}}', '{"domains":3}', "7"]
 )
