@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from qubes_itests.core.exc import QubesVMError
-from qubes_itests.core.labels import find_label
+from qubes_itests.core.labels import Label, find_label
+from qubes_itests.core.properties import Property
 from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["AdminVM"]
@@ -14,9 +15,15 @@ __all__ = ["AdminVM"]
 class AdminVM(BaseVM):
     """Dom0: it always runs, has no domain of its own here, and offers services."""
 
+    label = Property[Label](
+        "label",
+        type=find_label,
+        default=lambda _vm: find_label("black"),
+        doc="Its colour.",
+    )
+
     def __init__(self, app: Any) -> None:
         super().__init__(app, name="dom0", qid=0, uuid="0" * 32)
-        self._values["label"] = find_label("black")
 
     @property
     def netvm(self) -> None:
