@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qubes_itests.core.exc import QubesVMStartError
+from qubes_itests.exc import DeadlineError
 from qubes_itests.qmemman.budget import MemoryBudget
 from qubes_itests.qmemman.sizes import MIB
 
@@ -19,6 +20,25 @@ def test_vms_of_a_test_share_a_machine(vm_factory, qmemman):
     qmemman.wait_for_target(vm, at_least=400)
     assert qmemman.holds("dom0") < 1500
     assert {"granted", "balance"} <= {record.event for record in qmemman.records()}
+
+
+def test_guests_use_memory_on_command(vm_factory, qmemman):
+    """What they report follows, and so do targets; giving it back is seen as well."""
+    vm = vm_factory("work", memory=300, maxmem=900)
+    qmemman.wait_until("report", lambda: qmemman.uses(vm) is not None)
+    idle = qmemman.uses("work")
+    qmemman.note("work needs 250 MiB more")
+    qmemman.use(vm, 250)
+    qmemman.wait_until("use", lambda: qmemman.uses(vm) > idle + 200)
+    qmemman.use(vm, 0)
+    qmemman.wait_until("release", lambda: qmemman.uses(vm) < idle + 50)
+    qmemman.use("dom0", 600)
+    qmemman.wait_for_target("dom0", at_least=1100)
+    assert 0 < qmemman.free < 1500
+    assert "work needs 250 MiB more" in [r.text for r in qmemman.records()]
+    with pytest.raises(DeadlineError, match=r"target of work of at most 1 MiB") as e:
+        qmemman.wait_for_target(vm, at_most=1, timeout=0.1)
+    assert "work: uses" in e.value.evidence
 
 
 def test_a_start_without_memory_says_who_holds_it(vm_factory, qubes_app, qmemman):
