@@ -29,7 +29,8 @@ async def clone_vm(
 ) -> Any:
     """Make a VM as a copy of another one, which must be halted.
 
-    It has the other's properties, features, tags, devices, firewall rules and volumes.
+    It has the other's properties, features, tags, assigned devices, firewall rules,
+    notes and volumes.
 
     :param source: the VM to copy.
     :param name: of the copy.
@@ -45,6 +46,7 @@ async def clone_vm(
     vm = app.add_new_vm(vm_class, name=name, label=source.label, **properties)
     try:
         _clone_settings(vm, source, given=set(properties))
+        await _clone_assignments(vm, source)
         await vm.clone_disk_files(source, pool=pool)
     except BaseException:
         await to_its_end(_give_up(app, vm))
@@ -59,6 +61,13 @@ def _clone_settings(vm: Any, source: Any, given: set[str]) -> None:
     vm.features.update(source.features)
     vm.tags.update(t for t in source.tags if _OF_ORIGIN not in t)
     vm.firewall.rules = source.firewall.rules
+    vm.notes = source.notes
+
+
+async def _clone_assignments(vm: Any, source: Any) -> None:
+    for devclass, devices in list(source.devices.items()):
+        for assignment in devices.get_assigned_devices():
+            await vm.devices[devclass].assign(assignment)
 
 
 async def _give_up(app: Qubes, vm: Any) -> None:

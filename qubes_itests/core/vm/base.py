@@ -133,6 +133,13 @@ class BaseVM(PropertyHolder):
             for name in holder.property_uses(self)
             if holder is not self
         ]
+        users += [
+            f"{vm} ({devclass} device {assignment})"
+            for vm in self.app.domains
+            for devclass, devices in vm.devices.items()
+            for assignment in devices.get_dedicated_devices()
+            if assignment.backend_domain is self and vm is not self
+        ]
         if users:
             raise QubesVMInUseError(
                 self, f"VM {self} is used by {', '.join(users)}; change these first"

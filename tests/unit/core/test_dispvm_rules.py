@@ -8,6 +8,8 @@ import pytest_asyncio
 from scripted_app import make_app, make_vm
 
 from qubes_itests.core import exc
+from qubes_itests.core.device_assignment import DeviceAssignment
+from qubes_itests.core.device_protocol import Port, VirtualDevice
 from qubes_itests.core.vm.dispvm import DispVM
 from qubes_storage.exc import StoragePoolException
 from qubes_storage.reflink import ReflinkPool
@@ -357,6 +359,24 @@ async def test_a_clone_is_like_its_source(app):
     }
     await copy.start()
     await copy.kill()
+
+
+@pytest.mark.asyncio
+async def test_devices_are_cloned_and_keep_who_provides_them(app):
+    source = await make_vm(app, "AppVM", "work")
+    provider = await make_vm(app, "AppVM", "usb")
+    device = VirtualDevice(Port(provider, "sda", "block"))
+    assignment = DeviceAssignment(device, options={"read-only": "yes"}, mode="required")
+    await source.devices["block"].assign(assignment)
+    source.notes = "mine"
+    source.firewall.rules = ["action=drop"]
+    copy = await app.clone_vm(source, "copy")
+    (cloned,) = copy.devices["block"].get_assigned_devices()
+    assert (cloned.virtual_device, cloned.frontend_domain) == (device, copy)
+    assert dict(cloned.options) == {"read-only": "yes"}
+    assert (copy.notes, copy.firewall.rules) == ("mine", ("action=drop",))
+    with pytest.raises(exc.QubesVMInUseError, match=r"work \(block device .*copy"):
+        del app.domains[provider]
 
 
 @pytest.mark.asyncio
