@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from qubes_itests.core import config
 from qubes_itests.core.autostart import start_autostart
+from qubes_itests.core.block import BlockDeviceExtension
 from qubes_itests.core.cloning import clone_vm
+from qubes_itests.core.device_rules import DeviceRules
 from qubes_itests.core.domains import VMCollection
 from qubes_itests.core.events import handler
 from qubes_itests.core.exc import (
@@ -161,6 +163,8 @@ class Qubes(PropertyHolder):
         self.host_services: dict[str, HostService] = {}
         #: What went wrong where nobody was there to be told; empty if all is well.
         self.problems: list[str] = []
+        BlockDeviceExtension()
+        DeviceRules()
         self.domains = VMCollection(self)
         self.domains.add(AdminVM(self))
         self.events_enabled = True

@@ -58,6 +58,8 @@ class DeviceCollection:
         self._vm = vm
         self.devclass = devclass
         self._assigned: dict[VirtualDevice, DeviceAssignment] = {}
+        #: What the extension of the class has attached in this run, with options.
+        self.attached: dict[Port, dict[str, str]] = {}
 
     def _check_class(self, assignment: DeviceAssignment) -> None:
         if assignment.devclass != self.devclass:

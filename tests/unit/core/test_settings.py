@@ -1,0 +1,167 @@
+"""The settings of VMs: what each takes, refuses, and is by default."""
+
+import pytest
+
+from qubes_itests.core import exc
+from qubes_itests.core.device_assignment import DeviceAssignment
+from qubes_itests.core.device_protocol import Port, VirtualDevice
+
+
+@pytest.fixture
+def work(app, template):
+    return app.add_new_vm("AppVM", name="work", label="red", template=template)
+
+
+@pytest.fixture
+def card(app):
+    """Return a PCI device, as an assignment."""
+    port = Port(app.domains["dom0"], "00_1f.2", "pci")
+    return DeviceAssignment(VirtualDevice(port), mode="required")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("memory", 300),
+        ("vcpus", 3),
+        ("maxmem", 900),
+        ("kernel", "other"),
+        ("kernelopts", "quiet"),
+        ("default_user", "root"),
+        ("qrexec_timeout", 7),
+        ("shutdown_timeout", 8),
+        ("virt_mode", "hvm"),
+    ],
+)
+def test_default_is_the_templates(work, template, name, value):
+    setattr(template, name, value)
+    assert getattr(work, name) == value
+    assert work.property_is_default(name)
+
+
+def test_timeouts_are_the_apps_where_neither_vm_nor_template_set_them(app, work):
+    app.default_qrexec_timeout, app.default_shutdown_timeout = 5, 6
+    assert (work.qrexec_timeout, work.shutdown_timeout) == (5, 6)
+
+
+def test_memory_is_not_lowered_below_a_tenth_of_maxmem(work):
+    work.memory, work.maxmem = 400, 4000
+    with pytest.raises(exc.QubesPropertyValueError, match=r"maxmem is 4000 MiB.*lower"):
+        work.memory = 399
+    work.maxmem = 3990
+    work.memory = 399
+    assert (work.memory, work.maxmem) == (399, 3990)
+
+
+def test_maxmem_by_default_is_within_what_memory_allows(work, template):
+    template.memory, template.maxmem = 400, 4000
+    work.memory = 100
+    assert work.maxmem == 1000
+
+
+@pytest.mark.parametrize("value", [0, -1, "", "400 ", 40.5, None, True, "many"])
+@pytest.mark.parametrize("name", ["memory", "vcpus", "qrexec_timeout"])
+def test_numbers_above_zero(work, name, value):
+    with pytest.raises(exc.QubesPropertyValueError, match="it takes a whole number"):
+        setattr(work, name, value)
+
+
+@pytest.mark.asyncio
+async def test_pci_devices_make_it_hvm(work, card):
+    """And pvh again when they are gone."""
+    assert work.virt_mode == "pvh"
+    await work.devices["pci"].assign(card)
+    assert work.virt_mode == "hvm"
+    with pytest.raises(exc.QubesPropertyValueError, match="PCI devices are assigned"):
+        work.virt_mode = "pvh"
+    await work.devices["pci"].unassign(card)
+    assert work.virt_mode == "pvh"
+
+
+@pytest.mark.asyncio
+async def test_pci_devices_are_refused_to_what_is_set_to_pvh(work, card):
+    work.virt_mode = "PVH"
+    with pytest.raises(exc.QubesValueError, match="virt_mode of work is set to pvh"):
+        await work.devices["pci"].assign(card)
+    assert list(work.devices["pci"].get_assigned_devices()) == []
+    del work.virt_mode
+    await work.devices["pci"].assign(card)
+
+
+@pytest.mark.parametrize("value", ["a/b", "..", "", None, "x" * 65, 5, "a b"])
+def test_names_of_kernels(work, value):
+    if value in ("", None):
+        work.kernel = value
+        assert work.kernel is None
+    else:
+        with pytest.raises(exc.QubesPropertyValueError, match="name of a kernel"):
+            work.kernel = value
+
+
+@pytest.mark.parametrize("value", ["a:b", "a b", "", None, 'a"', "-x", "x" * 33])
+def test_names_of_users(work, value):
+    with pytest.raises(exc.QubesPropertyValueError, match="name of a user"):
+        work.default_user = value
+
+
+def test_kernel_options_are_bounded(work):
+    work.kernelopts = "x" * 512
+    with pytest.raises(exc.QubesPropertyValueError, match="at most 512"):
+        work.kernelopts = "x" * 513
+
+
+def test_backup_timestamp_is_set_in_the_form_in_which_it_is_read(work):
+    assert work.backup_timestamp is None
+    for value in (1700000000, "1700000000", 0):
+        work.backup_timestamp = value
+        assert work.backup_timestamp == int(value)
+        work.backup_timestamp = work.backup_timestamp
+        text = work.property_get_def("backup_timestamp").saved(work)
+        work.backup_timestamp = text
+        assert work.backup_timestamp == int(value)
+    del work.backup_timestamp
+    work.backup_timestamp = work.backup_timestamp
+    assert work.backup_timestamp is None
+
+
+@pytest.mark.parametrize(
+    "value", ["", "1.5", 1.5, -1, "-1", True, "0x10", "2026-01-01", " 1", [], b"1"]
+)
+def test_what_is_no_backup_timestamp(work, value):
+    with pytest.raises(exc.QubesPropertyValueError, match="it takes"):
+        work.backup_timestamp = value
+    assert work.backup_timestamp is None
+
+
+def test_start_time_is_read_only_and_known_to_the_list_of_properties(work):
+    names = {prop.name: prop.type_name for prop in work.property_list()}
+    assert names["start_time"] == names["backup_timestamp"] == "int"
+    assert work.start_time is None
+    work.started_at = 1700000000.7
+    assert work.start_time == 1700000000
+    with pytest.raises(exc.QubesPropertyValueError, match="cannot be set"):
+        work.start_time = 1
+
+
+def test_what_is_computed(app, work, template):
+    assert (work.klass, work.icon, work.updateable) == ("AppVM", "appvm-red", False)
+    assert (template.icon, template.updateable) == ("templatevm-black", True)
+    assert app.domains["dom0"].icon == "adminvm-black"
+    work.template_for_dispvms = True
+    assert work.icon == "dispvm-red"
+    work.features["servicevm"] = True
+    assert work.icon == "servicevm-red"
+
+
+@pytest.mark.parametrize("name", ["default_template", "default_dispvm"])
+def test_vm_properties_of_the_app_take_vm_name_and_nothing(app, template, work, name):
+    work.template_for_dispvms = True
+    vm = {"default_template": template, "default_dispvm": work}[name]
+    for value in (vm, vm.name):
+        setattr(app, name, value)
+        assert getattr(app, name) is vm
+    for value in ("", None):
+        setattr(app, name, value)
+        assert getattr(app, name) is None
+    with pytest.raises(exc.QubesVMNotFoundError):
+        setattr(app, name, "nobody")
