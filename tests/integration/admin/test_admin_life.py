@@ -47,8 +47,9 @@ def test_a_vm_is_created_run_reverted_and_removed(client, app, testbed):
     client.call("admin.vm.Unpause", "work")
     client.call("admin.vm.volume.Resize", "work", "private", str(3 << 30).encode())
     vm = app.domains["work"]
-    blocks, _ = testbed.portal.run(vm.run_for_stdio("cat /sys/block/xvdb/size"))
-    assert int(blocks) * 512 == 3 << 30
+    look = "blockdev --getsize64 $(readlink -f /dev/xvdb)"
+    size, _ = testbed.portal.run(vm.run_for_stdio(look, user="root"))
+    assert int(size) == 3 << 30
     client.call("admin.vm.Shutdown", "work", "wait")
     assert state(client, "work")["power_state"] == "Halted"
     with pytest.raises(AdminError) as caught:
