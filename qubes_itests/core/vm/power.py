@@ -187,8 +187,7 @@ class PowerMixin(EndMixin):
                     "domain-pre-start", pre_event=True, start_guid=start_guid
                 )
                 async with contextlib.AsyncExitStack() as reservation:
-                    with step("have its memory"):
-                        await self._reserve_memory(reservation, memory)
+                    await self._reserve_memory(step, reservation, memory)
                     await self._run_steps(
                         step, undo, reservation, start_guid=start_guid
                     )
@@ -213,13 +212,27 @@ class PowerMixin(EndMixin):
         self._power = "Halted"
 
     async def _reserve_memory(
-        self, reservation: contextlib.AsyncExitStack, amount: int | None
+        self, step: Step, reservation: contextlib.AsyncExitStack, amount: int | None
     ) -> None:
         """Ask qmemman, if it runs, and keep its promise until the stack closes."""
         self._power = "Transient"
-        if self.app.qmemman is not None:
+        if self.app.qmemman is None:
+            return
+        await self._prepare_warm_start(step)
+        with step("have its memory"):
             asked = self.start_memory() if amount is None else amount
             await reservation.enter_async_context(self.app.qmemman.memory(asked))
+
+    async def _prepare_warm_start(self, step: Step) -> None:
+        """Have the saved state made now: with memory reserved nobody else gets any."""
+        if self.app.warm_starts is None:
+            return
+        with step("find its kernel"):
+            files = self.boot_files()
+        with step("find a saved state"):
+            spec = self.domain_spec(self.app.directory, files)
+            timeout = float(self.qrexec_timeout)  # type: ignore[attr-defined]
+            await self.app.warm_starts.state_for(spec, timeout)
 
     async def _run_steps(
         self,

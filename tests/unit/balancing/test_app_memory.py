@@ -117,6 +117,26 @@ async def test_a_caller_may_ask_for_another_amount(p):
 
 
 @place
+async def test_others_have_memory_while_a_saved_state_is_made(p):
+    """The making takes many seconds; only then is memory reserved."""
+    p.machine.dom0.use(500 * MIB)
+    making = asyncio.Event()
+
+    async def state_for(spec, _timeout):
+        if spec.name == "slow":
+            await making.wait()
+
+    p.app.warm_starts = SimpleNamespace(state_for=state_for)
+    slow = asyncio.create_task(p.vm("slow", memory=300).start())
+    await asyncio.sleep(1)
+    await p.vm("quick", memory=200).start()
+    assert p.booted == ["quick"]
+    making.set()
+    await slow
+    assert p.booted == ["quick", "slow"]
+
+
+@place
 async def test_nothing_starts_before_dom0_has_reported(p):
     """It sits on all memory until then, and shrinks when it has."""
     start = asyncio.create_task(p.vm("work", memory=400).start())
