@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.admin.dispatch import Call, Destination, method
+from qubes_itests.admin.dispatch import Call, Destination, method, save
 from qubes_itests.admin.validation import ascii_text
 from qubes_itests.core.app import VM_CLASSES
 from qubes_itests.core.exc import (
@@ -128,7 +128,8 @@ async def create(call: Call) -> None:
     vm = call.app.add_new_vm(call.method.rpartition(".")[2], **properties)
     try:
         vm.tags.add(f"created-by-{call.source.name}")
-        await vm.create_on_disk(pool=wanted.pool, pools=wanted.pools)
+        if hasattr(vm, "create_on_disk"):
+            await vm.create_on_disk(pool=wanted.pool, pools=wanted.pools)
     except BaseException:
         with contextlib.suppress(QubesException):
             del call.app.domains[vm]
@@ -165,14 +166,18 @@ def _default_dispvm(call: Call) -> Any:
     return holder.default_dispvm
 
 
-@method("admin.vm.Remove", saves=True)
+@method("admin.vm.Remove")
 async def remove(call: Call) -> None:
-    """Remove a VM and its volumes."""
+    """Remove a halted VM and its volumes."""
     call.permit()
     vm = call.destination
     if vm.klass == "AdminVM":
         raise QubesVMInUseError(vm, "dom0 cannot be removed")
     if not vm.is_halted():
         raise QubesVMNotHaltedError(vm)
-    del call.app.domains[vm]
-    await vm.remove_from_disk()
+    try:
+        await call.app.domains.remove(vm)
+    finally:
+        # it may be gone although not all of its volumes are
+        if vm not in call.app.domains:
+            await save(call.app)

@@ -141,11 +141,11 @@ def app_property(call: Call) -> Any:
 
 def volume(call: Call) -> Volume:
     """Take the name of a volume of the destination."""
-    volumes: dict[str, Volume] = call.destination.volumes
+    volumes: dict[str, Volume] = getattr(call.destination, "volumes", {})
     if call.raw_argument not in volumes:
         raise ProtocolError(
             f"VM {call.destination} has no volume {call.raw_argument!r}:"
-            f" it has {', '.join(volumes)}"
+            f" it has {', '.join(volumes) or 'none'}"
         )
     return volumes[call.raw_argument]
 

@@ -53,7 +53,11 @@ class SavingQubes(Qubes):
 @pytest.fixture
 def app(tmp_path, run):
     async def make():
-        app = SavingQubes(hypervisor=NoHypervisor(), directory=tmp_path)
+        app = SavingQubes(
+            hypervisor=NoHypervisor(),
+            directory=tmp_path,
+            store=tmp_path / "qubes.xml",
+        )
         pool = ReflinkPool(
             name="default", dir_path=tmp_path / "pool", setup_check=False
         )

@@ -97,7 +97,7 @@ def test_questions_within_the_core_are_not_sent(client, app, run):
     with client.events() as events:
         next(events)
         fire(app, run, "work", "admin-permission:admin.vm.List")
-        fire(app, run, "work", "device-get:block", ident="x")
+        fire(app, run, "work", "device-get:block", port_id="x")
         fire(app, run, "work", "told")
         assert next(events).name == "told"
 

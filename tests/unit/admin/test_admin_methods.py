@@ -306,3 +306,37 @@ def test_a_removed_vm_is_gone_with_its_volumes(client, app, tmp_path):
     client.call("admin.vm.Remove", "work")
     assert "work" not in app.domains
     assert not list(tmp_path.glob("pool/appvms/work/*.img"))
+
+
+def test_disposable_vms_are_made_from_the_destination_or_the_default(client, app):
+    client.call("admin.vm.property.Set", "work", "template_for_dispvms", b"True")
+    name = client.call("admin.vm.CreateDisposable", "work").decode()
+    assert re.fullmatch("disp[1-9][0-9]{0,3}", name)
+    assert app.domains[name].template == app.domains["work"]
+    assert {"created-by-dom0", "disp-created-by-dom0"} <= set(app.domains[name].tags)
+    client.call("admin.property.Set", "dom0", "default_dispvm", b"work")
+    uuid = client.call("admin.vm.CreateDisposable", "dom0", "", b"uuid").decode()
+    assert uuid.startswith("uuid:")
+    assert client.call("admin.vm.List", uuid).startswith(b"disp")
+    client.call("admin.vm.Create.DispVM", "dom0", "", b"name=named label=red")
+    assert app.domains["named"].template == app.domains["work"]
+
+
+def test_a_disposable_vm_needs_something_to_be_made_from(client):
+    error = refusal(
+        client, "admin.vm.Create.DispVM", "dom0", "", b"name=named label=red"
+    )
+    assert error.kind == "QubesNoTemplateError"
+    assert "default_dispvm" in error.text
+    assert refusal(client, "admin.vm.CreateDisposable", "work").text
+
+
+def test_a_vm_of_another_machine_has_no_volumes(client, app):
+    client.call("admin.vm.Create.RemoteVM", "dom0", "", b"name=far label=red")
+    assert client.call("admin.vm.volume.List", "far") == b""
+    assert "power_state=Halted" in client.call("admin.vm.CurrentState", "far").decode()
+    for method in ("Start", "Pause", "Console", "Shutdown"):
+        assert refusal(client, f"admin.vm.{method}", "far").kind.startswith("QubesVM")
+    assert refusal(client, "admin.vm.volume.Info", "far", "root").kind
+    client.call("admin.vm.Remove", "far")
+    assert "far" not in app.domains
