@@ -2,12 +2,24 @@
 
 import asyncio
 import contextlib
+import re
 import subprocess
+from random import Random
 
 import pytest
 
 from qubes_itests.core import exc
 from qubes_itests.hypervisor.contract import DomainState
+
+#: The events of a run, in letters.
+RUN = {
+    "domain-pre-start": "p",
+    "domain-start-failed": "f",
+    "domain-spawn": "s",
+    "domain-start": "S",
+    "domain-stopped": "x",
+    "domain-shutdown": "X",
+}
 
 
 @pytest.fixture
@@ -134,6 +146,47 @@ def test_pause_stops_the_guest_and_unpause_lets_it_go_on(vm, run, sh):
         run(vm.run("true"))
     run(vm.unpause())
     assert sh(vm, "echo on") == "on"
+
+
+def test_suspend_and_resume(vm, run, sh):
+    run(vm.start())
+    run(vm.suspend())
+    assert vm.get_power_state() == "Suspended"
+    assert run(vm.domain.state()) is DomainState.PAUSED
+    run(vm.resume())
+    assert sh(vm, "echo on") == "on"
+    run(vm.suspend())
+    run(vm.shutdown(wait=True))
+    assert vm.is_halted()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_interleavings(app, vm, run, events, seed):
+    """Whatever comes together, each run is told to have ended once, before the next."""
+    random = Random(seed)  # noqa: S311 - to be repeated
+    paused = (vm.pause, vm.unpause, vm.suspend, vm.resume)
+    calls = [vm.start] * 4 + [vm.kill, vm.shutdown, vm.restart, *paused]
+
+    async def one(delay):
+        await asyncio.sleep(delay)
+        with contextlib.suppress(exc.QubesException, ConnectionError):
+            await random.choice([*calls, lambda: vm.run("poweroff", user="root")])()
+
+    async def all_at_once():
+        async with asyncio.timeout(120):
+            await asyncio.gather(*(one(random.uniform(0, 4)) for _ in range(16)))
+            with contextlib.suppress(exc.QubesVMNotStartedError):
+                await vm.kill()
+            await vm.wait_ended(60)
+
+    run(all_at_once())
+    told = [event for event in events if event in RUN]
+    text = "".join(RUN[event] for event in told)
+    assert re.fullmatch(r"(p(s?S?f|sSxX))*", text), text
+    assert vm.is_halted()
+    assert app.hypervisor.domains() == ()
+    assert not any(volume.is_dirty() for volume in vm.volumes.values())
+    run(vm.start())
 
 
 def test_exit_status_and_output_come_with_the_error(vm, run):
