@@ -1,0 +1,233 @@
+"""Block devices of dom0 as disks of real guests: live, at each start, gone after."""
+
+import subprocess
+
+import pytest
+
+from qubes_itests.core import exc
+from qubes_itests.core.block_images import expose, withdraw
+from qubes_itests.core.device_assignment import AssignmentMode, DeviceAssignment
+from qubes_itests.core.device_protocol import Port
+
+MIB = 1024**2
+
+
+@pytest.fixture
+def vm(make_vm):
+    return make_vm("work")
+
+
+@pytest.fixture
+def image(app):
+    """Make an image of the host that begins with a name."""
+
+    def image(name, size=4 * MIB):
+        path = app.directory / name
+        path.write_bytes(name.encode().ljust(size, b"\0"))
+        return path
+
+    return image
+
+
+@pytest.fixture
+def exposed(app, run, image):
+    """Expose an image of the host, and return what attaches or assigns it."""
+
+    def exposed(name, mode="manual", **options):
+        device = run(expose(app, image(name)))
+        return DeviceAssignment(device, options=options, mode=mode)
+
+    return exposed
+
+
+def attach(run, vm, assignment):
+    run(vm.devices["block"].attach(assignment))
+
+
+def attached(vm):
+    return {
+        a.port_id: a.options["frontend-dev"]
+        for a in vm.devices["block"].get_attached_devices()
+    }
+
+
+class Disks:
+    """The disks of a guest, as its kernel has them."""
+
+    def __init__(self, sh):
+        self.sh = sh
+
+    def wait_for(self, vm, condition):
+        self.sh(vm, f"for i in $(seq 200); do {condition} && exit; sleep 0.05; done")
+
+    def comes(self, vm, name):
+        """Wait until there is one of that name, and return how it begins."""
+        self.wait_for(vm, f"[ -e /dev/{name} ]")
+        return self.sh(vm, f"head -c 4 /dev/{name}")
+
+    def is_gone(self, vm, name):
+        """Wait until there is none of that name any more."""
+        self.wait_for(vm, f"[ ! -e $(readlink -f /dev/{name}) ]")
+        return not self.sh(vm, f"head -c 4 /dev/{name} 2>/dev/null || :")
+
+
+@pytest.fixture
+def disks(sh):
+    return Disks(sh)
+
+
+@pytest.fixture
+def events(vm):
+    seen = []
+    vm.add_handler("device-*", lambda _vm, event, **_: seen.append(event))
+    return seen
+
+
+def changes(events):
+    """Return the events that change something, without those that only ask."""
+    return [e for e in events if "list" not in e and "get" not in e]
+
+
+def test_a_device_comes_is_written_and_goes(vm, run, exposed, disks, events):
+    """And comes back with what the guest wrote, under the same name."""
+    data, sh = exposed("data"), disks.sh
+    run(vm.start())
+    attach(run, vm, data)
+    assert disks.comes(vm, "xvdi") == "data"
+    assert int(sh(vm, "blockdev --getsize64 /dev/xvdi")) == 4 * MIB
+    assert attached(vm) == {"data": "xvdi"}
+    assert data.device.attachment is vm
+    sh(vm, "printf DATA | dd of=/dev/xvdi conv=notrunc,fsync")
+    assert data.device.path.read_bytes()[:4] == b"DATA"
+    run(vm.devices["block"].detach(data.port))
+    assert disks.is_gone(vm, "xvdi")
+    assert attached(vm) == {}
+    assert data.device.attachment is None
+    attach(run, vm, data)
+    assert disks.comes(vm, "xvdi") == "DATA"
+    change = ["device-pre-attach:block", "device-attach:block"]
+    back = ["device-pre-detach:block", "device-detach:block"]
+    assert changes(events) == [*change, *back, *change]
+    run(vm.shutdown(wait=True))
+    assert attached(vm) == {}
+    assert changes(events)[-1] == "device-detach:block"
+    run(vm.start())
+    assert disks.is_gone(vm, "xvdi")
+
+
+def test_several_devices_have_names_of_their_own(vm, run, sh, exposed, disks):
+    """Asked for, or the next; the one that is read-only is so for the guest."""
+    run(vm.start())
+    attach(run, vm, exposed("first"))
+    attach(run, vm, exposed("second", **{"frontend-dev": "xvdk", "read-only": "yes"}))
+    attach(run, vm, exposed("third"))
+    assert attached(vm) == {"first": "xvdi", "second": "xvdk", "third": "xvdj"}
+    assert disks.comes(vm, "xvdk") == "seco"
+    assert disks.comes(vm, "xvdj") == "thir"
+    assert sh(vm, "cat /sys/block/$(basename $(readlink -f /dev/xvdk))/ro") == "1"
+    with pytest.raises(subprocess.CalledProcessError):
+        sh(vm, "printf x | dd of=/dev/xvdk conv=notrunc,fsync")
+
+
+def test_what_cannot_be_attached(app, vm, run, exposed, make_vm):
+    """The error names the reason, and nothing has changed."""
+    data, other = exposed("data"), exposed("other")
+    with pytest.raises(exc.QubesVMNotRunningError, match="start it first, or assign"):
+        attach(run, vm, data)
+    run(vm.start())
+    second = make_vm("second")
+    run(second.start())
+    attach(run, vm, data)
+    for who in (vm, second):
+        with pytest.raises(exc.DeviceAlreadyAttached, match="attached to work already"):
+            attach(run, who, data)
+    taken = other.clone(options={"frontend-dev": "xvdi"})
+    with pytest.raises(exc.QubesValueError, match="work has a disk xvdi already"):
+        attach(run, vm, taken)
+    attach(run, second, taken)
+    nothing = DeviceAssignment(
+        app.domains["dom0"].devices["block"]["nothing"], options={}
+    )
+    with pytest.raises(exc.UnrecognizedDevice, match="dom0 exposes data, other"):
+        attach(run, vm, nothing)
+    with pytest.raises(exc.DeviceNotAssigned, match="other is not attached to VM work"):
+        run(vm.devices["block"].detach(other.port))
+    assert (attached(vm), attached(second)) == ({"data": "xvdi"}, {"other": "xvdi"})
+
+
+def test_an_image_that_another_vm_uses_is_refused_by_the_hypervisor(
+    app, vm, run, make_vm
+):
+    """It holds the image of a volume; the error is one of Qubes, nothing changed."""
+    second = make_vm("second")
+    run(vm.start())
+    run(second.start())
+    device = run(expose(app, second.volumes["private"].path, "private"))
+    with pytest.raises(exc.QubesVMError, match="cannot be attached to VM work"):
+        attach(run, vm, DeviceAssignment(device))
+    assert attached(vm) == {}
+    run(second.shutdown(wait=True))
+
+
+@pytest.mark.parametrize("mode", ["auto-attach", "required"])
+def test_what_is_assigned_is_there_at_each_start(vm, run, exposed, disks, mode):
+    """With the options of the assignment; and not before the next start."""
+    data = exposed("data", mode, **{"frontend-dev": "xvdm"})
+    run(vm.start())
+    run(vm.devices["block"].assign(data))
+    assert attached(vm) == {}
+    for _ in range(2):
+        run(vm.shutdown(wait=True))
+        run(vm.start())
+        assert attached(vm) == {"data": "xvdm"}
+        assert disks.comes(vm, "xvdm") == "data"
+    if mode == "required":
+        with pytest.raises(exc.QubesVMNotHaltedError, match="required by VM work"):
+            run(vm.devices["block"].detach(data.port))
+        run(vm.devices["block"].update_assignment(data, AssignmentMode.AUTO))
+    run(vm.devices["block"].detach(data.port))
+    run(vm.devices["block"].unassign(data))
+    run(vm.shutdown(wait=True))
+    run(vm.start())
+    assert attached(vm) == {}
+
+
+def test_a_vm_starts_without_what_it_does_not_require(app, vm, run, disks, image):
+    """It gets it as soon as it is there, and loses it when it is withdrawn."""
+    port = Port(app.domains["dom0"], "late", "block")
+    late = DeviceAssignment(port.backend_domain.devices["block"]["late"])
+    anything = late.clone(device=type(late.virtual_device)(port), mode="auto-attach")
+    run(vm.devices["block"].assign(anything))
+    run(vm.start())
+    assert attached(vm) == {}
+    run(expose(app, image("late")))
+    assert attached(vm) == {"late": "xvdi"}
+    assert disks.comes(vm, "xvdi") == "late"
+    run(withdraw(app, "late"))
+    assert attached(vm) == {}
+    assert list(app.domains["dom0"].devices["block"]) == []
+
+
+def test_a_vm_does_not_start_without_what_it_requires(vm, run, exposed, make_vm):
+    """Neither when it is gone, nor when another VM has it; then it starts."""
+    data = exposed("data", "required")
+    run(vm.devices["block"].assign(data))
+    second = make_vm("second")
+    run(second.start())
+    attach(run, second, data)
+    with pytest.raises(exc.QubesException, match="data, which is attached to second"):
+        run(vm.start())
+    assert vm.is_halted()
+    run(second.kill())
+    assert data.device.attachment is None
+    run(vm.start())
+    assert attached(vm) == {"data": "xvdi"}
+
+
+def test_attachments_end_with_a_kill(vm, run, exposed, events):
+    data = exposed("data")
+    run(vm.start())
+    attach(run, vm, data)
+    run(vm.kill())
+    assert data.device.attachment is None
+    assert changes(events)[-1] == "device-detach:block"
