@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from qubes_itests.core.exc import QubesVMStartError
 from qubes_itests.exc import DeadlineError
+from qubes_itests.fixtures.memory import qmemman as qmemman_fixture
 from qubes_itests.qmemman.budget import MemoryBudget
+from qubes_itests.qmemman.exc import BudgetError
 from qubes_itests.qmemman.sizes import MIB
 
 
@@ -54,3 +58,17 @@ def test_a_start_without_memory_says_who_holds_it(vm_factory, qubes_app, qmemman
     assert not large.directory.exists()
     assert not any(volume.is_dirty() for volume in large.volumes.values())
     assert qmemman.records()[-1].event != "granted"
+
+
+@pytest.mark.parametrize(
+    ("budget", "error", "said"),
+    [
+        (900, BudgetError, "a dom0 of 900 MiB cannot use 1024 MiB"),
+        ("4GiB", TypeError, "'4GiB': a number of MiB, or a MemoryBudget"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(budget, error, said, testbed, qubes_app):
+    make = qmemman_fixture.__wrapped__
+    with pytest.raises(error, match=re.escape(said)):
+        make(qubes_app, testbed, budget)
+    assert qubes_app.qmemman is None

@@ -70,8 +70,10 @@ def test_settings_have_names_of_their_own(suite):
     wrong = suite.run(*words, "--itests-keep=sometimes", program="pytest")
     assert wrong.returncode == 4
     assert "--itests-keep: keep: 'sometimes' is none of" in wrong.stderr
-    right = suite.run(*words, "--itests-template=other", program="pytest")
+    options = ("--itests-template=other", "--itests-memory-budget=3000")
+    right = suite.run(*words, *options, program="pytest")
     assert right.returncode == 0
+    assert "memory: 3000 MiB for dom0 and the VMs of each test" in right.stdout
     assert "templates: other (warm starts)" in right.stdout
 
 
