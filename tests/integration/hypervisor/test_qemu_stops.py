@@ -100,10 +100,10 @@ async def test_the_console_log_is_complete(domain, connect_shell):
     assert [path.name for path in domain.spec.directory.iterdir()] == ["console.log"]
 
 
-async def test_cancelled_start(domain):
+async def test_cancelled_start(domain, eventually):
     """A start that is given up undoes itself."""
     start = asyncio.create_task(domain.start())
-    await asyncio.sleep(0.1)
+    await eventually(lambda: processes(domain.spec.name))
     start.cancel()
     with pytest.raises(asyncio.CancelledError):
         await start
