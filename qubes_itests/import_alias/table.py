@@ -62,7 +62,9 @@ ALIASES: Final[dict[str, tuple[str, ...]]] = {
     ),
     "qubes.vm.adminvm": ("qubes_itests.core.vm.adminvm",),
     "qubes.vm.appvm": ("qubes_itests.core.vm.appvm",),
+    "qubes.vm.dispvm": ("qubes_itests.core.vm.dispvm",),
     "qubes.vm.qubesvm": ("qubes_itests.core.vm.qubesvm",),
+    "qubes.vm.remotevm": ("qubes_itests.core.vm.remotevm",),
     "qubes.vm.standalonevm": ("qubes_itests.core.vm.standalonevm",),
     "qubes.vm.templatevm": ("qubes_itests.core.vm.templatevm",),
 }

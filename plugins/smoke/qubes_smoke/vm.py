@@ -184,5 +184,53 @@ class TC_20_Disks(SmokeTestCase):
             self.assertEqual(self.vm.run(f"test -b /dev/{disk}", wait=True), 0, disk)
 
 
+class TC_30_Disposable(SmokeTestCase):
+    def call(self, target):
+        return self.vm.run(
+            f"echo hostname | qrexec-client-vm {target} qubes.VMShell",
+            passio_popen=True,
+            passio_stderr=True,
+        )
+
+    def disposables(self):
+        return [vm.name for vm in self.app.domains if vm.klass == "DispVM"]
+
+    def wait_gone(self):
+        deadline = time.monotonic() + 20
+        while self.disposables():
+            self.assertLess(time.monotonic(), deadline, "it is still there")
+            time.sleep(0.05)
+
+    def test_000_call(self):
+        for target in ("@dispvm", f"@dispvm:{self.app.default_dispvm.name}"):
+            with self.qrexec_policy("qubes.VMShell", self.vm, target):
+                process = self.call(target)
+                stdout, stderr = process.communicate()
+                self.assertEqual(process.returncode, 0, stderr)
+                self.assertRegex(stdout.decode(), "^disp[0-9]+\n$")
+                self.wait_gone()
+            self.assertEqual(self.call(target).wait(), 126)
+
+    def test_010_no_default(self):
+        self.app.default_dispvm = None
+        with self.qrexec_policy("qubes.VMShell", self.vm, "@dispvm"):
+            self.assertEqual(self.call("@dispvm").wait(), 126)
+        self.assertEqual(self.disposables(), [])
+
+    def test_020_by_hand(self):
+        dispvm_class = type(
+            self.app.add_new_vm("DispVM", name=self.make_vm_name("disp"), label="red")
+        )
+        dispvm = self.loop.run_until_complete(
+            dispvm_class.from_appvm(self.app.default_dispvm)
+        )
+        self.assertRegex(dispvm.name, "^disp[0-9]+$")
+        self.loop.run_until_complete(dispvm.start())
+        output, _ = self.loop.run_until_complete(dispvm.run_for_stdio("hostname"))
+        self.assertEqual(output.decode().strip(), dispvm.name)
+        self.loop.run_until_complete(dispvm.cleanup())
+        self.assertNotIn(dispvm.name, self.app.domains)
+
+
 def list_tests():
-    return (TC_00_Commands, TC_10_Services, TC_20_Disks)
+    return (TC_00_Commands, TC_10_Services, TC_20_Disks, TC_30_Disposable)
