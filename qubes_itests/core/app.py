@@ -26,7 +26,7 @@ from qubes_itests.core.policy import Policy
 from qubes_itests.core.properties import Property, PropertyHolder, VMProperty
 from qubes_itests.core.store.file import StoreFile
 from qubes_itests.core.store.opening import open_store
-from qubes_itests.core.store.saving import saved
+from qubes_itests.core.store.saving import state_of, write_state
 from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.core.vm.appvm import AppVM
 from qubes_itests.core.vm.dispvm import DispVM
@@ -326,14 +326,15 @@ class Qubes(PropertyHolder):
         :raise StoreError: when another writer has changed the store, or keeps it.
         """
         if self.store is not None:
-            self.store.write(saved(self), self.store.next_version(), lock=lock)
+            version = self.store.next_version()
+            write_state(self.store, state_of(self), version, lock=lock)
         self.fire_event("app-saved")
 
     async def save_async(self, *, lock: bool = True) -> None:
         """Save, without keeping the event loop waiting for the disk; see `save`."""
         if self.store is not None:
-            data, version = saved(self), self.store.next_version()
-            await asyncio.to_thread(self.store.write, data, version, lock=lock)
+            state, version = state_of(self), self.store.next_version()
+            await asyncio.to_thread(write_state, self.store, state, version, lock=lock)
         self.fire_event("app-saved")
 
     async def close(self) -> None:

@@ -14,7 +14,7 @@ from bench import heading, row, seconds
 from qubes_itests.core.app import Qubes
 from qubes_storage.reflink import ReflinkPool
 
-COUNTS = (10, 1000)
+COUNTS = (10, 1000, 10_000)
 #: Of the VMs, those that are templates; every tenth of the others provides network.
 TEMPLATES = 5
 LOOKUPS = 2000
@@ -45,8 +45,9 @@ def add(app, number):
 def fill(vm, number):
     """Give it settings, features and tags."""
     vm.memory, vm.maxmem, vm.vcpus = 400 + number % 100, 4000, 2
-    vm.provides_network = number % 10 == 0
-    if number % 10 and number > 2 * TEMPLATES + 10:
+    if number % 10 == 0:
+        vm.provides_network = True
+    elif number > 2 * TEMPLATES + 10:
         vm.netvm = f"vm-{number - number % 10}"
     for feature in range(8):
         vm.features[f"service.name-{feature}"] = str(number % 2)

@@ -16,25 +16,28 @@ if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.device_assignment import DeviceAssignment
     from qubes_itests.core.properties import PropertyHolder
+    from qubes_itests.core.store.file import StoreFile
     from qubes_itests.core.vm.base import BaseVM
 
-__all__ = ["VERSION", "saved", "state_of"]
+__all__ = ["VERSION", "state_of", "write_state"]
 
 #: The version of the format: that of Qubes OS, whose names and structure it has.
 VERSION: Final = "3.0"
 
 
-def saved(app: Qubes) -> bytes:
-    """Return the state of an app as the bytes of its store.
+def write_state(store: StoreFile, state: Element, version: int, *, lock: bool) -> None:
+    """Write a state to its store; this may be called from any thread.
 
-    Equal states have equal bytes.
-
+    :param state: from `state_of`; equal ones have equal bytes.
+    :param version: as for `StoreFile.write`, as is `lock`.
+    :raise StoreError: when another writer has changed the store, or keeps it.
     :raise QubesValueError: for what a document cannot hold.
     """
     try:
-        return to_bytes(state_of(app))
+        data = to_bytes(state)
     except ValueError as error:
         raise QubesValueError(f"the app cannot be saved: {error}") from error
+    store.write(data, version, lock=lock)
 
 
 def state_of(app: Qubes) -> Element:

@@ -133,7 +133,7 @@ def state(vm):
     )
 
 
-@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.settings(deadline=None, max_examples=60)
 @hypothesis.given(
     st.lists(VM, max_size=8),
     st.lists(SETTING, max_size=25),
