@@ -128,7 +128,8 @@ class WiringMixin(NetMixin):
     @handler("domain-start")
     async def on_start_net(self, _event: str, **_kwargs: Any) -> None:
         """Attach the clients that run already, all at once."""
-        waiting = [v for v in self.connected_vms if v.get_power_state() == "Running"]
+        clients = self.connected_vms if self.provides_network else ()
+        waiting = [vm for vm in clients if vm.get_power_state() == "Running"]
         await asyncio.gather(*(self._reattach(vm) for vm in waiting))
 
     async def _reattach(self, vm: WiringMixin) -> None:

@@ -47,6 +47,10 @@ class Network:
         """As `pings`, when what the VMs know of each other has aged."""
         return any(self.pings(vm, address) for _ in range(10))
 
+    def echoes_heard(self, vm):
+        """Return how many echo requests have reached a VM."""
+        return int(self.sh(vm, "grep '^Icmp: [0-9]' /proc/net/snmp").split()[9])
+
     def connects(self, vm, other):
         """Tell whether a text gets through by TCP, both ways."""
         self.sh(other, f"nc -ll -p {PORT} -e /bin/cat > /dev/null & sleep 0.1")

@@ -78,7 +78,9 @@ def test_forged_sources_get_nowhere(network):
     """Neither another client's address, nor its hardware address."""
     one, two, net = network.one, network.two, network.net
     network.sh(one, f"ip address add {two.ip}/32 dev eth0")
+    heard = network.echoes_heard(net)
     assert not network.pings(one, net.ip, f"-I {two.ip}")
+    assert network.echoes_heard(net) == heard
     network.sh(one, f"ip address del {two.ip}/32 dev eth0")
     change_mac(network, one, two.mac)
     assert not network.pings(one, net.ip)
@@ -92,7 +94,9 @@ def test_forged_sources_get_nowhere_from_afar(network):
     far, one = network.far, network.one
     network.sh(far, f"ip address add {one.ip}/32 dev eth0")
     network.sh(network.firewall, f"ip route add {one.ip} dev vif")
+    heard = network.echoes_heard(network.net)
     assert not network.pings(far, network.net.ip, f"-I {one.ip}")
+    assert network.echoes_heard(network.net) == heard
     network.sh(network.firewall, f"ip route del {one.ip} dev vif")
     network.sh(far, f"ip address del {one.ip}/32 dev eth0")
     assert network.pings_in_the_end(far, network.net.ip)
