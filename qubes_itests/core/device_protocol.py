@@ -30,7 +30,7 @@ ANY: Final = "*"
 
 _CLASS: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _PORT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_DEVICE: Final = re.compile(r"[!-&(-~]{1,255}")
+_DEVICE: Final = re.compile(r"[!-&(-\[\]-~]{1,255}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,7 +99,7 @@ class VirtualDevice:
     """
 
     def __init__(self, port: Port, device_id: str | None = None) -> None:
-        if device_id and not _DEVICE.fullmatch(device_id):
+        if device_id is not None and not _DEVICE.fullmatch(device_id):
             raise QubesValueError(f"{device_id!r} identifies no device")
         self.port = port
         self._device_id = device_id or ANY

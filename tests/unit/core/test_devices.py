@@ -1,0 +1,337 @@
+"""The devices of VMs: assignments, events, vetoes, and what block devices are."""
+
+import asyncio
+
+import pytest
+
+from qubes_itests.core import exc
+from qubes_itests.core.block_images import expose, exposed, withdraw
+from qubes_itests.core.device_assignment import AssignmentMode, DeviceAssignment
+from qubes_itests.core.device_info import UnknownDevice
+from qubes_itests.core.device_protocol import Port, VirtualDevice
+from qubes_itests.hypervisor.exc import HypervisorError
+
+MIB = 1024**2
+
+pytestmark = pytest.mark.asyncio
+
+
+class Domain:
+    """Takes disks, as long as nobody says otherwise."""
+
+    def __init__(self):
+        self.disks = {}
+        self.refusal = None
+        self.asked = asyncio.Event()
+        self.pace = asyncio.Event()
+        self.pace.set()
+
+    async def attach_disk(self, disk):
+        self.asked.set()
+        await self.pace.wait()
+        if self.refusal:
+            raise HypervisorError("work", "attach", self.refusal)
+        self.disks[disk.name] = disk
+
+    async def detach_disk(self, name):
+        if self.refusal:
+            raise HypervisorError("work", "detach", self.refusal)
+        del self.disks[name]
+
+
+def _running(app, template, name):
+    vm = app.add_new_vm("AppVM", name=name, label="red", template=template)
+    vm.domain, vm._power = Domain(), "Running"
+    return vm
+
+
+@pytest.fixture
+def work(app, template):
+    return _running(app, template, "work")
+
+
+@pytest.fixture
+def other(app, template):
+    return _running(app, template, "other")
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "data.img"
+    path.write_bytes(bytes(MIB))
+    return path
+
+
+@pytest.fixture
+def events(work):
+    seen = []
+
+    def heard(_vm, event, **kwargs):
+        if "list" not in event and "get" not in event:
+            seen.append((event, kwargs))
+
+    work.add_handler("device-*", heard)
+    return seen
+
+
+def block(vm):
+    return vm.devices["block"]
+
+
+def attached(vm):
+    return {a.port_id: a.options for a in block(vm).get_attached_devices()}
+
+
+async def test_an_exposed_image_is_a_device_of_dom0(app, image):
+    heard = []
+    dom0 = app.domains["dom0"]
+    for event in ("device-added:block", "device-removed:block"):
+        dom0.add_handler(event, lambda _, event, **kw: heard.append((event, [*kw])))
+    device = await expose(app, image)
+    assert list(block(dom0)) == [block(dom0)["data.img"]] == [device]
+    assert (device.port_id, device.devclass, device.backend_domain) == (
+        *("data.img", "block"),
+        dom0,
+    )
+    assert device.path == image
+    assert device.data == {"size": str(MIB), "mode": "w"}
+    assert device.description == "Mass_Data: hosted by dom0 data.img"
+    await withdraw(app, "data.img")
+    assert list(exposed(app)) == []
+    assert image.exists()
+    assert heard == [
+        ("device-added:block", ["device"]),
+        ("device-removed:block", ["port"]),
+    ]
+
+
+async def test_what_cannot_be_exposed(app, image, tmp_path):
+    for path, name in ((tmp_path, None), (tmp_path / "no", None), (image, "../x")):
+        with pytest.raises(exc.QubesValueError):
+            await expose(app, path, name)
+    await expose(app, image)
+    with pytest.raises(exc.QubesValueError, match=r"block device 'data\.img' already"):
+        await expose(app, image)
+    with pytest.raises(exc.QubesException, match="exposes no block device 'none'"):
+        await withdraw(app, "none")
+
+
+async def test_what_is_gone_or_no_image_is_no_device(app, image):
+    """It can be withdrawn all the same."""
+    await expose(app, image)
+    folder = app.directory / "block"
+    (folder / "folder").mkdir()
+    (folder / "with space").write_bytes(b"")
+    image.unlink()
+    dom0 = app.domains["dom0"]
+    assert list(block(dom0)) == []
+    for name in ("data.img", "..", "folder", "with space"):
+        if name == "data.img":
+            assert isinstance(block(dom0)[name], UnknownDevice)
+    await withdraw(app, "data.img")
+
+
+async def test_attaching_and_detaching_fire_their_events_in_order(
+    app, work, image, events
+):
+    """The handler of the attached device gets all options."""
+    device = await expose(app, image)
+    assignment = DeviceAssignment(device, options={"read-only": "on"})
+    await block(work).attach(assignment)
+    assert work.domain.disks["xvdi"].path == image
+    assert work.domain.disks["xvdi"].read_only
+    options = {"read-only": "yes", "frontend-dev": "xvdi"}
+    assert attached(work) == {"data.img": options}
+    await block(work).detach(assignment)
+    assert work.domain.disks == {}
+    kwargs = {"device": device, "options": options}
+    assert events == [
+        ("device-pre-attach:block", kwargs),
+        ("device-attach:block", kwargs),
+        ("device-pre-detach:block", {"port": device.port}),
+        ("device-detach:block", {"port": device.port}),
+    ]
+
+
+async def test_a_veto_leaves_all_as_it_was(app, work, image):
+    assignment = DeviceAssignment(await expose(app, image), mode="auto-attach")
+
+    def veto(*_, **__):
+        raise PermissionError("no")
+
+    for event in ("attach", "detach", "assign"):
+        work.add_handler(f"device-pre-{event}:block", veto)
+    for call in (block(work).attach, block(work).assign):
+        with pytest.raises(PermissionError):
+            await call(assignment)
+    assert attached(work) == work.domain.disks == {}
+    assert list(block(work).get_assigned_devices()) == []
+    work.remove_handler("device-pre-attach:block", veto)
+    await block(work).attach(assignment)
+    with pytest.raises(PermissionError):
+        await block(work).detach(assignment)
+    assert set(attached(work)) == {"data.img"}
+
+
+async def test_a_refusal_of_the_hypervisor_is_an_error_of_qubes(app, work, image):
+    """Nothing is attached then, and neither device nor name is taken."""
+    assignment = DeviceAssignment(await expose(app, image))
+    work.domain.refusal = "out of slots"
+    with pytest.raises(exc.QubesVMError, match=r"attached to VM work: .*out of slots"):
+        await block(work).attach(assignment)
+    assert attached(work) == {}
+    work.domain.refusal = None
+    await block(work).attach(assignment)
+    work.domain.refusal = "busy"
+    with pytest.raises(exc.QubesVMError, match=r"detached from VM work: .*busy"):
+        await block(work).detach(assignment)
+    assert set(attached(work)) == {"data.img"}
+
+
+async def test_two_attachments_at_once_are_one(app, work, other, image):
+    """Whichever VM is slow: the second is refused before the first has ended."""
+    assignment = DeviceAssignment(await expose(app, image))
+    work.domain.pace.clear()
+    first = asyncio.create_task(block(work).attach(assignment))
+    await work.domain.asked.wait()
+    for vm in (work, other):
+        with pytest.raises(exc.DeviceAlreadyAttached, match="attached to work already"):
+            await block(vm).attach(assignment)
+    work.domain.pace.set()
+    await first
+    assert (list(work.domain.disks), other.domain.disks) == (["xvdi"], {})
+
+
+async def test_a_cancelled_attachment_is_undone(app, work, image):
+    assignment = DeviceAssignment(await expose(app, image))
+    work.domain.pace.clear()
+    attaching = asyncio.create_task(block(work).attach(assignment))
+    await work.domain.asked.wait()
+    attaching.cancel()
+    await asyncio.sleep(0)
+    work.domain.pace.set()
+    with pytest.raises(asyncio.CancelledError):
+        await attaching
+    assert attached(work) == work.domain.disks == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"frontend-dev": "sda"}, "it takes xvda to xvdz"),
+        ({"frontend-dev": "xvdaa"}, "it takes xvda to xvdz"),
+        ({"frontend-dev": "xvda"}, "has a disk xvda already"),
+        ({"read-only": "perhaps"}, "truth value"),
+        ({"devtype": "cdrom"}, "takes disk"),
+        ({"colour": "red"}, "no option colour"),
+    ],
+)
+async def test_options_that_cannot_be(app, work, image, options, error):
+    assignment = DeviceAssignment(await expose(app, image), options=options)
+    with pytest.raises(ValueError, match=error):
+        await block(work).attach(assignment)
+    assert attached(work) == {}
+
+
+async def test_a_file_that_nobody_may_write_is_attached_read_only(app, work, image):
+    image.chmod(0o444)
+    device = await expose(app, image)
+    with pytest.raises(exc.QubesValueError, match="can be read only"):
+        await block(work).attach(DeviceAssignment(device, options={"read-only": "no"}))
+    await block(work).attach(DeviceAssignment(device))
+    assert work.domain.disks["xvdi"].read_only
+
+
+async def test_names_of_disks_run_out(app, work, image):
+    for number in range(23):
+        device = await expose(app, image, f"disk{number}")
+        if number == 22:
+            with pytest.raises(exc.QubesVMError, match="as many disks as there are"):
+                await block(work).attach(DeviceAssignment(device))
+        else:
+            await block(work).attach(DeviceAssignment(device))
+    assert len(work.domain.disks) == 22
+    assert not {"xvda", "xvdb", "xvdc", "xvdd"} & set(work.domain.disks)
+
+
+async def test_dom0_gets_no_devices(app, image):
+    device = await expose(app, image)
+    with pytest.raises(exc.QubesVMError, match="no domain"):
+        await block(app.domains["dom0"]).attach(DeviceAssignment(device))
+
+
+async def test_assignments_and_their_events(app, work, events):
+    card = VirtualDevice(Port(app.domains["dom0"], "00_01.0", "pci"))
+    devices, options = work.devices["pci"], {"permissive": "yes"}
+    assignment = DeviceAssignment(card, options=options, mode="required")
+    await devices.assign(assignment)
+    with pytest.raises(exc.DeviceAlreadyAssigned, match="assigned to VM work already"):
+        await devices.assign(assignment)
+    (known,) = devices.get_assigned_devices()
+    assert (known.frontend_domain, known.options, known.required) == (
+        *(work, options),
+        True,
+    )
+    await devices.update_assignment(card, AssignmentMode.AUTO)
+    await devices.update_assignment(card, "auto-attach")
+    assert list(devices.get_assigned_devices(required_only=True)) == []
+    assert [a.options for a in devices.get_assigned_devices()] == [options]
+    await devices.unassign(assignment)
+    with pytest.raises(exc.DeviceNotAssigned, match="not assigned to VM work"):
+        await devices.unassign(assignment)
+    with pytest.raises(exc.DeviceNotAssigned):
+        await devices.update_assignment(card, AssignmentMode.AUTO)
+    assert [event for event, _ in events] == [
+        "device-pre-assign:pci",
+        "device-assign:pci",
+        "device-pre-assign:pci",
+        "device-assignment-changed:pci",
+        "device-unassign:pci",
+    ]
+
+
+async def test_assignments_that_cannot_be(app, work):
+    card = VirtualDevice(Port(app.domains["dom0"], "00_01.0", "pci"))
+    with pytest.raises(exc.QubesValueError, match="mode 'manual'"):
+        await work.devices["pci"].assign(DeviceAssignment(card))
+    with pytest.raises(exc.ProtocolError, match="is a pci device, not a block device"):
+        await block(work).assign(DeviceAssignment(card, mode="required"))
+    with pytest.raises(exc.QubesValueError, match="no class of devices"):
+        work.devices["No Class"]
+    await work.devices["pci"].assign(DeviceAssignment(card, mode="required"))
+    with pytest.raises(exc.QubesValueError, match="cannot become 'manual'"):
+        await work.devices["pci"].update_assignment(card, AssignmentMode.MANUAL)
+
+
+async def test_what_a_vm_has_and_is_to_have(app, work, image):
+    """An attached device has the mode of the assignment that it is covered by."""
+    device = await expose(app, image)
+    anything = VirtualDevice(Port(app.domains["dom0"], None, "block"))
+    await block(work).assign(DeviceAssignment(anything, mode="auto-attach"))
+    await block(work).attach(DeviceAssignment(device))
+    both = list(block(work).get_dedicated_devices())
+    assert both == [device, anything]
+    assert [a.mode for a in both] == [AssignmentMode.AUTO] * 2
+    assert [a.attached for a in both] == [True, True]
+
+
+async def test_a_vm_whose_devices_are_assigned_is_not_removed(app, template, work):
+    """It is named by whom; unassigned, it goes."""
+    usb = app.add_new_vm("AppVM", name="sys-usb", label="red", template=template)
+    stick = DeviceAssignment(VirtualDevice(Port(usb, "1-1", "usb")), mode="auto-attach")
+    await work.devices["usb"].assign(stick)
+    with pytest.raises(exc.QubesVMInUseError, match=r"used by work \(usb device"):
+        del app.domains[usb]
+    await work.devices["usb"].unassign(stick)
+    del app.domains[usb]
+
+
+async def test_an_assignment_to_ask_about_waits(app, work, image):
+    """Nobody can be asked; by hand it can be attached."""
+    port = VirtualDevice(Port(app.domains["dom0"], "data.img", "block"))
+    assignment = DeviceAssignment(port, mode="ask-to-attach")
+    await block(work).assign(assignment)
+    await expose(app, image)
+    assert attached(work) == {}
+    await block(work).attach(assignment)
+    assert set(attached(work)) == {"data.img"}
