@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from qubes_itests.admin.hub import EventHub
 from qubes_itests.admin.protocol import Request, encode_exception, encode_reply
+from qubes_itests.admin.saving import save
 from qubes_itests.admin.tokens import CloneTokens
 from qubes_itests.core.exc import (
     PermissionDenied,
@@ -300,8 +301,3 @@ class Dispatcher:
         if found is None:
             raise QubesVMNotFoundError(name)
         return found
-
-
-async def save(app: Qubes) -> None:
-    """Save the app's state."""
-    await app.save_async()

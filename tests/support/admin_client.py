@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import threading
 from dataclasses import dataclass, field
 
 
@@ -106,3 +107,13 @@ def read_events(stream):
         while key := next(fields):
             event.values[key] = next(fields)
         yield event
+
+
+def wait_until(condition):
+    """Wait until something is so; ten seconds are the most."""
+    pause = threading.Event()
+    for _ in range(1000):
+        if condition():
+            return
+        pause.wait(0.01)
+    raise AssertionError("it did not come to be")

@@ -2,10 +2,9 @@
 
 import select
 import socket
-import threading
 
 import pytest
-from admin_client import AdminError, frame
+from admin_client import AdminError, frame, wait_until
 
 from qubes_itests.admin import streams
 
@@ -123,16 +122,6 @@ def test_a_veto_is_answered(client, app):
     app.domains["dom0"].add_handler("admin-permission:admin.Events", veto)
     with client.events() as events, pytest.raises(AdminError, match="not you"):
         next(events)
-
-
-def wait_until(condition):
-    """Wait until something is so; ten seconds are the most."""
-    pause = threading.Event()
-    for _ in range(1000):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise AssertionError("it did not come to be")
 
 
 def test_a_client_that_went_leaves_nothing_behind(client, app, server):

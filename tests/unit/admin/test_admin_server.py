@@ -5,9 +5,17 @@ import select
 import socket
 import stat
 import threading
+from pathlib import Path
 
 import pytest
-from admin_client import AdminError, Client, EmptyReplyError, frame, parse
+from admin_client import (
+    AdminError,
+    Client,
+    EmptyReplyError,
+    frame,
+    parse,
+    wait_until,
+)
 
 from qubes_itests.admin import connection
 from qubes_itests.admin import server as server_module
@@ -194,3 +202,24 @@ def test_a_file_in_place_of_the_socket_is_left_alone(app, run, tmp_path):
     with pytest.raises(OSError, match="in use"):
         run(AdminServer(app, path).__aenter__())
     assert path.read_text() == "data"
+
+
+def test_clients_that_go_without_reading_leave_nothing(server, client, caplog):
+    """Not a record in the log, not a descriptor, whatever they sent."""
+
+    def descriptors():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = descriptors()
+    caplog.set_level(logging.INFO)
+    for number in range(300):
+        with socket.socket(socket.AF_UNIX) as hasty:
+            hasty.connect(str(server.path))
+            if number % 3:
+                hasty.sendall(frame("admin.vm.property.GetAll", "work"))
+            if number % 2:
+                hasty.shutdown(socket.SHUT_WR)
+    assert client.call("admin.vm.List")
+    wait_until(lambda: not server._clients)
+    wait_until(lambda: descriptors() <= before)
+    assert [r.getMessage() for r in caplog.records if r.name == "asyncio"] == []
