@@ -1,6 +1,7 @@
 """What a store may hold, and what is refused, by its line; the past is understood."""
 
 import logging
+import pathlib
 import re
 import textwrap
 
@@ -469,3 +470,13 @@ def test_disposable_vms_of_the_last_run_are_gone(load, caplog):
     assert set(app.domains.keys()) == names
     assert "disposable VM disp3 is kept: VM disp3 is used by client" in caplog.text
     assert "disposable VM disp2 is gone" in caplog.text
+
+
+def test_example_of_the_documents_can_be_loaded(load, tmp_path):
+    text = (pathlib.Path(__file__).parents[3] / "docs/store.md").read_text()
+    example = text.partition("```xml\n")[2].partition("```")[0]
+    app = load(example.replace("/var/lib/itests/pool", str(tmp_path / "pool")))
+    work = app.domains["work"]
+    assert work.template is app.default_template
+    assert work.notes == "what its user wrote"
+    assert next(work.devices["pci"].get_assigned_devices()).required
