@@ -8,8 +8,10 @@ import pytest_asyncio
 from scripted_app import make_app, make_vm
 
 from qubes_itests.core import exc
+from qubes_itests.core.app import Qubes
 from qubes_itests.core.device_assignment import DeviceAssignment
 from qubes_itests.core.device_protocol import Port, VirtualDevice
+from qubes_itests.core.store.file import StoreFile
 from qubes_itests.core.vm.dispvm import DispVM
 from qubes_storage.exc import StoragePoolException
 from qubes_storage.reflink import ReflinkPool
@@ -454,3 +456,34 @@ async def test_autostart(app):
 async def test_uuid_is_found(app, base):
     vm = await DispVM.from_appvm(base)
     assert app.domains[uuid.UUID(str(vm.uuid))] is vm
+
+
+# the store
+
+
+@pytest.mark.asyncio
+async def test_named_ones_are_kept_in_the_store_and_others_are_not(app, base, tmp_path):
+    """A disposable VM that is found after a crash is removed, with its volumes."""
+    app.store = StoreFile(tmp_path / "qubes.xml")
+    named = app.add_new_vm("DispVM", name="named", template=base)
+    await named.create_on_disk()
+    left = await DispVM.from_appvm(base)
+    app.add_new_vm("RemoteVM", name="far", label="red", relayvm=base, remote_name="x")
+    app.save(lock=False)
+    loaded = await Qubes.load(
+        tmp_path / "qubes.xml",
+        hypervisor=app.hypervisor,
+        directory=tmp_path,
+        kernels=app.kernels,
+    )
+    assert left.name not in loaded.domains
+    assert left.name not in files(app)
+    again = loaded.domains["named"]
+    assert (again.template.name, again.dispid) == ("base", named.dispid)
+    source = loaded.domains["base"].volumes["private"]
+    assert again.volumes["private"].source is source
+    far = loaded.domains["far"]
+    assert (far.relayvm.name, far.remote_name) == ("base", "x")
+    await again.start()
+    await again.kill()
+    assert loaded.problems == []
