@@ -78,11 +78,9 @@ async def measure(testbed, app, rounds):
         await world.start(name, **KIND)
     await world.settled(*NAMES)
     heading("Memory of real guests")
-    figures = zip(*[await rise(world) for _ in range(rounds)], strict=True)
-    for what, values in zip(
-        ("command to use more", "rise of use"), figures, strict=True
-    ):
-        row(f"from the {what} to the new target", values, bound="< 1.5 s")
+    commands, rises = zip(*[await rise(world) for _ in range(rounds)], strict=True)
+    row("from the command to use more to the new target", commands)
+    row("from the rise of use to the new target", rises, bound="< 1.5 s")
     figures = [await balloon(world) for _ in range(rounds)]
     row("128 MiB out of idle guests", figures, bound="< 2 s")
     since = asyncio.get_running_loop().time()
