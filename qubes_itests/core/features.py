@@ -26,7 +26,8 @@ _MISSING: Final = object()
 class Features(MutableMapping[str, str]):
     """The features of a VM: names and string values.
 
-    True is stored as ``"1"``, False as ``""``; anything else as its string.
+    True is stored as ``"1"``, False and None as ``""``; anything else as its string, so
+    that 0 is ``"0"``, which counts as true.
     Each change fires ``domain-feature-pre-set:NAME`` and ``domain-feature-set:NAME``,
     or ``domain-feature-pre-delete:NAME`` and ``domain-feature-delete:NAME``.
     """
@@ -42,27 +43,27 @@ class Features(MutableMapping[str, str]):
             raise QubesFeatureNotFoundError(name, self._values) from None
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if value is None:
-            raise QubesValueError(
-                f"feature {name!r} of {self._vm} cannot be None; del removes it"
-            )
-        if not _FEATURE.fullmatch(name):
+        if not isinstance(name, str) or not _FEATURE.fullmatch(name):
             raise QubesValueError(
                 f"{name!r} is no name of a feature: it takes letters, digits, . _ -"
             )
-        value = ("1" if value else "") if isinstance(value, bool) else str(value)
-        try:
-            check_text(value)
-        except ValueError as error:
-            raise QubesValueError(
-                f"feature {name!r} of {self._vm} cannot be {value!r}: {error}"
-            ) from None
+        value = self._as_text(name, value)
         kwargs = {"feature": name, "value": value}
         if name in self._values:
             kwargs["oldvalue"] = self._values[name]
         self._vm.fire_event(f"domain-feature-pre-set:{name}", pre_event=True, **kwargs)
         self._values[name] = value
         self._vm.fire_event(f"domain-feature-set:{name}", **kwargs)
+
+    def _as_text(self, name: str, value: object) -> str:
+        if value is None or isinstance(value, bool):
+            return "1" if value else ""
+        try:
+            return check_text(str(value))
+        except ValueError as error:
+            raise QubesValueError(
+                f"feature {name!r} of {self._vm} cannot be {value!r}: {error}"
+            ) from None
 
     def __delitem__(self, name: str) -> None:
         if name not in self._values:
@@ -82,23 +83,53 @@ class Features(MutableMapping[str, str]):
     def __repr__(self) -> str:
         return f"Features({self._values!r})"
 
-    def _check_with(self, attribute: str, name: str, default: Any) -> Any:
+    def _check_with(
+        self,
+        name: str,
+        default: Any,
+        attribute: str | None = None,
+        *,
+        adminvm: bool = False,
+    ) -> Any:
+        """Return a feature of the VM, of those that `attribute` leads to, of dom0."""
         vm: Any = self._vm
         while vm is not None:
             if name in vm.features:
                 return vm.features[name]
-            vm = getattr(vm, attribute, None)
+            vm = getattr(vm, attribute, None) if attribute else None
+        if adminvm and name in (dom0 := self._vm.app.domains["dom0"]).features:
+            return dom0.features[name]
         if default is _MISSING:
             raise QubesFeatureNotFoundError(name, self._values)
         return default
 
     def check_with_template(self, name: str, default: Any = _MISSING) -> Any:
-        """Return the feature, or else its template's; KeyError without a default."""
-        return self._check_with("template", name, default)
+        """Return the feature, or else its template's.
+
+        :param default: returned when neither has it.
+        :raise QubesFeatureNotFoundError: without a default.
+        """
+        return self._check_with(name, default, "template")
 
     def check_with_netvm(self, name: str, default: Any = _MISSING) -> Any:
-        """Return the feature, or else its net VM's; KeyError without a default."""
-        return self._check_with("netvm", name, default)
+        """Return the feature, or else that of its net VM, or of the net VM's, and on.
+
+        See `check_with_template`.
+        """
+        return self._check_with(name, default, "netvm")
+
+    def check_with_adminvm(self, name: str, default: Any = _MISSING) -> Any:
+        """Return the feature, or else that of dom0; see `check_with_template`."""
+        return self._check_with(name, default, adminvm=True)
+
+    def check_with_template_and_adminvm(
+        self, name: str, default: Any = _MISSING
+    ) -> Any:
+        """Return the feature, or else its template's, or else that of dom0.
+
+        See `check_with_template`.
+        """
+        return self._check_with(name, default, "template", adminvm=True)
 
 
 class Tags(MutableSet[str]):
@@ -125,7 +156,7 @@ class Tags(MutableSet[str]):
 
     def add(self, value: str) -> None:
         """Add a tag; nothing happens if it is there."""
-        if not _TAG.fullmatch(value):
+        if not isinstance(value, str) or not _TAG.fullmatch(value):
             raise QubesValueError(
                 f"{value!r} is no tag: it takes letters, digits, _ and -"
             )
