@@ -49,8 +49,9 @@ async def handle_call(source: Any, call: ServiceCall) -> None:
     try:
         await _connect(source, call, decision)
     except HarnessError as error:
+        # for the log alone, again: it may show the console of another VM
         log.warning("%s of %s failed: %s", call.service, source.name, str(error))
-        await call.refuse(str(error))
+        await call.refuse("the service could not be reached")
 
 
 async def _connect(source: Any, call: ServiceCall, decision: Decision) -> None:

@@ -17,6 +17,7 @@ from qubes_itests.core.properties import Property, VMProperty, to_bool
 from qubes_itests.core.storage import kept_by
 from qubes_itests.core.vm.appvm import AppVM
 from qubes_itests.core.vm.qubesvm import QubesVM
+from qubes_itests.core.vm.settings import check_for_dispvms
 from qubes_itests.guest.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
@@ -29,13 +30,8 @@ __all__ = ["DispVM"]
 _ITS_OWN: Final = {"template", "template_for_dispvms", "autostart"}
 
 
-def _check_base(vm: DispVM, base: AppVM) -> None:
-    if not (base.template_for_dispvms or vm.app.loading):
-        raise ValueError(f"{base} has not template_for_dispvms set")
-
-
 def _check_template(vm: DispVM, template: AppVM) -> None:
-    _check_base(vm, template)
+    check_for_dispvms(vm, template)
     if not vm.is_halted():
         raise QubesVMNotHaltedError(vm)
 
@@ -79,7 +75,7 @@ class DispVM(QubesVM):
     )
     default_dispvm = VMProperty["AppVM | None"](
         "default_dispvm",
-        check=_check_base,
+        check=check_for_dispvms,
         default=lambda vm: vm.template,
         doc="What its disposable VMs are made from.",
     )
