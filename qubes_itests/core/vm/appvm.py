@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qubes_itests.core import config
 from qubes_itests.core.events import handler
-from qubes_itests.core.exc import QubesNoTemplateError
-from qubes_itests.core.properties import Property
+from qubes_itests.core.exc import QubesNoTemplateError, QubesVMNotHaltedError
+from qubes_itests.core.properties import VMProperty
 from qubes_itests.core.vm.dvmtemplate import DVMTemplateMixin
-from qubes_itests.core.vm.qubesvm import QubesVM, set_template
+from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.core.vm.templatevm import TemplateVM
 
 if TYPE_CHECKING:
@@ -18,13 +18,19 @@ if TYPE_CHECKING:
 __all__ = ["AppVM"]
 
 
+def _check_halted(vm: Any, _template: object) -> None:
+    if not vm.is_halted():
+        raise QubesVMNotHaltedError(vm)
+
+
 class AppVM(DVMTemplateMixin, QubesVM):
     """A VM whose root is a snapshot of its template's, new at each start."""
 
-    template = Property[TemplateVM](
+    template = VMProperty[TemplateVM](
         "template",
-        setter=set_template,
-        load_stage=4,
+        klass="TemplateVM",
+        allow_none=False,
+        check=_check_halted,
         doc="The VM whose root it starts from.",
     )
 
@@ -41,9 +47,9 @@ class AppVM(DVMTemplateMixin, QubesVM):
     }
 
     def __init__(self, app: Any, **properties: Any) -> None:
+        if properties.get("template") is None and not app.loading:
+            raise QubesNoTemplateError(f"VM {properties.get('name')} needs a template")
         super().__init__(app, **properties)
-        if "template" not in self._values and not self.app.loading:
-            raise QubesNoTemplateError(f"VM {self} needs a template")
 
     def volume_settings(self) -> dict[str, dict[str, Any]]:
         """Return the settings of its volumes, by their names."""

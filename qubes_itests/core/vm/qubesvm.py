@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qubes_itests.core.exc import (
-    QubesNoTemplateError,
     QubesVMError,
     QubesVMNotHaltedError,
 )
@@ -24,20 +23,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qubes_itests.core.app import Qubes
-    from qubes_itests.core.vm.base import BaseVM
     from qubes_itests.guest.template import Template
     from qubes_storage.volume import Volume
 
-__all__ = ["QubesVM", "domain_property"]
-
-
-def domain_property(vm: BaseVM, prop: Any, value: Any) -> BaseVM | None:
-    """Setter of properties whose value is a VM: takes it, its name, or None."""
-    del prop
-    if value in (None, ""):
-        return None
-    found: BaseVM = vm.app.domains[value]
-    return found
+__all__ = ["QubesVM"]
 
 
 class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
@@ -211,15 +200,3 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
             raise QubesVMNotHaltedError(self)
         await self.storage.clone(src, pool)
         await self._announce_volumes("domain-clone-files", src=src)
-
-
-def set_template(vm: QubesVM, prop: Any, value: Any) -> QubesVM:
-    """Setter of `template`: a template VM or its name, while `vm` is halted."""
-    found = domain_property(vm, prop, value)
-    if found is None:
-        raise QubesNoTemplateError(f"VM {vm} needs a template")
-    if found.klass != "TemplateVM":
-        raise ValueError(f"{found} is no TemplateVM")
-    if not vm.is_halted():
-        raise QubesVMNotHaltedError(vm)
-    return found  # type: ignore[return-value]
