@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from qubes_itests.core.exc import QubesException
+from qubes_itests.core.store.collection import no_collection
 from qubes_itests.core.store.document import parse
 from qubes_itests.core.store.loading import Loading
 from qubes_storage.exc import StoragePoolException
@@ -31,8 +32,9 @@ async def open_store(app: Qubes, store: StoreFile, *, lock: bool = False) -> Non
     """
     data = await asyncio.to_thread(store.read, lock=lock)
     try:
-        root = await asyncio.to_thread(parse, data, store.path)
-        Loading(app, root, store.path).run()
+        with no_collection():
+            root = await asyncio.to_thread(parse, data, store.path)
+            Loading(app, root, store.path).run()
     except BaseException:
         store.release()
         raise

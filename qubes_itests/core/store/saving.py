@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qubes_itests.core.exc import QubesValueError
 from qubes_itests.core.firewall import Firewall
 from qubes_itests.core.properties import Property
+from qubes_itests.core.store.collection import no_collection
 from qubes_itests.core.store.document import Element, storable, to_bytes
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ def write_state(store: StoreFile, state: Element, version: int, *, lock: bool) -
 
 def state_of(app: Qubes) -> Element:
     """Return the state of an app as a document."""
+    with no_collection():
+        return _state_of(app)
+
+
+def _state_of(app: Qubes) -> Element:
     root = Element("qubes", {"version": VERSION})
     labels = root.add("labels")
     for label in sorted(app.labels.values(), key=lambda label: label.index):
