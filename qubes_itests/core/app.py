@@ -11,7 +11,6 @@ from qubes_itests.core import config
 from qubes_itests.core.autostart import start_autostart
 from qubes_itests.core.block import BlockDeviceExtension
 from qubes_itests.core.cloning import clone_vm
-from qubes_itests.core.device_rules import DeviceRules
 from qubes_itests.core.domains import VMCollection
 from qubes_itests.core.events import handler
 from qubes_itests.core.exc import (
@@ -24,6 +23,7 @@ from qubes_itests.core.exc import (
 from qubes_itests.core.labels import LABELS, Label, find_label
 from qubes_itests.core.policy import Policy
 from qubes_itests.core.properties import Property, PropertyHolder, VMProperty
+from qubes_itests.core.rules import Rules
 from qubes_itests.core.store.file import StoreFile
 from qubes_itests.core.store.opening import open_store
 from qubes_itests.core.store.saving import state_of, write_state
@@ -164,7 +164,7 @@ class Qubes(PropertyHolder):
         #: What went wrong where nobody was there to be told; empty if all is well.
         self.problems: list[str] = []
         BlockDeviceExtension()
-        DeviceRules()
+        Rules()
         self.domains = VMCollection(self)
         self.domains.add(AdminVM(self))
         self.events_enabled = True

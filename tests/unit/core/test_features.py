@@ -125,3 +125,14 @@ def test_what_is_no_tag(work):
     for value in ("a b", 7, None, "created-by-\n"):
         with pytest.raises(exc.QubesValueError, match="is no tag"):
             work.tags.add(value)
+
+
+@pytest.mark.parametrize("method", ["Set", "Remove"])
+@pytest.mark.parametrize("tag", ["created-by-work", "disp-created-by-work"])
+def test_who_made_a_vm_is_not_changed_over_the_admin_api(app, work, method, tag):
+    """Policy goes by these tags; others may be changed."""
+    event = f"admin-permission:admin.vm.tag.{method}"
+    dom0 = app.domains["dom0"]
+    with pytest.raises(exc.PermissionDenied, match="is set when a VM is made"):
+        dom0.fire_event(event, pre_event=True, dest=work, arg=tag)
+    assert dom0.fire_event(event, pre_event=True, dest=work, arg="mine") == []
