@@ -1,12 +1,14 @@
 """Decisions: the arithmetic, and what keeps guests safe from its rounding.
 
-The reference's arithmetic leaves three corners in which a guest would be told to go
-where it must not; here they are cut off:
+The reference's arithmetic leaves four corners in which a guest would be told to go
+where it must not, or nobody would ever rest; here they are cut off:
 
 - rounding down may take up to 0.1 % from a VM that is under its preference already;
 - a balloon asks donors for 5 % more than it needs, which may be more than they spare,
   and with a large surplus is even below what the guest uses;
-- a VM that holds more than its maximum may be told to go on doing so.
+- a VM that holds more than its maximum may be told to go on doing so;
+- a VM whose maximum is below the least preference lacks for ever what it cannot hold,
+  and others give it up and get it back, again and again.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def decide_balance(
 
     :param free: all free memory, bytes, with what is to be kept.
     """
-    found = algorithm.preferences(domains, policy)
+    found = _attainable(algorithm.preferences(domains, policy))
     spare = free - policy.free_to_keep
     available = found.available(spare)
     if available > 0:
@@ -73,6 +75,17 @@ def obtainable(
     found = algorithm.preferences(domains, policy).each
     spare = sum(max(0, domain.actual - preferred) for domain, preferred in found)
     return max(0, free - policy.free_minimum, free + spare - policy.free_to_keep)
+
+
+def _attainable(found: Preferences) -> Preferences:
+    """Return preferences that are within each domain's maximum."""
+    if all(preferred <= domain.maximum for domain, preferred in found.each):
+        return found
+    each = [(d, min(preferred, d.maximum)) for d, preferred in found.each]
+    total = sum(preferred for _, preferred in each)
+    needed = found.needed - (found.total - total)
+    known = {pair[0].domid: pair for pair in each}
+    return algorithm.Preferences(each, total, needed, known)
 
 
 def _safe(targets: Iterable[Target], found: Preferences) -> list[Target]:

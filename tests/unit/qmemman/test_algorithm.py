@@ -160,6 +160,13 @@ def test_a_balloon_frees_what_was_asked_or_asks_nobody(domains, amount):
     assert not targets or sum(actual[d] - t for d, t in targets) >= amount
 
 
+def test_a_vm_of_less_than_the_least_preference_lets_others_rest():
+    """It prefers 200 MiB and may hold 20: that is no reason to take from others."""
+    small = [domain(number, 15, 20, maximum=20) for number in ("1", "2")]
+    other = domain("3", 250, 380, maximum=380)
+    assert decide_balance(350 * MIB, [*small, other]) == []
+
+
 @settings(max_examples=50, deadline=None)
 @given(states(), free_memory)
 def test_balancing_settles_and_a_steady_state_stays(domains, free):
