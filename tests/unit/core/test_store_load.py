@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+import random
 import re
 import textwrap
 
@@ -480,3 +481,42 @@ def test_example_of_the_documents_can_be_loaded(load, tmp_path):
     assert work.template is app.default_template
     assert work.notes == "what its user wrote"
     assert next(work.devices["pci"].get_assigned_devices()).required
+
+
+MUTATIONS = 400
+
+
+def mutated(text, chance):
+    """Return a document with a word replaced, or a line lost or twice."""
+    words = [w for w in re.split(r"""[<>"=\s]+""", text) if w] + ["", "0", "-1", "\x85"]
+    lines = text.splitlines(keepends=True)
+    number = chance.randrange(len(lines))
+    if "dir_path" in lines[number]:
+        return text  # or a load would make directories anywhere
+    kind = chance.random()
+    if kind < 0.15:
+        lines[number] *= 2
+    elif kind < 0.3:
+        lines[number] = ""
+    else:
+        word = chance.choice(words[:-4])
+        lines[number] = lines[number].replace(word, chance.choice(words))
+    return "".join(lines)
+
+
+def test_mutated_stores_are_loaded_or_refused(load):
+    """Whatever is wrong, it is said as a StoreFormatError; what is loaded is saved."""
+    chance = random.Random(8)  # noqa: S311 - repeatable, not secret
+    whole = OLDER.replace("<tags>", DEVICES + "<tags>", 1)
+    refused = 0
+    for _ in range(MUTATIONS):
+        text = whole
+        for _ in range(chance.randrange(1, 6)):
+            text = mutated(text, chance)
+        try:
+            app = load(text)
+        except StoreFormatError:
+            refused += 1
+        else:
+            app.save(lock=False)
+    assert MUTATIONS / 4 < refused < MUTATIONS
