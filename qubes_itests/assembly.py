@@ -34,10 +34,13 @@ def open_testbed(
     directory: Path,
     settings: Settings,
     plugins: pluggy.PluginManager,
+    *,
+    pool: Path | None = None,
 ) -> Iterator[Testbed]:
     """Make the pool's filesystem, connect to the hypervisor, open the testbed.
 
     :param directory: of the run; it has a short path.
+    :param pool: a directory on a filesystem with reflinks; None to make one.
     :raise EnvironmentNotReadyError: when the machine lacks something.
     """
     kernel = find_kernel(cache)
@@ -45,12 +48,11 @@ def open_testbed(
         name: functools.partial(build, cache, kernel)
         for name, build in offers(plugins, "templates").items()
     }
-    make_pool = _one(plugins, "filesystems", settings.filesystem)
     connect = _one(plugins, "hypervisors", settings.hypervisor)
-    pool, own, vms = (directory / name for name in ("pool", "hv", "vm"))
-    for place in (pool, own, vms):
+    own, vms = directory / "hv", directory / "vm"
+    for place in (own, vms):
         place.mkdir()
-    with make_pool(pool, _POOL_SIZE) as mounted:
+    with _pool(plugins, settings, directory, pool) as mounted:
         parts = Parts(
             run_directory=vms,
             pool_directory=mounted,
@@ -62,6 +64,21 @@ def open_testbed(
         )
         with Testbed(portal, parts) as testbed:
             yield testbed
+
+
+def _pool(
+    plugins: pluggy.PluginManager,
+    settings: Settings,
+    directory: Path,
+    given: Path | None,
+) -> contextlib.AbstractContextManager[Path]:
+    if given is not None:
+        return contextlib.nullcontext(given)
+    make = _one(plugins, "filesystems", settings.filesystem)
+    place = directory / "pool"
+    place.mkdir()
+    made: contextlib.AbstractContextManager[Path] = make(place, _POOL_SIZE)
+    return made
 
 
 def offers(plugins: pluggy.PluginManager, kind: str) -> Mapping[str, Any]:

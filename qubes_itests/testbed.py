@@ -20,7 +20,7 @@ from qubes_itests.hypervisor.balloons import LibvirtMemory
 from qubes_storage.reflink import ReflinkPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
     from pathlib import Path
 
     from qubes_itests.guest.template import Template
@@ -158,29 +158,55 @@ class Testbed:
         :param templates: names; the first becomes `default_template`.
         """
         number = next(self._numbers)
-        files = {
-            name: await asyncio.to_thread(self.template, name) for name in templates
-        }
-        directory = self.parts.run_directory / "apps" / str(number)
-        directory.mkdir(parents=True)
-        app = Qubes(
-            hypervisor=self.hypervisor,
-            directory=directory,
-            kernels=files,
-            warm_starts=self.warm_starts,
-        )
+        app = Qubes(**await self._shared(number, templates))
         self._apps.append(app)
         offer_to_vms(app)
-        await app.add_pool(
-            ReflinkPool(
-                name=POOL_NAME, dir_path=self.parts.pool_directory / str(number)
-            )
-        )
-        for name, template in files.items():
+        await self._fill(app, self.parts.pool_directory / str(number))
+        await self._limit_memory(app)
+        return app
+
+    async def open_app(self, store: Path, *templates: str) -> Qubes:
+        """Return the app of a store; a new store begins as that of `make_app` does.
+
+        What it has on disk stays there when it is closed.
+
+        :param store: the file.
+        :param templates: as for `make_app`; an app that is loaded has its own.
+        :raise StoreError: when the store cannot be loaded, or another writer has it.
+        """
+        shared = await self._shared(next(self._numbers), templates)
+        if await asyncio.to_thread(store.exists):
+            app = await Qubes.load(store, lock=True, **shared)
+            self._apps.append(app)
+        else:
+            app = Qubes(store=store, **shared)
+            self._apps.append(app)
+            await self._fill(app, self.parts.pool_directory / POOL_NAME)
+            await app.save_async()
+        await self._limit_memory(app)
+        return app
+
+    async def _shared(self, number: int, templates: Sequence[str]) -> dict[str, Any]:
+        """Return what an app shares with others, and a directory of its own."""
+        directory = self.parts.run_directory / "apps" / str(number)
+        directory.mkdir(parents=True)
+        return {
+            "hypervisor": self.hypervisor,
+            "directory": directory,
+            "kernels": {
+                name: await asyncio.to_thread(self.template, name) for name in templates
+            },
+            "warm_starts": self.warm_starts,
+        }
+
+    async def _fill(self, app: Qubes, pool: Path) -> None:
+        await app.add_pool(ReflinkPool(name=POOL_NAME, dir_path=pool))
+        for name, template in app.kernels.items():
             await self._add_template(app, name, template)
+
+    async def _limit_memory(self, app: Qubes) -> None:
         if self.parts.memory is not None:
             await self.balance_memory(app, self.parts.memory)
-        return app
 
     async def _add_template(self, app: Qubes, name: str, template: Template) -> None:
         size = template.root_image.stat().st_size
@@ -219,21 +245,15 @@ class Testbed:
             await self._balancing.pop(app).aclose()
 
     async def close_app(self, app: Qubes) -> list[str]:
-        """End an app: kill its VMs, drop its pool.
+        """End an app: kill its VMs, drop its pool unless it has a store.
 
         :return: what went wrong, one sentence each; empty if all is well.
         """
         await app.close()
         await self._end_balancing(app)
         self._apps.remove(app)
-        for vm in app.domains:
-            if hasattr(vm, "storage"):
-                try:
-                    await vm.storage.remove()
-                except Exception as error:  # noqa: BLE001 - told to the caller
-                    app.problems.append(
-                        f"volumes of {vm} could not be removed: {error}"
-                    )
+        if app.store is None:
+            await _remove_volumes(app)
         for pool in app.pools.values():
             await pool.destroy()
         left = [d.spec.name for d in self.hypervisor.domains()]
@@ -241,3 +261,12 @@ class Testbed:
             f"domain {name} is left" for name in left if name in app.domains
         ]
         return app.problems
+
+
+async def _remove_volumes(app: Qubes) -> None:
+    for vm in app.domains:
+        if hasattr(vm, "storage"):
+            try:
+                await vm.storage.remove()
+            except Exception as error:  # noqa: BLE001 - told to the caller
+                app.problems.append(f"volumes of {vm} could not be removed: {error}")

@@ -32,7 +32,7 @@ _PYTEST_VALUES = _words("""
 """)
 _OWN_VALUES = _words("""
     --keep --artifacts --timeout --seed --template --hypervisor --filesystem
-    --memory-budget
+    --memory-budget --directory --socket
 """)
 #: With these pytest runs no test.
 _NO_TESTS = _words("""
@@ -47,6 +47,8 @@ _MODULES = {
     "clean": "clean",
     "report": "last_run",
     "memory": "memory",
+    "serve": "serve",
+    "qvm": "qvm",
 }
 _HELP = {
     "run": "run the tests of all installed plugins (the default)",
@@ -56,6 +58,8 @@ _HELP = {
     "clean": "remove what killed runs left behind",
     "report": "show the failures of the last run again",
     "memory": "show who holds the memory, live, or plot it as an SVG",
+    "serve": "run the core as a daemon with the Admin API on a socket",
+    "qvm": "run a client tool of Qubes OS against the newest `serve`",
 }
 
 
@@ -69,8 +73,13 @@ class Command:
     :param json: print JSON.
     :param target: of `shell`: a template, or the directory of a kept VM.
     :param cache: of `clean`: remove the cache too.
-    :param words: of `memory`: ``plot`` or not, and a timeline.
+    :param words: of `memory`: ``plot`` or not, and a timeline; of `qvm` what follows
+        the tool.
     :param output: of `memory plot`: the file to write.
+    :param directory: of `serve`: where its state is kept; empty to forget it.
+    :param print_env: of `serve`: print how to call the one that runs.
+    :param socket: of `qvm`: that of the server; empty for the newest.
+    :param tool: of `qvm`: its name.
     """
 
     name: str
@@ -81,6 +90,10 @@ class Command:
     cache: bool = False
     words: tuple[str, ...] = ()
     output: str = ""
+    directory: str = ""
+    print_env: bool = False
+    socket: str = ""
+    tool: str = ""
 
     @property
     def module(self) -> str:
@@ -92,6 +105,8 @@ class Command:
         """Whether it makes VMs, and so needs a sandbox."""
         if self.name == "run":
             return _NO_TESTS.isdisjoint(self.rest)
+        if self.name == "serve":
+            return not self.print_env
         return self.name == "shell"
 
 
@@ -159,6 +174,10 @@ def _parser(name: str) -> argparse.ArgumentParser:
             "words", metavar="[plot] FILE", nargs="*", help="a timeline: memory.jsonl"
         )
         parser.add_argument("--output", "-o", metavar="SVG", help="what plot writes")
+    elif name == "serve":
+        _add_serving(parser)
+    elif name == "qvm":
+        _add_tool(parser)
     elif name == "clean":
         parser.add_argument(
             "--cache", action="store_true", help="also remove images and saved states"
@@ -170,10 +189,31 @@ def _parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--directory", metavar="DIR", help="keep the VMs there until the next time")
+    add(
+        "--print-env",
+        action="store_true",
+        help="print the environment in which client tools call the newest one",
+    )
+
+
+def _add_tool(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--socket", metavar="PATH", help="of the server to call (the newest)")
+    add("tool", metavar="TOOL", help="qvm-ls, qvm-create …")
+    add("words", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="the tool's own")
+
+
 def _usage(name: str) -> str:
     if name == "run":
         return "qubes-itests [run] [options] [pytest options] [selectors]"
-    words = {"shell": " VM-or-template", "memory": " [plot] [FILE]"}.get(name, "")
+    words = {
+        "shell": " VM-or-template",
+        "memory": " [plot] [FILE]",
+        "qvm": " TOOL [ARGUMENTS]",
+    }.get(name, "")
     return f"qubes-itests {name} [options]{words}"
 
 

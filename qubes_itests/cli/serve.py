@@ -1,0 +1,58 @@
+"""``serve``: the core as a daemon, for the client tools of Qubes OS."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qubes_itests.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from qubes_itests.cli.arguments import Command
+    from qubes_itests.configuration import Settings
+    from qubes_itests.serve.daemon import Serving
+
+__all__ = ["execute"]
+
+
+def execute(command: Command, settings: Settings) -> int:
+    """Serve until told to end, or print how to call who serves."""
+    if command.print_env:
+        return _print_environment()
+    from qubes_itests.bundled import registry  # noqa: PLC0415 - only in the sandbox
+    from qubes_itests.serve.daemon import serving, wait_for_end  # noqa: PLC0415
+
+    directory = Path(command.directory) if command.directory else None
+    with serving(settings, registry(), directory) as server:
+        print(_ready(server), flush=True)  # noqa: T201
+        wait_for_end()
+        print("ending: the VMs shut down", flush=True)  # noqa: T201
+    return ExitCode.OK
+
+
+def _print_environment() -> int:
+    from qubes_itests.host.cache import Cache  # noqa: PLC0415 - see the package
+    from qubes_itests.serve.environment import exports  # noqa: PLC0415
+    from qubes_itests.serve.place import find  # noqa: PLC0415
+
+    sys.stdout.write(exports(find(Cache())))
+    return ExitCode.OK
+
+
+def _ready(server: Serving) -> str:
+    state, program = server.state, os.environ.get("QUBES_ITESTS_PROGRAM", "")
+    program = program or "python -m qubes_itests"
+    keeps = "kept" if server.kept else "gone when this ends; --directory=DIR keeps it"
+    return f"""\
+ready
+  socket       {server.place.admin_socket}
+  log          {server.place.directory / "log"}
+  state        {state.directory} ({keeps})
+  filesystems  {state.mount_point("btrfs")} and {state.mount_point("xfs")}
+in another terminal:
+  {program} qvm qvm-ls
+or, for the tools by themselves:
+  eval "$({program} serve --print-env)"
+Ctrl-C ends it."""

@@ -1,0 +1,1 @@
+"""The core as a daemon, and what the real client tools need to find it."""

@@ -1,0 +1,154 @@
+"""The daemon: one app, its VMs, and the sockets that it answers on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.admin.server import AdminServer
+from qubes_itests.admin.vm_calls import offer_to_vms
+from qubes_itests.assembly import open_testbed
+from qubes_itests.exc import HarnessError
+from qubes_itests.host import sandbox
+from qubes_itests.host.cache import Cache
+from qubes_itests.host.rundir import RunDirectory, short_name
+from qubes_itests.portal import Portal
+from qubes_itests.serve.calls import CallServer
+from qubes_itests.serve.environment import offer_programs
+from qubes_itests.serve.place import Place
+from qubes_itests.serve.state import State
+from qubes_itests.serve.tools import installed_tools
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import pluggy
+
+    from qubes_itests.configuration import Settings
+    from qubes_itests.core.app import Qubes
+
+__all__ = ["Serving", "serving", "wait_for_end"]
+
+log = logging.getLogger("qubes_itests.serve")
+
+#: Seconds that VMs have to shut down when the daemon ends.
+_SHUTDOWN_TIMEOUT: Final = 30.0
+_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """A server that is ready.
+
+    :param place: where its sockets and programs are.
+    :param state: what it keeps.
+    :param kept: whether that stays when it ends.
+    """
+
+    place: Place
+    state: State
+    kept: bool
+
+
+@contextlib.contextmanager
+def serving(
+    settings: Settings, plugins: pluggy.PluginManager, directory: Path | None
+) -> Iterator[Serving]:
+    """Serve an app while the context lasts; its VMs end with it.
+
+    :param settings: which templates, hypervisor, filesystem and memory there are.
+    :param directory: where the app's state is kept; None to forget it.
+    :raise EnvironmentNotReadyError: when the machine lacks something.
+    :raise DirectoryInUseError: when another server has the directory.
+    :raise StoreError: when what is in it is no state of an app.
+    """
+    sandbox.require()
+    cache = Cache()
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(RunDirectory(cache)).path
+        short = stack.enter_context(short_name(run))
+        state = stack.enter_context(State(directory or run / "state"))
+        place = Place.of_run(run)
+        place.directory.mkdir(mode=0o750)
+        stack.enter_context(_log(place.directory / "log"))
+        portal = stack.enter_context(Portal())
+        pool = state.mount_point(settings.filesystem)
+        testbed = stack.enter_context(
+            open_testbed(portal, cache, short, settings, plugins, pool=pool)
+        )
+        app = portal.run(testbed.open_app(state.store, *settings.template))
+        stack.callback(lambda: portal.run(_shut_down(app)))
+        offer_programs(place, installed_tools())
+        # by its short name, for the paths of sockets are limited
+        sockets = portal.run(_open_sockets(app, Place.of_run(short)))
+        stack.callback(lambda: portal.run(sockets.aclose()))
+        portal.run(_start_autostart(app))
+        yield Serving(place, state, kept=directory is not None)
+
+
+def wait_for_end() -> None:
+    """Wait until this process is told to end: Ctrl-C, SIGTERM or SIGHUP."""
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            signal.pause()
+
+
+async def _open_sockets(app: Qubes, place: Place) -> contextlib.AsyncExitStack:
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(CallServer(app, place.relay_socket))
+        # last: who finds this one may go on
+        admin = await stack.enter_async_context(AdminServer(app, place.admin_socket))
+        offer_to_vms(app, admin.dispatcher)
+        return stack.pop_all()
+
+
+async def _start_autostart(app: Qubes) -> None:
+    for name, error in (await app.start_autostart()).items():
+        log.error("%s did not start: %s", name, str(error))
+
+
+async def _shut_down(app: Qubes) -> None:
+    """Give the VMs time to write what they keep; who takes longer is killed."""
+    running = [vm for vm in app.domains if vm.klass != "AdminVM" and vm.is_running()]
+    if running:
+        ends = [asyncio.ensure_future(_end(vm)) for vm in running]
+        await asyncio.wait(ends, timeout=_SHUTDOWN_TIMEOUT)
+        for end in ends:
+            end.cancel()
+
+
+async def _end(vm: Any) -> None:
+    name = vm.name
+    try:
+        if vm.is_paused():
+            await vm.unpause()
+        await vm.shutdown(force=True, wait=True)
+    except HarnessError as error:
+        log.warning("%s is killed: %s", name, str(error))
+
+
+@contextlib.contextmanager
+def _log(path: Path) -> Iterator[None]:
+    """Have what happens in a file, and warnings on stderr too."""
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.WARNING)
+    handlers: list[logging.Handler] = [terminal]
+    handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    root = logging.getLogger()
+    former = root.level
+    root.setLevel(logging.INFO)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(_FORMAT))
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.setLevel(former)
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()

@@ -1,0 +1,79 @@
+"""What a server offers to the client tools: programs, services, and an environment."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from qubes_itests.serve.imports import METHODS
+from qubes_itests.serve.place import VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from qubes_itests.serve.place import Place
+
+__all__ = ["HOOK", "exports", "offer_programs", "variables"]
+
+_HERE: Final = Path(__file__).parent
+#: A folder for PYTHONPATH: what is in it points the client to the server.
+HOOK: Final = _HERE / "hook"
+_EXECUTABLE: Final = 0o755
+
+
+def offer_programs(place: Place, tools: Sequence[str]) -> None:
+    """Write the programs that the client tools call, and those tools.
+
+    :param place: where; its directory is there, and empty.
+    :param tools: the names of the tools that there are.
+    """
+    for directory in (place.programs, place.services):
+        directory.mkdir()
+    program = [sys.executable, "-I", "-S", _HERE / "program.py", place.relay_socket]
+    _write(place.programs / "qrexec-client", [*program, "qrexec-client"])
+    for name in METHODS:
+        _write(place.services / name, [*program, name])
+    qvm = [sys.executable, "-m", "qubes_itests", "qvm", "--socket", place.admin_socket]
+    for name in tools:
+        _write(place.programs / name, [*qvm, name])
+    # a clone has no menus that would have to be made: there is no desktop
+    _write(place.programs / "qvm-appmenus", ["true"])
+
+
+def _write(path: Path, command: Sequence[object]) -> None:
+    words = " ".join(shlex.quote(str(word)) for word in command)
+    path.write_text(f'#!/bin/sh\nexec {words} "$@"\n', encoding="utf-8")
+    path.chmod(_EXECUTABLE)
+
+
+def variables(
+    place: Place, environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """Return the variables with which the client tools call a server.
+
+    :param place: the server's.
+    :param environment: what they have now.
+    """
+    return {
+        VARIABLE: str(place.directory),
+        "PYTHONPATH": _before(HOOK, environment.get("PYTHONPATH", "")),
+        "PATH": _before(place.programs, environment.get("PATH", os.defpath)),
+    }
+
+
+def _before(directory: Path, others: str) -> str:
+    rest = [
+        each for each in others.split(os.pathsep) if each and each != str(directory)
+    ]
+    return os.pathsep.join([str(directory), *rest])
+
+
+def exports(place: Place) -> str:
+    """Return lines for a shell that set `variables`."""
+    return "".join(
+        f"export {name}={shlex.quote(value)}\n"
+        for name, value in variables(place).items()
+    )

@@ -1,0 +1,142 @@
+"""Content of volumes that comes as a stream, of any size."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.admin.dispatch import error_name, save
+from qubes_itests.admin.protocol import encode_exception, encode_reply
+from qubes_itests.core.exc import (
+    ProtocolError,
+    QubesVMNotFoundError,
+    QubesVMNotHaltedError,
+)
+from qubes_itests.exc import HarnessError
+from qubes_storage.exc import StoragePoolException
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from qubes_itests.core.app import Qubes
+
+__all__ = ["METHODS", "import_volume"]
+
+_WITH_SIZE: Final = "admin.vm.volume.ImportWithSize"
+#: The methods that are done here.
+METHODS: Final = ("admin.vm.volume.Import", _WITH_SIZE)
+
+_LONGEST_SIZE: Final = 19
+
+
+async def import_volume(
+    app: Qubes, vm: str, volume: str, method: str, stream: AsyncIterator[bytes]
+) -> bytes:
+    """Replace the content of a volume, and return the reply of the Admin API.
+
+    :param app: where the VM is.
+    :param vm: its name.
+    :param volume: the volume's.
+    :param method: one of `METHODS`.
+    :param stream: the payload.
+    """
+    try:
+        target = _target(app, vm, volume, method)
+        await _import(app, vm, target, _Payload(stream), method)
+    except (HarnessError, StoragePoolException) as error:
+        return encode_exception(error_name(error), str(error))
+    return encode_reply("")
+
+
+def _target(app: Qubes, name: str, volume: str, method: str) -> Any:
+    vm = app.domains.get(name)
+    if vm is None:
+        raise QubesVMNotFoundError(name)
+    volumes = getattr(vm, "volumes", {})
+    if method not in METHODS or volume not in volumes:
+        raise ProtocolError(f"{method} has no volume {volume!r} of {name} to fill")
+    app.domains["dom0"].fire_event(
+        f"admin-permission:{method}", pre_event=True, dest=vm, arg=volume
+    )
+    if not vm.is_halted():
+        raise QubesVMNotHaltedError(vm)
+    return volumes[volume]
+
+
+class _Payload:
+    """A stream of bytes, with its first line to be read before."""
+
+    def __init__(self, stream: AsyncIterator[bytes]) -> None:
+        self._stream = stream
+        self._held = b""
+
+    async def size(self) -> int:
+        """Take the first line, a number of bytes; ProtocolError if it is none."""
+        while b"\n" not in self._held and len(self._held) <= _LONGEST_SIZE:
+            data = await anext(self._stream, b"")
+            self._held += data
+            if not data:
+                break
+        line, _, self._held = self._held.partition(b"\n")
+        text = line.decode("ascii", "replace")
+        if not text.isdecimal() or len(text) > _LONGEST_SIZE or text != str(int(text)):
+            raise ProtocolError("the first line of the payload is no number of bytes")
+        return int(text)
+
+    async def copy(self, path: Path, size: int) -> None:
+        """Write the rest to a file; ProtocolError unless it is that many bytes."""
+        length = 0
+        file = await asyncio.to_thread(path.open, "r+b", 0)
+        with file:
+            async for data in self._rest():
+                length += len(data)
+                if length > size:
+                    break
+                await asyncio.to_thread(_write, file.fileno(), data)
+        if length != size:
+            word = "more" if length > size else f"{length}"
+            raise ProtocolError(
+                f"the data has {word} bytes, the volume is to have {size}"
+            )
+
+    async def _rest(self) -> AsyncIterator[bytes]:
+        if self._held:
+            yield self._held
+        async for data in self._stream:
+            yield data
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    if data.strip(b"\0"):
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+    else:
+        # zeroes need no room
+        os.lseek(descriptor, len(data), os.SEEK_CUR)
+
+
+async def _import(
+    app: Qubes, name: str, volume: Any, payload: _Payload, method: str
+) -> None:
+    vm = app.domains[name]
+    size = await payload.size() if method == _WITH_SIZE else volume.size
+    path = await volume.import_data(size)
+    success = False
+    vm.fire_event("domain-volume-import-begin", volume=volume.name, size=size)
+    try:
+        await payload.copy(path, size)
+        success = True
+    finally:
+        try:
+            await volume.import_data_end(success)
+        except BaseException:
+            success = False
+            raise
+        finally:
+            vm.fire_event(
+                "domain-volume-import-end", volume=volume.name, success=success
+            )
+    await save(app)

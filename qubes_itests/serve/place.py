@@ -1,0 +1,96 @@
+"""Where a server has its sockets and programs, and which servers there are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from qubes_itests.host import rundir
+from qubes_itests.serve.exc import NoServerError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from qubes_itests.host.cache import Cache
+
+__all__ = ["VARIABLE", "Place", "find"]
+
+#: Names the directory of the server to call.
+VARIABLE: Final = "QUBES_ITESTS_SERVE"
+
+_NAME: Final = "serve"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The directory of a server.
+
+    :param directory: it.
+    """
+
+    directory: Path
+
+    @classmethod
+    def of_run(cls, run: Path) -> Place:
+        """Return the place in the directory of a run."""
+        return cls(run / _NAME)
+
+    @property
+    def admin_socket(self) -> Path:
+        """The socket of the Admin API."""
+        return self.directory / "qubesd.sock"
+
+    @property
+    def relay_socket(self) -> Path:
+        """The socket that `programs` connect to."""
+        return self.directory / "qrexec.sock"
+
+    @property
+    def programs(self) -> Path:
+        """The programs that the client tools call, and those tools by their names."""
+        return self.directory / "bin"
+
+    @property
+    def services(self) -> Path:
+        """What the client tools look for in ``/etc/qubes-rpc``."""
+        return self.directory / "qubes-rpc"
+
+
+def find(
+    cache: Cache,
+    socket: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Place:
+    """Return the place of the server to call.
+
+    :param cache: where runs have their directories.
+    :param socket: of the Admin API, if it was named.
+    :param environment: may name the directory; else the newest server is taken.
+    :raise NoServerError: when there is none.
+    """
+    if socket is not None:
+        return _existing(Place(socket.absolute().parent))
+    if name := environment.get(VARIABLE, ""):
+        return _existing(Place(Path(name)))
+    found = [(path.stat().st_mtime, path) for path in _sockets(cache)]
+    if not found:
+        raise NoServerError
+    return Place(max(found)[1].parent)
+
+
+def _sockets(cache: Cache) -> Iterator[Path]:
+    for run in rundir.under_way(cache):
+        path = Place.of_run(run).admin_socket
+        # the run may end meanwhile
+        with contextlib.suppress(OSError):
+            if path.is_socket():
+                yield path
+
+
+def _existing(place: Place) -> Place:
+    if not place.admin_socket.is_socket():
+        raise NoServerError(place.admin_socket)
+    return place

@@ -1,0 +1,109 @@
+"""What a server keeps: the store of its app, and filesystems for pools, in images."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from typing import TYPE_CHECKING, Final, Self
+
+from qubes_itests.exc import DeadlineError, HarnessError
+from qubes_itests.host.filesystem import (
+    FilesystemType,
+    make_filesystem,
+    mount,
+    unmount,
+)
+from qubes_itests.host.loop import loop_devices_over
+from qubes_itests.serve.exc import DirectoryInUseError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["FILESYSTEMS", "State"]
+
+#: What there is to put pools on: by name, with the bytes of its image, which is sparse.
+FILESYSTEMS: Final = {"btrfs": 64 << 30, "xfs": 16 << 30}
+
+_RELEASE_TIMEOUT: Final = 20.0
+_POLL_INTERVAL: Final = 0.02
+
+
+class State:
+    """A directory with a store and mounted filesystems, while the context lasts.
+
+    What is in it stays; the mounts are this sandbox's own.
+
+    :param directory: made when it is not there.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.absolute()
+        self._exit = contextlib.ExitStack()
+
+    @property
+    def store(self) -> Path:
+        """The file of the app's state."""
+        return self.directory / "qubes.xml"
+
+    def mount_point(self, name: str) -> Path:
+        """Return where one of `FILESYSTEMS` is mounted; HarnessError for others."""
+        if name not in FILESYSTEMS:
+            known = ", ".join(FILESYSTEMS)
+            raise HarnessError(f"Pools are served from {known}, not from {name!r}.")
+        return self.directory / name
+
+    def __enter__(self) -> Self:
+        """Mount; filesystems that are not there yet are made.
+
+        :raise DirectoryInUseError: when another server has it.
+        :raise CommandError: when one cannot be made or mounted.
+        :raise OSError: when the directory cannot be used.
+        """
+        with contextlib.ExitStack() as stack:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            stack.callback(os.close, self._locked())
+            for name, size in FILESYSTEMS.items():
+                self._mount(name, size)
+                stack.callback(unmount, self.mount_point(name))
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._exit.close()
+
+    def _locked(self) -> int:
+        descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise DirectoryInUseError(self.directory) from None
+        return descriptor
+
+    def _mount(self, name: str, size: int) -> None:
+        image = self.directory / f"{name}.img"
+        if image.exists():
+            _wait_unused(image)
+        else:
+            new = image.with_suffix(".new")
+            make_filesystem(new, FilesystemType(name), size)
+            new.rename(image)
+        self.mount_point(name).mkdir(mode=0o700, exist_ok=True)
+        mount(image, self.mount_point(name))
+
+
+def _wait_unused(image: Path) -> None:
+    """Wait until the mounts of a server that was killed are gone.
+
+    The kernel drops them in its own time, and a filesystem must not be mounted over
+    two loop devices.
+    """
+    deadline = time.monotonic() + _RELEASE_TIMEOUT
+    while devices := loop_devices_over(image):
+        if time.monotonic() > deadline:
+            used = ", ".join(map(str, devices))
+            what = f"release of {image} by its last user"
+            raise DeadlineError(what, _RELEASE_TIMEOUT, f"it is under {used}")
+        time.sleep(_POLL_INTERVAL)

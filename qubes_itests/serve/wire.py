@@ -1,0 +1,60 @@
+"""What goes between the daemon and the programs that the client tools call.
+
+Frames: each is a kind, a length and so many bytes.  A program sends one `CALL` or
+`IMPORT`, then `STDIN`, the last one empty; the daemon sends `STDOUT` and `STDERR`, then
+`EXIT`.
+This module uses the standard library alone, for it is a part of those programs too.
+"""
+
+import os
+import struct
+
+__all__ = [
+    "CALL",
+    "EXIT",
+    "HEADER",
+    "IMPORT",
+    "LONGEST",
+    "STDERR",
+    "STDIN",
+    "STDOUT",
+    "connectable",
+    "frame",
+]
+
+#: Kind and length.
+HEADER = struct.Struct(">BI")
+#: The most bytes that a frame carries.
+LONGEST = 65536
+
+#: VM, user, what to run and flags, with NULs between.
+CALL = 1
+#: VM, volume and Admin API method, likewise.
+IMPORT = 2
+STDIN = 3
+STDOUT = 4
+STDERR = 5
+#: The exit status, as text.
+EXIT = 6
+
+
+def frame(kind: int, data: bytes = b"") -> bytes:
+    """Return the bytes of a frame."""
+    return HEADER.pack(kind, len(data)) + data
+
+
+#: Bytes that the path of a Unix socket may have; see unix(7).
+_LONGEST_PATH = 107
+
+
+def connectable(path: str) -> str:
+    """Return a path of a socket that is short enough to connect to.
+
+    Through a descriptor of its directory, if need be: that one is good for this process
+    alone, for as long as it lives.
+    """
+    if len(os.fsencode(path)) <= _LONGEST_PATH:
+        return path
+    directory, _, name = path.rpartition("/")
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    return f"/proc/self/fd/{descriptor}/{name}"
