@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import QubesException
 from qubes_itests.guest.uninterrupted import to_its_end
+from qubes_storage.exc import StoragePoolException
 
 if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
@@ -71,5 +72,5 @@ async def _clone_assignments(vm: Any, source: Any) -> None:
 
 
 async def _give_up(app: Qubes, vm: Any) -> None:
-    with contextlib.suppress(QubesException):
-        del app.domains[vm]
+    with contextlib.suppress(QubesException, StoragePoolException):
+        await app.domains.remove(vm)
