@@ -69,9 +69,11 @@ def served(count):
         child = os.fork()
         if not child:
             os.sched_setaffinity(0, cores[:1])
-            logging.lastResort = None
+            logging.getLogger("qubes").addHandler(logging.NullHandler())
             asyncio.run(serve(Path(name), count, ready))
-        os.read(wait, 1)
+        os.close(ready)
+        if not os.read(wait, 1):
+            sys.exit("the server did not start")
         os.sched_setaffinity(0, cores[1:] or cores)
         try:
             yield Path(name) / "qubesd.sock", child
@@ -185,7 +187,7 @@ def mutations(count, seed):
     """Send mutated requests; return how many were not treated as they should be."""
     failures = Failures()
     logging.getLogger().addHandler(failures)
-    logging.lastResort = None
+    logging.getLogger("qubes").addHandler(logging.NullHandler())
     logging.getLogger("qubes").setLevel(logging.ERROR)
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
