@@ -135,6 +135,8 @@ class ScriptedDomain(Domain):
         elif kind is FrameType.ENTER:
             self.hypervisor.fail_perhaps(self, "enter")
             self._writer.write(encode(FrameType.DONE))
+        elif kind in (FrameType.DB_WRITE, FrameType.DB_REMOVE):
+            self._writer.write(encode(FrameType.DONE))
         elif kind is FrameType.SPAWN:
             status = bytes([ExitKind.EXITED, 0])
             self._writer.write(encode(FrameType.EXIT, stream, payload=status))

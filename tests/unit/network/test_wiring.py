@@ -1,0 +1,186 @@
+"""Who is plugged in where, and when, as VMs start, change and end."""
+
+import asyncio
+import logging
+
+import pytest
+
+from qubes_itests.core import exc
+from qubes_itests.core.vm.addresses import DOWNLINK_MAC
+
+pytestmark = pytest.mark.asyncio
+
+
+async def test_net_vms_start_first_and_are_plugged_in_first(host, make_vm):
+    net = await make_vm("net", provides_network=True, netvm=None)
+    wall = await make_vm("wall", provides_network=True, netvm=net)
+    work = await make_vm("work", netvm=wall)
+    await work.start()
+    assert [done for done in host.done if " has " in done] == [
+        f"net has {DOWNLINK_MAC}",
+        f"wall has {wall.mac}",
+        f"wall has {DOWNLINK_MAC}",
+        f"work has {work.mac}",
+    ]
+    assert host.filters == {
+        wall.mac: [str(wall.ip), str(work.ip)],
+        work.mac: [str(work.ip)],
+    }
+    assert len(host.bridges) == 2
+    assert len(host.taps) == 4
+
+
+async def test_the_ends_of_runs_leave_nothing(host, make_vm):
+    net = await make_vm("net", provides_network=True, netvm=None)
+    work = await make_vm("work", netvm=net)
+    await work.start()
+    await net.kill()
+    assert host.bridges == {}
+    await work.kill()
+    assert host.taps == {}
+    await net.start()
+    await work.start()
+    await work.kill()
+    assert len(host.taps) == len(host.bridges) == 1
+    await net.kill()
+    assert not host.taps | host.bridges
+
+
+async def test_a_client_is_detached_before_it_is_attached_anew(host, make_vm):
+    net = await make_vm("net", provides_network=True, netvm=None)
+    work = await make_vm("work", netvm=net)
+    await work.start()
+    await net.kill()
+    host.done.clear()
+    await net.start()
+    about = [d for d in host.done if work.mac in d or d == "tap cut"]
+    assert about == [
+        "tap cut",
+        f"work lost {work.mac}",
+        f"tap made for {work.mac}",
+        f"work has {work.mac}",
+    ]
+
+
+async def test_a_client_that_fails_stops_nobody(app, host, make_vm, caplog):
+    net = await make_vm("net", provides_network=True, netvm=None)
+    clients = [await make_vm(f"c{n}", netvm=net) for n in range(3)]
+    await asyncio.gather(*(vm.start() for vm in clients))
+    await net.kill()
+    app.hypervisor.failing.add(f"attach {clients[1].mac}")
+    with caplog.at_level(logging.ERROR, "qubes.net"):
+        await net.start()
+    assert net.is_running()
+    assert [record.args[0] for record in caplog.records] == ["c1"]
+    assert [vm.uplink is not None for vm in clients] == [True, False, True]
+    assert len(host.taps) == 3
+
+
+async def test_events_of_a_client(make_vm):
+    net = await make_vm("net", provides_network=True, netvm=None)
+    work = await make_vm("work", netvm=net)
+    seen = []
+    net.add_handler("net-domain-*", lambda _, event, vm: seen.append((event, vm.name)))
+    await work.start()
+    work.netvm = None
+    await work.network_settled()
+    assert seen == [("net-domain-connect", "work"), ("net-domain-disconnect", "work")]
+
+
+async def test_a_change_to_and_fro_ends_where_it_began(host, make_vm):
+    nets = [await make_vm(f"n{n}", provides_network=True, netvm=None) for n in (1, 2)]
+    work = await make_vm("work", netvm=nets[0])
+    await asyncio.gather(work.start(), nets[1].start())
+    for netvm in (None, nets[1], nets[0]):
+        work.netvm = netvm
+    await work.network_settled()
+    assert work.uplink.downlink is nets[0].downlink
+    assert len(host.taps) == 3
+
+
+async def test_two_clients_with_one_address(host, make_vm):
+    net = await make_vm("net", provides_network=True, netvm=None)
+    one = await make_vm("one", netvm=net)
+    two = await make_vm("two", netvm=net, mac=one.mac)
+    results = await asyncio.gather(one.start(), two.start(), return_exceptions=True)
+    (error,) = (r for r in results if isinstance(r, Exception))
+    assert isinstance(error, exc.QubesVMStartError)
+    assert f"has the address {one.mac}" in str(error)
+    assert len(host.taps) == 2
+    survivor = one if one.is_running() else two
+    await survivor.kill()
+    (other,) = {one, two} - {survivor}
+    await other.start()
+
+
+async def test_a_failed_plug_leaves_no_tap(app, host, make_vm):
+    net = await make_vm("net", provides_network=True, netvm=None)
+    work = await make_vm("work", netvm=net)
+    app.hypervisor.failing.add(f"attach {work.mac}")
+    with pytest.raises(exc.QubesVMStartError):
+        await work.start()
+    assert len(host.taps) == 1
+    app.hypervisor.failing.add(f"attach {DOWNLINK_MAC}")
+    await net.kill()
+    with pytest.raises(exc.QubesVMStartError):
+        await net.start()
+    assert not host.taps | host.bridges
+
+
+async def test_killed_at_any_moment_of_its_start_it_leaves_nothing(host, make_vm):
+    net = await make_vm("net", provides_network=True, netvm=None)
+    work = await make_vm("work", netvm=net)
+    await net.start()
+    before = set(host.taps)
+    killed = 0
+    for milliseconds in range(50):
+        starting = asyncio.ensure_future(work.start())
+        await asyncio.sleep(milliseconds / 1000)
+        if work.is_starting() or not work.is_halted():
+            await work.kill()
+        await asyncio.wait([starting])
+        killed += starting.exception() is not None
+        if not work.is_halted():
+            await work.kill()
+        assert set(host.taps) == before
+        assert work.mac not in net.downlink.taken
+    assert killed
+
+
+async def test_refusals(make_vm):
+    net = await make_vm("net", provides_network=True, netvm=None)
+    work = await make_vm("work", netvm=None)
+    with pytest.raises(exc.QubesVMNotRunningError):
+        await work.attach_network()
+    await work.start()
+    with pytest.raises(exc.QubesVMError, match="set its property netvm"):
+        await work.attach_network()
+    with pytest.raises(exc.QubesVMError, match="not attached"):
+        await work.detach_network()
+    with pytest.raises(exc.QubesVMNotStartedError, match="start that first"):
+        work.netvm = net
+    assert work.netvm is None
+    await net.start()
+    work.netvm = net
+    await work.network_settled()
+    with pytest.raises(exc.QubesVMInUseError, match="work"):
+        net.provides_network = False
+
+
+async def test_default_netvm_changes_for_vms_that_run(app, make_vm):
+    net = await make_vm("net", provides_network=True)
+    work = await make_vm("work")
+    set_one = await make_vm("other", netvm=None)
+    await asyncio.gather(work.start(), set_one.start())
+    with pytest.raises(exc.QubesVMNotStartedError):
+        app.default_netvm = net
+    assert app.default_netvm is None
+    await net.start()
+    app.default_netvm = net
+    await work.network_settled()
+    assert work.uplink is not None
+    assert set_one.uplink is None
+    assert net.netvm is None
+    app.default_netvm = None
+    await work.network_settled()
+    assert work.uplink is None
