@@ -1,6 +1,7 @@
 """Wrong requests, by the thousand: answered or closed, and nothing else happens."""
 
 import logging
+import threading
 
 import pytest
 from admin_mutations import VALID, complaint, exchange, is_framed, mutated, state_of
@@ -33,3 +34,24 @@ def test_the_judge_knows_right_from_wrong():
     assert complaint(b"x", b"0\0")
     assert not complaint(b"x", b"")
     assert sum(map(is_framed, mutated(1000, 1))) > 500
+
+
+def test_mutated_requests_from_many_clients_at_once_fail_none_unexpectedly(
+    app, server, caplog
+):
+    """What one creates another removes meanwhile; all are answered nevertheless."""
+    caplog.set_level(logging.ERROR)
+    wrong = []
+
+    def send(seed):
+        answered = ((data, exchange(server.path, data)) for data in mutated(300, seed))
+        wrong.extend(each for each in answered if complaint(*each))
+
+    threads = [threading.Thread(target=send, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert [record.getMessage() for record in caplog.records] == []
+    assert set(app.pools) == {"default"}
