@@ -57,12 +57,4 @@ class Extension:
             function = getattr(type(self), name)
             for event in getattr(function, "ha_events", ()):
                 listened = Qubes if function.ha_system else function.ha_vm or BaseVM
-                listened.add_class_handler(event, self._bound(name))
-
-    def _bound(self, name: str) -> Callable[..., Any]:
-        method = getattr(self, name)
-
-        def call(subject: Any, event: str, **kwargs: Any) -> Any:
-            return method(subject, event, **kwargs)
-
-        return call
+                listened.add_class_handler(event, getattr(self, name))

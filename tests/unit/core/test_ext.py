@@ -1,6 +1,9 @@
 """Extensions: one object per class, called for events of VMs or of the app."""
 
+import pytest
+
 from qubes_itests.core.ext import Extension, handler
+from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.core.vm.templatevm import TemplateVM
 
 
@@ -33,6 +36,28 @@ def test_handlers_hear_the_class_that_they_ask_for(app, template):
         ("template", "tiny"),
         "test-extension-app",
     ]
+
+
+class Slow(Extension):
+    @handler("test-extension-slow:*", vm=QubesVM)
+    async def on_slow(self, vm, event, **_kwargs):
+        return [f"{vm} {event}"]
+
+    @handler("test-extension-slow:*", vm=QubesVM)
+    def on_slow_too(self, vm, _event, **_kwargs):
+        yield vm
+
+
+@pytest.mark.asyncio
+async def test_handlers_may_be_asynchronous_or_yield(app, template):
+    """They are methods; dom0 is of another class than they listen to."""
+    Slow()
+    event = "test-extension-slow:1"
+    effects = await template.fire_event_async(event)
+    assert effects == ["tiny test-extension-slow:1", template]
+    assert await app.domains["dom0"].fire_event_async(event) == []
+    with pytest.raises(RuntimeError, match=r"Slow\.on_slow.* is asynchronous"):
+        template.fire_event(event)
 
 
 def test_there_is_one_object_of_a_class():
