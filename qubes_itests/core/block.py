@@ -18,6 +18,7 @@ from qubes_itests.core.device_assignment import AssignmentMode, DeviceAssignment
 from qubes_itests.core.device_info import UnknownDevice
 from qubes_itests.core.exc import (
     DeviceAlreadyAttached,
+    DeviceNotAssigned,
     QubesException,
     QubesValueError,
     QubesVMError,
@@ -77,6 +78,10 @@ class BlockDeviceExtension(Extension):
             raise UnrecognizedDevice(f"{device} is no block device")
         if getattr(vm, "domain", None) is None:
             raise QubesVMError(vm, f"VM {vm} has no domain to attach a device to")
+        if device.attachment is not None:  # since another handler waited
+            raise DeviceAlreadyAttached(
+                f"block device {device.port} is attached to {device.attachment} already"
+            )
         options |= _completed(vm, device, options)
         attached = vm.devices["block"].attached
         # at once, so that neither device nor name is given away meanwhile
@@ -92,7 +97,9 @@ class BlockDeviceExtension(Extension):
     @handler("device-pre-detach:block")
     async def on_pre_detach(self, vm: Any, _event: str, *, port: Port) -> None:
         """Pull the disk out."""
-        options = vm.devices["block"].attached[port]
+        options = vm.devices["block"].attached.get(port)
+        if options is None:
+            raise DeviceNotAssigned(f"block device {port} is not attached to VM {vm}")
         try:
             await to_its_end(vm.domain.detach_disk(options["frontend-dev"]))
         except HarnessError as error:

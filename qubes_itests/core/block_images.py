@@ -59,7 +59,11 @@ class BlockDevice(DeviceInfo):
 
 def _attachment(port: Port) -> Any:
     app: Any = port.backend_domain and port.backend_domain.app
-    having = (vm for vm in app.domains if port in vm.devices["block"].attached)
+    having = (
+        vm
+        for vm in app.domains
+        if "block" in vm.devices and port in vm.devices["block"].attached
+    )
     return next(having, None)
 
 

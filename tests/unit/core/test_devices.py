@@ -202,6 +202,26 @@ async def test_two_attachments_at_once_are_one(app, work, other, image):
     assert (list(work.domain.disks), other.domain.disks) == (["xvdi"], {})
 
 
+async def test_two_attachments_that_handlers_hold_up_are_one_too(app, work, image):
+    """Both have found the device free when the first gets it."""
+    assignment = DeviceAssignment(await expose(app, image))
+    go = asyncio.Event()
+
+    async def wait(*_, **__):
+        await go.wait()
+
+    work.add_handler("device-pre-attach:block", wait)
+    both = asyncio.gather(
+        *(block(work).attach(assignment) for _ in range(2)), return_exceptions=True
+    )
+    await asyncio.sleep(0)
+    go.set()
+    first, second = await both
+    assert first is None
+    assert isinstance(second, exc.DeviceAlreadyAttached)
+    assert list(work.domain.disks) == ["xvdi"]
+
+
 async def test_a_cancelled_attachment_is_undone(app, work, image):
     assignment = DeviceAssignment(await expose(app, image))
     work.domain.pace.clear()
