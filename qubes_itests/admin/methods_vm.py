@@ -19,6 +19,7 @@ from qubes_itests.core.exc import (
     QubesVMNotHaltedError,
 )
 from qubes_itests.core.vm.base import validate_name
+from qubes_storage.exc import StoragePoolException
 
 if TYPE_CHECKING:
     from qubes_itests.core.labels import Label
@@ -124,6 +125,8 @@ async def create(call: Call) -> None:
     properties: dict[str, Any] = {"name": wanted.name, "label": wanted.label}
     if call.argument is not None:
         properties["template"] = call.argument
+    elif call.method.endswith(".DispVM"):
+        properties["template"] = call.app.dispvm_template(call.source)
     call.permit(pool=wanted.pool, pools=wanted.pools, **properties)
     vm = call.app.add_new_vm(call.method.rpartition(".")[2], **properties)
     try:
@@ -131,8 +134,8 @@ async def create(call: Call) -> None:
         if hasattr(vm, "create_on_disk"):
             await vm.create_on_disk(pool=wanted.pool, pools=wanted.pools)
     except BaseException:
-        with contextlib.suppress(QubesException):
-            del call.app.domains[vm]
+        with contextlib.suppress(QubesException, StoragePoolException):
+            await call.app.domains.remove(vm)
         raise
 
 
@@ -147,23 +150,14 @@ def _uuid_wanted(call: Call, data: bytes) -> bool:
 async def create_disposable(call: Call) -> str:
     """Make a disposable VM from the destination; from dom0's default on dom0."""
     is_dom0 = call.destination.klass == "AdminVM"
-    template = _default_dispvm(call) if is_dom0 else call.destination
+    default = call.app.dispvm_template
+    template = default(call.source) if is_dom0 else call.destination
     call.permit(dispvm_template=template)
     cls: Any = call.app.get_vm_class("DispVM")
     vm = await cls.from_appvm(template)
     for tag in ("created-by", "disp-created-by"):
         vm.tags.add(f"{tag}-{call.source.name}")
     return f"uuid:{vm.uuid}" if call.payload else str(vm.name)
-
-
-def _default_dispvm(call: Call) -> Any:
-    holder = call.source if hasattr(call.source, "default_dispvm") else call.app
-    if holder.default_dispvm is None:
-        raise QubesException(
-            f"{holder} has no default_dispvm: set it, or name a VM to make the"
-            " disposable one from"
-        )
-    return holder.default_dispvm
 
 
 @method("admin.vm.Remove")

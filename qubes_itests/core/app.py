@@ -255,7 +255,7 @@ class Qubes(PropertyHolder):
             properties.setdefault("template", self.default_template)
         elif issubclass(vm_class, DispVM):
             if properties.get("template") is None:
-                properties["template"] = self._dispvm_base()
+                properties["template"] = self.dispvm_template()
         elif properties.get("template", "") is None:
             del properties["template"]
         qid = self.domains.get_new_unused_qid() if qid is None else qid
@@ -266,13 +266,20 @@ class Qubes(PropertyHolder):
             vm.init_storage()
         return self.domains.add(vm)
 
-    def _dispvm_base(self) -> BaseVM:
-        if self.default_dispvm is None:
+    def dispvm_template(self, caller: BaseVM | None = None) -> BaseVM:
+        """Return what a DispVM is made from that is asked for without a template.
+
+        :param caller: who asks; its `default_dispvm` counts, if it has that property.
+        :raise QubesNoTemplateError: when that is None.
+        """
+        holder: Any = caller if hasattr(caller, "default_dispvm") else self
+        found: BaseVM | None = holder.default_dispvm
+        if found is None:
             raise QubesNoTemplateError(
-                "a DispVM was asked for without a template, and the app has no"
-                " default_dispvm: set that, or name a template"
+                "a DispVM was asked for without a template, and default_dispvm of"
+                f" {holder} is None: set that, or name a template"
             )
-        return self.default_dispvm
+        return found
 
     async def clone_vm(self, source: QubesVM, name: str, **options: Any) -> Any:
         """Make a copy of a halted VM; see `qubes_itests.core.cloning.clone_vm`."""

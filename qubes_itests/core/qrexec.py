@@ -6,7 +6,6 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.core.exc import QubesException
 from qubes_itests.core.policy import evaluate
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.relay import relay
@@ -96,13 +95,8 @@ async def _clean_up(vm: Any) -> None:
 
 def _dispvm_template(source: Any, target: str) -> Any:
     name = target.removeprefix(_DISPVM).removeprefix(":")
-    template = source.app.domains[name] if name else source.default_dispvm
-    if template is None:
-        raise QubesException(
-            f"{source} has no default_dispvm to make a disposable VM from: set that of"
-            " the VM or of the app"
-        )
-    return template
+    app = source.app
+    return app.domains[name] if name else app.dispvm_template(source)
 
 
 async def _serve_on_host(source: Any, call: ServiceCall) -> None:

@@ -202,7 +202,7 @@ REFUSED = [
     ("admin.vm.Remove", "dom0", "", b"", "QubesVMInUseError"),
     ("admin.vm.Remove", "tiny", "", b"", "QubesVMInUseError"),
     ("admin.vm.CreateDisposable", "dom0", "", b"x", "ProtocolError"),
-    ("admin.vm.CreateDisposable", "dom0", "", b"", "QubesException"),
+    ("admin.vm.CreateDisposable", "dom0", "", b"", "QubesNoTemplateError"),
 ]
 
 

@@ -487,3 +487,14 @@ async def test_named_ones_are_kept_in_the_store_and_others_are_not(app, base, tm
     await again.start()
     await again.kill()
     assert loaded.problems == []
+
+
+@pytest.mark.asyncio
+async def test_the_default_of_who_asks_goes_first(app, base):
+    other = await make_vm(app, "AppVM", "other", template_for_dispvms=True)
+    work = await make_vm(app, "AppVM", "work", default_dispvm=other)
+    assert app.dispvm_template(work) is other
+    assert app.dispvm_template(app.domains["dom0"]) is base
+    work.default_dispvm = None
+    with pytest.raises(exc.QubesNoTemplateError, match="default_dispvm of work is"):
+        app.dispvm_template(work)
