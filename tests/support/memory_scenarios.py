@@ -9,7 +9,7 @@ import asyncio
 
 MIB = 1024**2
 TOTAL, DOM0, DOM0_USED = 2600, 1000, 300
-KIND = {"memory": 400 * MIB, "maximum": 2000 * MIB}
+KIND = {"memory": 400 * MIB, "maximum": 1200 * MIB}
 
 
 async def started(world, *names):

@@ -160,7 +160,7 @@ def test_targets_are_reached(with_vms):
         for target in (300 * MIB, 600 * MIB):
             await vms.backend.set_target(order(one.domid, target))
             await eventually(lambda t=target: holds(t))
-        for target in (1500 * MIB, 350 * MIB):
+        for target in (1100 * MIB, 350 * MIB):
             await vms.backend.set_target(order(one.domid, target))
         await eventually(lambda: holds(350 * MIB))
         await vms.backend.set_target(order(DOM0, 800 * MIB))
