@@ -123,7 +123,9 @@ class WiringMixin(NetMixin):
             if self.provides_network and self.app.hypervisor.networked:
                 await self.open_downlink()
         except (GuestError, DeadlineError) as error:
-            log.warning("VM %s starts without all of its network: %s", self.name, error)
+            log.warning(
+                "VM %s starts without all of its network: %s", self.name, str(error)
+            )
 
     @handler("domain-start")
     async def on_start_net(self, _event: str, **_kwargs: Any) -> None:
@@ -136,7 +138,7 @@ class WiringMixin(NetMixin):
         try:
             await vm.detach_network()
         except Exception as error:  # noqa: BLE001 - whatever it was attached to is gone
-            log.info("VM %s is attached anew: %s", vm.name, error)
+            log.info("VM %s is attached anew: %s", vm.name, str(error))
         try:
             await vm.attach_network()
         except Exception as error:  # noqa: BLE001 - one client stops nobody else
@@ -144,7 +146,7 @@ class WiringMixin(NetMixin):
                 "VM %s cannot be attached to its net VM %s: %s",
                 vm.name,
                 self.name,
-                error,
+                str(error),
             )
 
     @handler("domain-unpaused")
@@ -157,7 +159,9 @@ class WiringMixin(NetMixin):
                 async with self._rewiring:
                     await self._rewire()
         except HarnessError as error:
-            log.warning("VM %s goes on without all of its network: %s", self, error)
+            log.warning(
+                "VM %s goes on without all of its network: %s", self.name, str(error)
+            )
 
     @handler("domain-stopped", "domain-start-failed")
     async def on_stopped_net(self, _event: str, **_kwargs: Any) -> None:
@@ -365,7 +369,12 @@ class WiringMixin(NetMixin):
                 if netvm.uplink is not None:
                     await netvm.announce(netvm.uplink)
         except HarnessError as error:
-            log.info("VM %s was not told that VM %s left: %s", netvm.name, self, error)
+            log.info(
+                "VM %s was not told that VM %s left: %s",
+                netvm.name,
+                self.name,
+                str(error),
+            )
         await netvm.fire_event_async("net-domain-disconnect", vm=self)
 
 

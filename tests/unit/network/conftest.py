@@ -9,6 +9,7 @@ from scripted_hypervisor import ScriptedDomain, ScriptedHypervisor
 
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.vm import links
+from qubes_itests.exc import DeadlineError
 from qubes_itests.guest.template import Template
 from qubes_itests.host.bridge import Bridge, Tap
 from qubes_itests.hypervisor.exc import AttachedError, NotAttachedError
@@ -24,6 +25,8 @@ class Host:
         self.bridges = {}
         self.taps = {}
         self.filters = {}
+        #: Hardware addresses of interfaces that their guests do not let go of.
+        self.stubborn = set()
         self.done = []
 
 
@@ -85,6 +88,8 @@ def interfaces(monkeypatch, host):
     async def detach(self, mac):
         if mac not in self.__dict__.get("interfaces", {}):
             raise NotAttachedError(self.spec.name, "detach", "it has none")
+        if mac in host.stubborn:
+            raise DeadlineError("release", 10)
         del self.interfaces[mac]
         host.done.append(f"{self.spec.name} lost {mac}")
 

@@ -7,6 +7,8 @@ import pytest
 
 from qubes_itests.core import exc
 from qubes_itests.core.vm.addresses import DOWNLINK_MAC
+from qubes_itests.exc import DeadlineError
+from qubes_itests.hypervisor.exc import AttachedError
 
 pytestmark = pytest.mark.asyncio
 
@@ -74,6 +76,50 @@ async def test_a_client_that_fails_stops_nobody(app, host, make_vm, caplog):
     assert [record.args[0] for record in caplog.records] == ["c1"]
     assert [vm.uplink is not None for vm in clients] == [True, False, True]
     assert len(host.taps) == 3
+
+
+async def test_a_guest_that_keeps_its_interface_has_no_network_still(host, make_vm):
+    net = await make_vm("net", provides_network=True, netvm=None)
+    work = await make_vm("work", netvm=net)
+    await work.start()
+    host.stubborn.add(work.mac)
+    work.netvm = None
+    with pytest.raises(DeadlineError):
+        await work.network_settled()
+    assert sorted(host.taps.values(), key=str) == [None, *host.bridges]
+    work.netvm = net
+    with pytest.raises(AttachedError):
+        await work.network_settled()
+    assert list(host.taps.values()).count(None) == 1
+    await work.kill()
+    assert len(host.taps) == 1
+    assert list(net.downlink.taken) == [str(net.ip)]
+
+
+async def test_a_paused_client_is_cut_off_and_connected_when_it_goes_on(host, make_vm):
+    nets = [await make_vm(f"n{n}", provides_network=True, netvm=None) for n in (1, 2)]
+    work = await make_vm("work", netvm=nets[0])
+    await asyncio.gather(work.start(), nets[1].start())
+    await work.pause()
+    for netvm in (nets[1], nets[0]):
+        work.netvm = netvm
+        await work.network_settled()
+        assert None in host.taps.values()
+    await work.unpause()
+    assert None not in host.taps.values()
+    assert work.uplink.downlink is nets[0].downlink
+
+
+async def test_a_paused_net_vm_takes_no_client(host, make_vm):
+    net = await make_vm("net", provides_network=True, netvm=None)
+    work = await make_vm("work", netvm=net)
+    await net.start()
+    await net.pause()
+    with pytest.raises(exc.QubesVMStartError, match="net is paused"):
+        await work.start()
+    assert len(host.taps) == 1
+    await net.unpause()
+    await work.start()
 
 
 async def test_events_of_a_client(make_vm):
