@@ -79,7 +79,6 @@ NEEDING_MORE = {
     "admin.vm.volume.CloneTo",
     "admin.vm.volume.Import",
     "admin.vm.volume.Revert",
-    "admin.pool.Add",
 }
 
 
