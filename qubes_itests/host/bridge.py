@@ -10,6 +10,7 @@ import itertools
 import os
 from typing import TYPE_CHECKING, Final, Self
 
+from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.host.command import CommandError, run
 
 if TYPE_CHECKING:
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["Bridge", "Tap", "source_filter"]
 
 _numbers = itertools.count(1)
+
+#: How `ip` and `tc` say that the kernel lacks something.
+_LACKING: Final = (
+    *("Unknown device type", "not supported", "not found"),
+    *("/dev/net/tun", "qdisc kind is unknown"),
+)
 
 #: What a filter answers, of linux/pkt_cls.h.
 _PASS: Final = 0
@@ -45,6 +52,7 @@ class Bridge:
     def create(cls) -> Self:
         """Make a bridge. Blocking, as all here.
 
+        :raise EnvironmentNotReadyError: the kernel cannot make any.
         :raise CommandError: the system refuses.
         """
         bridge = cls(_new_name("b"))
@@ -79,6 +87,7 @@ class Tap:
         :param sources: the addresses that its packets may come from; no other packets
             pass then, and none to or from another tap that has sources. None is for
             the VM in the middle, which all others may speak to.
+        :raise EnvironmentNotReadyError: the kernel cannot make any.
         :raise CommandError: the system refuses; there is no tap then.
         """
         tap = cls(_new_name("t"))
@@ -90,7 +99,7 @@ class Tap:
                 f" isolated {'off' if sources is None else 'on'}",
             )
             if sources is not None:
-                run(["tc", "qdisc", "add", "dev", tap.name, "clsact"])
+                _run("tc", "qdisc", "add", "dev", tap.name, "clsact")
                 tap.filter(mac, sources)
             _ip(f"link set {tap.name} up")
         except BaseException:
@@ -102,12 +111,10 @@ class Tap:
         """Set anew which packets may come out of the VM; see `create`."""
         words = source_filter(mac, sources)
         bytecode = ",".join((str(len(words)), *(" ".join(map(str, w)) for w in words)))
-        run(
-            [
-                *("tc", "filter", "replace", "dev", self.name, "ingress"),
-                *("protocol", "all", "prio", "1", "handle", "1"),
-                *("bpf", "direct-action", "bytecode", bytecode),
-            ]
+        _run(
+            *("tc", "filter", "replace", "dev", self.name, "ingress"),
+            *("protocol", "all", "prio", "1", "handle", "1"),
+            *("bpf", "direct-action", "bytecode", bytecode),
         )
 
     def cut(self) -> None:
@@ -171,7 +178,19 @@ def _new_name(kind: str) -> str:
 
 
 def _ip(*lines: str) -> None:
-    run(["ip", "-batch", "-"], input="\n".join(lines).encode())
+    _run("ip", "-batch", "-", input="\n".join(lines).encode())
+
+
+def _run(*argv: str, input: bytes | None = None) -> None:  # noqa: A002 - as `run`
+    try:
+        run(argv, input=input)
+    except CommandError as error:
+        if any(text in error.stderr for text in _LACKING):
+            raise EnvironmentNotReadyError(
+                f"The kernel has no bridges, taps or filters: {error}.",
+                "Have it load them: modprobe -a bridge tun sch_ingress cls_bpf.",
+            ) from error
+        raise
 
 
 def _remove(device: str) -> None:
