@@ -58,8 +58,6 @@ FILTER = bytes(byte if byte in SAFE else ord("_") for byte in range(256))
 def main(arguments: list[str]) -> int:
     """Do what the arguments say, and return the exit status."""
     address, name, *rest = arguments
-    # a reader that goes ends us, as it ends any other program
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if name == "qrexec-client":
         return qrexec_client(address, rest)
     target = os.environ.get("QREXEC_REQUESTED_TARGET", "")
@@ -166,6 +164,9 @@ if __name__ == "__main__":
         code = main(sys.argv[1:])
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    except BrokenPipeError:
+        # nobody reads our output: that ends other programs by this signal
+        code = 128 + signal.SIGPIPE
     except OSError as error:
         sys.stderr.write(f"qrexec-client: {error}\n")
         code = GONE

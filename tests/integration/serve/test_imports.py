@@ -1,0 +1,66 @@
+"""Volumes filled from a stream, as ``qvm-volume import`` does it."""
+
+from __future__ import annotations
+
+import pytest
+from admin_client import AdminError, parse
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def halted(server):
+    """Return the server, with a VM `filled` that never ran."""
+    server.client.call(
+        "admin.vm.Create.AppVM", argument="tiny", payload=b"name=filled label=blue"
+    )
+    yield server
+    server.client.call("admin.vm.Remove", "filled")
+
+
+def info(server, vm, volume):
+    lines = server.client.call("admin.vm.volume.Info", vm, volume).decode().splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+def test_a_volume_takes_the_size_of_what_comes(halted):
+    data = b"begin" + bytes(30 * MIB) + b"end"
+    reply = halted.import_volume("filled", "private", b"%d\n" % len(data) + data)
+    assert parse(reply) == b""
+    assert info(halted, "filled", "private")["size"] == str(len(data))
+    # only those in the server's own namespaces see the pool, so it is cloned and read
+    assert int(info(halted, "filled", "private")["usage"]) < MIB
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"7\nsix666", "6 bytes"),
+        (b"5\nsix666", "more"),
+        (b"-5\nfive5", "no number"),
+        (b"05\nfive5", "no number"),
+        (b"", "no number"),
+        (b"1" * 100, "no number"),
+    ],
+)
+def test_wrong_sizes_change_nothing(halted, data, said):
+    before = info(halted, "filled", "private")
+    with pytest.raises(AdminError, match=said) as caught:
+        parse(halted.import_volume("filled", "private", data))
+    assert caught.value.kind == "ProtocolError"
+    assert info(halted, "filled", "private") == before
+
+
+@pytest.mark.parametrize(
+    ("vm", "volume", "kind"),
+    [
+        ("work", "private", "QubesVMNotHaltedError"),
+        ("filled", "none", "ProtocolError"),
+        ("none", "private", "QubesVMNotFoundError"),
+        ("dom0", "private", "ProtocolError"),
+    ],
+)
+def test_what_cannot_be_filled(halted, vm, volume, kind):
+    with pytest.raises(AdminError) as caught:
+        parse(halted.import_volume(vm, volume, b"4\nfour"))
+    assert caught.value.kind == kind

@@ -1,0 +1,178 @@
+"""Serving: what a user does with it, what is kept, and how it ends."""
+
+from __future__ import annotations
+
+import re
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+from admin_client import AdminError
+from leftovers import wait_for_no_leftovers
+
+MIB = 1 << 20
+
+
+def cache_of(served):
+    return served.socket.parents[3]
+
+
+def names(client):
+    return re.findall(r"^(\S+) ", client.call("admin.vm.List").decode(), re.MULTILINE)
+
+
+def create(client, name, template="tiny", **pools):
+    words = "".join(f" {key}={value}" for key, value in pools.items())
+    method = "admin.vm.CreateInPool.AppVM" if pools else "admin.vm.Create.AppVM"
+    payload = f"name={name} label=red{words}".encode()
+    client.call(method, argument=template, payload=payload)
+
+
+def shell(served, vm, command):
+    done = served.run("-d", vm, "root:QUBESRPC qubes.VMShell dom0", data=command)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def revisions(client, vm, volume="private"):
+    listed = client.call("admin.vm.volume.ListSnapshots", vm, volume)
+    return listed.decode().split()
+
+
+def test_a_first_visit(serve):
+    """Make, start, run, revert, resize, clone to XFS, remove: as the guide has it."""
+    with serve() as served:
+        client = served.client
+        create(client, "work")
+        client.call("admin.vm.Start", "work")
+        shell(served, "work", b"echo one > /rw/note; exit\n")
+        client.call("admin.vm.Shutdown", "work", "wait")
+        client.call("admin.vm.Start", "work")
+        shell(served, "work", b"echo two > /rw/note; exit\n")
+        client.call("admin.vm.Shutdown", "work", "wait")
+        before = revisions(client, "work")[-1]
+        client.call("admin.vm.volume.Revert", "work", "private", before.encode())
+        client.call(
+            "admin.vm.volume.Resize", "work", "private", str(3000 * MIB).encode()
+        )
+        directory = served.state / "xfs" / "slow"
+        pool = f"name=slow\ndir_path={directory}\n".encode()
+        client.call("admin.pool.Add", argument="file-reflink", payload=pool)
+        create(client, "copy", pool="slow")
+        token = client.call("admin.vm.volume.CloneFrom", "work", "private")
+        client.call("admin.vm.volume.CloneTo", "copy", "private", token)
+        client.call("admin.vm.Start", "copy")
+        assert shell(served, "copy", b"cat /rw/note; exit\n") == b"one\n"
+        blocks = shell(served, "copy", b"cat /sys/class/block/*/size; exit\n")
+        assert str(3000 * MIB // 512).encode() in blocks.split()
+        client.call("admin.vm.Shutdown", "copy", "wait")
+        for vm in ("copy", "work"):
+            client.call("admin.vm.Remove", vm)
+        client.call("admin.pool.Remove", argument="slow")
+        assert names(client) == ["dom0", "tiny"]
+        cache = cache_of(served)
+        assert served.end() == 0
+    assert wait_for_no_leftovers(cache) == []
+
+
+def test_it_ends_cleanly_with_vms_that_run(serve, tmp_path):
+    """SIGTERM ends the VMs in order: what they wrote last is kept."""
+    directory = tmp_path / "state"
+    with serve("--directory", directory) as served:
+        assert stat.S_IMODE(served.socket.stat().st_mode) == 0o660
+        create(served.client, "work")
+        served.client.call("admin.vm.Start", "work")
+        shell(served, "work", b"echo late > /rw/note; exit\n")
+        cache = cache_of(served)
+        assert served.end() == 0
+        assert served.said[-1] == "ending: the VMs shut down\n"
+    assert wait_for_no_leftovers(cache) == []
+    with serve("--directory", directory) as served:
+        assert names(served.client) == ["dom0", "tiny", "work"]
+        served.client.call("admin.vm.Start", "work")
+        assert shell(served, "work", b"cat /rw/note; exit\n") == b"late\n"
+
+
+def test_nothing_but_what_is_kept_survives_a_kill(serve, tmp_path):
+    """SIGKILL with a VM under way, and at once another server from the same place."""
+    directory = tmp_path / "state"
+    with serve("--directory", directory) as served:
+        create(served.client, "work")
+        served.client.call("admin.vm.property.Set", "work", "memory", b"300")
+        served.client.call("admin.vm.Start", "work")
+        cache = cache_of(served)
+        served.end(signal.SIGKILL)
+    with serve("--directory", directory) as served:
+        memory = served.client.call("admin.vm.property.Get", "work", "memory")
+        assert memory == b"default=False type=int 300"
+        served.client.call("admin.vm.Start", "work")
+        served.end(signal.SIGINT)
+    assert wait_for_no_leftovers(cache) == []
+
+
+def test_one_directory_has_one_server(serve, site, tmp_path):
+    directory = tmp_path / "state"
+    with serve("--directory", directory):
+        second = site.run("serve", "--directory", str(directory))
+    assert second.returncode == 4
+    assert f"{directory} is in use by another `serve`" in second.stderr
+
+
+def test_two_servers_do_not_know_of_each_other(serve, site):
+    """The environment names the one that was started last."""
+    with serve() as first, serve() as second:
+        create(first.client, "one")
+        create(second.client, "two")
+        assert names(first.client) == ["dom0", "one", "tiny"]
+        assert names(second.client) == ["dom0", "tiny", "two"]
+        lines = site.run("serve", "--print-env").stdout.splitlines()
+        assert f"export QUBES_ITESTS_SERVE={second.socket.parent}" in lines
+        second.end()
+        lines = site.run("serve", "--print-env").stdout.splitlines()
+        assert f"export QUBES_ITESTS_SERVE={first.socket.parent}" in lines
+
+
+def test_without_a_server_it_says_how_to_begin(site):
+    for words in (("qvm", "qvm-ls"), ("serve", "--print-env")):
+        done = site.run(*words)
+        assert done.returncode == 4
+        assert "begin with `python -m qubes_itests serve`" in done.stderr
+
+
+def test_a_memory_budget_holds(serve):
+    with serve("--memory-budget=2500") as served:
+        create(served.client, "large")
+        served.client.call("admin.vm.property.Set", "large", "memory", b"2000")
+        with pytest.raises(AdminError, match="not enough memory"):
+            served.client.call("admin.vm.Start", "large")
+
+
+def test_a_filesystem_without_reflinks_is_refused(site):
+    done = site.run("serve", "--filesystem=ext4")
+    assert done.returncode != 0
+    assert "Pools are served from btrfs, xfs, not from 'ext4'" in done.stderr
+
+
+def test_a_broken_store_is_refused_with_its_line(site, tmp_path):
+    (tmp_path / "qubes.xml").write_text("<qubes>\n  <broken\n</qubes>\n")
+    done = site.run("serve", "--directory", str(tmp_path))
+    assert done.returncode != 0
+    assert f"{tmp_path}/qubes.xml:3:" in done.stderr
+
+
+def test_the_missing_client_is_explained(server):
+    """With an interpreter that sees nothing but this package."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qubes_itests", "qvm", "qvm-ls"],
+        env={"QUBES_ITESTS_SERVE": str(server.socket.parent), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if done.returncode == 0:  # it is installed here
+        assert "work" in done.stdout
+    else:
+        assert "pip install ./qubes-core-admin-client" in done.stderr
