@@ -1,36 +1,17 @@
 """The life cycle under races: each run ends once, before the next one begins."""
 
 import asyncio
-import contextlib
 import itertools
-import re
 
 import pytest
 import pytest_asyncio
+from life_events import GRAMMAR, interleave, letters, record, settle
 from scripted_app import make_app, make_vm
 
 from qubes_itests.core import exc
-from qubes_itests.exc import HarnessError
-from qubes_itests.hypervisor.contract import DomainState, LifecycleEvent
+from qubes_itests.hypervisor.contract import DomainState
 
 SEEDS = 200
-
-#: What one VM may fire, in letters: see `LETTERS`.
-GRAMMAR = re.compile(r"(p(f|sf|sSf|sS[^pfsSxX]*xX))*")
-LETTERS = {
-    "domain-pre-start": "p",
-    "domain-start-failed": "f",
-    "domain-spawn": "s",
-    "domain-start": "S",
-    "domain-stopped": "x",
-    "domain-shutdown": "X",
-    "domain-pre-shutdown": "d",
-    "domain-shutdown-failed": "D",
-}
-
-
-def letters(events):
-    return "".join(LETTERS.get(event, "~") for event in events)
 
 
 @pytest_asyncio.fixture
@@ -38,139 +19,50 @@ async def app(tmp_path):
     return await make_app(tmp_path)
 
 
-def record(vm, random):
-    """Note the events of a VM when all of their handlers are done, and dawdle."""
-    seen, pending = [], []
-
-    async def note(_vm, event, **_):
-        assert not pending, f"{event} while {pending} is being dispatched"
-        if event in LETTERS and not event.startswith("domain-pre-shut"):
-            pending.append(event)
-        try:
-            for _ in range(random.randrange(4)):
-                await asyncio.sleep(0)
-        finally:  # a start that is killed
-            seen.append(event)
-            pending.clear()
-
-    for event in LETTERS:
-        if "shutdown-failed" not in event and "pre-shutdown" not in event:
-            vm.add_handler(event, note)
-    return seen
+def check_ended(vm, told, seed):
+    """Raise unless a VM has told of each of its runs as it must, and left nothing."""
+    assert GRAMMAR.fullmatch(told), f"seed {seed}, {vm}: {told}"
+    assert vm.get_power_state() == "Halted", f"seed {seed}"
+    assert not any(v.is_dirty() for v in vm.volumes.values()), f"seed {seed}"
+    assert vm.app.hypervisor.domains() == (), f"seed {seed}"
+    assert vm.app.problems == [], f"seed {seed}"
 
 
-async def lose_caller(call):
-    task = asyncio.ensure_future(call)
-    await asyncio.sleep(0)
-    task.cancel()
-    await asyncio.wait([task])
-
-
-def end(vm, state):
-    if vm.domain is not None:
-        vm.domain.end(state)
-
-
-async def storm(vm, random):
-    for _ in range(random.randrange(20)):
-        if vm.domain is not None:
-            event = random.choice(list(LifecycleEvent))
-            vm.app.hypervisor.publish(vm.domain, event)
-        await asyncio.sleep(0)
-
-
-def actions(vm, random):
-    """Return what may happen to a VM."""
-
-    async def inside():
-        end(vm, DomainState.HALTED)
-
-    async def crash():
-        end(vm, DomainState.CRASHED)
-
-    return [
-        vm.start,
-        vm.start,
-        vm.start,
-        lambda: lose_caller(vm.start()),
-        lambda: lose_caller(vm.kill()),
-        vm.kill,
-        vm.shutdown,
-        lambda: vm.shutdown(wait=True, timeout=1),
-        vm.restart,
-        vm.pause,
-        vm.unpause,
-        vm.suspend,
-        vm.resume,
-        inside,
-        crash,
-        lambda: storm(vm, random),
-    ]
-
-
-async def settle(vm):
-    while vm.is_starting() or not vm.is_halted():
-        try:
-            await vm.kill()
-        except exc.QubesVMNotStartedError:
-            await asyncio.sleep(0)
-    await vm.wait_ended(5)
-
-
-async def begun(vm, event):
-    """Wait until a VM gets as far as an event, or a while."""
-    reached = asyncio.Event()
-
-    def note(*_, **__):
-        reached.set()
-
-    vm.add_handler(event, note)
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(reached.wait(), 0.05)
-    vm.remove_handler(event, note)
-
-
-async def interleave(vm, random):
-    hypervisor = vm.app.hypervisor
-
-    async def one():
-        if random.random() < 0.7:
-            await begun(vm, random.choice(list(LETTERS)))
-        for _ in range(random.randrange(40)):
-            await asyncio.sleep(0)
-        # an error says that the VM was in another state; the rest fails the test
-        with contextlib.suppress(exc.QubesException, HarnessError):
-            await random.choice(actions(vm, random))()
-
-    hypervisor.failing = {"enter"} if random.random() < 0.1 else set()
-    await asyncio.gather(*(one() for _ in range(random.randrange(4, 16))))
-    hypervisor.failing = set()
-    await settle(vm)
+async def run_seeds(vms, seeds):
+    """Let random things happen to VMs; return how many runs they had."""
+    random, runs = vms[0].app.hypervisor.random, 0
+    seen = {vm: record(vm, random) for vm in vms}
+    for seed in range(seeds):
+        random.seed(seed)
+        async with asyncio.timeout(20):
+            await interleave(vms, random)
+        for vm, events in seen.items():
+            check_ended(vm, letters(events), seed)
+            runs += letters(events).count("X")
+            events.clear()
+        # they are as good as new
+        await vms[-1].start()
+        await settle(vms)
+        for events in seen.values():
+            events.clear()
+    return runs
 
 
 @pytest.mark.asyncio
 async def test_each_run_ends_once_in_200_random_interleavings(app):
     """Start, shutdown, kill, crash, pause, restart, in any order and at any moment."""
-    random = app.hypervisor.random
     vm = await make_vm(app, "AppVM", "work")
-    seen = record(vm, random)
-    runs = 0
-    for seed in range(SEEDS):
-        seen.clear()
-        random.seed(seed)
-        async with asyncio.timeout(20):
-            await interleave(vm, random)
-        told = letters(seen)
-        assert GRAMMAR.fullmatch(told), f"seed {seed}: {told}"
-        assert vm.get_power_state() == "Halted", f"seed {seed}"
-        assert app.hypervisor.domains() == (), f"seed {seed}"
-        assert not any(v.is_dirty() for v in vm.volumes.values()), f"seed {seed}"
-        assert app.problems == [], f"seed {seed}"
-        runs += told.count("X")
-        # it is as good as new
-        await vm.start()
-        await vm.kill()
+    runs = await run_seeds([vm], SEEDS)
     assert runs > SEEDS / 2, "the interleavings do not get far"
+    assert len(asyncio.all_tasks()) == 1
+
+
+@pytest.mark.asyncio
+async def test_net_vm_and_clients_in_random_interleavings(app):
+    """A client starts its net VM, which attaches its clients: none waits for ever."""
+    net = await make_vm(app, "AppVM", "net", provides_network=True)
+    clients = [await make_vm(app, "AppVM", n, netvm=net) for n in ("one", "two")]
+    assert await run_seeds([net, *clients], SEEDS // 5) > SEEDS // 5
     assert len(asyncio.all_tasks()) == 1
 
 
