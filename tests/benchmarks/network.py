@@ -48,14 +48,17 @@ class VMs:
 
     def transfer(self, vm):
         """Return MiB a second from a client into the net VM, by TCP."""
-        received = f"nc -l -p {PORT} > /dev/null"
+        # what is counted comes back, so that all has arrived
+        received = f"nc -l -p {PORT} -e /usr/bin/wc -c"
         send = f"dd if=/dev/zero bs=1M count={MEGABYTES} | nc {self.net.ip} {PORT}"
 
         async def both():
             receiving = asyncio.ensure_future(self.net.run_for_stdio(received))
             sending = f"until {send} 2> /dev/null; do sleep 0.05; done"
-            await vm.run_for_stdio(sending)
+            output, _ = await vm.run_for_stdio(sending)
             await receiving
+            if int(output) != MEGABYTES << 20:
+                sys.exit(f"of {MEGABYTES} MiB {int(output)} bytes arrived")
 
         return MEGABYTES / seconds(lambda: self.run(both()))
 
