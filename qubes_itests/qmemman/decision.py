@@ -43,10 +43,13 @@ def decide_balance(
         targets = algorithm.balance_when_low_on_memory(found, spare, policy)
     if not algorithm.is_significant(targets, found, free, policy):
         return []
+    late = policy.donor_tolerance
     return [
         (domid, target)
         for domid, target in _safe(targets, found)
-        if target != found.known[domid][0].last_target
+        # who was told already, and does not give, is to be found out
+        if target != (domain := found.known[domid][0]).last_target
+        or domain.actual > target + late
     ]
 
 
