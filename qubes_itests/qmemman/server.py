@@ -123,7 +123,8 @@ class Server:
             _log.exception("a request failed")
         finally:
             self._clients.discard(task)
-            writer.transport.abort() if writer.is_closing() else writer.close()
+            # all was sent, or its reader is too slow: nothing is worth waiting for
+            writer.transport.abort()
 
     async def _converse(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -218,6 +219,7 @@ def _take(path: Path, stack: contextlib.ExitStack | contextlib.AsyncExitStack) -
 
 
 async def _answer(writer: asyncio.StreamWriter, data: bytes) -> None:
+    writer.transport.set_write_buffer_limits(high=0)
     writer.write(data)
     async with asyncio.timeout(_REQUEST_TIMEOUT):
         await writer.drain()

@@ -95,6 +95,21 @@ def test_the_lock_is_held_until_the_client_closes(tmp_path):
     virtual_time.run(program())
 
 
+def test_who_does_not_read_its_answer_is_put_out(tmp_path):
+    """Nothing of the answer is kept for it."""
+
+    async def program():
+        async with trial(tmp_path) as t:
+            t.server.status = lambda: {"long": "x" * (8 * MIB)}
+            reader, writer = await asyncio.open_unix_connection(t.path, limit=1024)
+            writer.write(b"STATUS\n")
+            await asyncio.sleep(11)
+            assert len(await reader.read(-1)) < 8 * MIB
+            writer.close()
+
+    virtual_time.run(program())
+
+
 def test_one_daemon_per_socket(tmp_path):
     async def program():
         async with trial(tmp_path) as t:
