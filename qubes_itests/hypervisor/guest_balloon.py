@@ -108,6 +108,7 @@ class BalloonedGuest:
             maximum=self._maximum,
             target=self._target,
             paused=self.paused,
+            balanced=self._domain.spec.balanced,
         )
 
     def order(self, target: int, limit: int) -> None:
@@ -144,15 +145,13 @@ class BalloonedGuest:
 
     async def _watched(self, exchange: Any) -> None:
         """Wait for one exchange as long as it takes, but say when it takes long."""
-        task = asyncio.create_task(exchange)
+        message = "%s does not answer: what it had is assumed"
+        loop, name = asyncio.get_running_loop(), self._domain.spec.name
+        warning = loop.call_later(_PATIENCE, _log.warning, message, name)
         try:
-            _, late = await asyncio.wait([task], timeout=_PATIENCE)
-            if late:
-                name = self._domain.spec.name
-                _log.warning("%s does not answer: what it had is assumed", name)
-            await task
+            await exchange
         finally:
-            task.cancel()
+            warning.cancel()
 
     async def _exchange(self) -> None:
         wanted = self._wanted

@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from qubes_itests.exc import HarnessError
 from qubes_itests.qmemman import algorithm
 from qubes_itests.qmemman.contract import Order
 from qubes_itests.qmemman.decision import decide_balance, decide_balloon, obtainable
@@ -124,6 +125,7 @@ class Balancer:
             no_progress=bool(old and old.no_progress),
             slow_memset_react=bool(old and old.slow_memset_react),
             paused=reading.paused,
+            balanced=reading.balanced,
         )
 
     def _assignable(self, free: int) -> int:
@@ -318,8 +320,9 @@ class Balancer:
                 await self._backend.set_target(order)
         except DomainGoneError:
             self.domains.pop(domid, None)
-        except TimeoutError:
-            _log.warning("%s cannot be told its target", self._called(domid))
+        except (OSError, HarnessError) as error:
+            called = self._called(domid)
+            _log.warning("%s cannot be told its target: %r", called, error)
 
     async def _pause(self) -> None:
         await asyncio.sleep(self.policy.step)
@@ -336,7 +339,10 @@ class Balancer:
         for state in self.domains.values() if targets else ():
             _log.info("%s %s: %s", event, self._called(state.domid), state)
         if self._recorder is not None:
-            self._recorder.record(self, event, targets, amount)
+            try:
+                self._recorder.record(self, event, targets, amount)
+            except OSError as error:  # a full disk is no reason to stop balancing
+                _log.warning("the timeline is not written: %s", error)
 
     async def _publish(self) -> None:
         if self._available_file is not None:

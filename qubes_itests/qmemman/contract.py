@@ -29,6 +29,7 @@ class DomainReading:
         size limits it, as with dom0.
     :param target: what the hypervisor was last told; 0 when it was not.
     :param paused: its CPUs are stopped.
+    :param balanced: it takes part, so its reports will come.
     """
 
     domid: str
@@ -37,6 +38,7 @@ class DomainReading:
     maximum: int | None = None
     target: int = 0
     paused: bool = False
+    balanced: bool = True
 
 
 @dataclass(frozen=True, slots=True)

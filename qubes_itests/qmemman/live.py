@@ -64,7 +64,8 @@ def _cells(domain: DomainRecord, total: int) -> Iterator[Text]:
         "gives nothing": domain.no_progress,
         "gives slowly": domain.slow_memset_react,
         "paused": domain.paused,
-        "has not reported": domain.used is None,
+        "takes no part": not domain.balanced,
+        "has not reported": domain.balanced and domain.used is None,
     }
     yield Text(", ".join(text for text, true in flags.items() if true), style="yellow")
 

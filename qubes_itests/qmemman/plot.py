@@ -325,8 +325,9 @@ def _said(
     )
     last = seen[-1]
     ended = domid not in records[-1].domains
+    silent = "has not reported" if last.balanced else "takes no part"
     lines = [
-        f"uses {mib(last.used)}" if last.used is not None else "has not reported",
+        silent if last.used is None else f"uses {mib(last.used)}",
         f"holds {mib(last.current)}",
         f"target {mib(last.target)}",
     ]

@@ -29,6 +29,7 @@ class DomainMemory:
     :param no_progress: it did not react to a target at all.
     :param slow_memset_react: it reacted, but gave less than it was told.
     :param paused: its CPUs are stopped, so nothing can be taken from or used by it.
+    :param balanced: it takes part, so a report of it is to come.
     """
 
     domid: str
@@ -40,6 +41,7 @@ class DomainMemory:
     no_progress: bool = False
     slow_memset_react: bool = False
     paused: bool = False
+    balanced: bool = True
 
 
 def parse_report(untrusted: bytes | None) -> int | None:

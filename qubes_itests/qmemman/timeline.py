@@ -49,6 +49,7 @@ class DomainRecord:
     no_progress: bool = False
     slow_memset_react: bool = False
     paused: bool = False
+    balanced: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +88,7 @@ class Recorder:
         self.path = path
         self._clock = clock
         # a line at a time: who follows the file sees whole lines, and none is lost
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = path.open("ab", buffering=0)
         self._last: Record | None = None
 
     def close(self) -> None:
@@ -112,6 +113,7 @@ class Recorder:
                 no_progress=state.no_progress,
                 slow_memset_react=state.slow_memset_react,
                 paused=state.paused,
+                balanced=state.balanced,
             )
             for domid, state in balancer.domains.items()
         }
@@ -142,7 +144,8 @@ class Recorder:
 
     def _append(self, record: Record) -> None:
         self._last = record
-        self._file.write(json.dumps(asdict(record), separators=(",", ":")) + "\n")
+        line = json.dumps(asdict(record), separators=(",", ":")) + "\n"
+        self._file.write(line.encode("ascii"))
 
 
 def parse_record(line: str) -> Record:

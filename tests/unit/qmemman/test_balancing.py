@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from memory_machine import MIB, trial
@@ -11,6 +13,7 @@ from memory_machine import MIB, trial
 from qubes_itests.qmemman import virtual_time
 from qubes_itests.qmemman.exc import BudgetError, MemoryRefusedError
 from qubes_itests.qmemman.simulated import SimulatedMachine
+from qubes_itests.qmemman.timeline import Recorder
 
 
 def simulate(program):
@@ -72,6 +75,22 @@ async def test_a_stuck_guest_is_left_alone_until_it_needs_more(tmp_path):
         stuck.stuck = False
         stuck.use(stuck.holds())
         await t.until(lambda: not t.balancer.domains["1"].no_progress)
+
+
+@simulate
+async def test_a_guest_that_gets_stuck_on_its_way_down_starves_nobody(tmp_path):
+    """It began to give, so it was slow at first; what others gave is not kept back."""
+    async with trial(tmp_path, total=3600) as t:
+        names = ("stuck", "other", "work")
+        stuck, other, work = [await t.start(name, 400, 2000, 250) for name in names]
+        await t.until(lambda: t.target(stuck) > 700)
+        stuck.rate = 20 * MIB
+        work.use(1500 * MIB)
+        await t.until(lambda: t.balancer.domains["1"].slow_memset_react)
+        stuck.stuck = True
+        await t.until(lambda: t.balancer.domains["1"].no_progress)
+        await t.until(lambda: t.target(work) >= 1850)
+        assert other.squeezed == 0
 
 
 @simulate
@@ -200,6 +219,32 @@ async def test_a_back_end_that_fails_once_is_asked_again(tmp_path):
         guest.use(1200 * MIB)
         await t.until(lambda: t.target(guest) > 1500, within=30)
         logging.disable(logging.NOTSET)
+
+
+@simulate
+async def test_a_domain_that_cannot_be_told_stops_nobody(tmp_path):
+    async with trial(tmp_path, total=3200) as t:
+        deaf, work = [await t.start(name, 400, 2000, 250) for name in ("deaf", "work")]
+        set_target = t.machine.set_target
+
+        async def failing(order):
+            if order.domid == deaf.domid:
+                raise OSError("no")
+            await set_target(order)
+
+        t.machine.set_target = failing
+        work.use(900 * MIB)
+        await t.until(lambda: t.target(work) >= 1170)
+        await t.start("new", 400, 2000, 100)
+
+
+@simulate
+async def test_a_full_disk_stops_no_balancing(tmp_path):
+    with closing(Recorder(Path("/dev/full"), lambda: 0.0)) as recorder:
+        async with trial(tmp_path, recorder=recorder) as t:
+            guest = await t.start("vm", 400, 2000, 250)
+            guest.use(1200 * MIB)
+            await t.until(lambda: t.target(guest) > 1500)
 
 
 @simulate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from xml.etree import ElementTree as ET
@@ -48,6 +49,24 @@ def test_the_live_view_shows_the_last_moment(recording):
     assert {"dom0", "work", "web", "900"} <= set(words)
     with pytest.raises(TimelineError, match="empty"):
         live.follow(recording.with_name("qmemman.sock.lock"), Console(file=out))
+
+
+def test_who_takes_no_part_is_not_waited_for(tmp_path, recording):
+    """Its report will never come, so it is not missed."""
+    path, out = tmp_path / "fixed", io.StringIO()
+    values = json.loads(recording.read_text().splitlines()[0])
+    for name, balanced in (("late", True), ("fixed", False)):
+        values["domains"][name] = values["domains"]["0"] | {
+            "name": name, "used": None, "preferred": None, "balanced": balanced,
+        }  # fmt: skip
+    path.write_text(json.dumps(values) + "\n")
+    live.follow(path, Console(file=out, width=120))
+    said = {words[0]: text for text in out.getvalue().splitlines()
+            if (words := text.split())}  # fmt: skip
+    assert said["late"].rstrip().endswith("has not reported")
+    assert said["fixed"].rstrip().endswith("takes no part")
+    text = " ".join(_parsed(plot.draw(timeline.read(path))).itertext())
+    assert text.count("takes no part") == 1
 
 
 def test_the_live_view_goes_on_with_the_next_test_and_ends_with_the_run(
