@@ -65,9 +65,14 @@ def test_without_a_budget_nothing_is_asked(small):
 
 
 def test_a_budget_that_cannot_be_ends_the_run_at_once(small):
-    done = small.run("--memory-budget=900")
-    assert done.returncode == 4
-    assert "--memory-budget: memory_budget: a machine of 900 MiB" in done.stderr
+    for budget, said in (
+        ("900", "a machine of 900 MiB"),
+        ("4GiB", "'4GiB' is not a whole number"),
+        ("-1", "a machine of -1 MiB"),
+    ):
+        done = small.run(f"--memory-budget={budget}")
+        assert done.returncode == 4
+        assert f"--memory-budget: memory_budget: {said}" in done.stderr
 
 
 def test_the_command_memory_finds_the_run_under_way(small):

@@ -193,6 +193,16 @@ async def test_the_lock_goes_with_a_start_that_fails_or_is_given_up(p):
     assert p.booted == ["broken", "next"]
 
 
+@place
+async def test_of_two_starts_at_once_one_gets_the_last_memory(p):
+    p.machine.dom0.use(500 * MIB)
+    starts = [p.vm(name, memory=600).start() for name in ("one", "two")]
+    results = await asyncio.gather(*starts, return_exceptions=True)
+    (refused,) = [r for r in results if isinstance(r, QubesVMStartError)]
+    assert refused.step == "have its memory"
+    assert len(p.booted) == len(p.granted()) == 1
+
+
 def test_closing_undoes_all_but_the_timeline(tmp_path, monkeypatch):
     async def program():
         made = Place(tmp_path, monkeypatch)
