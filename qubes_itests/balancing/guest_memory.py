@@ -77,6 +77,8 @@ class GuestMemory:
             has.
         :raise GuestMemoryError: a part was lost, to an OOM kill for instance.
         """
+        # those of an earlier run of the VM are gone with it
+        self._holders = [h for h in self._holders if h[1].returncode is None]
         if size < self.size:
             await self.release()
         try:

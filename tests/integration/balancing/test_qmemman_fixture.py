@@ -45,6 +45,18 @@ def test_guests_use_memory_on_command(vm_factory, qmemman):
     assert "work: uses" in e.value.evidence
 
 
+def test_memory_of_a_vm_that_was_restarted_is_used_anew(vm_factory, qmemman):
+    """What an earlier run used is gone with it."""
+    vm = vm_factory("work", memory=300, maxmem=900)
+    qmemman.use(vm, 100)
+    vm.kill()
+    vm.start()
+    qmemman.wait_until("report", lambda: qmemman.uses(vm) is not None)
+    idle = qmemman.uses(vm)
+    qmemman.use(vm, 100)
+    qmemman.wait_until("use", lambda: qmemman.uses(vm) > idle + 60)
+
+
 def test_a_start_without_memory_says_who_holds_it(vm_factory, qubes_app, qmemman):
     vm_factory("work", memory=300)
     with pytest.raises(QubesVMStartError) as caught:
