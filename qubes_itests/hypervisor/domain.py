@@ -106,7 +106,8 @@ class LibvirtDomain(Domain):
         finally:
             if self._panicked() and not self._destroying:
                 event = LifecycleEvent.CRASHED
-            if self._destroying:
+            if self._destroying or self._loading:
+                # QEMU's failure to load a state is none of a guest's
                 event = LifecycleEvent.STOPPED
             crashed = event is LifecycleEvent.CRASHED
             self._last = DomainState.CRASHED if crashed else DomainState.HALTED
