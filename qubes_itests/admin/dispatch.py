@@ -51,7 +51,9 @@ _T = TypeVar("_T")
 
 #: The classes that clients know; an error travels as the nearest of its bases.
 _KNOWN_ERRORS: Final = {
+    "DeviceAlreadyAssigned",
     "DeviceAlreadyAttached",
+    "DeviceNotAssigned",
     "PermissionDenied",
     "ProtocolError",
     "QubesException",
@@ -61,6 +63,7 @@ _KNOWN_ERRORS: Final = {
     "QubesNoSuchPropertyError",
     "QubesNoTemplateError",
     "QubesNotImplementedError",
+    "QubesPoolInUseError",
     "QubesPropertyValueError",
     "QubesTagNotFoundError",
     "QubesVMError",
@@ -71,11 +74,11 @@ _KNOWN_ERRORS: Final = {
     "QubesVMNotRunningError",
     "QubesVMNotStartedError",
     "QubesVMNotSuspendedError",
-    "QubesVMShutdownTimeout",
+    "QubesVMShutdownTimeoutError",
     "QubesValueError",
     "StoragePoolException",
+    "UnrecognizedDevice",
 }
-_OTHER_NAMES: Final = {"QubesVMShutdownTimeoutError": "QubesVMShutdownTimeout"}
 _EXPECTED: Final = (HarnessError, StoragePoolException, subprocess.CalledProcessError)
 _UUID: Final = re.compile(r"uuid:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -205,9 +208,8 @@ def method(
 def error_name(error: BaseException) -> str:
     """Return the name under which a client is told of an error."""
     for cls in type(error).__mro__:
-        name = _OTHER_NAMES.get(cls.__name__, cls.__name__)
-        if name in _KNOWN_ERRORS:
-            return name
+        if cls.__name__ in _KNOWN_ERRORS:
+            return cls.__name__
     return "QubesException"
 
 

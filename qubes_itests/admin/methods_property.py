@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qubes_itests.admin.dispatch import Call, Destination, method
 from qubes_itests.admin.validation import app_property, vm_property
 from qubes_itests.admin.values import escape, parse_value, write_default, write_value
+from qubes_itests.core.vm.qubesvm import QubesVM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +27,15 @@ def _holder(call: Call) -> PropertyHolder:
 
 def _payload(call: Call, data: bytes) -> Any:
     return parse_value(_holder(call), call.argument, data)
+
+
+async def _networks_settled(call: Call) -> None:
+    """Answer only when running VMs are plugged in where they now belong."""
+    if call.argument.name in ("netvm", "default_netvm"):
+        concerned = (call.destination,) if _holder(call) is not call.app else None
+        for vm in concerned or tuple(call.app.domains):
+            if isinstance(vm, QubesVM):
+                await vm.network_settled()
 
 
 def _property_method(
@@ -82,17 +92,19 @@ def get_default(call: Call) -> str:
 
 
 @_property_method("Set", payload=_payload, saves=True)
-def set_value(call: Call) -> None:
+async def set_value(call: Call) -> None:
     """Set it."""
     call.permit(newvalue=call.payload)
     setattr(_holder(call), call.argument.name, call.payload)
+    await _networks_settled(call)
 
 
 @_property_method("Reset", saves=True)
-def reset(call: Call) -> None:
+async def reset(call: Call) -> None:
     """Set it back to its default."""
     call.permit()
     delattr(_holder(call), call.argument.name)
+    await _networks_settled(call)
 
 
 @_property_method("Help")

@@ -4,8 +4,10 @@ import asyncio
 import logging
 
 import pytest
+from admin_client import Client
 from network_devices import bridge, links
 
+from qubes_itests.admin.server import AdminServer
 from qubes_itests.core import exc
 from qubes_itests.hypervisor.contract import Interface
 
@@ -140,6 +142,20 @@ def test_netvm_changes_on_the_loop_soon(network, run):
     assert network.devices(one) == ["lo"]
     run(change(network.net))
     assert network.reaches(one, network.net)
+
+
+def test_netvm_set_by_the_admin_api_has_changed_when_it_answers(network):
+    """Not soon after: a client that goes on to use the network has it."""
+    server = AdminServer(network.app, network.app.directory / "qubesd.sock")
+    network.run(server.__aenter__())
+    try:
+        client = Client(server.path, timeout=60)
+        client.call("admin.vm.property.Set", "one", "netvm", b"")
+        assert network.devices(network.one) == ["lo"]
+        client.call("admin.vm.property.Set", "one", "netvm", b"net")
+        assert network.reaches(network.one, network.net)
+    finally:
+        network.run(server.__aexit__(None, None, None))
 
 
 def test_netvm_changes_while_it_is_paused(network, run):

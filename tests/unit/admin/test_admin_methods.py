@@ -5,7 +5,9 @@ import re
 import pytest
 from admin_client import AdminError
 
+from qubes_itests.admin.dispatch import error_name
 from qubes_itests.admin.values import property_kind
+from qubes_itests.core import exc
 
 
 def refusal(client, *call, **fields):
@@ -340,3 +342,18 @@ def test_a_vm_of_another_machine_has_no_volumes(client, app):
     assert refusal(client, "admin.vm.volume.Info", "far", "root").kind
     client.call("admin.vm.Remove", "far")
     assert "far" not in app.domains
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DeviceAlreadyAssigned",
+        "DeviceNotAssigned",
+        "QubesPoolInUseError",
+        "QubesVMShutdownTimeoutError",
+        "UnrecognizedDevice",
+    ],
+)
+def test_an_error_travels_by_the_name_that_it_has_in_qubes_os(name):
+    cls = getattr(exc, name)
+    assert error_name(cls.__new__(cls)) == name

@@ -143,7 +143,7 @@ TRANSCRIPTS = {
         ),
         (
             b"admin.pool.Remove+default dom0 name dom0\0",
-            b"2\0QubesException\0\0<text>\0",
+            b"2\0QubesPoolInUseError\0\0<text>\0",
         ),
     ],
     "qvm-firewall": [
