@@ -256,6 +256,8 @@ def test_where_the_system_refuses_one_sentence_says_so():
 _INTERRUPTED = """
     import select, signal, sys
     from qubes_itests.host import sandbox
+    # The tests may run under nohup(1), whose children ignore this one.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sandbox.reexec()
     try:
         print("ready", flush=True)
@@ -288,7 +290,11 @@ def test_a_signal_ends_the_run_in_order(number, whole_group):
     """To the outer process alone, or to the whole group as timeout(1) sends it."""
     with _start(_INTERRUPTED, start_new_session=True) as process:
         (os.killpg if whole_group else os.kill)(process.pid, number)
-        assert process.communicate(timeout=_WAIT)[0] == "orderly\n"
+        try:
+            assert process.communicate(timeout=_WAIT)[0] == "orderly\n"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
     assert process.returncode == 2
 
 
