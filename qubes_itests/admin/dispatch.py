@@ -77,6 +77,7 @@ _KNOWN_ERRORS: Final = {
     "QubesVMShutdownTimeoutError",
     "QubesValueError",
     "StoragePoolException",
+    "UnexpectedDeviceProperty",
     "UnrecognizedDevice",
 }
 _EXPECTED: Final = (HarnessError, StoragePoolException, subprocess.CalledProcessError)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from qubes_itests.admin.dispatch import Call, Destination, method
+from qubes_itests.admin.dispatch import Call, Destination, method, save
 from qubes_itests.admin.validation import app_property, vm_property
 from qubes_itests.admin.values import escape, parse_value, write_default, write_value
 from qubes_itests.core.vm.qubesvm import QubesVM
@@ -29,13 +30,27 @@ def _payload(call: Call, data: bytes) -> Any:
     return parse_value(_holder(call), call.argument, data)
 
 
+def _rewired(call: Call) -> list[QubesVM]:
+    """Return the VMs whose net VM the call has changed."""
+    vms = call.app.domains if _holder(call) is call.app else [call.destination]
+    own = call.argument.name == "netvm"
+    if not own and call.argument.name != "default_netvm":
+        return []
+    return [
+        vm
+        for vm in vms
+        if isinstance(vm, QubesVM) and (own or vm.property_is_default("netvm"))
+    ]
+
+
 async def _networks_settled(call: Call) -> None:
     """Answer only when running VMs are plugged in where they now belong."""
-    if call.argument.name in ("netvm", "default_netvm"):
-        concerned = (call.destination,) if _holder(call) is not call.app else None
-        for vm in concerned or tuple(call.app.domains):
-            if isinstance(vm, QubesVM):
-                await vm.network_settled()
+    waits = (vm.network_settled() for vm in _rewired(call))
+    for result in await asyncio.gather(*waits, return_exceptions=True):
+        if isinstance(result, BaseException):
+            # the property has changed all the same
+            await save(call.app)
+            raise result
 
 
 def _property_method(

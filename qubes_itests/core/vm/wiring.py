@@ -182,6 +182,7 @@ class WiringMixin(NetMixin):
     @handler("property-set:netvm", "property-reset:netvm")
     def on_netvm_set(self, _event: str, **_kwargs: Any) -> None:
         """Have the interface follow, if the VM runs."""
+        self._net_change = None  # nobody is told of the failure of an earlier one
         if self._loop is None or not self.is_live():
             return
         change = self._follow()

@@ -79,7 +79,12 @@ def test_a_halted_vm_gets_no_device(client):
         ("Assign", "nobody+sda", b"", "QubesVMNotFoundError"),
         ("Assign", DEVICE, b"mode='sometimes'", "ProtocolError"),
         ("Assign", DEVICE, b"nonsense", "ProtocolError"),
-        ("Assign", DEVICE, b"mode='required' port_id='sdb'", "ProtocolError"),
+        (
+            "Assign",
+            DEVICE,
+            b"mode='required' port_id='sdb'",
+            "UnexpectedDeviceProperty",
+        ),
         ("Assign", DEVICE, b"mode='required' frontend_domain='tiny'", "ProtocolError"),
         ("Unassign", DEVICE, b"x", "ProtocolError"),
         ("Set.assignment", DEVICE, b"manual", "ProtocolError"),

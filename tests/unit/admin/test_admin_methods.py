@@ -351,6 +351,7 @@ def test_a_vm_of_another_machine_has_no_volumes(client, app):
         "DeviceNotAssigned",
         "QubesPoolInUseError",
         "QubesVMShutdownTimeoutError",
+        "UnexpectedDeviceProperty",
         "UnrecognizedDevice",
     ],
 )
