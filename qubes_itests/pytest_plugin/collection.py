@@ -80,8 +80,12 @@ class PluginNode(pytest.Module):
             made = self.ihook.pytest_pycollect_makeitem(
                 collector=self, name=entry.name, obj=entry.cls
             )
-            if made is not None:
-                yield from made if isinstance(made, list) else [made]
+            for node in made if isinstance(made, list) else [made]:
+                if isinstance(node, pytest.Class):
+                    # pytest looks it up in our module; it may be of another one
+                    node.obj = entry.cls
+                if node is not None:
+                    yield node
 
 
 class Selection:

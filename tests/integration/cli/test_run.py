@@ -228,3 +228,22 @@ def test_list_is_json_for_programs(site):
     site.install("mixed", PLUGIN)
     rows = json.loads(site.run("list", "--json").stdout)["plugins"]
     assert "mixed" in [row["name"] for row in rows]
+
+
+def test_classes_of_another_module_of_the_plugin(site):
+    """Once and per template, where the entry point's module only lists them."""
+    (site.site / "elsewhere_tests.py").write_text(
+        "import unittest\n"
+        "class TC_There(unittest.TestCase):\n"
+        "    def test_passes(self): pass\n"
+    )
+    listing = """
+        def list_tests():
+            import elsewhere_tests
+            return [elsewhere_tests.TC_There]
+    """
+    site.install("elsewhere", listing, ONCE, FOR_TEMPLATE)
+    done = site.run(*NO_GUESTS, "elsewhere")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "::TC_There::test_passes" in done.stdout
+    assert "::TC_There_tiny::test_passes" in done.stdout
