@@ -15,6 +15,15 @@ from .case import (
 )
 from .exc import LeakError
 from .process import ProcessWrapper
+from .templates import (
+    create_testcases_for_templates,
+    in_dom0,
+    list_templates,
+    maybe_create_testcases_on_import,
+    skipUnlessDom0,
+    skipUnlessEnv,
+    skipUnlessGit,
+)
 from .vm import VMWrapper
 
 __all__ = [
@@ -26,4 +35,11 @@ __all__ = [
     "QubesTestCase",
     "SystemTestCase",
     "VMWrapper",
+    "create_testcases_for_templates",
+    "in_dom0",
+    "list_templates",
+    "maybe_create_testcases_on_import",
+    "skipUnlessDom0",
+    "skipUnlessEnv",
+    "skipUnlessGit",
 ]

@@ -7,6 +7,8 @@ import logging
 import unittest
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from qubes_itests.core.exc import QubesVMShutdownTimeoutError
+
 from .exc import LeakError
 from .leaks import LeakWatch
 from .outcomes import Outcomes
@@ -192,6 +194,28 @@ class SystemTestCase(QubesTestCase):
                     f"the session of {vm} did not begin: exit status"
                     f" {error.returncode}: {error.stderr.decode(errors='replace')}"
                 ) from error
+
+    async def start_vm(self, vm: Any) -> None:
+        """Start a VM, and wait for its session; see `wait_for_session`."""
+        await unwrapped(vm).start()
+        await self.wait_for_session(vm)
+
+    def shutdown_and_wait(self, vm: Any, timeout: float = 60) -> None:
+        """Ask the guest to power off, and return when it is off; this blocks.
+
+        :param timeout: seconds; the test fails when they are over.
+        """
+        name = vm.name
+        shutdown = unwrapped(vm).shutdown(wait=True, timeout=timeout)
+        try:
+            self.loop.run_until_complete(shutdown)
+        except QubesVMShutdownTimeoutError:
+            # outside the handler: a traceback would hold the VM
+            failed = True
+        else:
+            failed = False
+        if failed:
+            self.fail(f"VM {name} did not power off within {timeout} s")
 
     def qrexec_policy(
         self,

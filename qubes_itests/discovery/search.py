@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import os
 import sys
 import traceback
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .inspection import check_member, twice_defined, unrunnable_tests
 from .modules import ModuleWatch
 from .result import GROUP, GROUP_FOR_TEMPLATE, Plugin, Problem, TestClass
-from .selection import INCLUDE
+from .selection import INCLUDE, TEMPLATES
 
 if TYPE_CHECKING:
     import unittest
@@ -54,7 +56,8 @@ def _missing(selection: Selection, found: set[str]) -> Iterator[Plugin]:
 def _load(entry: importlib.metadata.EntryPoint, templates: Sequence[str]) -> Plugin:
     watch = ModuleWatch()
     problems: list[Problem] = []
-    members = list(_members(entry, problems))
+    with _templates_named(templates):
+        members = list(_members(entry, problems))
     module = sys.modules.get(entry.module)
     if changed := watch.restore():
         problems.append(_tampered(changed))
@@ -93,6 +96,20 @@ def _members(
         raise
     except BaseException as error:  # noqa: BLE001 - a plugin may raise what it likes
         problems.append(_failed(step, error))
+
+
+@contextlib.contextmanager
+def _templates_named(templates: Sequence[str]) -> Iterator[None]:
+    """Let plugins that make classes per template themselves know the templates."""
+    before = os.environ.get(TEMPLATES)
+    os.environ[TEMPLATES] = " ".join(templates)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(TEMPLATES, None)
+        else:
+            os.environ[TEMPLATES] = before
 
 
 def _failed(step: str, error: BaseException) -> Problem:

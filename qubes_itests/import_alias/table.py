@@ -45,6 +45,8 @@ ALIASES: Final[dict[str, tuple[str, ...]]] = {
     "qubes.ext": ("qubes_itests.core.ext",),
     "qubes.features": ("qubes_itests.core.features:Features",),
     "qubes.policy": ("qubes_itests.core.policy",),
+    "qubes.qmemman": ("qubes_itests.qmemman.algorithm",),
+    "qubes.qmemman.algo": ("qubes_itests.qmemman.algorithm",),
     "qubes.storage": (
         "qubes_itests.core.storage",
         "qubes_storage.pool:Pool",

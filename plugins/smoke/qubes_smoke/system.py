@@ -1,4 +1,4 @@
-"""What does not depend on the template, and needs no VM to run."""
+"""What is run once: tests without VMs, and those that choose templates themselves."""
 
 import asyncio
 import time
@@ -6,6 +6,8 @@ import time
 import qubes.exc
 import qubes.tests.extra
 import qubes.vm.appvm
+
+from . import core_suite
 
 
 class TC_00_System(qubes.tests.extra.ExtraTestCase):
@@ -86,4 +88,4 @@ class TC_00_System(qubes.tests.extra.ExtraTestCase):
 
 
 def list_tests():
-    return (TC_00_System,)
+    return (TC_00_System, *core_suite.list_tests())

@@ -10,6 +10,7 @@ import pytest
 
 from qubes_itests import testbed as testbed_module
 from qubes_itests.compat_core2 import ExtraTestCase, LeakError, leaks
+from qubes_itests.core.exc import QubesVMShutdownTimeoutError
 
 KEPT = []
 
@@ -241,3 +242,38 @@ def test_a_failing_test_has_one_failure():
         self.fail("the real cause")
 
     assert "the real cause" in failure(body)
+
+
+@pytest.mark.usefixtures("bed")
+def test_start_and_shutdown_of_a_vm():
+    """Either form of a VM will do: the wrapper, or the core's own."""
+
+    def body(self):
+        (vm,) = self.create_vms(["vm"])
+        for either in (vm, vm._vm):
+            self.loop.run_until_complete(self.start_vm(either))
+            assert vm.is_running()
+            self.shutdown_and_wait(either)
+            assert not vm.is_running()
+
+    result = run(body)
+    assert result.wasSuccessful(), result.errors
+
+
+@pytest.mark.usefixtures("bed")
+def test_a_vm_that_does_not_shut_down_fails_the_test():
+    """As a failure that names the VM, and not as an error, nor as a leak."""
+
+    def body(self):
+        (vm,) = self.create_vms(["vm"])
+
+        async def shutdown(**options):
+            raise QubesVMShutdownTimeoutError("test-inst-vm", options["timeout"])
+
+        vm._vm.shutdown = shutdown
+        self.shutdown_and_wait(vm, timeout=3)
+
+    result = run(body)
+    assert not result.errors, result.errors
+    ((_, text),) = result.failures
+    assert "VM test-inst-vm did not power off within 3 s" in text

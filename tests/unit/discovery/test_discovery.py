@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import textwrap
 import unittest
@@ -295,3 +296,31 @@ def test_interrupt_is_not_a_problem_of_the_plugin(install):
     install("raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         discover(BOTH)
+
+
+def test_a_plugin_may_make_its_classes_per_template_itself(install, monkeypatch):
+    """It gets the run's templates, though nothing in its environment names them."""
+    monkeypatch.delenv("QUBES_TEST_TEMPLATES", raising=False)
+    name = install(
+        """
+        import sys
+        import unittest
+        from qubes_itests.compat_core2 import create_testcases_for_templates
+
+        class Mixin:
+            def test_one(self):
+                pass
+
+        def list_tests():
+            module = sys.modules[__name__]
+            names = create_testcases_for_templates(
+                "TC_Own", Mixin, unittest.TestCase, module=module)
+            return [getattr(module, full.rpartition(".")[2]) for full in names]
+        """
+    )
+    plugin = find(name)
+    assert not plugin.problems
+    made = [found.cls for found in plugin.classes]
+    assert [c.__name__ for c in made] == ["TC_Own_tiny", "TC_Own_debian-12"]
+    assert [c.template for c in made] == ["tiny", "debian-12"]
+    assert "QUBES_TEST_TEMPLATES" not in os.environ
