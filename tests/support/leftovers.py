@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def leftovers(cache: Path) -> list[str]:
@@ -38,9 +43,9 @@ def _loop_devices(cache: Path) -> list[str]:
 
     By inode, for the name of a file is its own in each mount namespace.
     """
-    status = [path.stat() for path in (cache / "runs").rglob("*")]
     files = {
-        (f"{os.major(s.st_dev)}:{os.minor(s.st_dev)}", str(s.st_ino)) for s in status
+        (f"{os.major(s.st_dev)}:{os.minor(s.st_dev)}", str(s.st_ino))
+        for s in _files(cache / "runs")
     }
     columns = "NAME,BACK-FILE,BACK-MAJ:MIN,BACK-INO"
     listed = subprocess.run(
@@ -55,6 +60,14 @@ def _loop_devices(cache: Path) -> list[str]:
         if (str(device["back-maj:min"]).strip(), str(device["back-ino"])) in files
         or "(deleted)" in str(device["back-file"])
     ]
+
+
+def _files(root: Path) -> Iterator[os.stat_result]:
+    # walk() passes over a directory that a live run removes meanwhile
+    for place, _, names in os.walk(root):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                yield (Path(place) / name).stat()
 
 
 def _text(path: Path) -> str:
