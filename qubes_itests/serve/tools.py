@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
+import inspect
 import os
 import runpy
 import sys
@@ -65,4 +67,6 @@ def run_tool(place: Place, name: str, arguments: Sequence[str]) -> int:
     module = _OTHER_NAMES.get(found, found).replace("-", "_")
     sys.argv = [found, *arguments]
     status = importlib.import_module(f"{_PACKAGE}.tools.{module}").main()
+    if inspect.iscoroutine(status):
+        status = asyncio.run(status)
     return status if isinstance(status, int) else 0

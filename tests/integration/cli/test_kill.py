@@ -40,7 +40,8 @@ def cache(tmp_path):
 
     What is dear to build comes from the real one.
     """
-    cache = tmp_path / "cache"
+    # runs are told by this name: that of the cache of these tests must be another
+    cache = tmp_path / "cache-of-killed-runs"
     subprocess.run(
         ["cp", "-a", "--reflink=auto", Cache().root, cache],
         check=True,
