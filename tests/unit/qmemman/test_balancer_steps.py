@@ -182,6 +182,9 @@ async def test_a_domain_that_is_gone_is_forgotten_at_once():
     machine.set_target = gone
     assert await balancer.set_memory([("1", 500 * MIB)])
     assert balancer.domains.keys() == {"0"}
+    machine.stop(machine.guests["1"])
+    await balancer.refresh()
+    assert not balancer.reported("1")
 
 
 @_in_virtual_time
@@ -226,7 +229,10 @@ async def test_there_are_only_so_many_clients(tmp_path):
         idle = [(await asyncio.open_unix_connection(t.path))[1] for _ in range(256)]
         await t.until(lambda: len(t.server._clients) == 256)
         reader, writer = await asyncio.open_unix_connection(t.path)
+        before = t.machine.now()
         assert await reader.read() == b""
+        # at once, not because it said nothing for too long
+        assert t.machine.now() == before
         for client in (*idle, writer):
             client.close()
         await t.until(lambda: not t.server._clients)
