@@ -3,7 +3,7 @@
 #
 # set_up EXTRAS   returns at once when all is there. Otherwise, as root: installs the
 #                 missing packages, makes .venv, installs the project into it with
-#                 its EXTRAS ("" or "dev"), and fetches the kernel for guests.
+#                 its EXTRAS ("" or "dev,docs"), and fetches the kernel for guests.
 # PYTHON          the interpreter to make .venv with (python3; 3.11 or newer)
 
 set -euo pipefail

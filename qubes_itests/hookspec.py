@@ -61,11 +61,11 @@ def qubes_itests_filesystems() -> Mapping[
 
 @hookspec
 def qubes_itests_hypervisors() -> Mapping[
-    str, Callable[[Path, Path], Coroutine[Any, Any, Hypervisor]]
+    str, Callable[[Path, Cache, Kernel], Coroutine[Any, Any, Hypervisor]]
 ]:
     """Return back ends: by name, a coroutine function that opens one.
 
-    It gets a directory of the run's own, and one that lasts, for what is worth it.
+    It gets a directory of the run's own, the cache, and the kernel for guests.
     """
     raise NotImplementedError
 
