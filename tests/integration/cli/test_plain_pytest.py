@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 
 SUITE = """
@@ -75,14 +72,6 @@ def test_settings_have_names_of_their_own(suite):
     assert right.returncode == 0
     assert "memory: 3000 MiB for dom0 and the VMs of each test" in right.stdout
     assert "templates: other (warm starts)" in right.stdout
-
-
-def test_the_example_of_the_guide_to_memory_runs(site):
-    text = (Path(__file__).parents[3] / "docs/qmemman.md").read_text()
-    (example,) = re.findall(r"```python\n(# test_memory.py.*?)```", text, re.DOTALL)
-    (site.work / "test_memory.py").write_text(example)
-    done = site.run("-p", "qubes_itests", "test_memory.py", program="pytest")
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_pytest_documents_the_fixtures(suite):

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from documented import PAGES, files, programs
+from documented import PAGES, blocks, files, programs
 
+DRIVERS = "docs/drivers.md"
 #: What a page says about the environment of its examples, or leaves to a default.
 ENVIRONMENT = {"docs/backends.md": {"QUBES_ITESTS_HYPERVISOR": "emulated"}}
 OPTIONS = {"docs/faultdisk.md": ["--itests-crash-states=30"]}
@@ -25,14 +26,39 @@ def write_out(name, directory):
     return [path for path in files(name) if path.startswith("test_")]
 
 
-@pytest.mark.parametrize("name", SUITES)
+def install(directory):
+    """Have the entry points of a setup.py or setup.cfg found in a directory."""
+    code = "from setuptools import setup; setup()"
+    script = ["setup.py"] if (directory / "setup.py").exists() else ["-c", code]
+    command = [sys.executable, *script, "--quiet", "egg_info"]
+    subprocess.run(command, cwd=directory, check=True)
+
+
+@pytest.mark.parametrize("name", [name for name in SUITES if name != DRIVERS])
 def test_suites_pass(site, name):
     tests = write_out(name, site.work)
     words = ("-p", "qubes_itests", *OPTIONS.get(name, []), *tests)
-    variables = {"PYTHONPATH": str(site.work), **ENVIRONMENT.get(name, {})}
-    done = site.run(*words, program="pytest", **variables)
+    done = site.run(*words, program="pytest", **ENVIRONMENT.get(name, {}))
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+def test_the_driver_of_the_guide_conforms(site):
+    """Both ways of running the suite that the guide shows, the driver installed."""
+    (entry_points,) = blocks(DRIVERS, "ini")
+    tests = write_out(DRIVERS, site.site)
+    (site.site / "setup.cfg").write_text(
+        f"[metadata]\nname = my-package\n[options]\npy_modules = my_package\n"
+        f"{entry_points}"
+    )
+    install(site.site)
+    words = ["-p", "qubes_itests", *(str(site.site / test) for test in tests)]
+    done = site.run(*words, program="pytest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    suite = ("--pyargs", "qubes_itests.conformance.storage")
+    driver = ("--qubes-storage-driver=my-driver", "-k", "same_pool and ext4")
+    done = site.run("-p", "qubes_itests", *suite, *driver, program="pytest")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_back_end_of_the_guide_is_the_one_that_runs(site):
@@ -45,8 +71,7 @@ def test_the_back_end_of_the_guide_is_the_one_that_runs(site):
 
 def test_the_plugin_of_the_guide_runs(site):
     write_out("docs/plugins.md", site.site)
-    command = [sys.executable, "setup.py", "--quiet", "egg_info"]
-    subprocess.run(command, cwd=site.site, check=True)
+    install(site.site)
     done = site.run("my-app")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -281,11 +280,3 @@ async def test_a_pool_whose_filesystem_is_absent_writes_nothing_below_it(
         await volume.start()
     assert not list(filesystem.mount_point.iterdir())
     filesystem.mount_point.rmdir()
-
-
-def test_the_example_of_the_readme_works(btrfs, capsys):
-    readme = Path(__file__).parents[3] / "storage" / "README.md"
-    example = readme.read_text().split("```python\n")[1].split("```")[0]
-    assert "/srv/pool" in example
-    exec(example.replace("/srv/pool", str(btrfs / "pool")), {})  # noqa: S102 - ours
-    assert capsys.readouterr().out == "True\n"

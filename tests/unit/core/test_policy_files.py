@@ -2,10 +2,9 @@
 
 import logging
 import os
-import pathlib
-import re
 
 import pytest
+from documented import blocks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -369,6 +368,5 @@ def test_any_text_is_a_policy_or_a_policy_error(directory, legacy, files):
 
 def test_examples_of_the_documents_are_a_policy(load):
     """What docs/policy.md shows as a file of a policy can be loaded as one."""
-    text = (pathlib.Path(__file__).parents[3] / "docs/policy.md").read_text()
-    (example,) = re.findall(r"```policy\n(.*?)```", text, re.DOTALL)
+    (example,) = blocks("docs/policy.md", "policy")
     assert len(lines(load({"30.policy": example}))) == 6

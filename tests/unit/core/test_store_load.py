@@ -1,12 +1,12 @@
 """What a store may hold, and what is refused, by its line; the past is understood."""
 
 import logging
-import pathlib
 import random
 import re
 import textwrap
 
 import pytest
+from documented import blocks
 
 from qubes_itests.core import exc
 from qubes_itests.core.store.exc import StoreFormatError
@@ -474,8 +474,7 @@ def test_disposable_vms_of_the_last_run_are_gone(load, caplog):
 
 
 def test_example_of_the_documents_can_be_loaded(load, tmp_path):
-    text = (pathlib.Path(__file__).parents[3] / "docs/store.md").read_text()
-    example = text.partition("```xml\n")[2].partition("```")[0]
+    (example,) = blocks("docs/store.md", "xml")
     app = load(example.replace("/var/lib/itests/pool", str(tmp_path / "pool")))
     work = app.domains["work"]
     assert work.template is app.default_template

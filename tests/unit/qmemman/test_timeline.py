@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from memory_machine import MIB
 from memory_recording import record_refusal
@@ -51,13 +46,3 @@ def test_other_files_are_refused_with_the_line(tmp_path, line):
         timeline.read(path)
     with pytest.raises(TimelineError, match="no-such"):
         timeline.read(tmp_path / "no-such")
-
-
-def test_the_example_of_the_guide_runs():
-    text = (Path(__file__).parents[3] / "docs/qmemman.md").read_text()
-    programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (program,) = [each for each in programs if "virtual_time.run" in each]
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "work holds 2000 MiB\n"

@@ -1,0 +1,96 @@
+"""Links lead somewhere; examples are examples; the reference is complete."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import pytest
+from documented import PAGES, ROOT, blocks, files, page, programs
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+MODULE = re.compile(r"(?<![\w.])qubes_(?:itests|storage)(?:\.[a-z_0-9]+)+")
+REFERENCE = {
+    module
+    for path in (ROOT / "docs/reference").glob("*.rst")
+    for module in re.findall(r"automodule:: (\S+)", path.read_text())
+}
+#: Packages of which every module is for others to use.
+PUBLIC = (
+    "qubes_itests/balancing",
+    "qubes_itests/compat_core2",
+    "qubes_itests/conformance",
+    "qubes_itests/core",
+    "qubes_itests/core/policy",
+    "qubes_itests/core/store",
+    "qubes_itests/core/vm",
+    "qubes_itests/fixtures",
+    "qubes_itests/portal",
+    "qubes_itests/qmemman",
+    "storage/qubes_storage",
+)
+
+
+def anchors(name):
+    """Return the anchors that a forge gives a page's headings."""
+    titles = HEADING.findall(FENCED.sub("", page(name)))
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower() for title in titles]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in plain}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    folder = (ROOT / name).parent
+    for link in LINK.findall(FENCED.sub("", page(name))):
+        if link.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (folder / path).resolve() if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(str(target.relative_to(ROOT))), link
+
+
+def test_links_are_found():
+    """So that the test above cannot pass for want of any."""
+    assert sum(len(LINK.findall(page(name))) for name in PAGES) > 50
+    assert "in-your-tests" in anchors("docs/qmemman.md")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_can_be_found(name):
+    """The README leads to each page, the one that only Sphinx needs excepted."""
+    if name not in ("README.md", "docs/index.md"):
+        assert f"({name}" in page("README.md")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_examples_are_files_or_programs(name):
+    """What stands in a block of Python compiles; what is an excerpt is indented."""
+    for text in blocks(name, "python"):
+        compile(text, name, "exec")
+    assert len(files(name)) + len(programs(name)) == len(blocks(name, "python"))
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_the_reference_has_all_modules(package):
+    folder = ROOT / package
+    assert (folder / "__init__.py").exists()
+    dotted = package.removeprefix("storage/").replace("/", ".")
+    for path in folder.glob("[!_]*.py"):
+        assert f"{dotted}.{path.stem}" in REFERENCE
+
+
+def test_the_reference_has_no_others():
+    for module in REFERENCE:
+        assert importlib.util.find_spec(module), module
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_modules_that_pages_name_are_in_the_reference(name):
+    """A name of something in a module is that module's."""
+    for words in MODULE.findall(page(name)):
+        head = words.rpartition(".")[0]
+        assert REFERENCE & {words, head}, words
