@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from qubes_itests.assembly import offers
+from qubes_itests.bundled import registry
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.kernel import find_kernel
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.hypervisor.qemu import QemuHypervisor
-from qubes_itests.hypervisor.testdriver import TestHypervisor
 
 MODULES = """
 virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio-rng
@@ -130,7 +131,7 @@ def open_qemu(cache):
 
 
 @pytest.fixture(scope="session")
-def open_back_end(open_qemu, cache):
+def open_back_end(open_qemu, cache, kernel):
     @contextlib.asynccontextmanager
     async def opened(name):
         if name == "qemu":
@@ -138,7 +139,8 @@ def open_back_end(open_qemu, cache):
                 yield hypervisor
             return
         with tempfile.TemporaryDirectory() as place:
-            async with await TestHypervisor.open(Path(place), cache) as hypervisor:
+            connect = offers(registry(), "hypervisors")[name]
+            async with await connect(Path(place), cache, kernel) as hypervisor:
                 yield hypervisor
 
     return opened

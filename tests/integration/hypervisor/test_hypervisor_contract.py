@@ -9,6 +9,8 @@ import uuid
 import pytest
 import pytest_asyncio
 
+from qubes_itests.assembly import offers
+from qubes_itests.bundled import registry
 from qubes_itests.exc import DeadlineError
 from qubes_itests.hypervisor.contract import Disk, DomainState, LifecycleEvent
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
@@ -17,7 +19,7 @@ STARTED, STOPPED = LifecycleEvent.STARTED, LifecycleEvent.STOPPED
 PAUSED, RESUMED = LifecycleEvent.PAUSED, LifecycleEvent.RESUMED
 
 
-@pytest_asyncio.fixture(params=["qemu", "test"])
+@pytest_asyncio.fixture(params=sorted(offers(registry(), "hypervisors")))
 async def hypervisor(request, open_back_end):
     async with open_back_end(request.param) as opened:
         assert opened.name == request.param
