@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import TYPE_CHECKING, Any, Final
 
 import pluggy
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Bundled", "registry"]
 
+#: As in guest.debian, which is not imported before it is used.
+_DEBIAN: Final = ("debian-12", "debian-13")
+
 
 class Bundled:
     """The bundled plugin; what it offers is imported when it is used."""
@@ -30,8 +34,18 @@ class Bundled:
     def qubes_itests_templates(
         self,
     ) -> Mapping[str, Callable[[Cache, Kernel], Template]]:
-        """Return the mini template."""
-        return {"tiny": _tiny}
+        """Return the mini template, and those of Debian."""
+        return {
+            "tiny": _tiny,
+            **{name: functools.partial(_debian, name) for name in _DEBIAN},
+        }
+
+    @hookimpl
+    def qubes_itests_downloads(
+        self,
+    ) -> Mapping[str, Callable[[Cache, Callable[[str], None]], object]]:
+        """Return what fetches the packages of Debian."""
+        return {name: functools.partial(_fetch_debian, name) for name in _DEBIAN}
 
     @hookimpl
     def qubes_itests_filesystems(
@@ -67,6 +81,18 @@ def _tiny(cache: Cache, kernel: Kernel) -> Template:
     from qubes_itests.guest.tiny import build_tiny  # noqa: PLC0415
 
     return build_tiny(cache, kernel)
+
+
+def _debian(name: str, cache: Cache, kernel: Kernel) -> Template:
+    from qubes_itests.guest.debian import RELEASES, build_debian  # noqa: PLC0415
+
+    return build_debian(cache, kernel, RELEASES[name])
+
+
+def _fetch_debian(name: str, cache: Cache, say: Callable[[str], None]) -> object:
+    from qubes_itests.guest.debian import RELEASES, fetch_base  # noqa: PLC0415
+
+    return fetch_base(cache, RELEASES[name], say)
 
 
 @contextlib.contextmanager

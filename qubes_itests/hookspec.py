@@ -48,6 +48,19 @@ def qubes_itests_templates() -> Mapping[str, Callable[[Cache, Kernel], Template]
 
 
 @hookspec
+def qubes_itests_downloads() -> Mapping[
+    str, Callable[[Cache, Callable[[str], None]], object]
+]:
+    """Return what templates need of the network: by name, a function that fetches it.
+
+    A run has no network, so the function is called before it begins. It blocks, puts
+    what it fetches into the cache, and is quick when it is there already; its second
+    argument takes short phrases that say what is going on.
+    """
+    raise NotImplementedError
+
+
+@hookspec
 def qubes_itests_filesystems() -> Mapping[
     str, Callable[[Path, int], AbstractContextManager[Path]]
 ]:

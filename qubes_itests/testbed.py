@@ -217,6 +217,8 @@ class Testbed:
             kernel=name,
             volume_config={"root": {"size": size}},
         )
+        if template.init != "agent":
+            vm.features["init"] = template.init
         await vm.storage.create({"root": template.root_image})
         if app.default_template is None:
             app.default_template = vm

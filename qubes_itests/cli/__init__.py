@@ -21,6 +21,9 @@ from qubes_itests.exit_codes import ExitCode
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qubes_itests.cli.arguments import Command
+    from qubes_itests.configuration import Settings
+
 __all__ = ["command_line"]
 
 
@@ -36,6 +39,7 @@ def command_line(arguments: Sequence[str]) -> int:
         if check := getattr(module, "check", None):
             check(command, settings)
         if command.in_sandbox:
+            _prepare_templates(command, settings)
             _enter_sandbox(arguments)
         return int(module.execute(command, settings))
     except HarnessError as error:
@@ -47,6 +51,17 @@ def command_line(arguments: Sequence[str]) -> int:
         # Whoever read our output has seen enough; Python would flush it once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+
+
+def _prepare_templates(command: Command, settings: Settings) -> None:
+    """Fetch what templates need of the network, which the sandbox has not."""
+    from qubes_itests.host import sandbox  # noqa: PLC0415 - only where it is used
+
+    if not sandbox.active():
+        from qubes_itests.preparation import prepare  # noqa: PLC0415
+
+        names = [command.target] if command.name == "shell" else settings.template
+        prepare(names)
 
 
 def _enter_sandbox(arguments: Sequence[str]) -> None:

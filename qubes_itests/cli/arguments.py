@@ -49,6 +49,7 @@ _MODULES = {
     "memory": "memory",
     "serve": "serve",
     "qvm": "qvm",
+    "template": "template",
 }
 _HELP = {
     "run": "run the tests of all installed plugins (the default)",
@@ -60,6 +61,7 @@ _HELP = {
     "memory": "show who holds the memory, live, or plot it as an SVG",
     "serve": "run the core as a daemon with the Admin API on a socket",
     "qvm": "run a client tool of Qubes OS against the newest `serve`",
+    "template": "build a template before the first run that needs it, or list them",
 }
 
 
@@ -74,7 +76,7 @@ class Command:
     :param target: of `shell`: a template, or the directory of a kept VM.
     :param cache: of `clean`: remove the cache too.
     :param words: of `memory`: ``plot`` or not, and a timeline; of `qvm` what follows
-        the tool.
+        the tool; of `template` ``list``, or ``build`` and names.
     :param output: of `memory plot`: the file to write.
     :param directory: of `serve`: where its state is kept; empty to forget it.
     :param print_env: of `serve`: print how to call the one that runs.
@@ -174,6 +176,10 @@ def _parser(name: str) -> argparse.ArgumentParser:
             "words", metavar="[plot] FILE", nargs="*", help="a timeline: memory.jsonl"
         )
         parser.add_argument("--output", "-o", metavar="SVG", help="what plot writes")
+    elif name == "template":
+        parser.add_argument(
+            "words", metavar="list | build NAME", nargs="+", help="what to do"
+        )
     elif name == "serve":
         _add_serving(parser)
     elif name == "qvm":
@@ -213,6 +219,7 @@ def _usage(name: str) -> str:
         "shell": " VM-or-template",
         "memory": " [plot] [FILE]",
         "qvm": " TOOL [ARGUMENTS]",
+        "template": " list | build NAME...",
     }.get(name, "")
     return f"qubes-itests {name} [options]{words}"
 

@@ -9,11 +9,14 @@
      +-- BootError               it did not start; everything is undone
      +-- TooManyStreamsError     too many commands at once
     ImageError                   a guest image could not be built
+    EnvironmentNotReadyError
+     +-- NotFetchedError         the packages of a template are not in the cache
 """
 
 from __future__ import annotations
 
-from qubes_itests.exc import HarnessError
+from qubes_itests.exc import EnvironmentNotReadyError, HarnessError
+from qubes_itests.exit_codes import ExitCode
 
 __all__ = [
     "BootError",
@@ -21,6 +24,7 @@ __all__ = [
     "GuestGoneError",
     "GuestRefusedError",
     "ImageError",
+    "NotFetchedError",
     "ProtocolViolation",
     "TooManyStreamsError",
 ]
@@ -123,3 +127,20 @@ class ImageError(HarnessError):
         super().__init__(f"cannot build the {image}: {reason}")
         self.image = image
         self.reason = reason
+
+
+class NotFetchedError(EnvironmentNotReadyError):
+    """The packages of a template are not in the cache.
+
+    :param template: its name.
+    """
+
+    exit_code = ExitCode.NO_NETWORK
+
+    def __init__(self, template: str) -> None:
+        super().__init__(
+            f"The packages of the template {template} are not here yet, and a run has"
+            " no network to fetch them.",
+            f"Build it before: python -m qubes_itests template build {template}",
+        )
+        self.template = template

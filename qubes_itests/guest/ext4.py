@@ -22,16 +22,21 @@ _OPTIONS: Final = (
 )
 
 
-def make_root_image(directory: Path, image: Path, size: int, label: str) -> None:
+def make_root_image(
+    directory: Path, image: Path, size: int, label: str, *, keep_times: bool = False
+) -> None:
     """Make an image file whose ext4 filesystem holds what a directory holds. Blocking.
 
-    :param directory: owners and modes are kept, times are not.
+    :param directory: owners and modes are kept.
     :param image: the new file, sparse.
     :param size: bytes.
     :param label: the filesystem's, at most 16 bytes.
+    :param keep_times: also keep the times of change: Python's compiled modules are
+        valid only for files of the right age.
     :raise CommandError: it does not fit, say.
     """
-    _forget_times(directory)
+    if not keep_times:
+        _forget_times(directory)
     with image.open("xb") as file:
         file.truncate(size)
     clock = (f"SOURCE_DATE_EPOCH={_EPOCH}", f"E2FSPROGS_FAKE_TIME={_EPOCH}")

@@ -29,6 +29,8 @@ class Identity:
     :param default_user: who runs commands that name nobody.
     :param db: entries of its qubesdb by path.
     :param services: names of the enabled services, /run/qubes-service/NAME.
+    :param init: who is process 1 when commands run: ``agent``, or ``systemd``, if the
+        root has that.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Identity:
     default_user: str = "user"
     db: Mapping[str, str] = field(default_factory=dict)
     services: tuple[str, ...] = ()
+    init: str = "agent"
 
     @property
     def disks(self) -> tuple[str, ...]:
@@ -58,6 +61,7 @@ class Identity:
             "volatile": self.volatile,
             "root-mode": self.root_mode,
             "default-user": self.default_user,
+            "init": self.init,
             "deadline": str(max(1, int(deadline))),
             **{f"db:{path}": value for path, value in self.db.items()},
             **{f"service:{name}": "1" for name in self.services},

@@ -11,7 +11,7 @@ from typing import Final
 from qubes_itests.guest.exc import ImageError
 from qubes_itests.host.command import CommandError, run
 
-__all__ = ["TOOLS", "fill_rootfs", "find_tool"]
+__all__ = ["AGENT_LINKS", "TOOLS", "fill_rootfs", "find_tool"]
 
 #: Programs of the host that the guest gets besides busybox, with their libraries.
 TOOLS: Final = ("mke2fs", "resize2fs", "e2fsck")
@@ -25,7 +25,16 @@ _DIRECTORIES: Final = (
     *("root", "run", "rw", "sys", "tmp", "usr/bin", "usr/lib/qubes", "usr/lib64"),
     *("usr/local/bin", "usr/share", "var/cache", "var/lib", "var/log", "var/tmp"),
 )
+#: Names under which guests find the agent's program.
+AGENT_LINKS: Final = {
+    "usr/bin/qrexec-client-vm": "../lib/qubes/agent",
+    "usr/bin/qubesdb-read": "../lib/qubes/agent",
+    "usr/bin/qubesdb-list": "../lib/qubes/agent",
+    "usr/bin/qubesdb-multiread": "../lib/qubes/agent",
+    "usr/lib/qubes/qrexec-client-vm": "agent",
+}
 _LINKS: Final = {
+    **AGENT_LINKS,
     "bin": "usr/bin",
     "lib": "usr/lib",
     "lib64": "usr/lib64",
@@ -35,11 +44,6 @@ _LINKS: Final = {
     "usr/bin/mkfs.ext4": "mke2fs",
     "usr/bin/fsck.ext4": "e2fsck",
     "usr/bin/init": "../lib/qubes/agent",
-    "usr/bin/qrexec-client-vm": "../lib/qubes/agent",
-    "usr/bin/qubesdb-read": "../lib/qubes/agent",
-    "usr/bin/qubesdb-list": "../lib/qubes/agent",
-    "usr/bin/qubesdb-multiread": "../lib/qubes/agent",
-    "usr/lib/qubes/qrexec-client-vm": "agent",
     "etc/mtab": "../proc/mounts",
 }
 _FILES: Final = {

@@ -20,6 +20,7 @@ class Template:
     :param initramfs: initramfs with the agent as init.
     :param root_image: ext4 image of the root filesystem.
     :param kernel_options: added to the back end's kernel command line.
+    :param init: the feature ``init`` of its TemplateVM: ``agent`` or ``systemd``.
     """
 
     name: str
@@ -27,3 +28,4 @@ class Template:
     initramfs: Path
     root_image: Path
     kernel_options: str = ""
+    init: str = "agent"

@@ -17,14 +17,15 @@ from qubes_itests.host.command import CommandError, run
 if TYPE_CHECKING:
     from qubes_itests.host.kernel import Kernel
 
-__all__ = ["build_agent", "build_tiny"]
+__all__ = ["build_agent", "build_stage_one", "build_tiny"]
 
 _HERE: Final = Path(__file__).parent
 _AGENT_SOURCES: Final = _HERE / "agent"
 _ROOT_SIZE: Final = 128 << 20
 _COMPILE_TIMEOUT: Final = 300.0
 #: Whose text shapes the image.
-_BUILDERS: Final = ("cpio", "ext4", "initramfs", "modules", "rootfs", "tiny")
+_BUILDERS: Final = ("ext4", "rootfs", "tiny")
+_STAGE_ONE_BUILDERS: Final = ("cpio", "initramfs", "modules")
 
 
 def build_tiny(cache: Cache, kernel: Kernel) -> Template:
@@ -38,18 +39,38 @@ def build_tiny(cache: Cache, kernel: Kernel) -> Template:
     agent = build_agent(cache)
     key = digest(
         agent,
-        kernel.version,
-        kernel.image,
         *(find_tool(name) for name in ("busybox", *TOOLS)),
         *(_HERE / f"{name}.py" for name in _BUILDERS),
     )
-    place = cache.entry("tiny", key, lambda where: _build(where, agent, kernel))
+    place = cache.entry("tiny", key, lambda where: _build(where, agent))
     return Template(
         name="tiny",
         kernel=kernel.image,
-        initramfs=place / "initramfs.cpio",
+        initramfs=build_stage_one(cache, kernel),
         root_image=place / "root.img",
     )
+
+
+def build_stage_one(cache: Cache, kernel: Kernel) -> Path:
+    """Return the initramfs that all templates share, built on first use. Blocking.
+
+    Templates that share it share its saved states, too.
+
+    :raise ImageError: it does not build.
+    """
+    agent = build_agent(cache)
+    key = digest(
+        agent,
+        kernel.version,
+        kernel.image,
+        *(_HERE / f"{name}.py" for name in _STAGE_ONE_BUILDERS),
+    )
+
+    def build(place: Path) -> None:
+        initramfs = build_initramfs(agent, kernel.modules)
+        (place / "initramfs.cpio").write_bytes(initramfs)
+
+    return cache.entry("initramfs", key, build) / "initramfs.cpio"
 
 
 def build_agent(cache: Cache) -> Path:
@@ -77,9 +98,7 @@ def _compile(place: Path) -> None:
         raise ImageError("agent", error.stderr) from error
 
 
-def _build(place: Path, agent: Path, kernel: Kernel) -> None:
-    initramfs = build_initramfs(agent, kernel.modules)
-    (place / "initramfs.cpio").write_bytes(initramfs)
+def _build(place: Path, agent: Path) -> None:
     with tempfile.TemporaryDirectory(dir=place) as scratch:
         fill_rootfs(Path(scratch), agent)
         Path(scratch).chmod(0o755)

@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Start over in a sandbox before anything is collected."""
     if resandbox.wanted(config):
-        resandbox.enter(config)
+        resandbox.enter(config, _settings(config).template)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -6,10 +6,14 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
+from qubes_itests.exc import HarnessError
 from qubes_itests.host import sandbox
+from qubes_itests.preparation import prepare
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Sequence
 
 __all__ = ["enter", "wanted"]
 
@@ -36,12 +40,19 @@ def wanted(config: pytest.Config) -> bool:
     )
 
 
-def enter(config: pytest.Config) -> None:
-    """Replace this process by the same command in a sandbox; does not return."""
+def enter(config: pytest.Config, templates: Sequence[str]) -> None:
+    """Replace this process by the same command in a sandbox; does not return.
+
+    :param templates: what the tests run on; fetched first, where there is a network.
+    """
     capture = config.pluginmanager.get_plugin("capturemanager")
     if capture is not None:
         # What pytest captures into must not become the new process's own output.
         capture.stop_global_capturing()
+    try:
+        prepare(templates)
+    except HarnessError as error:
+        raise pytest.exit.Exception(str(error), int(error.exit_code)) from None
     sandbox.reexec([sys.executable, *sys.orig_argv[1:]])
 
 

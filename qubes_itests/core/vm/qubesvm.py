@@ -133,6 +133,7 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
                 for name, value in self.features.items()
                 if name.startswith("service.") and value
             ),
+            init=self.features.check_with_template("init", "agent"),
         )
 
     def qubesdb_entries(self) -> dict[str, str]:

@@ -24,6 +24,7 @@
 #define PORT_NAME "org.qubes_itests.agent"
 #define SOCKET_PATH "/run/qubes/agent.sock"
 #define DB_PATH "/run/qubes/db"
+#define USER_PATH "/run/qubes/default-user"
 
 enum {
 	PROTOCOL_VERSION = 1,
@@ -74,7 +75,8 @@ struct strings {
 const char *next_string(struct strings *strings); /* NULL when there is none */
 
 /* port.c: frames from and to the host. */
-_Noreturn void run_loop(int port_fd, int disks);
+_Noreturn void run_loop(int port_fd, int disks, bool entered);
+void port_flush(void);
 bool port_connected(void);
 bool port_room(void);        /* for one more frame of any size */
 uint8_t *port_payload(void); /* where the payload of the next DATA may be put */
@@ -108,7 +110,8 @@ struct passwd *find_user(const char *name, uid_t uid); /* name NULL: by uid */
 pid_t spawn(struct strings request, const int stdio[3], struct failure *failure);
 
 /* boot.c, enter.c, disks.c: the duties of init. */
-int boot(void); /* stage one; the port */
+int boot(void);   /* stage one; the port */
+int resume(void); /* stage two, as a service of another init; the port */
 const char *enter(struct strings request); /* stage two; NULL, or what went wrong */
 bool mount_kernel(const char *type, const char *path, const char *options);
 _Noreturn void power_off(bool reboot_instead);

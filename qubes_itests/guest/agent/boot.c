@@ -54,11 +54,23 @@ static int find_port(void)
 	return fd;
 }
 
-int boot(void)
+/* Woken by a command that writes, the agent shall not preempt it at once, but find
+ * much to send. */
+static int wait_for_port(void)
 {
 	struct sched_param parameter = {0};
 	const struct timespec pause = {.tv_nsec = 10000000};
-	int console, fd;
+	int fd;
+
+	sched_setscheduler(0, SCHED_BATCH | SCHED_RESET_ON_FORK, &parameter);
+	while ((fd = find_port()) < 0)
+		nanosleep(&pause, NULL);
+	return fd;
+}
+
+int boot(void)
+{
+	int console;
 
 	mount_kernel("devtmpfs", "/dev", "");
 	console = open("/dev/console", O_RDWR | O_CLOEXEC);
@@ -68,12 +80,13 @@ int boot(void)
 	mount_kernel("sysfs", "/sys", "");
 	mount_kernel("tmpfs", "/run", "mode=755");
 	load_modules();
-	/* Woken by a command that writes, the agent shall not preempt it at once, but
-	 * find much to send. */
-	sched_setscheduler(0, SCHED_BATCH | SCHED_RESET_ON_FORK, &parameter);
-	while ((fd = find_port()) < 0)
-		nanosleep(&pause, NULL);
-	return fd;
+	return wait_for_port();
+}
+
+int resume(void)
+{
+	read_file(USER_PATH, default_user, sizeof default_user);
+	return wait_for_port();
 }
 
 /* Whether all processes but init have ended within the time: then it has no child. */
@@ -101,6 +114,11 @@ _Noreturn void power_off(bool reboot_instead)
 
 	if (testing)
 		exit(0);
+	if (getpid() != 1) {
+		/* As systemd wants to be told by who has no bus. */
+		kill(1, SIGRTMIN + (reboot_instead ? 5 : 4));
+		exit(0);
+	}
 	if (!all_ended(SIGTERM, 2000))
 		all_ended(SIGKILL, 1000);
 	sync();

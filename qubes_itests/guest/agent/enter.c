@@ -5,6 +5,7 @@
 #include <linux/fs.h>
 #include <linux/random.h>
 #include <net/if.h>
+#include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/swap.h>
@@ -256,6 +257,34 @@ static bool set_entries(struct strings identity)
 	return true;
 }
 
+static bool write_user(void)
+{
+	int fd = open(USER_PATH, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+	ssize_t length = (ssize_t)strlen(default_user);
+	bool written = write(fd, default_user, (size_t)length) == length;
+
+	close(fd);
+	return written || failed(USER_PATH);
+}
+
+/* The root's own init becomes process 1, and starts us anew when it is ready. */
+static bool hand_over(void)
+{
+	static char *const argv[] = {(char *)(uintptr_t)"/sbin/init", NULL};
+	struct sched_param parameter = {0};
+	sigset_t none;
+
+	if (!write_user())
+		return false;
+	streams_reset();
+	port_flush();
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	sched_setscheduler(0, SCHED_OTHER, &parameter);
+	execv(argv[0], argv);
+	return failed(argv[0]);
+}
+
 const char *enter(struct strings identity)
 {
 	static bool entered;
@@ -264,12 +293,15 @@ const char *enter(struct strings identity)
 	           *swap = value_of(identity, "volatile"),
 	           *user = value_of(identity, "default-user"),
 	           *mode = value_of(identity, "root-mode"),
+	           *init = value_of(identity, "init"),
 	           *root = value_of(identity, "root");
 
 	if (entered)
 		return "there is no stage two but one";
 	if (!value_of(identity, "name") || !root)
 		return "name and root are needed";
+	if (init && strcmp(init, "agent") != 0 && strcmp(init, "systemd") != 0)
+		return "init is agent or systemd";
 	if ((seed && !set_seed(seed)) || (now && !set_clock(now)) ||
 	    !wait_for_disks(identity) ||
 	    !switch_root(root, mode && strcmp(mode, "ro") == 0))
@@ -280,7 +312,8 @@ const char *enter(struct strings identity)
 	mount_rest();
 	loopback_up();
 	if ((private && !mount_private(private)) || !set_entries(identity) ||
-	    (swap && !swap_on(swap)))
+	    (swap && !swap_on(swap)) ||
+	    (init && strcmp(init, "systemd") == 0 && !hand_over()))
 		return problem;
 	return NULL;
 }

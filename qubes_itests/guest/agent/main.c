@@ -45,11 +45,14 @@ int main(int argc, char **argv)
 #ifdef AGENT_TEST
 	/* agent FD: speak the protocol over that descriptor, as an ordinary process. */
 	testing = true;
-	run_loop(atoi(argv[argc - 1]), -1);
+	run_loop(atoi(argv[argc - 1]), -1, false);
 #else
 	if (getpid() == 1)
-		run_loop(boot(), disks_open());
-	fputs("this is the init of a guest; it runs as process 1 only\n", stderr);
+		run_loop(boot(), disks_open(), false);
+	if (argc == 2 && strcmp(argv[1], "resume") == 0)
+		run_loop(resume(), disks_open(), true);
+	fputs("this is the init of a guest; it runs as process 1, or goes on under another\n",
+	      stderr);
 	return 2;
 #endif
 }

@@ -85,6 +85,7 @@ async def test_enter_tells_who_the_vm_is(connect):
         "root": "xvda",
         "root-mode": "rw",
         "default-user": "user",
+        "init": "agent",
         "deadline": "5",
         "db:/qubes-vm-type": "AppVM",
         "service:cups": "1",

@@ -1,0 +1,47 @@
+"""``template``: build templates before the first run that needs them, list them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qubes_itests.assembly import offers
+from qubes_itests.bundled import registry
+from qubes_itests.configuration import ConfigurationError
+from qubes_itests.exit_codes import ExitCode
+from qubes_itests.host.cache import Cache
+from qubes_itests.host.kernel import find_kernel
+from qubes_itests.preparation import prepare
+
+if TYPE_CHECKING:
+    from qubes_itests.cli.arguments import Command
+    from qubes_itests.configuration import Settings
+
+__all__ = ["execute"]
+
+_MIB = 1 << 20
+
+
+def execute(command: Command, _settings: Settings) -> int:
+    """Build those that are named, or list all.
+
+    :raise ConfigurationError: for an unknown act or name.
+    """
+    act, *names = command.words
+    known = offers(registry(), "templates")
+    if act == "list" and not names:
+        print("\n".join(known))  # noqa: T201
+        return ExitCode.OK
+    if act != "build" or not names:
+        raise ConfigurationError("template", "say `list`, or `build` and names")
+    for name in names:
+        if name not in known:
+            found = ", ".join(known)
+            problem = f"there is no template {name!r}; there are: {found}"
+            raise ConfigurationError("template build", problem)
+    prepare(names)
+    cache = Cache()
+    for name in names:
+        built = known[name](cache, find_kernel(cache))
+        size = built.root_image.stat().st_blocks * 512 // _MIB
+        print(f"{name}: {built.root_image} ({size} MiB)")  # noqa: T201
+    return ExitCode.OK

@@ -1,0 +1,141 @@
+"""The root image of a release: its packages, our files, our agent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from qubes_itests.guest.debian.accounts import add_accounts
+from qubes_itests.guest.debian.base import base_key, find_base
+from qubes_itests.guest.exc import ImageError
+from qubes_itests.guest.ext4 import make_root_image
+from qubes_itests.guest.rootfs import AGENT_LINKS
+from qubes_itests.guest.template import Template
+from qubes_itests.guest.tiny import build_agent, build_stage_one
+from qubes_itests.host.cache import Cache, digest
+from qubes_itests.host.command import CommandError, run
+
+if TYPE_CHECKING:
+    from qubes_itests.guest.debian.release import Release
+    from qubes_itests.host.kernel import Kernel
+
+__all__ = ["build_debian", "install_files"]
+
+_HERE: Final = Path(__file__).parent
+_FILES: Final = _HERE / "root"
+_KIND: Final = "debian"
+#: Of the filesystem, whose file is sparse: room for an app and what it needs.
+_SIZE: Final = 2 << 30
+_TIMEOUT: Final = 300.0
+_UID: Final = 1000
+_SYSTEM: Final = "etc/systemd/system"
+_LINKS: Final = {
+    **AGENT_LINKS,
+    f"{_SYSTEM}/default.target": "/usr/lib/systemd/system/multi-user.target",
+    f"{_SYSTEM}/multi-user.target.wants/qubes-qrexec-agent.service": (
+        f"/{_SYSTEM}/qubes-qrexec-agent.service"
+    ),
+    # a VM that lives for seconds needs no login on a console and no maintenance; its
+    # accounts and its random seed are there, its kernel has neither modules nor traces
+    **{
+        f"{_SYSTEM}/{unit}": "/dev/null"
+        for unit in (
+            *("apt-daily-upgrade.timer", "apt-daily.timer", "dpkg-db-backup.timer"),
+            *("e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer"),
+            *("getty.target", "kmod-static-nodes.service", "modprobe@.service"),
+            *("sys-kernel-debug.mount", "sys-kernel-tracing.mount"),
+            *("systemd-modules-load.service", "systemd-pstore.service"),
+            *("systemd-random-seed.service", "systemd-sysusers.service"),
+        )
+    },
+}
+_EXECUTABLE: Final = ("etc/qubes-rpc", "usr/bin", "usr/lib/qubes", "usr/sbin")
+_DIRECTORIES: Final = (
+    *("dev", "proc", "sys", "run", "rw", "home/user", "usr/lib/qubes"),
+    # whose files are names of users whose sessions begin with the system
+    "var/lib/systemd/linger",
+)
+
+
+def build_debian(cache: Cache, kernel: Kernel, release: Release) -> Template:
+    """Return the template of a release, built on first use: seconds, blocking.
+
+    :param cache: where it is kept, and the packages that it is made of.
+    :param kernel: what it boots.
+    :raise NotFetchedError: the packages are not in the cache; see `fetch_base`.
+    :raise ImageError: it does not build.
+    """
+    agent = build_agent(cache)
+    key = digest(
+        base_key(release),
+        agent,
+        *(_HERE / name for name in ("accounts.py", "image.py")),
+        *(_HERE.parent / name for name in ("ext4.py", "rootfs.py")),
+        *(part for path in _own_files() for part in (str(path), _FILES / path)),
+    )
+
+    def build(place: Path) -> None:
+        try:
+            _build(place, find_base(cache, release), agent)
+        except CommandError as error:
+            raise ImageError(release.name, error.stderr) from error
+
+    return Template(
+        name=release.name,
+        kernel=kernel.image,
+        initramfs=build_stage_one(cache, kernel),
+        root_image=cache.entry(_KIND, key, build) / "root.img",
+    )
+
+
+def _build(place: Path, base: Path, agent: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
+        root = Path(scratch)
+        options = ("--numeric-owner", "--xattrs", "--xattrs-include=*")
+        run(
+            ["tar", "-xf", base, "-C", root, *options, "--exclude=./dev/*"],
+            timeout=_TIMEOUT,
+        )
+        root.chmod(0o755)
+        install_files(root, agent)
+        make_root_image(root, place / "root.img", _SIZE, "root", keep_times=True)
+
+
+def install_files(root: Path, agent: Path) -> None:
+    """Make a Qubes VM of the root filesystem of a distribution. Blocking.
+
+    :param root: its directory; who calls is root.
+    :param agent: the guest's program.
+    """
+    for name in _DIRECTORIES:
+        (root / name).mkdir(parents=True, exist_ok=True)
+    for path in _own_files():
+        _install(_FILES / path, root / path, executable=_is_program(path))
+    _install(agent, root / "usr/lib/qubes/agent", executable=True)
+    for name, target in _LINKS.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).unlink(missing_ok=True)
+        (root / name).symlink_to(target)
+    add_accounts(root)
+    os.chown(root / "home/user", _UID, _UID)
+    (root / "home/user").chmod(0o700)
+    for name in ("etc/machine-id", "etc/hostname", "var/lib/systemd/linger/user"):
+        (root / name).write_text("")
+
+
+def _own_files() -> list[Path]:
+    return sorted(p.relative_to(_FILES) for p in _FILES.rglob("*") if p.is_file())
+
+
+def _is_program(path: Path) -> bool:
+    return any(path.is_relative_to(place) for place in _EXECUTABLE)
+
+
+def _install(source: Path, target: Path, *, executable: bool) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    shutil.copyfile(source, target)
+    target.chmod(0o755 if executable else 0o644)
