@@ -15,7 +15,7 @@ import re
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
@@ -69,12 +69,14 @@ class Settings:
     :param artifacts: directory for what failed tests leave to look at.
     :param timeout: seconds that one test may take; 0 for no limit.
     :param seed: of the random numbers that tests draw; None to choose one.
-    :param template: names of the templates that tests run on.
+    :param template: names of the templates that tests run on; empty for the default.
     :param warm: start VMs from saved states where that is possible.
     :param hypervisor: name of the back end.
     :param filesystem: name of the filesystem with the VMs' disks; it has reflinks.
     :param memory_budget: MiB of the machine that the VMs of each test share, as
         qmemman balances it; 0 for no such limit.
+    :param app: directories of apps whose tests make up the run.
+    :param template_spec: files that say what templates apps derive.
     """
 
     keep: Keep = Keep.NEVER
@@ -82,13 +84,21 @@ class Settings:
     artifacts: Path = Path("itests-artifacts")
     timeout: float = 300.0
     seed: int | None = None
-    template: tuple[str, ...] = ("tiny",)
+    template: tuple[str, ...] = ()
     warm: bool = True
     hypervisor: str = "qemu"
     filesystem: str = "btrfs"
     memory_budget: int = 0
+    app: tuple[Path, ...] = ()
+    template_spec: tuple[Path, ...] = ()
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Names of the templates that tests run on, the default ones resolved."""
+        return self.template or _DEFAULT_TEMPLATES
 
 
+_DEFAULT_TEMPLATES = ("tiny",)
 #: A template's name becomes part of class names, VM names and paths.
 _TEMPLATE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,30}")
 _TRUTH = {
@@ -164,7 +174,10 @@ def _read_toml(path: Path) -> Mapping[str, object] | None:
         raise ConfigurationError(path.name, str(error)) from None
     if table is not None and not isinstance(table, dict):
         raise ConfigurationError(path.name, "tool.qubes_itests is not a table")
-    return table
+    # templates of an app are tables of that name; the setting is a list
+    if table is not None and isinstance(table.get("template"), dict):
+        del table["template"]
+    return cast("Mapping[str, object] | None", table)
 
 
 def _read_cfg(path: Path) -> Mapping[str, object] | None:
@@ -212,6 +225,14 @@ def _path(value: object) -> Path:
     if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
         raise ValueError(f"{value!r} is not the name of a directory")
     return Path(value)
+
+
+def _paths(value: object) -> tuple[Path, ...]:
+    if isinstance(value, str):
+        value = value.replace(os.pathsep, "\n").splitlines()
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"{value!r} is not a list of paths")
+    return tuple(dict.fromkeys(_path(word).absolute() for word in value))
 
 
 def _seconds(value: object) -> float:
@@ -271,4 +292,6 @@ _CONVERTERS: dict[str, Callable[[Any], object]] = {
     "hypervisor": _word,
     "filesystem": _word,
     "memory_budget": _memory_budget,
+    "app": _paths,
+    "template_spec": _paths,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import re
@@ -10,13 +11,15 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from qubes_itests import import_alias
-from qubes_itests.discovery import GROUP, Selection, discover
+from qubes_itests.discovery import GROUP, Plugin, Selection, discover
+from qubes_itests.discovery.result import Problem
 from qubes_itests.discovery.selection import TEMPLATES
+from qubes_itests.prepared import Prepared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from qubes_itests.discovery import Plugin, TestClass
+    from qubes_itests.discovery import TestClass
 
 __all__ = ["PROBLEM", "named_plugins", "test_ids"]
 
@@ -36,7 +39,7 @@ def named_plugins(templates: Sequence[str]) -> list[tuple[str, Plugin]]:
     import_alias.install()
     # The settings know that variable already; what they say is final.
     environment = {k: v for k, v in os.environ.items() if k != TEMPLATES}
-    plugins = discover(Selection.from_environment(environment, templates))
+    plugins = _chosen(Selection.from_environment(environment, templates))
     count = Counter(_node_name(plugin.name) for plugin in plugins)
     taken: Counter[str] = Counter()
     result = []
@@ -48,6 +51,22 @@ def named_plugins(templates: Sequence[str]) -> list[tuple[str, Plugin]]:
         # Two distributions may use one name; who lists them sees it and renames one.
         result.append((name + "+" * (taken[name] - 1), plugin))
     return result
+
+
+def _chosen(selection: Selection) -> list[Plugin]:
+    """Return the plugins of a selection; of apps theirs, if there are apps."""
+    prepared = Prepared.told()
+    if prepared.only is None:
+        return discover(selection)
+    if selection.include is None:
+        only = frozenset(prepared.only)
+        selection = dataclasses.replace(selection, include=only)
+    found = discover(selection) if selection.include else []
+    broken = (
+        Plugin(name=app, group=GROUP, problems=(Problem(text),))
+        for app, text in prepared.apps.items()
+    )
+    return [*found, *broken]
 
 
 def test_ids(name: str, plugin: Plugin) -> Iterator[tuple[str, str | None]]:

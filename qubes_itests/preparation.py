@@ -1,60 +1,178 @@
-"""Templates made ready before a run: afterwards there is no network."""
+"""What is made ready before a run: afterwards there is no network.
+
+Templates are fetched and built, apps installed. What concerns one app or one derived
+template alone is no end of the run: its tests fail, and say why.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Final
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from qubes_itests.configuration import ConfigurationError
+from qubes_itests.prepared import Prepared
 
-__all__ = ["prepare"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from qubes_itests.apps import Environment
+    from qubes_itests.configuration import Settings
+    from qubes_itests.host.cache import Cache
+
+__all__ = ["build_templates", "prepare", "prepare_apps", "prepare_listing"]
 
 #: Seconds between two lines where there is no terminal.
 _PLAIN_INTERVAL: Final = 10.0
 _WIDTH: Final = 78
 
 
-def prepare(names: Sequence[str]) -> None:
-    """Fetch and build those templates that need a network; others are left alone.
+def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
+    """Make ready what the run needs, and tell it by the environment.
 
     Blocking; what goes on is told on standard error. What is there already takes a
     few milliseconds.
 
-    :param names: of templates; unknown ones are left to who uses them.
-    :raise EnvironmentNotReadyError: one cannot be fetched.
-    :raise ImageError: one does not build.
+    :param names: of templates; by default those of the settings, or of the apps.
+    :raise EnvironmentNotReadyError: a template that no app derives cannot be fetched.
+    :raise ImageError: such a one does not build.
     """
-    if set(names) <= {"tiny"}:
-        return  # the usual case need not load what follows
+    if not (settings.app or settings.template_spec):
+        build_templates(settings, names or settings.templates)
+        return
+    from qubes_itests.derived import wishes_of  # noqa: PLC0415 - only if it is used
+
+    wishes = wishes_of(settings)
+    if wishes.templates and not settings.template:
+        os.environ["QUBES_ITESTS_TEMPLATE"] = " ".join(wishes.templates)
+    names = names or settings.template or wishes.templates or settings.templates
+    problems = build_templates(settings, names, derived=set(wishes.templates))
+    prepared = prepare_apps(settings, wishes.problems)
+    apps = (word for app in settings.app for word in ("--app", str(app)))
+    files = (
+        w for file in settings.template_spec for w in ("--template-spec", str(file))
+    )
+    words = (*apps, *files)
+    Prepared(prepared.only, prepared.apps, problems, words).tell()
+
+
+def prepare_listing(settings: Settings) -> Settings:
+    """Install the tests of apps; return the settings with which they are to be seen."""
+    from qubes_itests.derived import wishes_of  # noqa: PLC0415 - only if it is used
+
+    wishes = wishes_of(settings)
+    prepare_apps(settings, wishes.problems)
+    template = settings.template or wishes.templates
+    return dataclasses.replace(settings, template=template)
+
+
+def prepare_apps(settings: Settings, problems: Mapping[str, str]) -> Prepared:
+    """Install the tests of the apps, and have this process and its children find them.
+
+    :param problems: what is known to be wrong with apps, by their names.
+    """
+    if not settings.app:
+        return Prepared()
+    from qubes_itests.apps.exc import InstallError  # noqa: PLC0415
+    from qubes_itests.host.cache import Cache  # noqa: PLC0415
+
+    cache, found, wrong = Cache(), [], dict(problems)
+    for app in settings.app:
+        if not app.is_dir():
+            raise ConfigurationError("--app", f"there is no directory {app}")
+        if app.name not in wrong:
+            try:
+                found.append(_install(cache, app))
+            except InstallError as error:
+                wrong[app.name] = str(error)
+    _use(environment.packages for environment in found)
+    names = (name for environment in found for name in environment.entries)
+    prepared = Prepared(tuple(dict.fromkeys(names)), wrong)
+    prepared.tell()
+    return prepared
+
+
+def _install(cache: Cache, app: Path) -> Environment:
+    from qubes_itests.apps import find_projects, install  # noqa: PLC0415
+
+    progress = _Progress()
+    progress.begin(f"app {app.name}")
+    try:
+        made = install(cache, app, find_projects(app), progress.say)
+        progress.good = True
+        return made
+    finally:
+        progress.end()
+
+
+def _use(paths: Iterable[Path]) -> None:
+    """Add directories to the path of imports, here and in what we start."""
+    new = [str(path) for path in paths]
+    sys.path[:0] = new
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*new, *([before] if before else [])])
+
+
+def build_templates(
+    settings: Settings, names: Sequence[str], derived: Iterable[str] = ()
+) -> dict[str, str]:
+    """Fetch and build those templates that need a network or another template.
+
+    :param names: unknown ones are left to who uses them.
+    :param derived: names of those whose failure is no end of the run.
+    :return: why those could not be built, by name.
+    """
+    if set(names) <= {"tiny"} - set(derived):
+        return {}  # the usual case need not load what follows
     from qubes_itests.assembly import offers  # noqa: PLC0415
-    from qubes_itests.bundled import registry  # noqa: PLC0415
+    from qubes_itests.derived import plugins_for  # noqa: PLC0415
+    from qubes_itests.guest.exc import ImageError  # noqa: PLC0415
     from qubes_itests.host.cache import Cache  # noqa: PLC0415
     from qubes_itests.host.kernel import find_kernel  # noqa: PLC0415
 
-    plugins, cache = registry(), Cache()
+    cache, problems, progress = Cache(), {}, _Progress()
+    plugins = plugins_for(settings, progress.say)
     downloads, builds = offers(plugins, "downloads"), offers(plugins, "templates")
     for name in names:
-        if name in downloads:
-            progress = _Progress(name)
-            try:
-                downloads[name](cache, progress.say)
-                progress.say("making its image", quiet=True)
-                builds[name](cache, find_kernel(cache))
-            finally:
-                progress.end()
+        if name not in downloads:
+            continue
+        progress.begin(f"template {name}")
+        try:
+            downloads[name](cache, progress.say)
+            progress.say("making its image", quiet=True)
+            builds[name](cache, find_kernel(cache))
+        except ImageError as error:
+            if name not in derived:
+                raise
+            problems[name] = str(error)
+        else:
+            progress.good = True
+        finally:
+            progress.end()
+    return problems
 
 
 class _Progress:
     """One line that changes on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self.begin("")
+
+    def begin(self, what: str) -> None:
+        """Begin with something else.
+
+        :param what: a noun phrase.
+        """
+        self._what = what
         self._begin = time.monotonic()
         self._last = float("-inf")
         self._drawn = False
-        self._terminal = sys.stderr.isatty()
+        #: Whether it has come to a good end.
+        self.good = False
 
     def say(self, phrase: str, *, quiet: bool = False) -> None:
         """Show what goes on.
@@ -68,7 +186,7 @@ class _Progress:
             return
         self._last, self._drawn = now, True
         seconds = now - self._begin
-        line = f"building template {self._name}: {phrase} ({seconds:.0f} s)"
+        line = f"{self._what}: {phrase} ({seconds:.0f} s)"
         if self._terminal:
             sys.stderr.write(f"\r{line[:_WIDTH]}\033[K")
         else:
@@ -80,4 +198,5 @@ class _Progress:
         if self._drawn:
             start = "\r\033[K" if self._terminal else ""
             seconds = time.monotonic() - self._begin
-            sys.stderr.write(f"{start}template {self._name}: {seconds:.0f} s\n")
+            how = "ready in" if self.good else "failed after"
+            sys.stderr.write(f"{start}{self._what}: {how} {seconds:.0f} s\n")

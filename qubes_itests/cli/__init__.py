@@ -39,8 +39,12 @@ def command_line(arguments: Sequence[str]) -> int:
         if check := getattr(module, "check", None):
             check(command, settings)
         if command.in_sandbox:
-            _prepare_templates(command, settings)
+            _prepare(command, settings)
             _enter_sandbox(arguments)
+        elif command.shows_tests and settings.app:
+            from qubes_itests.preparation import prepare_listing  # noqa: PLC0415
+
+            settings = prepare_listing(settings)
         return int(module.execute(command, settings))
     except HarnessError as error:
         print(f"qubes-itests: {error}", file=sys.stderr)  # noqa: T201
@@ -53,15 +57,14 @@ def command_line(arguments: Sequence[str]) -> int:
         return 128 + signal.SIGPIPE
 
 
-def _prepare_templates(command: Command, settings: Settings) -> None:
-    """Fetch what templates need of the network, which the sandbox has not."""
+def _prepare(command: Command, settings: Settings) -> None:
+    """Make ready what takes the network, which the sandbox has not."""
     from qubes_itests.host import sandbox  # noqa: PLC0415 - only where it is used
 
     if not sandbox.active():
         from qubes_itests.preparation import prepare  # noqa: PLC0415
 
-        names = [command.target] if command.name == "shell" else settings.template
-        prepare(names)
+        prepare(settings, [command.target] if command.name == "shell" else ())
 
 
 def _enter_sandbox(arguments: Sequence[str]) -> None:

@@ -103,6 +103,11 @@ class Command:
         return _MODULES[self.name]
 
     @property
+    def shows_tests(self) -> bool:
+        """Whether it loads plugins without running their tests."""
+        return self.name == "list" or (self.name == "run" and not self.in_sandbox)
+
+    @property
     def in_sandbox(self) -> bool:
         """Whether it makes VMs, and so needs a sandbox."""
         if self.name == "run":
@@ -247,6 +252,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--timeout", metavar="SECONDS", help="for each test; 0 for none (300)")
     add("--seed", metavar="NUMBER", help="of random numbers in tests")
     add("--template", metavar="NAME", action="append", help="to test on; repeatable")
+    add("--app", metavar="DIR", action="append", help="run the tests of that app only")
+    add("--template-spec", metavar="FILE", action="append", help="of derived templates")
     add("--warm", action=argparse.BooleanOptionalAction, help="start from saved states")
     add("--hypervisor", metavar="NAME", help="the back end that runs VMs (qemu)")
     add("--filesystem", metavar="NAME", help="with the VMs' disks: btrfs or xfs")

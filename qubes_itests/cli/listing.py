@@ -21,7 +21,7 @@ def execute(command: Command, settings: Settings) -> int:
     """Print them; what a plugin prints while it loads does not get in between."""
     output, sys.stdout = sys.stdout, sys.stderr
     try:
-        plugins = named_plugins(settings.template)
+        plugins = named_plugins(settings.templates)
     finally:
         sys.stdout = output
     if command.json:

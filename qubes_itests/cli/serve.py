@@ -21,11 +21,11 @@ def execute(command: Command, settings: Settings) -> int:
     """Serve until told to end, or print how to call who serves."""
     if command.print_env:
         return _print_environment()
-    from qubes_itests.bundled import registry  # noqa: PLC0415 - only in the sandbox
+    from qubes_itests.derived import plugins_for  # noqa: PLC0415 - only in the sandbox
     from qubes_itests.serve.daemon import serving, wait_for_end  # noqa: PLC0415
 
     directory = Path(command.directory) if command.directory else None
-    with serving(settings, registry(), directory) as server:
+    with serving(settings, plugins_for(settings), directory) as server:
         print(_ready(server), flush=True)  # noqa: T201
         wait_for_end()
         print("ending: the VMs shut down", flush=True)  # noqa: T201

@@ -24,12 +24,12 @@ def check(_command: Command, _settings: Settings) -> None:
 
 def execute(command: Command, settings: Settings) -> int:
     """Start the VM, open the shell; the exit status is the shell's."""
-    from qubes_itests.bundled import registry  # noqa: PLC0415 - only in the sandbox
+    from qubes_itests.derived import plugins_for  # noqa: PLC0415 - only in the sandbox
     from qubes_itests.run_context import RunContext  # noqa: PLC0415
 
-    context = RunContext(settings, registry())
+    context = RunContext(settings, plugins_for(settings))
     try:
-        return _open(context.testbed, command.target, settings.template[0])
+        return _open(context.testbed, command.target, settings.templates[0])
     finally:
         context.close()
 

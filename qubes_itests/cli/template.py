@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qubes_itests.assembly import offers
-from qubes_itests.bundled import registry
 from qubes_itests.configuration import ConfigurationError
+from qubes_itests.derived import plugins_for
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.kernel import find_kernel
-from qubes_itests.preparation import prepare
+from qubes_itests.preparation import build_templates
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
@@ -21,13 +21,13 @@ __all__ = ["execute"]
 _MIB = 1 << 20
 
 
-def execute(command: Command, _settings: Settings) -> int:
+def execute(command: Command, settings: Settings) -> int:
     """Build those that are named, or list all.
 
     :raise ConfigurationError: for an unknown act or name.
     """
     act, *names = command.words
-    known = offers(registry(), "templates")
+    known = offers(plugins_for(settings), "templates")
     if act == "list" and not names:
         print("\n".join(known))  # noqa: T201
         return ExitCode.OK
@@ -38,7 +38,7 @@ def execute(command: Command, _settings: Settings) -> int:
             found = ", ".join(known)
             problem = f"there is no template {name!r}; there are: {found}"
             raise ConfigurationError("template build", problem)
-    prepare(names)
+    build_templates(settings, names)
     cache = Cache()
     for name in names:
         built = known[name](cache, find_kernel(cache))

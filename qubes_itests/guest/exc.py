@@ -9,14 +9,21 @@
      +-- BootError               it did not start; everything is undone
      +-- TooManyStreamsError     too many commands at once
     ImageError                   a guest image could not be built
+     +-- LayerError              what an app adds to a template could not be
+     +-- PackagesError           packages for a template could not be fetched
     EnvironmentNotReadyError
      +-- NotFetchedError         the packages of a template are not in the cache
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qubes_itests.exc import EnvironmentNotReadyError, HarnessError
 from qubes_itests.exit_codes import ExitCode
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = [
     "BootError",
@@ -24,7 +31,9 @@ __all__ = [
     "GuestGoneError",
     "GuestRefusedError",
     "ImageError",
+    "LayerError",
     "NotFetchedError",
+    "PackagesError",
     "ProtocolViolation",
     "TooManyStreamsError",
 ]
@@ -127,6 +136,50 @@ class ImageError(HarnessError):
         super().__init__(f"cannot build the {image}: {reason}")
         self.image = image
         self.reason = reason
+
+
+class LayerError(ImageError):
+    """What an app adds to a template could not be built.
+
+    :param template: its name.
+    :param step: what was being done, as in "run the commands of my-app".
+    :param reason: how it failed.
+    :param output: the end of what was said.
+    :param log: the file with all that was said; None if there is none.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        step: str,
+        reason: str,
+        output: str = "",
+        log: Path | None = None,
+    ) -> None:
+        said = f"; the end of what it said:\n{output}" if output else ""
+        kept = f"\nAll of it: {log}" if log is not None else ""
+        super().__init__(
+            f"template {template}", f"could not {step}: {reason}{said}{kept}"
+        )
+        self.template = template
+        self.step = step
+        self.why = reason
+        self.output = output
+        self.log = log
+
+
+class PackagesError(ImageError):
+    """Packages for a template could not be fetched.
+
+    :param template: its name.
+    :param reason: apt's own words.
+    """
+
+    def __init__(self, template: str, reason: str) -> None:
+        super().__init__(
+            f"template {template}", f"its packages could not be fetched: {reason}"
+        )
+        self.template = template
 
 
 class NotFetchedError(EnvironmentNotReadyError):

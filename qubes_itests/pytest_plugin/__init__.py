@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qubes_itests import configuration
-from qubes_itests.bundled import registry
 from qubes_itests.configuration import ConfigurationError, Settings
+from qubes_itests.derived import plugins_for
 from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.hookspec import PROJECT
 from qubes_itests.host import sandbox
@@ -45,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add(f"{_PREFIX}timeout", metavar="SECONDS", help="for each test; 0 for none")
     add(f"{_PREFIX}seed", metavar="NUMBER", help="of random numbers in tests")
     add(f"{_PREFIX}template", metavar="NAME", action="append", help="to test on")
+    add(f"{_PREFIX}template-spec", metavar="FILE", action="append")
     add(f"{_PREFIX}memory-budget", metavar="MIB", help="of the VMs' machine; 0: any")
     add(f"{_PREFIX}no-warm", action="store_false", default=None, dest="itests_warm")
 
@@ -53,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Start over in a sandbox before anything is collected."""
     if resandbox.wanted(config):
-        resandbox.enter(config, _settings(config).template)
+        resandbox.enter(config, _settings(config))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if SETTINGS not in config.stash:
         config.stash[SETTINGS] = _settings(config)
     settings = config.stash[SETTINGS]
-    context = RunContext(settings, registry())
+    context = RunContext(settings, plugins_for(settings))
     config.stash[CONTEXT] = context
     config.pluginmanager.register(_Offers(context.plugins), "qubes_itests-offers")
     watch = FailureWatch(config, context)

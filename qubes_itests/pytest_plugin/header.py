@@ -24,7 +24,7 @@ def lines(context: RunContext) -> list[str]:
     if sandbox.active():
         result.append(f"cache: {context.cache.root}")
         result.append(f"hypervisor: {_hypervisor(context)}")
-        templates = ", ".join(settings.template)
+        templates = ", ".join(settings.templates)
         starts = "warm starts" if settings.warm else "cold starts"
         result.append(f"templates: {templates} ({starts})")
         if size := settings.memory_budget:

@@ -79,7 +79,7 @@ class Job:
         """Collect entry points; the words on the command line select among them."""
         config = session.config
         words = [] if config.args_source.name != "ARGS" else list(config.args)
-        templates = self._settings.template
+        templates = self._settings.templates
         collect(session, nodes(session, templates), Selection(words))
         return True
 

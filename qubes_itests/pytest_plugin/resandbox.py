@@ -13,7 +13,7 @@ from qubes_itests.host import sandbox
 from qubes_itests.preparation import prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from qubes_itests.configuration import Settings
 
 __all__ = ["enter", "wanted"]
 
@@ -40,17 +40,17 @@ def wanted(config: pytest.Config) -> bool:
     )
 
 
-def enter(config: pytest.Config, templates: Sequence[str]) -> None:
+def enter(config: pytest.Config, settings: Settings) -> None:
     """Replace this process by the same command in a sandbox; does not return.
 
-    :param templates: what the tests run on; fetched first, where there is a network.
+    :param settings: what they name is made ready first, where there is a network.
     """
     capture = config.pluginmanager.get_plugin("capturemanager")
     if capture is not None:
         # What pytest captures into must not become the new process's own output.
         capture.stop_global_capturing()
     try:
-        prepare(templates)
+        prepare(settings)
     except HarnessError as error:
         raise pytest.exit.Exception(str(error), int(error.exit_code)) from None
     sandbox.reexec([sys.executable, *sys.orig_argv[1:]])

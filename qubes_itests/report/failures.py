@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qubes_itests.host.cache import digest
+from qubes_itests.prepared import Prepared
 from qubes_itests.report.names import one_line
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ _PROGRAM = "QUBES_ITESTS_PROGRAM"
 
 def _command() -> tuple[str, ...]:
     """Return the words by which this program can be started once more, from here."""
+    words = Prepared.told().words
     if program := os.environ.get(_PROGRAM):
-        return (program,)
+        return (program, *words)
     directory = os.path.dirname(sys.executable)  # noqa: PTH120 - of links as well
     activated = os.path.dirname(shutil.which("python") or "") == directory  # noqa: PTH120
-    return ("python" if activated else sys.executable, "-m", "qubes_itests")
+    return ("python" if activated else sys.executable, "-m", "qubes_itests", *words)
 
 
 #: How a person starts this program.

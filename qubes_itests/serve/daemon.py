@@ -81,7 +81,7 @@ def serving(
         testbed = stack.enter_context(
             open_testbed(portal, cache, short, settings, plugins, pool=pool)
         )
-        app = portal.run(testbed.open_app(state.store, *settings.template))
+        app = portal.run(testbed.open_app(state.store, *settings.templates))
         stack.callback(lambda: portal.run(_shut_down(app)))
         offer_programs(place, installed_tools())
         # by its short name, for the paths of sockets are limited

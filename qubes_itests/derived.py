@@ -1,0 +1,167 @@
+"""The templates that apps derive, offered beside those that there are."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.apps import derive, read_spec_file, read_specs
+from qubes_itests.apps.exc import SpecError
+from qubes_itests.assembly import offers
+from qubes_itests.bundled import registry
+from qubes_itests.exc import HarnessError
+from qubes_itests.guest.exc import ImageError
+from qubes_itests.guest.layer import build_layers, fetch_packages
+from qubes_itests.hookspec import hookimpl
+from qubes_itests.host.kernel import find_kernel
+from qubes_itests.prepared import Prepared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    import pluggy
+
+    from qubes_itests.apps import Derived, TemplateSpec
+    from qubes_itests.configuration import Settings
+    from qubes_itests.guest.template import Template
+    from qubes_itests.host.cache import Cache
+    from qubes_itests.host.kernel import Kernel
+
+__all__ = ["AppTemplates", "Wishes", "plugins_for", "wishes_of"]
+
+_PLUGIN: Final = "apps"
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the apps of a run say of templates.
+
+    :param specs: in the order of the apps.
+    :param problems: for each app that says what makes no sense, what that is.
+    """
+
+    specs: tuple[TemplateSpec, ...] = ()
+    problems: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Names of the templates, each once."""
+        return tuple(dict.fromkeys(spec.name for spec in self.specs))
+
+
+def wishes_of(settings: Settings) -> Wishes:
+    """Read what the apps and the files that a run was told of say.
+
+    :raise SpecError: a file makes no sense; an app's problem is the app's.
+    """
+    specs: list[TemplateSpec] = []
+    problems: dict[str, str] = {}
+    for path in settings.template_spec:
+        specs += read_spec_file(path)
+    for app in settings.app:
+        try:
+            specs += read_specs(app)
+        except SpecError as error:
+            problems[app.name] = str(error)
+    return Wishes(tuple(specs), problems)
+
+
+def plugins_for(
+    settings: Settings, say: Callable[[str], None] = lambda _text: None
+) -> pluggy.PluginManager:
+    """Return all that offers templates and the like: bundled, installed, apps.
+
+    :param say: is told what is going on while a template is built.
+    """
+    plugins = registry()
+    if settings.app or settings.template_spec:
+        wanted = derive(wishes_of(settings).specs)
+        own = AppTemplates(wanted, plugins, settings.artifacts, say)
+        plugins.register(own, _PLUGIN)
+    return plugins
+
+
+class AppTemplates:
+    """Derives templates from those that other plugins offer.
+
+    :param wanted: what is derived, by name.
+    :param plugins: the others, as they are now.
+    :param logs: a directory for what the building of a template said when it failed.
+    :param say: is told what is going on.
+    """
+
+    def __init__(
+        self,
+        wanted: Mapping[str, Derived | SpecError],
+        plugins: pluggy.PluginManager,
+        logs: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        self._wanted = wanted
+        self._bases: Mapping[str, Any] = offers(plugins, "templates")
+        self._downloads: Mapping[str, Any] = offers(plugins, "downloads")
+        self._logs = logs
+        self._say = say
+
+    @hookimpl
+    def qubes_itests_templates(
+        self,
+    ) -> Mapping[str, Callable[[Cache, Kernel], Template]]:
+        """Return what builds them; without a network, if they were fetched."""
+        return {name: functools.partial(self._build, name) for name in self._wanted}
+
+    @hookimpl
+    def qubes_itests_downloads(
+        self,
+    ) -> Mapping[str, Callable[[Cache, Callable[[str], None]], object]]:
+        """Return what fetches their packages, and their bases'."""
+        return {name: functools.partial(self._fetch, name) for name in self._wanted}
+
+    def _derived(self, name: str) -> Derived:
+        wanted = self._wanted[name]
+        if isinstance(wanted, SpecError):
+            raise ImageError(f"template {name}", str(wanted))
+        if wanted.base not in self._bases:
+            known = ", ".join(self._bases)
+            raise ImageError(
+                f"template {name}",
+                f"there is no template {wanted.base!r} to lie over; there are: {known}",
+            )
+        return wanted
+
+    def _fetch(self, name: str, cache: Cache, say: Callable[[str], None]) -> None:
+        derived = self._derived(name)
+        if derived.base in self._downloads:
+            self._downloads[derived.base](cache, say)
+        base = self._bases[derived.base](cache, find_kernel(cache))
+        self._archives(derived, base, cache, say)
+
+    def _archives(
+        self,
+        derived: Derived,
+        base: Template,
+        cache: Cache,
+        say: Callable[[str], None],
+    ) -> Path | None:
+        if not derived.packages:
+            return None
+        names = derived.packages
+        return fetch_packages(cache, derived.name, base.root_image, names, say)
+
+    def _build(self, name: str, cache: Cache, kernel: Kernel) -> Template:
+        if problem := Prepared.told().templates.get(name):
+            raise HarnessError(problem)
+        derived = self._derived(name)
+        base: Template = self._bases[derived.base](cache, kernel)
+        archives = self._archives(derived, base, cache, self._say)
+        layers = derived.layers(base.root_image, archives)
+        log = self._logs / f"template-{name}.log"
+        return dataclasses.replace(
+            base,
+            name=name,
+            root_image=build_layers(cache, layers, log, self._say),
+            init=derived.init or base.init,
+        )

@@ -1,0 +1,55 @@
+"""What was made ready before a run went into its sandbox, told by the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, MutableMapping
+
+__all__ = ["Prepared"]
+
+_VARIABLE = "QUBES_ITESTS_PREPARED"
+#: Of one text: the system limits a variable to 128 KiB.
+_TEXT_LIMIT = 8000
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a run finds.
+
+    :param only: names of the entry points of tests that make up the run; None for all
+        that are installed.
+    :param apps: for each app whose tests cannot be run, why.
+    :param templates: for each template that could not be built, why.
+    :param words: of the command line, without which the run cannot be repeated.
+    """
+
+    only: tuple[str, ...] | None = None
+    apps: Mapping[str, str] = field(default_factory=dict)
+    templates: Mapping[str, str] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+
+    @classmethod
+    def told(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """Return what was told; nothing special without the variable."""
+        values = json.loads(environment.get(_VARIABLE) or "{}")
+        only = values.get("only")
+        return cls(
+            None if only is None else tuple(only),
+            values.get("apps", {}),
+            values.get("templates", {}),
+            tuple(values.get("words", ())),
+        )
+
+    def tell(self, environment: MutableMapping[str, str] = os.environ) -> None:
+        """Have the processes that follow find it."""
+        values = dataclasses.asdict(self)
+        for kind in ("apps", "templates"):
+            texts = values[kind].items()
+            values[kind] = {name: text[-_TEXT_LIMIT:] for name, text in texts}
+        environment[_VARIABLE] = json.dumps(values)

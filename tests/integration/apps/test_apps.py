@@ -1,0 +1,207 @@
+"""``--app DIR``: all that the maintainer of an app types; what bad ones are told."""
+
+import re
+import textwrap
+
+import pytest
+
+SETUP = """\
+from setuptools import setup
+setup(
+    name="{name}-tests",
+    version=open("../version").read().strip(),
+    packages=["{module}"],
+    entry_points={{"qubes.tests.extra.for_template": ["{name} = {module}:list_tests"]}},
+)
+"""
+TESTS = """\
+from qubes.tests.extra import ExtraTestCase
+
+class TC_App(ExtraTestCase):
+    def test_service(self):
+        (vm,) = self.create_vms(["work"])
+        vm.start()
+        self.assertEqual(vm.run_service("{name}.Hello", wait=True), 0)
+
+def list_tests():
+    return [TC_App]
+"""
+SPEC = """\
+[qubes_itests:template:mine]
+base = tiny
+copy = src -> /etc/qubes-rpc
+run = chmod 755 /etc/qubes-rpc/{name}.Hello
+"""
+
+
+class Apps:
+    """Makes apps in folders of their own, and runs the program on them."""
+
+    def __init__(self, directory, site):
+        self.directory = directory
+        self.site = site
+
+    def make(self, name, *, spec=SPEC, setup=SETUP, tests=TESTS):
+        app = self.directory / name
+        module = f"{name}_tests"
+        (app / "src").mkdir(parents=True)
+        (app / "tests" / module).mkdir(parents=True)
+        (app / "version").write_text("1.2\n")
+        (app / f"src/{name}.Hello").write_text("#!/bin/sh\necho hello\n")
+        values = {"name": name, "module": module}
+        (app / "setup.cfg").write_text(spec.format(**values))
+        (app / "tests/setup.py").write_text(setup.format(**values))
+        (app / "tests" / module / "__init__.py").write_text(tests.format(**values))
+        return app
+
+    def run(self, *apps, words=()):
+        given = [word for app in apps for word in ("--app", str(app))]
+        done = self.site.run(*given, *words)
+        done.outcomes = re.findall(r"^([A-Z]{5,6}) +(\S+)", done.stdout, re.MULTILINE)
+        return done
+
+
+@pytest.fixture
+def apps(tmp_path, site):
+    return Apps(tmp_path / "apps", site)
+
+
+def files(app):
+    return sorted(str(path.relative_to(app)) for path in app.rglob("*"))
+
+
+def test_an_app_is_installed_layered_and_tested_and_stays_as_it_is(apps):
+    """Its setup.py reads what lies beside it; the plugins installed here do not run."""
+    app = apps.make("one")
+    before = files(app)
+    done = apps.run(app)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.outcomes == [("PASSED", "one::TC_App_mine::test_service")]
+    assert "templates: mine" in done.stdout
+    assert files(app) == before
+
+
+def test_what_has_not_changed_is_not_made_again(apps):
+    app = apps.make("cached")
+    assert "cached: installing" in apps.run(app, words=["--collect-only"]).stderr
+    again = apps.run(app, words=["--collect-only"])
+    assert again.stderr == ""
+    assert "cached::TC_App_mine::test_service" in again.stdout
+    (app / "tests/cached_tests/__init__.py").write_text("def list_tests(): return []\n")
+    changed = apps.run(app, words=["--collect-only"])
+    assert "cached: installing" in changed.stderr
+    assert "test_service" not in changed.stdout
+
+
+def test_several_apps_share_one_template(apps):
+    done = apps.run(apps.make("low"), apps.make("high"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [name for _, name in done.outcomes] == [
+        "high::TC_App_mine::test_service",
+        "low::TC_App_mine::test_service",
+    ]
+
+
+def test_commands_that_fail_fail_the_tests_with_what_they_said(apps):
+    spec = SPEC + "    echo now it goes wrong; exit 3\n"
+    done = apps.run(apps.make("wrong", spec=spec))
+    assert done.returncode == 1
+    assert done.outcomes[0] == ("FAILED", "wrong::TC_App_mine::test_service")
+    assert "template mine: failed after" in done.stderr
+    assert "could not run the commands of wrong: exit status 3" in done.stdout
+    assert "\nnow it goes wrong" in done.stdout.replace("E   ", "").replace("  ", "")
+    log = "itests-artifacts/template-mine.log"
+    assert (apps.site.work / log).read_text().endswith("now it goes wrong\n")
+    assert log in done.stdout
+    command = rf"run again +.*--app {apps.directory}/wrong wrong::TC_App_mine"
+    assert re.search(command, done.stdout)
+
+
+def test_commands_that_hang_are_ended_at_their_deadline(apps):
+    spec = SPEC + "    sleep 1000\ntimeout = 1\n"
+    done = apps.run(apps.make("hanging", spec=spec))
+    assert done.returncode == 1
+    assert "it did not end within 1 s" in done.stdout
+
+
+BROKEN_SETUP = '# "qubes.tests.extra"\nraise SystemExit("no luck with " + {name!r})\n'
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({"setup": BROKEN_SETUP}, "no luck with bad"),
+        ({"spec": "[qubes_itests:template:mine]\nbas = tiny\n"}, "unknown key 'bas'"),
+        ({"setup": "# nothing\n"}, "names the entry point group"),
+        ({"tests": "import nothing_of_that_name\n"}, "nothing_of_that_name"),
+    ],
+)
+def test_a_broken_app_is_one_failing_test_and_the_others_run(apps, broken, said):
+    done = apps.run(apps.make("bad", **broken), apps.make("good"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert ("FAILED", "bad::plugin") in done.outcomes
+    assert ("PASSED", "good::TC_App_mine::test_service") in done.outcomes
+    assert said in done.stdout
+
+
+def test_a_base_that_is_not_there_is_told(apps):
+    spec = "[qubes_itests:template:mine]\nbase = debain-12\n"
+    done = apps.run(apps.make("lost", spec=spec))
+    assert done.returncode == 1
+    assert (
+        "there is no template 'debain-12' to lie over; there are: tiny," in done.stdout
+    )
+
+
+def test_two_apps_with_one_entry_name_are_both_run(apps):
+    again = SETUP.replace('["{name} =', '["first =')
+    done = apps.run(apps.make("first"), apps.make("second", setup=again))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(name for _, name in done.outcomes) == [
+        "first+::TC_App_mine::test_service",
+        "first::TC_App_mine::test_service",
+    ]
+
+
+def test_an_app_that_brings_no_template_runs_on_the_one_that_is_asked_for(apps):
+    tests = TESTS.replace("self.assertEqual(", "print(").replace(", 0)", ")")
+    app = apps.make("plain", spec="[metadata]\n", tests=tests)
+    done = apps.run(app, words=["--template", "tiny"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.outcomes == [("PASSED", "plain::TC_App_tiny::test_service")]
+
+
+def test_list_shows_the_tests_of_an_app(apps):
+    done = apps.site.run("list", "--app", str(apps.make("shown")))
+    assert done.stdout.splitlines()[1:] == ["shown::TC_App_mine::test_service"]
+
+
+def test_a_template_is_built_by_itself_from_a_file(apps, tmp_path):
+    path = tmp_path / "more.cfg"
+    path.write_text("[qubes_itests:template:more]\nbase = tiny\nrun = : >/etc/more\n")
+    words = ["--template-spec", str(path)]
+    assert "more" in apps.site.run("template", "list", *words).stdout.split()
+    done = apps.site.run("template", "build", "more", *words)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"more: /\S+/layer/\w+/root.img \(\d+ MiB\)\n", done.stdout)
+    path.write_text(path.read_text() + "    exit 4\n")
+    done = apps.site.run("template", "build", "more", *words)
+    assert done.returncode == 3
+    assert "exit status 4" in done.stderr
+
+
+PLAIN = """
+    def test_marked(vm_factory):
+        assert vm_factory().run("[ -e /etc/marked ]", wait=True) == 0
+"""
+
+
+def test_a_plain_suite_of_pytest_has_derived_templates_too(apps, tmp_path):
+    path = tmp_path / "spec.cfg"
+    path.write_text(
+        "[qubes_itests:template:marked]\nbase = tiny\nrun = : >/etc/marked\n"
+    )
+    (apps.site.work / "test_it.py").write_text(textwrap.dedent(PLAIN))
+    words = ("-p", "qubes_itests", "-q", "--itests-template-spec", str(path))
+    done = apps.site.run(*words, program="pytest")
+    assert done.returncode == 0, done.stdout + done.stderr

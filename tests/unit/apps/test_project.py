@@ -1,0 +1,39 @@
+"""Where the test plugin of an app is."""
+
+import pytest
+
+from qubes_itests.apps import find_projects, install
+from qubes_itests.apps.exc import InstallError
+from qubes_itests.host.cache import Cache
+
+PLUGIN = 'entry_points={"qubes.tests.extra": ["x = y:z"]}\n'
+
+
+def project(directory, text=PLUGIN, name="setup.py"):
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_text(text)
+
+
+def test_it_may_be_the_app_itself(tmp_path):
+    project(tmp_path)
+    project(tmp_path / "examples/one")
+    assert find_projects(tmp_path) == [tmp_path]
+
+
+def test_it_may_be_below_an_app_that_is_another_project(tmp_path):
+    project(tmp_path, "setup(name='app')\n")
+    project(tmp_path, "[tool.qubes_itests]\n", "pyproject.toml")
+    project(tmp_path / "tests")
+    project(tmp_path / "more/tests", "[qubes.tests.extra]\n", "setup.cfg")
+    assert find_projects(tmp_path) == [tmp_path / "tests", tmp_path / "more/tests"]
+
+
+@pytest.mark.parametrize("place", [".git/x", "x.egg-info", "a/b/c", ".venv/y"])
+def test_it_is_not_what_was_built_or_too_deep(tmp_path, place):
+    project(tmp_path / place)
+    assert find_projects(tmp_path) == []
+
+
+def test_an_app_without_one_is_told(tmp_path):
+    with pytest.raises(InstallError, match="names the entry point group"):
+        install(Cache(tmp_path / "cache"), tmp_path, [], lambda _: None)
