@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, MutableMapping, MutableSet
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from qubes_itests.core.exc import (
     QubesFeatureNotFoundError,
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["Features", "Tags"]
+
+_T = TypeVar("_T")
 
 _TAG: Final = re.compile(r"[A-Za-z0-9_-]+")
 _FEATURE: Final = re.compile(r"[A-Za-z0-9_.-]+")
@@ -176,7 +179,12 @@ class Tags(MutableSet[str]):
             raise QubesTagNotFoundError(value, self._values)
         self.discard(value)
 
-    def update(self, tags: Iterable[str]) -> None:
-        """Add several tags."""
-        for tag in tags:
+    def update(self, *others: Iterable[str]) -> None:
+        """Add the tags of any number of collections."""
+        for tag in itertools.chain(*others):
             self.add(tag)
+
+    @classmethod
+    def _from_iterable(cls, it: Iterable[_T]) -> set[_T]:
+        # what `&`, `|`, `-` and `^` give is nobody's
+        return set(it)

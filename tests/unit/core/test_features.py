@@ -121,6 +121,19 @@ def test_tags_fire_once_and_only_when_something_changes(work, events):
     assert all(kwargs == {"tag": event[-1]} for event, kwargs in events)
 
 
+def test_tags_are_combined_as_sets_are(work, events):
+    """What comes of that is a plain set; the VM's tags stay as they are."""
+    work.tags.update(["a"], {"b"})
+    events.clear()
+    assert work.tags & {"a", "c"} == {"a"}
+    assert work.tags | {"c"} == {"c"} | work.tags == {"a", "b", "c"}
+    assert work.tags - {"a"} == {"b"}
+    assert {"a", "c"} - work.tags == {"c"}
+    assert work.tags ^ {"a", "c"} == {"b", "c"}
+    assert set(work.tags) == {"a", "b"}
+    assert events == []
+
+
 def test_what_is_no_tag(work):
     for value in ("a b", 7, None, "created-by-\n"):
         with pytest.raises(exc.QubesValueError, match="is no tag"):
