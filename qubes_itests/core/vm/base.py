@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core import config
 from qubes_itests.core.devices import DeviceManager
-from qubes_itests.core.events import Emitter
+from qubes_itests.core.events import Emitter, handler
 from qubes_itests.core.exc import QubesValueError, QubesVMInUseError
 from qubes_itests.core.features import Features, Tags
 from qubes_itests.core.firewall import Firewall
@@ -124,6 +124,16 @@ class BaseVM(PropertyHolder):
     def dir_path_prefix(self) -> str:
         """The folder of a pool in which VMs of its kind have theirs."""
         return "appvms"
+
+    @handler("property-pre-reset:label", "property-pre-reset:template")
+    def on_pre_reset_needed(self, _event: str, name: str, **_kwargs: Any) -> None:
+        """Refuse to leave it without what it cannot do without."""
+        try:
+            self.property_get_default(name)
+        except AttributeError:
+            raise QubesValueError(
+                f"property {name!r} of {self} has no default: set it to another value"
+            ) from None
 
     def check_unused(self) -> None:
         """Raise QubesVMInUseError, naming who, when others use this VM."""

@@ -3,6 +3,7 @@
 import pytest
 
 from qubes_itests.core import exc
+from qubes_itests.core.properties import Property
 from qubes_itests.core.vm.appvm import AppVM
 
 
@@ -78,6 +79,21 @@ def test_unknown_class_and_label(app, template):
         app.add_new_vm("Nope", name="work", label="red")
     with pytest.raises(exc.QubesLabelNotFoundError, match="no such label: 'pink'"):
         app.add_new_vm("AppVM", name="work", label="pink", template=template)
+
+
+@pytest.mark.parametrize("name", ["template", "label"])
+def test_what_a_vm_needs_is_not_reset(app, work, name):
+    """It would have none, and its app could be saved, but not loaded."""
+    before = getattr(work, name)
+    with pytest.raises(exc.QubesValueError, match=f"'{name}' of work has no default"):
+        delattr(work, name)
+    with pytest.raises(exc.QubesValueError, match="set it to another value"):
+        setattr(work, name, Property.DEFAULT)
+    assert getattr(work, name) is before
+    dom0 = app.domains["dom0"]
+    dom0.label = "red"
+    del dom0.label
+    assert dom0.label.name == "black"
 
 
 def test_removal_refused_while_in_use(app, template, work):
