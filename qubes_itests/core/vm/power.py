@@ -184,7 +184,10 @@ class PowerMixin(EndMixin):
             undo.push_async_exit(step.failed)
             with self._uninterrupted_undoing():
                 await self.fire_event_async(
-                    "domain-pre-start", pre_event=True, start_guid=start_guid
+                    "domain-pre-start",
+                    pre_event=True,
+                    start_guid=start_guid,
+                    mem_required=memory,
                 )
                 async with contextlib.AsyncExitStack() as reservation:
                     await self._reserve_memory(step, reservation, memory)
@@ -266,5 +269,6 @@ class PowerMixin(EndMixin):
             await self.fire_event_async("domain-spawn", start_guid=start_guid)
             self._power = "Running"
             self.started_at = time.time()
+            await self.fire_event_async("property-reset:start_time", name="start_time")
             await self.fire_event_async("domain-start", start_guid=start_guid)
         self._run_began(self.domain, self.agent)

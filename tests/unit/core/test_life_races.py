@@ -134,6 +134,26 @@ async def test_an_end_that_fails_is_told_all_the_same(app):
 
 
 @pytest.mark.asyncio
+async def test_handlers_of_a_start_are_told_how_it_was_asked_for(app):
+    """By the names that the parameters of `start` have; others read start_time anew."""
+    vm = await make_vm(app, "AppVM", "work")
+    told = []
+
+    async def before(_vm, _event, start_guid, mem_required):
+        told.append((start_guid, mem_required))
+
+    def read_anew(vm, _event, name):
+        told.append((name, vm.start_time))
+
+    vm.add_handler("domain-pre-start", before)
+    vm.add_handler("property-reset:start_time", read_anew)
+    await vm.start(start_guid=False, mem_required=7)
+    await vm.kill()
+    assert told == [(False, 7), ("start_time", vm.start_time)]
+    assert vm.start_time is not None
+
+
+@pytest.mark.asyncio
 async def test_veto_of_a_start(app):
     vm = await make_vm(app, "AppVM", "work")
     failures = []
