@@ -59,6 +59,14 @@ VM_CLASSES: Mapping[str, type[Any]] = {
     cls.__name__: cls for cls in (TemplateVM, AppVM, StandaloneVM, DispVM, RemoteVM)
 }
 
+#: Properties of the app that are a default of VMs, and what these call them.
+_DEFAULTS: Mapping[str, str] = {
+    "default_dispvm": "default_dispvm",
+    "default_kernel": "kernel",
+    "default_qrexec_timeout": "qrexec_timeout",
+    "default_shutdown_timeout": "shutdown_timeout",
+}
+
 
 def _check_network(_app: object, vm: Any) -> None:
     if not getattr(vm, "provides_network", False):
@@ -205,6 +213,18 @@ class Qubes(PropertyHolder):
         """Tell the VMs whose net VM this changes."""
         for vm in self._by_default_netvm():
             vm.fire_event("property-reset:netvm", name="netvm", oldvalue=oldvalue)
+
+    @handler(
+        *(f"property-set:{name}" for name in _DEFAULTS),
+        *(f"property-reset:{name}" for name in _DEFAULTS),
+    )
+    def on_default_set(self, _event: str, name: str, **_kwargs: Any) -> None:
+        """Tell the VMs whose property this changes; they tell those based on them."""
+        of_vms = _DEFAULTS[name]
+        for vm in self.domains:
+            based = of_vms != name and hasattr(vm, "template")
+            if isinstance(vm, QubesVM) and not based and vm.property_is_default(of_vms):
+                vm.fire_event(f"property-reset:{of_vms}", name=of_vms)
 
     def _by_default_netvm(self) -> list[QubesVM]:
         return [

@@ -120,6 +120,19 @@ class BaseVM(PropertyHolder):
         for_dispvms = getattr(self, "template_for_dispvms", False)
         return "dispvm" if for_dispvms else self.klass.lower()
 
+    @handler(
+        *(
+            f"property-{change}:{name}"
+            for change in ("set", "reset")
+            for name in ("label", "template_for_dispvms")
+        ),
+        "domain-feature-set:servicevm",
+        "domain-feature-delete:servicevm",
+    )
+    def on_icon_changed(self, _event: str, **_kwargs: Any) -> None:
+        """Tell those who keep the icon."""
+        self.fire_event("property-reset:icon", name="icon")
+
     @property
     def dir_path_prefix(self) -> str:
         """The folder of a pool in which VMs of its kind have theirs."""

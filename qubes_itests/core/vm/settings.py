@@ -9,6 +9,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core import config
+from qubes_itests.core.events import handler
 from qubes_itests.core.properties import Property, VMProperty, stateless_property
 from qubes_itests.core.property_values import to_int
 from qubes_itests.core.vm.base import BaseVM
@@ -21,6 +22,19 @@ __all__ = ["SettingsMixin", "check_for_dispvms", "kernel_name", "positive"]
 _MOST_MEMORY: Final = 10
 _MOST_OPTIONS: Final = 512
 _KERNEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+
+#: What a VM has from its template as long as nobody sets it.
+_INHERITED: Final = (
+    "memory",
+    "maxmem",
+    "vcpus",
+    "virt_mode",
+    "kernel",
+    "kernelopts",
+    "default_user",
+    "qrexec_timeout",
+    "shutdown_timeout",
+)
 _USER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,+-]{0,31}")
 
 
@@ -232,6 +246,16 @@ class SettingsMixin(BaseVM):
         doc="When it was last backed up, whole seconds since the epoch; None: never.",
     )
     debug = Property[bool]("debug", type=bool, default=False, doc="Debug mode.")
+
+    @handler(
+        *(f"property-set:{name}" for name in _INHERITED),
+        *(f"property-reset:{name}" for name in _INHERITED),
+    )
+    def on_inherited_set(self, _event: str, name: str, **_kwargs: Any) -> None:
+        """Tell the VMs that take their default from here."""
+        for vm in self.app.domains:
+            if getattr(vm, "template", None) is self and vm.property_is_default(name):
+                vm.fire_event(f"property-reset:{name}", name=name)
 
     @stateless_property
     def start_time(self) -> int | None:

@@ -39,6 +39,82 @@ def test_default_is_the_templates(work, template, name, value):
     assert work.property_is_default(name)
 
 
+@pytest.fixture
+def told(app):
+    """Collect which VMs are told that a property of theirs is another."""
+    told = []
+    app.add_handler(
+        "domain-add",
+        lambda _, _event, vm: vm.add_handler(
+            "property-reset:*", lambda vm, _, name, **__: told.append((vm.name, name))
+        ),
+    )
+    return told
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("memory", 300), ("kernelopts", "quiet"), ("virt_mode", "hvm")]
+)
+def test_vms_are_told_when_the_default_from_their_template_changes(
+    told, app, template, name, value
+):
+    """Also those of which the template is a template; not those that set their own."""
+    work, own = (
+        app.add_new_vm("AppVM", name=vm, label="red", template=template)
+        for vm in ("work", "own")
+    )
+    work.template_for_dispvms = True
+    app.add_new_vm("DispVM", name="late", template=work)
+    setattr(own, name, getattr(own, name))
+    told.clear()
+    setattr(template, name, value)
+    assert sorted(told) == [("late", name), ("work", name)]
+    delattr(template, name)
+    assert sorted(told[2:]) == [("late", name), ("tiny", name), ("work", name)]
+
+
+@pytest.mark.parametrize(
+    ("default", "name", "value"),
+    [
+        ("default_kernel", "kernel", None),
+        ("default_qrexec_timeout", "qrexec_timeout", 7),
+        ("default_shutdown_timeout", "shutdown_timeout", 7),
+    ],
+)
+def test_vms_are_told_once_when_a_default_of_the_app_changes(
+    told, app, default, name, value
+):
+    base = app.add_new_vm("TemplateVM", name="base", label="red")
+    app.add_new_vm("AppVM", name="work", label="red", template=base)
+    app.add_new_vm("StandaloneVM", name="own", label="red", **{name: value})
+    told.clear()
+    setattr(app, default, value)
+    assert sorted(told) == [("base", name), ("work", name)]
+    delattr(app, default)
+    assert sorted(told[2:]) == [("base", name), ("work", name)]
+
+
+def test_vms_are_told_of_another_default_dispvm(told, app, template):
+    work = app.add_new_vm("AppVM", name="work", label="red", template=template)
+    work.template_for_dispvms = True
+    own = app.add_new_vm("AppVM", name="own", label="red", template=template)
+    own.default_dispvm = None
+    told.clear()
+    app.default_dispvm = work
+    assert told == [(vm, "default_dispvm") for vm in ("tiny", "work")]
+
+
+def test_vms_are_told_of_another_icon(told, app):
+    vm = app.add_new_vm("TemplateVM", name="base", label="red")
+    told.clear()
+    vm.label = "blue"
+    vm.features["servicevm"] = True
+    del vm.features["servicevm"]
+    vm.template_for_dispvms = True
+    del vm.template_for_dispvms
+    assert [name for _, name in told if name == "icon"] == ["icon"] * 5
+
+
 def test_timeouts_are_the_apps_where_neither_vm_nor_template_set_them(app, work):
     app.default_qrexec_timeout, app.default_shutdown_timeout = 5, 6
     assert (work.qrexec_timeout, work.shutdown_timeout) == (5, 6)
