@@ -230,18 +230,27 @@ class NetMixin(BaseVM):
                 " start that first",
             )
 
-    @handler("property-pre-set:provides_network")
+    @handler("property-pre-set:provides_network", "property-pre-reset:provides_network")
     def on_provides_network_pre_set(
         self,
         _event: str,
-        newvalue: bool,  # noqa: FBT001 - of any property
+        newvalue: bool = False,  # noqa: FBT001, FBT002 - of any property
         **_kwargs: Any,
     ) -> None:
-        """Refuse to stop as long as VMs have this one as net VM."""
-        clients = [] if newvalue else self.connected_vms
-        if clients:
+        """Refuse to stop as long as VMs have this one as net VM, or new ones would."""
+        if newvalue:
+            return
+        if clients := self.connected_vms:
             raise QubesVMInUseError(
                 self,
                 f"VM {self} is the net VM of {', '.join(map(str, clients))};"
                 " set their netvm first",
+            )
+        if uses := {"default_netvm", "default_fw_netvm"} & {
+            *self.app.property_uses(self)
+        }:
+            raise QubesVMInUseError(
+                self,
+                f"VM {self} is the app's {' and '.join(sorted(uses))};"
+                " set another one first",
             )

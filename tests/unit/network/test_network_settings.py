@@ -1,6 +1,7 @@
 """The network of VMs that do not run: who has whom, and what their guests are told."""
 
 import contextlib
+import random
 from ipaddress import IPv4Address
 
 import pytest
@@ -117,3 +118,43 @@ def test_no_choice_of_net_vms_is_a_loop(net_vms, choices):
         chain(vm)
     for vm in vms:
         vm.netvm = None
+
+
+CHANGES = [
+    lambda vm, other: setattr(vm, "netvm", other),
+    lambda vm, _other: delattr(vm, "netvm"),
+    lambda vm, other: setattr(vm, "provides_network", other is not None),
+    lambda vm, _other: delattr(vm, "provides_network"),
+    lambda vm, other: setattr(vm.app, "default_netvm", other),
+    lambda vm, other: setattr(vm.app, "default_fw_netvm", other),
+]
+
+
+def test_no_choice_of_net_vms_and_defaults_is_a_loop(net_vms):
+    """Nor has a VM ever a net VM that does not provide network."""
+    chance, changed = random.Random(1), 0  # noqa: S311 - to be repeated
+    for _ in range(5000):
+        change = chance.choice(CHANGES)
+        with contextlib.suppress(exc.QubesValueError, exc.QubesVMInUseError):
+            change(chance.choice(net_vms), chance.choice([*net_vms, None]))
+            changed += 1
+        for vm in net_vms:
+            assert all(above.provides_network for above in chain(vm)[1:])
+    assert changed > 2000
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("default", ["default_netvm", "default_fw_netvm"])
+async def test_a_net_vm_remains_one_as_long_as_it_is_needed(app, make_vm, default):
+    net = await make_vm("net", provides_network=True)
+    work = await make_vm("work", netvm=net)
+    for said in ("is the net VM of work", f"is the app's {default}"):
+        with pytest.raises(exc.QubesVMInUseError, match=said):
+            net.provides_network = False
+        with pytest.raises(exc.QubesVMInUseError, match=said):
+            del net.provides_network
+        setattr(app, default, net)
+        work.netvm = None
+    setattr(app, default, None)
+    del net.provides_network
+    assert not net.provides_network
