@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["DispVM"]
 
 #: What a DispVM does not take over from its template.
-_ITS_OWN: Final = {"template", "template_for_dispvms", "autostart"}
+_ITS_OWN: Final = {"template", "autostart"}
 
 
 def _check_template(vm: DispVM, template: AppVM) -> None:

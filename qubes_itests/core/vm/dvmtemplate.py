@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qubes_itests.core.events import handler
 from qubes_itests.core.exc import QubesVMInUseError, QubesVMNotHaltedError
+from qubes_itests.core.properties import Property
 
 if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
@@ -18,6 +19,13 @@ class DVMTemplateMixin:
     """Of a VM class whose VMs may have `template_for_dispvms` set."""
 
     app: Qubes
+
+    template_for_dispvms = Property[bool](
+        "template_for_dispvms",
+        type=bool,
+        default=False,
+        doc="May be what disposable VMs are made from.",
+    )
 
     @property
     def dispvms(self) -> list[QubesVM]:
@@ -32,13 +40,22 @@ class DVMTemplateMixin:
     def on_pre_set_dispvms(
         self, _event: str, *, newvalue: object, **_kwargs: Any
     ) -> None:
-        """Refuse to be no template any more while disposable VMs need it."""
-        if not newvalue and self.dispvms:
+        """Refuse to be no template any more while disposable VMs need it, or would."""
+        if newvalue:
+            return
+        if self.dispvms:
             names = ", ".join(vm.name for vm in self.dispvms)
             raise QubesVMInUseError(
                 self,
                 f"{self} has to keep template_for_dispvms: {names} are made from it;"
                 " remove these first",
+            )
+        holders = (*self.app.domains, self.app)
+        if users := [h for h in holders if "default_dispvm" in h.property_uses(self)]:
+            raise QubesVMInUseError(
+                self,
+                f"{self} has to keep template_for_dispvms: it is the default_dispvm of"
+                f" {', '.join(map(str, users))}; change that first",
             )
 
     @handler("property-pre-reset:template_for_dispvms")

@@ -225,12 +225,6 @@ class SettingsMixin(BaseVM):
         ),
         doc="How long a shutdown may take, seconds.",
     )
-    template_for_dispvms = Property[bool](
-        "template_for_dispvms",
-        type=bool,
-        default=False,
-        doc="May be what disposable VMs are made from.",
-    )
     autostart = Property[bool](
         "autostart", type=bool, default=False, doc="Start it with the system."
     )

@@ -74,7 +74,7 @@ async def test_it_takes_after_its_template(app, base):
         False,
         False,
     )
-    assert not vm.template_for_dispvms
+    assert not hasattr(vm, "template_for_dispvms")
     assert vm.default_dispvm is base
     assert (dict(vm.features), set(vm.tags)) == (dict(base.features), {"sort"})
     assert vm.volumes["root"].source == app.default_template.volumes["root"]
@@ -115,6 +115,31 @@ async def test_its_template_must_be_meant_for_it(app, base):
         del base.template_for_dispvms
     with pytest.raises(exc.QubesVMInUseError, match=vm.name):
         del app.domains[base]
+
+
+@pytest.mark.asyncio
+async def test_what_is_a_default_dispvm_remains_fit_for_it(app, base):
+    """The app could be saved otherwise, but not loaded."""
+    work = await make_vm(app, "AppVM", "work", default_dispvm=base)
+    for user in (work, app):
+        with pytest.raises(exc.QubesVMInUseError, match=f"default_dispvm of.* {user}"):
+            base.template_for_dispvms = False
+        with pytest.raises(exc.QubesVMInUseError, match=f"default_dispvm of.* {user}"):
+            del base.template_for_dispvms
+        user.default_dispvm = None
+    del base.template_for_dispvms
+
+
+@pytest.mark.parametrize("cls", ["TemplateVM", "StandaloneVM", "DispVM"])
+@pytest.mark.usefixtures("base")
+@pytest.mark.asyncio
+async def test_disposable_vms_are_made_from_appvms_only(app, cls):
+    """Others cannot even be meant for it, nor be the default."""
+    vm = app.add_new_vm(cls, name="other", label="red")
+    with pytest.raises(exc.QubesNoSuchPropertyError):
+        vm.property_get_def("template_for_dispvms")
+    with pytest.raises(exc.QubesPropertyValueError, match="has not template_for_disp"):
+        app.default_dispvm = vm
 
 
 async def shut_down(vm):

@@ -104,8 +104,8 @@ def test_vms_are_told_of_another_default_dispvm(told, app, template):
     assert told == [(vm, "default_dispvm") for vm in ("tiny", "work")]
 
 
-def test_vms_are_told_of_another_icon(told, app):
-    vm = app.add_new_vm("TemplateVM", name="base", label="red")
+def test_vms_are_told_of_another_icon(told, app, template):
+    vm = app.add_new_vm("AppVM", name="base", label="red", template=template)
     told.clear()
     vm.label = "blue"
     vm.features["servicevm"] = True
