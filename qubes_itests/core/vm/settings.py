@@ -108,12 +108,17 @@ def _default_virt_mode(vm: BaseVM) -> str:
     return mode
 
 
-def kernel_name(_holder: object, _prop: object, value: object) -> str | None:
-    """Setter of a kernel's name; nothing stands for none."""
+def kernel_name(holder: Any, _prop: object, value: object) -> str | None:
+    """Setter of the name of one of the app's kernels; nothing stands for none."""
     if value is None or value == "":
         return None
     if not isinstance(value, str) or not _KERNEL.fullmatch(value):
         raise ValueError("the name of a kernel has letters, digits and . _ + - only")
+    app = getattr(holder, "app", holder)
+    # a store may come from an app that had more of them
+    if value not in app.kernels and not app.loading:
+        known = ", ".join(app.kernels) or "none"
+        raise ValueError(f"the app does not have that kernel: it has {known}")
     return value
 
 

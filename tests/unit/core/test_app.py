@@ -143,7 +143,17 @@ def test_no_kernel_says_what_to_set(work):
     work.kernel = None
     with pytest.raises(exc.QubesVMError, match="set its property kernel"):
         work.boot_files()
-    work.kernel = "5.4"
+
+
+@pytest.mark.parametrize("name", ["kernel", "default_kernel"])
+def test_kernel_is_one_that_there_is(app, work, name):
+    app.kernels["5.4"] = None
+    holder = app if name == "default_kernel" else work
+    with pytest.raises(exc.QubesPropertyValueError, match=r"that kernel: it has 5\.4"):
+        setattr(holder, name, "6.1")
+    setattr(holder, name, "5.4")
+    assert work.kernel == "5.4"
+    del app.kernels["5.4"]
     with pytest.raises(exc.QubesVMError, match=r"'5\.4', which the app does not have"):
         work.boot_files()
 

@@ -33,7 +33,8 @@ def card(app):
         ("virt_mode", "hvm"),
     ],
 )
-def test_default_is_the_templates(work, template, name, value):
+def test_default_is_the_templates(app, work, template, name, value):
+    app.kernels["other"] = None
     setattr(template, name, value)
     assert getattr(work, name) == value
     assert work.property_is_default(name)
