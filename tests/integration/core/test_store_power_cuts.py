@@ -47,7 +47,7 @@ def check(crash):
     assert not store.path.with_name("qubes.xml.new").exists()
 
 
-@pytest.mark.parametrize("kind", ["btrfs", "xfs"])
+@pytest.mark.parametrize("kind", ["btrfs", "xfs", "ext4"])
 def test_power_cuts_lose_nothing_that_was_saved(kind, faultdisk):
     faultdisk.examine(faultdisk.record(kind, workload), check, states=STATES)
 

@@ -174,6 +174,13 @@ def test_too_small_an_image_is_refused_before_mkfs(tmp_path):
     assert not (tmp_path / "small.img").exists()
 
 
+def test_the_smallest_ext4_has_a_journal(tmp_path):
+    """Without one it does not survive a power cut, whatever is stored in it."""
+    kind, image = FilesystemType.EXT4, tmp_path / "small.img"
+    make_filesystem(image, kind, kind.minimum_size)
+    assert "has_journal" in run(["dumpe2fs", "-h", image])
+
+
 def test_an_ext4_image_is_made_in_place(run_directory):
     """It keeps its inode and its size to the byte, is sparse, and mounts."""
     image = run_directory / "private.img"
@@ -208,7 +215,7 @@ def test_a_machine_without_loop_devices_is_told_so(tmp_path):
         "image, place = map(pathlib.Path, sys.argv[1:])\n"
         "kind = FilesystemType.EXT4\n"
         "try:\n"
-        "    LoopFilesystem(image, place, kind=kind, size=1 << 20).__enter__()\n"
+        "    LoopFilesystem(image, place, kind=kind, size=8 << 20).__enter__()\n"
         "except NoLoopDevicesError as error:\n"
         "    assert not image.exists() and not place.exists()\n"
         "    print(error)\n"
