@@ -68,6 +68,19 @@ def test_vetoes_leave_all_as_it_was(work):
     assert dict(work.features) == {"x": "1"}
 
 
+def test_announcements_go_from_the_vm_to_its_class(work):
+    """And what has happened the other way, as all events do."""
+    told, event, cls = [], "domain-feature-*", type(work)
+    cls.add_class_handler(event, of_class := lambda *_, **__: told.append(0))
+    work.add_handler(event, lambda *_, **__: told.append(1))
+    try:
+        work.features["x"] = "1"
+        del work.features["x"]
+    finally:
+        cls.remove_class_handler(event, of_class)
+    assert told == [1, 0, 0, 1] * 2
+
+
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "ä", "a\n", 7, None])
 def test_names_that_cannot_be(work, name):
     with pytest.raises(exc.QubesValueError, match="no name of a feature"):

@@ -99,6 +99,21 @@ def test_veto_leaves_the_old_value(holder):
     assert holder.size == 5
 
 
+def test_announcements_go_from_the_object_to_its_class(holder):
+    """And what has happened the other way, as all events do."""
+    told = []
+    Holder.add_class_handler("property-*", of_class := lambda *_, **__: told.append(0))
+    holder.add_handler("property-*", lambda *_, **__: told.append(1))
+    try:
+        holder.size = 5
+        assert told == [1, 0, 0, 1]
+        told.clear()
+        del holder.size
+        assert told == [1, 0, 1, 0, 0, 1, 0, 1]
+    finally:
+        Holder.remove_class_handler("property-*", of_class)
+
+
 def test_deleting_resets(holder):
     events = []
     holder.size = 5
