@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.core.exc import QubesException
+from qubes_itests.core.exc import QubesException, QubesVMError
 from qubes_itests.guest.uninterrupted import to_its_end
 from qubes_storage.exc import StoragePoolException
 
@@ -39,7 +39,10 @@ async def clone_vm(
     :param pool: for its volumes but snapshots; by default those of `source`.
     :param properties: others than `source` has.
     :return: the copy.
+    :raise QubesVMError: for dom0.
     """
+    if source.klass == "AdminVM":
+        raise QubesVMError(source, f"{source} cannot be cloned: there is one only")
     vm_class = type(source) if cls is None else app.get_vm_class(cls)
     base = getattr(source, "template", None)
     if base is not None and hasattr(vm_class, "template"):

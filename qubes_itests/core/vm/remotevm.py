@@ -79,3 +79,6 @@ class RemoteVM(BaseVM):
 
     async def remove_from_disk(self) -> None:
         """Do nothing: it has no volumes here."""
+
+    async def clone_disk_files(self, src: Any, pool: Any = None) -> None:
+        """Do nothing: it has no volumes here."""

@@ -371,13 +371,14 @@ async def test_nothing_is_left_of_a_creation_that_fails_half_way(app):
 
 @pytest.mark.asyncio
 async def test_a_clone_is_like_its_source(app):
-    source = await make_vm(app, "AppVM", "work", memory=300)
+    source = await make_vm(app, "AppVM", "work", memory=300, backup_timestamp=1)
     source.features["a"] = "b"
     source.tags.update(["x", "created-by-dom0"])
     copy = await app.clone_vm(source, "copy", vcpus=2)
     assert type(copy) is type(source)
     assert (copy.memory, copy.vcpus, copy.template) == (300, 2, source.template)
     assert copy.label == source.label
+    assert copy.backup_timestamp is None
     assert (dict(copy.features), set(copy.tags)) == ({"a": "b"}, {"x"})
     assert copy.uuid != source.uuid
     assert copy.qid != source.qid
@@ -415,6 +416,14 @@ async def test_a_clone_of_another_class_keeps_what_its_class_keeps(app):
     assert alone.volumes["root"].size == source.volumes["root"].size
     await alone.start()
     await alone.kill()
+
+
+@pytest.mark.asyncio
+async def test_a_remote_vm_is_cloned_and_dom0_is_not(app):
+    far = app.add_new_vm("RemoteVM", name="far", label="red", remote_name="work")
+    assert (await app.clone_vm(far, "copy")).remote_name == "work"
+    with pytest.raises(exc.QubesVMError, match="dom0 cannot be cloned"):
+        await app.clone_vm(app.domains["dom0"], "other")
 
 
 @pytest.mark.asyncio
