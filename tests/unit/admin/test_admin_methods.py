@@ -264,6 +264,22 @@ def test_every_property_has_the_type_that_its_values_have(app):
     assert kinds["kernel"] == "str"
 
 
+def test_times_are_whole_seconds_and_set_as_they_are_read(client, app):
+    get, name = "admin.vm.property.Get", "backup_timestamp"
+    for time in ("start_time", name):
+        assert client.call(get, "work", time) == b"default=True type=int "
+    app.domains["work"].started_at = 1700000000.9
+    assert client.call(get, "work", "start_time") == b"default=True type=int 1700000000"
+    client.call("admin.vm.property.Set", "work", name, b"1700000001")
+    read = client.call(get, "work", name)
+    assert read == b"default=False type=int 1700000001"
+    client.call("admin.vm.property.Set", "work", name, read.rpartition(b" ")[2])
+    for value in (b"1700000001.5", b"2026-01-01", b"-1", b""):
+        assert refusal(client, "admin.vm.property.Set", "work", name, value)
+    assert refusal(client, "admin.vm.property.Set", "work", "start_time", b"1")
+    assert client.call(get, "work", name) == read
+
+
 def test_a_handler_vetoes(client, app):
     def veto(_vm, _event, dest, arg, **_kwargs):
         raise PermissionError(f"not {dest} {arg}")

@@ -1,6 +1,7 @@
 """The life cycle under races: each run ends once, before the next one begins."""
 
 import asyncio
+import contextlib
 import itertools
 
 import pytest
@@ -151,6 +152,28 @@ async def test_handlers_of_a_start_are_told_how_it_was_asked_for(app):
     await vm.kill()
     assert told == [(False, 7), ("start_time", vm.start_time)]
     assert vm.start_time is not None
+
+
+@pytest.mark.asyncio
+async def test_memory_is_asked_for_before_storage_starts(app):
+    """A start that finds none has done nothing yet."""
+    vm = await make_vm(app, "AppVM", "work")
+    asked = []
+
+    class FullMachine:
+        @contextlib.asynccontextmanager
+        async def memory(self, amount):
+            asked.append((amount, any(v.is_dirty() for v in vm.volumes.values())))
+            if len(asked) == 1:
+                raise exc.QubesException("there is none left")
+            yield
+
+    app.qmemman = FullMachine()
+    with pytest.raises(exc.QubesVMStartError, match="not have its memory: there is"):
+        await vm.start()
+    await vm.start()
+    assert asked == [(vm.start_memory(), False)] * 2
+    await vm.kill()
 
 
 @pytest.mark.asyncio
