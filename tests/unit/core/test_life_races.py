@@ -257,9 +257,13 @@ async def test_suspend_and_resume(app):
     assert await vm.domain.state() is DomainState.PAUSED
     await vm.resume()
     assert vm.get_power_state() == "Running"
+    told = []
     await vm.pause()
     await vm.suspend()
+    vm.add_handler("domain-*", lambda _, event, **__: told.append(event))
     await vm.shutdown(wait=True)
+    # a guest whose virtual CPUs stand still cannot power off
+    assert told[:3] == ["domain-pre-shutdown", "domain-pre-unpaused", "domain-unpaused"]
     assert vm.is_halted()
 
 
