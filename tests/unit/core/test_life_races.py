@@ -268,6 +268,33 @@ async def test_suspend_and_resume(app):
 
 
 @pytest.mark.asyncio
+async def test_a_guest_is_told_of_being_suspended_and_not_of_a_pause(app, monkeypatch):
+    """While it runs, that is: before the one and after the other."""
+    vm = await make_vm(app, "AppVM", "work")
+    told = []
+    vm.add_handler("domain-*", lambda _, event, **__: told.append(event))
+    await vm.start()
+
+    async def call(service, user):
+        told.append((service, user, vm.get_power_state()))
+
+    monkeypatch.setattr(vm, "run_service_for_stdio", call)
+    pause = ["domain-pre-paused", "domain-paused"]
+    unpause = ["domain-pre-unpaused", "domain-unpaused"]
+    told.clear()
+    await vm.pause()
+    await vm.unpause()
+    assert told == [*pause, *unpause]
+    told.clear()
+    await vm.suspend()
+    assert told == [("qubes.SuspendPreAll", "root", "Running"), *pause]
+    told.clear()
+    await vm.resume()
+    assert told == [*unpause, ("qubes.SuspendPostAll", "root", "Running")]
+    await vm.kill()
+
+
+@pytest.mark.asyncio
 async def test_shutdown_that_takes_too_long(app):
     vm = await make_vm(app, "AppVM", "work")
     reasons = []
