@@ -13,6 +13,7 @@ from .case import (
     QubesTestCase,
     SystemTestCase,
 )
+from .emitter import TestEmitter
 from .exc import LeakError
 from .process import ProcessWrapper
 from .templates import (
@@ -34,6 +35,7 @@ __all__ = [
     "ProcessWrapper",
     "QubesTestCase",
     "SystemTestCase",
+    "TestEmitter",
     "VMWrapper",
     "create_testcases_for_templates",
     "in_dom0",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from qubes_itests.core.exc import QubesVMShutdownTimeoutError
 
+from .emitter import EventAssertions
 from .exc import LeakError
 from .leaks import LeakWatch
 from .outcomes import Outcomes
@@ -45,7 +46,7 @@ _SESSION_TIMEOUT: Final = 60.0
 _NO_SERVICE: Final = 127
 
 
-class QubesTestCase(unittest.TestCase):
+class QubesTestCase(EventAssertions, unittest.TestCase):
     """A test with an event loop."""
 
     #: The event loop, which runs in another thread whatever this one does.
