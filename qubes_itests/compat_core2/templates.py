@@ -48,6 +48,8 @@ def create_testcases_for_templates(
 ) -> Iterator[str]:
     """Make a class per template, in a module; one that is there already stays.
 
+    Suites do this twice: on import, and when they are asked for their tests.
+
     :param name: what the classes are called; ``_TEMPLATE`` is added.
     :param bases: their base classes.
     :param module: that they become part of.
@@ -59,7 +61,7 @@ def create_testcases_for_templates(
         if not hasattr(module, full):
             body = {"template": template, "__module__": module.__name__, **attributes}
             setattr(module, full, type(full, bases, body))
-            yield f"{module.__name__}.{full}"
+        yield f"{module.__name__}.{full}"
 
 
 def maybe_create_testcases_on_import(create: Callable[[], Iterable[str]]) -> None:
