@@ -56,7 +56,10 @@ ALIASES: Final[dict[str, tuple[str, ...]]] = {
     "qubes.storage.reflink": ("qubes_storage.reflink",),
     "qubes.tests": ("qubes_itests.compat_core2",),
     "qubes.tests.extra": ("qubes_itests.compat_core2",),
-    "qubes.utils": ("qubes_itests.import_alias.stderr_text",),
+    "qubes.utils": (
+        "qubes_itests.import_alias.coroutines",
+        "qubes_itests.import_alias.stderr_text",
+    ),
     "qubes.vm": (
         "qubes_itests.core.vm.base:BaseVM",
         "qubes_itests.core.features:Features",

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import subprocess
 import sys
@@ -104,9 +105,34 @@ def test_a_patch_reaches_the_real_thing():
 
 
 def test_text_for_logs():
+    """A guest can neither begin a line of the log nor fill it."""
     from qubes.utils import sanitize_stderr_for_log
 
-    assert sanitize_stderr_for_log(b"a\tb\n\x1b[1m\xff~") == "a\tb\n_[1m_~"
+    assert sanitize_stderr_for_log(b"a\tb\n\x1b[1m\xff ~") == "a_b__[1m_ ~"
+    assert len(sanitize_stderr_for_log(bytes(1_000_000))) == 4096
+
+
+def test_what_may_be_a_coroutine():
+    """Suites of the core await what some storage drivers return at once."""
+    from qubes.utils import coro_maybe, void_coros_maybe
+
+    ran = []
+
+    async def work(number):
+        await asyncio.sleep(0)
+        ran.append(number)
+        return number
+
+    async def fail():
+        raise ArithmeticError
+
+    assert asyncio.run(coro_maybe(5)) == 5
+    assert asyncio.run(coro_maybe(work(6))) == 6
+    assert asyncio.run(void_coros_maybe([None, work(1), 2, work(3)])) is None
+    assert sorted(ran) == [1, 3, 6]
+    with pytest.raises(ArithmeticError):
+        asyncio.run(void_coros_maybe([fail(), work(9)]))
+    assert ran[-1] == 9, "the others go on to their ends"
 
 
 def test_install_twice_is_once():
