@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.admin.dispatch import Call, Destination, method
 from qubes_itests.admin.validation import ascii_text, boolean, pool, revisions_to_keep
@@ -115,12 +115,7 @@ async def add(call: Call) -> None:
         name=options["name"],
         pool_config={key: value for key, value in options.items() if key != "name"},
     )
-    cls: Any = pool_class(call.argument)
-    try:
-        made = cls(**options)
-    except TypeError as error:
-        raise QubesValueError(f"driver {call.argument}: {error}") from None
-    await call.app.add_pool(made)
+    await call.app.add_pool(driver=call.argument, **options)
 
 
 @_ON_DOM0("admin.pool.Remove", argument=pool, saves=True)

@@ -35,6 +35,7 @@ from qubes_itests.core.vm.remotevm import RemoteVM
 from qubes_itests.core.vm.settings import check_for_dispvms, kernel_name, positive
 from qubes_itests.core.vm.standalonevm import StandaloneVM
 from qubes_itests.core.vm.templatevm import TemplateVM
+from qubes_storage.drivers import pool_class
 
 if TYPE_CHECKING:
     import os
@@ -76,6 +77,15 @@ def _check_network(_app: object, vm: Any) -> None:
 def _app_pool(app: Qubes, prop: Property[Any], value: Any) -> str | None:
     del prop
     return app.get_pool(str(value)).name if value not in (None, "") else None
+
+
+def _make_pool(driver: str, options: dict[str, Any]) -> Pool:
+    cls: Any = pool_class(driver)
+    try:
+        made: Pool = cls(**options)
+    except TypeError as error:
+        raise QubesValueError(f"driver {driver}: {error}") from None
+    return made
 
 
 class Qubes(PropertyHolder):
@@ -309,8 +319,18 @@ class Qubes(PropertyHolder):
         """Start the VMs that start with the system; return why some did not."""
         return await start_autostart(self)
 
-    async def add_pool(self, pool: Pool) -> Pool:
-        """Set up a storage pool, add it under its name, and return it."""
+    async def add_pool(
+        self, pool: Pool | None = None, *, driver: str = "", **options: Any
+    ) -> Pool:
+        """Set up a storage pool, add it under its name, and return it.
+
+        :param pool: what to add; without one it is made.
+        :param driver: of the pool to make: ``file-reflink``, ``file`` …
+        :param options: of that pool: `name`, and what its driver takes.
+        :raise DriverNotFoundError: when there is no such driver.
+        :raise QubesValueError: for options that it does not take, or a name in use.
+        """
+        pool = _make_pool(driver, options) if pool is None else pool
         if pool.name in self.pools:
             raise QubesValueError(f"there is a pool {pool.name!r} already")
         await pool.setup()
