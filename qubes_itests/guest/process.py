@@ -19,6 +19,8 @@ __all__ = ["GuestProcess"]
 #: What `returncode` says when the guest went away before the process ended.
 _GONE: Final = 255
 
+_CHUNK: Final = 65536
+
 
 class GuestProcess:
     """A command or service in a guest, used as `asyncio.subprocess.Process` is.
@@ -45,6 +47,8 @@ class GuestProcess:
         self._returncode: int | None = None
         self._error: GuestGoneError | None = None
         self._ended = asyncio.Event()
+        #: Outputs that nobody reads; the loop has only weak references to tasks.
+        self._dropped: dict[GuestReader, asyncio.Task[None]] = {}
 
     def __repr__(self) -> str:
         return (
@@ -81,19 +85,32 @@ class GuestProcess:
     async def communicate(
         self,
         input: bytes | bytearray | memoryview | None = None,  # noqa: A002
-    ) -> tuple[bytes, bytes]:
+    ) -> tuple[bytes | None, bytes | None]:
         """Write `input`, close stdin, read both outputs to their ends, wait.
 
-        :return: stdout and stderr.
+        :return: stdout and stderr; None for one that is dropped.
         :raise GuestGoneError: the guest went away before.
         """
         if input:
             self.stdin.write(input)
         if not self.stdin.is_closing():
             self.stdin.write_eof()
-        stdout, stderr = await asyncio.gather(self.stdout.read(), self.stderr.read())
+        stdout, stderr = await asyncio.gather(
+            self._read(self.stdout), self._read(self.stderr)
+        )
         await self.wait()
         return stdout, stderr
+
+    async def _read(self, reader: GuestReader) -> bytes | None:
+        return None if reader in self._dropped else await reader.read()
+
+    def drop(self, channel: Channel) -> None:
+        """Throw away what comes from an output; the process is not slowed down."""
+        reader = self.reader(channel)
+        task = asyncio.ensure_future(_read_all(reader))
+        self._dropped[reader] = task
+        # that the guest went away is for those who wait
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def send_signal(self, number: int) -> None:
         """Send a signal to it and its children.
@@ -149,3 +166,8 @@ class GuestProcess:
         for reader in (self.stdout, self.stderr):
             reader.lose(error)
         self._ended.set()
+
+
+async def _read_all(reader: GuestReader) -> None:
+    while await reader.read(_CHUNK):
+        pass

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import QubesValueError, QubesVMNotRunningError
+from qubes_itests.guest.frames import Channel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ExecutionMixin"]
 
-_CHUNK: Final = 65536
+_OUTPUTS: Final = {"stdout": Channel.STDOUT, "stderr": Channel.STDERR}
 
 
 class ExecutionMixin:
@@ -58,6 +58,7 @@ class ExecutionMixin:
         :raise QubesVMNotRunningError: when the VM is halted or paused.
         """
         del gui
+        _check_streams(streams)
         agent = await self._agent(autostart=autostart)
         process = await agent.spawn(command, user=user, environment=environment or {})
         return _connect(process, streams)
@@ -84,6 +85,7 @@ class ExecutionMixin:
         :return: a process, as `run` returns one.
         """
         del gui, filter_esc
+        _check_streams(streams)
         agent = await self._agent(autostart=autostart)
         process = await agent.spawn_service(
             service, source=str(source) if source is not None else "dom0", user=user
@@ -133,28 +135,20 @@ async def _communicate(
     return stdout or b"", stderr or b""
 
 
-def _connect(process: GuestProcess, streams: Mapping[str, Any]) -> GuestProcess:
-    for name in streams:
-        if name not in ("stdin", "stdout", "stderr"):
+def _check_streams(streams: Mapping[str, Any]) -> None:
+    for name, stream in streams.items():
+        if name not in _OUTPUTS and name != "stdin":
             raise QubesValueError(f"a command in a VM takes no argument {name!r}")
+        if stream not in (None, subprocess.PIPE, subprocess.DEVNULL):
+            raise QubesValueError(
+                f"{name}={stream!r}: a command in a VM has PIPE, DEVNULL or nothing"
+            )
+
+
+def _connect(process: GuestProcess, streams: Mapping[str, Any]) -> GuestProcess:
     if streams.get("stdin") != subprocess.PIPE:
         process.stdin.write_eof()
-    for name in ("stdout", "stderr"):
+    for name, channel in _OUTPUTS.items():
         if streams.get(name) != subprocess.PIPE:
-            _drop(getattr(process, name))
+            process.drop(channel)
     return process
-
-
-#: The loop keeps only weak references to tasks.
-_dropping: set[asyncio.Task[None]] = set()
-
-
-def _drop(reader: asyncio.StreamReader) -> None:
-    async def read_all() -> None:
-        while await reader.read(_CHUNK):
-            pass
-
-    task = asyncio.ensure_future(read_all())
-    _dropping.add(task)
-    task.add_done_callback(_dropping.discard)
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
