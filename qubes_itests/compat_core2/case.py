@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import unittest
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from qubes_itests.core.exc import QubesVMShutdownTimeoutError
+from qubes_itests.core.exc import QubesVMInUseError, QubesVMShutdownTimeoutError
 
 from .emitter import EventAssertions
 from .exc import LeakError
@@ -155,20 +156,24 @@ class SystemTestCase(QubesTestCase):
         return (CLSVMPREFIX if class_teardown else VMPREFIX) + name
 
     def remove_vms(self, vms: Iterable[Any]) -> None:
-        """Kill VMs and remove them, in this order; those that are gone are passed over.
+        """Kill VMs and remove them, those last that others of them use.
 
-        :raise QubesVMInUseError: when another VM needs one of them.
+        Those that are gone are passed over.
+
+        :raise QubesVMInUseError: when a VM that stays needs one of them.
         """
         self.loop.run_until_complete(self._remove_vms([unwrapped(vm) for vm in vms]))
 
     async def _remove_vms(self, vms: list[Any]) -> None:
         present = [vm for vm in dict.fromkeys(vms) if vm in self.app.domains]
+        if self.app.default_dispvm in present:
+            self.app.default_dispvm = None
         for vm in present:
             if not vm.is_halted():
                 await vm.kill()
-        for vm in present:
-            if self.app.default_dispvm == vm:
-                self.app.default_dispvm = None
+        # a disposable VM has gone with its run
+        while present := [vm for vm in present if vm in self.app.domains]:
+            vm = next(filter(_is_unused, present), present[0])
             del self.app.domains[vm]
             await vm.remove_from_disk()
 
@@ -218,13 +223,22 @@ class SystemTestCase(QubesTestCase):
         if failed:
             self.fail(f"VM {name} did not power off within {timeout} s")
 
-    def qrexec_policy(
+    def create_remote_file(self, vm: Any, filename: str, content: str) -> None:
+        """Write a file in a VM, as root; it can be executed, as services must be."""
+        path = shlex.quote(filename)
+        command = f"cat > {path} && chmod 755 {path}"
+        self.loop.run_until_complete(
+            unwrapped(vm).run_for_stdio(command, user="root", input=content.encode())
+        )
+
+    def qrexec_policy(  # noqa: PLR0917 - as in Qubes OS
         self,
         service: str,
         source: Any,
         destination: Any,
         allow: bool = True,  # noqa: FBT001, FBT002 - as in Qubes OS
         target: Any = None,
+        action: str | None = None,
     ) -> PolicyRule:
         """Allow (or deny) calls, before all other rules, for the rest of the test.
 
@@ -235,8 +249,9 @@ class SystemTestCase(QubesTestCase):
         :param destination: likewise; also ``@default``, ``@dispvm``, ``dom0``.
         :param allow: or deny.
         :param target: the VM that answers, whoever was called.
+        :param action: in place of `allow`: ``allow user=root``, ``ask …``
         """
-        action = "allow" if allow else "deny"
+        action = action or ("allow" if allow else "deny")
         line = policy_line(service, source, destination, action, target)
         rule = PolicyRule(self.app.policy, line)
         self.addCleanup(rule.remove)
@@ -284,6 +299,14 @@ class ExtraTestCase(SystemTestCase):
     def enable_network(self) -> None:
         """Connect all VMs of the test by a net VM; see `init_networking`."""
         self.init_networking()
+
+
+def _is_unused(vm: Any) -> bool:
+    try:
+        vm.check_unused()
+    except QubesVMInUseError:
+        return False
+    return True
 
 
 def _holds_vm(value: Any) -> bool:

@@ -9,7 +9,7 @@ import uuid
 import pytest
 
 from qubes_itests import testbed as testbed_module
-from qubes_itests.core.exc import QubesVMNotRunningError
+from qubes_itests.core.exc import QubesVMInUseError, QubesVMNotRunningError
 from qubes_itests.core.policy import Policy
 from qubes_itests.portal import Portal
 
@@ -22,6 +22,7 @@ class FakeVM:
         self.name = name
         self.uuid = uuid.uuid4()
         self.default_user = "user"
+        self.netvm = None
         self.services = {}
         self.calls = []
         self.running = False
@@ -42,6 +43,11 @@ class FakeVM:
 
     def is_halted(self):
         return not self.running
+
+    def check_unused(self):
+        users = [vm for vm in self.app.domains.values() if vm.netvm is self]
+        if users:
+            raise QubesVMInUseError(self, f"{self} is used by {users}")
 
     async def create_on_disk(self):
         self.calls.append("create_on_disk")
@@ -97,9 +103,18 @@ class FakeVM:
         return await self.run_for_stdio(command, input=input, user=user)
 
 
+class Domains(dict):
+    """VMs under their names and under themselves, as in the core."""
+
+    def __delitem__(self, vm):
+        vm.check_unused()
+        super().__delitem__(vm.name)
+        super().__delitem__(vm)
+
+
 class FakeApp:
     def __init__(self, template):
-        self.domains = {}
+        self.domains = Domains()
         self.policy = Policy()
         self.default_dispvm = None
         self.handlers = []

@@ -10,7 +10,7 @@ import pytest
 
 from qubes_itests import testbed as testbed_module
 from qubes_itests.compat_core2 import ExtraTestCase, LeakError, leaks
-from qubes_itests.core.exc import QubesVMShutdownTimeoutError
+from qubes_itests.core.exc import QubesVMInUseError, QubesVMShutdownTimeoutError
 
 KEPT = []
 
@@ -101,6 +101,45 @@ def test_remove_vms_in_tear_down():
 
 
 @pytest.mark.usefixtures("bed")
+def test_remove_vms_in_any_order():
+    """Those that others use come last; what a VM that stays uses is not removed."""
+
+    def body(self):
+        net, proxy, client = self.create_vms(["net", "proxy", "client"])
+        proxy.netvm, client.netvm = net, proxy
+        client.start()
+        with self.assertRaises(QubesVMInUseError):
+            self.remove_vms([net, proxy])
+        self.remove_vms(iter([net, client, proxy]))
+        left = {str(vm) for vm in self.app.domains}
+        self.assertEqual(left, {"tiny", "test-inst-dvm"})
+        self.assertIsNotNone(self.app.default_dispvm)
+        self.remove_vms([self.app.default_dispvm])
+        self.assertIsNone(self.app.default_dispvm)
+
+    result = run(body)
+    assert result.wasSuccessful(), result.errors
+
+
+@pytest.mark.usefixtures("bed")
+def test_create_remote_file(tmp_path):
+    """Either form of a VM will do; the name may be any."""
+
+    def body(self):
+        (vm,) = self.create_vms(["vm"])
+        vm.start()
+        for either in (vm, vm._vm):
+            path = tmp_path / f"it's {type(either).__name__}"
+            self.create_remote_file(either, str(path), "#!/bin/sh\necho §\n")
+            self.assertEqual(path.read_text(), "#!/bin/sh\necho §\n")
+            self.assertEqual(path.stat().st_mode & 0o777, 0o755)
+        self.assertEqual([call[1] for call in vm.calls[1:]], ["root", "root"])
+
+    result = run(body)
+    assert result.wasSuccessful(), result.errors
+
+
+@pytest.mark.usefixtures("bed")
 def test_policy():
     rules = []
 
@@ -110,12 +149,15 @@ def test_policy():
         with self.qrexec_policy("t.Echo+arg", vm.name, other.name, allow=False):
             rules.extend(map(str, self.app.policy.rules))
         assert len(self.app.policy.rules) == 1
+        with self.qrexec_policy("t.Echo", vm, "dom0", action="allow user=root"):
+            rules.append(str(self.app.policy.rules[0]))
 
     result = run(body)
     assert result.wasSuccessful(), result.errors
     assert [rule.split() for rule in rules] == [
         ["t.Echo", "+arg", "test-inst-one", "test-inst-two", "deny"],
         ["t.Echo", "*", "test-inst-one", "@default", "allow", "target=test-inst-two"],
+        ["t.Echo", "*", "test-inst-one", "@adminvm", "allow", "user=root"],
     ]
 
 
