@@ -1,8 +1,10 @@
 """What a VM on the template must be able to do."""
 
+import asyncio
 import hashlib
 import os
 import signal
+import subprocess
 import time
 
 import qubes.tests.extra
@@ -93,6 +95,27 @@ class TC_00_Commands(SmokeTestCase):
         self.assertEqual(process.wait(), 0)
         self.assertEqual(process.returncode, 0)
 
+    def test_031_streams_of_either_kind(self):
+        """A stream of the core has no flush: who tries that first must be told."""
+        pipe = subprocess.PIPE
+        inner = self.app.domains[self.vm].run("cat", stdin=pipe, stdout=pipe)
+        for process in (
+            self.vm.run("cat", passio_popen=True, gui=False),
+            self.loop.run_until_complete(inner),
+        ):
+            process.stdin.write(b"line\n")
+            try:
+                process.stdin.flush()
+            except AttributeError:
+                self.loop.run_until_complete(process.stdin.drain())
+            line = self.loop.run_until_complete(process.stdout.readline())
+            self.assertEqual(line, b"line\n")
+            process.stdin.close()
+            ended = process.wait()
+            if asyncio.iscoroutine(ended):
+                ended = self.loop.run_until_complete(ended)
+            self.assertEqual(ended, 0)
+
     def test_040_signals(self):
         for send, number in (("terminate", signal.SIGTERM), ("kill", signal.SIGKILL)):
             with self.subTest(send=send):
@@ -157,7 +180,21 @@ class TC_10_Services(SmokeTestCase):
         self.assertEqual(self.vm.run_service("test.One+other"), 127)
 
     def test_030_session(self):
-        self.loop.run_until_complete(self.wait_for_session(self.vm))
+        coroutine = self.wait_for_session(self.vm)
+        self.assertTrue(asyncio.iscoroutine(coroutine))
+        self.loop.run_until_complete(coroutine)
+        status = self.vm.run_service("qubes.WaitForSession", wait=True, input="user")
+        self.assertEqual(status, 0)
+
+    def test_040_features(self):
+        """They are files before the session begins, in the VM's next start."""
+        self.vm.shutdown(wait=True)
+        self.vm.features["service.smoke-on"] = True
+        self.vm.features["service.smoke-off"] = False
+        self.vm.start()
+        listed = self.output("cd /run/qubes-service; echo smoke*")
+        self.assertEqual(listed, "smoke-on")
+        self.assertEqual(self.vm.features["service.smoke-off"], "")
 
 
 class TC_20_Disks(SmokeTestCase):

@@ -1,8 +1,17 @@
 """Calls between VMs: policy decides, streams connect, the exit status comes back."""
 
+import asyncio
+import hashlib
 import logging
+import random
+import resource
 
 import pytest
+
+CHUNK = 1024**2
+
+#: Bytes of a big call.
+HUGE = 256 * CHUNK
 
 ECHO = '#!/bin/sh\necho "$QREXEC_REMOTE_DOMAIN ${1-}"\ncat\nexit ${1:-0}\n'
 
@@ -92,6 +101,37 @@ def test_big_streams_both_ways(app, pair, run):
     status, stdout, _ = call(run, pair[0], "qrexec-client-vm vault test.Echo", data)
     assert status == 0
     assert stdout == b"work \n" + data
+
+
+def test_hundreds_of_megabytes_arrive_as_they_were_sent(app, pair, run):
+    """Both ways at once, and never more than a little of it in memory."""
+    app.policy.add_rule("test.Echo * work vault allow")
+    sent, received = hashlib.sha256(), hashlib.sha256()
+
+    async def write(stdin):
+        for number in range(HUGE // CHUNK):
+            part = random.Random(number).randbytes(CHUNK)  # noqa: S311 - not secret
+            sent.update(part)
+            stdin.write(part)
+            await stdin.drain()
+        stdin.write_eof()
+
+    async def read(stdout):
+        assert await stdout.readline() == b"work \n"
+        while part := await stdout.read(CHUNK):
+            received.update(part)
+
+    async def call_echo():
+        command = "qrexec-client-vm vault test.Echo"
+        process = await pair[0].run(command, stdin=-1, stdout=-1)
+        await asyncio.gather(write(process.stdin), read(process.stdout))
+        return await process.wait()
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert run(call_echo()) == 0
+    assert received.hexdigest() == sent.hexdigest()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < HUGE // 1024 // 4
 
 
 def test_service_of_dom0(app, pair, run):
