@@ -127,8 +127,12 @@ class Progress:
         when = " in teardown" if report.when == "teardown" else part
         reason = f"  ({_reason(report)})" if category == "skipped" else ""
         terminal.write_line(f"{report.nodeid}{when}  {duration(took)}{reason}")
+        terminal.flush()
 
     def _write(self, line: str) -> None:
+        # Its stream is another one, with a buffer where that is no terminal.
+        if terminal := self._config.pluginmanager.get_plugin("terminalreporter"):
+            terminal.flush()
         print(line, file=self._output, flush=True)
 
 

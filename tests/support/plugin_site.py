@@ -35,8 +35,8 @@ class PluginSite:
             for name, value in os.environ.items()
             if not name.startswith(ours) or name == "QUBES_ITESTS_KVM"
         }
-        ci = ("GITHUB_ACTIONS", "GITLAB_CI", "CI")
-        self.environment = {n: v for n, v in kept.items() if n not in ci}
+        unusual = ("GITHUB_ACTIONS", "GITLAB_CI", "CI", "PYTHONUNBUFFERED")
+        self.environment = {n: v for n, v in kept.items() if n not in unusual}
         # As after `. .venv/bin/activate`.
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         own = {"PYTHONPATH": str(self.site), "PATH": path}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 
 from plugin_site import FOR_TEMPLATE, ONCE
@@ -136,6 +138,37 @@ def test_github_and_gitlab_can_fold_the_tests_of_a_plugin(site):
         r"section_start:\d+:mixed\[collapsed=true\]\n\033\[0Kmixed", gitlab
     )
     assert re.search(r"section_end:\d+:mixed\n", gitlab)
+
+
+PATIENT = """
+    import os, unittest
+
+    class TC_Patient(unittest.TestCase):
+        def test_0(self):
+            pass
+
+        def test_1(self):
+            with open(os.environ["SEEN"]) as output:
+                self.assertIn("PASSED  patient::TC_Patient::test_0", output.read())
+
+    def list_tests():
+        return [TC_Patient]
+"""
+
+
+def test_the_outcome_of_a_test_is_told_when_it_ends(site, tmp_path):
+    """Also to a file, or to the log of a CI."""
+    site.install("patient", PATIENT)
+    with (tmp_path / "output").open("w") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", "qubes_itests", *NO_GUESTS, "patient"],
+            cwd=site.work,
+            env=site.environment | {"SEEN": output.name},
+            stdout=output,
+            timeout=200,
+            check=False,
+        )
+    assert done.returncode == 0, (tmp_path / "output").read_text()
 
 
 VM_PLUGIN = """
