@@ -11,7 +11,7 @@ from documented import PAGES, ROOT, blocks, files, page, programs
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
-MODULE = re.compile(r"(?<![\w.])qubes_(?:itests|storage)(?:\.[a-z_0-9]+)+")
+MODULE = re.compile(r"(?<![\w./])qubes_(?:itests|storage)(?:\.[a-z_0-9]+)+")
 REFERENCE = {
     module
     for path in (ROOT / "docs/reference").glob("*.rst")

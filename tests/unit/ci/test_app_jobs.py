@@ -1,0 +1,336 @@
+"""The jobs for maintainers of apps: what they say, and their steps carried out.
+
+In place of ``itests`` is a recorder, which leaves what a run leaves; the real one has
+its turn in the integration tests.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+from ci_jobs import GITHUB, GITLAB, GitHubJob, GitLabJob
+from documented import ROOT, blocks, page
+
+import qubes_itests
+
+SCRIPT = ROOT / "ci/app-tests"
+#: Builds the entry that $STATE names, if there is none, and fails as $STATUS says.
+RECORDER = """#!/bin/bash
+[ "$1" = --app ] || exec echo "$1 ran as $PYTHON"
+printf '%s\\n' "$@" >"$RECORD"
+ls -A "$2" >"$RECORD.app"
+for entry in debian/$STATE tiny/always; do
+    [ -d "$QUBES_ITESTS_CACHE/$entry" ] && continue
+    mkdir -p "$QUBES_ITESTS_CACHE/$entry"
+    truncate --size=64M "$QUBES_ITESTS_CACHE/$entry/root.img"
+    touch --date=@"$NOW" "$QUBES_ITESTS_CACHE/$entry"
+done
+mkdir -p "$QUBES_ITESTS_CACHE"/{runs,kvm,directories}/x "$4"
+echo "$PWD" >"$4/console.log"
+echo "<testsuites/>" >"${5#--junitxml=}"
+echo '::group::plugin'
+echo '<b>`a guest`</b>'
+exit "$STATUS"
+"""
+STEPS = [
+    "Get the app",
+    "Get qubes_itests",
+    "Get the cache",
+    "Unpack the cache",
+    "Set the machine up",
+    "Run the tests",
+    "Sum up",
+    "Keep the results",
+    "Pack the cache",
+    "Keep the cache",
+]
+
+
+@pytest.fixture
+def app(tmp_path):
+    place = tmp_path / "an app"
+    place.mkdir()
+    (place / "setup.cfg").write_text("[qubes_itests:template:tiny]\n")
+    return place
+
+
+@pytest.fixture
+def record(tmp_path):
+    return tmp_path / "record"
+
+
+@pytest.fixture
+def variables(record):
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("ITESTS_", "QUBES_", "GIT", "CI"))
+    }
+    own = {"RECORD": str(record), "STATUS": "0", "STATE": "one", "NOW": "1000"}
+    return inherited | own
+
+
+@pytest.fixture
+def github(tmp_path, app, variables):
+    """Return a function that makes the job, in one workspace after the other."""
+
+    def make(*, archive=None, cache_hit=False, **changed):
+        workspace = tmp_path / f"workspace-{len(list(tmp_path.iterdir()))}"
+        workspace.mkdir()
+        if archive:
+            archive.rename(workspace / "itests-cache.tar")
+        environment = variables | changed
+        return GitHubJob(
+            workspace, RECORDER, app, cache_hit=cache_hit, environment=environment
+        )
+
+    return make
+
+
+@pytest.fixture
+def gitlab(tmp_path, app, variables):
+    def make(**changed):
+        directory = tmp_path / f"gitlab-{len(list(tmp_path.iterdir()))}"
+        directory.mkdir()
+        return GitLabJob(app, RECORDER, directory, environment=variables | changed)
+
+    return make
+
+
+def scripts():
+    """Return every piece of shell in both files, as it runs."""
+    (github,) = yaml.safe_load(GITHUB.read_text())["jobs"].values()
+    (gitlab,) = yaml.safe_load(GITLAB.read_text()).values()
+    parts = ("before_script", "script", "after_script")
+    steps = [step["run"] for step in github["steps"] if "run" in step]
+    texts = [*steps, *("\n".join(gitlab[part]) for part in parts)]
+    return [f"set -e\n{text}" for text in texts]
+
+
+def contents(archive):
+    with tarfile.open(archive) as tar:
+        return {name.removeprefix("./") for name in tar.getnames()}
+
+
+@pytest.mark.parametrize("text", [*scripts(), SCRIPT.read_text()])
+def test_shell_is_sound(text):
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    command = [Path(sys.executable).with_name("shellcheck"), "--shell=bash", "-"]
+    done = subprocess.run(
+        command, input=text, text=True, capture_output=True, check=False
+    )
+    assert not done.stdout + done.stderr
+
+
+def test_shell_is_found():
+    assert len(scripts()) == 8
+
+
+def test_the_workflow_can_be_called_and_do_little():
+    """GitHub takes workflows from one folder only, and no link for a file there."""
+    assert GITHUB.resolve() == ROOT / ".github/workflows/app-tests.yml"
+    assert not GITHUB.resolve().is_symlink()
+    definition = yaml.safe_load(GITHUB.read_text())
+    assert list(definition[True]) == ["workflow_call"]
+    assert definition["permissions"] == {}
+    (job,) = definition["jobs"].values()
+    assert job["permissions"] == {"contents": "read"}
+    assert job["concurrency"]["cancel-in-progress"] is True
+    assert job["timeout-minutes"] == "${{ inputs.timeout-minutes }}"
+    for step in job["steps"]:
+        # What others typed reaches the shell as environment only.
+        assert "${{" not in step.get("run", "")
+        revision = step.get("uses", "@" + 40 * "0").partition("@")[2]
+        assert len(revision) == 40
+
+
+def test_the_cache_of_an_earlier_state_of_the_app_serves_as_well():
+    (job,) = yaml.safe_load(GITHUB.read_text())["jobs"].values()
+    (restore,) = (s["with"] for s in job["steps"] if s.get("id") == "cache")
+    parts = ("runner.os", "inputs.name", "steps.itests.outputs.commit", "setup.cfg")
+    assert all(part in restore["key"] for part in parts)
+    exact, *prefixes = [restore["key"], *restore["restore-keys"].splitlines()]
+    assert len(prefixes) == 2
+    assert all(exact.startswith(prefix) for prefix in prefixes)
+
+
+def test_the_template_is_of_this_version():
+    (job,) = yaml.safe_load(GITLAB.read_text()).values()
+    assert job["variables"]["ITESTS_REF"] == f"v{qubes_itests.__version__}"
+
+
+def test_a_job_of_github(github, record):
+    job = github()
+    done = job.run(
+        templates="debian-12 tiny", arguments="-k 'a and b' -x \"$(id) *\"", name="n"
+    )
+    assert not done.failed, done.output
+    assert done.ran == STEPS
+    here = job.workspace
+    assert record.read_text().splitlines() == [
+        *("--app", "app/.", "--artifacts", f"{here}/itests-artifacts"),
+        f"--junitxml={here}/itests-junit.xml",
+        *("--template", "debian-12", "--template", "tiny"),
+        *("-k", "a and b", "-x", "$(id) *"),
+    ]
+    assert (here / "itests-artifacts/console.log").read_text() == f"{here}\n"
+    assert (here / "itests-junit.xml").exists()
+    assert "doctor ran as /" in done.output
+    assert "### Integration tests: n\n" in done.summary
+    assert "::group::plugin" in done.output
+    assert done.summary.endswith(" n\n\n    <b>`a guest`</b>\n")
+
+
+def test_the_archive_has_what_lasts_and_no_zeroes(github):
+    job = github()
+    job.run()
+    archive = job.workspace / "itests-cache.tar"
+    kinds = {name.split("/")[0] for name in contents(archive)} - {"."}
+    assert kinds == {"debian", "tiny"}
+    assert archive.stat().st_size < 1 << 20
+
+
+def test_the_exact_cache_is_used_and_not_made_again(github):
+    first = github()
+    first.run()
+    kept = first.workspace / "itests-cache.tar"
+    before = kept.stat()
+    second = github(archive=kept, cache_hit=True)
+    done = second.run()
+    assert done.ran == STEPS[:-2]
+    image = second.workspace / "itests-cache/debian/one/root.img"
+    assert image.stat().st_size == 64 << 20
+    assert image.stat().st_blocks == 0
+    assert (second.workspace / "itests-cache.tar").stat().st_mtime == before.st_mtime
+
+
+def test_what_is_made_anew_takes_the_place_of_what_was(github):
+    first = github()
+    first.run()
+    archive = first.workspace / "itests-cache.tar"
+    newer = str(archive.stat().st_mtime + 10)
+    second = github(archive=archive, STATE="two", NOW=newer)
+    done = second.run()
+    assert done.ran == STEPS
+    found = contents(second.workspace / "itests-cache.tar")
+    assert {"debian/two/root.img", "tiny/always/root.img"} <= found
+    assert "debian/one" not in found
+
+
+@pytest.mark.parametrize(("status", "cached"), [("1", True), ("15", False)])
+def test_a_failed_run_fails_the_job_and_leaves_its_results(github, status, cached):
+    """A machine that was not ready may have left a cache without what it is for."""
+    job = github(STATUS=status)
+    done = job.run()
+    assert done.failed
+    assert (done.ran == STEPS) == cached
+    assert "Keep the results" in done.ran
+    assert "a guest" in done.summary
+    assert (job.workspace / "itests-junit.xml").exists()
+
+
+def test_a_machine_that_is_not_set_up_runs_no_tests(github, record):
+    job = github()
+    (job.workspace / "qubes_itests/itests").write_text(
+        "#!/bin/sh\necho missing\nexit 12\n"
+    )
+    done = job.run()
+    assert done.failed
+    assert "Run the tests" not in done.ran
+    assert not record.exists()
+    assert "\n    missing\n" in done.summary
+
+
+def test_arguments_that_make_no_words_fail(github, record):
+    assert github().run(arguments="-k 'a").failed
+    assert not record.exists()
+
+
+def test_an_interpreter_is_named_by_its_path(github, tmp_path):
+    python = tmp_path / "bin/python3"
+    python.parent.mkdir()
+    python.symlink_to("/bin/true")
+    job = github(PATH=f"{python.parent}:{os.environ['PATH']}")
+    assert f"doctor ran as {python}\n" in job.run().output
+
+
+def test_a_job_of_gitlab(gitlab, record, app):
+    (app / "sub").mkdir()
+    job = gitlab()
+    done = job.run(ITESTS_APP="sub", ITESTS_TEMPLATES="tiny", ITESTS_ARGUMENTS="-x")
+    assert not done.failed, done.output
+    words = record.read_text().splitlines()
+    assert words[:2] == ["--app", f"{app}/sub"]
+    assert words[-3:] == ["--template", "tiny", "-x"]
+    kept = {"itests-artifacts", "itests-cache.tar", "itests-junit.xml"}
+    assert {path.name for path in app.iterdir()} == {"setup.cfg", "sub", *kept}
+    assert done.output.count("section_start:") == done.output.count("section_end:") == 1
+
+
+def test_the_project_has_nothing_but_the_app_while_tests_run(gitlab, app, record):
+    """For the app may copy all of it into a guest."""
+    gitlab().run()
+    gitlab().run()
+    assert (app / "itests-cache.tar").exists()
+    assert record.with_name("record.app").read_text() == "setup.cfg\n"
+
+
+def test_gitlab_keeps_the_archive_that_nothing_was_added_to(gitlab, app):
+    gitlab().run()
+    archive = app / "itests-cache.tar"
+    before = archive.stat()
+    gitlab().run()
+    after = archive.stat()
+    assert (after.st_ino, after.st_mtime) == (before.st_ino, before.st_mtime)
+
+
+def test_a_failed_run_fails_the_job_of_gitlab(gitlab, app):
+    done = gitlab(STATUS="1").run()
+    assert done.failed
+    assert (app / "itests-junit.xml").exists()
+
+
+def examples():
+    """Return the files that the guide has maintainers write: GitHub's, GitLab's."""
+    github, gitlab = blocks("docs/ci.md", "yaml")
+    return github, gitlab
+
+
+@pytest.mark.parametrize(
+    ("text", "schema"),
+    list(zip(examples(), ["vendor.github-workflows", "vendor.gitlab-ci"], strict=True)),
+)
+def test_the_examples_of_the_guide_are_of_their_formats(text, schema, tmp_path):
+    file = tmp_path / "example.yml"
+    file.write_text(text)
+    command = [Path(sys.executable).with_name("check-jsonschema"), file]
+    subprocess.run([*command, "--builtin-schema", schema], check=True)
+
+
+def test_the_examples_of_the_guide_call_what_there_is():
+    github, gitlab = map(yaml.safe_load, examples())
+    version = f"v{qubes_itests.__version__}"
+    called = github["jobs"]["itests"]
+    workflow = GITHUB.resolve().relative_to(ROOT)
+    assert called["uses"] == f"OWNER/qubes_itests/{workflow}@{version}"
+    definition = yaml.safe_load(GITHUB.read_text())
+    assert called["with"].keys() <= definition[True]["workflow_call"]["inputs"].keys()
+    (included,) = gitlab["include"]
+    assert (included["ref"], ROOT / included["file"]) == (version, GITLAB)
+    template = yaml.safe_load(GITLAB.read_text())[gitlab["itests"]["extends"]]
+    assert gitlab["itests"]["variables"].keys() <= template["variables"].keys()
+
+
+def test_the_guide_tells_of_every_input():
+    inputs = yaml.safe_load(GITHUB.read_text())[True]["workflow_call"]["inputs"]
+    (job,) = yaml.safe_load(GITLAB.read_text()).values()
+    own = {"ITESTS_WORK"}  # nobody needs to change it
+    told = set(re.findall(r"`([\w-]+)`", page("docs/ci.md")))
+    assert {*inputs, *job["variables"]} - own <= told
