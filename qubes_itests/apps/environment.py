@@ -76,7 +76,7 @@ def install(
             "no setup.py, setup.cfg or pyproject.toml in it, or two levels below,"
             f" names the entry point group {_GROUP}",
         )
-    key = digest(sys.version, sys.prefix, str(app), tree_digest(app), Path(__file__))
+    key = digest(sys.version, sys.prefix, tree_digest(app), Path(__file__))
 
     def build(place: Path) -> None:
         say("installing its tests")
