@@ -1,6 +1,6 @@
 """How quick service calls between two VMs are.
 
-Run: ``.venv/bin/python tests/benchmarks/calls.py``
+Run: ``.venv/bin/python tests/benchmarks/calls.py [TEMPLATE]``
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def answers(output, number):
 
 def main():
     """Measure and print."""
-    with testbed() as bed, app_on(bed) as app:
+    template = sys.argv[1] if len(sys.argv) > 1 else "tiny"
+    with testbed() as bed, app_on(bed, template) as app:
         run = bed.portal.run
         work, vault = prepare(app, run)
         call = "qrexec-client-vm vault test.True </dev/null; echo $?"
@@ -52,7 +53,7 @@ def main():
             command = f"for n in $(seq {CALLS}); do {call}; done"
             answers(run(work.run_for_stdio(command))[0], CALLS)
 
-        heading(f"{CALLS} calls in a row, from one VM to another")
+        heading(f"{CALLS} calls in a row, from one VM to another, on {template}")
         times = [1000 * seconds(in_a_row) / CALLS for _ in range(3)]
         row("each, in a loop of the caller's shell", times, "ms", "< 60 ms")
 

@@ -1,4 +1,4 @@
-"""How long templates take to build, and VMs on them to start and to call each other.
+"""How long templates take to build, and VMs on them to start.
 
 Run: ``.venv/bin/python tests/benchmarks/templates.py [ROUNDS] [--build]``
 
@@ -20,18 +20,7 @@ from qubes_itests.host import sandbox
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.kernel import find_kernel
 
-CALLS = 500
 SPEC = "[qubes_itests:template:one-package]\nbase = debian-12\npackages = socat\n"
-SERVICE = (
-    "printf '#!/bin/sh\\ncat\\n' >/etc/qubes-rpc/test.Echo; chmod 755 /etc/qubes-rpc/*"
-)
-LOOP = f"""\
-i=0
-while [ $i -lt {CALLS} ]; do
-    [ "$(echo $i | qrexec-client-vm vault test.Echo)" = $i ] || exit 1
-    i=$((i + 1))
-done
-"""
 
 
 def build():
@@ -102,33 +91,13 @@ def starts(app, run, rounds):
     vms.stop("debian-12")
 
 
-def calls(app, run):
-    """Time calls between two VMs, one after the other."""
-    app.policy.add_rule("test.Echo * work vault allow")
-    work, vault = (
-        app.add_new_vm(
-            "AppVM", name=name, label="red", template="debian-12", kernel="debian-12"
-        )
-        for name in ("work", "vault")
-    )
-    for vm in (work, vault):
-        run(vm.create_on_disk())
-        run(vm.start())
-    run(vault.run_for_stdio(SERVICE, user="root"))
-    heading(f"{CALLS} calls of a service, one after the other, between two VMs")
-    taken = seconds(lambda: run(work.run_for_stdio(LOOP)))
-    row("one call", [1000 * taken / CALLS], "ms", "< 60 ms")
-
-
 def main():
     """Measure and print."""
     rounds = next((int(word) for word in sys.argv[1:] if word.isdigit()), 5)
     if "--build" in sys.argv and not sandbox.active():
         build()
     with testbed() as bed, app_on(bed, "tiny", "debian-12") as app:
-        run = bed.portal.run
-        starts(app, run, rounds)
-        calls(app, run)
+        starts(app, bed.portal.run, rounds)
 
 
 if __name__ == "__main__":
