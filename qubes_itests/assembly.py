@@ -61,6 +61,7 @@ def open_testbed(
             templates=templates,
             warm=settings.warm,
             memory=machine(size) if (size := settings.memory_budget) else None,
+            host_memory=settings.host_memory or None,
         )
         with Testbed(portal, parts) as testbed:
             yield testbed

@@ -75,6 +75,8 @@ class Settings:
     :param filesystem: name of the filesystem with the VMs' disks; it has reflinks.
     :param memory_budget: MiB of the machine that the VMs of each test share, as
         qmemman balances it; 0 for no such limit.
+    :param host_memory: MiB of this machine's real memory that all VMs of the run may
+        take together; 0 for no such limit.
     :param app: directories of apps whose tests make up the run.
     :param template_spec: files that say what templates apps derive.
     """
@@ -89,6 +91,7 @@ class Settings:
     hypervisor: str = "qemu"
     filesystem: str = "btrfs"
     memory_budget: int = 0
+    host_memory: int = 0
     app: tuple[Path, ...] = ()
     template_spec: tuple[Path, ...] = ()
 
@@ -265,6 +268,13 @@ def _memory_budget(value: object) -> int:
     return size
 
 
+def _host_memory(value: object) -> int:
+    size = _integer(value)
+    if not 0 <= size <= _MOST_MEMORY_BUDGET:
+        raise ValueError(f"no machine can give {size} MiB: it is a number of MiB")
+    return size
+
+
 def _templates(value: object) -> tuple[str, ...]:
     names = value.split() if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not names:
@@ -292,6 +302,7 @@ _CONVERTERS: dict[str, Callable[[Any], object]] = {
     "hypervisor": _word,
     "filesystem": _word,
     "memory_budget": _memory_budget,
+    "host_memory": _host_memory,
     "app": _paths,
     "template_spec": _paths,
 }

@@ -69,6 +69,7 @@ class Parts:
     :param templates: functions that build the templates, by name.
     :param warm: start VMs from saved states where the hypervisor can.
     :param memory: the machine that the VMs of each app share; None for no limit.
+    :param host_memory: MiB of the real one that all VMs may take; None for no limit.
     """
 
     run_directory: Path
@@ -78,6 +79,7 @@ class Parts:
     templates: Mapping[str, Callable[[], Template]]
     warm: bool = True
     memory: MemoryBudget | None = None
+    host_memory: int | None = None
 
 
 class Testbed:
@@ -115,6 +117,7 @@ class Testbed:
 
     def __enter__(self) -> Self:
         self.hypervisor = self.portal.run(self.parts.open_hypervisor())
+        self.hypervisor.memory_limit = self.parts.host_memory
         self._exit.callback(lambda: self.portal.run(self.hypervisor.close()))
         if self.parts.warm:
             self.warm_starts = WarmStarts(self.parts.cache, self.hypervisor)

@@ -32,7 +32,7 @@ _PYTEST_VALUES = _words("""
 """)
 _OWN_VALUES = _words("""
     --keep --artifacts --timeout --seed --template --hypervisor --filesystem
-    --memory-budget --directory --socket
+    --memory-budget --host-memory --directory --socket
 """)
 #: With these pytest runs no test.
 _NO_TESTS = _words("""
@@ -258,3 +258,4 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--hypervisor", metavar="NAME", help="the back end that runs VMs (qemu)")
     add("--filesystem", metavar="NAME", help="with the VMs' disks: btrfs or xfs")
     add("--memory-budget", metavar="MIB", help="of the VMs' machine; 0: no limit (0)")
+    add("--host-memory", metavar="MIB", help="of this machine, for all VMs of the run")

@@ -121,7 +121,18 @@ class LibvirtHypervisor(Hypervisor):
             return f"memory {spec.memory} MiB is not within 1 and {spec.max_memory}"
         if spec.vcpus < 1:
             return "it needs a virtual CPU"
-        return ""
+        return self._lack_of_memory(spec)
+
+    def _lack_of_memory(self, spec: DomainSpec) -> str:
+        if self.memory_limit is None:
+            return ""
+        taken = sum(domain.spec.memory for domain in self._domains.values())
+        if taken + spec.memory <= self.memory_limit:
+            return ""
+        return (
+            f"it needs {spec.memory} MiB, others have {taken} MiB, and VMs may take"
+            f" {self.memory_limit} MiB of this machine's memory here (--host-memory)"
+        )
 
     async def close(self) -> None:
         if self._closed:

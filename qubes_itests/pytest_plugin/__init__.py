@@ -47,6 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add(f"{_PREFIX}template", metavar="NAME", action="append", help="to test on")
     add(f"{_PREFIX}template-spec", metavar="FILE", action="append")
     add(f"{_PREFIX}memory-budget", metavar="MIB", help="of the VMs' machine; 0: any")
+    add(f"{_PREFIX}host-memory", metavar="MIB", help="of this machine, for all VMs")
     add(f"{_PREFIX}no-warm", action="store_false", default=None, dest="itests_warm")
 
 

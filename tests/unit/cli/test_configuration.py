@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from qubes_itests.configuration import ConfigurationError, Keep, Settings, load
+from qubes_itests.configuration import (
+    ConfigurationError,
+    Keep,
+    Settings,
+    convert,
+    load,
+)
 from qubes_itests.exit_codes import ExitCode
 
 
@@ -88,3 +94,10 @@ def test_nonsense_is_refused_with_the_file_and_the_reason(tmp_path, line, said):
 def test_a_bad_variable_is_named(tmp_path):
     with pytest.raises(ConfigurationError, match="QUBES_ITESTS_SEED: seed: 'x'"):
         load(tmp_path, {"QUBES_ITESTS_SEED": "x"})
+
+
+@pytest.mark.parametrize("value", ["-1", "much", str(1 << 25), True])
+def test_no_machine_gives_such_memory(value):
+    with pytest.raises(ConfigurationError, match="--host-memory"):
+        convert("host_memory", value, "--host-memory")
+    assert convert("host_memory", "3000", "--host-memory") == 3000

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import uuid
 from pathlib import Path
 
 import pytest
 
 from qubes_itests.hypervisor.contract import Disk, DomainSpec, DomainState, Interface
-from qubes_itests.hypervisor.exc import NotSupportedError, SavedStateError
+from qubes_itests.hypervisor.exc import (
+    HypervisorError,
+    NotSupportedError,
+    SavedStateError,
+)
 from qubes_itests.hypervisor.testdriver import TestHypervisor
 
 pytestmark = pytest.mark.asyncio
@@ -75,3 +80,19 @@ async def test_connections_are_apart(tmp_path):
         await first.start()
         assert await second.state() is DomainState.HALTED
         assert events == []
+
+
+async def test_what_is_more_than_the_memory_that_there_is_is_refused(tmp_path):
+    async with await TestHypervisor.open(tmp_path, tmp_path) as hypervisor:
+        hypervisor.memory_limit = 500
+        first = await hypervisor.define(named(tmp_path, "one"))
+        await hypervisor.define(named(tmp_path, "two"))
+        match = "needs 200 MiB, others have 400 MiB, and VMs may take 500 MiB"
+        with pytest.raises(HypervisorError, match=match):
+            await hypervisor.define(named(tmp_path, "three"))
+        await first.undefine()
+        await hypervisor.define(named(tmp_path, "three"))
+
+
+def named(directory, name):
+    return dataclasses.replace(make_spec(directory), name=name)
