@@ -30,6 +30,7 @@ __all__ = [
     "Settings",
     "convert",
     "load",
+    "plain",
 ]
 
 #: MiB of the smallest machine on which a VM starts beside dom0.
@@ -76,7 +77,8 @@ class Settings:
     :param memory_budget: MiB of the machine that the VMs of each test share, as
         qmemman balances it; 0 for no such limit.
     :param host_memory: MiB of this machine's real memory that all VMs of the run may
-        take together; 0 for no such limit.
+        take together; 0 for what is available, shared out among workers, and for no
+        limit if there is only one.
     :param app: directories of apps whose tests make up the run.
     :param template_spec: files that say what templates apps derive.
     """
@@ -127,6 +129,19 @@ def load(
     values.update(_from_environment(environment))
     values.update(given or {})
     return Settings(**values)  # type: ignore[arg-type]  # convert() checked them
+
+
+def plain(settings: Settings) -> dict[str, object]:
+    """Return settings in types that go to another process; `convert` reads them."""
+    values = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+    values |= {
+        "keep": settings.keep.value,
+        "artifacts": str(settings.artifacts),
+        "template": list(settings.template),
+        "app": [str(path) for path in settings.app],
+        "template_spec": [str(path) for path in settings.template_spec],
+    }
+    return {name: value for name, value in values.items() if value not in (None, [])}
 
 
 def convert(name: str, value: object, source: str) -> object:

@@ -28,11 +28,18 @@ class RunContext:
 
     :param settings: its options.
     :param plugins: who answers the hooks of `qubes_itests.hookspec`.
+    :param part: the directory of the run that this one is a part of, and a name in it.
     """
 
-    def __init__(self, settings: Settings, plugins: pluggy.PluginManager) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        plugins: pluggy.PluginManager,
+        part: tuple[Path, str] | None = None,
+    ) -> None:
         self.settings = settings
         self.plugins = plugins
+        self._part = part
         self._exit = ExitStack()
         self._portal: Portal | None = None
         self._testbed: Testbed | None = None
@@ -43,19 +50,27 @@ class RunContext:
         return Cache()
 
     @functools.cached_property
-    def directory(self) -> Path:
-        """A directory that goes with the run.
+    def place(self) -> Path:
+        """A directory that goes with the run, as other sandboxes see it too.
 
         :raise NoSandboxError: outside a sandbox.
         """
-        from qubes_itests.host.rundir import (  # noqa: PLC0415
-            RunDirectory,
-            short_name,
-        )
+        from qubes_itests.host import rundir  # noqa: PLC0415
 
         sandbox.require()
-        made = self._exit.enter_context(RunDirectory(self.cache))
-        return self._exit.enter_context(short_name(made.path))
+        if self._part is not None:
+            return self._exit.enter_context(rundir.part(*self._part))
+        return self._exit.enter_context(rundir.RunDirectory(self.cache)).path
+
+    @functools.cached_property
+    def directory(self) -> Path:
+        """The same directory by a short name.
+
+        :raise NoSandboxError: outside a sandbox.
+        """
+        from qubes_itests.host.rundir import short_name  # noqa: PLC0415
+
+        return self._exit.enter_context(short_name(self.place))
 
     @functools.cached_property
     def portal(self) -> Portal:

@@ -28,7 +28,8 @@ _PYTEST_VALUES = _words("""
     --junit-prefix --junit-xml --junitprefix --junitxml --last-failed-no-failures
     --lfnf --log-cli-level --log-file --log-level --maxfail --numprocesses
     --override-ini --pastebin --pdbcls --pythonwarnings --report-chars --rootdir
-    --show-capture --tb --verbosity
+    --show-capture --tb --verbosity --tx --px --maxprocesses --max-worker-restart
+    --maxschedchunk --testrunuid
 """)
 _OWN_VALUES = _words("""
     --keep --artifacts --timeout --seed --template --hypervisor --filesystem
@@ -238,7 +239,8 @@ sub-commands, before or after the options (--help after one tells its own):
 A selector is the beginning of a test's id as `list` shows it:
   qubes-itests smoke
   qubes-itests smoke::TC_Run_tiny::test_010_run
-Options of pytest keep their meaning: -k -m -x --lf -v --junitxml=FILE ..."""
+Options of pytest keep their meaning: -k -m -x --lf -v --junitxml=FILE ...
+and so does -n NUMBER (of workers, each with a sandbox of its own) of pytest-xdist."""
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

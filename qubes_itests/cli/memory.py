@@ -53,7 +53,9 @@ def _newest(cache: Cache) -> Path | None:
     """Return the timeline of a run under way that was written to last."""
     found: list[tuple[float, Path]] = []
     for run in rundir.under_way(cache):
-        for path in run.glob(f"vm/apps/*/{timeline.TIMELINE}"):
+        file = f"vm/apps/*/{timeline.TIMELINE}"
+        # the second are those of workers
+        for path in (*run.glob(file), *run.glob(f"*/{file}")):
             with contextlib.suppress(FileNotFoundError):  # the run may end meanwhile
                 found.append((path.stat().st_mtime, path))
     return max(found)[1] if found else None

@@ -12,6 +12,7 @@
      +-- CacheError             the cache directory cannot be used
     HarnessError
      +-- CommandError           a program of the host failed
+     +-- TooManyWorkersError    the machine has too little memory for all of them
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ __all__ = [
     "NoNetworkError",
     "NoSandboxError",
     "NotRootError",
+    "TooManyWorkersError",
 ]
 
 
@@ -157,3 +159,24 @@ class CommandError(HarnessError):
         self.argv = tuple(argv)
         self.returncode = returncode
         self.stderr = stderr
+
+
+class TooManyWorkersError(HarnessError):
+    """This machine's memory does not suffice for so many workers.
+
+    :param workers: how many were asked for.
+    :param total: MiB that all of them may give to VMs.
+    :param needed: MiB that each must have.
+    """
+
+    exit_code = ExitCode.USAGE_ERROR
+
+    def __init__(self, workers: int, total: int, needed: int) -> None:
+        super().__init__(
+            f"{workers} workers share {total} MiB of this machine's memory, and each"
+            f" needs {needed} MiB for its VMs: -n {max(total // needed, 1)} is the"
+            " most; --host-memory says how much there is"
+        )
+        self.workers = workers
+        self.total = total
+        self.needed = needed

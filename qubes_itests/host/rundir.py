@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.host.cache import Cache
 
-__all__ = ["RunDirectory", "remove_stale", "short_name", "under_way"]
+__all__ = ["RunDirectory", "part", "remove_stale", "short_name", "under_way"]
 
 
 class RunDirectory:
@@ -66,6 +66,22 @@ class RunDirectory:
         traceback: TracebackType | None,
     ) -> None:
         self.remove()
+
+
+@contextlib.contextmanager
+def part(run: Path, name: str) -> Iterator[Path]:
+    """Make a directory for a part of a run within that of the run.
+
+    It goes with the context; that of a part that was killed goes with the run's.
+
+    :param run: the run's directory.
+    :param name: of the part.
+    :raises OSError: when leaving, if something is still mounted in it.
+    """
+    path = run / name
+    path.mkdir()
+    yield path
+    _remove_tree(path)
 
 
 def under_way(cache: Cache) -> list[Path]:

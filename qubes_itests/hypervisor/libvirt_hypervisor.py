@@ -131,7 +131,8 @@ class LibvirtHypervisor(Hypervisor):
             return ""
         return (
             f"it needs {spec.memory} MiB, others have {taken} MiB, and VMs may take"
-            f" {self.memory_limit} MiB of this machine's memory here (--host-memory)"
+            f" {self.memory_limit} MiB of this machine's memory here (--host-memory,"
+            " shared out among workers: fewer of them have more)"
         )
 
     async def close(self) -> None:

@@ -17,9 +17,10 @@ from qubes_itests.derived import plugins_for
 from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.hookspec import PROJECT
 from qubes_itests.host import sandbox
-from qubes_itests.pytest_plugin import header, resandbox
+from qubes_itests.pytest_plugin import header, resandbox, worker
 from qubes_itests.pytest_plugin.deadline import Deadline
 from qubes_itests.pytest_plugin.watch import FailureWatch
+from qubes_itests.pytest_plugin.worker import Worker
 from qubes_itests.run_context import RunContext
 
 if TYPE_CHECKING:
@@ -51,11 +52,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add(f"{_PREFIX}no-warm", action="store_false", default=None, dest="itests_warm")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
     """Start over in a sandbox before anything is collected."""
     if resandbox.wanted(config):
         resandbox.enter(config, _settings(config))
+    worker.prepare(config)
+    return (yield)
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Start no more workers than this machine has memory for."""
+    if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return None
+    from qubes_itests.pytest_plugin.controller import most_workers  # noqa: PLC0415
+
+    return most_workers()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,17 +76,35 @@ def pytest_configure(config: pytest.Config) -> None:
     if sandbox.active():
         sandbox.reexec()
     if SETTINGS not in config.stash:
-        config.stash[SETTINGS] = _settings(config)
+        read = worker.settings if worker.is_worker(config) else _settings
+        config.stash[SETTINGS] = read(config)
     settings = config.stash[SETTINGS]
-    context = RunContext(settings, plugins_for(settings))
+    context = RunContext(settings, plugins_for(settings), worker.part(config))
     config.stash[CONTEXT] = context
     config.pluginmanager.register(_Offers(context.plugins), "qubes_itests-offers")
     watch = FailureWatch(config, context)
     config.pluginmanager.register(watch, "qubes_itests-failures")
+    _register_role(config, context, watch)
     if settings.timeout:
         deadline = Deadline(settings.timeout, lambda: context.loop)
         watch.deadline = deadline
         config.pluginmanager.register(deadline, "qubes_itests-deadline")
+
+
+def _register_role(
+    config: pytest.Config, context: RunContext, watch: FailureWatch
+) -> None:
+    if worker.distributes(config):
+        from qubes_itests.pytest_plugin.controller import (  # noqa: PLC0415
+            Controller,
+        )
+
+        role: object = Controller(config, context, watch)
+    elif worker.is_worker(config):
+        role = Worker(config, context, watch)
+    else:
+        return
+    config.pluginmanager.register(role, worker.ROLE)
 
 
 class _Offers:
@@ -96,7 +127,7 @@ class _Offers:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say what the tests run in."""
-    return header.lines(config.stash[CONTEXT])
+    return header.all_lines(config)
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)

@@ -6,19 +6,32 @@ import os
 from typing import TYPE_CHECKING
 
 from qubes_itests.exc import EnvironmentNotReadyError
+from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.host import sandbox
 from qubes_itests.host.kernel import find_kernel
 from qubes_itests.hypervisor.kvm import kvm_usable
+from qubes_itests.pytest_plugin.worker import ROLE, distributes, is_worker
 from qubes_itests.report.names import one_line
 
 if TYPE_CHECKING:
+    import pytest
+
     from qubes_itests.run_context import RunContext
 
-__all__ = ["lines"]
+__all__ = ["all_lines"]
 
 
-def lines(context: RunContext) -> list[str]:
-    """Return the lines about sandbox, cache and templates."""
+def all_lines(config: pytest.Config) -> list[str]:
+    """Return the lines at the top of a run; those of a worker would be lost."""
+    if is_worker(config):
+        return []
+    lines = _lines(config.stash[CONTEXT])
+    if distributes(config):
+        lines.append(config.pluginmanager.get_plugin(ROLE).header())  # type: ignore[union-attr]
+    return lines
+
+
+def _lines(context: RunContext) -> list[str]:
     settings = context.settings
     result = [f"sandbox: {_sandbox()}"]
     if sandbox.active():

@@ -15,11 +15,13 @@ from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.pytest_plugin import SETTINGS, header
 from qubes_itests.pytest_plugin.collection import Selection, collect, nodes
 from qubes_itests.pytest_plugin.tampering import ModuleGuard
+from qubes_itests.pytest_plugin.worker import ROLE, distributes, is_worker
 from qubes_itests.report import failures
-from qubes_itests.report.progress import Progress
+from qubes_itests.report.heartbeat import LastWords
+from qubes_itests.report.progress import Progress, StartTimes
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from qubes_itests.configuration import Settings
     from qubes_itests.pytest_plugin.watch import FailureWatch
@@ -38,6 +40,8 @@ def pytest_arguments(given: Sequence[str], cache: Path) -> list[str]:
     return [
         # It speaks up in every run that sets no options for it, and serves no TestCase.
         *("-p", "no:asyncio"),
+        # Of all this process has, workers of pytest-xdist get the arguments.
+        *("-p", "qubes_itests.pytest_plugin.job_worker"),
         *("-c", os.devnull, "--rootdir", str(Path.cwd()), "--noconftest"),
         *("-o", f"cache_dir={failures.state(cache) / 'pytest'}"),
         *("-o", "verbosity_test_cases=-1", "--no-header", "--strict-markers"),
@@ -61,36 +65,33 @@ class Job:
         """Hand the settings to the plugin proper."""
         config.stash[SETTINGS] = self._settings
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_sessionstart(self, session: pytest.Session) -> Generator[None, Any, Any]:
-        """Print our header; pytest's own speaks of files that are not used."""
-        result = yield
-        terminal = session.config.pluginmanager.get_plugin("terminalreporter")
-        if terminal is None or session.config.get_verbosity() < 0:
-            return result
-        seed = self._settings.seed
-        terminal.write_line(f"qubes-itests {__version__}, pytest {pytest.__version__}")
-        for line in [*header.lines(session.config.stash[CONTEXT]), f"seed: {seed}"]:
-            terminal.write_line(line)
-        return result
-
     @pytest.hookimpl(tryfirst=True)
-    def pytest_collection(self, session: pytest.Session) -> bool:
+    def pytest_collection(self, session: pytest.Session) -> bool | None:
         """Collect entry points; the words on the command line select among them."""
         config = session.config
+        if distributes(config):
+            return None
         words = [] if config.args_source.name != "ARGS" else list(config.args)
         templates = self._settings.templates
-        collect(session, nodes(session, templates), Selection(words))
+        try:
+            collect(session, nodes(session, templates), Selection(words))
+        except pytest.UsageError as error:
+            if not is_worker(config):
+                raise
+            _role(config).stop(session, ExitCode.USAGE_ERROR, str(error))
         return True
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, Any, Any]:
         """Make the testbed first: without it, no test says anything."""
-        if session.items and not session.config.option.collectonly:
+        config = session.config
+        if session.items and not config.option.collectonly:
             try:
-                session.config.stash[CONTEXT].testbed  # noqa: B018 - is made by this
+                config.stash[CONTEXT].testbed  # noqa: B018 - is made by this
             except EnvironmentNotReadyError as error:
-                raise pytest.exit.Exception(str(error), error.exit_code) from None
+                if not is_worker(config):
+                    raise pytest.exit.Exception(str(error), error.exit_code) from None
+                _role(config).stop(session, error.exit_code, str(error))
         return (yield)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -100,7 +101,7 @@ class Job:
         """Take the testbed down, and end with what a person needs to go on."""
         result = yield
         config = session.config
-        if config.option.collectonly:
+        if config.option.collectonly or is_worker(config):
             return result
         context = config.stash[CONTEXT]
         watch = cast(
@@ -108,7 +109,11 @@ class Job:
         )
         found = list(watch.failures.values())
         failures.store(failures.last_run(self._cache), found)
-        trouble = _trouble(watch, context.close())
+        leaks, panics = context.close(), watch.panics
+        if distributes(config):
+            controller = _role(config)
+            leaks, panics = leaks + controller.leaks, panics | controller.panics
+        trouble = _trouble(panics, leaks)
         _settle_status(session, trouble)
         terminal = config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None:
@@ -118,7 +123,13 @@ class Job:
         return result
 
 
-def _trouble(watch: FailureWatch, leaks: Sequence[str]) -> list[tuple[ExitCode, str]]:
+def _role(config: pytest.Config) -> Any:
+    return config.pluginmanager.get_plugin(ROLE)
+
+
+def _trouble(
+    panics: Mapping[str, Sequence[str]], leaks: Sequence[str]
+) -> list[tuple[ExitCode, str]]:
     """Return what is wrong with the run as a whole, the most telling last."""
     return [
         *(
@@ -127,7 +138,7 @@ def _trouble(watch: FailureWatch, leaks: Sequence[str]) -> list[tuple[ExitCode, 
         ),
         *(
             (ExitCode.GUEST_PANIC, f"guest panic in {test}: {text}")
-            for test, said in watch.panics.items()
+            for test, said in panics.items()
             for text in said
         ),
     ]
@@ -151,6 +162,36 @@ class JobParts:
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config: pytest.Config) -> None:
         """Show progress our way, and guard the loaded modules."""
-        config.pluginmanager.register(ModuleGuard(), "qubes_itests-modules")
-        if config.pluginmanager.has_plugin("terminalreporter"):
-            config.pluginmanager.register(Progress(config), "qubes_itests-progress")
+        register = config.pluginmanager.register
+        words = LastWords()
+        register(ModuleGuard(), "qubes_itests-modules")
+        register(StartTimes(words), "qubes_itests-starts")
+        register(_Header(config), "qubes_itests-header")
+        if is_worker(config) or not config.pluginmanager.has_plugin("terminalreporter"):
+            return
+        progress = Progress(config, words, several=distributes(config))
+        register(progress, "qubes_itests-progress")
+
+
+class _Header:
+    """A pytest plugin that prints our header; pytest's own speaks of unused files.
+
+    It is made after the terminal reporter, whose line is above it, and before what
+    starts workers, whose lines are below.
+
+    :param config: pytest's.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionstart(self) -> None:
+        """Print it."""
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is None or self._config.get_verbosity() < 0:
+            return
+        seed = self._config.stash[SETTINGS].seed
+        terminal.write_line(f"qubes-itests {__version__}, pytest {pytest.__version__}")
+        for line in [*header.all_lines(self._config), f"seed: {seed}"]:
+            terminal.write_line(line)

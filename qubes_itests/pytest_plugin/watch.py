@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qubes_itests.configuration import Keep
+from qubes_itests.pytest_plugin.worker import is_remote
 from qubes_itests.report import failures
 from qubes_itests.report.artifacts import Artifacts
 from qubes_itests.report.failures import Failure
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from qubes_itests.testbed import Testbed
 
 __all__ = ["FailureWatch"]
+
+#: The attribute of a report that has the artefacts.
+_FILES = "itests_files"
 
 
 class FailureWatch:
@@ -88,13 +92,18 @@ class FailureWatch:
             self._artifacts.keep_disks(item.nodeid, testbed)
         return result
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note a failure."""
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Note a failure, before others are told of it."""
         if not report.failed:
             return
         test = report.nodeid
+        # From another machine they come with the report.
+        self._artifacts.unpack(test, vars(report).pop(_FILES, {}))
         self._artifacts.text(test, "failure.txt", report.longreprtext)
         self._keep_logs(test)
+        if is_remote(self._config):
+            setattr(report, _FILES, self._artifacts.pack(test))
         directory = self._artifacts.directory(test)
         if directory.is_relative_to(self._start):
             directory = directory.relative_to(self._start)
@@ -102,6 +111,15 @@ class FailureWatch:
         why = first.cause if first else failures.cause(report)
         files = self._artifacts.files(test)
         self.failures[test] = Failure(test, why, str(directory), files)
+
+    def keep_logs(self, test: str, directory: Path, since: float) -> None:
+        """Keep the logs of VMs whose run has ended without keeping them.
+
+        :param directory: that of its VMs.
+        :param since: the seconds since the epoch when the test began.
+        """
+        logs = GuestLogs(directory).all()
+        self._artifacts.logs(test, [p for p in logs if p.stat().st_mtime >= since])
 
     def _vm_directory(self) -> Path | None:
         testbed = self._context.opened_testbed

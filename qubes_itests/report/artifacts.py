@@ -18,7 +18,7 @@ from qubes_itests.qmemman.exc import TimelineError
 from qubes_itests.report.names import file_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     import pluggy
 
@@ -91,6 +91,22 @@ class Artifacts:
             name = f"{file_name(path.parent.name)}.{file_name(path.stem)}.log"
             with contextlib.suppress(OSError):
                 self._write(test, name, tail(path, _LOG_LIMIT))
+
+    def pack(self, test: str) -> dict[str, bytes]:
+        """Return what a test left, by name, and drop it here; disks stay."""
+        directory = self.directory(test)
+        paths = [path for path in directory.iterdir() if path.is_file()]
+        files = {path.name: tail(path, _LOG_LIMIT) for path in paths}
+        for path in paths:
+            path.unlink()
+        with contextlib.suppress(OSError):  # disks
+            directory.rmdir()
+        return files
+
+    def unpack(self, test: str, files: Mapping[str, bytes]) -> None:
+        """Keep what `pack` returned elsewhere."""
+        for name, data in files.items():
+            self._write(test, Path(name).name, data)
 
     def _collect_vm(self, test: str, vm: Any, hook: pluggy.HookRelay) -> None:
         with contextlib.suppress(Exception):  # a dead domain has no definition

@@ -65,7 +65,9 @@ def cause(report: pytest.TestReport) -> str:
     """Return why a test failed, in one line."""
     crash = getattr(report.longrepr, "reprcrash", None)
     text = str(getattr(crash, "message", "") or report.longreprtext)
-    where = "" if report.when == "call" else f"in {report.when}: "
+    when: str | None = report.when
+    # Of the end of a worker pytest-xdist does not know when it was.
+    where = f"in {when}: " if when in ("setup", "teardown") else ""
     # The package of an error class says nothing that its name does not.
     text = re.sub(r"\A(?:[A-Za-z_]\w*\.)+(?=[A-Z]\w*\b)", "", text.strip())
     first, _, others = text.partition("\n")

@@ -39,6 +39,10 @@ class GuestLogs:
         new = {p.parent for p, size in sizes.items() if size > self._before.get(p, -1)}
         return [path for path in sizes if path.parent in new]
 
+    def all(self) -> list[Path]:
+        """Return all logs that are there."""
+        return list(self._sizes())
+
     def panics(self) -> list[str]:
         """Return what the kernels of guests said when they gave up, with VM names."""
         found = []

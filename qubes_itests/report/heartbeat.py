@@ -55,10 +55,10 @@ class LastWords(logging.Handler):
 
 
 class Heartbeat:
-    """Shows one line about what runs, from a thread of its own.
+    """Shows a line about each thing that runs, from a thread of its own.
 
-    On a terminal the line is drawn at the bottom and vanishes; elsewhere it is
-    printed every half minute.
+    On a terminal the lines are drawn at the bottom and vanish; elsewhere all of them
+    are printed as one, half a minute after what was shown last.
 
     :param output: a text stream that goes where people look, whatever is captured.
     :param doing: returns what is being waited for, or an empty string.
@@ -68,37 +68,50 @@ class Heartbeat:
         self._output = output
         self._doing = doing
         self._live = output.isatty() and os.environ.get("TERM") != "dumb"
-        self._what = ""
-        self._since = 0.0
+        self._running: dict[str, float] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self, what: str) -> None:
-        """Begin to show that something runs."""
-        self.stop()
-        self._what, self._since = what, time.monotonic()
-        self._stop = threading.Event()
-        target = self._draw if self._live else self._print
-        self._thread = threading.Thread(
-            target=target, args=(self._stop,), daemon=True, name="heartbeat"
-        )
-        self._thread.start()
+        """Begin to show that something runs, beside what else does."""
+        with self.silent():
+            self._running[what] = time.monotonic()
+
+    def end(self, what: str) -> None:
+        """Show no longer that something runs."""
+        with self.silent():
+            self._running.pop(what, None)
 
     def stop(self) -> None:
-        """Stop showing it; the terminal's line is free again when this returns."""
+        """Show nothing any more; the terminal's line is free when this returns."""
+        with self.silent():
+            self._running.clear()
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Show nothing meanwhile, so that there is room for a line of others."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        self._thread = None
+            self._thread = None
+        yield
+        if self._running:
+            self._stop = threading.Event()
+            target = self._draw if self._live else self._print
+            self._thread = threading.Thread(
+                target=target, args=(self._stop,), daemon=True, name="heartbeat"
+            )
+            self._thread.start()
 
-    def _line(self) -> str:
-        doing = self._doing()
-        line = f"{self._what}  {duration(time.monotonic() - self._since)}"
-        return f"{line}  {doing}" if doing else line
+    def _lines(self) -> list[str]:
+        now = time.monotonic()
+        running = [f"{what}  {duration(now - t)}" for what, t in self._running.items()]
+        return [*running[:-1], f"{running[-1]}  {self._doing()}".rstrip()]
 
     def _print(self, stop: threading.Event) -> None:
         while not stop.wait(_PLAIN_INTERVAL):
-            print(f"  … running: {self._line()}", file=self._output, flush=True)
+            said = ", ".join(self._lines())
+            print(f"  … running: {said}", file=self._output, flush=True)
 
     def _draw(self, stop: threading.Event) -> None:
         from rich.console import Console  # noqa: PLC0415 - 50 ms that a CI run saves
@@ -108,7 +121,8 @@ class Heartbeat:
         console = Console(file=self._output, force_terminal=True, highlight=False)
         with Status("", console=console) as status:
             while not stop.wait(_TERMINAL_INTERVAL):
-                text = Text(self._line(), no_wrap=True, overflow="ellipsis")
+                said = "\n".join(self._lines())
+                text = Text(said, no_wrap=True, overflow="ellipsis")
                 status.update(text)
 
 

@@ -24,16 +24,49 @@ _MARKUP = {
 }
 
 
+class StartTimes:
+    """A pytest plugin that has reports tell how long the starts of VMs took.
+
+    :param words: what the harness says; it listens while tests run.
+    """
+
+    def __init__(self, words: LastWords) -> None:
+        self._words = words
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtestloop(self) -> Generator[None, Any, Any]:
+        """Listen."""
+        with self._words.listening():
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, Any, Any]:
+        """Tell JUnit XML."""
+        starts, self._words.starts = self._words.starts, []
+        for name, seconds in starts:
+            item.user_properties.append((f"start of {name}", f"{seconds:.3f} s"))
+        del call
+        return (yield)
+
+
 class Progress:
     """A pytest plugin; quiet with ``-q``.
 
     :param config: pytest's; its output is not captured when this is made.
+    :param words: what the harness says.
+    :param several: whether tests run beside each other, in other processes. Then those
+        of a plugin make no section: they mix with others.
     """
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(
+        self, config: pytest.Config, words: LastWords, *, several: bool = False
+    ) -> None:
         self._config = config
         self._output = real_stdout()
-        self._words = LastWords()
+        self._words = words
+        self._several = several
         self._heartbeat = Heartbeat(self._output, lambda: self._words.text)
         self._folding = Folding(self._write)
         self._running = False
@@ -46,14 +79,13 @@ class Progress:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtestloop(self) -> Generator[None, Any, Any]:
         """Take the progress of the tests over from the terminal reporter."""
-        with self._words.listening():
-            self._running = True
-            try:
-                return (yield)
-            finally:
-                self._running = False
-                self._heartbeat.stop()
-                self._folding.end()
+        self._running = True
+        try:
+            return (yield)
+        finally:
+            self._running = False
+            self._heartbeat.stop()
+            self._folding.end()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_report_teststatus(self) -> Generator[None, Any, Any]:
@@ -64,26 +96,19 @@ class Progress:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Show what begins."""
         plugin = str(nodeid).partition("::")[0]
-        if plugin != self._fold:
+        if plugin != self._fold and not self._several:
             self._fold = plugin
             self._folding.begin(plugin)
         self._words.text = ""
         if self._beats:
             self._heartbeat.start(str(nodeid))
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(
-        self, item: pytest.Item, call: pytest.CallInfo[None]
-    ) -> Generator[None, Any, Any]:
-        """Tell JUnit XML how long the starts of VMs took."""
-        starts, self._words.starts = self._words.starts, []
-        for name, seconds in starts:
-            item.user_properties.append((f"start of {name}", f"{seconds:.3f} s"))
-        del call
-        return (yield)
-
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Show what ended, and how."""
+        if self._config.get_verbosity() <= 0:
+            # pytest would tell of each failure which worker it was.
+            vars(report).pop("node", None)
         if (part := getattr(report, "context", None)) is not None:
             self._subtest(report, part)
             return
@@ -93,12 +118,12 @@ class Progress:
         if category == "passed" and report.nodeid in self._parts_failed:
             category = "failed"
         if category is not None:
-            self._heartbeat.stop()
-            self._line(report, category, took)
+            with self._heartbeat.silent():
+                self._line(report, category, took)
 
-    def pytest_runtest_logfinish(self) -> None:
-        """Be still between tests."""
-        self._heartbeat.stop()
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Say no more of it."""
+        self._heartbeat.end(str(nodeid))
 
     def pytest_unconfigure(self) -> None:
         """Give the output back."""
@@ -109,9 +134,10 @@ class Progress:
         # Those that passed are counted with their test.
         if report.failed:
             self._parts_failed.add(report.nodeid)
-            self._heartbeat.stop()
             names = ", ".join(f"{k}={v!r}" for k, v in dict(part.kwargs).items())
-            self._line(report, "failed", report.duration, f" ({part.msg or names})")
+            said = f" ({part.msg or names})"
+            with self._heartbeat.silent():
+                self._line(report, "failed", report.duration, said)
 
     def _line(
         self, report: pytest.TestReport, category: str, took: float, part: str = ""

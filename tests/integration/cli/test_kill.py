@@ -59,15 +59,19 @@ def _wait_for_vms(cache, process):
 
 
 def test_nothing_survives_kill_at_any_moment(cache, tmp_path):
-    """Killed at 20 moments: from its first breath on, and from its first VM on."""
+    """Killed at 20 moments: from its first breath on, and from its first VM on.
+
+    Half of the runs have two workers.
+    """
     moments = random.Random(SEED)  # noqa: S311
     environment = os.environ | {"QUBES_ITESTS_CACHE": str(cache)}
     environment.pop("QUBES_ITESTS_SANDBOX", None)
     seen_running = 0
     for number in range(MOMENTS):
         moment = moments.uniform(0, LONGEST)
+        workers = ("-n", "2") if number % 4 > 1 else ()
         process = subprocess.Popen(
-            [sys.executable, "-m", "qubes_itests", "run", "smoke"],
+            [sys.executable, "-m", "qubes_itests", *workers, "run", "smoke"],
             cwd=tmp_path,
             env=environment,
             stdout=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from qubes_itests.configuration import (
     Settings,
     convert,
     load,
+    plain,
 )
 from qubes_itests.exit_codes import ExitCode
 
@@ -94,6 +96,15 @@ def test_nonsense_is_refused_with_the_file_and_the_reason(tmp_path, line, said):
 def test_a_bad_variable_is_named(tmp_path):
     with pytest.raises(ConfigurationError, match="QUBES_ITESTS_SEED: seed: 'x'"):
         load(tmp_path, {"QUBES_ITESTS_SEED": "x"})
+
+
+def test_settings_reach_another_process_as_they_are():
+    settings = Settings(
+        keep=Keep.FAILED, seed=3, template=("a", "b"), artifacts=Path("out"), timeout=0
+    )
+    told = json.loads(json.dumps(plain(settings)))
+    assert Settings(**{n: convert(n, v, "there") for n, v in told.items()}) == settings
+    assert "seed" not in plain(Settings())
 
 
 @pytest.mark.parametrize("value", ["-1", "much", str(1 << 25), True])

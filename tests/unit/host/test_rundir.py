@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qubes_itests.host.cache import Cache
-from qubes_itests.host.rundir import RunDirectory, remove_stale
+from qubes_itests.host.rundir import RunDirectory, part, remove_stale
 
 _RUN = """
 import sys
@@ -96,3 +96,12 @@ def test_links_out_of_it_are_not_followed(cache, tmp_path):
 def test_its_path_leaves_room_for_sockets(cache):
     with RunDirectory(cache) as run:
         assert len(str(run.path)) <= len(str(cache.root)) + len("/runs/") + 8
+
+
+def test_a_part_of_a_run_goes_with_it_or_before(cache):
+    with RunDirectory(cache) as run:
+        with part(run.path, "one") as place:
+            (place / "file").touch()
+        assert list(run.path.iterdir()) == []
+        (run.path / "killed").mkdir()
+    assert not run.path.exists()

@@ -1,0 +1,250 @@
+"""The process that hands the tests of a run to workers, with pytest-xdist.
+
+Each worker is in a sandbox of its own within that of the run, so that it mounts, names
+and kills as if it were alone, and ends with the run whatever becomes of either.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from execnet import XSpec
+from execnet.gateway_io import popen_bootstrapline
+from xdist.dsession import Interrupted
+from xdist.workermanage import parse_tx_spec_config
+
+from qubes_itests import configuration
+from qubes_itests.exit_codes import ExitCode
+from qubes_itests.host import memory, sandbox
+from qubes_itests.host.exc import TooManyWorkersError
+from qubes_itests.pytest_plugin.groups import GroupScheduling
+from qubes_itests.pytest_plugin.worker import KEY
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from execnet import Gateway
+    from xdist.workermanage import WorkerController
+
+    from qubes_itests.pytest_plugin.watch import FailureWatch
+    from qubes_itests.run_context import RunContext
+
+__all__ = ["Controller", "most_workers"]
+
+#: MiB of a `--memory-budget` that are dom0's, and so a number only.
+_DOM0 = 1024
+_SELECTING = (
+    "QUBES_TEST_EXTRA_INCLUDE",
+    "QUBES_TEST_EXTRA_EXCLUDE",
+    "QUBES_TEST_TEMPLATES",
+)
+
+
+class Controller:
+    """A pytest plugin, of the process that distributes tests.
+
+    :param config: pytest's.
+    :param context: the run.
+    :param watch: keeps what failures leave.
+    :raise pytest.UsageError: when the options do not go with so many workers.
+    """
+
+    def __init__(
+        self, config: pytest.Config, context: RunContext, watch: FailureWatch
+    ) -> None:
+        self._config = config
+        self._context = context
+        self._watch = watch
+        if context.settings.shell_on_failure:
+            raise pytest.UsageError(
+                "--shell-on-failure is for one test at a time: leave -n and --tx out"
+            )
+        specs = [XSpec(text) for text in parse_tx_spec_config(config)]
+        self._workers = len(specs)
+        self._places = [_place(spec) for spec in specs]
+        self._share = self._share_here()
+        self._nodes: list[WorkerController] = []
+        self._begun: dict[str, float] = {}
+        self._starting: list[XSpec] = []
+        #: Why workers ended before their tests: exit statuses and sentences.
+        self.stops: list[tuple[int, str]] = []
+        #: What could not be taken down: a sentence each.
+        self.leaks: list[str] = []
+        #: What guests' kernels said when they gave up, by test.
+        self.panics: dict[str, list[str]] = {}
+
+    def header(self) -> str:
+        """Return a line about the workers."""
+        own = ", each in a sandbox of its own" if sandbox.active() else ""
+        share = f", with {self._share} MiB of memory for VMs" if self._share else ""
+        return f"workers: {self._workers}{own}{share}"
+
+    def _share_here(self) -> int:
+        """Return what each worker on this machine may give to VMs, MiB."""
+        workers = self._places.count("")
+        if not workers:
+            return 0
+        settings = self._context.settings
+        total = settings.host_memory or memory.for_vms()
+        try:
+            return memory.share(total, workers, settings.memory_budget - _DOM0)
+        except TooManyWorkersError as error:
+            raise pytest.UsageError(str(error)) from None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_xdist_setupnodes(self, specs: Sequence[XSpec]) -> None:
+        """Have each worker's Python start in a sandbox, here or elsewhere."""
+        self._starting = list(specs)
+        for spec in specs:
+            if sandbox.active() and spec.popen and not spec.via:
+                spec.python = shlex.join(_command(spec))
+
+    @pytest.hookimpl
+    def pytest_xdist_newgateway(self, gateway: Gateway) -> None:
+        """End the run if a worker's Python did not start.
+
+        :raise pytest.exit.Exception: with the status of what should have started it.
+        """
+        process = getattr(gateway._io, "popen", None)  # noqa: SLF001
+        if process is not None and process.poll() is not None:
+            raise _not_started(gateway.spec, process.poll())
+        self._starting = self._starting[1:]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_sessionstart(self) -> Generator[None, Any, Any]:
+        """End the run if a worker's Python ended before it was spoken to.
+
+        :raise pytest.exit.Exception: as above.
+        """
+        try:
+            return (yield)
+        except BrokenPipeError:
+            spec = self._starting[0]
+            raise _not_started(spec, ExitCode.USAGE_ERROR) from None
+
+    @pytest.hookimpl
+    def pytest_configure_node(self, node: WorkerController) -> None:
+        """Tell a worker what it is told on no command line."""
+        self._nodes.append(node)
+        place = _place(node.gateway.spec)
+        told = configuration.plain(self._context.settings)
+        if not place:
+            told["host_memory"] = self._share
+        node.workerinput[KEY] = {
+            "settings": told,
+            "remote": bool(place),
+            "workers": self._places.count(place),
+            "directory": "" if place or not sandbox.active() else self._directory(),
+            # They select plugins and templates, and must everywhere.
+            "environment": {n: v for n, v in os.environ.items() if n in _SELECTING},
+            "grouped": self._config.getoption("dist") == "loadgroup",
+        }
+
+    def _directory(self) -> str:
+        return str(self._context.place)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_xdist_make_scheduler(
+        self, config: pytest.Config, log: Any
+    ) -> GroupScheduling | None:
+        """Keep the tests of a group together; other ways are pytest-xdist's own."""
+        if config.getoption("dist") != "loadgroup":
+            return None
+        return GroupScheduling(config, log)
+
+    @pytest.hookimpl
+    def pytest_testnodedown(self, node: WorkerController) -> None:
+        """Take up what a worker has found out."""
+        output = getattr(node, "workeroutput", {}).get(KEY, {})
+        self.leaks += output.get("leaks", ())
+        self.panics |= output.get("panics", {})
+        if stop := output.get("stop"):
+            self.stops.append(tuple(stop))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Remember when a test began."""
+        self._begun[nodeid] = time.time()
+
+    @pytest.hookimpl
+    def pytest_handlecrashitem(self, crashitem: str, report: Any) -> None:
+        """Keep what the guests of a worker said that was killed."""
+        if sandbox.active() and not _place(report.node.gateway.spec):
+            vms = self._context.place / report.node.gateway.id / "vm"
+            self._watch.keep_logs(crashitem, vms, self._begun.get(crashitem, 0))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, Any, Any]:
+        """End the run as it would end without workers.
+
+        :raise pytest.exit.Exception: when the machine was not ready.
+        :raise pytest.UsageError: when no such test was found.
+        :raise pytest.Session.Failed: when there were too many failures.
+        """
+        try:
+            return (yield)
+        except Interrupted as why:
+            raise self._ending(session, why) from None
+
+    def _ending(self, session: pytest.Session, why: BaseException) -> BaseException:
+        for status, text in self.stops:
+            if status == ExitCode.USAGE_ERROR:
+                return pytest.UsageError(text)
+            return pytest.exit.Exception(text, status)
+        failures = self._config.getoption("maxfail")
+        if failures and session.testsfailed >= failures:
+            return session.Failed(str(why))
+        return why
+
+    @pytest.hookimpl
+    def pytest_keyboard_interrupt(
+        self, excinfo: pytest.ExceptionInfo[BaseException]
+    ) -> None:
+        """Have the workers clean up now, who may not have heard of it."""
+        if isinstance(excinfo.value, Interrupted):
+            return
+        for node in self._nodes:
+            process = getattr(node.gateway._io, "popen", None)  # noqa: SLF001
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGINT)
+
+
+def _place(spec: XSpec) -> str:
+    """Return how another machine is reached; an empty string for this one."""
+    return str(spec.on or spec.ssh or spec.socket or spec.via or "")
+
+
+def _command(spec: XSpec) -> list[str]:
+    """Return what starts a worker's Python; pytest-xdist adds Python's arguments."""
+    python = shlex.split(spec.python) if spec.python else [sys.executable]
+    if sys.flags.safe_path:
+        python.append("-P")
+    command = sandbox.command(python)
+    if not spec.on:
+        return command
+    # There the words are a shell's: it gets all of them from us, and takes those that
+    # are added for a comment.
+    line = shlex.join([*command, "-u", "-c", popen_bootstrapline])
+    here = shlex.quote(str(Path.cwd()))
+    return [*shlex.split(str(spec.on)), f"cd {here} && exec {line} #"]
+
+
+def _not_started(spec: XSpec, status: int) -> BaseException:
+    not_ready = ExitCode.NOT_ROOT <= status <= ExitCode.NO_NETWORK
+    return pytest.exit.Exception(
+        f"`{spec.on or spec.python}` ended and started no worker;"
+        " what it said is above",
+        status if not_ready else ExitCode.USAGE_ERROR,
+    )
+
+
+def most_workers() -> int:
+    """Return how many workers `-n auto` starts: one per CPU that has memory too."""
+    room = memory.for_vms() // memory.LEAST
+    return max(1, min(len(os.sched_getaffinity(0)), room))

@@ -1,0 +1,146 @@
+"""A process that runs tests for a controller: what it is told, and what it tells."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from qubes_itests.configuration import Settings, convert
+from qubes_itests.host import memory
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from qubes_itests.pytest_plugin.watch import FailureWatch
+    from qubes_itests.run_context import RunContext
+
+__all__ = [
+    "KEY",
+    "ROLE",
+    "Worker",
+    "distributes",
+    "is_remote",
+    "is_worker",
+    "part",
+    "prepare",
+    "settings",
+]
+
+#: Where our words are among those that a controller and its workers exchange.
+KEY = "qubes_itests"
+#: The name of the plugin of a process that has a part in a run with several.
+ROLE = "qubes_itests-role"
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Return whether this process gets its tests from another."""
+    return KEY in getattr(config, "workerinput", ())
+
+
+def is_remote(config: pytest.Config) -> bool:
+    """Return whether this process gets its tests from another machine."""
+    return is_worker(config) and bool(_told(config)["remote"])
+
+
+def distributes(config: pytest.Config) -> bool:
+    """Return whether this process hands its tests to others."""
+    option = config.option
+    return (
+        getattr(option, "dist", "no") != "no"
+        and bool(getattr(option, "tx", None))
+        and not option.collectonly
+        and not hasattr(config, "workerinput")
+    )
+
+
+def prepare(config: pytest.Config) -> None:
+    """Keep classes together unless another way was chosen; drop what is not here.
+
+    Call it before pytest-xdist acts on its options.
+    """
+    option = config.option
+    if is_worker(config):
+        os.environ.update(_told(config)["environment"])
+        if _told(config)["grouped"]:
+            option.loadgroup = False
+        if is_remote(config):
+            option.basetemp = None
+    elif not hasattr(config, "workerinput") and not getattr(option, "distload", True):
+        several = option.numprocesses or (option.tx and option.numprocesses is None)
+        if several and option.dist == "no":
+            option.dist = "loadgroup"
+
+
+def settings(config: pytest.Config) -> Settings:
+    """Return a worker's settings."""
+    told = _told(config)
+    words = told["settings"].items()
+    values: dict[str, Any] = {n: convert(n, v, "the controller") for n, v in words}
+    if is_remote(config):
+        room = values["host_memory"] or memory.for_vms()
+        values["host_memory"] = room // told["workers"]
+    return Settings(**values)
+
+
+def part(config: pytest.Config) -> tuple[Path, str] | None:
+    """Return where in the run's directory a worker has its own, if it is there."""
+    if not is_worker(config) or not (directory := _told(config)["directory"]):
+        return None
+    return Path(directory), config.workerinput["workerid"]  # type: ignore[attr-defined]
+
+
+def _told(config: pytest.Config) -> dict[str, Any]:
+    told: dict[str, Any] = config.workerinput[KEY]  # type: ignore[attr-defined]
+    return told
+
+
+class Worker:
+    """A pytest plugin, of a process that runs tests for a controller.
+
+    :param config: pytest's.
+    :param context: the worker's part of the run.
+    :param watch: sees tests fail.
+    """
+
+    def __init__(
+        self, config: pytest.Config, context: RunContext, watch: FailureWatch
+    ) -> None:
+        self._config = config
+        self._context = context
+        self._watch = watch
+        self._stop: tuple[int, str] | None = None
+
+    def stop(self, session: pytest.Session, status: int, text: str) -> None:
+        """Run no tests, and have the controller end the run."""
+        self._stop = int(status), text
+        session.shouldstop = text
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self) -> bool | None:
+        """Wait for no tests if there will be none."""
+        return self._stop and True
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection_finish(
+        self, session: pytest.Session
+    ) -> Generator[None, Any, Any]:
+        """Have pytest-xdist tell the tests' groups with their ids."""
+        if not _told(self._config)["grouped"]:
+            return (yield)
+        from qubes_itests.pytest_plugin.groups import with_groups  # noqa: PLC0415
+
+        with with_groups(session):
+            return (yield)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """Take everything down, and tell what a controller cannot see."""
+        output = self._config.workeroutput  # type: ignore[attr-defined]
+        output[KEY] = {
+            "leaks": self._context.close(),
+            "panics": self._watch.panics,
+            "stop": self._stop,
+        }

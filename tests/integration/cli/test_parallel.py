@@ -1,0 +1,419 @@
+"""``-n``: the tests of a run on several workers, each in a sandbox of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from leftovers import leftovers, wait_for_no_leftovers
+from plugin_site import FOR_TEMPLATE
+
+NO_GUESTS = ("--hypervisor", "test")
+
+PLUGIN = """
+    import os, sys, time, types, unittest
+
+    def seen(test):
+        with open(os.environ["SEEN"], "a") as file:
+            pid = os.readlink("/proc/self/ns/pid")
+            net = os.readlink("/proc/self/ns/net")
+            file.write(f"{test.id()} {pid} {net}\\n")
+
+    class TC_One(unittest.TestCase):
+        def setUp(self):
+            seen(self)
+        def test_1(self): pass
+        def test_2(self): pass
+        def test_3(self): self.skipTest("not today")
+
+    class TC_Two(TC_One):
+        def test_1(self): self.assertEqual(1, 2, "numbers")
+        def test_2(self): time.sleep(60)
+        def test_3(self): sys.modules["json"] = types.ModuleType("json")
+
+    def list_tests():
+        return [TC_One, TC_Two]
+"""
+
+
+def lines_of(output):
+    """Return the lines of tests, without times, in the order of ids."""
+    lines = re.sub(r"  [0-9.]+ s", "", output).splitlines()
+    tests = [line for line in lines if re.match(r"[A-Z]{5,7} +\w+::[\w:]+( |$)", line)]
+    return sorted(set(tests), key=str.split)
+
+
+def places(site):
+    """Return the namespaces in which the tests of each class ran."""
+    found = {}
+    for line in Path(site.environment["SEEN"]).read_text().splitlines():
+        name, *where = line.split()
+        found.setdefault(name.split(".")[-2], set()).add(tuple(where))
+    return found
+
+
+@pytest.fixture
+def mixed(site):
+    site.install("mixed", PLUGIN)
+    site.environment["SEEN"] = str(site.work / "seen")
+    return site
+
+
+def test_two_workers_tell_what_one_process_tells(mixed):
+    words = (*NO_GUESTS, "--timeout=2", "--junitxml=x.xml", "--seed=7", "mixed")
+    alone = mixed.run(*words)
+    cases = _cases(mixed.work / "x.xml")
+    (mixed.work / "seen").unlink()
+    both = mixed.run("-n", "2", *words)
+    assert both.returncode == alone.returncode == 1, both.stdout + both.stderr
+    assert lines_of(both.stdout) == lines_of(alone.stdout)
+    assert _cases(mixed.work / "x.xml") == cases
+    assert "3 failed, 2 passed, 1 skipped" in both.stdout
+    assert "did not end within 2 s (--timeout)" in both.stdout
+    assert "time.sleep(60)" in both.stdout
+    assert re.search(r"gw\d", both.stdout) is None
+    assert both.stdout.count("sandbox: mount, PID") == 1
+    order = [both.stdout.index(t) for t in ("test session starts", "seed: 7", "2 work")]
+    assert order == sorted(order)
+    assert re.search(
+        r"\nworkers: 2, each in a sandbox of its own, with \d+ MiB of memory for VMs\n",
+        both.stdout,
+    )
+
+
+def _cases(path):
+    suite = ET.parse(path).getroot()[0]  # noqa: S314 - our own
+    return sorted(
+        (case.get("classname"), case.get("name"), [part.tag for part in case])
+        for case in suite
+    )
+
+
+def test_a_class_stays_on_a_worker_which_has_namespaces_of_its_own(mixed):
+    mixed.run(*NO_GUESTS, "-n", "2", "--timeout=1", "mixed")
+    where = places(mixed)
+    assert {name: len(found) for name, found in where.items()} == {
+        "TC_One": 1,
+        "TC_Two": 1,
+    }
+    (one,), (two,) = where.values()
+    outside = {Path(f"/proc/self/ns/{name}").readlink() for name in ("pid", "net")}
+    assert len({*one, *two, *map(str, outside)}) == 6
+
+
+def test_what_failed_can_be_shown_and_run_again_with_and_without_workers(mixed):
+    mixed.run(*NO_GUESTS, "-n", "2", "--timeout=1", "mixed")
+    report = mixed.run("report")
+    assert report.returncode == 1
+    place = "  artefacts   itests-artifacts/mixed.TC_Two.test_1/  (failure.txt)"
+    assert place in report.stdout
+    kept = mixed.work / "itests-artifacts" / "mixed.TC_Two.test_1" / "failure.txt"
+    assert "1 != 2" in kept.read_text()
+    for words in ((), ("-n", "2")):
+        again = mixed.run(*NO_GUESTS, *words, "--lf", "--timeout=1", "mixed")
+        assert again.returncode == 1
+        assert "3 failed" in again.stdout
+        assert "passed" not in again.stdout
+
+
+def test_exit_statuses_are_those_of_one_process(mixed):
+    for words, status in (
+        (("mixed::TC_One",), 0),
+        (("-x", "mixed::TC_Two::test_1", "mixed::TC_One"), 1),
+        (("mixed::TC_Twelve",), 4),
+        (("-k", "nothing_has_this_name", "mixed"), 5),
+    ):
+        alone = mixed.run(*NO_GUESTS, *words)
+        both = mixed.run(*NO_GUESTS, "-n", "2", *words)
+        assert both.returncode == alone.returncode == status, both.stdout + both.stderr
+    wrong = mixed.run(*NO_GUESTS, "-n", "2", "mixed::TC_Twelve")
+    said = "no test's id begins with 'mixed::TC_Twelve'. Did you mean mixed::TC_Two?"
+    assert wrong.stderr.count(said) == 1, wrong.stderr
+    assert "Traceback" not in wrong.stdout + wrong.stderr
+
+
+NOT_READY = """
+    from qubes_itests.hookspec import hookimpl
+    from qubes_itests.host.exc import MissingToolError
+
+    async def connect(directory, cache, kernel):
+        raise MissingToolError("abacus", "Buy one.")
+
+    @hookimpl
+    def qubes_itests_hypervisors():
+        return {"abacus": connect}
+"""
+
+
+def test_a_machine_that_is_not_ready_is_one_sentence_and_its_status(mixed):
+    mixed.install("abacus", NOT_READY)
+    mixed.register("beads", "abacus", "qubes_itests")
+    done = mixed.run("-n", "2", "--hypervisor=abacus", "mixed")
+    assert done.returncode == 12, done.stdout + done.stderr
+    assert done.stdout.count("Buy one.") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (mixed.work / "seen").exists()
+
+
+def test_too_many_workers_for_the_memory_are_refused(mixed):
+    words = (*NO_GUESTS, "--host-memory=2000", "mixed::TC_One")
+    done = mixed.run("-n", "8", *words)
+    assert done.returncode == 4
+    assert "8 workers share 2000 MiB" in done.stderr
+    assert "-n 3 is the most" in done.stderr
+    assert mixed.run("-n", "2", *words).returncode == 0
+
+
+VMS = """
+    import os, signal, subprocess, threading, time
+    from pathlib import Path
+    from qubes.tests.extra import ExtraTestCase
+
+    class WithVM(ExtraTestCase):
+        def setUp(self):
+            super().setUp()
+            (self.vm,) = self.create_vms(["one"])
+            self.vm.start()
+
+    class TC_Good(WithVM):
+        def test_good(self):
+            self.assertEqual(self.vm.run("exit 3", wait=True), 3)
+        def test_bad(self):
+            self.vm.run("echo precious >/rw/file; sync", user="root", wait=True)
+            self.fail("on purpose")
+
+    class TC_Ends(WithVM):
+        def test_1_kill(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+        def test_2_after(self):
+            self.assertEqual(self.vm.run("exit 4", wait=True), 4)
+
+    class TC_Panic(WithVM):
+        def test_panic(self):
+            command = "sleep 0.2; echo c >/proc/sysrq-trigger"
+            self.vm.run(command, user="root", wait=True)
+
+    class TC_Leak(WithVM):
+        def test_leak(self):
+            # by the name under which it will be removed, not by its short one
+            runs = Path(os.environ["QUBES_ITESTS_CACHE"], "runs")
+            (own,) = runs.glob(f"*/{os.environ['PYTEST_XDIST_WORKER']}")
+            place = own / "left"
+            place.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+
+    class TC_Wait(WithVM):
+        def test_wait(self):
+            threading.Event().wait()
+
+    class TC_Wait_Too(TC_Wait):
+        pass
+
+    def list_tests():
+        return [TC_Good, TC_Ends, TC_Panic, TC_Leak, TC_Wait, TC_Wait_Too]
+"""
+
+
+@pytest.fixture
+def guests(site):
+    site.install("guests", VMS, FOR_TEMPLATE)
+    return site
+
+
+def test_what_a_failure_leaves_is_where_the_report_says(guests):
+    words = ("--keep=failed", "--memory-budget=3000")
+    done = guests.run("-n", "2", *words, "guests::TC_Good_tiny")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 1 passed" in done.stdout
+    last = done.stdout.splitlines()
+    line = next(line for line in last if line.startswith("  artefacts "))
+    place, names = re.fullmatch(r"  artefacts +(\S+)/  \((.*)\)", line).groups()
+    kept = guests.work / place
+    assert sorted(names.split(", ")) == sorted(
+        path.name + "/" * path.is_dir() for path in kept.iterdir()
+    )
+    (vm,) = (path.name for path in (kept / "disks").iterdir())
+    wanted = {f"{vm}.agent.log", f"{vm}.console.log", "memory.jsonl"}
+    assert wanted <= set(names.split(", "))
+    assert b"precious" in (kept / "disks" / vm / "private.img").read_bytes()
+
+
+def test_a_panic_and_a_leak_in_a_worker_have_their_exit_statuses(guests):
+    panic = guests.run("-n", "2", "--tb=no", "guests::TC_Panic_tiny")
+    assert panic.returncode == 21, panic.stdout + panic.stderr
+    assert "guest panic in guests::TC_Panic_tiny::test_panic: VM " in panic.stdout
+    leak = guests.run("-n", "2", "-k=test_good or test_leak", "guests")
+    assert leak.returncode == 20, leak.stdout + leak.stderr
+    assert "left at the end of the run: " in leak.stdout
+    assert wait_for_no_leftovers(Path(guests.environment["QUBES_ITESTS_CACHE"])) == []
+
+
+def test_a_worker_that_is_killed_is_reported_and_leaves_nothing(guests):
+    done = guests.run("-n", "2", "guests::TC_Ends_tiny", "guests::TC_Good_tiny")
+    assert done.returncode == 1, done.stdout + done.stderr
+    ended = "guests::TC_Ends_tiny::test_1_kill"
+    assert re.search(r"node down: Not properly terminated", done.stdout)
+    assert re.search(
+        rf"\n  cause +worker 'gw\d' crashed while running '{ended}'", done.stdout
+    )
+    assert re.search(r"PASSED +guests::TC_Ends_tiny::test_2_after ", done.stdout)
+    assert "2 failed, 2 passed" in done.stdout
+    kept = guests.work / "itests-artifacts" / "guests.TC_Ends_tiny.test_1_kill"
+    assert [path for path in kept.iterdir() if path.name.endswith(".console.log")]
+    assert wait_for_no_leftovers(Path(guests.environment["QUBES_ITESTS_CACHE"])) == []
+
+
+def test_a_vm_for_which_there_is_no_memory_does_not_start(guests):
+    done = guests.run("--host-memory=100", "guests::TC_Good_tiny::test_good")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "others have 0 MiB, and VMs may take 100 MiB" in done.stdout
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_ctrl_c_leaves_nothing(guests, whole_group):
+    """To all processes, as a terminal sends it, or to the first one alone."""
+    cache = Path(guests.environment["QUBES_ITESTS_CACHE"])
+    command = [sys.executable, "-m", "qubes_itests", "-n", "2", "-k", "wait", "guests"]
+    with (guests.work / "output").open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=guests.work,
+            env=guests.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        _wait_for_guests(cache, process, 2)
+        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+        assert process.wait(30) == 2
+    finally:
+        process.kill()
+        process.wait()
+    said = (guests.work / "output").read_text()
+    assert "KeyboardInterrupt" in said
+    assert "INTERNALERROR" not in said
+    assert wait_for_no_leftovers(cache) == []
+
+
+def _wait_for_guests(cache, process, number):
+    deadline = time.monotonic() + 100
+    while sum("/qemu-system" in what for what in leftovers(cache)) < number:
+        assert process.poll() is None, "the run has ended"
+        assert time.monotonic() < deadline, "no VMs have started"
+        time.sleep(0.05)
+
+
+def test_a_plain_suite_is_grouped_by_class_module_and_mark(site):
+    text = """
+        import os, pytest
+
+        def note(request):
+            group = request.node.get_closest_marker("of").args[0]
+            with open("seen", "a") as file:
+                file.write(f"x.{group}.y {os.environ['PYTEST_XDIST_WORKER']}\\n")
+
+        @pytest.fixture(autouse=True)
+        def noted(request):
+            note(request)
+
+        class TestOne:
+            pytestmark = pytest.mark.of("class")
+            def test_1(self, sandbox): pass
+            def test_2(self): pass
+
+        class TestMarked:
+            pytestmark = [pytest.mark.of("mark"), pytest.mark.xdist_group("both")]
+            def test_1(self): pass
+            def test_2(self): pass
+
+        @pytest.mark.of("mark")
+        @pytest.mark.xdist_group("both")
+        def test_marked(): pass
+
+        @pytest.mark.of("module")
+        @pytest.mark.parametrize("value", ["a::b", "]@"])
+        def test_module(value): pass
+    """
+    site.environment["SEEN"] = str(site.work / "seen")
+    (site.work / "test_suite.py").write_text(textwrap.dedent(text))
+    (site.work / "pytest.ini").write_text("[pytest]\nmarkers = of: group\n")
+    done = site.run("-p", "qubes_itests", "-n", "3", program="pytest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "7 passed" in done.stdout
+    assert "workers: 3, each in a sandbox of its own" in done.stdout
+    where = {name: len(found) for name, found in places(site).items()}
+    assert where == {"class": 1, "mark": 1, "module": 1}
+
+
+MACHINE = """\
+# Be another machine: no network, processes or mounts of this one, an empty directory.
+exec unshare --net --mount --pid --fork --kill-child --mount-proc \\
+    sh -c 'mount -t tmpfs none "$0" && cd / && exec sh -c "$1"' {work} "$1"
+"""
+
+
+def test_workers_on_other_machines(guests):
+    """By a transport that ends on this one, in namespaces of its own."""
+    guests.environment["SEEN"] = str(guests.site / "seen")
+    guests.install("mixed", PLUGIN)
+    machine = guests.site / "machine.sh"
+    machine.write_text(MACHINE.format(work=guests.work))
+    on = f"2*popen//on=sh {machine}"
+    done = guests.run("--tx", on, "-k", "TC_One or TC_Good", "guests", "mixed")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 3 passed, 1 skipped" in done.stdout
+    assert "\nworkers: 2, each in a sandbox of its own\n" in done.stdout
+    (where,) = places(guests)["TC_One"]
+    own = {str(Path(f"/proc/self/ns/{name}").readlink()) for name in ("pid", "net")}
+    assert own.isdisjoint(where)
+    kept = guests.work / "itests-artifacts" / "guests.TC_Good_tiny.test_bad"
+    names = {path.name.partition(".")[2] for path in kept.iterdir()}
+    assert names >= {"txt", "agent.log", "console.log", "domain.xml"}
+    assert "on purpose" in (kept / "failure.txt").read_text()
+    assert wait_for_no_leftovers(Path(guests.environment["QUBES_ITESTS_CACHE"])) == []
+
+
+def test_a_machine_that_cannot_be_reached_ends_the_run(mixed):
+    quick = "popen//on=false"
+    # it has read what it gets before it ends
+    slow = "popen//on=sh -c 'read line; echo no route >&2; exit 1'"
+    for on in (quick, slow):
+        done = mixed.run("--tx", on, "mixed", *NO_GUESTS)
+        assert done.returncode == 4, done.stdout + done.stderr
+        assert "ended and started no worker" in done.stdout
+        assert "Traceback" not in done.stdout + done.stderr
+    assert "no route" in done.stderr
+
+
+def test_one_process_runs_the_tests_without_pytest_xdist_or_workers(mixed, site):
+    for words in (("-p", "no:xdist"), ("-n", "0")):
+        done = mixed.run(*NO_GUESTS, *words, "mixed::TC_One")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "workers" not in done.stdout
+        (site.work / "test_suite.py").write_text("def test_it(sandbox): pass\n")
+        plain = site.run("-p", "qubes_itests", *words, program="pytest")
+        assert plain.returncode == 0, plain.stdout + plain.stderr
+        assert "workers" not in plain.stdout
+
+
+def test_a_shell_after_a_failure_is_refused_with_workers(site):
+    (site.work / "test_suite.py").write_text("def test_it(): pass\n")
+    words = ("-p", "qubes_itests", "--itests-shell-on-failure")
+    done = site.run(*words, "-n", "2", program="pytest")
+    assert done.returncode == 4
+    assert "--shell-on-failure is for one test at a time" in done.stderr
+
+
+def test_ci_gets_no_sections_that_mix(mixed):
+    words = (*NO_GUESTS, "-n", "2", "mixed::TC_One")
+    assert "::group::" not in mixed.run(*words, GITHUB_ACTIONS="true").stdout
