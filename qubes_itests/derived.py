@@ -30,9 +30,13 @@ if TYPE_CHECKING:
     from qubes_itests.host.cache import Cache
     from qubes_itests.host.kernel import Kernel
 
-__all__ = ["AppTemplates", "Wishes", "plugins_for", "wishes_of"]
+__all__ = ["AppTemplates", "TemplateProblemError", "Wishes", "plugins_for", "wishes_of"]
 
 _PLUGIN: Final = "apps"
+
+
+class TemplateProblemError(HarnessError):
+    """A template could not be made ready before the run; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,7 @@ class AppTemplates:
 
     def _build(self, name: str, cache: Cache, kernel: Kernel) -> Template:
         if problem := Prepared.told().templates.get(name):
-            raise HarnessError(problem)
+            raise TemplateProblemError(problem)
         derived = self._derived(name)
         base: Template = self._bases[derived.base](cache, kernel)
         archives = self._archives(derived, base, cache, self._say)

@@ -39,7 +39,8 @@ class InstallError(HarnessError):
     """
 
     def __init__(self, app: str, reason: str, output: str = "") -> None:
-        said = f"; the end of what was said:\n{output}" if output else ""
+        # the first line is for who reads no more than that
+        said = f"\n{output}" if output else ""
         super().__init__(f"the tests of {app} cannot be installed: {reason}{said}")
         self.app = app
         self.reason = reason

@@ -156,8 +156,9 @@ class LayerError(ImageError):
         output: str = "",
         log: Path | None = None,
     ) -> None:
-        said = f"; the end of what it said:\n{output}" if output else ""
-        kept = f"\nAll of it: {log}" if log is not None else ""
+        # the first line is for who reads no more than that
+        said = f"\n{output}" if output else ""
+        kept = f"\nall that was said: {log}" if log is not None else ""
         super().__init__(
             f"template {template}", f"could not {step}: {reason}{said}{kept}"
         )

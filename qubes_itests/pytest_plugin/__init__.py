@@ -13,7 +13,7 @@ import pytest
 
 from qubes_itests import configuration
 from qubes_itests.configuration import ConfigurationError, Settings
-from qubes_itests.derived import plugins_for
+from qubes_itests.derived import TemplateProblemError, plugins_for
 from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.hookspec import PROJECT
 from qubes_itests.host import sandbox
@@ -128,6 +128,17 @@ class _Offers:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say what the tests run in."""
     return header.all_lines(config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    call: pytest.CallInfo[None],
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Say what is wrong with a template without saying where a test needed it."""
+    report = yield
+    if call.excinfo is not None and call.excinfo.errisinstance(TemplateProblemError):
+        report.longrepr = str(call.excinfo.value)
+    return report
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)

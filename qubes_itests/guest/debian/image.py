@@ -12,7 +12,7 @@ from qubes_itests.guest.debian.accounts import add_accounts
 from qubes_itests.guest.debian.base import base_key, find_base
 from qubes_itests.guest.exc import ImageError
 from qubes_itests.guest.ext4 import make_root_image
-from qubes_itests.guest.rootfs import AGENT_LINKS
+from qubes_itests.guest.rootfs import AGENT_LINKS, find_tool
 from qubes_itests.guest.template import Template
 from qubes_itests.guest.tiny import build_agent, build_stage_one
 from qubes_itests.host.cache import Cache, digest
@@ -72,6 +72,7 @@ def build_debian(cache: Cache, kernel: Kernel, release: Release) -> Template:
     key = digest(
         base_key(release),
         agent,
+        find_tool("busybox"),
         *(_HERE / name for name in ("accounts.py", "image.py")),
         *(_HERE.parent / name for name in ("ext4.py", "rootfs.py")),
         *(part for path in _own_files() for part in (str(path), _FILES / path)),
@@ -119,6 +120,8 @@ def install_files(root: Path, agent: Path) -> None:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).unlink(missing_ok=True)
         (root / name).symlink_to(target)
+    # static, so that it starts in a fraction of the time of the user's shell
+    _install(find_tool("busybox"), root / "usr/lib/qubes/sh", executable=True)
     add_accounts(root)
     os.chown(root / "home/user", _UID, _UID)
     (root / "home/user").chmod(0o700)

@@ -136,6 +136,8 @@ class MountedRoot:
             ) as process,
         ):
             log.write(f"== {step}\n".encode())
+            log.flush()
+            begin = log.tell()
             try:
                 problem = _follow(process, log, timeout)
             finally:
@@ -143,7 +145,7 @@ class MountedRoot:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
         if problem:
-            raise LayerError(self._template, step, problem, self._tail())
+            raise LayerError(self._template, step, problem, self._tail(begin))
 
     def _mount_dev(self, undo: contextlib.ExitStack) -> None:
         dev = self._mount_tmpfs("dev", undo)
@@ -154,6 +156,11 @@ class MountedRoot:
         for name, target in _DEV_LINKS.items():
             (dev / name).symlink_to(target)
         (dev / "shm").mkdir(mode=0o1777)
+        (dev / "pts").mkdir()
+        (dev / "ptmx").symlink_to("pts/ptmx")
+        options = "newinstance,ptmxmode=666,mode=620"
+        run(["mount", "-t", "devpts", "-o", options, "devpts", dev / "pts"])
+        undo.callback(unmount, dev / "pts")
 
     def _mount_tmpfs(self, name: str, undo: contextlib.ExitStack) -> Path:
         place = self.root / name
@@ -162,9 +169,9 @@ class MountedRoot:
         undo.callback(unmount, place)
         return place
 
-    def _tail(self) -> str:
+    def _tail(self, begin: int) -> str:
         with self._log.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL))
+            log.seek(max(begin, log.seek(0, os.SEEK_END) - _TAIL))
             lines = log.read().decode(errors="replace").strip().splitlines()
         return "\n".join(lines[-_TAIL_LINES:])
 
