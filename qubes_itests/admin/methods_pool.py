@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.admin.dispatch import Call, Destination, method
-from qubes_itests.admin.validation import ascii_text, boolean, pool, revisions_to_keep
+from qubes_itests.admin.validation import boolean, lines, pool, revisions_to_keep
 from qubes_itests.core.exc import ProtocolError, QubesException, QubesValueError
 from qubes_storage.drivers import driver_names, pool_class
 
@@ -87,7 +87,7 @@ def _driver(call: Call) -> str:
 
 def _configuration(call: Call, data: bytes) -> dict[str, str]:
     options: dict[str, str] = {}
-    for line in ascii_text(data).splitlines():
+    for line in lines(call, data):
         key, equals, value = line.partition("=")
         if not equals:
             raise ProtocolError(f"{line!r} is not KEY=VALUE")

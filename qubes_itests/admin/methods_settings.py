@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from qubes_itests.admin.dispatch import Call, Destination, method
-from qubes_itests.admin.validation import ascii_text
+from qubes_itests.admin.validation import lines
 from qubes_itests.core.exc import ProtocolError
 from qubes_itests.core.firewall import parse_rule
 
@@ -22,8 +22,7 @@ def get_rules(call: Call) -> str:
 
 
 def _rules(call: Call, data: bytes) -> list[str]:
-    del call
-    return [parse_rule(line) for line in ascii_text(data).splitlines()]
+    return [parse_rule(line) for line in lines(call, data)]
 
 
 @method("admin.vm.firewall.Set", destination=Destination.VM, payload=_rules, saves=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.admin.dispatch import Call, Destination, method, save
-from qubes_itests.admin.validation import ascii_text
+from qubes_itests.admin.validation import printable
 from qubes_itests.core.app import VM_CLASSES
 from qubes_itests.core.exc import (
     ProtocolError,
@@ -60,9 +60,9 @@ class _Wanted:
     pools: dict[str, str] = field(default_factory=dict)
 
 
-def _pairs(data: bytes) -> dict[str, str]:
+def _pairs(call: Call, data: bytes) -> dict[str, str]:
     pairs: dict[str, str] = {}
-    for word in ascii_text(data).split(" "):
+    for word in printable(call, data).split(" "):
         key, equals, value = word.partition("=")
         if not equals:
             raise ProtocolError(f"{word!r} is not KEY=VALUE")
@@ -73,7 +73,7 @@ def _pairs(data: bytes) -> dict[str, str]:
 
 
 def _wanted(call: Call, data: bytes) -> _Wanted:
-    pairs = _pairs(data)
+    pairs = _pairs(call, data)
     if not {"name", "label"} <= set(pairs):
         raise ProtocolError("the payload needs name= and label=")
     name = validate_name(None, None, pairs.pop("name"))

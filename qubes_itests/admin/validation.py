@@ -30,6 +30,7 @@ __all__ = [
     "feature_name",
     "label",
     "label_name",
+    "lines",
     "number",
     "pool",
     "printable",
@@ -64,6 +65,18 @@ def printable(call: Call, data: bytes) -> str:
     if not _PRINTABLE.fullmatch(text):
         raise ProtocolError("the payload has control characters")
     return text
+
+
+def lines(call: Call, data: bytes) -> list[str]:
+    r"""Take lines of ASCII without control characters; the last ``\n`` may lack.
+
+    What ends a line elsewhere, a form feed say, is a control character too.
+    """
+    del call
+    found = ascii_text(data).removesuffix("\n").split("\n") if data else []
+    if not all(map(_PRINTABLE.fullmatch, found)):
+        raise ProtocolError("a line of the payload has control characters")
+    return found
 
 
 def _number(data: bytes) -> int:

@@ -28,14 +28,18 @@ def test_firewall_rules_are_stored_and_shown(client, app):
     assert app.saved == 1
 
 
-def test_a_rule_that_cannot_be_leaves_all_as_they_were(client, app):
-    error = refusal(
-        client,
-        "admin.vm.firewall.Set",
-        "work",
-        payload=b"action=drop\naction=accept dstports=80\n",
-    )
-    assert error.kind == "QubesValueError"
+@pytest.mark.parametrize(
+    ("payload", "kind"),
+    [
+        (b"action=drop\naction=accept dstports=80\n", "QubesValueError"),
+        (b"action=drop\n\naction=drop\n", "QubesValueError"),
+        (b"action=drop\x1caction=drop\n", "ProtocolError"),
+        (b"action=drop comment=a\0b\n", "ProtocolError"),
+    ],
+)
+def test_a_rule_that_cannot_be_leaves_all_as_they_were(client, app, payload, kind):
+    error = refusal(client, "admin.vm.firewall.Set", "work", payload=payload)
+    assert error.kind == kind
     assert app.domains["work"].firewall.rules == ("action=accept",)
     assert app.saved == 0
 

@@ -1,5 +1,6 @@
 """Volumes and pools over the Admin API, on real files."""
 
+import logging
 import re
 
 import pytest
@@ -270,14 +271,21 @@ def test_a_pool_is_added_used_and_removed(client, app, tmp_path):
         ("file", b"name=a/b\ndir_path=/x\n"),
         ("file", b"name=new\ndir_path=/x\nsetup_check=no\n"),
         ("file", b"name=new\nnonsense\n"),
+        ("file", b"name=new\ndir_path=/x\n\x1b[2J=1\n"),
         ("file", b"name=new\n"),
         ("file", b"name=new\ndir_path=/proc/nothing\n"),
         ("file", b"name=new\ndir_path=/x\nrevisions_to_keep=many\n"),
         ("file", "name=new\ndir_path=/é\n".encode()),
+        ("file", b"name=new\ndir_path=/x\0y\n"),
+        ("file", b"name=new\ndir_path=/x\x01y\n"),
+        ("file", b"name=new\x0cdir_path=/x\n"),
+        ("file", b"name=new\r\ndir_path=/x\n"),
     ],
 )
-def test_a_pool_that_cannot_be_is_refused(client, app, driver, payload):
-    assert refusal(client, "admin.pool.Add", argument=driver, payload=payload).text
+def test_a_pool_that_cannot_be_is_refused(client, app, caplog, driver, payload):
+    error = refusal(client, "admin.pool.Add", argument=driver, payload=payload)
+    assert error.text.isprintable()
+    assert [r.message for r in caplog.records if r.levelno >= logging.ERROR] == []
     assert list(app.pools) == ["default"]
     assert app.saved == 0
 
