@@ -103,7 +103,7 @@ class Policy:
         """
         try:
             request = Request.check(app, service, source, target)
-            decision = self._decide(request)
+            decision = self._decide(request, self.ask_handler)
         except RequestError as error:
             decision = denied(error.reason)
         # names, not VMs: who keeps records must not keep the VMs alive
@@ -117,11 +117,23 @@ class Policy:
         )
         return decision
 
-    def _decide(self, request: Request) -> Decision:
+    def lets_know(self, app: Qubes, service: str, source: BaseVM, target: str) -> bool:
+        """Tell whether it allows a call that nobody makes, only to hide what it denies.
+
+        Nobody is asked, and there is no record.  The parameters are those of
+        `evaluate`.
+        """
+        try:
+            request = Request.check(app, service, source, target)
+        except RequestError:
+            return False
+        return self._decide(request, None).allowed
+
+    def _decide(self, request: Request, ask: AskHandler | None) -> Decision:
         added, loaded = tuple(self.rules), self._files.loaded
         for rule in (*added, *loaded.rules):
             if rule.matches(request):
-                return decide(request, rule, (*added, *loaded.rules), self.ask_handler)
+                return decide(request, rule, (*added, *loaded.rules), ask)
         reason = "no rule of the policy speaks of it"
         if loaded.error is not None:
             reason = f"the policy's files cannot be used: {loaded.error}"

@@ -69,8 +69,10 @@ def test_a_handler_knows_who_calls(call, app):
         lambda vm, _event, dest, **_: asked.append((vm.name, dest.name)),
     )
     app.policy.add_rule("admin.vm.List * mgmt @adminvm allow")
+    app.policy.add_rule("admin.vm.List * mgmt vault allow target=dom0")
     _, answer = call("qrexec-client-vm dom0 admin.vm.List")
-    assert b"vault class=AppVM" in parse(answer)
+    names = [line.split()[0] for line in parse(answer).splitlines()]
+    assert names == [b"dom0", b"vault"]
     assert asked == [("mgmt", "dom0")]
 
 
