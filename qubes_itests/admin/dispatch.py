@@ -6,6 +6,7 @@ arrives is refused here, before the method runs.
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import inspect
 import logging
@@ -214,6 +215,11 @@ def error_name(error: BaseException) -> str:
     return "QubesException"
 
 
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and bool(task.cancelling())
+
+
 class Dispatcher:
     """Answers requests.
 
@@ -243,19 +249,25 @@ class Dispatcher:
             content = await self._execute(request, stream)
         except _EXPECTED as error:
             return self._refusal(request, error)
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
+                raise
+            # what the method waited for was: its caller still waits
+            return self._defect(request, error)
         except Exception as error:  # noqa: BLE001 - logged, and the client told
-            # as text: a record must not keep objects of the frames alive
-            log.error("%s failed:\n%s", request, traceback.format_exc())  # noqa: TRY400
-            return self._encode(
-                InternalError(
-                    f"{request.method} failed unexpectedly ({type(error).__name__});"
-                    " the server's log says more"
-                ),
-                error,
-            )
+            return self._defect(request, error)
         if stream is not None and stream.begun:
             return None
         return encode_reply(content or "")
+
+    def _defect(self, request: Request, error: BaseException) -> bytes:
+        # as text: a record must not keep objects of the frames alive
+        log.error("%s failed:\n%s", request, traceback.format_exc())
+        told = (
+            f"{request.method} failed unexpectedly ({type(error).__name__});"
+            " the server's log says more"
+        )
+        return self._encode(InternalError(told), error)
 
     def _refusal(self, request: Request, error: BaseException) -> bytes:
         if isinstance(error, InternalError):

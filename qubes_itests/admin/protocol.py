@@ -29,10 +29,11 @@ __all__ = [
 #: The most bytes that a request may have, header and payload.
 LONGEST_REQUEST: Final = 65536
 
+# Fields that are too long are not a matter of framing: who sent them is answered.
 _HEADER: Final = re.compile(
-    rb"(?P<method>[A-Za-z0-9_.-]{1,128})(?:\+(?P<argument>[!-~]{0,1024}))?"
-    rb" (?P<source>[!-~]{1,64})"
-    rb" (?:name (?P<destination>[!-~]{1,64})|keyword adminvm)"
+    rb"(?P<method>[A-Za-z0-9_.-]+)(?:\+(?P<argument>[!-~]*))?"
+    rb" (?P<source>[!-~]+)"
+    rb" (?:name (?P<destination>[!-~]+)|keyword adminvm)"
 )
 
 

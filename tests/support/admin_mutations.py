@@ -84,6 +84,7 @@ _SPICE = [
     b"@default",
     b"$(reboot)",
     b"A" * 300,
+    b"A" * 5000,
 ]
 
 
@@ -171,18 +172,13 @@ def is_framed(data):
     words = header.split(b" ")
     if not nul or len(words) != 4 or len(data) > 65536:
         return False
-    called, source, kind, destination = words
-    method, _, argument = called.partition(b"+")
+    called, _source, kind, destination = words
+    method, _, _argument = called.partition(b"+")
     if kind != b"name" and (kind, destination) != (b"keyword", b"adminvm"):
         return False
     printable = all(0x21 <= byte <= 0x7E for byte in header.replace(b" ", b""))
-    return (
-        printable
-        and re.fullmatch(rb"[A-Za-z0-9_.-]{1,128}", method) is not None
-        and len(argument) <= 1024
-        and 1 <= len(source) <= 64
-        and 1 <= len(destination) <= 64
-    )
+    named = re.fullmatch(rb"[A-Za-z0-9_.-]+", method) is not None
+    return printable and named and all(words)
 
 
 def exchange(path, data):

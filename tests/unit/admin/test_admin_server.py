@@ -1,5 +1,6 @@
 """The socket: who may connect, who is answered, who is dropped."""
 
+import asyncio
 import logging
 import select
 import socket
@@ -52,6 +53,24 @@ def test_a_request_that_is_too_long_closes_the_connection(client):
     assert client.call("admin.vm.List")
 
 
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (("x" * 60000,), "ProtocolError"),
+        (("admin.vm.List", "x" * 60000), "QubesVMNotFoundError"),
+        (("admin.vm.tag.Set", "work", "x" * 60000), "ProtocolError"),
+        (("admin.vm.Shutdown", "work", "wait+" * 12000), "ProtocolError"),
+        (("admin.vm.List", "dom0", "", b"x" * 60000), "ProtocolError"),
+        (("admin.vm.property.Get", "work", "x" * 60000), "QubesNoSuchPropertyError"),
+        (("admin.vm.device.block.Detach", "work", "x" * 60000), "ProtocolError"),
+    ],
+)
+def test_a_field_that_is_too_long_is_answered(client, call, kind):
+    with pytest.raises(AdminError) as caught:
+        client.call(*call)
+    assert caught.value.kind == kind
+
+
 def test_an_unknown_method_is_answered(client):
     with pytest.raises(AdminError, match=r"admin\.vm\.Nonsense") as caught:
         client.call("admin.vm.Nonsense")
@@ -98,6 +117,23 @@ def test_a_defect_is_answered_and_logged_with_its_traceback(client, server, capl
     assert caught.value.traceback == ""
     assert "ZeroDivisionError: about dom0" in caplog.text
     assert all(record.exc_info is None for record in caplog.records)
+
+
+def test_a_method_whose_own_wait_is_cancelled_is_answered(client, server, caplog):
+    """The client would wait for ever: nothing closes its connection."""
+
+    async def wait(_call):
+        waiting = asyncio.create_task(asyncio.Event().wait())
+        waiting.cancel()
+        await waiting
+
+    server.dispatcher.methods = {
+        "x": Method("x", wait, Destination.ANY, None, None, saves=False, streams=False)
+    }
+    with pytest.raises(AdminError, match="CancelledError") as caught:
+        client.call("x")
+    assert caught.value.kind == "QubesException"
+    assert "waiting" in caplog.text
 
 
 def test_debugging_shows_tracebacks(app, tmp_path, run):
