@@ -331,12 +331,20 @@ class Qubes(PropertyHolder):
         :raise QubesValueError: for options that it does not take, or a name in use.
         """
         pool = _make_pool(driver, options) if pool is None else pool
-        if pool.name in self.pools:
-            raise QubesValueError(f"there is a pool {pool.name!r} already")
+        self._check_new_pool(pool)
         await pool.setup()
+        try:
+            self._check_new_pool(pool)
+        except QubesValueError:
+            await pool.destroy()
+            raise
         self.pools[pool.name] = pool
         self.fire_event("pool-add", pool=pool)
         return pool
+
+    def _check_new_pool(self, pool: Pool) -> None:
+        if pool.name in self.pools:
+            raise QubesValueError(f"there is a pool {pool.name!r} already")
 
     async def remove_pool(self, name: str) -> None:
         """Forget a storage pool; what is in it stays.
@@ -354,8 +362,13 @@ class Qubes(PropertyHolder):
         if users:
             raise QubesPoolInUseError(name, users)
         self.fire_event("pool-pre-delete", pre_event=True, pool=pool)
-        await pool.destroy()
+        # first: while it is waited for, nobody may begin to use it, or remove it too
         del self.pools[name]
+        try:
+            await pool.destroy()
+        except BaseException:
+            self.pools.setdefault(name, pool)
+            raise
         self.fire_event("pool-delete", pool=pool)
 
     def get_pool(self, name: str) -> Pool:
