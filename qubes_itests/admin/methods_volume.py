@@ -21,6 +21,7 @@ from qubes_itests.core.exc import (
     QubesValueError,
     QubesVMNotHaltedError,
 )
+from qubes_storage.operation import typed_errors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -161,7 +162,8 @@ async def _replace(call: Call, length: int, content: bytes) -> None:
     success = False
     vm.fire_event("domain-volume-import-begin", volume=target.name, size=length)
     try:
-        await asyncio.to_thread(_fill, path, content)
+        with typed_errors(target, "import"):
+            await asyncio.to_thread(_fill, path, content)
         success = True
     finally:
         try:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import re
+import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -166,11 +167,21 @@ class Answer:
             status = await self._say(str(error), _REFUSED)
         except (GuestGoneError, HarnessError) as error:
             status = await self._say(str(error), _GONE)
+        except ConnectionError:
+            raise
+        except Exception:  # noqa: BLE001 - logged, and the program told
+            log.error("a call failed:\n%s", traceback.format_exc())  # noqa: TRY400
+            reason = "the call failed unexpectedly; the server's log says more"
+            status = await self._say(reason, _GONE)
         await self._send(EXIT, str(status).encode())
 
     async def _do(self) -> int:
-        async with asyncio.timeout(_REQUEST_TIMEOUT):
-            kind, data = await self._frame()
+        try:
+            async with asyncio.timeout(_REQUEST_TIMEOUT):
+                kind, data = await self._frame()
+        except TimeoutError:
+            reason = f"no request within {_REQUEST_TIMEOUT:g} seconds"
+            raise BadCallError(reason) from None
         fields = data.decode(errors="replace").split("\0")
         if kind == CALL and len(fields) == 3:  # noqa: PLR2004 - as `wire` says
             return await self._call(*fields)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import traceback
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.admin.dispatch import error_name, save
@@ -15,14 +17,18 @@ from qubes_itests.core.exc import (
 )
 from qubes_itests.exc import HarnessError
 from qubes_storage.exc import StoragePoolException
+from qubes_storage.operation import typed_errors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
     from qubes_itests.core.app import Qubes
+    from qubes_storage.volume import Volume
 
 __all__ = ["METHODS", "import_volume"]
+
+log = logging.getLogger("qubes_itests.serve")
 
 _WITH_SIZE: Final = "admin.vm.volume.ImportWithSize"
 #: The methods that are done here.
@@ -47,6 +53,16 @@ async def import_volume(
         await _import(app, vm, target, _Payload(stream), method)
     except (HarnessError, StoragePoolException) as error:
         return encode_exception(error_name(error), str(error))
+    except ConnectionError:
+        # who sent it is gone
+        raise
+    except Exception as error:  # noqa: BLE001 - logged, and the client told
+        log.error("%s failed:\n%s", method, traceback.format_exc())  # noqa: TRY400
+        kind = type(error).__name__
+        return encode_exception(
+            "QubesException",
+            f"{method} failed unexpectedly ({kind}); the server's log says more",
+        )
     return encode_reply("")
 
 
@@ -85,16 +101,18 @@ class _Payload:
             raise ProtocolError("the first line of the payload is no number of bytes")
         return int(text)
 
-    async def copy(self, path: Path, size: int) -> None:
+    async def copy(self, volume: Volume, path: Path, size: int) -> None:
         """Write the rest to a file; ProtocolError unless it is that many bytes."""
         length = 0
-        file = await asyncio.to_thread(path.open, "r+b", 0)
+        with typed_errors(volume, "import"):
+            file = await asyncio.to_thread(path.open, "r+b", 0)
         with file:
             async for data in self._rest():
                 length += len(data)
                 if length > size:
                     break
-                await asyncio.to_thread(_write, file.fileno(), data)
+                with typed_errors(volume, "import"):
+                    await asyncio.to_thread(_write, file.fileno(), data)
         if length != size:
             word = "more" if length > size else f"{length}"
             raise ProtocolError(
@@ -127,7 +145,7 @@ async def _import(
     success = False
     vm.fire_event("domain-volume-import-begin", volume=volume.name, size=size)
     try:
-        await payload.copy(path, size)
+        await payload.copy(volume, path, size)
         success = True
     finally:
         try:

@@ -189,6 +189,24 @@ def test_an_import_that_is_not_as_long_as_declared_changes_nothing(
     assert content() == before
 
 
+def test_an_import_into_a_full_pool_is_told(client, app, tmp_path, monkeypatch):
+    volume = app.domains["work"].volumes["private"]
+    begin = type(volume).import_data
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+
+    async def import_data(self, size):
+        await begin(self, size)
+        return full
+
+    monkeypatch.setattr(type(volume), "import_data", import_data)
+    call = ("admin.vm.volume.ImportWithSize", "work", "private", b"4\nfour")
+    error = refusal(client, *call)
+    assert error.kind == "StoragePoolException"
+    assert "No space left" in error.text
+    assert volume.size == 4 << 20
+
+
 def test_flags_of_volumes_are_set(client, app):
     volume = app.domains["work"].volumes["private"]
     volume_call(client, "Set.rw", payload=b"False")
