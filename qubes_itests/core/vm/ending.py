@@ -7,7 +7,11 @@ import contextvars
 import logging
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from qubes_itests.core.exc import QubesVMInUseError, QubesVMShutdownTimeoutError
+from qubes_itests.core.exc import (
+    QubesVMInUseError,
+    QubesVMNotStartedError,
+    QubesVMShutdownTimeoutError,
+)
 from qubes_itests.core.vm.pausing import PauseMixin
 from qubes_itests.guest.exc import GuestGoneError
 
@@ -114,6 +118,8 @@ class EndMixin(PauseMixin):
         :raise QubesVMInUseError: when running VMs need it, and `force` is not set.
         :raise QubesVMShutdownTimeoutError: when it runs still; it goes on running.
         """
+        if self._power == "Halted":
+            raise QubesVMNotStartedError(self)
         agent = self.running_agent()
         limit = float(timeout or self.shutdown_timeout)  # type: ignore[attr-defined]
         try:
@@ -178,6 +184,8 @@ class EndMixin(PauseMixin):
             await self._abort_start(self._starting)
             if self._power == "Halted":
                 return
+        if self._power == "Halted":
+            raise QubesVMNotStartedError(self)
         await self.running_domain().destroy()
         await self.wait_ended(float(self.shutdown_timeout))  # type: ignore[attr-defined]
 

@@ -67,17 +67,25 @@ def test_the_state_of_a_halted_vm(client):
 
 
 @pytest.mark.parametrize(
-    "method", ["Shutdown", "Kill", "Pause", "Unpause", "Suspend", "Resume", "Console"]
+    ("method", "kind"),
+    [
+        ("Shutdown", "QubesVMNotStartedError"),
+        ("Kill", "QubesVMNotStartedError"),
+        ("Pause", "QubesVMNotRunningError"),
+        ("Unpause", "QubesVMNotRunningError"),
+        ("Suspend", "QubesVMNotRunningError"),
+        ("Resume", "QubesVMNotRunningError"),
+        ("Console", "QubesVMNotRunningError"),
+    ],
 )
-def test_a_halted_vm_is_told_to_be_started_first(client, method):
-    error = refusal(client, f"admin.vm.{method}", "work")
-    assert error.kind in {"QubesVMNotStartedError", "QubesVMNotRunningError"}
+def test_a_halted_vm_is_told_to_be_started_first(client, method, kind):
+    assert refusal(client, f"admin.vm.{method}", "work").kind == kind
 
 
 @pytest.mark.parametrize("argument", ["wait", "force", "force+wait", "wait+force"])
 def test_a_shutdown_takes_force_and_wait(client, argument):
     error = refusal(client, "admin.vm.Shutdown", "work", argument)
-    assert error.kind in {"QubesVMNotStartedError", "QubesVMNotRunningError"}
+    assert error.kind == "QubesVMNotStartedError"
 
 
 @pytest.mark.parametrize("argument", ["now", "force+force", "force+", "+"])

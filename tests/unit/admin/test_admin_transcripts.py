@@ -52,7 +52,7 @@ TRANSCRIPTS = {
     "qvm-shutdown --wait of a halted VM": [
         (
             b"admin.vm.Shutdown+wait dom0 name work\0",
-            b"2\0QubesVMNotRunningError\0\0<text>\0",
+            b"2\0QubesVMNotStartedError\0\0<text>\0",
         ),
     ],
     "qvm-start before it starts": [
