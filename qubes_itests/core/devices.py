@@ -151,11 +151,7 @@ class DeviceCollection:
                 f"device {assignment} cannot be assigned with mode 'manual':"
                 " it takes ask-to-attach, auto-attach or required"
             )
-        if assignment.virtual_device in self._assigned:
-            raise DeviceAlreadyAssigned(
-                f"{self.devclass} device {assignment} is assigned to VM {self._vm}"
-                " already"
-            )
+        self._check_not_assigned(assignment)
         device, options = assignment.virtual_device, dict(assignment.options)
         await self._vm.fire_event_async(
             f"device-pre-assign:{self.devclass}",
@@ -163,10 +159,19 @@ class DeviceCollection:
             device=device,
             options=options,
         )
+        # again, here and below: a handler may have waited
+        self._check_not_assigned(assignment)
         self._remember(assignment)
         await self._vm.fire_event_async(
             f"device-assign:{self.devclass}", device=device, options=options
         )
+
+    def _check_not_assigned(self, assignment: DeviceAssignment) -> None:
+        if assignment.virtual_device in self._assigned:
+            raise DeviceAlreadyAssigned(
+                f"{self.devclass} device {assignment} is assigned to VM {self._vm}"
+                " already"
+            )
 
     def _remember(self, assignment: DeviceAssignment) -> None:
         copy = assignment.clone(frontend_domain=self._vm)
@@ -203,7 +208,7 @@ class DeviceCollection:
             device=assignment.virtual_device,
             options=dict(assignment.options),
         )
-        self._remember(assignment.clone(mode=mode))
+        self._remember(self._find(device).clone(mode=mode))
         await self._vm.fire_event_async(
             f"device-assignment-changed:{self.devclass}",
             device=assignment.virtual_device,

@@ -310,6 +310,39 @@ async def test_assignments_and_their_events(app, work, events):
     ]
 
 
+async def test_assignments_that_handlers_hold_up(app, work):
+    """One of two makes the assignment; none that is undone meanwhile comes back."""
+    devices = work.devices["pci"]
+    card = VirtualDevice(Port(app.domains["dom0"], "00_01.0", "pci"))
+    go = asyncio.Event()
+
+    async def wait(*_, **__):
+        await go.wait()
+
+    work.add_handler("device-pre-assign:pci", wait)
+    both = asyncio.gather(
+        *(
+            devices.assign(DeviceAssignment(card, mode=m))
+            for m in ("required", "auto-attach")
+        ),
+        return_exceptions=True,
+    )
+    await asyncio.sleep(0)
+    go.set()
+    first, second = await both
+    assert first is None
+    assert isinstance(second, exc.DeviceAlreadyAssigned)
+    assert [a.required for a in devices.get_assigned_devices()] == [True]
+    go.clear()
+    change = asyncio.create_task(devices.update_assignment(card, "auto-attach"))
+    await asyncio.sleep(0)
+    await devices.unassign(card)
+    go.set()
+    with pytest.raises(exc.DeviceNotAssigned):
+        await change
+    assert list(devices.get_assigned_devices()) == []
+
+
 async def test_assignments_that_cannot_be(app, work):
     card = VirtualDevice(Port(app.domains["dom0"], "00_01.0", "pci"))
     with pytest.raises(exc.QubesValueError, match="mode 'manual'"):
