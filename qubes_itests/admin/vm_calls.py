@@ -7,10 +7,11 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.admin.connection import CLIENT_TIMEOUT
-from qubes_itests.admin.dispatch import Dispatcher
+from qubes_itests.admin.dispatch import Dispatcher, error_name
 from qubes_itests.admin.methods import METHODS
-from qubes_itests.admin.protocol import LONGEST_REQUEST, Request
+from qubes_itests.admin.protocol import LONGEST_REQUEST, Request, encode_exception
 from qubes_itests.admin.streams import EventStream
+from qubes_itests.core.exc import QubesVMNotFoundError
 
 if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
@@ -49,12 +50,18 @@ async def handle_vm_call(dispatcher: Dispatcher, source: Any, call: ServiceCall)
     :param call: names the method and the target; everything in it is the guest's word.
     :return: the call's exit status: 0 also when the reply tells of an exception.
     """
+    # now: before the payload is complete, the name may be that of another VM
+    destination = _destination(dispatcher.app, call.target)
+    if destination is None:
+        missing = QubesVMNotFoundError(call.target)
+        call.stdout.write(encode_exception(error_name(missing), str(missing)))
+        return 0
     payload = await _payload(call)
     if payload is None:
         log.warning("%s: %s sent too much, or too slowly", call.service, source.name)
         return _REFUSED
     method, _, argument = call.service.partition("+")
-    request = Request(method, argument, source.name, _destination(call.target), payload)
+    request = Request(method, argument, source.name, destination, payload)
     stream = _QrexecStream(call.stdout)
     reply = await dispatcher.answer(request, stream)
     if reply is not None:
@@ -62,9 +69,15 @@ async def handle_vm_call(dispatcher: Dispatcher, source: Any, call: ServiceCall)
     return 0
 
 
-def _destination(target: str) -> str:
+def _destination(app: Qubes, target: str) -> str | None:
+    """Return whom the policy was asked about, by UUID; None if there is no such VM."""
     word = target.replace("$", "@", 1) if target.startswith("$") else target
-    return "dom0" if word in {"@adminvm", "@default"} else word
+    if word in {"@adminvm", "@default", "dom0"}:
+        return "dom0"
+    if word.startswith("uuid:"):
+        return word.lower()
+    found = app.domains.get(word)
+    return None if found is None else f"uuid:{found.uuid}"
 
 
 async def _payload(call: ServiceCall) -> bytes | None:
