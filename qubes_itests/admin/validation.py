@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
+from qubes_itests.admin.values import parse_bool
 from qubes_itests.core.exc import (
     ProtocolError,
     QubesLabelNotFoundError,
     QubesNoSuchPropertyError,
 )
-from qubes_itests.core.properties import to_bool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,7 +108,7 @@ def boolean(call: Call, data: bytes) -> bool:
     """Take a truth value, as properties do."""
     del call
     try:
-        return to_bool(ascii_text(data))
+        return parse_bool(ascii_text(data))
     except ValueError as error:
         raise ProtocolError(f"the payload is no truth value: {error}") from None
 

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
     from qubes_itests.core.properties import Property, PropertyHolder
 
-__all__ = ["escape", "parse_value", "property_kind", "write_default", "write_value"]
+__all__ = [
+    "escape",
+    "parse_bool",
+    "parse_value",
+    "property_kind",
+    "write_default",
+    "write_value",
+]
 
 _INTEGER: Final = re.compile(r"-?(?:0|[1-9][0-9]{0,18})")
 _PRINTABLE: Final = re.compile(r"[ -~]*")
@@ -87,6 +94,13 @@ def parse_value(holder: PropertyHolder, prop: Property[Any], data: bytes) -> Any
         raise QubesPropertyValueError(holder, prop.name, text, str(error)) from None
 
 
+def parse_bool(text: str) -> bool:
+    """Return a truth value; ValueError for any other text, spaces around included."""
+    if text != text.strip():
+        raise ValueError("it takes a truth value without spaces around it")
+    return to_bool(text)
+
+
 def _parse_int(_prop: Property[Any], text: str) -> int:
     if not _INTEGER.fullmatch(text):
         raise ValueError("it takes a whole number")
@@ -112,7 +126,7 @@ def _parse_str(prop: Property[Any], text: str) -> str | None:
 
 
 _PARSERS: Final[dict[str, Callable[[Property[Any], str], Any]]] = {
-    "bool": lambda _prop, text: to_bool(text),
+    "bool": lambda _prop, text: parse_bool(text),
     "int": _parse_int,
     "label": _parse_label,
     "str": _parse_str,
