@@ -6,7 +6,11 @@ from typing import Final
 
 from qubes_itests.admin.dispatch import Call, method
 from qubes_itests.admin.validation import ascii_text, feature_name, tag_name
-from qubes_itests.core.exc import QubesFeatureNotFoundError, QubesTagNotFoundError
+from qubes_itests.core.exc import (
+    QubesFeatureNotFoundError,
+    QubesTagNotFoundError,
+    QubesValueError,
+)
 
 __all__: list[str] = []
 
@@ -20,8 +24,12 @@ _FALLBACKS: Final = {
 
 
 def _value(call: Call, data: bytes) -> str:
-    del call
-    return ascii_text(data)
+    text = ascii_text(data)
+    if not text.isprintable():
+        raise QubesValueError(
+            f"the value of feature {call.argument!r} has control characters"
+        )
+    return text
 
 
 @method("admin.vm.feature.List")

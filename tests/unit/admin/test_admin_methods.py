@@ -117,6 +117,8 @@ REFUSED = [
     ("admin.vm.feature.CheckWithTemplate", "dom0", "", b"", "ProtocolError"),
     ("admin.vm.feature.Set", "work", "a/b", b"", "ProtocolError"),
     ("admin.vm.feature.Set", "work", "a", b"\xff", "ProtocolError"),
+    ("admin.vm.feature.Set", "work", "a", b"1\n2", "QubesValueError"),
+    ("admin.vm.feature.Set", "work", "a", b"\x7f", "QubesValueError"),
     ("admin.vm.feature.Remove", "work", "a", b"", "QubesFeatureNotFoundError"),
     ("admin.vm.tag.Set", "work", "a+b", b"", "ProtocolError"),
     ("admin.vm.tag.Remove", "work", "a", b"", "QubesTagNotFoundError"),
