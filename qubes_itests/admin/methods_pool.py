@@ -30,7 +30,7 @@ def _lines(values: Mapping[str, object]) -> str:
 @_ON_DOM0("admin.pool.List")
 def list_pools(call: Call) -> str:
     """Return the names, one a line."""
-    return "".join(f"{each}\n" for each in call.permitted(call.app.pools.values()))
+    return "".join(f"{each}\n" for each in call.permitted(call.app.pools))
 
 
 @functools.cache
@@ -128,8 +128,8 @@ async def remove(call: Call) -> None:
 @_ON_DOM0("admin.pool.volume.List", argument=pool)
 def list_volumes(call: Call) -> str:
     """Return the ids of its volumes, one a line."""
-    permitted = call.permitted(call.argument.list_volumes())
-    return "".join(f"{volume.vid}\n" for volume in permitted)
+    vids = [volume.vid for volume in call.argument.list_volumes()]
+    return "".join(f"{vid}\n" for vid in call.permitted(vids))
 
 
 @_ON_DOM0(

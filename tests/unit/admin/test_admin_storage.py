@@ -249,6 +249,22 @@ def test_pools_are_listed_and_described(client, app):
     assert app.saved == 0
 
 
+@pytest.mark.parametrize(
+    ("method", "argument", "name"),
+    [("List", "", "default"), ("volume.List", "default", "appvms/work/private")],
+)
+def test_handlers_filter_pools_and_volumes_by_name(client, app, method, argument, name):
+    method = f"admin.pool.{method}"
+    before = client.call(method, "dom0", argument).decode().split()
+    assert name in before
+    app.domains["dom0"].add_handler(
+        f"admin-permission:{method}",
+        lambda *_args, **_kwargs: [lambda each: each != name],
+    )
+    after = client.call(method, "dom0", argument).decode().split()
+    assert after == [each for each in before if each != name]
+
+
 def test_drivers_are_listed_with_their_options(client):
     drivers = client.call("admin.pool.ListDrivers").decode().splitlines()
     assert "file dir_path ephemeral_volatile revisions_to_keep" in drivers
