@@ -40,12 +40,18 @@ async def stats(call: Call) -> None:
     assert stream is not None  # noqa: S101 - the dispatcher has seen to it
     filters = call.permit()
     stream.send(_ESTABLISHED)
-    reporting = asyncio.create_task(_report(call, stream, filters))
+    tasks = [
+        asyncio.create_task(_report(call, stream, filters)),
+        asyncio.create_task(stream.wait_closed()),
+    ]
     try:
-        await stream.wait_closed()
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
     finally:
-        reporting.cancel()
-        await asyncio.gather(reporting, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _report(

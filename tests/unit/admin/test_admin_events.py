@@ -113,6 +113,33 @@ def test_filters_hold(client, app, run):
         assert next(events).name == "public"
 
 
+def test_a_filter_that_fails_hides_the_event_and_harms_nobody(client, app, caplog):
+    app.domains["dom0"].add_handler(
+        "admin-permission:admin.Events",
+        lambda *_args, **_kwargs: [lambda item: item[2]["feature"] != "secret"],
+    )
+    with client.events() as events:
+        next(events)
+        client.call("admin.vm.tag.Set", "work", "mine")
+        client.call("admin.vm.feature.Set", "work", "told", b"1")
+        assert next(events).name == "domain-feature-pre-set:told"
+    assert "mine" in app.domains["work"].tags
+    assert "KeyError: 'feature'" in caplog.text
+
+
+def test_a_report_of_usage_that_fails_ends_the_stream(client, app):
+    def fail(_name):
+        raise ZeroDivisionError
+
+    app.domains["dom0"].add_handler(
+        "admin-permission:admin.vm.Stats", lambda *_args, **_kwargs: [fail]
+    )
+    with client.events(method="admin.vm.Stats") as events:
+        assert next(events).name == "connection-established"
+        with pytest.raises(AdminError, match="ZeroDivisionError"):
+            next(events)
+
+
 def test_a_veto_is_answered(client, app):
     from qubes_itests.core.exc import PermissionDenied  # noqa: PLC0415
 
