@@ -234,14 +234,15 @@ class AgentConnection(asyncio.Protocol):
         try:
             await on_call(call)
         except GuestGoneError as error:
-            log.info("%r ended: %s", call, error)
+            # as text, here and below: who keeps the record would keep the VM
+            log.info("%s ended: %s", repr(call), str(error))
             await call.refuse("the service went away")
         except Exception:
-            log.exception("%r failed", call)
+            log.exception("%s failed", repr(call))
             await call.refuse("the host failed to serve it")
         else:
             if not call.ended:
-                log.error("%r was not ended by its handler", call)
+                log.error("%s was not ended by its handler", repr(call))
                 await call.refuse("the host did not serve it")
 
     def forget(self, stream: int) -> None:

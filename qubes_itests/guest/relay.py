@@ -64,7 +64,8 @@ async def _until_end(
     except GuestGoneError as error:
         if error.vm == call.vm:
             raise
-        log.warning("%s, called by %s, ended: %s", call.service, call.vm, error)
+        # as text: who keeps the record would keep the error, and so the VMs
+        log.warning("%s, called by %s, ended: %s", call.service, call.vm, str(error))
         status = _GONE
     if process.failure:
         await call.refuse(process.failure, exit_code=status)

@@ -6,6 +6,7 @@ import struct
 import pytest
 
 from qubes_itests.guest.calls import ServiceCall
+from qubes_itests.guest.exc import GuestGoneError
 from qubes_itests.guest.frames import FIRST_GUEST_STREAM, PAYLOAD_MAX, WINDOW
 from qubes_itests.guest.frames import FrameType as F
 from qubes_itests.guest.relay import relay
@@ -49,6 +50,11 @@ class Pair:
 @pytest.fixture
 def pair(connect):
     return Pair(connect).open
+
+
+def assert_all_text(records):
+    """Pytest keeps the records of a test; an error or a call would keep all its VMs."""
+    assert {type(value) for record in records for value in record.args} == {str}
 
 
 async def test_bytes_ends_and_status_reach_the_other_side(pair):
@@ -171,12 +177,13 @@ async def test_the_callers_guest_goes_away(pair):
     assert await other.wait() == 0
 
 
-async def test_the_targets_guest_goes_away(pair):
+async def test_the_targets_guest_goes_away(pair, caplog):
     pair = await pair()
     pair.target.close()
     await pair.source.skip_to(F.EOF)
     assert (await pair.source.skip_to(F.EXIT)).payload == b"\0\xff"
     assert await pair.done == 255
+    assert_all_text(caplog.records)
 
 
 async def test_a_handler_that_fails_or_forgets(connect, caplog):
@@ -185,14 +192,21 @@ async def test_a_handler_that_fails_or_forgets(connect, caplog):
     async def on_call(call):
         if call.service == "fails":
             raise ValueError("a defect")
+        if call.service == "loses":
+            raise GuestGoneError("target", "it stopped")
 
+    caplog.set_level("INFO", "qubes_itests.guest")
     _, peer = await connect(on_call=on_call)
     peer.send(F.CALL, CALL, payload=b"\0fails\0user\0")
     peer.send(F.CALL, CALL + 1, payload=b"\0forgets\0user\0")
+    peer.send(F.CALL, CALL + 2, payload=b"\0loses\0user\0")
+    assert (await peer.expect(F.EXIT)).payload[:2] == b"\2\x7e"
     assert (await peer.expect(F.EXIT)).payload[:2] == b"\2\x7e"
     assert (await peer.expect(F.EXIT)).payload[:2] == b"\2\x7e"
     assert "a defect" in caplog.text
     assert "not ended by its handler" in caplog.text
+    assert "it stopped" in caplog.text
+    assert_all_text(caplog.records)
 
 
 async def test_a_host_service_reads_writes_and_finishes(connect):
