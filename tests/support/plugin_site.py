@@ -25,6 +25,8 @@ class PluginSite:
     """
 
     def __init__(self, root: Path, environment: Mapping[str, str]) -> None:
+        #: Seconds that the program may take.
+        self.timeout = 200.0
         self.site = root / "site"
         self.work = root / "work"
         self.site.mkdir()
@@ -90,6 +92,6 @@ class PluginSite:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=self.timeout,
             check=False,
         )
