@@ -13,11 +13,10 @@ MIB = 1 << 20
 FORBIDDEN = ("--output=loot", "--export-secret-keys", "--homedir=/tmp")
 
 
-def request(*words, attachment=b"", data=b""):
+def request(*words, data=b""):
     """Return what test-gpg would send, if it let everything pass."""
     packed = b"".join(word.encode() + b"\0" for word in words)
-    lengths = struct.pack(">II", len(packed), len(attachment))
-    return MAGIC + lengths + packed + attachment + data
+    return MAGIC + struct.pack(">II", len(packed), 0) + packed + data
 
 
 class TC_00_SplitGpg(qubes.tests.extra.ExtraTestCase):
@@ -101,7 +100,9 @@ class TC_00_SplitGpg(qubes.tests.extra.ExtraTestCase):
 
     def test_060_service_forbids(self):
         """A caller who leaves test-gpg aside gets no further."""
-        requests = {word: request(word, "--list-keys") for word in FORBIDDEN} | {
+        requests = {
+            word: request(word, "--sign", data=b"text") for word in FORBIDDEN
+        } | {
             "a file of the vault": request("--encrypt", "/etc/passwd"),
             "a value for a command": request("--sign=loot"),
             "no end": request("--list-keys")[:-3],
