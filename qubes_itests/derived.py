@@ -19,7 +19,7 @@ from qubes_itests.host.kernel import find_kernel
 from qubes_itests.prepared import Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     import pluggy
@@ -43,17 +43,32 @@ class TemplateProblemError(HarnessError):
 class Wishes:
     """What the apps of a run say of templates.
 
-    :param specs: in the order of the apps.
+    :param specs: in the order of the apps, after those of files.
     :param problems: for each app that says what makes no sense, what that is.
+    :param templates: for each app the names of those that its tests run on: its own,
+        else those of files, else none in particular.
     """
 
     specs: tuple[TemplateSpec, ...] = ()
     problems: Mapping[str, str] = field(default_factory=dict)
+    templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
-    def templates(self) -> tuple[str, ...]:
-        """Names of the templates, each once."""
-        return tuple(dict.fromkeys(spec.name for spec in self.specs))
+    def derived(self) -> tuple[str, ...]:
+        """Names of the templates that are derived, each once."""
+        return _names(self.specs)
+
+    def run_on(self, default: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of all templates that tests run on.
+
+        :param default: for apps that want none in particular.
+        """
+        of_apps = [name for own in self.templates.values() for name in own or default]
+        return tuple(dict.fromkeys(of_apps)) or self.derived or tuple(default)
+
+
+def _names(specs: Iterable[TemplateSpec]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(spec.name for spec in specs))
 
 
 def wishes_of(settings: Settings) -> Wishes:
@@ -61,16 +76,17 @@ def wishes_of(settings: Settings) -> Wishes:
 
     :raise SpecError: a file makes no sense; an app's problem is the app's.
     """
-    specs: list[TemplateSpec] = []
-    problems: dict[str, str] = {}
-    for path in settings.template_spec:
-        specs += read_spec_file(path)
+    files = [spec for path in settings.template_spec for spec in read_spec_file(path)]
+    specs, problems, templates = list(files), {}, {}
     for app in settings.app:
         try:
-            specs += read_specs(app)
+            own = read_specs(app)
         except SpecError as error:
             problems[app.name] = str(error)
-    return Wishes(tuple(specs), problems)
+        else:
+            specs += own
+            templates[app.name] = _names(own or files)
+    return Wishes(tuple(specs), problems, templates)
 
 
 def plugins_for(

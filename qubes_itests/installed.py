@@ -56,17 +56,28 @@ def named_plugins(templates: Sequence[str]) -> list[tuple[str, Plugin]]:
 def _chosen(selection: Selection) -> list[Plugin]:
     """Return the plugins of a selection; of apps theirs, if there are apps."""
     prepared = Prepared.told()
-    if prepared.only is None:
+    if prepared.entries is None:
         return discover(selection)
     if selection.include is None:
-        only = frozenset(prepared.only)
+        only = frozenset(prepared.entries)
         selection = dataclasses.replace(selection, include=only)
     found = discover(selection) if selection.include else []
+    found = [_limited(p, prepared.entries.get(p.name)) for p in found]
     broken = (
         Plugin(name=app, group=GROUP, problems=(Problem(text),))
         for app, text in prepared.apps.items()
     )
     return [*found, *broken]
+
+
+def _limited(plugin: Plugin, templates: tuple[str, ...] | None) -> Plugin:
+    """Return a plugin without the classes for templates that its app does not want."""
+    classes = tuple(
+        entry
+        for entry in plugin.classes
+        if None in (templates, entry.template) or entry.template in (templates or ())
+    )
+    return dataclasses.replace(plugin, classes=classes)
 
 
 def test_ids(name: str, plugin: Plugin) -> Iterator[tuple[str, str | None]]:

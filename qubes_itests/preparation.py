@@ -16,11 +16,12 @@ from qubes_itests.configuration import ConfigurationError
 from qubes_itests.prepared import Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from qubes_itests.apps import Environment
     from qubes_itests.configuration import Settings
+    from qubes_itests.derived import Wishes
     from qubes_itests.host.cache import Cache
 
 __all__ = ["build_templates", "prepare", "prepare_apps", "prepare_listing"]
@@ -46,17 +47,18 @@ def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
     from qubes_itests.derived import wishes_of  # noqa: PLC0415 - only if it is used
 
     wishes = wishes_of(settings)
-    if wishes.templates and not settings.template:
-        os.environ["QUBES_ITESTS_TEMPLATE"] = " ".join(wishes.templates)
-    names = names or settings.template or wishes.templates or settings.templates
-    problems = build_templates(settings, names, derived=set(wishes.templates))
-    prepared = prepare_apps(settings, wishes.problems)
+    run_on = wishes.run_on(settings.templates)
+    if not settings.template:
+        os.environ["QUBES_ITESTS_TEMPLATE"] = " ".join(run_on)
+    names = names or settings.template or run_on
+    problems = build_templates(settings, names, derived=set(wishes.derived))
+    prepared = prepare_apps(settings, wishes)
     apps = (word for app in settings.app for word in ("--app", str(app)))
     files = (
         w for file in settings.template_spec for w in ("--template-spec", str(file))
     )
     words = (*apps, *files)
-    Prepared(prepared.only, prepared.apps, problems, words).tell()
+    Prepared(prepared.entries, prepared.apps, problems, words).tell()
 
 
 def prepare_listing(settings: Settings) -> Settings:
@@ -64,22 +66,22 @@ def prepare_listing(settings: Settings) -> Settings:
     from qubes_itests.derived import wishes_of  # noqa: PLC0415 - only if it is used
 
     wishes = wishes_of(settings)
-    prepare_apps(settings, wishes.problems)
-    template = settings.template or wishes.templates
+    prepare_apps(settings, wishes)
+    template = settings.template or wishes.run_on(settings.templates)
     return dataclasses.replace(settings, template=template)
 
 
-def prepare_apps(settings: Settings, problems: Mapping[str, str]) -> Prepared:
+def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
     """Install the tests of the apps, and have this process and its children find them.
 
-    :param problems: what is known to be wrong with apps, by their names.
+    :param wishes: what the apps say.
     """
     if not settings.app:
         return Prepared()
     from qubes_itests.apps.exc import InstallError  # noqa: PLC0415
     from qubes_itests.host.cache import Cache  # noqa: PLC0415
 
-    cache, found, wrong = Cache(), [], dict(problems)
+    cache, found, wrong = Cache(), [], dict(wishes.problems)
     for app in settings.app:
         if not app.is_dir():
             raise ConfigurationError("--app", f"there is no directory {app}")
@@ -89,8 +91,12 @@ def prepare_apps(settings: Settings, problems: Mapping[str, str]) -> Prepared:
             except InstallError as error:
                 wrong[app.name] = str(error)
     _use(environment.packages for environment in found)
-    names = (name for environment in found for name in environment.entries)
-    prepared = Prepared(tuple(dict.fromkeys(names)), wrong)
+    entries: dict[str, tuple[str, ...]] = {}
+    for environment in found:
+        own = () if settings.template else wishes.templates[environment.app.name]
+        for name in environment.entries:
+            entries[name] = (*entries.get(name, ()), *(own or settings.templates))
+    prepared = Prepared(entries, wrong)
     prepared.tell()
     return prepared
 

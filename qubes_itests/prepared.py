@@ -22,14 +22,14 @@ _TEXT_LIMIT = 8000
 class Prepared:
     """What a run finds.
 
-    :param only: names of the entry points of tests that make up the run; None for all
-        that are installed.
+    :param entries: names of the entry points of tests that make up the run, each with
+        the templates that it runs on; None for all that are installed, on all.
     :param apps: for each app whose tests cannot be run, why.
     :param templates: for each template that could not be built, why.
     :param words: of the command line, without which the run cannot be repeated.
     """
 
-    only: tuple[str, ...] | None = None
+    entries: Mapping[str, tuple[str, ...]] | None = None
     apps: Mapping[str, str] = field(default_factory=dict)
     templates: Mapping[str, str] = field(default_factory=dict)
     words: tuple[str, ...] = ()
@@ -38,9 +38,9 @@ class Prepared:
     def told(cls, environment: Mapping[str, str] = os.environ) -> Self:
         """Return what was told; nothing special without the variable."""
         values = json.loads(environment.get(_VARIABLE) or "{}")
-        only = values.get("only")
+        entries = values.get("entries")
         return cls(
-            None if only is None else tuple(only),
+            entries and {name: tuple(names) for name, names in entries.items()},
             values.get("apps", {}),
             values.get("templates", {}),
             tuple(values.get("words", ())),

@@ -33,7 +33,7 @@ _PYTEST_VALUES = _words("""
 """)
 _OWN_VALUES = _words("""
     --keep --artifacts --timeout --seed --template --hypervisor --filesystem
-    --memory-budget --host-memory --directory --socket
+    --memory-budget --host-memory --directory --socket --app --template-spec
 """)
 #: With these pytest runs no test.
 _NO_TESTS = _words("""

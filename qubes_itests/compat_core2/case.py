@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import shlex
-import unittest
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from qubes_itests.core.exc import QubesVMInUseError, QubesVMShutdownTimeoutError
@@ -14,12 +13,14 @@ from .emitter import EventAssertions
 from .exc import LeakError
 from .leaks import LeakWatch
 from .outcomes import Outcomes
+from .phases import TimedTestCase
 from .policy import PolicyRule, policy_line
 from .process import ProcessWrapper
 from .vm import VMWrapper, unwrapped
 
 if TYPE_CHECKING:
     import asyncio
+    import unittest
     from collections.abc import Iterable
 
     from qubes_itests.core.app import Qubes
@@ -47,7 +48,7 @@ _SESSION_TIMEOUT: Final = 60.0
 _NO_SERVICE: Final = 127
 
 
-class QubesTestCase(EventAssertions, unittest.TestCase):
+class QubesTestCase(EventAssertions, TimedTestCase):
     """A test with an event loop."""
 
     #: The event loop, which runs in another thread whatever this one does.

@@ -23,9 +23,12 @@ _MARKUP = {
     "xpassed": ("XPASS", {"yellow": True}),
 }
 
+#: How names of properties of a report begin that are times of the test's parts.
+_PHASE = "time of "
+
 
 class StartTimes:
-    """A pytest plugin that has reports tell how long the starts of VMs took.
+    """A pytest plugin that has reports tell how long starts of VMs and phases took.
 
     :param words: what the harness says; it listens while tests run.
     """
@@ -45,9 +48,11 @@ class StartTimes:
     ) -> Generator[None, Any, Any]:
         """Tell JUnit XML."""
         starts, self._words.starts = self._words.starts, []
-        for name, seconds in starts:
-            item.user_properties.append((f"start of {name}", f"{seconds:.3f} s"))
-        del call
+        told = [(f"start of {name}", seconds) for name, seconds in starts]
+        if call.when == "call":
+            phases = getattr(getattr(item, "instance", None), "phases", {})
+            told += [(f"{_PHASE}{name}", seconds) for name, seconds in phases.items()]
+        item.user_properties += [(name, f"{value:.3f} s") for name, value in told]
         return (yield)
 
 
@@ -151,7 +156,7 @@ class Progress:
         terminal.ensure_newline()
         terminal.write(f"{word:7} ", **markup)
         when = " in teardown" if report.when == "teardown" else part
-        reason = f"  ({_reason(report)})" if category == "skipped" else ""
+        reason = f"  ({_reason(report)})" if category == "skipped" else _phases(report)
         terminal.write_line(f"{report.nodeid}{when}  {duration(took)}{reason}")
         terminal.flush()
 
@@ -170,6 +175,16 @@ def _category(report: pytest.TestReport) -> str | None:
     if report.failed and report.when != "call":
         return "error"
     return report.outcome
+
+
+def _phases(report: pytest.TestReport) -> str:
+    """Return the times of the parts of a test, for people, if they are known."""
+    told = [
+        f"{name.removeprefix(_PHASE)} {float(str(value).removesuffix(' s')):.1f}"
+        for name, value in report.user_properties
+        if name.startswith(_PHASE)
+    ]
+    return f"  ({', '.join(told)})" if told else ""
 
 
 def _reason(report: pytest.TestReport) -> str:

@@ -78,6 +78,10 @@ def test_an_app_is_installed_layered_and_tested_and_stays_as_it_is(apps):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.outcomes == [("PASSED", "one::TC_App_mine::test_service")]
     assert "templates: mine" in done.stdout
+    times = (
+        r"test_service  \d+\.\d s  \(setUp \d+\.\d, test \d+\.\d, tearDown \d+\.\d\)"
+    )
+    assert re.search(times, done.stdout)
     assert files(app) == before
 
 
@@ -91,6 +95,15 @@ def test_what_has_not_changed_is_not_made_again(apps):
     changed = apps.run(app, words=["--collect-only"])
     assert "cached: installing" in changed.stderr
     assert "test_service" not in changed.stdout
+
+
+def test_each_app_runs_on_its_own_template(apps):
+    other = apps.make("other", spec=SPEC.replace("template:mine", "template:yours"))
+    done = apps.run(apps.make("one"), other, words=["list"])
+    assert [line for line in done.stdout.splitlines() if line[0] != "#"] == [
+        "one::TC_App_mine::test_service",
+        "other::TC_App_yours::test_service",
+    ]
 
 
 def test_several_apps_share_one_template(apps):
