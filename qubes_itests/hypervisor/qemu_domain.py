@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["QemuDomain"]
 
 _RETRY = 0.01
+#: Bytes; the largest unit in which file systems write past the page cache.
+_WHOLE_BLOCK = 4096
 
 
 class QemuDomain(LibvirtDomain):
@@ -157,9 +159,16 @@ class QemuDomain(LibvirtDomain):
 
 
 def _opens_direct(path: Path) -> bool:
-    """Tell whether a file can be opened past the page cache; tmpfs refuses."""
+    """Tell whether a file can be opened past the page cache.
+
+    tmpfs refuses.  QEMU refuses a file whose last block is not whole, for it would have
+    to write more than there is: a size in GB, as client tools give it, is such a size.
+    """
     try:
-        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
         return error.errno != errno.EINVAL
-    return True
+    try:
+        return os.lseek(file, 0, os.SEEK_END) % _WHOLE_BLOCK == 0
+    finally:
+        os.close(file)

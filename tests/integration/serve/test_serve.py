@@ -12,8 +12,6 @@ import pytest
 from admin_client import AdminError
 from leftovers import wait_for_no_leftovers
 
-MIB = 1 << 20
-
 
 def cache_of(served):
     return served.socket.parents[3]
@@ -54,9 +52,8 @@ def test_a_first_visit(serve):
         client.call("admin.vm.Shutdown", "work", "wait")
         before = revisions(client, "work")[-1]
         client.call("admin.vm.volume.Revert", "work", "private", before.encode())
-        client.call(
-            "admin.vm.volume.Resize", "work", "private", str(3000 * MIB).encode()
-        )
+        # 3G to client tools: not a whole number of the file system's blocks
+        client.call("admin.vm.volume.Resize", "work", "private", b"3000000000")
         directory = served.state / "xfs" / "slow"
         pool = f"name=slow\ndir_path={directory}\n".encode()
         client.call("admin.pool.Add", argument="file-reflink", payload=pool)
@@ -66,7 +63,7 @@ def test_a_first_visit(serve):
         client.call("admin.vm.Start", "copy")
         assert shell(served, "copy", b"cat /rw/note; exit\n") == b"one\n"
         blocks = shell(served, "copy", b"cat /sys/class/block/*/size; exit\n")
-        assert str(3000 * MIB // 512).encode() in blocks.split()
+        assert str(3_000_000_000 // 512).encode() in blocks.split()
         client.call("admin.vm.Shutdown", "copy", "wait")
         for vm in ("copy", "work"):
             client.call("admin.vm.Remove", vm)
