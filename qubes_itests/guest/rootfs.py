@@ -14,7 +14,7 @@ from qubes_itests.host.command import CommandError, run
 __all__ = ["AGENT_LINKS", "TOOLS", "fill_rootfs", "find_tool"]
 
 #: Programs of the host that the guest gets besides busybox, with their libraries.
-TOOLS: Final = ("mke2fs", "resize2fs", "e2fsck")
+TOOLS: Final = ("bash", "mke2fs", "resize2fs", "e2fsck")
 
 _SEARCH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
 _LIBRARY: Final = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$", re.MULTILINE)
@@ -58,7 +58,7 @@ _FILES: Final = {
     ),
     "etc/shadow": "root:*:1:0:99999:7:::\nuser:*:1:0:99999:7:::\n",
     "etc/hosts": "127.0.0.1 localhost\n::1 localhost\n",
-    "etc/shells": "/bin/sh\n",
+    "etc/shells": "/bin/sh\n/bin/bash\n",
     "etc/os-release": (
         'ID=tiny\nNAME="tiny"\nPRETTY_NAME="tiny, the mini template of qubes_itests"\n'
     ),
@@ -70,8 +70,9 @@ _FILES: Final = {
     "etc/qubes/rpc-config/qubes.VMRootShell": "force-user=root\n",
 }
 _SCRIPTS: Final = {
-    "etc/qubes-rpc/qubes.VMShell": 'exec "${SHELL:-/bin/sh}"\n',
-    "etc/qubes-rpc/qubes.VMRootShell": "exec /bin/sh\n",
+    # Not busybox: it reads ahead, and takes from a command what that is to read.
+    "etc/qubes-rpc/qubes.VMShell": "exec /bin/bash\n",
+    "etc/qubes-rpc/qubes.VMRootShell": "exec /bin/bash\n",
     "etc/qubes-rpc/qubes.WaitForSession": "# there is no session to wait for\n",
     # The kernel learns of a new size in its own time; here it is asked for it.
     "etc/qubes-rpc/qubes.ResizeDisk": (

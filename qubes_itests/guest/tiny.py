@@ -1,4 +1,4 @@
-"""The mini template `tiny`: the distribution's kernel, busybox, and our agent."""
+"""The mini template `tiny`: the distribution's kernel, busybox, bash, and our agent."""
 
 from __future__ import annotations
 

@@ -64,6 +64,16 @@ async def test_users(agent, sh, user, line):
     assert await sh(agent, "stat -c %a $XDG_RUNTIME_DIR", user=user) == "700"
 
 
+@pytest.mark.parametrize("service", ["qubes.VMShell", "qubes.VMRootShell"])
+async def test_what_follows_a_command_is_for_the_command(agent, service):
+    """The shell reads not a byte more than its line, although all comes at once."""
+    shell = await agent.spawn_service(service, source="dom0")
+    data = b"cat; exit 5\n" + b"what it is to read\n" * 1000
+    output, _ = await shell.communicate(data)
+    assert output == data.partition(b"\n")[2]
+    assert shell.returncode == 5
+
+
 async def test_services_of_the_template(agent):
     shell = await agent.spawn_service("qubes.VMShell", source="dom0")
     assert (await shell.communicate(b"echo $QREXEC_REMOTE_DOMAIN; exit 4"))[0] == (
