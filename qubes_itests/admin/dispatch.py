@@ -55,8 +55,6 @@ _KNOWN_ERRORS: Final = {
     "DeviceAlreadyAssigned",
     "DeviceAlreadyAttached",
     "DeviceNotAssigned",
-    "PermissionDenied",
-    "ProtocolError",
     "QubesException",
     "QubesFeatureNotFoundError",
     "QubesLabelNotFoundError",
@@ -207,9 +205,17 @@ def method(
     return register
 
 
+#: What clients raise when a call is refused.  They know the classes of the two refusals
+#: too, but no tool expects these: of them qubesd says nothing, and so the tools take an
+#: empty answer, which is of this class, for a refusal.
+_REFUSED: Final = "QubesDaemonAccessError"
+
+
 def error_name(error: BaseException) -> str:
     """Return the name under which a client is told of an error."""
     for cls in type(error).__mro__:
+        if cls in {ProtocolError, PermissionDenied}:
+            return _REFUSED
         if cls.__name__ in _KNOWN_ERRORS:
             return cls.__name__
     return "QubesException"

@@ -10,8 +10,8 @@ import socket
 from typing import TYPE_CHECKING, Final, Self
 
 from qubes_itests.admin.connection import Connection
-from qubes_itests.admin.dispatch import Dispatcher
-from qubes_itests.admin.exc import AlreadyServedError
+from qubes_itests.admin.dispatch import Dispatcher, error_name
+from qubes_itests.admin.exc import AlreadyServedError, PermissionDenied
 from qubes_itests.admin.hangups import Hangups
 from qubes_itests.admin.methods import METHODS
 from qubes_itests.admin.protocol import encode_exception
@@ -91,7 +91,8 @@ class AdminServer:
         if request.source != "dom0":
             log.warning("%s: this socket is dom0's", request)
             reason = f"this socket is dom0's; {request.source} calls by qrexec"
-            return encode_exception("PermissionDenied", reason)
+            refusal = PermissionDenied(reason)
+            return encode_exception(error_name(refusal), str(refusal))
         return await self.dispatcher.answer(request, stream)
 
     def opened(self, connection: Connection) -> None:

@@ -47,7 +47,7 @@ def test_wrong_sizes_change_nothing(halted, data, said):
     before = info(halted, "filled", "private")
     with pytest.raises(AdminError, match=said) as caught:
         parse(halted.import_volume("filled", "private", data))
-    assert caught.value.kind == "ProtocolError"
+    assert caught.value.kind == "QubesDaemonAccessError"
     assert info(halted, "filled", "private") == before
 
 
@@ -55,9 +55,9 @@ def test_wrong_sizes_change_nothing(halted, data, said):
     ("vm", "volume", "kind"),
     [
         ("work", "private", "QubesVMNotHaltedError"),
-        ("filled", "none", "ProtocolError"),
+        ("filled", "none", "QubesDaemonAccessError"),
         ("none", "private", "QubesVMNotFoundError"),
-        ("dom0", "private", "ProtocolError"),
+        ("dom0", "private", "QubesDaemonAccessError"),
     ],
 )
 def test_what_cannot_be_filled(halted, vm, volume, kind):

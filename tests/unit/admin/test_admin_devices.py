@@ -74,21 +74,26 @@ def test_a_halted_vm_gets_no_device(client):
 @pytest.mark.parametrize(
     "row",
     [
-        ("Assign", "", b"", "ProtocolError"),
-        ("Assign", "dom0", b"", "ProtocolError"),
+        ("Assign", "", b"", "QubesDaemonAccessError"),
+        ("Assign", "dom0", b"", "QubesDaemonAccessError"),
         ("Assign", "nobody+sda", b"", "QubesVMNotFoundError"),
-        ("Assign", DEVICE, b"mode='sometimes'", "ProtocolError"),
-        ("Assign", DEVICE, b"nonsense", "ProtocolError"),
+        ("Assign", DEVICE, b"mode='sometimes'", "QubesDaemonAccessError"),
+        ("Assign", DEVICE, b"nonsense", "QubesDaemonAccessError"),
         (
             "Assign",
             DEVICE,
             b"mode='required' port_id='sdb'",
             "UnexpectedDeviceProperty",
         ),
-        ("Assign", DEVICE, b"mode='required' frontend_domain='tiny'", "ProtocolError"),
-        ("Unassign", DEVICE, b"x", "ProtocolError"),
-        ("Set.assignment", DEVICE, b"manual", "ProtocolError"),
-        ("Set.assignment", DEVICE, b"", "ProtocolError"),
+        (
+            "Assign",
+            DEVICE,
+            b"mode='required' frontend_domain='tiny'",
+            "QubesDaemonAccessError",
+        ),
+        ("Unassign", DEVICE, b"x", "QubesDaemonAccessError"),
+        ("Set.assignment", DEVICE, b"manual", "QubesDaemonAccessError"),
+        ("Set.assignment", DEVICE, b"", "QubesDaemonAccessError"),
     ],
 )
 def test_what_cannot_be_is_refused(client, app, row):
@@ -101,4 +106,4 @@ def test_what_cannot_be_is_refused(client, app, row):
 
 def test_a_class_that_is_not_there_has_no_methods(client):
     error = refusal(client, "admin.vm.device.teapot.Available", "work")
-    assert error.kind == "ProtocolError"
+    assert error.kind == "QubesDaemonAccessError"

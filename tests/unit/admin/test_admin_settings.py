@@ -33,8 +33,8 @@ def test_firewall_rules_are_stored_and_shown(client, app):
     [
         (b"action=drop\naction=accept dstports=80\n", "QubesValueError"),
         (b"action=drop\n\naction=drop\n", "QubesValueError"),
-        (b"action=drop\x1caction=drop\n", "ProtocolError"),
-        (b"action=drop comment=a\0b\n", "ProtocolError"),
+        (b"action=drop\x1caction=drop\n", "QubesDaemonAccessError"),
+        (b"action=drop comment=a\0b\n", "QubesDaemonAccessError"),
     ],
 )
 def test_a_rule_that_cannot_be_leaves_all_as_they_were(client, app, payload, kind):
@@ -91,7 +91,7 @@ def test_a_shutdown_takes_force_and_wait(client, argument):
 @pytest.mark.parametrize("argument", ["now", "force+force", "force+", "+"])
 def test_a_shutdown_takes_nothing_else(client, argument):
     assert refusal(client, "admin.vm.Shutdown", "work", argument).kind == (
-        "ProtocolError"
+        "QubesDaemonAccessError"
     )
 
 

@@ -96,7 +96,7 @@ def test_revisions_are_listed_oldest_first_and_the_last_is_the_latest(
 def test_a_revision_that_is_not_there_is_refused(client, write):
     write(b"x")
     error = refusal(client, "admin.vm.volume.Revert", "work", "private", b"../../x")
-    assert error.kind == "ProtocolError"
+    assert error.kind == "QubesDaemonAccessError"
 
 
 def test_a_volume_is_resized(client, app):
@@ -111,7 +111,7 @@ def test_a_volume_is_resized(client, app):
 )
 def test_a_size_is_plain_digits(client, app, payload):
     error = refusal(client, "admin.vm.volume.Resize", "work", "private", payload)
-    assert error.kind == "ProtocolError"
+    assert error.kind == "QubesDaemonAccessError"
     assert app.saved == 0
 
 
@@ -131,13 +131,13 @@ def test_a_volume_is_cloned_by_a_token_that_is_good_for_once(client, write, cont
     error = refusal(
         client, "admin.vm.volume.CloneTo", "copy", "private", token.encode()
     )
-    assert error.kind == "ProtocolError"
+    assert error.kind == "QubesDaemonAccessError"
 
 
 @pytest.mark.parametrize("token", [b"", b"x" * 32, b"\xff" * 32, b"a b"])
 def test_a_bogus_token_is_refused(client, app, token):
     error = refusal(client, "admin.vm.volume.CloneTo", "work", "private", token)
-    assert error.kind == "ProtocolError"
+    assert error.kind == "QubesDaemonAccessError"
     assert app.saved == 0
 
 
@@ -185,7 +185,7 @@ def test_an_import_that_is_not_as_long_as_declared_changes_nothing(
 ):
     before = content()
     error = refusal(client, f"admin.vm.volume.{method}", "work", "private", payload)
-    assert error.kind == "ProtocolError"
+    assert error.kind == "QubesDaemonAccessError"
     assert content() == before
 
 
@@ -233,7 +233,10 @@ def test_flags_of_volumes_are_set(client, app):
 )
 def test_unexpected_fields_are_protocol_errors(client, call):
     what, *fields = call
-    assert refusal(client, f"admin.vm.volume.{what}", *fields).kind == "ProtocolError"
+    assert (
+        refusal(client, f"admin.vm.volume.{what}", *fields).kind
+        == "QubesDaemonAccessError"
+    )
 
 
 def test_pools_are_listed_and_described(client, app):
@@ -327,4 +330,4 @@ def test_a_pool_that_cannot_be_is_refused(client, app, caplog, driver, payload):
 def test_a_pool_that_is_not_there_is_a_protocol_error(client):
     for method in ("Info", "Remove", "UsageDetails", "volume.List"):
         error = refusal(client, f"admin.pool.{method}", argument="nothing")
-        assert error.kind == "ProtocolError"
+        assert error.kind == "QubesDaemonAccessError"

@@ -93,7 +93,7 @@ def test_a_full_pool_is_told_and_changes_nothing(fill, app, monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (PermissionDenied("not you"), "PermissionDenied: not you"),
+        (PermissionDenied("not you"), "QubesDaemonAccessError: not you"),
         (PermissionError("not so"), "QubesException: .* unexpectedly"),
     ],
 )
