@@ -31,6 +31,11 @@ ANY: Final = "*"
 _CLASS: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _PORT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DEVICE: Final = re.compile(r"[!-&(-\[\]-~]{1,255}")
+#: Backend, port and device in an argument, which may have neither ``:`` nor ``*``.
+_ARGUMENT: Final = re.compile(r"([^+]+)\+([^+:]+)\+(.+)")
+_PLACEHOLDER: Final = "_"
+#: The interface of a device of which nothing is known.
+_NO_INTERFACE: Final = "?******"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -162,12 +167,22 @@ class VirtualDevice:
     def from_qarg(
         cls, representation: str, devclass: str, domains: Any
     ) -> VirtualDevice:
-        """Read ``BACKEND+PORT[:DEVICE]``, as in arguments of the Admin API.
+        """Read ``BACKEND+PORT[+DEVICE]``, as in arguments of the Admin API.
+
+        There ``+`` stands for the ``:`` of a device too, and ``_`` for a ``*``; after
+        ``:`` the device is taken as it is.
 
         :param domains: the VMs of the app, by name.
         :raise QubesVMNotFoundError: when there is no such backend.
         :raise QubesValueError: for what cannot be.
         """
+        if found := _ARGUMENT.fullmatch(representation):
+            backend, port_id, device_id = (
+                ANY if each == _PLACEHOLDER else each for each in found.groups()
+            )
+            unknown = _PLACEHOLDER * len(_NO_INTERFACE)
+            device_id = device_id.replace("+", ":").replace(unknown, _NO_INTERFACE)
+            representation = f"{backend}+{port_id}:{device_id}"
         return cls._read(representation, "+", devclass, domains)
 
     @classmethod

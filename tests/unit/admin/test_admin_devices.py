@@ -66,6 +66,21 @@ def test_a_device_is_assigned_changed_and_unassigned(client, app):
     assert app.saved == 3
 
 
+def test_a_device_has_the_name_that_client_tools_send(client):
+    """The bytes of ``qvm-block assign --required work dom0:sda``, and of its end."""
+    sent = "dom0+sda+0000+0000++_______"
+    payload = (
+        b"device_id='0000:0000::?******' port_id='sda' devclass='block'"
+        b" backend_domain='dom0' mode='required' frontend_domain='work'"
+    )
+    device_call(client, "Assign", sent, payload)
+    listed = device_call(client, "Assigned")
+    assert listed.startswith(f"{DEVICE} ")
+    assert device_call(client, "Assigned", sent) == listed
+    device_call(client, "Unassign", sent)
+    assert device_call(client, "Assigned") == ""
+
+
 def test_a_halted_vm_gets_no_device(client):
     error = refusal(client, "admin.vm.device.block.Attach", "work", DEVICE)
     assert error.kind == "QubesVMNotRunningError"

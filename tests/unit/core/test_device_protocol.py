@@ -205,8 +205,40 @@ def test_a_device_is_read_from_an_argument_and_from_what_users_write(device):
 
 
 @pytest.mark.parametrize(
+    ("argument", "names"),
+    [
+        ("dom0+data+image+data", ("dom0", "data", "image:data")),
+        ("dom0+data+_", ("dom0", "data", "*")),
+        ("dom0+_+0000+0000++_______", ("dom0", "*", "0000:0000::?******")),
+        ("_+data+_", ("*", "data", "*")),
+        (
+            "dom0+1-2.3+12ab+34cd+a_b+u030102",
+            ("dom0", "1-2.3", "12ab:34cd:a_b:u030102"),
+        ),
+        ("dom0+_:_", ("dom0", "_", "_")),
+    ],
+)
+def test_arguments_as_client_tools_send_them(argument, names):
+    """In an argument there is neither a colon nor an asterisk; before, there was."""
+    read = VirtualDevice.from_qarg(argument, "block", DOMAINS)
+    assert (read.backend_name, read.port_id, read.device_id) == names
+
+
+@pytest.mark.parametrize(
     "argument",
-    ["dom0", "dom0+", "dom0+data:", "dom0+a/b", "dom0+..", "dom0+a:b c", "+a", "x+a"],
+    [
+        "dom0",
+        "dom0+",
+        "dom0+data:",
+        "dom0++a",
+        "dom0+a+",
+        "dom0+a+b c",
+        "dom0+a/b",
+        "dom0+..",
+        "dom0+a:b c",
+        "+a",
+        "x+a",
+    ],
 )
 def test_arguments_that_name_no_device(argument):
     with pytest.raises((QubesValueError, QubesVMNotFoundError)):
