@@ -83,6 +83,8 @@ def serving(
         )
         app = portal.run(testbed.open_app(state.store, *settings.templates))
         stack.callback(lambda: portal.run(_shut_down(app)))
+        # the app's directory is the sandbox's own
+        (app.directory / "block").symlink_to(state.block)
         offer_programs(place, installed_tools())
         # by its short name, for the paths of sockets are limited
         sockets = portal.run(_open_sockets(app, Place.of_run(short)))

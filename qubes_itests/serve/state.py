@@ -47,6 +47,11 @@ class State:
         """The file of the app's state."""
         return self.directory / "qubes.xml"
 
+    @property
+    def block(self) -> Path:
+        """A folder of links to what dom0 exposes as block devices."""
+        return self.directory / "block"
+
     def mount_point(self, name: str) -> Path:
         """Return where one of `FILESYSTEMS` is mounted; HarnessError for others."""
         if name not in FILESYSTEMS:
@@ -64,6 +69,7 @@ class State:
         with contextlib.ExitStack() as stack:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.callback(os.close, self._locked())
+            self.block.mkdir(mode=0o700, exist_ok=True)
             for name, size in FILESYSTEMS.items():
                 self._mount(name, size)
                 stack.callback(unmount, self.mount_point(name))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import signal
 import stat
-import subprocess
-import sys
 
 import pytest
 from admin_client import AdminError
+from conditions import wait_until
 from leftovers import wait_for_no_leftovers
 
 
@@ -159,17 +158,22 @@ def test_a_broken_store_is_refused_with_its_line(site, tmp_path):
     assert f"{tmp_path}/qubes.xml:3:" in done.stderr
 
 
-def test_the_missing_client_is_explained(server):
-    """With an interpreter that sees nothing but this package."""
-    done = subprocess.run(
-        [sys.executable, "-m", "qubes_itests", "qvm", "qvm-ls"],
-        env={"QUBES_ITESTS_SERVE": str(server.socket.parent), "PATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+def test_a_link_in_the_folder_of_the_state_is_a_block_device(server, tmp_path):
+    """The bytes are those of ``qvm-block attach work dom0:data``."""
+    image = tmp_path / "image"
+    image.write_bytes(b"data".ljust(1 << 20, b"\0"))
+    link = server.state / "block" / "data"
+    link.symlink_to(image)
+    exposed = server.client.call("admin.vm.device.block.Available")
+    assert exposed.startswith(b"data:image:data device_id='image:data' ")
+    sent = "dom0+data+image+data"
+    payload = (
+        b"device_id='image:data' port_id='data' devclass='block'"
+        b" backend_domain='dom0' mode='manual' frontend_domain='work'"
     )
-    if done.returncode == 0:  # it is installed here
-        assert "work" in done.stdout
-    else:
-        assert "pip install ./qubes-core-admin-client" in done.stderr
+    server.client.call("admin.vm.device.block.Attach", "work", sent, payload)
+    read = ("-d", "work", "root:head -c 4 /dev/xvdi")
+    wait_until(lambda: server.run(*read).stdout == b"data", "the disk in the guest")
+    server.client.call("admin.vm.device.block.Detach", "work", sent)
+    link.unlink()
+    assert server.client.call("admin.vm.device.block.Available") == b""
