@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qubes_itests.host.command import run
 from qubes_itests.qmemman import plot, timeline
 from qubes_itests.qmemman.exc import TimelineError
+from qubes_itests.report.journal import read_journal
 from qubes_itests.report.names import file_name
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ class Artifacts:
             for vm in app.domains:
                 if getattr(vm, "domain", None) is not None:
                     self._collect_vm(test, vm, hook)
+                    if journal := read_journal(testbed.portal, vm):
+                        name = f"{file_name(vm.name)}.journal.txt"
+                        self._write(test, name, journal)
             self._collect_memory(test, app.directory / timeline.TIMELINE)
         if testbed.apps:
             tree = "\n".join(_tree(testbed.parts.pool_directory))

@@ -1,0 +1,51 @@
+"""The journal of a guest that systemd runs, as long as it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.exc import HarnessError
+
+if TYPE_CHECKING:
+    from qubes_itests.portal import Portal
+
+__all__ = ["read_journal"]
+
+#: Bytes, of which the guest sends the last; it may send more.
+_LIMIT: Final = 1 << 20
+_COMMAND: Final = (
+    f"journalctl --boot --no-pager --output=short-monotonic | tail -c {_LIMIT}"
+)
+#: Seconds. A failed test may have left a guest that does not answer any more.
+_TIMEOUT: Final = 10.0
+
+
+def read_journal(portal: Portal, vm: Any) -> bytes | None:
+    """Return the end of a VM's journal; None if it has none, or does not tell.
+
+    Blocking, for some seconds at most.
+
+    :param portal: the loop that the VM is on.
+    :param vm: a VM of the core, in any state.
+    """
+    if not hasattr(vm, "agent") or vm.agent is None or vm.is_paused():
+        return None
+    if vm.features.check_with_template("init", "agent") != "systemd":
+        return None
+    with contextlib.suppress(HarnessError, OSError):
+        return portal.run(_read(vm), _TIMEOUT)
+    return None
+
+
+async def _read(vm: Any) -> bytes:
+    process = await vm.run(_COMMAND, user="root", stdout=subprocess.PIPE)
+    data = b""
+    try:
+        while len(data) < _LIMIT and (part := await process.stdout.read(_LIMIT)):
+            data += part
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    return data[:_LIMIT]
