@@ -15,14 +15,13 @@ from qubes_itests.core.domains import VMCollection
 from qubes_itests.core.events import handler
 from qubes_itests.core.exc import (
     QubesNoTemplateError,
-    QubesPoolInUseError,
-    QubesPoolNotFoundError,
     QubesValueError,
     QubesVMNotStartedError,
 )
 from qubes_itests.core.labels import LABELS, Label, find_label
 from qubes_itests.core.policy import Policy
-from qubes_itests.core.properties import Property, PropertyHolder, VMProperty
+from qubes_itests.core.pools import PoolsMixin
+from qubes_itests.core.properties import Property, VMProperty
 from qubes_itests.core.rules import Rules
 from qubes_itests.core.store.file import StoreFile
 from qubes_itests.core.store.opening import open_store
@@ -35,7 +34,6 @@ from qubes_itests.core.vm.remotevm import RemoteVM
 from qubes_itests.core.vm.settings import check_for_dispvms, kernel_name, positive
 from qubes_itests.core.vm.standalonevm import StandaloneVM
 from qubes_itests.core.vm.templatevm import TemplateVM
-from qubes_storage.drivers import pool_class
 
 if TYPE_CHECKING:
     import os
@@ -74,21 +72,7 @@ def _check_network(_app: object, vm: Any) -> None:
         raise ValueError(f"{vm} has not provides_network set")
 
 
-def _app_pool(app: Qubes, prop: Property[Any], value: Any) -> str | None:
-    del prop
-    return app.get_pool(str(value)).name if value not in (None, "") else None
-
-
-def _make_pool(driver: str, options: dict[str, Any]) -> Pool:
-    cls: Any = pool_class(driver)
-    try:
-        made: Pool = cls(**options)
-    except TypeError as error:
-        raise QubesValueError(f"driver {driver}: {error}") from None
-    return made
-
-
-class Qubes(PropertyHolder):
+class Qubes(PoolsMixin):
     """A Qubes system: the VMs, and all that they share.
 
     :param hypervisor: runs the VMs.
@@ -148,12 +132,6 @@ class Qubes(PropertyHolder):
         load_stage=3,
         default=config.defaults["shutdown_timeout"],
         doc="The shutdown_timeout of VMs that set none, seconds.",
-    )
-    default_pool = Property["str | None"](
-        "default_pool",
-        setter=_app_pool,
-        default=lambda app: next(iter(app.pools), None),
-        doc="Name of the pool of volumes that name none.",
     )
 
     def __init__(
@@ -318,64 +296,6 @@ class Qubes(PropertyHolder):
     async def start_autostart(self) -> dict[str, HarnessError]:
         """Start the VMs that start with the system; return why some did not."""
         return await start_autostart(self)
-
-    async def add_pool(
-        self, pool: Pool | None = None, *, driver: str = "", **options: Any
-    ) -> Pool:
-        """Set up a storage pool, add it under its name, and return it.
-
-        :param pool: what to add; without one it is made.
-        :param driver: of the pool to make: ``file-reflink``, ``file`` …
-        :param options: of that pool: `name`, and what its driver takes.
-        :raise DriverNotFoundError: when there is no such driver.
-        :raise QubesValueError: for options that it does not take, or a name in use.
-        """
-        pool = _make_pool(driver, options) if pool is None else pool
-        self._check_new_pool(pool)
-        await pool.setup()
-        try:
-            self._check_new_pool(pool)
-        except QubesValueError:
-            await pool.destroy()
-            raise
-        self.pools[pool.name] = pool
-        self.fire_event("pool-add", pool=pool)
-        return pool
-
-    def _check_new_pool(self, pool: Pool) -> None:
-        if pool.name in self.pools:
-            raise QubesValueError(f"there is a pool {pool.name!r} already")
-
-    async def remove_pool(self, name: str) -> None:
-        """Forget a storage pool; what is in it stays.
-
-        :raise QubesPoolInUseError: when a VM has a volume in it, or it is a default.
-        """
-        pool = self.get_pool(name)
-        users = [
-            f"VM {vm}"
-            for vm in self.domains
-            if any(v.pool is pool for v in getattr(vm, "volumes", {}).values())
-        ]
-        if self.default_pool == name:
-            users.append("the app (default_pool)")
-        if users:
-            raise QubesPoolInUseError(name, users)
-        self.fire_event("pool-pre-delete", pre_event=True, pool=pool)
-        # first: while it is waited for, nobody may begin to use it, or remove it too
-        del self.pools[name]
-        try:
-            await pool.destroy()
-        except BaseException:
-            self.pools.setdefault(name, pool)
-            raise
-        self.fire_event("pool-delete", pool=pool)
-
-    def get_pool(self, name: str) -> Pool:
-        """Return a storage pool by name; QubesPoolNotFoundError if there is none."""
-        if name not in self.pools:
-            raise QubesPoolNotFoundError(name, self.pools)
-        return self.pools[name]
 
     def save(self, *, lock: bool = True) -> None:
         """Write the state to the store, all of it or nothing, and tell listeners.

@@ -1,0 +1,106 @@
+"""The storage pools of an app."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qubes_itests.core.exc import (
+    QubesPoolInUseError,
+    QubesPoolNotFoundError,
+    QubesValueError,
+)
+from qubes_itests.core.properties import Property, PropertyHolder
+from qubes_storage.drivers import pool_class
+
+if TYPE_CHECKING:
+    from qubes_itests.core.domains import VMCollection
+    from qubes_storage.pool import Pool
+
+__all__ = ["PoolsMixin"]
+
+
+def _app_pool(app: PoolsMixin, prop: Property[Any], value: Any) -> str | None:
+    del prop
+    return app.get_pool(str(value)).name if value not in (None, "") else None
+
+
+class PoolsMixin(PropertyHolder):
+    """What an app needs to have storage pools."""
+
+    domains: VMCollection
+    #: The pools, by name.
+    pools: dict[str, Pool]
+
+    default_pool = Property["str | None"](
+        "default_pool",
+        setter=_app_pool,
+        default=lambda app: next(iter(app.pools), None),
+        doc="Name of the pool of volumes that name none.",
+    )
+
+    async def add_pool(
+        self, pool: Pool | None = None, *, driver: str = "", **options: Any
+    ) -> Pool:
+        """Set up a storage pool, add it under its name, and return it.
+
+        :param pool: what to add; without one it is made.
+        :param driver: of the pool to make: ``file-reflink``, ``file`` …
+        :param options: of that pool: `name`, and what its driver takes.
+        :raise DriverNotFoundError: when there is no such driver.
+        :raise QubesValueError: for options that it does not take, or a name in use.
+        """
+        pool = _make_pool(driver, options) if pool is None else pool
+        self._check_new_pool(pool)
+        await pool.setup()
+        try:
+            self._check_new_pool(pool)
+        except QubesValueError:
+            await pool.destroy()
+            raise
+        self.pools[pool.name] = pool
+        self.fire_event("pool-add", pool=pool)
+        return pool
+
+    def _check_new_pool(self, pool: Pool) -> None:
+        if pool.name in self.pools:
+            raise QubesValueError(f"there is a pool {pool.name!r} already")
+
+    async def remove_pool(self, name: str) -> None:
+        """Forget a storage pool; what is in it stays.
+
+        :raise QubesPoolInUseError: when a VM has a volume in it, or it is a default.
+        """
+        pool = self.get_pool(name)
+        users = [
+            f"VM {vm}"
+            for vm in self.domains
+            if any(v.pool is pool for v in getattr(vm, "volumes", {}).values())
+        ]
+        if self.default_pool == name:
+            users.append("the app (default_pool)")
+        if users:
+            raise QubesPoolInUseError(name, users)
+        self.fire_event("pool-pre-delete", pre_event=True, pool=pool)
+        # first: while it is waited for, nobody may begin to use it, or remove it too
+        del self.pools[name]
+        try:
+            await pool.destroy()
+        except BaseException:
+            self.pools.setdefault(name, pool)
+            raise
+        self.fire_event("pool-delete", pool=pool)
+
+    def get_pool(self, name: str) -> Pool:
+        """Return a storage pool by name; QubesPoolNotFoundError if there is none."""
+        if name not in self.pools:
+            raise QubesPoolNotFoundError(name, self.pools)
+        return self.pools[name]
+
+
+def _make_pool(driver: str, options: dict[str, Any]) -> Pool:
+    cls: Any = pool_class(driver)
+    try:
+        made: Pool = cls(**options)
+    except TypeError as error:
+        raise QubesValueError(f"driver {driver}: {error}") from None
+    return made
