@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qubes_itests.installed import PROBLEM, named_plugins
+from qubes_itests.prepared import Prepared
 from qubes_itests.report.failures import COMMAND
 
 if TYPE_CHECKING:
@@ -152,5 +153,5 @@ def _meant(word: str, ids: Sequence[str]) -> list[str]:
     hint = f" Did you mean {close[0]}?" if close else ""
     raise pytest.UsageError(
         f"no test's id begins with {word!r}.{hint}"
-        f" `{shlex.join([*COMMAND, 'list'])}` shows all."
+        f" `{shlex.join([*COMMAND, 'list', *Prepared.told().words])}` shows all."
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qubes_itests.configuration import Keep
+from qubes_itests.prepared import Prepared
 from qubes_itests.pytest_plugin.worker import is_remote
 from qubes_itests.report import failures
 from qubes_itests.report.artifacts import Artifacts
@@ -110,7 +111,9 @@ class FailureWatch:
         first = self.failures.get(test)
         why = first.cause if first else failures.cause(report)
         files = self._artifacts.files(test)
-        self.failures[test] = Failure(test, why, str(directory), files)
+        self.failures[test] = Failure(
+            test, why, str(directory), files, Prepared.told().words
+        )
 
     def keep_logs(self, test: str, directory: Path, since: float) -> None:
         """Keep the logs of VMs whose run has ended without keeping them.

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qubes_itests.host.cache import digest
-from qubes_itests.prepared import Prepared
 from qubes_itests.report.names import one_line
 
 if TYPE_CHECKING:
@@ -30,12 +29,11 @@ _PROGRAM = "QUBES_ITESTS_PROGRAM"
 
 def _command() -> tuple[str, ...]:
     """Return the words by which this program can be started once more, from here."""
-    words = Prepared.told().words
     if program := os.environ.get(_PROGRAM):
-        return (program, *words)
+        return (program,)
     directory = os.path.dirname(sys.executable)  # noqa: PTH120 - of links as well
     activated = os.path.dirname(shutil.which("python") or "") == directory  # noqa: PTH120
-    return ("python" if activated else sys.executable, "-m", "qubes_itests", *words)
+    return ("python" if activated else sys.executable, "-m", "qubes_itests")
 
 
 #: How a person starts this program.
@@ -53,12 +51,14 @@ class Failure:
     :param cause: one line.
     :param artifacts: directory with what it left, or an empty string.
     :param files: what is in there.
+    :param words: of the command line, without which it is not found again.
     """
 
     test: str
     cause: str
     artifacts: str = ""
     files: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
 
 def cause(report: pytest.TestReport) -> str:
@@ -98,9 +98,10 @@ def show(
 
 
 def _lines(failure: Failure, command: Sequence[str]) -> list[str]:
-    again = shlex.join([*command, failure.test])
-    inside = shlex.join([*command, "--shell-on-failure", failure.test])
-    disks = shlex.join([*command, "--keep=failed", failure.test])
+    test = (*failure.words, failure.test)
+    again = shlex.join([*command, *test])
+    inside = shlex.join([*command, "--shell-on-failure", *test])
+    disks = shlex.join([*command, "--keep=failed", *test])
     lines = [failure.test, f"  cause       {failure.cause}"]
     if failure.artifacts:
         lines.append(
@@ -146,6 +147,7 @@ def load(path: Path) -> list[Failure] | None:
     """Return what `store` wrote, None if there is nothing that can be read."""
     try:
         rows = json.loads(path.read_text())
-        return [Failure(**{**row, "files": tuple(row["files"])}) for row in rows]
+        lists = ("files", "words")
+        return [Failure(**row | {n: tuple(row[n]) for n in lists}) for row in rows]
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -128,6 +128,7 @@ def test_commands_that_fail_fail_the_tests_with_what_they_said(apps):
     assert log in done.stdout
     command = rf"run again +.*--app {apps.directory}/wrong wrong::TC_App_mine"
     assert re.search(command, done.stdout)
+    assert re.search(command, apps.site.run("report").stdout)
 
 
 def test_commands_that_hang_are_ended_at_their_deadline(apps):
