@@ -3,6 +3,7 @@
 # ruff: noqa: A002, ARG002, FBT002 - the signatures are those of the core
 
 import asyncio
+import signal
 import subprocess
 import uuid
 
@@ -12,6 +13,14 @@ from qubes_itests import testbed as testbed_module
 from qubes_itests.core.exc import QubesVMInUseError, QubesVMNotRunningError
 from qubes_itests.core.policy import Policy
 from qubes_itests.portal import Portal
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Have processes that tests start end by SIGINT, also where a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class FakeVM:
