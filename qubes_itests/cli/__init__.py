@@ -39,8 +39,7 @@ def command_line(arguments: Sequence[str]) -> int:
         if check := getattr(module, "check", None):
             check(command, settings)
         if command.in_sandbox:
-            _prepare(command, settings)
-            _enter_sandbox(arguments)
+            _enter_sandbox(command, settings, arguments)
         elif command.shows_tests and settings.app:
             from qubes_itests.preparation import prepare_listing  # noqa: PLC0415
 
@@ -59,22 +58,23 @@ def command_line(arguments: Sequence[str]) -> int:
 
 def _prepare(command: Command, settings: Settings) -> None:
     """Make ready what takes the network, which the sandbox has not."""
+    from qubes_itests.host.cache import Cache  # noqa: PLC0415 - only where it is used
+    from qubes_itests.host.preflight import require_ready  # noqa: PLC0415
+
+    # first: what follows may take minutes, and mounts images
+    require_ready(Cache())
+    from qubes_itests.preparation import prepare  # noqa: PLC0415
+
+    prepare(settings, [command.target] if command.name == "shell" else ())
+
+
+def _enter_sandbox(
+    command: Command, settings: Settings, arguments: Sequence[str]
+) -> None:
     from qubes_itests.host import sandbox  # noqa: PLC0415 - only where it is used
 
     if not sandbox.active():
-        from qubes_itests.preparation import prepare  # noqa: PLC0415
-
-        prepare(settings, [command.target] if command.name == "shell" else ())
-
-
-def _enter_sandbox(arguments: Sequence[str]) -> None:
-    from qubes_itests.host import sandbox  # noqa: PLC0415 - only where it is used
-
-    if not sandbox.active():
-        from qubes_itests.host.cache import Cache  # noqa: PLC0415
-        from qubes_itests.host.preflight import require_ready  # noqa: PLC0415
-
-        require_ready(Cache())
+        _prepare(command, settings)
     # -P: what lies in the current directory must not be taken for a module
     safe = ["-P"] if sys.flags.safe_path else []
     sandbox.reexec([sys.executable, *safe, "-m", "qubes_itests", *arguments])
