@@ -25,6 +25,7 @@ from agent_wire import (
     pour,
     strings,
 )
+from conditions import wait_until
 
 if TYPE_CHECKING:
     from agent_process import AgentProcess
@@ -175,13 +176,18 @@ def test_stopped_output_is_a_broken_pipe(wire: Wire) -> None:
     assert (result.kind, result.value) == (1, signal.SIGPIPE)
 
 
+def ended(wire: Wire, pid: int) -> bool:
+    """Tell whether a process has ended: a signal that was sent takes its time."""
+    state = wire.run(f"cat /proc/{pid}/stat 2>/dev/null").stdout
+    return not state or b") Z " in state
+
+
 def test_signal_reaches_the_whole_group(wire: Wire) -> None:
     stream = wire.spawn("sleep 60 & echo $!; wait")
     child = int(wire.expect(DATA, stream).payload)
     wire.send(SIGNAL, 0, stream, bytes([signal.SIGKILL]))
     assert wire.finish(stream).kind == 1
-    state = wire.run(f"cat /proc/{child}/stat 2>/dev/null").stdout
-    assert not state or b") Z " in state
+    wait_until(lambda: ended(wire, child), f"end of process {child}")
 
 
 def test_background_process_does_not_delay_the_exit(wire: Wire) -> None:
@@ -228,8 +234,7 @@ def test_hello_kills_what_an_earlier_connection_left(wire: Wire) -> None:
     pid = int(wire.expect(DATA, stream).payload)
     wire.hello()
     wire.last_stream = 0
-    state = wire.run(f"cat /proc/{pid}/stat 2>/dev/null").stdout
-    assert not state or b") Z " in state
+    wait_until(lambda: ended(wire, pid), f"end of process {pid}")
 
 
 def test_host_that_reads_late_loses_nothing(wire: Wire) -> None:
