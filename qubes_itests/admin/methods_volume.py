@@ -22,6 +22,7 @@ from qubes_itests.core.exc import (
     QubesVMNotHaltedError,
 )
 from qubes_storage.operation import typed_errors
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -155,26 +156,10 @@ async def import_content(call: Call) -> None:
 
 
 async def _replace(call: Call, length: int, content: bytes) -> None:
-    vm, target = call.destination, call.argument
-    if not vm.is_halted():
-        raise QubesVMNotHaltedError(vm)
-    path: Path = await target.import_data(length)
-    success = False
-    vm.fire_event("domain-volume-import-begin", volume=target.name, size=length)
-    try:
+    target = call.argument
+    async with call.destination.storage.importing(target, length) as path:
         with typed_errors(target, "import"):
-            await asyncio.to_thread(_fill, path, content)
-        success = True
-    finally:
-        try:
-            await target.import_data_end(success)
-        except BaseException:
-            success = False
-            raise
-        finally:
-            vm.fire_event(
-                "domain-volume-import-end", volume=target.name, success=success
-            )
+            await to_its_end(asyncio.to_thread(_fill, path, content))
 
 
 def _fill(path: Path, content: bytes) -> None:

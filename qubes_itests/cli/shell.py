@@ -69,13 +69,12 @@ def _kept_disks(target: str) -> dict[str, Path] | None:
 
 
 async def _import(volume: Any, image: Path) -> None:
+    # not before: the command line begins without asyncio
     import asyncio  # noqa: PLC0415
 
+    from qubes_storage.transfer import Import  # noqa: PLC0415
+    from qubes_storage.uninterrupted import to_its_end  # noqa: PLC0415
+
     size = await asyncio.to_thread(lambda: image.stat().st_size)
-    path = await volume.import_data(size)
-    copied = False
-    try:
-        await asyncio.to_thread(shutil.copyfile, image, path)
-        copied = True
-    finally:
-        await volume.import_data_end(copied)
+    async with Import(volume, size) as path:
+        await to_its_end(asyncio.to_thread(shutil.copyfile, image, path))

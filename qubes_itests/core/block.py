@@ -27,8 +27,8 @@ from qubes_itests.core.exc import (
 from qubes_itests.core.ext import Extension, handler
 from qubes_itests.core.properties import to_bool
 from qubes_itests.exc import HarnessError
-from qubes_itests.guest.uninterrupted import to_its_end
 from qubes_itests.hypervisor.contract import Disk
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -6,8 +6,8 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import QubesException, QubesVMError
-from qubes_itests.guest.uninterrupted import to_its_end
 from qubes_storage.exc import StoragePoolException
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qubes_itests.core.policy import evaluate
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.relay import relay
-from qubes_itests.guest.uninterrupted import to_its_end
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from qubes_itests.core.policy import Decision

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import (
     QubesPoolNotFoundError,
     QubesValueError,
+    QubesVMNotHaltedError,
     QubesVMStorageError,
 )
-from qubes_itests.guest.uninterrupted import to_its_end
 from qubes_itests.host.exc import CommandError
 from qubes_itests.host.filesystem import make_ext4
 from qubes_itests.hypervisor.contract import Disk
 from qubes_storage.ficlone import clone_or_copy
+from qubes_storage.transfer import Import
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -174,6 +175,33 @@ class Storage:
                 _RESIZE_SERVICE, input=f"{volume.name}\n".encode(), user="root"
             )
 
+    @contextlib.asynccontextmanager
+    async def importing(self, volume: Volume, size: int) -> AsyncIterator[Path]:
+        """Replace the content of a volume, as `Import` does, and tell handlers of it.
+
+        :param volume: one of the VM's, which is halted.
+        :param size: bytes.
+        :raise QubesVMNotHaltedError: when it is not.
+        :raise VolumeError: as the driver says.
+        """
+        if not self.vm.is_halted():
+            raise QubesVMNotHaltedError(self.vm)
+        transfer, begun = Import(volume, size), False
+        try:
+            async with transfer as path:
+                begun = True
+                self.vm.fire_event(
+                    "domain-volume-import-begin", volume=volume.name, size=size
+                )
+                yield path
+        finally:
+            if begun:
+                self.vm.fire_event(
+                    "domain-volume-import-end",
+                    volume=volume.name,
+                    success=transfer.committed,
+                )
+
     async def verify(self) -> None:
         """Raise what the first volume that is not in order raises."""
         await self._all(lambda v: v.verify())
@@ -210,11 +238,14 @@ class Storage:
         self, action: VolumeAction, undo: VolumeAction | None = None
     ) -> None:
         done: list[Volume] = []
+
+        async def act(volume: Volume) -> None:
+            await action(volume)
+            done.append(volume)
+
         try:
             for volume in self.volumes.values():
-                await _to_its_end(
-                    action(volume), functools.partial(done.append, volume)
-                )
+                await to_its_end(act(volume))
         except BaseException:
             if undo is not None:
                 await to_its_end(_undo(done, undo))
@@ -249,19 +280,6 @@ def in_pool(config: Mapping[str, Any], pool: str | None) -> dict[str, Any]:
     return {**config, "pool": str(pool)}
 
 
-async def _to_its_end(action: Awaitable[object], succeeded: Callable[[], None]) -> None:
-    """Await an action; if that is cancelled, first see whether it succeeds."""
-    acting = asyncio.ensure_future(action)
-    try:
-        await asyncio.shield(acting)
-    except asyncio.CancelledError:
-        await asyncio.wait([acting])
-        if not acting.cancelled() and acting.exception() is None:
-            succeeded()
-        raise
-    succeeded()
-
-
 def _said(error: CommandError | OSError) -> str:
     if isinstance(error, CommandError):
         # tools warn first and say last what ended them
@@ -271,13 +289,8 @@ def _said(error: CommandError | OSError) -> str:
 
 async def _import(volume: Volume, fill: Callable[[Path], None]) -> None:
     # not created first: the empty image would become a revision
-    path = await volume.import_data(volume.size)
-    success = False
-    try:
-        await asyncio.to_thread(fill, path)
-        success = True
-    finally:
-        await volume.import_data_end(success)
+    async with Import(volume, volume.size) as path:
+        await to_its_end(asyncio.to_thread(fill, path))
 
 
 def copy_image(source: Path, target: Path) -> None:

@@ -11,9 +11,9 @@ from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.agent import GuestAgent
 from qubes_itests.guest.console import console_tail
 from qubes_itests.guest.exc import BootError, GuestGoneError, ProtocolViolation
-from qubes_itests.guest.uninterrupted import to_its_end
 from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.hypervisor.exc import SavedStateError
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.admin.dispatch import error_name, save
 from qubes_itests.admin.protocol import encode_exception, encode_reply
-from qubes_itests.core.exc import (
-    ProtocolError,
-    QubesVMNotFoundError,
-    QubesVMNotHaltedError,
-)
+from qubes_itests.core.exc import ProtocolError, QubesVMNotFoundError
 from qubes_itests.exc import HarnessError
 from qubes_storage.exc import StoragePoolException
 from qubes_storage.operation import typed_errors
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -76,8 +73,6 @@ def _target(app: Qubes, name: str, volume: str, method: str) -> Any:
     app.domains["dom0"].fire_event(
         f"admin-permission:{method}", pre_event=True, dest=vm, arg=volume
     )
-    if not vm.is_halted():
-        raise QubesVMNotHaltedError(vm)
     return volumes[volume]
 
 
@@ -105,14 +100,19 @@ class _Payload:
         """Write the rest to a file; ProtocolError unless it is that many bytes."""
         length = 0
         with typed_errors(volume, "import"):
-            file = await asyncio.to_thread(path.open, "r+b", 0)
+            # Threads come to their ends before the file is closed and the import is:
+            # the descriptor, and the path, may be another's then.
+            file = await to_its_end(
+                asyncio.to_thread(path.open, "r+b", 0),
+                undo=lambda opened: asyncio.to_thread(opened.close),
+            )
         with file:
             async for data in self._rest():
                 length += len(data)
                 if length > size:
                     break
                 with typed_errors(volume, "import"):
-                    await asyncio.to_thread(_write, file.fileno(), data)
+                    await to_its_end(asyncio.to_thread(_write, file.fileno(), data))
         if length != size:
             word = "more" if length > size else f"{length}"
             raise ProtocolError(
@@ -141,20 +141,6 @@ async def _import(
 ) -> None:
     vm = app.domains[name]
     size = await payload.size() if method == _WITH_SIZE else volume.size
-    path = await volume.import_data(size)
-    success = False
-    vm.fire_event("domain-volume-import-begin", volume=volume.name, size=size)
-    try:
+    async with vm.storage.importing(volume, size) as path:
         await payload.copy(volume, path, size)
-        success = True
-    finally:
-        try:
-            await volume.import_data_end(success)
-        except BaseException:
-            success = False
-            raise
-        finally:
-            vm.fire_event(
-                "domain-volume-import-end", volume=volume.name, success=success
-            )
     await save(app)

@@ -22,6 +22,7 @@ from qubes_storage.history import History
 from qubes_storage.layout import VolumeFiles
 from qubes_storage.loop import update_loop_devices
 from qubes_storage.operation import typed_errors
+from qubes_storage.transfer import exporting
 from qubes_storage.volume import Volume
 
 if TYPE_CHECKING:
@@ -113,11 +114,8 @@ class ImageContent(Volume):
         """Replace the content and size by those committed in another volume."""
         if not self._keeps_image:
             return self
-        image = await src_volume.export()
-        try:
+        async with exporting(src_volume) as image:
             return await self._change("import", lambda: self._import_image(image))
-        finally:
-            await src_volume.export_end(image)
 
     async def resize(self, size: int) -> Self:
         """Enlarge the volume, also while a VM runs; loop devices over it follow.

@@ -18,6 +18,7 @@ from qubes_storage.exc import (
     VolumeError,
     VolumeIOError,
 )
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -75,8 +76,10 @@ class Operations:
         # The file lock alone would do; this spares threads that only wait.
         turn = self._turns.setdefault(volume.vid, asyncio.Lock())
         async with turn:
-            work = _in_thread(lambda: self._run(volume, action, function))
-            return await _to_the_end(asyncio.ensure_future(work))
+            # The thread goes on, and who comes next must find its work complete.
+            return await to_its_end(
+                _in_thread(lambda: self._run(volume, action, function))
+            )
 
     @contextlib.contextmanager
     def reading(self, volume: Volume) -> Iterator[None]:
@@ -111,17 +114,6 @@ async def _in_thread(function: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(executor, function)
     finally:
         executor.shutdown(wait=False)
-
-
-async def _to_the_end(work: asyncio.Future[Result]) -> Result:
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        # The thread goes on, and who comes next must find its work complete.
-        await asyncio.wait([work])
-        if not work.cancelled():
-            work.exception()  # seen, or asyncio would complain that nobody did
-        raise
 
 
 @contextlib.contextmanager

@@ -221,6 +221,8 @@ class Volume(abc.ABC):
     async def export(self) -> Path:
         """Return the committed image, to be read only, until `export_end`.
 
+        For drivers to implement; `qubes_storage.transfer.exporting` begins and ends it.
+
         :raise VolumeStateError: when this kind of volume has none, or has none now.
         :raise VolumeNotFoundError: when it has no image yet.
         """
@@ -235,6 +237,8 @@ class Volume(abc.ABC):
     @abc.abstractmethod
     async def import_data(self, size: int | None = None) -> Path:
         """Begin to replace the content: return a file of `size` bytes to write to.
+
+        For drivers to implement; `qubes_storage.transfer.Import` begins and ends it.
 
         :param size: bytes; None for the present size.
         :raise VolumeStateError: when it is started or dirty, when an import is under

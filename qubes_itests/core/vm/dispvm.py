@@ -18,7 +18,7 @@ from qubes_itests.core.storage import kept_by
 from qubes_itests.core.vm.appvm import AppVM
 from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.core.vm.settings import check_for_dispvms
-from qubes_itests.guest.uninterrupted import to_its_end
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -14,9 +14,9 @@ from qubes_itests.core.vm.power import PowerMixin
 from qubes_itests.core.vm.settings import SettingsMixin
 from qubes_itests.core.vm.wiring import WiringMixin
 from qubes_itests.guest.identity import Identity
-from qubes_itests.guest.uninterrupted import to_its_end
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.qmemman.client import memory_for_start
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
