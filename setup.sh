@@ -83,7 +83,7 @@ find_missing() {
     while IFS=$'\t' read -r need _ debian ubuntu; do
         [[ $need && $need != '#'* ]] || continue
         [ "$column" = ubuntu ] && package=$ubuntu || package=$debian
-        [ "$package" = - ] || present "$need" || {
+        present "$need" || {
             missing+=("${need##*[:/]}")
             packages+=("$package")
         }

@@ -30,7 +30,7 @@ class Need:
     name: str
     #: What it is for, as the predicate of a sentence.
     purpose: str
-    #: The package that brings it, per distribution; absent where none is needed.
+    #: The package that brings it, per distribution.
     packages: Mapping[str, str]
 
     @property
@@ -53,13 +53,8 @@ def needs() -> list[Need]:
 
 
 def needs_here() -> list[Need]:
-    """Return what must be installed on a machine of this distribution."""
-    column = distribution()
-    return [
-        need
-        for need in needs()
-        if need.kind != "guest" and (column is None or column in need.packages)
-    ]
+    """Return what must be installed on the machine itself."""
+    return [need for need in needs() if need.kind != "guest"]
 
 
 def distribution() -> str | None:
@@ -77,7 +72,7 @@ def install_command(missing: list[Need]) -> str:
     column = distribution()
     if column is None:
         return f"Install: {', '.join(need.label for need in missing)}"
-    packages = sorted({p for n in missing if (p := n.packages.get(column))})
+    packages = sorted({need.packages[column] for need in missing})
     return f"apt-get install --no-install-recommends {' '.join(packages)}"
 
 
@@ -103,5 +98,4 @@ def is_static(program: Path) -> bool:
 def _parse(line: str) -> Need:
     need, purpose, *packages = line.split("\t")
     kind, _, name = need.partition(":")
-    named = zip(_COLUMNS, packages, strict=True)
-    return Need(kind, name, purpose, {c: p for c, p in named if p != "-"})
+    return Need(kind, name, purpose, dict(zip(_COLUMNS, packages, strict=True)))

@@ -36,5 +36,20 @@ def make_site(shared_cache):
 
 
 @pytest.fixture
+def power_cuts(pytestconfig):
+    """Return a function: how many `examine` looks at if a test says that number.
+
+    The command line may say another one.
+    """
+
+    def looked_at(states):
+        if pytestconfig.getoption("--itests-crash-replay"):
+            return 1
+        return pytestconfig.getoption("--itests-crash-states") or states
+
+    return looked_at
+
+
+@pytest.fixture
 def site(tmp_path, make_site):
     return make_site(tmp_path)

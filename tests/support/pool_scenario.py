@@ -374,15 +374,17 @@ async def _session(scenario, vm, expected):
 
 
 def survives(crash, pool_class=ReflinkPool):
-    """Check a filesystem after a power cut: `faultdisk.examine` calls this."""
+    """Check a filesystem after a power cut: `faultdisk.examine` calls this.
+
+    :return: whether there was anything to judge; before the first note there is not.
+    """
     verdict = Verdict(crash)
     scenario = Scenario(crash.directory, pool_class)
-    if not verdict.begun:
-        scenario.close()
-        return
     try:
-        found = scenario.observe()
-        verdict.check(found)
-        must_work(scenario, found)
+        if verdict.begun:
+            found = scenario.observe()
+            verdict.check(found)
+            must_work(scenario, found)
     finally:
         scenario.close()
+    return verdict.begun

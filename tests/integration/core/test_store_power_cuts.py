@@ -48,8 +48,10 @@ def check(crash):
 
 
 @pytest.mark.parametrize("kind", ["btrfs", "xfs", "ext4"])
-def test_power_cuts_lose_nothing_that_was_saved(kind, faultdisk):
-    faultdisk.examine(faultdisk.record(kind, workload), check, states=STATES)
+def test_power_cuts_lose_nothing_that_was_saved(kind, faultdisk, power_cuts):
+    recording = faultdisk.record(kind, workload)
+    examined = faultdisk.examine(recording, check, states=STATES)
+    assert examined == power_cuts(STATES)
 
 
 def test_check_would_see_a_save_that_is_not_brought_to_the_disk(faultdisk, monkeypatch):

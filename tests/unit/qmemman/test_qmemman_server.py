@@ -128,7 +128,7 @@ def test_one_daemon_per_socket(tmp_path):
 
 
 def test_hostile_requests_and_reports(tmp_path):
-    """10,000 of them: afterwards the daemon balances as before, and is no larger."""
+    """3,000 of them: afterwards the daemon balances as before, and is no larger."""
     chance = random.Random(7)  # noqa: S311 - not for secrets
 
     async def program():
@@ -136,7 +136,7 @@ def test_hostile_requests_and_reports(tmp_path):
             victim = await t.start("victim", 400, 2000, 250)
             bad = await t.start("bad", 400, 600, 250)
             sizes = []
-            for _ in range(100):
+            for _ in range(30):
                 await asyncio.gather(
                     *(hostility.act(chance, t.path, bad.report) for _ in range(100))
                 )
@@ -144,7 +144,7 @@ def test_hostile_requests_and_reports(tmp_path):
                 gc.collect()
                 sizes.append(tracemalloc.get_traced_memory()[0])
             # the first thousand fill caches
-            assert max(sizes[10:]) - sizes[10] < 128 * KIB, sizes
+            assert max(sizes[10:]) - sizes[10] < 64 * KIB, sizes
             await asyncio.sleep(30)
             victim.use(1100 * MIB)
             await t.until(lambda: t.target(victim) >= 1400)
