@@ -35,8 +35,9 @@ HEADER: Final = struct.Struct("<BBHI")
 PAYLOAD_MAX: Final = 32_760
 #: Bytes of DATA that a channel may carry before the first CREDIT.
 WINDOW: Final = 262_144
-#: A sender never holds more credit than this.
-CREDIT_LIMIT: Final = 1 << 31
+#: A sender never holds more credit than this: what is waiting for a reader shall be
+#: bounded by us, and not by what the reader says that it takes.
+CREDIT_LIMIT: Final = 4 * WINDOW
 #: Streams that one side may have open at once.
 STREAMS_MAX: Final = 128
 FIRST_GUEST_STREAM: Final = 0x8000_0001

@@ -266,7 +266,8 @@ class HostProtocol:
             return None
         channel.credit += _U32.unpack(frame.payload)[0]
         if channel.credit > CREDIT_LIMIT:
-            raise ProtocolViolation("", "credit stays within 2^31", str(frame))
+            rule = f"a sender holds at most {CREDIT_LIMIT} bytes of credit"
+            raise ProtocolViolation("", rule, str(frame))
         return Credited(frame.stream, frame.channel)
 
     def _on_exit(self, frame: _Frame) -> Event:

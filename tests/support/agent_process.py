@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 SOURCES = Path(__file__).parents[2] / "qubes_itests/guest/agent"
 
 
-def build(target: str, directory: Path) -> None:
+def build(target: str, directory: Path, *settings: str) -> None:
     """Compile the agent into a directory."""
-    command = ["make", "-s", "-C", str(SOURCES), f"O={directory}", target]
+    command = ["make", "-s", "-C", str(SOURCES), f"O={directory}", target, *settings]
     subprocess.run(command, check=True)
 
 
@@ -76,13 +76,16 @@ class AgentProcess:
         )
 
     @contextmanager
-    def start(self) -> Iterator[Wire]:
-        """Run it; on leaving, the connection is closed and it must have ended well."""
+    def start(self, *launcher: str) -> Iterator[Wire]:
+        """Run it; on leaving, the connection is closed and it must have ended well.
+
+        :param launcher: a command that executes what follows it.
+        """
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
                 self.process = subprocess.Popen(
-                    [self.program, str(theirs.fileno())],
+                    [*launcher, self.program, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     env=self.environment,
                     stderr=subprocess.PIPE,

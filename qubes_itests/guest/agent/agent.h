@@ -49,11 +49,20 @@ enum { REFUSED = 126, NOT_FOUND = 127 };
 /* The three descriptors that a client hands over with its request for a call. */
 enum { FROM_CALLER, TO_CALLER, STATUS, CALL_FDS };
 
+/* A frame's header is copied as it is: it has to lie in memory as on the wire. */
 struct frame {
 	uint8_t type, channel;
 	uint16_t length;
 	uint32_t stream;
 };
+_Static_assert(sizeof(struct frame) == HEADER_SIZE, "the header has holes");
+_Static_assert(offsetof(struct frame, type) == 0, "the type is not first");
+_Static_assert(offsetof(struct frame, channel) == 1, "the channel is misplaced");
+_Static_assert(offsetof(struct frame, length) == 2, "the length is misplaced");
+_Static_assert(offsetof(struct frame, stream) == 4, "the stream is misplaced");
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire is little-endian");
+_Static_assert(PAYLOAD_MAX <= UINT16_MAX, "a payload is longer than its length can tell");
+_Static_assert(EXIT == 0x17 && LOG == 0x84, "types are not numbered as in the protocol");
 
 /* main.c */
 extern bool testing;            /* an ordinary process of the host, not init */

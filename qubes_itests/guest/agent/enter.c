@@ -280,6 +280,7 @@ static bool hand_over(void)
 	port_flush();
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
+	signal(SIGPIPE, SIG_DFL);
 	sched_setscheduler(0, SCHED_OTHER, &parameter);
 	execv(argv[0], argv);
 	return failed(argv[0]);

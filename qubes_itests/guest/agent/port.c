@@ -8,6 +8,9 @@
 enum { INPUT = 131072, OUTPUT = 262144, PAGE = 4096, WRITE_MAX = HEADER_SIZE + PAYLOAD_MAX };
 
 static uint8_t input[INPUT], output[OUTPUT];
+/* A frame that is whole must fit after what was moved to the front: see buffer_room. */
+_Static_assert(INPUT >= 2 * (WRITE_MAX + PAGE), "the input does not hold a frame");
+_Static_assert(OUTPUT >= 4 * WRITE_MAX, "the output does not hold two frames");
 static struct {
 	int fd, edges;
 	bool readable;
@@ -117,33 +120,36 @@ static void control_frame(const struct frame *frame, const uint8_t *payload,
 /* Act on a whole frame; an answer names the rule that the host has broken. */
 static const char *take_frame(const struct frame *frame, const uint8_t *payload)
 {
+	/* Of the host's types alone; what is not listed has no place, and is unknown. */
+	enum place { NOWHERE, CONTROL, ON_STREAM };
 	static const struct {
+		enum place place;
 		uint16_t least, most;
-		bool control, strings;
-	} rules[EXIT + 1] = {
-		[HELLO] = {18, 18, true, false},
-		[ENTER] = {1, PAYLOAD_MAX, true, true},
-		[DB_WRITE] = {0, PAYLOAD_MAX, true, true},
-		[DB_REMOVE] = {0, PAYLOAD_MAX, true, true},
-		[POWER_OFF] = {1, 1, true, false},
-		[SPAWN] = {1, PAYLOAD_MAX, false, true},
-		[DATA] = {1, PAYLOAD_MAX, false, false},
-		[END_OF_FILE] = {0, 0, false, false},
-		[STOP] = {0, 0, false, false},
-		[CREDIT] = {4, 4, false, false},
-		[SIGNAL] = {1, 1, false, false},
-		[EXIT] = {2, 2 + TEXT_MAX, false, false},
+		bool strings;
+	} rules[UINT8_MAX + 1] = {
+		[HELLO] = {CONTROL, 18, 18, false},
+		[ENTER] = {CONTROL, 1, PAYLOAD_MAX, true},
+		[DB_WRITE] = {CONTROL, 0, PAYLOAD_MAX, true},
+		[DB_REMOVE] = {CONTROL, 0, PAYLOAD_MAX, true},
+		[POWER_OFF] = {CONTROL, 1, 1, false},
+		[SPAWN] = {ON_STREAM, 1, PAYLOAD_MAX, true},
+		[DATA] = {ON_STREAM, 1, PAYLOAD_MAX, false},
+		[END_OF_FILE] = {ON_STREAM, 0, 0, false},
+		[STOP] = {ON_STREAM, 0, 0, false},
+		[CREDIT] = {ON_STREAM, 4, 4, false},
+		[SIGNAL] = {ON_STREAM, 1, 1, false},
+		[EXIT] = {ON_STREAM, 2, 2 + TEXT_MAX, false},
 	};
-	uint8_t type = frame->type <= EXIT ? frame->type : 0;
+	uint8_t type = frame->type;
 	const char *end = (const char *)payload + frame->length;
 
-	if (type == 0 || type == CALL || rules[type].control != (frame->stream == 0))
+	if (rules[type].place != (frame->stream == 0 ? CONTROL : ON_STREAM))
 		return "its type is unknown, or not for this stream";
 	if (frame->length < rules[type].least || frame->length > rules[type].most)
 		return "its length is wrong";
 	if (rules[type].strings && frame->length && end[-1] != '\0')
 		return "its strings have no end";
-	if (!rules[type].control)
+	if (rules[type].place == ON_STREAM)
 		return stream_frame(frame, payload);
 	control_frame(frame, payload, (struct strings){(const char *)payload, end});
 	return NULL;
@@ -226,8 +232,14 @@ static void port_open(int fd)
 
 static int signals_open(void)
 {
+	struct sigaction action;
 	sigset_t set;
 
+	/* A signal that our parent ignored every command would ignore, too: to be ignored
+	 * outlives execve. */
+	for (int number = 1; number < NSIG; number++)
+		if (sigaction(number, NULL, &action) == 0 && action.sa_handler == SIG_IGN)
+			signal(number, SIG_DFL);
 	sigemptyset(&set);
 	sigaddset(&set, SIGCHLD);
 	if (getpid() == 1) {
@@ -278,7 +290,8 @@ _Noreturn void run_loop(int port_fd, int disks, bool entered)
 		nfds_t count = room ? streams_collect(polled + STREAMS) : 0;
 		int ready = poll(polled, room ? STREAMS + count : 1, room && more ? 0 : -1);
 
-		if (ready < 0 && errno != EINTR)
+		/* Without memory for its list it cannot wait, but the port goes on. */
+		if (ready < 0 && errno != EINTR && errno != ENOMEM)
 			die("poll");
 		if (room && ready > 0) {
 			streams_ready(polled + STREAMS, count);

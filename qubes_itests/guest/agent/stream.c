@@ -6,8 +6,16 @@
 
 #include <sys/ioctl.h>
 
-enum { CHANNELS = 3, GIVE_BACK = WINDOW / 4, CREDIT_MAX = INT32_MAX };
+enum { CHANNELS = 3, GIVE_BACK = WINDOW / 4, CREDIT_MAX = 4 * WINDOW };
 static const uint32_t first_guest = 0x80000000u;
+
+/* The payload of EXIT, and a NUL. */
+struct result {
+	uint8_t kind, value;
+	char text[TEXT_MAX + 1];
+};
+_Static_assert(offsetof(struct result, value) == 1 && offsetof(struct result, text) == 2 &&
+               sizeof(struct result) == 2 + TEXT_MAX + 1, "EXIT is laid out otherwise");
 
 struct channel {
 	int fd; /* -1: closed */
@@ -27,10 +35,8 @@ struct stream {
 	pid_t pid;  /* 0: a call */
 	int status; /* a call's client waits there */
 	bool ended;
-	struct {
-		uint8_t kind, value;
-		char text[TEXT_MAX + 1];
-	} result; /* as EXIT has it */
+	struct result result;
+	uint8_t *space; /* of its sink's buffer */
 	struct channel channels[CHANNELS];
 };
 
@@ -43,6 +49,10 @@ static void channel_open(struct stream *stream, int number, int fd, bool sink)
 	stream->channels[number] = (struct channel){
 		.fd = fd, .number = (uint8_t)number, .sink = sink, .credit = WINDOW,
 		.stream = stream};
+	/* Twice a window: what is held can always be moved to the front. */
+	if (sink)
+		stream->channels[number].buffer =
+			(struct buffer){.bytes = stream->space, .size = 2 * WINDOW};
 }
 
 static void channel_close(struct channel *channel)
@@ -53,7 +63,10 @@ static void channel_close(struct channel *channel)
 	shutdown(channel->fd, SHUT_RDWR);
 	close(channel->fd);
 	channel->fd = -1;
-	free(channel->buffer.bytes);
+	if (!channel->sink)
+		return;
+	free(channel->stream->space);
+	channel->stream->space = NULL;
 	channel->buffer = (struct buffer){0};
 }
 
@@ -140,10 +153,6 @@ static const char *sink_data(struct channel *sink, const uint8_t *bytes, size_t 
 	sink->credit -= (uint32_t)length;
 	if (sink->fd < 0)
 		return NULL;
-	if (!sink->buffer.bytes) /* twice a window: it can always be moved to the front */
-		sink->buffer = (struct buffer){malloc(2 * WINDOW), 2 * WINDOW, 0, 0};
-	if (!sink->buffer.bytes)
-		die("no memory for a stream");
 	memcpy(buffer_room(&sink->buffer, length), bytes, length);
 	sink->buffer.end += length;
 	sink_flush(sink);
@@ -162,12 +171,16 @@ static const char *sink_finish(struct channel *sink)
 
 /* Opening and ending. */
 
+/* NULL: there is no memory for it. All that it needs is allocated here, so that memory
+ * which is short refuses a new stream, and ends none that is open. */
 static struct stream *stream_new(uint32_t id, pid_t pid)
 {
 	struct stream *stream = calloc(1, sizeof *stream);
 
-	if (!stream)
-		die("no memory for a stream");
+	if (!stream || !(stream->space = malloc(2 * WINDOW))) {
+		free(stream);
+		return NULL;
+	}
 	stream->next = streams;
 	streams = stream;
 	stream->id = id;
@@ -179,13 +192,24 @@ static struct stream *stream_new(uint32_t id, pid_t pid)
 	return stream;
 }
 
+static struct result result_of(enum exit_kind kind, int value, const char *text)
+{
+	struct result result = {(uint8_t)kind, (uint8_t)value, ""};
+
+	snprintf(result.text, sizeof result.text, "%s", text);
+	return result;
+}
+
 static void stream_end(struct stream *stream, enum exit_kind kind, int value,
                        const char *text)
 {
 	stream->ended = true;
-	stream->result.kind = (uint8_t)kind;
-	stream->result.value = (uint8_t)value;
-	snprintf(stream->result.text, sizeof stream->result.text, "%s", text);
+	stream->result = result_of(kind, value, text);
+}
+
+static void tell_end(uint32_t id, const struct result *result)
+{
+	send_frame(EXIT, 0, id, result, 2 + strlen(result->text));
 }
 
 /* Three pipes, stream sockets for a service; ours[i] is the agent's end of theirs[i]. */
@@ -207,12 +231,19 @@ static bool stdio_open(bool service, int ours[CHANNELS], int theirs[CHANNELS])
 
 static void command_open(uint32_t id, struct strings request)
 {
-	struct stream *stream = stream_new(id, -1);
+	bool room = stream_count[0] < STREAMS_MAX;
+	struct stream *stream = room ? stream_new(id, -1) : NULL;
 	int ours[CHANNELS] = {-1, -1, -1}, theirs[CHANNELS] = {-1, -1, -1};
-	struct failure failure = {REFUSED, "too many at once, or no more descriptors"};
+	struct failure failure = {REFUSED, "there are no more descriptors"};
 
-	if (stream_count[0] <= STREAMS_MAX &&
-	    stdio_open(strcmp(request.next, "service") == 0, ours, theirs))
+	if (!stream) {
+		struct result result = result_of(NOT_STARTED, REFUSED,
+		                                 room ? "there is no memory for it" : "too many at once");
+
+		tell_end(id, &result);
+		return;
+	}
+	if (stdio_open(strcmp(request.next, "service") == 0, ours, theirs))
 		stream->pid = spawn(request, theirs, &failure);
 	for (int i = 0; i < CHANNELS; i++) {
 		close(theirs[i]);
@@ -233,7 +264,9 @@ const char *call_open(struct strings request, const char *user, const int fds[CA
 
 	if (!port_connected() || stream_count[1] == STREAMS_MAX)
 		return port_connected() ? "too many calls at once" : "no host is connected";
-	stream = stream_new(++last_guest, 0);
+	if (!(stream = stream_new(last_guest + 1, 0)))
+		return "there is no memory for it";
+	last_guest++;
 	stream->status = fds[STATUS];
 	channel_open(stream, 0, fds[FROM_CALLER], false);
 	channel_open(stream, 1, fds[TO_CALLER], true);
@@ -269,6 +302,7 @@ static void stream_free(struct stream *stream)
 		tell_client(stream->status, stream->result.value, stream->result.text);
 	}
 	stream_count[stream->pid == 0]--;
+	free(stream->space);
 	free(stream);
 }
 
@@ -286,8 +320,7 @@ bool streams_sweep(void)
 			continue;
 		}
 		if (stream->pid != 0)
-			send_frame(EXIT, 0, stream->id, &stream->result,
-			           2 + strlen(stream->result.text));
+			tell_end(stream->id, &stream->result);
 		*link = stream->next;
 		stream_free(stream);
 	}

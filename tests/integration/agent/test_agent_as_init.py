@@ -142,6 +142,29 @@ def test_plugged_disk_gets_its_name_and_loses_it(
             break
 
 
+def test_commands_are_refused_where_memory_is_short(guest: RawGuest) -> None:
+    """The guest goes on, and they start again when there is memory."""
+    limit = "/proc/sys/vm/overcommit_memory"
+    end = guest.wire.spawn(f"read line; echo 0 > {limit}", user="root")
+    guest.output(
+        f"swapoff -a; echo 1 > /proc/sys/vm/overcommit_kbytes; echo 2 > {limit}"
+    )
+    # at once, so that they need more than what earlier ones have left in the heap
+    waiting = {guest.wire.spawn("true", user="root") for _ in range(8)}
+    results = []
+    while waiting:
+        got = guest.wire.receive()
+        assert got
+        if got.type == EXIT:
+            waiting.remove(got.stream)
+            results.append(got.payload)
+    guest.wire.write(end, b"\n")
+    assert guest.wire.finish(end).value == 0
+    assert {result[:2] for result in results} == {b"\2\x7e"}
+    assert b"there is no memory for it" in {result[2:] for result in results}
+    assert guest.output("swapon /dev/xvdc; echo ok") == "ok\n"
+
+
 def test_second_enter_is_refused(guest: RawGuest) -> None:
     assert "stage two" in (guest.enter() or "")
 

@@ -79,6 +79,19 @@ def test_command_starts_with_no_signal_blocked_or_ignored(wire: Wire) -> None:
     }
 
 
+def test_signals_that_the_parent_of_the_agent_ignores_are_not_ignored(
+    agent: AgentProcess,
+) -> None:
+    """As below nohup, and in the background of a shell script."""
+    ignoring = "trap '' HUP INT QUIT TERM CHLD USR1; exec \"$@\""
+    with agent.start("sh", "-c", ignoring, "sh") as wire:
+        wire.hello()
+        result = wire.run("grep SigIgn /proc/self/status; kill -HUP $$; echo alive")
+        assert result.stdout.split() == [b"SigIgn:", b"0000000000000000"]
+        assert (result.kind, result.value) == (1, signal.SIGHUP)
+    assert (agent.process.returncode, agent.stderr) == (0, "")
+
+
 def test_command_has_no_descriptor_but_its_stdio(wire: Wire) -> None:
     """Nothing of the agent leaks: 3 is the directory that ls reads."""
     assert wire.run("ls /proc/self/fd").stdout.split() == [b"0", b"1", b"2", b"3"]
@@ -223,6 +236,7 @@ def test_no_more_than_128_at_once(wire: Wire) -> None:
     held = [wire.spawn("read line; exit 7") for _ in range(128)]
     refused = wire.run("true")
     assert (refused.kind, refused.value) == (2, 126)
+    assert refused.text == "too many at once"
     for stream in held:
         wire.send(EOF, 0, stream)
         assert wire.finish(stream).value == 7

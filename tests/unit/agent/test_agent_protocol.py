@@ -9,6 +9,7 @@ import pytest
 from agent_wire import (
     CREDIT,
     DATA,
+    DB_REMOVE,
     DB_WRITE,
     ENTER,
     EOF,
@@ -42,6 +43,7 @@ BROKEN = {
     "SPAWN of stream 0": frame(SPAWN, 0, 0, strings("command", "", "true", "")),
     "SPAWN of a guest's number": frame(SPAWN, 0, 0x80000001, b""),
     "SPAWN twice": SLEEP + SLEEP,
+    "SPAWN without a payload": frame(SPAWN, 0, 1),
     "DATA for no stream": frame(DATA, 0, 5, b"x"),
     "EOF for no stream": frame(EOF, 0, 5),
     "EXIT for no call": frame(EXIT, 0, 0x80000001, b"\0\0"),
@@ -54,6 +56,8 @@ BROKEN = {
     "CREDIT on stdin": SLEEP + frame(CREDIT, 0, 1, b"\1\0\0\0"),
     "CREDIT too short": SLEEP + frame(CREDIT, 1, 1, b"\1"),
     "CREDIT too great": SLEEP + frame(CREDIT, 1, 1, struct.pack("<I", 1 << 31)),
+    "CREDIT beyond four windows": SLEEP
+    + frame(CREDIT, 1, 1, struct.pack("<I", 3 * WINDOW + 1)),
     "STOP of stdin": SLEEP + frame(STOP, 0, 1),
     "STOP of channel 3": SLEEP + frame(STOP, 3, 1),
     "SIGNAL without a number": SLEEP + frame(SIGNAL, 0, 1),
@@ -70,6 +74,24 @@ def test_broken_rule_ends_the_connection(agent: AgentProcess, garbage: bytes) ->
         wire.sock.sendall(garbage)
         reason = wire.expect(FAILED).payload.decode()
         assert reason.startswith("the host broke the protocol: ")
+    assert (agent.process.returncode, agent.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (2, 1)], ids=str)
+def test_types_that_are_not_the_hosts_are_unknown(
+    agent: AgentProcess, place: tuple[int, int]
+) -> None:
+    """Each of them, on the control stream as on one that is open, empty or not."""
+    ours = {HELLO, ENTER, DB_WRITE, DB_REMOVE, POWER_OFF}
+    ours |= {SPAWN, DATA, EOF, STOP, CREDIT, SIGNAL, EXIT}
+    with agent.start() as wire:
+        for kind in sorted(set(range(256)) - ours):
+            wire.hello()
+            for payload in (b"", b"\1\0\0\0"):
+                wire.sock.sendall(SLEEP + frame(kind, *place, payload))
+                reason = wire.expect(FAILED).payload.decode()
+                assert reason.endswith("its type is unknown, or not for this stream")
+                wire.hello()
     assert (agent.process.returncode, agent.stderr) == (0, "")
 
 
@@ -113,6 +135,8 @@ def test_disconnected_host_ends_the_agent_in_the_middle_of_a_frame(
 COMMANDS = st.sampled_from(
     ["true", "exec cat", "yes | head -c 70000", "echo x >&2; kill -9 $$", "exec 0<&-"]
 )
+#: Where an agent of a test ends at once, as it should.
+OTHER_TYPES = st.integers(0, 255).filter(lambda kind: kind != POWER_OFF)
 SPAWNS = st.builds(
     lambda number, kind, line, rest: frame(
         SPAWN, 0, number, strings(kind, "", line, "dom0", *rest)
@@ -124,9 +148,7 @@ SPAWNS = st.builds(
 )
 FRAMES = st.builds(
     frame,
-    st.sampled_from([*range(6), *range(0x10, 0x18), 0x81]).filter(
-        lambda kind: kind != POWER_OFF
-    ),
+    OTHER_TYPES | st.sampled_from([DATA, EOF, STOP, CREDIT, SIGNAL, EXIT]),
     st.integers(0, 3),
     st.sampled_from([0, 1, 2, 3, 0x80000001]),
     st.binary(max_size=40) | st.sampled_from([b"\0\0\1\0", bytes(3000)]),

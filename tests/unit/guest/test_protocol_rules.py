@@ -229,8 +229,15 @@ def test_data_up_to_the_credit_and_not_beyond(protocol, stream):
 
 
 def test_credit_beyond_the_limit(protocol, stream):
-    list(protocol.receive(encode(F.CREDIT, stream, 0, u32(2**31 - WINDOW))))
-    assert "2^31" in broken_by(protocol, encode(F.CREDIT, stream, 0, u32(1)))
+    list(protocol.receive(encode(F.CREDIT, stream, 0, u32(3 * WINDOW))))
+    rule = broken_by(protocol, encode(F.CREDIT, stream, 0, u32(1)))
+    assert f"at most {4 * WINDOW} bytes" in rule
+
+
+def test_credit_of_two_gigabytes(protocol, stream):
+    assert "of credit" in broken_by(
+        protocol, encode(F.CREDIT, stream, 0, u32(2**31 - WINDOW))
+    )
 
 
 def test_credit_of_another_size(protocol, stream):
