@@ -51,6 +51,22 @@ class DeviceAssignment:
         }
         self.mode = AssignmentMode(mode)
 
+    @classmethod
+    def new(
+        cls,
+        backend_domain: Any,
+        port_id: str,
+        devclass: str,
+        device_id: str | None = None,
+        **options: Any,
+    ) -> DeviceAssignment:
+        """Return an assignment of what is, or will be, at a port.
+
+        :param options: the other parameters of the class.
+        """
+        port = Port(backend_domain, port_id, devclass)
+        return cls(VirtualDevice(port, device_id), **options)
+
     def clone(self, **changes: Any) -> DeviceAssignment:
         """Return a copy, with some of the parameters changed."""
         parameters = {
@@ -152,6 +168,11 @@ class DeviceAssignment:
 
     def __repr__(self) -> str:
         return repr(self.virtual_device)
+
+    @property
+    def repr_for_qarg(self) -> str:
+        """As it is written in arguments of the Admin API."""
+        return self.virtual_device.repr_for_qarg
 
     def serialize(self) -> bytes:
         """Return it as it is sent over the Admin API."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core import device_serialization
@@ -14,13 +15,18 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceInfo", "UnknownDevice"]
 
+log = logging.getLogger("qubes.devices")
+
 _UNKNOWN: Final = "unknown"
 _DESCRIPTIONS: Final = ("vendor", "product", "manufacturer", "name", "serial")
-_INTERFACE_LENGTH: Final = 7
+#: The device_id of a device that says nothing of itself.
+_NO_DEVICE: Final = "0000:0000::?******"
 
 
 class DeviceInfo(VirtualDevice):
     """A device, and what is known of it.
+
+    Subclasses override properties by what they find out when they are asked.
 
     :param port: where it is.
     :param vendor: as a database of vendors has it.
@@ -29,7 +35,7 @@ class DeviceInfo(VirtualDevice):
     :param name: as it says itself.
     :param serial: as it says itself.
     :param interfaces: what it is.
-    :param parent: the port of the device that it is a part of.
+    :param parent: the device that it is a part of, or its port.
     :param attachment: the VM that has it now.
     :param device_id: what it says of itself.
     :param data: what devices of its class have besides.
@@ -44,22 +50,63 @@ class DeviceInfo(VirtualDevice):
         manufacturer: str | None = None,
         name: str | None = None,
         serial: str | None = None,
-        interfaces: Iterable[DeviceInterface] = (),
-        parent: Port | None = None,
+        interfaces: Iterable[DeviceInterface] | None = None,
+        parent: Port | VirtualDevice | None = None,
         attachment: Any = None,
         device_id: str | None = None,
         **data: str,
     ) -> None:
-        super().__init__(port, device_id or "0000:0000::?******")
-        self.vendor = vendor or _UNKNOWN
-        self.product = product or _UNKNOWN
-        self.manufacturer = manufacturer or _UNKNOWN
-        self.name = name or _UNKNOWN
-        self.serial = serial or _UNKNOWN
-        self.interfaces = list(interfaces) or [DeviceInterface.unknown()]
-        self.parent_device = parent
+        super().__init__(port, device_id)
+        # With these names subclasses fill in what they find out later.
+        self._vendor = vendor
+        self._product = product
+        self._manufacturer = manufacturer
+        self._name = name
+        self._serial = serial
+        self._interfaces: list[DeviceInterface] | None = list(interfaces or ()) or None
+        self._parent = parent
         self._attachment = attachment
         self.data = data
+
+    @property
+    def device_id(self) -> str:
+        """What the device says of itself."""
+        return self._device_id or _NO_DEVICE
+
+    @property
+    def vendor(self) -> str:
+        """As a database of vendors has it, ``unknown`` if it has not."""
+        return self._vendor or _UNKNOWN
+
+    @property
+    def product(self) -> str:
+        """As a database of products has it, ``unknown`` if it has not."""
+        return self._product or _UNKNOWN
+
+    @property
+    def manufacturer(self) -> str:
+        """As the device says itself, ``unknown`` if it does not."""
+        return self._manufacturer or _UNKNOWN
+
+    @property
+    def name(self) -> str:
+        """As the device says itself, ``unknown`` if it does not."""
+        return self._name or _UNKNOWN
+
+    @property
+    def serial(self) -> str:
+        """As the device says itself, ``unknown`` if it does not."""
+        return self._serial or _UNKNOWN
+
+    @property
+    def interfaces(self) -> list[DeviceInterface]:
+        """What it is: one interface at least."""
+        return self._interfaces or [DeviceInterface.unknown()]
+
+    @property
+    def parent_device(self) -> Port | VirtualDevice | None:
+        """What it is a part of, None for nothing."""
+        return self._parent
 
     @property
     def attachment(self) -> Any:
@@ -70,7 +117,13 @@ class DeviceInfo(VirtualDevice):
     def subdevices(self) -> list[DeviceInfo]:
         """The devices that are parts of this one, of the same class."""
         exposed = self.backend_domain.devices[self.devclass]
-        return [dev for dev in exposed if dev.parent_device == self.port]
+        return [
+            dev
+            for dev in exposed
+            if dev.parent_device is not None
+            and (dev.parent_device.devclass, dev.parent_device.port_id)
+            == (self.devclass, self.port_id)
+        ]
 
     @property
     def description(self) -> str:
@@ -81,8 +134,10 @@ class DeviceInfo(VirtualDevice):
             (t for t in (self.vendor, self.manufacturer) if t != _UNKNOWN),
             "unknown vendor",
         )
-        category = self.interfaces[0].category.name
-        kind = str(self.interfaces[0]) if category == "Other" else category
+        kind = next(
+            (i.category.name for i in self.interfaces if i.category.name != "Other"),
+            str(self.interfaces[0]),
+        )
         return f"{kind}: {whose} {which or f'unknown {self.devclass} device'}"
 
     def serialize(self) -> bytes:
@@ -100,48 +155,55 @@ class DeviceInfo(VirtualDevice):
 
     @classmethod
     def deserialize(
-        cls, serialization: bytes, expected_device: VirtualDevice
+        cls,
+        serialization: bytes,
+        expected_backend_domain: Any,
+        expected_devclass: str | None = None,
     ) -> DeviceInfo:
-        """Read what `serialize` wrote.
+        """Read a line of ``admin.vm.device.CLASS.Available``.
 
-        :param expected_device: the device that it has to be about.
-        :raise ProtocolError: for what cannot be, or is about another device.
+        What it says of itself is not trusted: a device of which nothing can be made is
+        an unknown one.
+
+        :param serialization: the port, a blank, and what `serialize` wrote.
+        :param expected_backend_domain: the VM that was asked.
+        :param expected_devclass: the class that was asked for, None for any.
+        :raise QubesValueError: when not even the port can be.
         """
-        properties, data = device_serialization.unpack(serialization)
+        head, _, rest = serialization.partition(b" ")
+        port_id, _, device_id = head.decode("ascii", "replace").partition(":")
+        port = Port(expected_backend_domain, port_id, expected_devclass)
+        expected = VirtualDevice(port, device_id or None)
         try:
-            device = expected_device.accept(properties)
-            options = _read(device, properties)
-        except ProtocolError:
-            raise
-        except (QubesException, ValueError, AttributeError) as error:
-            raise ProtocolError(str(error)) from error
+            return cls._read(rest, expected)
+        except (QubesException, ValueError, LookupError, TypeError) as error:
+            log.warning("what is said of %s is not valid: %s", expected, error)
+            return UnknownDevice.from_device(expected)
+
+    @classmethod
+    def _read(cls, serialization: bytes, expected: VirtualDevice) -> DeviceInfo:
+        properties, data = device_serialization.unpack(serialization)
+        device = expected.accept(properties)
+        options: dict[str, Any] = {
+            field: properties.pop(field)
+            for field in _DESCRIPTIONS
+            if field in properties
+        }
+        if attachment := properties.pop("attachment", ""):
+            options["attachment"] = device.backend_domain.app.domains[attachment]
+        encoded = properties.pop("interfaces", "")
+        options["interfaces"] = DeviceInterface.from_str_bulk(encoded)
+        if "parent_port_id" in properties:
+            options["parent"] = Port(
+                device.backend_domain,
+                properties.pop("parent_port_id"),
+                properties.pop("parent_devclass", None),
+            )
         if properties:
             raise ProtocolError(f"a device has no {', '.join(sorted(properties))}")
-        info = DeviceInfo(device.port, device_id=device.device_id, **options)
+        info = cls(device.port, device_id=device.device_id, **options)
         info.data = data
         return info
-
-
-def _read(device: VirtualDevice, properties: dict[str, str]) -> dict[str, Any]:
-    """Take the parameters of a DeviceInfo out of what was received."""
-    options: dict[str, Any] = {
-        field: properties.pop(field) for field in _DESCRIPTIONS if field in properties
-    }
-    if "attachment" in properties:
-        domains = device.backend_domain.app.domains
-        options["attachment"] = domains[properties.pop("attachment")]
-    encoded = properties.pop("interfaces", "")
-    options["interfaces"] = [
-        DeviceInterface(encoded[start : start + _INTERFACE_LENGTH])
-        for start in range(0, len(encoded), _INTERFACE_LENGTH)
-    ]
-    if "parent_port_id" in properties:
-        options["parent"] = Port(
-            device.backend_domain,
-            properties.pop("parent_port_id"),
-            properties.pop("parent_devclass", None),
-        )
-    return options
 
 
 class UnknownDevice(DeviceInfo):

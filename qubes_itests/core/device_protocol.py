@@ -14,7 +14,7 @@ The names and the format on the wire are those of Qubes OS 4.3.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core import device_serialization
@@ -51,9 +51,12 @@ class Port:
     backend_domain: BaseVM | None
     port_id: str | None = ANY
     devclass: str | None = None
+    #: Whether the class was given; without one it is called ``peripheral``.
+    has_devclass: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "port_id", self.port_id or ANY)
+        object.__setattr__(self, "has_devclass", bool(self.devclass))
         object.__setattr__(self, "devclass", self.devclass or "peripheral")
         if self.port_id != ANY and not _PORT.fullmatch(str(self.port_id)):
             raise QubesValueError(f"{self.port_id!r} is no name of a port")
@@ -107,12 +110,18 @@ class VirtualDevice:
         if device_id is not None and not _DEVICE.fullmatch(device_id):
             raise QubesValueError(f"{device_id!r} identifies no device")
         self.port = port
-        self._device_id = device_id or ANY
+        self._device_id = device_id
+
+    def clone(self, **changes: Any) -> VirtualDevice:
+        """Return a copy, with `port` or `device_id` changed."""
+        return VirtualDevice(
+            **({"port": self.port, "device_id": self.device_id} | changes)
+        )
 
     @property
     def device_id(self) -> str:
         """What the device says of itself, ``*`` for any."""
-        return self._device_id
+        return self._device_id or ANY
 
     @property
     def backend_domain(self) -> Any:
@@ -162,6 +171,13 @@ class VirtualDevice:
 
     def __repr__(self) -> str:
         return f"{self.port!r}:{self.device_id}"
+
+    @property
+    def repr_for_qarg(self) -> str:
+        """As it is written in arguments of the Admin API; `from_qarg` reads it."""
+        text = repr(self).replace(":", "+")
+        text = text.replace(_NO_INTERFACE, _PLACEHOLDER * len(_NO_INTERFACE))
+        return text.replace(ANY, _PLACEHOLDER)
 
     @classmethod
     def from_qarg(
@@ -226,11 +242,13 @@ class VirtualDevice:
 
         :raise UnexpectedDeviceProperty: when one of them contradicts this device.
         """
-        device_id = self.device_id
+        port, device_id = self.port, self.device_id
         for name, expected in self.basic_properties.items():
             found = properties.pop(name, expected)
             if name == "device_id" and expected == ANY:
                 device_id = found
+            elif name == "devclass" and not self.port.has_devclass:
+                port = Port(port.backend_domain, port.port_id, found)
             elif found != expected:
                 raise UnexpectedDeviceProperty(name, found, expected)
-        return VirtualDevice(self.port, device_id)
+        return VirtualDevice(port, device_id)

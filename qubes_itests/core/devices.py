@@ -57,7 +57,8 @@ class DeviceCollection:
     def __init__(self, vm: Any, devclass: str) -> None:
         self._vm = vm
         self.devclass = devclass
-        self._assigned: dict[VirtualDevice, DeviceAssignment] = {}
+        #: Under the name that it has in Qubes OS, where tests look at it.
+        self._set: dict[VirtualDevice, DeviceAssignment] = {}
         #: What the extension of the class has attached in this run, with options.
         self.attached: dict[Port, dict[str, str]] = {}
 
@@ -89,10 +90,13 @@ class DeviceCollection:
                 f" {device.backend_name} exposes"
                 f" {', '.join(d.port_id for d in self._exposed_by(device)) or 'none'}"
             )
-        if device.attachment is not None:
+        having = device.attachment
+        # an extension may know it of the frontend alone
+        if any(device.port == attached.port for attached in self.get_attached_devices()):
+            having = self._vm
+        if having is not None:
             raise DeviceAlreadyAttached(
-                f"{self.devclass} device {device.port} is attached to"
-                f" {device.attachment} already"
+                f"{self.devclass} device {device.port} is attached to {having} already"
             )
         await self._announce("attach", device, dict(assignment.options))
 
@@ -167,7 +171,7 @@ class DeviceCollection:
         )
 
     def _check_not_assigned(self, assignment: DeviceAssignment) -> None:
-        if assignment.virtual_device in self._assigned:
+        if assignment.virtual_device in self._set:
             raise DeviceAlreadyAssigned(
                 f"{self.devclass} device {assignment} is assigned to VM {self._vm}"
                 " already"
@@ -175,7 +179,7 @@ class DeviceCollection:
 
     def _remember(self, assignment: DeviceAssignment) -> None:
         copy = assignment.clone(frontend_domain=self._vm)
-        self._assigned[copy.virtual_device] = copy
+        self._set[copy.virtual_device] = copy
 
     def load_assignment(self, assignment: DeviceAssignment) -> None:
         """Take an assignment from the store: no check, no event."""
@@ -183,11 +187,11 @@ class DeviceCollection:
 
     def _find(self, device: VirtualDevice | DeviceAssignment) -> DeviceAssignment:
         known = VirtualDevice(device.port, device.device_id)
-        if known not in self._assigned:
+        if known not in self._set:
             raise DeviceNotAssigned(
                 f"{self.devclass} device {device} is not assigned to VM {self._vm}"
             )
-        return self._assigned[known]
+        return self._set[known]
 
     async def update_assignment(
         self, device: VirtualDevice, mode: str | AssignmentMode
@@ -220,7 +224,7 @@ class DeviceCollection:
         :raise DeviceNotAssigned: when there is no such assignment.
         """
         device = self._find(assignment).virtual_device
-        del self._assigned[device]
+        del self._set[device]
         await self._vm.fire_event_async(
             f"device-unassign:{self.devclass}", device=device
         )
@@ -245,7 +249,7 @@ class DeviceCollection:
 
         :param required_only: only that which it cannot start without.
         """
-        for assignment in list(self._assigned.values()):
+        for assignment in list(self._set.values()):
             if assignment.required or not required_only:
                 yield assignment
 

@@ -151,8 +151,11 @@ def test_what_is_known_of_a_device_comes_back(device, kinds, data):
         device.port, device_id=device.device_id, interfaces=kinds, **known
     )
     sent.data = data
-    read = DeviceInfo.deserialize(sent.serialize(), VirtualDevice(device.port))
+    read = DeviceInfo.deserialize(
+        f"{device.port_id} ".encode() + sent.serialize(), device.backend_domain
+    )
     assert read == sent
+    assert read.devclass == device.devclass
     assert read.interfaces == sent.interfaces
     assert (read.vendor, read.product, read.serial) == tuple(known.values())
     assert (read.manufacturer, read.data) == ("unknown", data)
@@ -169,9 +172,8 @@ def test_what_is_known_of_a_device_comes_back(device, kinds, data):
 )
 def test_another_device_than_expected(sent, error):
     device = VirtualDevice(Port(DOM0, "data", "block"), "image:data")
-    for read in (DeviceAssignment.deserialize, DeviceInfo.deserialize):
-        with pytest.raises(UnexpectedDeviceProperty, match=error):
-            read(sent, device)
+    with pytest.raises(UnexpectedDeviceProperty, match=error):
+        DeviceAssignment.deserialize(sent, device)
 
 
 @pytest.mark.parametrize(
@@ -190,10 +192,40 @@ def test_what_no_assignment_says(sent):
         DeviceAssignment.deserialize(sent, VirtualDevice(Port(DOM0, "data", "block")))
 
 
-@pytest.mark.parametrize("sent", [b"interfaces='b***'", b"attachment='x'", b"a='b'"])
-def test_what_no_device_says(sent):
-    with pytest.raises(ProtocolError):
-        DeviceInfo.deserialize(sent, VirtualDevice(Port(DOM0, "data", "block")))
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"interfaces='b***'",
+        b"interfaces='\t******'",
+        b"attachment='x'",
+        b"a='b'",
+        b"it's",
+        b"port_id='other'",
+        b"devclass='pci'",
+        b"backend_domain='work'",
+        b"device_id='a b'",
+    ],
+)
+def test_a_device_that_says_what_cannot_be_is_unknown(said):
+    read = DeviceInfo.deserialize(b"data " + said, DOM0, "block")
+    assert isinstance(read, UnknownDevice)
+    assert read.port == Port(DOM0, "data", "block")
+    assert read.name == "unknown"
+
+
+def test_a_device_at_no_port_is_refused():
+    with pytest.raises(QubesValueError, match="no name of a port"):
+        DeviceInfo.deserialize(b"../x name='a'", DOM0, "block")
+
+
+@given(devices)
+def test_the_argument_of_a_device_names_it(device):
+    written = device.repr_for_qarg
+    assert not set(written) & set("*:")
+    ambiguous = set("+_*") if device.device_id != "*" else set()
+    if not set(device.device_id) & ambiguous and device.port_id != "_":
+        read = VirtualDevice.from_qarg(written, device.devclass, DOMAINS)
+        assert read == device
 
 
 @given(devices)
@@ -296,7 +328,8 @@ def test_equality_is_by_name():
         ("u030000", DeviceCategory.Input),
         ("p0c0330", DeviceCategory.PCI_USB),
         ("p0c0100", DeviceCategory.PCI_Serial_Bus),
-        ("b******", DeviceCategory.Mass_Data),
+        ("b******", DeviceCategory.Block_Storage),
+        ("u0e0102", DeviceCategory.Camera),
         ("m000000", DeviceCategory.Microphone),
         ("?******", DeviceCategory.Other),
     ],
@@ -308,8 +341,52 @@ def test_the_most_specific_category_is_found(encoding, category):
 def test_interfaces_match_patterns():
     assert DeviceInterface("u03****").matches(DeviceInterface("u030102"))
     assert not DeviceInterface("u030102").matches(DeviceInterface("u03****"))
-    with pytest.raises(QubesValueError, match="no interface"):
-        DeviceInterface("u03")
+
+
+def test_interfaces_of_a_class():
+    assert repr(DeviceInterface("030102", devclass="usb")) == "u030102"
+    assert repr(DeviceInterface("03", devclass="usb")) == "u03****"
+    assert DeviceInterface("030102", devclass="usb").devclass == "usb"
+    assert repr(DeviceInterface("030102")) == "?030102"
+    assert DeviceInterface("b******") == DeviceInterface("", devclass="block")
+    for wrong, devclass in (("03010z", "usb"), ("u030102", "usb"), ("u0301020", None)):
+        with pytest.raises(QubesValueError, match="no interface"):
+            DeviceInterface(wrong, devclass)
+    both = DeviceInterface.from_str_bulk("u030102b******")
+    assert both == [DeviceInterface("u030102"), DeviceInterface("b******")]
+    assert DeviceInterface.from_str_bulk(None) == []
+    with pytest.raises(QubesValueError, match="each has 7"):
+        DeviceInterface.from_str_bulk("u03010")
+
+
+def test_what_a_device_says_may_be_found_out_later():
+    class Found(DeviceInfo):
+        @property
+        def name(self):
+            return self._name or "looked up"
+
+        @property
+        def interfaces(self):
+            return [DeviceInterface("02", devclass="usb"), DeviceInterface("030102")]
+
+        @property
+        def device_id(self):
+            return "1a0a:badd"
+
+    device = Found(Port(USB, "1", "usb"), serial="7")
+    assert device.description == "Network: unknown vendor looked up"
+    assert b"name='looked up'" in device.serialize()
+    assert b"device_id='1a0a:badd'" in device.serialize()
+    assert DeviceAssignment(device).device_id == "1a0a:badd"
+
+
+def test_a_copy_of_a_device_has_what_is_changed():
+    device = VirtualDevice(Port(USB, "1", "usb"), "1a0a:badd")
+    assert device.clone() == device
+    assert device.clone(device_id="*") == device.port
+    anywhere = device.clone(port=Port(USB, "*", "usb"))
+    assert (anywhere.port_id, anywhere.device_id) == ("*", "1a0a:badd")
+    assert DeviceAssignment.new(USB, "1", "usb", "1a0a:badd") == device
 
 
 def test_descriptions_for_users():

@@ -95,7 +95,7 @@ async def test_an_exposed_image_is_a_device_of_dom0(app, image):
     )
     assert device.path == image
     assert device.data == {"size": str(MIB), "mode": "w"}
-    assert device.description == "Mass_Data: hosted by dom0 data.img"
+    assert device.description == "Block_Storage: hosted by dom0 data.img"
     await withdraw(app, "data.img")
     assert list(exposed(app)) == []
     assert image.exists()
