@@ -321,7 +321,8 @@ class Qubes(PoolsMixin):
         """Kill the VMs that run and wait until the ends of their runs are dealt with.
 
         One that cannot be killed is noted in `problems`; the others are killed still.
-        Then the store is left to other writers.
+        Then extensions forget the app (``qubes-close``), and the store is left to other
+        writers.
         """
         for vm in self.domains:
             if not isinstance(vm, QubesVM):
@@ -336,5 +337,9 @@ class Qubes(PoolsMixin):
                 self.problems.append(f"VM {vm} could not be killed: {error}")
             with contextlib.suppress(TimeoutError):
                 await vm.wait_ended(vm.shutdown_timeout)
+        try:
+            self.fire_event("qubes-close")
+        except Exception as error:  # noqa: BLE001 - an extension's; the caller is told
+            self.problems.append(f"an extension did not let the app go: {error!r}")
         if self.store is not None:
             self.store.release()

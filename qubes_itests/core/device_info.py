@@ -175,13 +175,13 @@ class DeviceInfo(VirtualDevice):
         port = Port(expected_backend_domain, port_id, expected_devclass)
         expected = VirtualDevice(port, device_id or None)
         try:
-            return cls._read(rest, expected)
+            return cls._from_said(rest, expected)
         except (QubesException, ValueError, LookupError, TypeError) as error:
             log.warning("what is said of %s is not valid: %s", expected, error)
             return UnknownDevice.from_device(expected)
 
     @classmethod
-    def _read(cls, serialization: bytes, expected: VirtualDevice) -> DeviceInfo:
+    def _from_said(cls, serialization: bytes, expected: VirtualDevice) -> DeviceInfo:
         properties, data = device_serialization.unpack(serialization)
         device = expected.accept(properties)
         options: dict[str, Any] = {

@@ -114,9 +114,8 @@ class VirtualDevice:
 
     def clone(self, **changes: Any) -> VirtualDevice:
         """Return a copy, with `port` or `device_id` changed."""
-        return VirtualDevice(
-            **({"port": self.port, "device_id": self.device_id} | changes)
-        )
+        parameters: dict[str, Any] = {"port": self.port, "device_id": self.device_id}
+        return VirtualDevice(**(parameters | changes))
 
     @property
     def device_id(self) -> str:

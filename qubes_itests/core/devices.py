@@ -92,7 +92,9 @@ class DeviceCollection:
             )
         having = device.attachment
         # an extension may know it of the frontend alone
-        if any(device.port == attached.port for attached in self.get_attached_devices()):
+        if any(
+            device.port == attached.port for attached in self.get_attached_devices()
+        ):
             having = self._vm
         if having is not None:
             raise DeviceAlreadyAttached(

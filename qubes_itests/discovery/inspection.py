@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
 
-__all__ = ["check_member", "twice_defined", "unrunnable_tests"]
+__all__ = ["check_member", "has_tests", "twice_defined", "unrunnable_tests"]
 
 _PREFIX = "test"
 
@@ -29,6 +29,13 @@ def check_member(member: object) -> Problem | None:
     if not issubclass(member, unittest.TestCase):
         return Problem(f"it lists {member.__qualname__}, which is no unittest.TestCase")
     return None
+
+
+def has_tests(member: object) -> bool:
+    """Tell whether an element of a plugin's list is a class with a test to run."""
+    if not isinstance(member, type) or not issubclass(member, unittest.TestCase):
+        return False
+    return bool(unittest.TestLoader().getTestCaseNames(member))
 
 
 def unrunnable_tests(cls: type[unittest.TestCase]) -> list[str]:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import unittest
     from types import ModuleType
 
+    from .extensions import PluginExtensions
+
 __all__ = ["GROUP", "GROUP_FOR_TEMPLATE", "Plugin", "Problem", "TestClass"]
 
 #: Entry points of plugins whose tests are run once.
@@ -65,6 +67,7 @@ class Plugin:
     :param distribution: name of the distribution that it belongs to.
     :param module: the module that it names, None when that did not load.
     :param classes: what to run.
+    :param extensions: of its distribution, which other plugins of that share.
     :param problems: all of them make up one failing test, named after the entry point.
     """
 
@@ -74,4 +77,5 @@ class Plugin:
     distribution: str = ""
     module: ModuleType | None = None
     classes: tuple[TestClass, ...] = ()
+    extensions: PluginExtensions | None = None
     problems: tuple[Problem, ...] = ()

@@ -7,10 +7,12 @@ import importlib.metadata
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from .inspection import check_member, twice_defined, unrunnable_tests
+from .extensions import DEVICES_GROUP, EXTENSIONS_GROUP, PluginExtensions
+from .inspection import check_member, has_tests, twice_defined, unrunnable_tests
 from .modules import ModuleWatch
+from .probes import Probes
 from .result import GROUP, GROUP_FOR_TEMPLATE, Plugin, Problem, TestClass
 from .selection import INCLUDE, TEMPLATES
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["discover"]
 
+#: So many missing modules say enough.
+_MOST_NAMED: Final = 5
+
 
 def discover(selection: Selection) -> list[Plugin]:
     """Load the installed plugins of a selection.
@@ -31,7 +36,18 @@ def discover(selection: Selection) -> list[Plugin]:
         there too, as a plugin with a problem.
     """
     entries = [entry for entry in _entry_points() if selection.takes(entry.name)]
-    found = [_load(entry, selection.templates) for entry in entries]
+    installed = [
+        found
+        for group in (EXTENSIONS_GROUP, DEVICES_GROUP)
+        for found in importlib.metadata.entry_points(group=group)
+    ]
+    extensions = {
+        name: PluginExtensions(name, installed) for name in map(_distribution, entries)
+    }
+    found = [
+        _load(entry, selection.templates, extensions[_distribution(entry)])
+        for entry in entries
+    ]
     return [*found, *_missing(selection, {entry.name for entry in entries})]
 
 
@@ -53,10 +69,19 @@ def _missing(selection: Selection, found: set[str]) -> Iterator[Plugin]:
         yield Plugin(name=name, group=GROUP, problems=(problem,))
 
 
-def _load(entry: importlib.metadata.EntryPoint, templates: Sequence[str]) -> Plugin:
+def _distribution(entry: importlib.metadata.EntryPoint) -> str:
+    return entry.dist.name if entry.dist else ""
+
+
+def _load(
+    entry: importlib.metadata.EntryPoint,
+    templates: Sequence[str],
+    extensions: PluginExtensions,
+) -> Plugin:
     watch = ModuleWatch()
     problems: list[Problem] = []
-    with _templates_named(templates):
+    probes = Probes(entry.module.partition(".")[0])
+    with _templates_named(templates), extensions.kept_away(), probes:
         members = list(_members(entry, problems))
     module = sys.modules.get(entry.module)
     if changed := watch.restore():
@@ -67,13 +92,16 @@ def _load(entry: importlib.metadata.EntryPoint, templates: Sequence[str]) -> Plu
         for cls in _checked(members, problems)
         for made in _for_templates(cls, chosen, problems)
     ]
+    if not problems and not any(map(has_tests, members)):
+        problems.append(_without_tests(entry, members, probes.missing()))
     return Plugin(
         name=entry.name,
         group=entry.group,
         target=entry.value,
-        distribution=entry.dist.name if entry.dist else "",
+        distribution=_distribution(entry),
         module=module,
         classes=tuple(classes),
+        extensions=extensions,
         problems=tuple(problems),
     )
 
@@ -135,6 +163,21 @@ def _tampered(changed: Sequence[str]) -> Problem:
         "while it loaded, it replaced or removed modules that others use:"
         f" {', '.join(changed)}; they were put back"
     )
+
+
+def _without_tests(
+    entry: importlib.metadata.EntryPoint,
+    members: Sequence[object],
+    missing: Sequence[str],
+) -> Problem:
+    """Say what a plugin that hides its tests where it finds no Qubes OS asked for."""
+    listed = f"{len(members)} classes without tests" if members else "no test class"
+    reason = ""
+    if missing:
+        names = ", ".join(missing[:_MOST_NAMED])
+        more = f" and {n} more" if (n := len(missing) - _MOST_NAMED) > 0 else ""
+        reason = f"; while it loaded, it asked for what is not there: {names}{more}"
+    return Problem(f"{entry.value} lists {listed}, so nothing is tested{reason}")
 
 
 def _checked(

@@ -42,7 +42,11 @@ ALIASES: Final[dict[str, tuple[str, ...]]] = {
     ),
     "qubes.events": ("qubes_itests.core.events",),
     "qubes.exc": ("qubes_itests.core.exc",),
-    "qubes.ext": ("qubes_itests.core.ext",),
+    "qubes.ext": (
+        "qubes_itests.core.ext:Extension",
+        "qubes_itests.core.ext:handler",
+    ),
+    "qubes.ext.utils": ("qubes_itests.core.device_changes",),
     "qubes.features": ("qubes_itests.core.features:Features",),
     "qubes.policy": ("qubes_itests.core.policy",),
     "qubes.qmemman": ("qubes_itests.qmemman.algorithm",),

@@ -16,6 +16,7 @@ import concurrent.futures
 import functools
 import inspect
 import threading
+from asyncio import Handle, isfuture  # by their names here: see `waiting`
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .exc import LoopThreadError, PortalClosedError, RefusedLoopCallError
@@ -100,7 +101,7 @@ class PortalLoop(asyncio.SelectorEventLoop):
         if self.thread_id is None:
             _dispose(awaitable)
             raise PortalClosedError(call)
-        if asyncio.isfuture(awaitable) and awaitable.get_loop() is not self:
+        if isfuture(awaitable) and awaitable.get_loop() is not self:
             raise ValueError(f"{awaitable!r} belongs to another event loop")
 
     def run_forever(self) -> None:
@@ -128,11 +129,11 @@ class PortalLoop(asyncio.SelectorEventLoop):
 
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Any = None
-    ) -> asyncio.Handle:
+    ) -> Handle:
         """Schedule a callback; in another thread, for when that thread waits."""
         if not self._foreign():
             return super().call_soon(callback, *args, context=context)
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = Handle(callback, args, self, context)
         schedule = functools.partial(
             super().call_soon,
             _unless_cancelled,
@@ -193,7 +194,7 @@ class PortalLoop(asyncio.SelectorEventLoop):
 
 
 def _unless_cancelled(
-    handle: asyncio.Handle, callback: Callable[..., object], *args: object
+    handle: Handle, callback: Callable[..., object], *args: object
 ) -> None:
     if not handle.cancelled():
         callback(*args)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import contextlib
 import io
 import threading
+
+# By their names here: a test may replace those in the module asyncio, and still waits.
+from asyncio import CancelledError, Task, ensure_future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qubes_itests.exc import DeadlineError
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Awaitable
 
     from .loop import PortalLoop
@@ -59,14 +62,14 @@ def _start(
     awaitable: Awaitable[_T],
     outcome: concurrent.futures.Future[_T],
 ) -> asyncio.Future[_T]:
-    future = asyncio.ensure_future(awaitable, loop=loop)
+    future = ensure_future(awaitable, loop=loop)
     future.add_done_callback(lambda future: _copy(future, outcome))
     return future
 
 
 def _copy(future: asyncio.Future[_T], outcome: concurrent.futures.Future[_T]) -> None:
     if future.cancelled():
-        outcome.set_exception(asyncio.CancelledError())
+        outcome.set_exception(CancelledError())
     elif error := future.exception():
         outcome.set_exception(error)
     else:
@@ -87,7 +90,7 @@ def _cancel(
 
 def _stack(future: asyncio.Future[Any]) -> str:
     """Return where a task stands, as far as another thread can tell."""
-    if not isinstance(future, asyncio.Task):
+    if not isinstance(future, Task):
         return repr(future)
     text = io.StringIO()
     with contextlib.suppress(RuntimeError):  # it went on while we looked
@@ -97,6 +100,6 @@ def _stack(future: asyncio.Future[Any]) -> str:
 
 def _name(awaitable: object) -> str:
     coroutine = awaitable
-    if isinstance(awaitable, asyncio.Task):
+    if isinstance(awaitable, Task):
         coroutine = awaitable.get_coro()
     return str(getattr(coroutine, "__qualname__", None) or repr(awaitable))

@@ -14,6 +14,7 @@ from qubes_itests.exit_codes import ExitCode
 from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.pytest_plugin import SETTINGS, header
 from qubes_itests.pytest_plugin.collection import Selection, collect, nodes
+from qubes_itests.pytest_plugin.extensions import ExtensionSwitch
 from qubes_itests.pytest_plugin.tampering import ModuleGuard
 from qubes_itests.pytest_plugin.worker import ROLE, distributes, is_worker
 from qubes_itests.report import failures
@@ -161,10 +162,11 @@ class JobParts:
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config: pytest.Config) -> None:
-        """Show progress our way, and guard the loaded modules."""
+        """Show progress our way; guard loaded modules, switch extensions."""
         register = config.pluginmanager.register
         words = LastWords()
         register(ModuleGuard(), "qubes_itests-modules")
+        register(ExtensionSwitch(), "qubes_itests-extensions")
         register(StartTimes(words), "qubes_itests-starts")
         register(_Header(config), "qubes_itests-header")
         if is_worker(config) or not config.pluginmanager.has_plugin("terminalreporter"):

@@ -109,6 +109,12 @@ class BaseVM(PropertyHolder):
         """Name of its class, as in `qvm-ls`."""
         return type(self).__name__
 
+    def watch_qdb_path(self, path: str) -> None:
+        """Have ``domain-qdb-change:PATH`` fired when the guest changes its database.
+
+        Guests do not change it here: an extension may ask, and hears of nothing.
+        """
+
     @stateless_property
     def icon(self) -> str:
         """Name of its icon: by its class and its label."""

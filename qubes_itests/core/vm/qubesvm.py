@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from qubes_itests.core.database import QubesDB
 from qubes_itests.core.exc import (
     QubesVMError,
     QubesVMNotHaltedError,
@@ -151,6 +152,11 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
         if template is not None:
             entries["/qubes-base-template"] = str(template)
         return entries | self.network_entries()
+
+    @property
+    def untrusted_qdb(self) -> QubesDB | None:
+        """The guest's database as it is now, None while it does not run."""
+        return QubesDB(self.qubesdb_entries()) if self.is_running() else None
 
     # on disk
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qubes_itests.core.ext import Extension, handler
+from qubes_itests.core.ext import Extension, handler, registered_extensions
 from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.core.vm.templatevm import TemplateVM
 
@@ -62,3 +62,39 @@ async def test_handlers_may_be_asynchronous_or_yield(app, template):
 
 def test_there_is_one_object_of_a_class():
     assert Listener() is Listener()
+
+
+def test_an_extension_can_be_taken_away_and_put_back(template):
+    listener = Listener()
+    listener.unregister()
+    listener.unregister()
+    template.fire_event("test-extension-vm")
+    assert listener.heard == []
+    assert listener not in registered_extensions()
+    listener.register()
+    template.fire_event("test-extension-vm")
+    assert listener.heard == [("tiny", "test-extension-vm", {}), ("template", "tiny")]
+    listener.unregister()
+    assert Listener() is listener
+    assert listener in registered_extensions()
+
+
+class Holder(Extension):
+    @handler("qubes-close", system=True)
+    def on_close(self, _app, _event):
+        if self.devices_cache.pop("work", None) is None:
+            raise RuntimeError("nothing was held")
+
+
+@pytest.mark.asyncio
+async def test_extensions_hear_that_an_app_is_closed(app):
+    holder = Holder()
+    holder.devices_cache["work"] = {"1": app}
+    try:
+        await app.close()
+        assert (dict(holder.devices_cache), app.problems) == ({}, [])
+        await app.close()
+        assert len(app.problems) == 1
+        assert "nothing was held" in app.problems.pop()
+    finally:
+        holder.unregister()

@@ -10,6 +10,10 @@ import unittest
 
 import pytest
 
+from qubes_itests import import_alias
+from qubes_itests.core.devices import DEVICE_CLASSES
+from qubes_itests.core.ext import registered_extensions
+from qubes_itests.core.vm.base import BaseVM
 from qubes_itests.discovery import (
     GROUP,
     GROUP_FOR_TEMPLATE,
@@ -29,7 +33,7 @@ def install(tmp_path, monkeypatch):
     before = set(sys.modules)
     ours = iter(range(1000))
 
-    def install(text, *entries, name=None):
+    def install(text, *entries, name=None, more=""):
         name = name or f"made_plugin_{next(ours)}"
         (site / f"{name}.py").write_text(textwrap.dedent(text))
         info = site / f"{name}-1.0.dist-info"
@@ -39,6 +43,7 @@ def install(tmp_path, monkeypatch):
         )
         entries = entries or ((GROUP, name),)
         lines = [f"[{g}]\n{e} = {name}:list_tests\n" for g, e in entries]
+        lines.append(textwrap.dedent(more).format(name=name))
         (info / "entry_points.txt").write_text("\n".join(lines))
         importlib.invalidate_caches()
         return name
@@ -251,12 +256,14 @@ def test_a_stand_in_for_qubes_is_removed(install):
     """A plugin whose fake fills a gap is well; the next one must not see the fake."""
     name = install(
         """
-        import sys, types, unittest.mock
+        import sys, types, unittest, unittest.mock
         sys.modules["qubes.faked"] = types.ModuleType("qubes.faked")
         sys.modules["qubes.mocked"] = unittest.mock.MagicMock()
         sys.modules["made_plugin_of_mine"] = types.ModuleType("made_plugin_of_mine")
+        class TC(unittest.TestCase):
+            def test(self): pass
         def list_tests():
-            return []
+            return [TC]
         """
     )
     assert find(name).problems == ()
@@ -324,3 +331,131 @@ def test_a_plugin_may_make_its_classes_per_template_itself(install, monkeypatch)
     assert [c.__name__ for c in made] == ["TC_Own_tiny", "TC_Own_debian-12"]
     assert [c.template for c in made] == ["tiny", "debian-12"]
     assert "QUBES_TEST_TEMPLATES" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [
+        ("[]", "lists no test class, so nothing is tested"),
+        ("[TC_Empty, TC_Base]", "lists 2 classes without tests"),
+    ],
+)
+def test_a_plugin_that_lists_no_test_is_a_problem(install, listed, said):
+    name = install(
+        f"""
+        import unittest
+        class TC_Base(unittest.TestCase): pass
+        class TC_Empty(TC_Base):
+            def setUp(self): raise AssertionError
+        def list_tests():
+            return {listed}
+        """
+    )
+    (problem,) = find(name).problems
+    assert said in problem.summary
+
+
+def test_what_it_looked_for_in_vain_is_said(install):
+    """A plugin that hides its tests where it finds no Qubes OS says no word itself."""
+    name = install(
+        """
+        import json, pathlib
+        try:
+            import qubes_extension_that_is_not_there.part
+        except ImportError:
+            try:
+                from string import ascii_letters, nothing_of_that_kind
+            except ImportError:
+                pass
+        def list_tests():
+            return []
+        """
+    )
+    (problem,) = find(name).problems
+    _, _, missing = problem.summary.partition("asked for what is not there: ")
+    assert missing == "qubes_extension_that_is_not_there"
+
+
+def heard(event):
+    """Return which of the made extensions hear of an event."""
+    emitter = BaseVM.__new__(BaseVM)
+    emitter._instance_handlers, emitter.events_enabled = [], True
+    return emitter.fire_event(event)
+
+
+EXTENSIONS = """
+    import unittest
+    from qubes.ext import Extension, handler
+
+    class Installed(Extension):
+        @handler("made-event")
+        def on_event(self, vm, event):
+            return "installed"
+
+    class Other(Extension):
+        @handler("made-event")
+        def on_event(self, vm, event):
+            return "other"
+
+    Other()
+
+    class TC(unittest.TestCase):
+        def test(self): pass
+
+    def list_tests():
+        return [TC]
+"""
+MORE = """\
+    [qubes.ext]
+    made = {name}:Installed
+    [qubes.devices]
+    made = {name}:Installed
+"""
+
+
+@pytest.fixture
+def alias():
+    import_alias.install()
+    yield
+    import_alias.uninstall()
+
+
+@pytest.mark.usefixtures("alias")
+def test_extensions_are_there_while_their_plugin_is_tested(install):
+    """Those of entry points, and those that the plugin makes, be it while it loads."""
+    core = registered_extensions()
+    name = install(EXTENSIONS, more=MORE)
+    plugin = find(name)
+    assert plugin.problems == ()
+    assert heard("made-event") == []
+    for _ in range(2):
+        plugin.extensions.enter()
+        assert heard("made-event") == ["other", "installed"]
+        assert "made" in DEVICE_CLASSES
+        plugin.extensions.leave()
+        assert heard("made-event") == []
+        assert "made" not in DEVICE_CLASSES
+    assert registered_extensions() == core
+
+
+@pytest.mark.usefixtures("alias")
+def test_extensions_of_one_plugin_are_none_of_another(install):
+    first, second = install(EXTENSIONS, more=MORE), install(GOOD)
+    plugins = {plugin.name: plugin for plugin in discover(BOTH)}
+    plugins[second].extensions.enter()
+    assert heard("made-event") == []
+    plugins[second].extensions.leave()
+    plugins[first].extensions.enter()
+    assert heard("made-event") == ["other", "installed"]
+    plugins[first].extensions.leave()
+
+
+@pytest.mark.usefixtures("alias")
+def test_an_extension_that_cannot_be_made_is_told_and_leaves_nothing(install):
+    name = install(EXTENSIONS, more=MORE.replace("{name}:Installed", "{name}:Missing"))
+    plugin = find(name)
+    with pytest.raises(AttributeError, match="Missing"):
+        plugin.extensions.enter()
+    plugin.extensions.leave()
+    assert heard("made-event") == []
+    assert "made" not in DEVICE_CLASSES

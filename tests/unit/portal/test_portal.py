@@ -6,6 +6,7 @@ import asyncio
 import signal
 import threading
 import time
+import unittest.mock
 
 import pytest
 
@@ -246,3 +247,14 @@ def test_leaving_cancels_what_runs_and_ends_the_thread():
         portal.facade.create_task(endless())
     assert ended.is_set()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    "name", ["ensure_future", "isfuture", "Handle", "Task", "wait"]
+)
+def test_a_test_may_replace_what_asyncio_has(portal, name):
+    """The portal waits for what it was given, and does not hang."""
+    with unittest.mock.patch(f"asyncio.{name}"):
+        assert portal.facade.run_until_complete(answer()) == 42
+        portal.facade.call_soon(int)
+        assert portal.run(answer(), timeout=10) == 42

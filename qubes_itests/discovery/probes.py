@@ -1,0 +1,61 @@
+"""What a plugin looked for while it loaded, and did not find."""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import MetaPathFinder
+from typing import Any, Self
+
+__all__ = ["Probes"]
+
+
+class Probes(MetaPathFinder):
+    """Listens to the imports of a package, as a context; finds nothing itself.
+
+    A plugin may catch the error of an import and then list no test: this tells why.
+
+    :param package: the top of the names of the modules that are listened to.
+    """
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+        self._asked: dict[str, None] = {}
+
+    def __enter__(self) -> Self:
+        # first: one of the others may raise
+        sys.meta_path.insert(0, self)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        sys.meta_path.remove(self)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        """Take note of a name that a module of the package asks for."""
+        del path, target
+        frame = sys._getframe(1)  # noqa: SLF001 - there is no other way
+        while frame.f_back is not None and _is_import(frame.f_globals):
+            frame = frame.f_back
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == self._package:
+            self._asked[fullname] = None
+
+    def missing(self) -> list[str]:
+        """Return the names of modules that were not found, in the order of asking.
+
+        A name that a module was asked for, as in ``from module import name``, is looked
+        for as a module too; where there is none, it is one of these.
+        """
+        return [
+            name
+            for name in self._asked
+            if name not in sys.modules and _is_nowhere(name)
+        ]
+
+
+def _is_import(namespace: dict[str, Any]) -> bool:
+    return str(namespace.get("__name__")).startswith("importlib")
+
+
+def _is_nowhere(name: str) -> bool:
+    """Tell whether a name is no attribute of a module either."""
+    parent, _, child = name.rpartition(".")
+    return not hasattr(sys.modules.get(parent), child)
