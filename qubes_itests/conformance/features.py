@@ -36,6 +36,7 @@ LACKABLE: Final = {
     "import_data": "contents can be replaced by new data",
     "import_volume": "contents can be replaced by those of another volume",
     "stopped_resize": "stopped volumes can be enlarged",
+    "stopped_shrink": "stopped volumes can be made smaller",
     "online_resize": "running volumes can be enlarged",
     "revisions": "one former image is kept, and can be reverted to",
     "many_revisions": "any number of former images is kept",

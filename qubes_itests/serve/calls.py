@@ -11,6 +11,7 @@ import contextlib
 import logging
 import re
 import traceback
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -80,6 +81,9 @@ class Wanted:
         user = None if match["user"] in {"", "DEFAULT"} else match["user"]
         service = _SERVICE.fullmatch(match["rest"])
         if service is None:
+            if match["rest"].startswith("QUBESRPC"):
+                reason = f"expected QUBESRPC SERVICE VM, got {match['rest']!r}"
+                raise BadCallError(reason)
             return cls(user, command=match["rest"])
         return cls(user, service=service["service"])
 
@@ -194,16 +198,18 @@ class Answer:
 
     async def _call(self, name: str, text: str, flags: str) -> int:
         wanted = Wanted.parse(text)
-        vm = self._app.domains.get(name)
+        vm = self._app.domains.get(_key(name))
         if not hasattr(vm, "running_agent"):
             raise BadCallError(f"there is no VM {name!r} that runs commands")
         if not vm.is_running():
             raise QubesVMNotRunningError(vm)
         process = await _spawn(vm, wanted)
-        if flags == "detach":
+        words = flags.split()
+        if "detach" in words:
             process.hang_up()
             return 0
-        return await self._relay(process)
+        status = await self._relay(process)
+        return 0 if "no-exit-code" in words else status
 
     async def _relay(self, process: GuestProcess) -> int:
         feeding = asyncio.ensure_future(self._feed(process))
@@ -262,6 +268,16 @@ class Answer:
     async def _say(self, text: str, status: int) -> int:
         await self._send(STDERR, f"qrexec-client: {text}\n".encode()[:LONGEST])
         return status
+
+
+def _key(name: str) -> str | uuid.UUID:
+    """Return what finds a VM: its name, or what follows ``uuid:``."""
+    if not name.startswith("uuid:"):
+        return name
+    try:
+        return uuid.UUID(name.removeprefix("uuid:"))
+    except ValueError:
+        return name
 
 
 async def _spawn(vm: Any, wanted: Wanted) -> GuestProcess:

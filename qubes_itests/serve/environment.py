@@ -32,10 +32,13 @@ def offer_programs(place: Place, tools: Sequence[str]) -> None:
     """
     for directory in (place.programs, place.services):
         directory.mkdir()
-    program = [sys.executable, "-I", "-S", _HERE / "program.py", place.relay_socket]
+    program = [sys.executable, "-I", "-S", _HERE / "program.py"]
+    program += [place.relay_socket, place.services]
     _write(place.programs / "qrexec-client", [*program, "qrexec-client"])
     for name in METHODS:
         _write(place.services / name, [*program, name])
+    # a service of dom0 runs on the machine of whoever calls it, as that user
+    _write(place.services / "qubes.VMShell", ["/bin/bash", "-s", "--"])
     qvm = [sys.executable, "-m", "qubes_itests", "qvm", "--socket", place.admin_socket]
     for name in tools:
         _write(place.programs / name, [*qvm, name])

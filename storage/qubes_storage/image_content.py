@@ -120,7 +120,9 @@ class ImageContent(Volume):
     async def resize(self, size: int) -> Self:
         """Enlarge the volume, also while a VM runs; loop devices over it follow.
 
-        :raise InvalidSizeError: when that is less than it has.
+        A volume that is stopped may also become smaller, whatever is in what it loses.
+
+        :raise InvalidSizeError: when that is less than it has, and it is started.
         """
         self._check_size("resize", size)
         return await self._change("resize", lambda: self._resize(size))
@@ -188,12 +190,14 @@ class ImageContent(Volume):
 
     def _resize(self, size: int) -> None:
         self._use.refuse_if_importing("resize")
-        if size < self.size:
-            reason = f"it has {self.size} bytes and cannot shrink to {size}"
-            raise InvalidSizeError(*self._about("resize"), reason)
         if size == self.size:
             return
-        if self._is_dirty() or self._use.started:
+        started = self._is_dirty() or self._use.started
+        if size < self.size and (started or size == 0):
+            when = " while it is started" if started else ""
+            reason = f"it has {self.size} bytes and cannot shrink to {size}{when}"
+            raise InvalidSizeError(*self._about("resize"), reason)
+        if started:
             self._resize_running(size)
         elif self.save_on_stop:
             self._resize_committed(size)

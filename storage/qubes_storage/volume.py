@@ -267,8 +267,11 @@ class Volume(abc.ABC):
     async def resize(self, size: int) -> Self:
         """Enlarge the volume, also while a VM runs.
 
+        A driver may also make a volume smaller that is stopped.  Client tools ask for
+        that by ``--force`` only.
+
         :param size: bytes.
-        :raise InvalidSizeError: when that is less than it has.
+        :raise InvalidSizeError: when it cannot have that size.
         """
 
     @abc.abstractmethod

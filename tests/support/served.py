@@ -86,9 +86,10 @@ class Served:
     def client(self) -> Client:
         return Client(self.socket, timeout=90)
 
-    def command(self, *words: object) -> list[str]:
+    def command(self, *words: object) -> list[str | bytes]:
         """Return the command line that calls ``qrexec-client``."""
-        return [str(self.socket.with_name("bin") / "qrexec-client"), *map(str, words)]
+        program = self.socket.with_name("bin") / "qrexec-client"
+        return [str(program), *(w if isinstance(w, bytes) else str(w) for w in words)]
 
     def run(self, *words: object, data: bytes = b"", timeout: float = 90):
         """Run ``qrexec-client`` to its end."""

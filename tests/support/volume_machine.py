@@ -271,11 +271,24 @@ class VolumeMachine(RuleBasedStateMachine):
             VolumeStateError if model.kind == "snapshot" else self.lack_of_image(name)
         )
 
-    @rule(name=names)
-    def shrink(self, name):
+    @rule(name=names, loss=growths)
+    def shrink(self, name, loss):
+        """Down to what the places of contents need, if it is stopped."""
         model = self.model[name]
-        error = VolumeStateError if model.importing else InvalidSizeError
-        self.refused(error, name, "resize", self.volumes[name].size - 1)
+        now = self.volumes[name].size
+        size = max(BASE, now - loss)
+        if model.dirty is not None and not model.importing:
+            self.refused(InvalidSizeError, name, "resize", now - 1)
+            return
+        if size == now:
+            return
+        if error := self.why_not_resize(name):
+            self.refused(error, name, "resize", size)
+            return
+        self.do(name, "resize", size)
+        model.configured = size
+        if model.committed is not None:
+            model.committed = Image(model.committed.content, size)
 
     @rule(name=names, growth=growths)
     def begin_import(self, name, growth):

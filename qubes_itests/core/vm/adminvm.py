@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qubes_itests.core.exc import QubesVMError
+from qubes_itests.core.exc import QubesVMError, QubesVMNotHaltedError
 from qubes_itests.core.labels import Label, find_label
 from qubes_itests.core.properties import Property
 from qubes_itests.core.vm.base import BaseVM
@@ -47,7 +47,7 @@ class AdminVM(BaseVM):
 
     async def start(self, **_kwargs: Any) -> None:
         """Refuse: dom0 runs already."""
-        raise QubesVMError(self, "dom0 cannot be started: it always runs")
+        raise QubesVMNotHaltedError(self, "dom0 cannot be started: it always runs")
 
     async def shutdown(self, **_kwargs: Any) -> None:
         """Refuse: dom0 ends with the machine."""

@@ -7,6 +7,7 @@ for the interpreter of the tools need not be the one that has qubes_itests.
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import grp
 import importlib.machinery
@@ -23,6 +24,7 @@ _VARIABLE = "QUBES_ITESTS_SERVE"
 _PACKAGE = "qubesadmin"
 _LONGEST_PATH = 107
 _GROUP = "qubes"
+_DOM0 = "dom0"
 
 
 def install(directory: str) -> None:
@@ -67,8 +69,11 @@ def _adjust(package: ModuleType, directory: str) -> None:
     config.QUBESD_SOCKET = _connectable(f"{directory}/qubesd.sock")
     config.QREXEC_CLIENT = f"{directory}/bin/qrexec-client"
     config.QREXEC_SERVICES_DIR = f"{directory}/qubes-rpc"
+    local = package.app.QubesLocal
     # elsewhere than in dom0 it would be the class that calls by qrexec
-    vars(package)["Qubes"] = package.app.QubesLocal
+    vars(package)["Qubes"] = local
+    if hasattr(local, "run_service"):
+        local.run_service = _with_dom0(local.run_service)
 
 
 def _connectable(path: str) -> str:
@@ -76,6 +81,30 @@ def _connectable(path: str) -> str:
         return path
     folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: PTH120
     return f"/proc/self/fd/{folder}/{os.path.basename(path)}"  # noqa: PTH119
+
+
+class _Called(str):
+    """A name of dom0 that does not equal it."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return other != _DOM0 and super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+def _with_dom0(run_service: Callable[..., object]) -> Callable[..., object]:
+    @functools.wraps(run_service)
+    def run(app: object, dest: str, *args: object, **kwargs: object) -> object:
+        # for dom0 itself the client runs a program of the machine's /etc/qubes-rpc by
+        # sudo; qrexec-client of the server has services of its own
+        name = _Called(dest) if dest == _DOM0 else dest
+        return run_service(app, name, *args, **kwargs)
+
+    return run
 
 
 def _with_qubes(

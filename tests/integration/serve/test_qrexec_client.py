@@ -121,15 +121,95 @@ def test_what_would_command_a_terminal_is_filtered(server):
     assert (done.stdout, done.stderr) == (b"_[31mr\n", b"_[31mr\n")
 
 
+@pytest.mark.parametrize("option", [["-p"], ["--prefix-data"], ["--prefix"]])
+def test_a_prefix_goes_before_the_input(server, option):
+    """The tools of today send the command of a shell service so."""
+    command = "echo $((6*7)); exec cat; exit"
+    words = (*option, command + "\n", "DEFAULT:QUBESRPC qubes.VMShell+ dom0")
+    assert server.run("-d", "work", *words, data=b"rest").stdout == b"42\nrest"
+    long = b"x" * 100_000 + b"\xff\n"
+    done = server.run("-d", "work", "-p", long, "user:cat", data=b"end")
+    assert done.stdout == long + b"end"
+
+
+def test_options_may_follow_the_command(server):
+    done = server.run(
+        "user:printf '\033'; exit 4", "-d", "work", "-E", "-t", "-w", "60"
+    )
+    assert (done.returncode, done.stdout) == (0, b"_")
+
+
+def test_a_socket_takes_both_streams(server):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = server.command("--use-stdin-socket", "-d", "work", "user:cat; exit 5")
+        with subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL) as done:
+            theirs.close()
+            ours.settimeout(60)
+            ours.sendall(b"there and back")
+            ours.shutdown(socket.SHUT_WR)
+            assert ours.makefile("rb").read() == b"there and back"
+        assert done.returncode == 5
+
+
+def test_the_vm_may_be_killed_at_the_end(server):
+    server.client.call(
+        "admin.vm.Create.AppVM", argument="tiny", payload=b"name=brief label=red"
+    )
+    server.client.call("admin.vm.Start", "brief")
+    assert server.run("-k", "-d", "brief", "user:exit 3").returncode == 3
+    assert b"state=Halted" in server.client.call("admin.vm.List", "brief")
+    done = server.run("-k", "-d", "brief", "user:exit 3")
+    assert done.returncode == 255
+    assert b"-k: 'brief' could not be killed" in done.stderr
+    server.client.call("admin.vm.Remove", "brief")
+
+
+def test_a_vm_has_a_uuid_and_a_server_a_directory(server):
+    (line,) = server.client.call("admin.vm.List", "work").split(b"\n")[:-1]
+    uuid = line.rpartition(b"uuid=")[2].decode()
+    words = ("--socket-dir", server.socket.parent, "-d", f"uuid:{uuid}")
+    assert server.run(*words, "root:id -un").stdout == b"root\n"
+    done = server.run("--socket-dir=/none", "-d", "work", "root:id")
+    assert done.returncode == 255
+    assert b"No such file" in done.stderr
+
+
+def test_services_of_dom0_run_on_the_machine_of_the_caller(server):
+    call = ("-d", "dom0", "DEFAULT:QUBESRPC qubes.VMShell+ dom0")
+    done = server.run("-p", "read word; echo $word $QREXEC_REMOTE_DOMAIN\n", *call)
+    assert (done.returncode, done.stdout) == (0, b"dom0\n")
+    shell = b"printf '\\033 here'; echo no >&2; cat; exit 3\n"
+    done = server.run("-t", "-T", "-d", "@adminvm", call[2], data=shell + b"more")
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"_ heremore", b"no\n")
+    assert server.run("-E", *call, data=b"exit 3\n").returncode == 0
+    done = server.run("-d", "dom0", "DEFAULT:QUBESRPC no.Such+x dom0")
+    assert (done.returncode, done.stderr) == (
+        127,
+        b"qrexec-client: dom0 has no service no.Such+x\n",
+    )
+    done = server.run("-l", "QUBESRPC qubes.VMShell dom0", "-d", "work", "user:echo id")
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("vm", "request_", "status", "said"),
     [
         ("none", "user:id", 126, "there is no VM 'none' that runs commands"),
-        ("dom0", "user:id", 126, "there is no VM 'dom0' that runs commands"),
         ("tiny", "user:id", 255, "tiny"),
         ("work", "user", 126, "'user' is not USER:COMMAND"),
         ("work", "user:QUBESRPC no.Such dom0", 127, "there is no service no.Such"),
         ("work", "user:" + 70000 * "x", 126, "65536 at most"),
+        ("work", "user:QUBESRPC  qubes.VMShell dom0", 126, "QUBESRPC SERVICE VM"),
+        ("work", "user:QUBESRPC qubes.VMShell dom0 x", 126, "QUBESRPC SERVICE VM"),
+        ("work", "user:QUBESRPC", 126, "QUBESRPC SERVICE VM"),
+        ("work\x1b[31m", "user:id", 126, r"there is no VM 'work\x1b[31m' that"),
+        (b"work\xff", "user:id", 126, "there is no VM 'work\ufffd' that"),
+        ("uuid:none", "user:id", 126, "there is no VM 'uuid:none' that"),
+        ("dom0", "user:id", 2, "in dom0 expected 'DEFAULT:QUBESRPC"),
+        ("dom0", "root:QUBESRPC qubes.VMShell+ dom0", 2, "in dom0 expected"),
+        ("dom0", "DEFAULT:QUBESRPC ../../bin/id dom0", 2, "'QUBESRPC ../../bin/id"),
+        ("dom0", "DEFAULT:QUBESRPC .. dom0", 127, "no service .."),
     ],
 )
 def test_what_cannot_be_is_said(server, vm, request_, status, said):
@@ -138,11 +218,41 @@ def test_what_cannot_be_is_said(server, vm, request_, status, said):
     assert done.returncode == status
 
 
-def test_wrong_usage_is_said(server):
-    for words in (("-d", "work"), ("user:id",), ("-x", "-d", "work", "user:id")):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("-d", "work"), "expected -d VM and one USER:COMMAND, got []"),
+        (("user:id",), "expected -d VM and one"),
+        (("-d", "work", "user:id", "more\x1b"), r"'more\x1b'"),
+        (("-x", "-d", "work", "user:id"), "'option -x not recognized'"),
+        (("-\x1b", "-d", "work", "user:id"), r"'option -\x1b not recognized'"),
+        (("--evil\x1b=1", "-d", "work", "user:id"), r"'option --evil\x1b not"),
+        (("-p", "a", "--prefix=b", "-d", "work", "user:id"), "-p can be given once"),
+        (("-w", "-1", "-d", "work", "user:id"), "-w: expected a number"),
+        (("-w", "9999999999", "-d", "work", "user:id"), "up to 2147483647"),
+        (("-e", "-l", "cat", "-d", "work", "user:id"), "one of -e and -l"),
+        (("-c", "1,work", "-d", "work", "user:id"), "REQUEST,VM,ID"),
+        (("-c", "1,work,x", "-d", "work", "user:id"), "-c: expected a number"),
+        (("-c", "7,work,1", "-d", "work", "user:id"), "no call waits as '7'"),
+        (("--use-stdin-socket", "-d", "work", "user:id"), "stdin is no socket"),
+        (("--use-stdin-socket", "-l", "cat", "-d", "work", "user:id"), "one of -l and"),
+        (("-l", "cat", "-d", "dom0", "DEFAULT:QUBESRPC a dom0"), "-l cannot be used"),
+        (("-l", "QUBESRPC ../a", "-d", "work", "user:id"), "expected QUBESRPC SERVICE"),
+    ],
+)
+def test_wrong_usage_is_said(server, words, said):
+    done = server.run(*words)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"qrexec-client: ")
+    assert said in done.stderr.decode()
+    assert b"\x1b" not in done.stderr
+
+
+def test_it_shows_its_options(server):
+    for words in (("-h",), ("--help", "-x")):
         done = server.run(*words)
-        assert done.returncode == 2
-        assert done.stderr.startswith(b"qrexec-client: ")
+        assert done.returncode == (2 if "-x" in words else 0)
+    assert b"--prefix-data" in server.run("--help").stdout
 
 
 @pytest.mark.parametrize(

@@ -115,10 +115,14 @@ def test_a_size_is_plain_digits(client, app, payload):
     assert app.saved == 0
 
 
-def test_a_volume_is_not_made_smaller(client, app):
-    error = refusal(client, "admin.vm.volume.Resize", "work", "private", b"4096")
+def test_a_volume_is_made_smaller(client, app):
+    """The tools ask for it when they are told ``--force``."""
+    volume_call(client, "Resize", payload=b"4096")
+    assert app.domains["work"].volumes["private"].size == 4096
+    assert app.saved == 1
+    error = refusal(client, "admin.vm.volume.Resize", "work", "private", b"0")
     assert error.kind == "StoragePoolException"
-    assert app.saved == 0
+    assert app.saved == 1
 
 
 def test_a_volume_is_cloned_by_a_token_that_is_good_for_once(client, write, content):

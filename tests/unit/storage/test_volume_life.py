@@ -341,6 +341,21 @@ def test_resizing_a_stopped_volume_replaces_its_image(shop, saved):
     assert len(saved.revisions) == 1
 
 
+def test_a_stopped_volume_shrinks_as_it_is_told(shop, saved):
+    """The snapshots that run have what they had."""
+    shop.session(saved, b"1")
+    snapshot = shop.volume("snapshot", source=saved)
+    shop.run(snapshot.start())
+    shop.run(saved.resize(1000))
+    assert saved.size == saved.files.clean.stat().st_size == 1000
+    assert snapshot.path.stat().st_size == snapshot.size == shop.SIZE
+    shop.run(saved.start())
+    for size in (999, 1):
+        with pytest.raises(InvalidSizeError, match="while it is started"):
+            shop.run(saved.resize(size))
+    assert saved.path.stat().st_size == saved.size == 1000
+
+
 @pytest.mark.parametrize("kind", ["saved", "volatile", "snapshot"])
 def test_resizing_a_running_volume_grows_its_image(shop, kind):
     source = {"source": shop.template(b"T")} if kind == "snapshot" else {}
@@ -356,7 +371,7 @@ def test_resizing_a_running_volume_grows_its_image(shop, kind):
     assert volume.size == shop.SIZE * (1 if kind == "snapshot" else 2)
 
 
-@pytest.mark.parametrize("size", [0, 1, -1, 2**63, "1M", 1.5, True])
+@pytest.mark.parametrize("size", [0, -1, 2**63, "1M", 1.5, True])
 def test_a_bad_new_size_is_refused(shop, saved, size):
     with pytest.raises(InvalidSizeError):
         shop.run(saved.resize(size))
