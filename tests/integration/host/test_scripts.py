@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conditions import wait_until
 
 from qubes_itests.host import packages
 
@@ -430,6 +431,29 @@ def test_the_status_of_failed_tests_is_that_of_the_run(ready):
     status = ready.run("run-tests", "--fast").returncode
     pytest_module.write_text("print('pytest ran')\n")
     assert status == 21
+
+
+def test_what_runs_beside_the_tests_ends_with_the_script(ready, tmp_path):
+    """It is killed while a check still runs, which would go on for ever."""
+    (ready.root / "pytest.py").write_text(
+        "import os, pathlib, signal, time\n"
+        "while not os.path.exists('begun') or not pathlib.Path('begun').read_text():\n"
+        "    time.sleep(0.01)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+    )
+    for name in CHECKS:
+        tool = ready.python.with_name(name)
+        slow = name == "mypy"
+        tool.write_text(f"#!/bin/sh\n{'echo $$ >begun; exec sleep 1000' * slow}\n")
+        tool.chmod(0o755)
+    done = ready.run("run-tests", "--fast", env={"TMPDIR": str(tmp_path)})
+    (ready.root / "pytest.py").write_text("print('pytest ran')\n")
+    begun = ready.root / "begun"
+    check = Path("/proc", begun.read_text().strip(), "cmdline")
+    begun.unlink()
+    assert done.returncode != 0
+    wait_until(lambda: not check.exists(), "the check's end")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_this_machine_is_one_of_those_in_the_table():
