@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.exc import DeadlineError, HarnessError
+from qubes_itests.guest.answers import answer_of
 from qubes_itests.qmemman.sizes import KIB, MIB, mib
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ _LEFT: Final = 16 * MIB
 #: Taking less than this in one go is not worth a process.
 _LEAST: Final = 8 * MIB
 _LOOK: Final = 0.1
+#: Seconds that it takes at most to look how much there is.
+_LOOK_TIMEOUT: Final = 30.0
 
 
 class GuestMemoryError(HarnessError):
@@ -127,9 +130,10 @@ class GuestMemory:
         self._holders.append((size, process))
 
     async def _available(self) -> int:
-        process = await self._spawn(_AVAILABLE)
-        found = _KB.fullmatch(await self._answer(process))
-        await process.wait()
+        answer = await answer_of(
+            await self._spawn(_AVAILABLE), "tell its free memory", timeout=_LOOK_TIMEOUT
+        )
+        found = _KB.fullmatch(answer.stdout)
         return int(found[1]) * KIB if found else 0
 
     async def _spawn(self, command: str) -> GuestProcess:

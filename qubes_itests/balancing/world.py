@@ -27,6 +27,9 @@ _UNBIND: Final = (
 )
 _BIND: Final = f"cat /run/balloon >{_DRIVER}/bind"
 
+#: Seconds that a guest has for either.
+_TIMEOUT: Final = 30.0
+
 #: What a kernel says that kills for memory.
 _KILLS: Final = (b"Out of memory", b"oom-kill", b"oom_reaper")
 
@@ -103,13 +106,13 @@ class VMWorld(World):
     async def hang(self, name: str) -> None:
         """Unload its balloon driver."""
         self._note(f"{name} hangs")
-        await self.vms[name].run_for_stdio(_UNBIND, user="root")
+        await self.vms[name].ask(_UNBIND, "unload its balloon driver", timeout=_TIMEOUT)
         self._hung.add(name)
 
     async def respond(self, name: str) -> None:
         """Load its balloon driver again."""
         self._note(f"{name} responds")
-        await self.vms[name].run_for_stdio(_BIND, user="root")
+        await self.vms[name].ask(_BIND, "load its balloon driver", timeout=_TIMEOUT)
         self._hung.discard(name)
 
     async def pause(self, name: str) -> None:

@@ -43,6 +43,8 @@ NET_VM: Final = "sys-net"
 
 #: Seconds that a user's session may take to begin.
 _SESSION_TIMEOUT: Final = 60.0
+#: Seconds that a guest has to write a file.
+_FILE_TIMEOUT: Final = 60.0
 
 #: Exit status of a call whose service is not there.
 _NO_SERVICE: Final = 127
@@ -186,15 +188,16 @@ class SystemTestCase(QubesTestCase):
         :raise TimeoutError: after a minute.
         :raise AssertionError: when the guest says that it failed.
         """
-        import asyncio  # noqa: PLC0415 - `list` has no need of it
-        import subprocess  # noqa: PLC0415
+        import subprocess  # noqa: PLC0415 - `list` has no need of it
 
         vm = unwrapped(vm)
-        call = vm.run_service_for_stdio(
-            "qubes.WaitForSession", input=vm.default_user.encode()
-        )
         try:
-            await asyncio.wait_for(call, _SESSION_TIMEOUT)
+            await vm.ask_service(
+                "qubes.WaitForSession",
+                "wait for the session of its user",
+                timeout=_SESSION_TIMEOUT,
+                input=vm.default_user.encode(),
+            )
         except subprocess.CalledProcessError as error:
             if error.returncode != _NO_SERVICE:
                 raise AssertionError(
@@ -229,7 +232,12 @@ class SystemTestCase(QubesTestCase):
         path = shlex.quote(filename)
         command = f"cat > {path} && chmod 755 {path}"
         self.loop.run_until_complete(
-            unwrapped(vm).run_for_stdio(command, user="root", input=content.encode())
+            unwrapped(vm).ask(
+                command,
+                f"write the file {filename}",
+                timeout=_FILE_TIMEOUT,
+                input=content.encode(),
+            )
         )
 
     def qrexec_policy(  # noqa: PLR0917 - as in Qubes OS

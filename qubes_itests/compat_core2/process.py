@@ -72,23 +72,9 @@ class ProcessWrapper:
         return self._loop.run_until_complete(self._communicate(input))
 
     async def _communicate(self, data: bytes | None) -> tuple[bytes, bytes | None]:
-        stdout, stderr, _ = await asyncio.gather(
-            self._proc.stdout.read(), self._read_stderr(), self._feed(data)
-        )
-        await self._proc.wait()
-        return stdout, stderr
-
-    async def _read_stderr(self) -> bytes | None:
-        return await self._proc.stderr.read() if self._stderr else None
-
-    async def _feed(self, data: bytes | None) -> None:
-        # a process that ends before it has read all is no error of the caller
-        with contextlib.suppress(BrokenPipeError, ConnectionError):
-            if data:
-                self._proc.stdin.write(data)
-                await self._proc.stdin.drain()
-            if not self._proc.stdin.is_closing():
-                self._proc.stdin.close()
+        # not None: that would leave its input open
+        stdout, stderr = await self._proc.communicate(data or b"")
+        return stdout, stderr if self._stderr else None
 
     def wait(self) -> ExitStatus:
         """Wait until it has ended, and return its exit status."""

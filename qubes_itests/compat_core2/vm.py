@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .awaitable import Done
 from .process import ProcessWrapper
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["VMWrapper"]
 
@@ -131,7 +135,7 @@ class VMWrapper:
         :raise QubesVMNotRunningError: when the VM does not run.
         """
         if wait:
-            return self._status(self._vm.run_for_stdio(command, user=user))
+            return self._status(lambda: self._vm.run(command, user=user))
         streams = _streams(piped=passio_popen, stderr=passio_stderr)
         starting = self._vm.run(command, user=user, **streams)
         process = self._loop.run_until_complete(starting)
@@ -161,27 +165,32 @@ class VMWrapper:
         """
         data = input.encode() if isinstance(input, str) else input
         options = {"source": unwrapped(source), "user": user}
-        if wait and not passio_popen:
-            call = self._vm.run_service_for_stdio(service, input=data, **options)
-            return self._status(call)
         streams = _streams(piped=passio_popen, stderr=passio_stderr)
         if data:
             streams["stdin"] = subprocess.PIPE
-        starting = self._vm.run_service(service, **options, **streams)
-        process = self._loop.run_until_complete(
-            _fed(starting, data, end=not passio_popen)
-        )
+
+        def start() -> Any:
+            return self._vm.run_service(service, **options, **streams)
+
+        if wait and not passio_popen:
+            return self._status(start, data)
+        process = self._loop.run_until_complete(start())
+        self._loop.run_until_complete(_feed(process, data, end=not passio_popen))
         return self._wrapped(process, streams)
 
-    def _status(self, running: Any) -> int:
+    def _status(self, start: Callable[[], Any], data: bytes | None = None) -> int:
+        async def ended() -> int:
+            process = await start()
+            # one that ends before it has read all is no error of the caller
+            with contextlib.suppress(BrokenPipeError):
+                await _feed(process, data, end=True)
+            return int(await process.wait())
+
         try:
-            self._loop.run_until_complete(running)
-        except subprocess.CalledProcessError as error:
-            return error.returncode
+            return self._loop.run_until_complete(ended())
         except ConnectionError:
             # the command may have been what ended the VM: `poweroff`
             return _GONE
-        return 0
 
     def _wrapped(self, process: Any, streams: dict[str, int]) -> ProcessWrapper | None:
         if "stdout" not in streams:
@@ -201,11 +210,9 @@ def _streams(*, piped: bool, stderr: bool) -> dict[str, int]:
     return dict.fromkeys(names, subprocess.PIPE)
 
 
-async def _fed(starting: Any, data: bytes | None, *, end: bool) -> Any:
-    process = await starting
+async def _feed(process: Any, data: bytes | None, *, end: bool) -> None:
     if data:
         process.stdin.write(data)
         await process.stdin.drain()
         if end:
             process.stdin.write_eof()
-    return process

@@ -163,6 +163,8 @@ class Storage:
         :raise VolumeError: nothing has changed then.
         :raise subprocess.CalledProcessError: the volume and the disk have their new
             size, and the guest could not enlarge its filesystem.
+        :raise DeadlineError: likewise; it did not within the VM's `qrexec_timeout`.
+        :raise GuestError: likewise; it wrote without end, or went away.
         """
         if isinstance(volume, str):
             volume = self.volumes[volume]
@@ -171,8 +173,12 @@ class Storage:
             return
         await self.vm.domain.resize_disk(self.disk_name(volume.name), size)
         if volume.name in _WITH_FILESYSTEM and not self.vm.is_paused():
-            await self.vm.run_service_for_stdio(
-                _RESIZE_SERVICE, input=f"{volume.name}\n".encode(), user="root"
+            await self.vm.ask_service(
+                _RESIZE_SERVICE,
+                f"enlarge the filesystem of its volume {volume.name}",
+                timeout=self.vm.qrexec_timeout,
+                input=f"{volume.name}\n".encode(),
+                user="root",
             )
 
     @contextlib.asynccontextmanager

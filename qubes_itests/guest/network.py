@@ -6,11 +6,9 @@ a guest.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from typing import TYPE_CHECKING, Final
 
-from qubes_itests.exc import DeadlineError
+from qubes_itests.guest.answers import answer_of
 from qubes_itests.guest.exc import GuestRefusedError
 from qubes_itests.guest.frames import printable
 
@@ -136,17 +134,8 @@ async def _run(
     agent: GuestAgent, what: str, script: str, settings: Mapping[str, str]
 ) -> None:
     process = await agent.spawn(script, user="root", environment=settings)
-    try:
-        async with asyncio.timeout(_TIMEOUT):
-            # unread, its output is bounded by the protocol
-            status = await process.wait()
-            error = await process.stderr.read(_TEXT_LIMIT) if status else b""
-    except TimeoutError:
-        waited_for = f"answer of VM {agent.vm}, which was to {what},"
-        raise DeadlineError(waited_for, _TIMEOUT) from None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-    if status:
-        text = printable(error.decode(errors="replace")).strip()
-        raise GuestRefusedError(agent.vm, what, text or f"exit status {status}")
+    answer = await answer_of(process, what, timeout=_TIMEOUT)
+    if answer.status:
+        text = answer.stderr[:_TEXT_LIMIT].decode(errors="replace")
+        reason = printable(text).strip() or f"exit status {answer.status}"
+        raise GuestRefusedError(agent.vm, what, reason)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import reprlib
 import signal
 from typing import TYPE_CHECKING, Final
 
+from qubes_itests.guest.exc import GuestError
 from qubes_itests.guest.frames import Channel, ExitKind
 from qubes_itests.guest.streams import GuestReader, GuestWriter
 
@@ -20,6 +22,10 @@ __all__ = ["GuestProcess"]
 _GONE: Final = 255
 
 _CHUNK: Final = 65536
+
+#: Bytes of each output that `communicate` takes unless it is told otherwise.  Tests
+#: collect megabytes; who wants more reads from the streams.
+_LONGEST_OUTPUT: Final = 256 << 20
 
 
 class GuestProcess:
@@ -42,6 +48,8 @@ class GuestProcess:
         self.stderr: GuestReader = GuestReader(link, stream, Channel.STDERR)
         #: Why it did not start, in the guest's words; empty when it did.
         self.failure = ""
+        #: What `communicate` has read so far, of stdout and stderr.
+        self.taken = (bytearray(), bytearray())
         self._link = link
         self._stream = stream
         self._returncode: int | None = None
@@ -85,10 +93,14 @@ class GuestProcess:
     async def communicate(
         self,
         input: bytes | bytearray | memoryview | None = None,  # noqa: A002
+        *,
+        limit: int = _LONGEST_OUTPUT,
     ) -> tuple[bytes | None, bytes | None]:
         """Write `input`, close stdin, read both outputs to their ends, wait.
 
+        :param limit: bytes of each output.
         :return: stdout and stderr; None for one that is dropped.
+        :raise GuestError: it wrote more than that; nobody reads from it any more.
         :raise GuestGoneError: the guest went away before.
         """
         if input:
@@ -96,13 +108,25 @@ class GuestProcess:
         if not self.stdin.is_closing():
             self.stdin.write_eof()
         stdout, stderr = await asyncio.gather(
-            self._read(self.stdout), self._read(self.stderr)
+            self._take(self.stdout, self.taken[0], limit),
+            self._take(self.stderr, self.taken[1], limit),
         )
         await self.wait()
         return stdout, stderr
 
-    async def _read(self, reader: GuestReader) -> bytes | None:
-        return None if reader in self._dropped else await reader.read()
+    async def _take(
+        self, reader: GuestReader, taken: bytearray, limit: int
+    ) -> bytes | None:
+        if reader in self._dropped:
+            return None
+        while part := await reader.read(min(_CHUNK, limit + 1 - len(taken))):
+            taken += part
+            if len(taken) > limit:
+                # the other output ends with this, and so does who reads that
+                self.hang_up()
+                command = reprlib.repr(self.command)
+                raise GuestError(self.vm, f"{command} wrote more than {limit} bytes")
+        return bytes(taken)
 
     def drop(self, channel: Channel) -> None:
         """Throw away what comes from an output; the process is not slowed down."""

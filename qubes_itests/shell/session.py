@@ -83,8 +83,8 @@ def open_shell(portal: Portal, vm: Any) -> int:
 
 
 def _run(portal: Portal, vm: Any, command: str, data: bytes = b"") -> bytes:
-    made = vm.run_for_stdio(command, input=data, user="root")
-    output: tuple[bytes, bytes] = portal.run(made, timeout=_PREPARE_TIMEOUT)
+    asked = vm.ask(command, "give a shell", input=data, timeout=_PREPARE_TIMEOUT)
+    output: tuple[bytes, bytes] = portal.run(asked)
     return output[0]
 
 

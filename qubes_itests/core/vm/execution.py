@@ -6,6 +6,7 @@ import subprocess
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import QubesValueError, QubesVMNotRunningError
+from qubes_itests.guest.answers import LONGEST_ANSWER, answer_of
 from qubes_itests.guest.frames import Channel
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["ExecutionMixin"]
 
 _OUTPUTS: Final = {"stdout": Channel.STDOUT, "stderr": Channel.STDERR}
+_PIPES: Final[dict[str, Any]] = dict.fromkeys(("stdin", *_OUTPUTS), subprocess.PIPE)
 
 
 class ExecutionMixin:
@@ -104,7 +106,7 @@ class ExecutionMixin:
         :param input: what it reads.
         :raise subprocess.CalledProcessError: when it ends with another status than 0.
         """
-        process = await self.run(command, **_with_pipes(kwargs))
+        process = await self.run(command, **(_PIPES | kwargs))
         return await _communicate(process, command, input)
 
     async def run_service_for_stdio(
@@ -115,13 +117,57 @@ class ExecutionMixin:
         **kwargs: Any,
     ) -> tuple[bytes, bytes]:
         """Run a service to its end; as `run_for_stdio`."""
-        process = await self.run_service(service, **_with_pipes(kwargs))
+        process = await self.run_service(service, **(_PIPES | kwargs))
         return await _communicate(process, service, input)
 
+    async def ask(
+        self,
+        command: str,
+        what: str,
+        *,
+        timeout: float,
+        input: bytes = b"",  # noqa: A002 - as above
+        user: str = "root",
+        limit: int = LONGEST_ANSWER,
+    ) -> tuple[bytes, bytes]:
+        """Run a command that the harness itself needs, not a test; see `answer_of`.
 
-def _with_pipes(kwargs: dict[str, Any]) -> dict[str, Any]:
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return pipes | kwargs
+        :param command: as for `run`.
+        :param what: what the guest is to do, in words that follow "to".
+        :param timeout: seconds.
+        :param input: what it reads.
+        :param user: who runs it.
+        :param limit: bytes that it may write to each output.
+        :return: its output and its error output.
+        :raise QubesVMNotRunningError: when the VM is halted or paused.
+        :raise subprocess.CalledProcessError: when it ends with another status than 0.
+        :raise DeadlineError: when it does not end in time.
+        :raise GuestError: when it writes too much, or the guest goes away.
+        """
+        process = await self.run(command, user=user, **_PIPES)
+        answer = await answer_of(
+            process, what, timeout=timeout, input=input, limit=limit
+        )
+        answer.check(command)
+        return answer.stdout, answer.stderr
+
+    async def ask_service(
+        self,
+        service: str,
+        what: str,
+        *,
+        timeout: float,
+        input: bytes = b"",  # noqa: A002 - as above
+        user: str | None = None,
+    ) -> tuple[bytes, bytes]:
+        """Run a service that the core itself needs; as `ask`.
+
+        :param user: who runs it; by default the service's own choice.
+        """
+        process = await self.run_service(service, user=user, **_PIPES)
+        answer = await answer_of(process, what, timeout=timeout, input=input)
+        answer.check(service)
+        return answer.stdout, answer.stderr
 
 
 async def _communicate(

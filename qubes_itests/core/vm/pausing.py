@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import subprocess
 from typing import TYPE_CHECKING, Any, Final
@@ -116,9 +115,10 @@ class PauseMixin:
 
     async def _tell(self, service: str) -> None:
         """Call a service that the guest may have or not have."""
-        call: Any = self.run_service_for_stdio  # type: ignore[attr-defined]
+        call: Any = self.ask_service  # type: ignore[attr-defined]
         try:
-            async with asyncio.timeout(_SERVICE_TIMEOUT):
-                await call(service, user="root")
-        except (subprocess.CalledProcessError, HarnessError, TimeoutError) as error:
+            await call(
+                service, f"call {service}", user="root", timeout=_SERVICE_TIMEOUT
+            )
+        except (subprocess.CalledProcessError, HarnessError) as error:
             log.info("%s in VM %s: %s", service, self.name, str(error))

@@ -219,7 +219,8 @@ class SettingsMixin(BaseVM):
         default=_of_template(
             "qrexec_timeout", lambda vm: vm.app.default_qrexec_timeout
         ),
-        doc="How long the agent may take to answer after a start, seconds.",
+        doc="How long the guest may take to answer: after a start, and when it is to"
+        " enlarge a filesystem; seconds.",
     )
     shutdown_timeout = Property[int](
         "shutdown_timeout",

@@ -103,6 +103,13 @@ class FakeVM:
             )
         return stdout, stderr
 
+    async def ask(self, command, what, *, timeout, input=b"", user="root"):
+        return await self.run_for_stdio(command, input=input, user=user)
+
+    async def ask_service(self, service, what, *, timeout, input=b"", user=None):
+        command = self.services.get(service, "exit 127")
+        return await self.ask(command, what, timeout=timeout, input=input, user=user)
+
     async def run_service(self, service, source=None, user=None, **streams):
         command = self.services.get(service, "exit 127")
         return await self.run(command, user, **streams)

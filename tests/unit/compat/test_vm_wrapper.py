@@ -90,7 +90,7 @@ def test_a_vm_that_goes_away_is_an_exit_status(started, fake_vm):
     async def gone(*_args, **_kwargs):
         raise ConnectionResetError
 
-    fake_vm.run_for_stdio = gone
+    fake_vm.run = gone
     assert started.run("poweroff", wait=True) == 255
 
 

@@ -275,10 +275,10 @@ async def test_a_guest_is_told_of_being_suspended_and_not_of_a_pause(app, monkey
     vm.add_handler("domain-*", lambda _, event, **__: told.append(event))
     await vm.start()
 
-    async def call(service, user):
+    async def call(service, what, *, user, timeout):  # noqa: ARG001
         told.append((service, user, vm.get_power_state()))
 
-    monkeypatch.setattr(vm, "run_service_for_stdio", call)
+    monkeypatch.setattr(vm, "ask_service", call)
     pause = ["domain-pre-paused", "domain-paused"]
     unpause = ["domain-pre-unpaused", "domain-unpaused"]
     told.clear()
