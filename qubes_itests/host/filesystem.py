@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -23,18 +24,20 @@ __all__ = [
     "FilesystemType",
     "LoopFilesystem",
     "create_subvolume",
-    "delete_subvolume",
     "is_mounted",
     "make_ext4",
     "make_filesystem",
     "mount",
     "mount_tmpfs",
+    "remove_tree",
     "unmount",
 ]
 
 _MIB = 1024 * 1024
 _LOOP_TIMEOUT = 10.0
 _LOOP_INTERVAL = 0.05
+#: Of the root of each btrfs subvolume: BTRFS_FIRST_FREE_OBJECTID.
+_SUBVOLUME_INODE = 256
 
 
 class FilesystemType(enum.Enum):
@@ -156,19 +159,46 @@ def mount_tmpfs(directory: Path, size: int) -> None:
     run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", directory])
 
 
-def unmount(directory: Path) -> None:
+def unmount(directory: Path, *, lazy: bool = False) -> None:
     """Unmount what is mounted on a directory.
 
+    :param lazy: also when it is in use, with all that is mounted below.  Who has a file
+        open there keeps it; the filesystem goes when the last of them does.
     :raise CommandError: when it is in use, or not a mount point.
     """
-    run(["umount", directory])
+    run(["umount", *(["--lazy"] if lazy else []), directory])
 
 
 def is_mounted(directory: Path) -> bool:
     """Tell whether something is mounted on a directory, in this mount namespace."""
-    wanted = str(directory.resolve())
-    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    return any(_unescape(line.split(" ")[4]) == wanted for line in lines)
+    return directory.resolve() in _mount_points()
+
+
+def remove_tree(directory: Path) -> None:
+    """Remove a directory with whatever somebody may have left in it.
+
+    Mounts are detached, read-only subvolumes and immutable files removed like others.
+
+    :raise CommandError: when a mount cannot be detached.
+    :raise OSError: when something cannot be removed.
+    """
+    root = directory.resolve()
+    # First of all, for what is mounted is not the test's to remove. Those below others,
+    # and what covers others, come last in the list.
+    for place in reversed(_mount_points()):
+        if root in place.parents:
+            unmount(place, lazy=True)
+    with contextlib.suppress(OSError):
+        shutil.rmtree(root)
+        return
+    for name, _, _ in os.walk(root):
+        # A directory of another filesystem may have the number too.
+        if Path(name).stat().st_ino == _SUBVOLUME_INODE:
+            with contextlib.suppress(CommandError):
+                run(["btrfs", "property", "set", "-f", "-t", "s", name, "ro", "false"])
+    with contextlib.suppress(CommandError):  # where there are no such attributes
+        run(["chattr", "-R", "-f", "-i", "-a", root])
+    shutil.rmtree(root)
 
 
 def create_subvolume(path: Path) -> None:
@@ -177,14 +207,6 @@ def create_subvolume(path: Path) -> None:
     :raise CommandError: when btrfs refuses, or it is not a btrfs.
     """
     run(["btrfs", "subvolume", "create", path])
-
-
-def delete_subvolume(path: Path) -> None:
-    """Delete a btrfs subvolume with all it holds; its space is freed later.
-
-    :raise CommandError: when btrfs refuses, or there is none.
-    """
-    run(["btrfs", "subvolume", "delete", path])
 
 
 class LoopFilesystem:
@@ -199,6 +221,7 @@ class LoopFilesystem:
     :param size: bytes; the image is sparse.
     :param make_options: further arguments for mkfs.
     :param mount_options: further mount options.
+    :param lazy: leave also while it is in use; see `unmount`.
     """
 
     def __init__(
@@ -210,6 +233,7 @@ class LoopFilesystem:
         size: int,
         make_options: Sequence[str] = (),
         mount_options: Sequence[str] = (),
+        lazy: bool = False,
     ) -> None:
         self.image = image
         self.mount_point = mount_point
@@ -217,6 +241,7 @@ class LoopFilesystem:
         self.size = size
         self._make_options = tuple(make_options)
         self._mount_options = tuple(mount_options)
+        self._lazy = lazy
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
@@ -232,7 +257,7 @@ class LoopFilesystem:
 
     def __exit__(self, *_exc: object) -> None:
         # While something has a file open there, all of it stays, and the error says so.
-        unmount(self.mount_point)
+        unmount(self.mount_point, lazy=self._lazy)
         self.mount_point.rmdir()
         self.image.unlink(missing_ok=True)
 
@@ -243,6 +268,12 @@ class LoopFilesystem:
         """
         unmount(self.mount_point)
         mount(self.image, self.mount_point, options=self._mount_options)
+
+
+def _mount_points() -> list[Path]:
+    """Return where something is mounted in this mount namespace, in its order."""
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    return [Path(_unescape(line.split(" ")[4])) for line in lines]
 
 
 def _unescape(field: str) -> str:

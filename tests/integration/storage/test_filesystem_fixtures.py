@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import stat
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,82 @@ def test_a_fixture_is_an_empty_directory_on_its_filesystem(name, kind, turn, req
     assert list(directory.iterdir()) == []
     (directory / f"left-{turn}").mkdir()
     (directory / f"left-{turn}" / "file").write_text("left")
+
+
+LEFT = """
+    import os, subprocess
+    import pytest
+
+    def sh(*words):
+        subprocess.run(words, check=True, capture_output=True)
+
+    def leave_subvolume(place):
+        sh("btrfs", "subvolume", "create", place / "sub")
+        sh("btrfs", "subvolume", "snapshot", "-r", place / "sub", place / "sub/snap")
+
+    def leave_snapshot_of_all(place):
+        (place / "file").write_text("x")
+        sh("btrfs", "subvolume", "snapshot", "-r", place, place / "snap")
+
+    def leave_immutable_file(place):
+        (place / "dir").mkdir()
+        (place / "dir/file").write_text("x")
+        sh("chattr", "-R", "+i", place / "dir")
+
+    def leave_working_directory(place):
+        os.chdir(place)
+
+    def leave_open_file(place):
+        held.append((place / "file").open("w"))
+
+    def leave_mount(place):
+        (place / "dir").mkdir()
+        sh("mount", "--bind", outside, place / "dir")
+        sh("mount", "-t", "tmpfs", "none", place / "dir")
+
+    held = []
+    outside = os.environ["LEFT_OUTSIDE"]
+    ALL = [leave for name, leave in list(vars().items()) if name.startswith("leave")]
+
+    @pytest.fixture(params=["btrfs", "xfs", "ext4", "tmpfs", "small_fs"])
+    def place(request):
+        made = request.getfixturevalue(request.param)
+        return made if request.param != "small_fs" else made(128 << 20)
+
+    @pytest.mark.parametrize("leave", ALL)
+    def test_left(place, leave):
+        assert list(place.iterdir()) == []
+        if "sub" in leave.__name__ or "snap" in leave.__name__:
+            if subprocess.run(["btrfs", "subvolume", "show", place]).returncode:
+                return
+        if "immutable" in leave.__name__ and "tmpfs" in str(place):
+            return
+        leave(place)
+
+    def test_afterwards(place):
+        assert os.getcwd() == os.environ["PWD"]
+        (place / "file").write_text("x")
+"""
+
+
+def test_what_a_test_leaves_in_its_directory_harms_no_other(tmp_path):
+    """Nor the test itself, nor what is outside and was mounted there."""
+    (tmp_path / "test_left.py").write_text(textwrap.dedent(LEFT))
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "precious").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "qubes_itests", "-q", "test_left.py"],
+        cwd=tmp_path,
+        env=os.environ
+        | {"LEFT_OUTSIDE": str(tmp_path / "outside"), "PWD": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "35 passed" in done.stdout
+    assert (tmp_path / "outside" / "precious").exists()
 
 
 @pytest.mark.parametrize(
