@@ -32,12 +32,14 @@ _PASS: Final = 0
 _DROP: Final = 2
 
 #: Classic BPF, of linux/bpf_common.h and linux/filter.h.
-_LOAD_WORD, _LOAD_HALF = 0x20, 0x28
-_IF_EQUAL, _RETURN = 0x15, 0x06
+_LOAD_WORD, _LOAD_HALF, _LOAD_LENGTH = 0x20, 0x28, 0x80
+_IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x15, 0x35, 0x06
 _HAS_VLAN_TAG: Final = 0xFFFFF000 + 48
 
 _ARP, _IPV4 = 0x0806, 0x0800
 _TYPE, _IPV4_SOURCE, _ARP_MAC, _ARP_SOURCE, _MAC = 12, 26, 22, 28, 6
+#: Bytes of the shortest frames with all headers of either kind.
+_LEAST_IPV4, _LEAST_ARP = 34, 42
 
 Instruction = tuple[int, int, int, int]
 
@@ -130,7 +132,9 @@ def source_filter(mac: str, sources: Collection[IPv4Address]) -> list[Instructio
     """Return a classic BPF program that lets through what an honest VM sends.
 
     That is ARP and IPv4 without a VLAN tag, from its hardware address and one of its
-    addresses; of ARP what it says of itself, too.
+    addresses; of ARP what it says of itself, too. Frames that end before their headers
+    do are dropped first: a load from beyond the end would end the program with 0, and
+    that means to pass.
 
     :param mac: hardware address, six numbers with colons.
     :param sources: two thousand at most; the first is the VM's own.
@@ -139,11 +143,13 @@ def source_filter(mac: str, sources: Collection[IPv4Address]) -> list[Instructio
     high, low = _split(mac)
     own, *behind = [int(source) for source in sources] or [0]
     return [
+        *_require_length(_LEAST_IPV4),
         *_require(_LOAD_WORD, _HAS_VLAN_TAG, 0),
         *_require(_LOAD_WORD, _MAC, high),
         *_require(_LOAD_HALF, _MAC + 4, low),
         (_LOAD_HALF, 0, 0, _TYPE),
-        (_IF_EQUAL, 0, 10, _ARP),
+        (_IF_EQUAL, 0, 13, _ARP),
+        *_require_length(_LEAST_ARP),
         *_require(_LOAD_WORD, _ARP_MAC, high),
         *_require(_LOAD_HALF, _ARP_MAC + 4, low),
         *_require(_LOAD_WORD, _ARP_SOURCE, own),
@@ -155,6 +161,14 @@ def source_filter(mac: str, sources: Collection[IPv4Address]) -> list[Instructio
             for source in (own, *behind)
             for instruction in ((_IF_EQUAL, 0, 1, source), (_RETURN, 0, 0, _PASS))
         ),
+        (_RETURN, 0, 0, _DROP),
+    ]
+
+
+def _require_length(least: int) -> list[Instruction]:
+    return [
+        (_LOAD_LENGTH, 0, 0, 0),
+        (_IF_AT_LEAST, 1, 0, least),
         (_RETURN, 0, 0, _DROP),
     ]
 

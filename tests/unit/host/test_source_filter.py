@@ -20,7 +20,10 @@ macs = st.binary(min_size=6, max_size=6)
 
 
 def passes(frame, sources=(OWN, BEHIND), *, tagged=False):
-    """Run the program as the kernel does: what lies beyond the frame drops it."""
+    """Run the program as the kernel does: a load from beyond the frame returns 0.
+
+    0 is TC_ACT_OK, and so lets the frame through.
+    """
     program = source_filter(MAC.hex(":"), sources)
     sizes = {0x20: 4, 0x28: 2}
     counter = accumulator = 0
@@ -31,10 +34,14 @@ def passes(frame, sources=(OWN, BEHIND), *, tagged=False):
             return operand == 0
         if code == 0x15:
             counter += if_true if accumulator == operand else if_false
+        elif code == 0x35:
+            counter += if_true if accumulator >= operand else if_false
+        elif code == 0x80:
+            accumulator = len(frame)
         elif operand >= 0xFFFFF000:
             accumulator = int(tagged)
         elif operand + sizes[code] > len(frame):
-            return False
+            return True
         else:
             part = frame[operand : operand + sizes[code]]
             accumulator = int.from_bytes(part)
@@ -82,6 +89,18 @@ def test_nobody_claims_the_address_of_another(mac, sender_mac, sender):
     ids=["ipv6", "vlan", "no-type", "cut", "empty"],
 )
 def test_nothing_else_passes(frame):
+    assert not passes(frame)
+
+
+@given(frame=st.sampled_from([ipv4(MAC, OWN)[:34], arp(MAC, MAC, OWN)]), data=st.data())
+def test_no_frame_passes_that_is_too_short_to_judge(frame, data):
+    """Not even one that is honest as far as it goes."""
+    assert passes(frame)
+    assert not passes(frame[: data.draw(st.integers(0, len(frame) - 1))])
+
+
+@given(frame=st.binary(max_size=33))
+def test_short_frames_of_any_bytes_are_dropped(frame):
     assert not passes(frame)
 
 
