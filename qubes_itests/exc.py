@@ -12,6 +12,8 @@ Every package below has an ``exc`` module whose classes derive from these.
 
 from __future__ import annotations
 
+from qubes_itests.untrusted_text import quoted
+
 __all__ = [
     "DeadlineError",
     "EnvironmentNotReadyError",
@@ -53,7 +55,7 @@ class DeadlineError(HarnessError, TimeoutError):
     def __init__(self, waited_for: str, timeout: float, evidence: str = "") -> None:
         message = f"no {waited_for} within {timeout:g} s"
         if evidence:
-            message += f"; last seen:\n{evidence}"
+            message += f"; last seen:\n{quoted(evidence)}"
         super().__init__(message)
         self.waited_for = waited_for
         self.timeout = timeout

@@ -17,6 +17,7 @@ from qubes_itests.core.storage import copy_image
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.warm import WarmStarts
 from qubes_itests.hypervisor.balloons import LibvirtMemory
+from qubes_itests.hypervisor.contract import LifecycleEvent
 from qubes_storage.reflink import ReflinkPool
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.guest.template import Template
     from qubes_itests.host.cache import Cache
-    from qubes_itests.hypervisor.contract import Hypervisor
+    from qubes_itests.hypervisor.contract import Domain, Hypervisor
     from qubes_itests.portal import Portal
     from qubes_itests.qmemman.budget import MemoryBudget
 
@@ -36,6 +37,7 @@ log = logging.getLogger("qubes_itests.testbed")
 T = TypeVar("T")
 
 POOL_NAME: Final = "default"
+_ENDS: Final = (LifecycleEvent.STOPPED, LifecycleEvent.CRASHED)
 
 
 class NoTestbedError(HarnessError):
@@ -82,6 +84,18 @@ class Parts:
     host_memory: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Panic:
+    """The end of a VM whose kernel panicked.
+
+    :param vm: its name.
+    :param console: the log of what it has printed.
+    """
+
+    vm: str
+    console: Path
+
+
 class Testbed:
     """One hypervisor, one reflinking filesystem, the templates: for any number of apps.
 
@@ -103,6 +117,8 @@ class Testbed:
         self._balancing: dict[Qubes, AsyncExitStack] = {}
         self._exit = ExitStack()
         self.hypervisor: Hypervisor
+        #: VMs whose kernels have panicked, in order.
+        self.panics: list[Panic] = []
         self.warm_starts: WarmStarts | None = None
 
     @property
@@ -119,6 +135,7 @@ class Testbed:
         self.hypervisor = self.portal.run(self.parts.open_hypervisor())
         self.hypervisor.memory_limit = self.parts.host_memory
         self._exit.callback(lambda: self.portal.run(self.hypervisor.close()))
+        self._exit.callback(self.hypervisor.subscribe(self._note_panic))
         if self.parts.warm:
             self.warm_starts = WarmStarts(self.parts.cache, self.hypervisor)
         _current.append(self)
@@ -129,6 +146,13 @@ class Testbed:
         with self._exit:
             for app in list(self._apps):
                 self.portal.run(self.close_app(app))
+
+    def _note_panic(self, domain: Domain, event: LifecycleEvent) -> None:
+        name = domain.spec.name
+        is_vm = any(name in app.domains for app in self._apps)
+        # One that is killed at that very moment is stopped, and panicked all the same.
+        if event in _ENDS and domain.panicked and is_vm:
+            self.panics.append(Panic(name, domain.console_log()))
 
     def template(self, name: str) -> Template:
         """Return a template, built on first use; blocking.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from qubes_itests.apps.exc import InstallError
 from qubes_itests.host.cache import Cache, digest
 from qubes_itests.host.tree import tree_digest
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -147,8 +148,9 @@ def _pip(python: Path, app: Path, project: Path, scratch: Path) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
-        said = output[-_TAIL:].decode(errors="replace")
-        raise InstallError(str(app), f"pip cannot install {project}", _plain(said))
+        said = _plain(output[-_TAIL:].decode(errors="replace"))
+        said = safe_text(said, lines=True, limit=None)
+        raise InstallError(str(app), f"pip cannot install {project}", said)
 
 
 def _names_its_builder(project: Path) -> bool:

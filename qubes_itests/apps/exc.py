@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.untrusted_text import quoted
 
 __all__ = ["InstallError", "SpecError"]
 
@@ -40,7 +41,7 @@ class InstallError(HarnessError):
 
     def __init__(self, app: str, reason: str, output: str = "") -> None:
         # the first line is for who reads no more than that
-        said = f"\n{output}" if output else ""
+        said = f"\n{quoted(output)}" if output else ""
         super().__init__(f"the tests of {app} cannot be installed: {reason}{said}")
         self.app = app
         self.reason = reason

@@ -104,6 +104,8 @@ class _Start:
             await self._announce()
             agent = await self._connect(domain, _left(end))
         self.step = "enter its root"
+        # From now on programs run in there, and write to the console what they like.
+        domain.distrust_console()
         await agent.enter(self._identity, timeout=_left(end))
         return domain, agent
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from qubes_itests.guest.frames import printable
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qubes_itests.hypervisor.contract import Domain
 
 __all__ = ["console_tail"]
@@ -25,24 +23,17 @@ def console_tail(domain: Domain) -> str:
 
     After a kernel panic those are the lines around its beginning.
     """
-    return _tail(domain.console_log())
-
-
-def _tail(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with domain.console_log().open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _BYTES))
             data = file.read(_BYTES)
     except OSError:
         return ""
-    text = data.decode(errors="replace").replace("\r\n", "\n")
-    return printable("\n".join(_telling(text.splitlines()))).strip()
-
-
-def _telling(lines: list[str]) -> list[str]:
-    panics = (number for number, line in enumerate(lines) if _PANIC in line)
-    begin = next(panics, len(lines)) - _LINES // 2
-    last = max(0, len(lines) - _LINES)
-    begin = min(max(0, begin), last)
-    return lines[begin : begin + _LINES]
+    text = safe_text(data, lines=True, limit=None)
+    lines = text.splitlines()
+    begin = last = max(0, len(lines) - _LINES)
+    if domain.panicked:
+        panics = (number for number, line in enumerate(lines) if _PANIC in line)
+        begin = min(max(0, next(panics, last) - _LINES // 2), last)
+    return "\n".join(lines[begin : begin + _LINES]).strip()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from qubes_itests.exc import EnvironmentNotReadyError, HarnessError
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.untrusted_text import quoted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,7 +117,7 @@ class BootError(GuestError):
     """
 
     def __init__(self, vm: str, step: str, reason: str, console: str = "") -> None:
-        tail = f"; the end of its console:\n{console}" if console else ""
+        tail = f"; the end of its console:\n{quoted(console)}" if console else ""
         #: Reason and console.
         self.told = f"{reason}{tail}"
         super().__init__(vm, f"could not {step}: {self.told}")
@@ -157,7 +158,7 @@ class LayerError(ImageError):
         log: Path | None = None,
     ) -> None:
         # the first line is for who reads no more than that
-        said = f"\n{output}" if output else ""
+        said = f"\n{quoted(output)}" if output else ""
         kept = f"\nall that was said: {log}" if log is not None else ""
         super().__init__(
             f"template {template}", f"could not {step}: {reason}{said}{kept}"

@@ -7,6 +7,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.guest.exc import ProtocolViolation
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -25,7 +26,6 @@ __all__ = [
     "encode",
     "encode_data",
     "pack_strings",
-    "printable",
     "unpack_strings",
     "unpack_text",
 ]
@@ -128,20 +128,12 @@ def unpack_strings(payload: bytes, count: int) -> list[str]:
 
 
 def unpack_text(payload: bytes, limit: int) -> str:
-    """Return a text of at most `limit` bytes from the guest, fit for a terminal."""
+    """Return a text of at most `limit` bytes from the guest, as one safe line."""
     if len(payload) > limit:
         raise ProtocolViolation(
             "", f"this text has at most {limit} bytes", f"{len(payload)} came"
         )
-    return printable(_decode(payload))
-
-
-def printable(text: str) -> str:
-    """Return a guest's text without what could steer a terminal."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-        for c in text
-    )
+    return safe_text(_decode(payload), limit=None)
 
 
 def _decode(data: bytes) -> str:

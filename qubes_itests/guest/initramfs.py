@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qubes_itests.guest.cpio import Archive
-from qubes_itests.guest.modules import STAGE_ONE, ModuleTree
+from qubes_itests.guest.modules import STAGE_ONE, STAGE_ONE_IF_THERE, ModuleTree
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,7 +27,7 @@ def build_initramfs(
     :raise ImageError: a module is missing.
     """
     tree = ModuleTree(modules)
-    names = tree.resolve(wanted)
+    names = tree.resolve(wanted, STAGE_ONE_IF_THERE)
     archive = Archive()
     for directory in ("dev", "lib", "proc", "root", "run", "sys", "tmp"):
         archive.directory(directory)

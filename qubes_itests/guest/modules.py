@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-__all__ = ["STAGE_ONE", "ModuleTree"]
+__all__ = ["STAGE_ONE", "STAGE_ONE_IF_THERE", "ModuleTree"]
 
 #: What stage one loads, in this order, each after what it needs. A guest must be able
 #: to speak, to see disks and interfaces that are plugged in later, and to give memory
@@ -28,6 +28,10 @@ STAGE_ONE: Final = (
     "virtio_balloon",
     "virtio_net",
 )
+
+#: What it loads of kernels that have it: with this a kernel that panics tells QEMU. Of
+#: others a panic is told from a reboot as long as no program runs.
+STAGE_ONE_IF_THERE: Final = ("pvpanic_mmio",)
 
 _FILE: Final = re.compile(r"(.+)\.ko(?:\.(xz|zst|gz))?")
 # In the section .modinfo every setting is a string between NULs.
@@ -53,15 +57,18 @@ class ModuleTree:
         self._builtin = _builtin(directory / "modules.builtin")
         self._contents: dict[str, bytes] = {}
 
-    def resolve(self, names: Iterable[str]) -> list[str]:
+    def resolve(self, names: Iterable[str], optional: Iterable[str] = ()) -> list[str]:
         """Return modules in an order to load them, with all that they need.
 
         What the kernel has built in is left out.
 
+        :param names: of those that must be there.
+        :param optional: of those that come last, if they are there.
         :raise ImageError: one is missing.
         """
         order: dict[str, None] = {}
-        for name in names:
+        there = (name for name in optional if _canonical(name) in self._files)
+        for name in (*names, *there):
             self._add(_canonical(name), order, ())
         return list(order)
 

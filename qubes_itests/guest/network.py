@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from qubes_itests.guest.answers import answer_of
 from qubes_itests.guest.exc import GuestRefusedError
-from qubes_itests.guest.frames import printable
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -136,6 +136,6 @@ async def _run(
     process = await agent.spawn(script, user="root", environment=settings)
     answer = await answer_of(process, what, timeout=_TIMEOUT)
     if answer.status:
-        text = answer.stderr[:_TEXT_LIMIT].decode(errors="replace")
-        reason = printable(text).strip() or f"exit status {answer.status}"
+        text = safe_text(answer.stderr[:_TEXT_LIMIT].strip())
+        reason = text or f"exit status {answer.status}"
         raise GuestRefusedError(agent.vm, what, reason)

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.guest.exc import GuestGoneError
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from qubes_itests.guest.calls import ServiceCall
@@ -90,7 +91,7 @@ async def _log_stderr(process: GuestProcess) -> None:
     try:
         while data := await process.stderr.read(_CHUNK):
             if room > 0:
-                text = data[:room].decode(errors="backslashreplace")
+                text = safe_text(data[:room])
                 log.info("stderr of %s in %s: %s", process.command, process.vm, text)
                 room -= len(data)
     except GuestGoneError:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qubes_itests.exc import DeadlineError
 from qubes_itests.host.exc import CommandError, MissingToolError
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,4 +82,4 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _tail(stderr: bytes | None) -> str:
-    return (stderr or b"")[-_TAIL:].decode(errors="replace").strip()
+    return safe_text((stderr or b"")[-_TAIL:].strip(), lines=True, limit=None)

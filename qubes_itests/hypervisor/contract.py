@@ -140,6 +140,8 @@ class Domain(abc.ABC):
     """One defined domain.  Handles stay valid over any number of starts."""
 
     spec: DomainSpec
+    #: Whether its last run ended because the guest's kernel panicked.
+    panicked: bool = False
 
     @abc.abstractmethod
     async def state(self) -> DomainState:
@@ -205,6 +207,12 @@ class Domain(abc.ABC):
     @abc.abstractmethod
     def console_log(self) -> Path:
         """Return the file that collects what the guest prints on its console."""
+
+    def distrust_console(self) -> None:  # noqa: B027 - not all back ends look at it
+        """Take what is printed in this run from now on for no evidence of a panic.
+
+        Until then only its kernel and stage one have printed anything.
+        """
 
     @abc.abstractmethod
     def definition(self) -> str:

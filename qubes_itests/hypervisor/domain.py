@@ -74,8 +74,8 @@ class LibvirtDomain(Domain):
     async def _pull_plug(self) -> None:
         """Stop the domain in a quicker way than libvirt's, if there is one."""
 
-    def _panicked(self) -> bool:
-        """Tell whether the guest ended in a panic; asked after the clean-up."""
+    def _showed_panic(self) -> bool:
+        """Tell whether its console shows a panic; asked after the clean-up."""
         return False
 
     def handle_event(self, event: LifecycleEvent) -> None:
@@ -104,7 +104,8 @@ class LibvirtDomain(Domain):
         try:
             await self._cleanup()
         finally:
-            if self._panicked() and not self._destroying:
+            self.panicked |= self._showed_panic()
+            if self.panicked and not self._destroying:
                 event = LifecycleEvent.CRASHED
             if self._destroying or self._loading:
                 # QEMU's failure to load a state is none of a guest's
@@ -146,7 +147,7 @@ class LibvirtDomain(Domain):
         self._stopped.clear()
         self._last = DomainState.HALTED
         self._announced = None
-        self._destroying = False
+        self._destroying = self.panicked = False
         self._loading = loading
 
     async def _undo_start(self) -> None:

@@ -20,7 +20,7 @@ from qubes_itests.hypervisor.contract import (
     LifecycleHandler,
 )
 from qubes_itests.hypervisor.exc import HypervisorError
-from qubes_itests.hypervisor.lifecycle import lifecycle_event
+from qubes_itests.hypervisor.lifecycle import is_panic, lifecycle_event
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,8 +61,11 @@ class LibvirtHypervisor(Hypervisor):
         self, _connection: Any, native: Any, event: int, detail: int, _opaque: Any
     ) -> None:
         domain = self._domains.get(UUID(bytes=native.UUID()))
-        happened = lifecycle_event(event, detail)
-        if domain is not None and happened is not None:
+        if domain is None:
+            return
+        if is_panic(event, detail):
+            domain.panicked = True
+        if (happened := lifecycle_event(event, detail)) is not None:
             domain.handle_event(happened)
 
     def _publish(self, domain: Domain, event: LifecycleEvent) -> None:

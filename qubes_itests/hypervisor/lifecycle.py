@@ -6,7 +6,7 @@ import libvirt
 
 from qubes_itests.hypervisor.contract import DomainState, LifecycleEvent
 
-__all__ = ["lifecycle_event", "lifecycle_state"]
+__all__ = ["is_panic", "lifecycle_event", "lifecycle_state"]
 
 _EVENTS = {
     libvirt.VIR_DOMAIN_EVENT_STARTED: LifecycleEvent.STARTED,
@@ -19,6 +19,11 @@ _EVENTS = {
 _CRASHES = {
     libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED,
     libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED,
+}
+
+_PANICS = {
+    (libvirt.VIR_DOMAIN_EVENT_CRASHED, libvirt.VIR_DOMAIN_EVENT_CRASHED_PANICKED),
+    (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED),
 }
 
 _STATES = {
@@ -37,6 +42,15 @@ def lifecycle_event(event: int, detail: int) -> LifecycleEvent | None:
     if event == libvirt.VIR_DOMAIN_EVENT_STOPPED and detail in _CRASHES:
         return LifecycleEvent.CRASHED
     return _EVENTS.get(event)
+
+
+def is_panic(event: int, detail: int) -> bool:
+    """Tell whether libvirt says that the guest's kernel panicked.
+
+    It learns that from QEMU's pvpanic device, and stops the domain then, which is an
+    event of its own. Of a QEMU that dies it says that it failed.
+    """
+    return (event, detail) in _PANICS
 
 
 def lifecycle_state(state: int) -> DomainState:

@@ -107,8 +107,11 @@ class QemuDomain(LibvirtDomain):
     async def _pull_plug(self) -> None:
         await asyncio.to_thread(kill_qemu, self._pid_file, self.spec.name)
 
-    def _panicked(self) -> bool:
+    def _showed_panic(self) -> bool:
         return self._console.panicked
+
+    def distrust_console(self) -> None:
+        self._console.trusted = False
 
     async def save(self, path: Path) -> None:
         async with self._changing:

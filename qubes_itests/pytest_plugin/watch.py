@@ -14,7 +14,8 @@ from qubes_itests.pytest_plugin.worker import is_remote
 from qubes_itests.report import failures
 from qubes_itests.report.artifacts import Artifacts
 from qubes_itests.report.failures import Failure
-from qubes_itests.report.guest_logs import GuestLogs
+from qubes_itests.report.guest_logs import GuestLogs, panic_words
+from qubes_itests.report.safe_report import make_safe
 from qubes_itests.shell import open_shell
 
 if TYPE_CHECKING:
@@ -58,12 +59,17 @@ class FailureWatch:
         self._artifacts.begin(item.nodeid)
         self._seen = ""
         self._logs = GuestLogs(self._vm_directory())
+        testbed = self._context.opened_testbed
+        before = len(testbed.panics) if testbed else 0
         random.seed(f"{self._settings.seed}:{item.nodeid}")
         result = yield
         if (directory := self._vm_directory()) is not None:
             self._logs.found(directory)
-        if said := self._logs.panics():
-            self.panics[item.nodeid] = said
+        testbed = self._context.opened_testbed
+        if testbed and (panics := testbed.panics[before:]):
+            self.panics[item.nodeid] = [
+                f"VM {panic.vm}: {panic_words(panic.console)}" for panic in panics
+            ]
         return result
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -95,7 +101,8 @@ class FailureWatch:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Note a failure, before others are told of it."""
+        """Make the report safe to show, and note a failure, before others are told."""
+        make_safe(report)
         if not report.failed:
             return
         test = report.nodeid

@@ -1,7 +1,7 @@
 """What a failed test leaves to look at: consoles, definitions, logs, the storage tree.
 
 Names come from tests and contents from guests: the former are sanitised, the latter
-bounded.
+bounded, and safe to be shown on a terminal.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from qubes_itests.qmemman import plot, timeline
 from qubes_itests.qmemman.exc import TimelineError
 from qubes_itests.report.journal import read_journal
 from qubes_itests.report.names import file_name
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -59,8 +60,7 @@ class Artifacts:
 
     def text(self, test: str, name: str, text: str) -> None:
         """Keep a text, or its end if it is long."""
-        data = text.encode("utf-8", "replace")
-        self._write(test, name, data[-_LOG_LIMIT:])
+        self._write_safe(test, name, text.encode("utf-8", "replace")[-_LOG_LIMIT:])
 
     def collect(self, test: str, testbed: Testbed, hook: pluggy.HookRelay) -> None:
         """Keep what is to be seen of the VMs of a test, while they are there.
@@ -73,7 +73,7 @@ class Artifacts:
                     self._collect_vm(test, vm, hook)
                     if journal := read_journal(testbed.portal, vm):
                         name = f"{file_name(vm.name)}.journal.txt"
-                        self._write(test, name, journal)
+                        self._write_safe(test, name, journal)
             self._collect_memory(test, app.directory / timeline.TIMELINE)
         if testbed.apps:
             tree = "\n".join(_tree(testbed.parts.pool_directory))
@@ -94,7 +94,7 @@ class Artifacts:
         for path in logs:
             name = f"{file_name(path.parent.name)}.{file_name(path.stem)}.log"
             with contextlib.suppress(OSError):
-                self._write(test, name, tail(path, _LOG_LIMIT))
+                self._write_safe(test, name, tail(path, _LOG_LIMIT))
 
     def pack(self, test: str) -> dict[str, bytes]:
         """Return what a test left, by name, and drop it here; disks stay."""
@@ -126,6 +126,11 @@ class Artifacts:
             self._write(test, path.name, timeline.tail(path, _LOG_LIMIT))
             picture = plot.draw(timeline.read(path, _LOG_LIMIT))
             self._write(test, f"{path.stem}.svg", picture.encode())
+
+    def _write_safe(self, test: str, name: str, data: bytes) -> None:
+        """Write a text that may be a guest's."""
+        text = safe_text(data, lines=True, limit=None)
+        self._write(test, name, text.encode())
 
     def _write(self, test: str, name: str, data: bytes) -> None:
         directory = self.directory(test)

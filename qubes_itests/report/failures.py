@@ -72,7 +72,7 @@ def cause(report: pytest.TestReport) -> str:
     text = re.sub(r"\A(?:[A-Za-z_]\w*\.)+(?=[A-Z]\w*\b)", "", text.strip())
     first, _, others = text.partition("\n")
     if first.endswith(":") and others:
-        text = f"{first} {one_line(others).removeprefix('- ')}"
+        text = f"{first} {one_line(others).removeprefix('- ').removeprefix('| ')}"
     return where + (one_line(text) or "no reason was given")
 
 

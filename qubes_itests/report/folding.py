@@ -7,6 +7,8 @@ import re
 import time
 from typing import TYPE_CHECKING
 
+from qubes_itests.untrusted_text import safe_text
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -31,6 +33,7 @@ class Folding:
     def begin(self, title: str) -> None:
         """Begin a section, and end the one before."""
         self.end()
+        title = safe_text(title)
         self._open = re.sub(r"[^A-Za-z0-9_]", "_", title) or "section"
         if self._github:
             self._write(f"::group::{title}")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.report.artifacts import tail
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["GuestLogs"]
+__all__ = ["GuestLogs", "panic_words"]
 
-_PANIC = re.compile(rb"Kernel panic - not syncing[^\r\n]{0,200}")
-_SEARCHED = 1 << 20
+_PANIC: Final = re.compile(rb"Kernel panic - not syncing[^\r\n]{0,200}")
+_SEARCHED: Final = 1 << 20
 
 
 class GuestLogs:
@@ -43,18 +44,20 @@ class GuestLogs:
         """Return all logs that are there."""
         return list(self._sizes())
 
-    def panics(self) -> list[str]:
-        """Return what the kernels of guests said when they gave up, with VM names."""
-        found = []
-        for path in self.written():
-            new = max(path.stat().st_size - self._before.get(path, 0), 0)
-            if said := _PANIC.search(tail(path, min(new, _SEARCHED))):
-                text = said[0].decode("ascii", "replace")
-                found.append(f"VM {path.parent.name}: {text}")
-        return found
-
     def _sizes(self) -> dict[Path, int]:
         if self._directory is None:
             return {}
         logs = sorted(self._directory.glob("apps/*/vms/*/*.log"))
         return {path: path.stat().st_size for path in logs if path.is_file()}
+
+
+def panic_words(console: Path) -> str:
+    """Return what the kernel of a guest said last when it panicked, as one line.
+
+    That it did is certain; the words are the guest's.
+    """
+    try:
+        said = _PANIC.findall(tail(console, _SEARCHED))
+    except OSError:
+        said = []
+    return safe_text(said[-1]) if said else "its kernel panicked without a word"

@@ -10,6 +10,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, TextIO
 
+from qubes_itests.report.names import one_line
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -35,8 +37,7 @@ class LastWords(logging.Handler):
         """Take a record's message, as one short line of printable characters."""
         if started := getattr(record, "vm_started", None):
             self.starts.append(started)
-        text = record.getMessage()[:_WIDEST].partition("\n")[0]
-        self.text = "".join(c if c.isprintable() else "?" for c in text)
+        self.text = one_line(record.getMessage(), _WIDEST)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 
+from qubes_itests.untrusted_text import safe_text
+
 __all__ = ["file_name", "one_line"]
 
 _LONGEST = 120
@@ -27,5 +29,4 @@ def file_name(text: str) -> str:
 def one_line(text: str, width: int = 200) -> str:
     """Return the first line that says something, bounded and printable."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    line = "".join(c if c.isprintable() else "?" for c in line)
-    return line if len(line) <= width else f"{line[: width - 1]}…"
+    return safe_text(line, limit=width)

@@ -8,6 +8,7 @@ import pytest
 
 from qubes_itests.report.folding import Folding
 from qubes_itests.report.heartbeat import Heartbeat, LastWords, duration, real_stdout
+from qubes_itests.report.names import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -140,7 +141,7 @@ class Progress:
         if report.failed:
             self._parts_failed.add(report.nodeid)
             names = ", ".join(f"{k}={v!r}" for k, v in dict(part.kwargs).items())
-            said = f" ({part.msg or names})"
+            said = f" ({one_line(str(part.msg or names))})"
             with self._heartbeat.silent():
                 self._line(report, "failed", report.duration, said)
 
@@ -189,5 +190,5 @@ def _phases(report: pytest.TestReport) -> str:
 
 def _reason(report: pytest.TestReport) -> str:
     if isinstance(report.longrepr, tuple):
-        return str(report.longrepr[2]).removeprefix("Skipped: ").partition("\n")[0]
+        return one_line(str(report.longrepr[2]).removeprefix("Skipped: "))
     return ""

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 from dataclasses import dataclass
+from logging.handlers import RotatingFileHandler
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.admin.server import AdminServer
@@ -22,6 +23,7 @@ from qubes_itests.serve.environment import offer_programs
 from qubes_itests.serve.place import Place
 from qubes_itests.serve.state import State
 from qubes_itests.serve.tools import installed_tools
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +40,8 @@ log = logging.getLogger("qubes_itests.serve")
 
 #: Seconds that VMs have to shut down when the daemon ends.
 _SHUTDOWN_TIMEOUT: Final = 30.0
+#: Bytes of the log; what was before that is kept too, in a file of the same size.
+_LONGEST_LOG: Final = 8 << 20
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -134,18 +138,30 @@ async def _end(vm: Any) -> None:
         log.warning("%s is killed: %s", name, str(error))
 
 
+class _SafeFormatter(logging.Formatter):
+    """Has each record begin a line of its own, and no text within it do so."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = safe_text(super().format(record), lines=True, limit=None)
+        return text.replace("\n", "\n  | ")
+
+
 @contextlib.contextmanager
 def _log(path: Path) -> Iterator[None]:
-    """Have what happens in a file, and warnings on stderr too."""
+    """Have what happens in a file and the one before it, and warnings on stderr too."""
     terminal = logging.StreamHandler()
     terminal.setLevel(logging.WARNING)
     handlers: list[logging.Handler] = [terminal]
-    handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    handlers.append(
+        RotatingFileHandler(
+            path, maxBytes=_LONGEST_LOG, backupCount=1, encoding="utf-8"
+        )
+    )
     root = logging.getLogger()
     former = root.level
     root.setLevel(logging.INFO)
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT))
+        handler.setFormatter(_SafeFormatter(_FORMAT))
         root.addHandler(handler)
     try:
         yield

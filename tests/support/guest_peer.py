@@ -30,6 +30,7 @@ class SocketDomain:
         self.spec = SimpleNamespace(name=name)
         self._end = end
         self._console = console
+        self.panicked = False
 
     async def open_channel(
         self, protocol: Callable[[], asyncio.BaseProtocol], *, timeout: float

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qubes_itests.core.exc import QubesValueError
 from qubes_itests.core.policy.exc import RequestError
 from qubes_itests.core.policy.tokens import REQUESTED, Kind, Token
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
@@ -21,7 +22,7 @@ _LONGEST_SERVICE: Final = 255
 #: As much as the protocol of qrexec has room for.
 _LONGEST_TARGET: Final = 63
 _SERVICE: Final = re.compile(r"([A-Za-z0-9_.-]+)(\+[A-Za-z0-9_.+-]*)?")
-_HARMLESS: Final = re.compile(r"[A-Za-z0-9_.+@:-]{1,255}")
+_HARMLESS: Final = re.compile(r"[A-Za-z0-9_.+@-][A-Za-z0-9_.+@:-]{0,254}")
 _LONGEST_SHOWN: Final = 100
 
 
@@ -29,7 +30,7 @@ def shown(untrusted: str) -> str:
     """Return what a guest said so that it is safe to print on one line."""
     if _HARMLESS.fullmatch(untrusted):
         return untrusted
-    return ascii(untrusted[:_LONGEST_SHOWN])
+    return safe_text(ascii(untrusted[:_LONGEST_SHOWN]))
 
 
 @dataclass(frozen=True, slots=True)

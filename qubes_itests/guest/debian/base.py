@@ -18,6 +18,7 @@ from qubes_itests.host.apt import acquire_options, debian_sources
 from qubes_itests.host.cache import Cache, digest
 from qubes_itests.host.exc import MissingToolError, NoNetworkError
 from qubes_itests.host.packages import find_program
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -169,11 +170,14 @@ class _Build:
             raise DeadlineError(what, self._timeout, self._words())
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(min(_LOOK, left))
-        stages = _STAGE.findall(self._log.read_text(errors="replace"))
+        stages = _STAGE.findall(self._said())
         self._say(stages[-1] if stages else "starting mmdebstrap")
 
+    def _said(self) -> str:
+        return safe_text(self._log.read_bytes().strip(), lines=True, limit=None)
+
     def _words(self) -> str:
-        lines = self._log.read_text(errors="replace").splitlines()
+        lines = self._said().splitlines()
         problems = [line for line in lines if line.startswith(("E:", "W:"))]
         return "\n".join((problems or lines)[-_TAIL:]) or "mmdebstrap was silent"
 

@@ -19,6 +19,7 @@ from qubes_itests.host.command import run
 from qubes_itests.host.filesystem import mount, unmount
 from qubes_itests.host.sandbox import require
 from qubes_itests.host.tree import files_of
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -172,8 +173,8 @@ class MountedRoot:
     def _tail(self, begin: int) -> str:
         with self._log.open("rb") as log:
             log.seek(max(begin, log.seek(0, os.SEEK_END) - _TAIL))
-            lines = log.read().decode(errors="replace").strip().splitlines()
-        return "\n".join(lines[-_TAIL_LINES:])
+            said = safe_text(log.read().strip(), lines=True, limit=None)
+        return "\n".join(said.splitlines()[-_TAIL_LINES:])
 
 
 def _pack(source: Path, name: str, archive: IO[bytes]) -> None:

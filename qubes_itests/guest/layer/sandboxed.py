@@ -17,6 +17,7 @@ from qubes_itests.guest.layer.build import Builder, find_layers
 from qubes_itests.guest.layer.request import Layers
 from qubes_itests.host import sandbox
 from qubes_itests.host.cache import Cache
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +61,7 @@ def build_layers(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
         errors.seek(0)
-        said = errors.read()[-_TAIL:].decode(errors="replace")
+        said = safe_text(errors.read()[-_TAIL:], lines=True, limit=None)
     if answer is None:
         raise LayerError(layers.template, "build it", "the builder ended", said)
     if "image" in answer:

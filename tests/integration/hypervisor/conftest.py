@@ -21,7 +21,7 @@ from qubes_itests.hypervisor.qemu import QemuHypervisor
 MODULES = """
 virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio-rng
 virtio_console virtio_balloon scsi_common scsi_mod virtio_scsi crc64 crc64-rocksoft
-t10-pi sd_mod failover net_failover virtio_net
+t10-pi sd_mod failover net_failover virtio_net pvpanic pvpanic-mmio
 """
 
 INIT = """#!/bin/busybox sh

@@ -15,6 +15,8 @@ from qubes_itests.hypervisor.exc import HypervisorError
 
 pytestmark = pytest.mark.asyncio
 
+PANIC = "Kernel panic - not syncing: a program says so"
+
 
 @pytest_asyncio.fixture
 async def hypervisor(open_qemu):
@@ -44,25 +46,42 @@ def processes(name):
     [
         ("poweroff -f", DomainState.HALTED),
         ("reboot -f", DomainState.HALTED),
+        (f"echo '{PANIC}' > /dev/console; poweroff -f", DomainState.HALTED),
+        (f"echo '<0>{PANIC}' > /dev/kmsg; reboot -f", DomainState.HALTED),
         ("echo c > /proc/sysrq-trigger", DomainState.CRASHED),
     ],
 )
 async def test_the_guest_ends(hypervisor, domain, connect_shell, command, expected):
-    """A guest that powers off or reboots is halted, one that panics has crashed."""
+    """A guest that powers off or reboots is halted, one that panics has crashed.
+
+    That it panics is QEMU's word, whatever programs in the guest print.
+    """
     events = []
     hypervisor.subscribe(lambda _domain, event: events.append(event))
     await domain.start()
+    domain.distrust_console()
     shell = await connect_shell(domain)
     await shell.run("true")
     shell.transport.write(f"sync; {command}\n".encode())
     assert await domain.wait_stopped(30) is expected
     assert await domain.state() is expected
     crashed = expected is DomainState.CRASHED
+    assert domain.panicked is crashed
+    assert crashed or "echo" not in command or PANIC in domain.console_log().read_text()
     last = LifecycleEvent.CRASHED if crashed else LifecycleEvent.STOPPED
     assert events == [LifecycleEvent.STARTED, last]
     assert processes(domain.spec.name) == []
     await domain.start()
     assert await domain.state() is DomainState.RUNNING
+
+
+async def test_an_early_panic_is_seen_on_the_console(hypervisor, make_spec):
+    """Before any module is loaded the kernel has nobody but the console to tell."""
+    options = "rdinit=/none init=/none"
+    domain = await hypervisor.define(make_spec(kernel_options=options))
+    await domain.start()
+    assert await domain.wait_stopped(60) is DomainState.CRASHED
+    assert domain.panicked
 
 
 async def test_qemu_is_killed(domain):
@@ -71,6 +90,7 @@ async def test_qemu_is_killed(domain):
     (process,) = processes(domain.spec.name)
     os.kill(process, signal.SIGKILL)
     assert await domain.wait_stopped(10) is DomainState.CRASHED
+    assert not domain.panicked
     assert [path.name for path in domain.spec.directory.iterdir()] == ["console.log"]
     await domain.start()
     await domain.destroy()

@@ -156,8 +156,9 @@ def encode_word(word):
 
 
 class Console:
-    def __init__(self, path):
+    def __init__(self, path, *, panicked=False):
         self.path = path
+        self.panicked = panicked
 
     def console_log(self):
         return self.path
@@ -176,6 +177,8 @@ def test_the_end_of_a_console_is_where_a_panic_begins(tmp_path):
     path = tmp_path / "console"
     trace = "\n".join(f"register {number}" for number in range(50))
     path.write_text(f"last words\nKernel panic - not syncing: why\n{trace}\n")
-    lines = console_tail(Console(path)).splitlines()
+    lines = console_tail(Console(path, panicked=True)).splitlines()
     assert lines[:2] == ["last words", "Kernel panic - not syncing: why"]
     assert len(lines) == 20
+    # one that a program has printed hides nothing
+    assert console_tail(Console(path)).splitlines()[-1] == "register 49"

@@ -68,3 +68,14 @@ def test_a_pipe_that_nobody_opens(console, tmp_path):
     """Closing does not wait for a writer that never came."""
     console.close(timeout=5)
     assert (tmp_path / "console.log").read_bytes() == b""
+
+
+def test_what_programs_print_is_no_panic(console, tmp_path):
+    console.trusted = False
+    feed(tmp_path, b"Kernel panic - not syncing: a lie\n")
+    console.close()
+    assert not console.panicked
+    console.open()
+    feed(tmp_path, b"Kernel panic - not syncing: dead\n")
+    console.close()
+    assert console.panicked

@@ -13,7 +13,7 @@ from qubes_itests.hypervisor.exc import (
     NotSupportedError,
     StateError,
 )
-from qubes_itests.hypervisor.lifecycle import lifecycle_event, lifecycle_state
+from qubes_itests.hypervisor.lifecycle import is_panic, lifecycle_event, lifecycle_state
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,11 @@ async def test_a_connection_that_is_refused(capfd):
     with pytest.raises(HypervisorError, match=r"cannot connect to .*: .+"):
         await Connection.open("nosuchdriver:///")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_panic_is_told_from_a_qemu_that_died():
+    stopped = libvirt.VIR_DOMAIN_EVENT_STOPPED
+    assert is_panic(libvirt.VIR_DOMAIN_EVENT_CRASHED, 0)
+    assert is_panic(stopped, libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED)
+    assert not is_panic(stopped, libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED)
+    assert not is_panic(stopped, libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN)
