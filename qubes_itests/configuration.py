@@ -77,8 +77,7 @@ class Settings:
     :param memory_budget: MiB of the machine that the VMs of each test share, as
         qmemman balances it; 0 for no such limit.
     :param host_memory: MiB of this machine's real memory that all VMs of the run may
-        take together; 0 for what is available, shared out among workers, and for no
-        limit if there is only one.
+        take together; 0 for 80 % of what is available, shared out among workers.
     :param app: directories of apps whose tests make up the run.
     :param template_spec: files that say what templates apps derive.
     """

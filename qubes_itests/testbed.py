@@ -16,6 +16,7 @@ from qubes_itests.core.app import Qubes
 from qubes_itests.core.storage import copy_image
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.warm import WarmStarts
+from qubes_itests.host import memory
 from qubes_itests.hypervisor.balloons import LibvirtMemory
 from qubes_itests.hypervisor.contract import LifecycleEvent
 from qubes_storage.reflink import ReflinkPool
@@ -71,7 +72,8 @@ class Parts:
     :param templates: functions that build the templates, by name.
     :param warm: start VMs from saved states where the hypervisor can.
     :param memory: the machine that the VMs of each app share; None for no limit.
-    :param host_memory: MiB of the real one that all VMs may take; None for no limit.
+    :param host_memory: MiB of the real one that all VMs may take; None for most of what
+        is available now.
     """
 
     run_directory: Path
@@ -133,7 +135,10 @@ class Testbed:
 
     def __enter__(self) -> Self:
         self.hypervisor = self.portal.run(self.parts.open_hypervisor())
-        self.hypervisor.memory_limit = self.parts.host_memory
+        limit = self.parts.host_memory
+        if limit is None and self.hypervisor.takes_memory:
+            limit = memory.for_vms()
+        self.hypervisor.memory_limit = limit
         self._exit.callback(lambda: self.portal.run(self.hypervisor.close()))
         self._exit.callback(self.hypervisor.subscribe(self._note_panic))
         if self.parts.warm:
@@ -265,9 +270,9 @@ class Testbed:
             machine = await stack.enter_async_context(
                 LibvirtMemory(self.hypervisor, budget, counts=counts(app))
             )
-            memory = await stack.enter_async_context(AppMemory(app, machine))
+            balanced = await stack.enter_async_context(AppMemory(app, machine))
             self._balancing[app] = stack.pop_all()
-        return memory
+        return balanced
 
     async def _end_balancing(self, app: Qubes) -> None:
         if app in self._balancing:

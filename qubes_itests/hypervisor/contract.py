@@ -279,6 +279,8 @@ class Hypervisor(abc.ABC):
     name: str
     #: Whether its domains can be plugged into bridges of this host.
     networked: bool = True
+    #: Whether its domains take memory of this machine.
+    takes_memory: bool = True
     #: MiB that its domains may have at their starts, all together; None for no limit.
     #: `define` refuses what would be more.
     memory_limit: int | None = None

@@ -32,6 +32,9 @@ __all__ = ["LibvirtHypervisor"]
 
 _LOG = logging.getLogger(__name__)
 
+#: How many of those that hold memory an error names.
+_HOLDERS = 6
+
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
 
 
@@ -133,10 +136,20 @@ class LibvirtHypervisor(Hypervisor):
         if taken + spec.memory <= self.memory_limit:
             return ""
         return (
-            f"it needs {spec.memory} MiB, others have {taken} MiB, and VMs may take"
-            f" {self.memory_limit} MiB of this machine's memory here (--host-memory,"
+            f"it needs {spec.memory} MiB; of the {self.memory_limit} MiB that VMs may"
+            f" take of this machine's memory here {self._holders()} (--host-memory,"
             " shared out among workers: fewer of them have more)"
         )
+
+    def _holders(self) -> str:
+        """Return who holds how much memory, those that hold most first."""
+        specs = [domain.spec for domain in self._domains.values()]
+        held = sorted(((s.memory, s.name) for s in specs), reverse=True)
+        told = [f"{name} holds {memory} MiB" for memory, name in held[:_HOLDERS]]
+        if others := held[_HOLDERS:]:
+            total = sum(memory for memory, _ in others)
+            told.append(f"{len(others)} others hold {total} MiB")
+        return ", ".join(told) or "nobody holds any"
 
     async def close(self) -> None:
         if self._closed:

@@ -90,6 +90,7 @@ class TestHypervisor(LibvirtHypervisor):
 
     name = "test"
     networked = False
+    takes_memory = False
     _numbers = itertools.count()
 
     @classmethod

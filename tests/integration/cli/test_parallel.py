@@ -274,7 +274,8 @@ def test_a_worker_that_is_killed_is_reported_and_leaves_nothing(guests):
 def test_a_vm_for_which_there_is_no_memory_does_not_start(guests):
     done = guests.run("--host-memory=100", "guests::TC_Good_tiny::test_good")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "others have 0 MiB, and VMs may take 100 MiB" in done.stdout
+    assert "of the 100 MiB that VMs may take of this machine's memory" in done.stdout
+    assert "nobody holds any" in done.stdout
 
 
 @pytest.mark.parametrize("whole_group", [True, False])

@@ -218,3 +218,20 @@ def test_start_that_fails_by_hand(app, base, run, all_gone):
         run(vm.start())
     all_gone()
     assert vm not in app.domains
+
+
+def test_calls_start_no_more_vms_than_there_is_memory_for(  # noqa: PLR0917
+    app, work, run, all_gone, monkeypatch, caplog
+):
+    """A rule that lets a guest have any number of them does not bring the host down."""
+    hypervisor = app.hypervisor
+    taken = sum(domain.spec.memory for domain in hypervisor.domains())
+    monkeypatch.setattr(hypervisor, "memory_limit", taken + app.default_dispvm.memory)
+    app.policy.add_rule("* * work @dispvm allow")
+    call = "{ qrexec-client-vm @dispvm qubes.VMShell </dev/null; echo $?; } &"
+    output, _ = run(work.run_for_stdio(f"for i in 1 2 3 4 5 6; do {call} done; wait"))
+    assert sorted(output.split()) == [b"0", *[b"126"] * 5]
+    messages = [r.getMessage() for r in caplog.records if "could not" in r.getMessage()]
+    assert len(messages) == 5
+    assert all("work holds 400 MiB" in text for text in messages)
+    all_gone(6)

@@ -87,11 +87,23 @@ async def test_what_is_more_than_the_memory_that_there_is_is_refused(tmp_path):
         hypervisor.memory_limit = 500
         first = await hypervisor.define(named(tmp_path, "one"))
         await hypervisor.define(named(tmp_path, "two"))
-        match = "needs 200 MiB, others have 400 MiB, and VMs may take 500 MiB"
+        match = "needs 200 MiB; of the 500 MiB .* two holds 200 MiB, one holds 200 MiB"
         with pytest.raises(HypervisorError, match=match):
             await hypervisor.define(named(tmp_path, "three"))
         await first.undefine()
         await hypervisor.define(named(tmp_path, "three"))
+
+
+async def test_of_many_that_hold_memory_those_with_most_are_named(tmp_path):
+    async with await TestHypervisor.open(tmp_path, tmp_path) as hypervisor:
+        hypervisor.memory_limit = 200 * 128
+        for number in range(128):
+            await hypervisor.define(named(tmp_path, f"vm{number}"))
+        with pytest.raises(HypervisorError) as caught:
+            await hypervisor.define(named(tmp_path, "last"))
+        assert "vm99 holds 200 MiB" in str(caught.value)
+        assert "122 others hold 24400 MiB" in str(caught.value)
+        assert len(str(caught.value)) < 500
 
 
 def named(directory, name):
