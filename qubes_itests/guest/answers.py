@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.exc import DeadlineError
-from qubes_itests.guest.frames import printable
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from qubes_itests.guest.process import GuestProcess
@@ -76,7 +76,7 @@ async def answer_of(
         raise DeadlineError(
             f"answer of VM {process.vm}, which was to {what},",
             timeout,
-            printable(said.decode(errors="replace")).strip(),
+            safe_text(said.strip(), lines=True),
         ) from None
     finally:
         # also when it only left something behind that goes on writing
