@@ -53,7 +53,7 @@ async def test_one_that_never_comes_is_killed_at_its_deadline(connect):
         await answering
     assert str(caught.value) == (
         f"no answer of VM {process.vm}, which was to enlarge it, within 0.2 s;"
-        " last seen:\nwait \N{REPLACEMENT CHARACTER}[2J for it"
+        " last seen:\n| wait \\x1b[2J for it"
     )
     await until_killed(peer)
 
