@@ -82,6 +82,8 @@ class ServiceCall:
         :param text: why; the caller sees it.
         :param exit_code: 126, or 127 when there is no such service.
         """
+        if not self.ended:
+            self._link.hold_up()
         self._exit(ExitKind.NOT_STARTED, exit_code, text)
 
     def _exit(self, kind: ExitKind, value: int, text: str) -> None:

@@ -1,9 +1,16 @@
-"""One connection to a guest's agent: the protocol, fed by a transport of asyncio."""
+"""One connection to a guest's agent: the protocol, fed by a transport of asyncio.
+
+What a guest may cost is bounded here. *Memory*: DATA and SPAWN wait while more than a
+window lies in the transport, and nothing more is heard of a guest that makes us answer
+without reading the answers. *Time*: what has come is acted upon for a few milliseconds,
+then all others have their turn; each call that is refused holds up its VM a little.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.guest.calls import CallHandler, ServiceCall, refusal
@@ -26,14 +33,21 @@ from qubes_itests.guest.exc import (
     ProtocolViolation,
     TooManyStreamsError,
 )
-from qubes_itests.guest.frames import STREAMS_MAX, ExitKind, FrameType, encode
+from qubes_itests.guest.frames import (
+    STREAMS_MAX,
+    WINDOW,
+    ExitKind,
+    FrameType,
+    encode,
+)
 from qubes_itests.guest.process import GuestProcess
 from qubes_itests.guest.protocol import HostProtocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from qubes_itests.guest.agentlog import AgentLog
+    from qubes_itests.guest.streams import GuestWriter
 
 __all__ = ["AgentConnection"]
 
@@ -42,6 +56,21 @@ log = logging.getLogger("qubes_itests.guest")
 _REFUSED: Final = 126
 #: Seconds until HELLO is sent again for the first time.
 _HELLO_INTERVAL: Final = 0.2
+#: Bytes in the transport above which nothing is added that can wait, and at which it
+#: goes on.
+_HIGH_WATER: Final = WINDOW
+_LOW_WATER: Final = WINDOW // 4
+#: Bytes in the transport above which nothing is heard of the guest. An agent that does
+#: not read before we do (its own buffer is full) must never be met by this, or both
+#: would wait for ever: to the high water comes what one stream may send at once, which
+#: is a window, and what cannot wait, which for 128 streams each way is less than one.
+_TOO_MUCH: Final = 3 * WINDOW
+#: Seconds for which frames are acted upon, and then not, while others have their turn.
+_STEP: Final = 0.002
+#: Calls begun in such a step: what each begins is done in the next turn of the loop.
+_CALLS_A_STEP: Final = 8
+#: Seconds for which a refused call keeps us from listening to its VM.
+_REFUSAL: Final = 0.005
 
 
 class AgentConnection(asyncio.Protocol):
@@ -67,6 +96,16 @@ class AgentConnection(asyncio.Protocol):
         self._turn = asyncio.Lock()
         self._answer: asyncio.Future[Event] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = loop
+        #: Not set while more waits in the transport than should.
+        self._room = asyncio.Event()
+        self._room.set()
+        #: Who has something to write when there is room again, in this order.
+        self._blocked: dict[GuestWriter, None] = {}
+        #: What has come and was not acted upon.
+        self._frames: Iterator[Event | None] = iter(())
+        self._next_step: asyncio.Handle | None = None
+        self._quiet_until = 0.0
 
     # asyncio.Protocol
 
@@ -74,16 +113,69 @@ class AgentConnection(asyncio.Protocol):
         """Begin."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for mypy
         self._transport = transport
+        transport.set_write_buffer_limits(_HIGH_WATER, _LOW_WATER)
 
     def data_received(self, data: bytes) -> None:
-        """Act on bytes of the guest."""
-        if self.closed.done():
+        """Act on bytes of the guest, for one step; nothing is read before the last."""
+        self._frames = self.protocol.receive(data)
+        self._go_on()
+
+    def pause_writing(self) -> None:
+        """Have writers wait."""
+        self._room.clear()
+
+    def resume_writing(self) -> None:
+        """Have writers go on, in turn, until it is too much again."""
+        self._room.set()
+        while self._blocked and self._room.is_set():
+            writer = next(iter(self._blocked))
+            del self._blocked[writer]
+            writer.flush()
+        if self._next_step is None:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        self._next_step = None
+        if self.closed.done() or self._transport is None:
             return
         try:
-            for event in self.protocol.receive(data):
-                self._handlers[type(event)](self, event)
+            wait = self._act(self._transport)
         except ProtocolViolation as violation:
             self.abort(ProtocolViolation(self.vm, violation.rule, violation.evidence))
+            return
+        if wait is None:
+            self._transport.resume_reading()
+            return
+        if self.closed.done():
+            return
+        self._transport.pause_reading()
+        if wait < math.inf:
+            self._next_step = self._loop.call_later(wait, self._go_on)
+
+    def _act(self, transport: asyncio.Transport) -> float | None:
+        """Act on frames; return the seconds until more may be done, None if all is.
+
+        Infinity: when the guest has read some of what we sent, see `resume_writing`.
+        """
+        now = self._loop.time()
+        end, calls = now + _STEP, 0
+        while now <= end and calls < _CALLS_A_STEP and not self.closed.done():
+            if now < self._quiet_until:
+                return self._quiet_until - now
+            if (
+                not self._room.is_set()
+                and transport.get_write_buffer_size() > _TOO_MUCH
+            ):
+                return math.inf
+            try:
+                event = next(self._frames)
+            except StopIteration:
+                return None
+            if event is not None:
+                self._handlers[type(event)](self, event)
+                calls += type(event) is Called
+            now = self._loop.time()
+        return _STEP
 
     def eof_received(self) -> None:
         """Let the transport close; `connection_lost` follows."""
@@ -99,6 +191,20 @@ class AgentConnection(asyncio.Protocol):
         """Hand bytes to the transport; dropped when the connection has ended."""
         if data and self._transport is not None and not self.closed.done():
             self._transport.write(data)
+
+    def has_room(self, writer: GuestWriter) -> bool:
+        """Tell whether DATA may be sent now; if not, `writer.flush` is called later."""
+        if not self._room.is_set():
+            self._blocked[writer] = None
+        return self._room.is_set()
+
+    def forget(self, stream: int) -> None:
+        """Drop a call that has ended."""
+        self._streams.pop(stream, None)
+
+    def hold_up(self) -> None:
+        """Take note that a call was refused: its VM shall not make us do so all day."""
+        self._quiet_until = max(self._quiet_until, self._loop.time()) + _REFUSAL
 
     # for the agent
 
@@ -141,8 +247,10 @@ class AgentConnection(asyncio.Protocol):
         self.send(frame)
         return await asyncio.shield(self._answer)
 
-    def spawn(self, *strings: str) -> GuestProcess:
-        """Open a stream for a command or service."""
+    async def spawn(self, *strings: str) -> GuestProcess:
+        """Open a stream for a command or service, as soon as there is room for it."""
+        while not self._room.is_set():
+            await self._room.wait()
         self._require_open()
         if not self.protocol.may_spawn():
             raise TooManyStreamsError(self.vm, STREAMS_MAX)
@@ -177,6 +285,11 @@ class AgentConnection(asyncio.Protocol):
         if self.closed.done():
             return
         self.closed.set_result(error)
+        self._frames = iter(())
+        if self._next_step is not None:
+            self._next_step.cancel()
+        self._blocked.clear()
+        self._room.set()
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(error)
             self._answer.exception()  # who asked may have gone
@@ -217,12 +330,16 @@ class AgentConnection(asyncio.Protocol):
 
     def _on_called(self, event: Called) -> None:
         reason = refusal(event)
+        if not reason and len(self._tasks) >= STREAMS_MAX:
+            # calls may have ended whose handlers are still cleaning up
+            reason = "too many calls of this VM are being served"
         if reason or self._on_call is None:
             reason = reason or "this VM may not call services"
             frame = self.protocol.exit(
                 event.stream, ExitKind.NOT_STARTED, _REFUSED, reason
             )
             self.send(frame)
+            self.hold_up()
             return
         call = ServiceCall(self, event, self.vm)
         self._streams[event.stream] = call
@@ -244,10 +361,6 @@ class AgentConnection(asyncio.Protocol):
             if not call.ended:
                 log.error("%s was not ended by its handler", repr(call))
                 await call.refuse("the host did not serve it")
-
-    def forget(self, stream: int) -> None:
-        """Drop a call that has ended."""
-        self._streams.pop(stream, None)
 
     _handlers: Final[dict[type, Callable[..., Any]]] = {
         Ready: _on_answer,

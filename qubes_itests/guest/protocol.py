@@ -126,8 +126,11 @@ class HostProtocol:
 
     # from the guest
 
-    def receive(self, data: bytes) -> Iterator[Event]:
+    def receive(self, data: bytes) -> Iterator[Event | None]:
         """Yield what these bytes mean; go on to the end of it, or drop the connection.
+
+        One item for each frame, None when it means nothing (any more), so that the
+        caller may stop between any two.
 
         :param data: the next bytes from the guest, cut anywhere.
         :raise ProtocolViolation: the guest broke a rule; nothing may follow.
@@ -146,9 +149,7 @@ class HostProtocol:
             payload = view[start + HEADER.size : after]
             frame = _Frame(FrameType(kind), channel, stream, payload)
             start = after
-            event = self._accept(frame)
-            if event is not None:
-                yield event
+            yield self._accept(frame)
         self._rest = bytes(view[start:])
 
     def _check_header(self, kind: int, length: int) -> None:

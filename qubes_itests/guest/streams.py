@@ -29,8 +29,14 @@ class Link(Protocol):
     def send(self, data: bytes) -> None:
         """Hand bytes to the transport; dropped when the connection has ended."""
 
+    def has_room(self, writer: GuestWriter) -> bool:
+        """Tell whether DATA may be sent now; if not, `writer.flush` is called later."""
+
     def forget(self, stream: int) -> None:
         """Drop a call that has ended."""
+
+    def hold_up(self) -> None:
+        """Take note that a call was refused."""
 
 
 class _Throttle(asyncio.ReadTransport):
@@ -216,11 +222,11 @@ class GuestWriter:
     # for the connection
 
     def flush(self) -> None:
-        """Send what credit allows."""
+        """Send what credit and the connection allow."""
         protocol = self._link.protocol
         if self._error is not None or not protocol.is_open(self._address[0]):
             return
-        if self._waiting:
+        if self._waiting and self._link.has_room(self):
             self._send_waiting(protocol)
         if self._eof and not self._size and not self._eof_sent:
             self._eof_sent = True
