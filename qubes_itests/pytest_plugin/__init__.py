@@ -19,6 +19,7 @@ from qubes_itests.hookspec import PROJECT
 from qubes_itests.host import sandbox
 from qubes_itests.pytest_plugin import header, resandbox, worker
 from qubes_itests.pytest_plugin.deadline import Deadline
+from qubes_itests.pytest_plugin.debugger import PostponedCleanUps
 from qubes_itests.pytest_plugin.watch import FailureWatch
 from qubes_itests.pytest_plugin.worker import Worker
 from qubes_itests.run_context import RunContext
@@ -85,6 +86,8 @@ def pytest_configure(config: pytest.Config) -> None:
     watch = FailureWatch(config, context)
     config.pluginmanager.register(watch, "qubes_itests-failures")
     _register_role(config, context, watch)
+    if config.getoption("usepdb"):
+        config.pluginmanager.register(PostponedCleanUps(), "qubes_itests-debugger")
     if settings.timeout:
         deadline = Deadline(settings.timeout, lambda: context.loop)
         watch.deadline = deadline

@@ -1,0 +1,86 @@
+"""``--pdb``: at the prompt there is what the test had, and afterwards nothing."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+PLUGIN = """
+    from qubes.tests.extra import ExtraTestCase
+
+    class TC_VM(ExtraTestCase):
+        def setUp(self):
+            if "early" in self.id():
+                self.skipTest("before there was anything")
+            super().setUp()
+            self.addCleanup(self.tell, "first added")
+            (self.vm,) = self.create_vms(["one"])
+            if "unready" in self.id():
+                self.fail("not set up")
+        def tell(self, what):
+            print("clean-up", what, hasattr(self, "app"))
+            if "ugly" in self.id():
+                raise OSError("first")
+        def tearDown(self):
+            print("tear-down", self.vm.name in self.app.domains)
+            super().tearDown()
+        def test_bad(self):
+            self.fail("on purpose")
+        def test_early(self): pass
+        def test_good(self):
+            self.addCleanup(self.addCleanup, self.tell, "added late")
+        def test_ugly(self):
+            self.addCleanup(self.tell, "second")
+        def test_unready(self): pass
+
+    def list_tests():
+        return [TC_VM]
+"""
+
+
+def debug(site, *words, say):
+    site.install("debugged", PLUGIN)
+    command = [sys.executable, "-m", "qubes_itests", "--hypervisor=test", "-s", "--pdb"]
+    done = subprocess.run(
+        [*command, *words],
+        cwd=site.work,
+        env=site.environment,
+        input=say,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    told = re.findall(r"(?:tear-down|clean-up) .*", done.stdout)
+    return done, told
+
+
+def test_at_the_prompt_there_is_what_the_test_had(site):
+    words = [f"debugged::TC_VM::test_{name}" for name in ("good", "bad", "early")]
+    prompts = "p 'it is there:', self.vm.name in self.app.domains\nc\n"
+    done, told = debug(site, *words, say=prompts)
+    assert "1 failed, 1 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "('it is there:', True)" in done.stdout
+    assert told == [
+        "tear-down True",
+        "clean-up first added True",
+        "tear-down True",
+        "clean-up added late True",
+        "clean-up first added True",
+    ]
+
+
+def test_what_fails_on_the_way_out_is_told(site):
+    """Each clean-up is called, and no tearDown where setUp failed, as in unittest."""
+    words = [f"debugged::TC_VM::test_{name}" for name in ("ugly", "unready")]
+    done, told = debug(site, *words, say="c\nc\n")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 1 passed, 1 error" in done.stdout
+    assert told == [
+        "tear-down True",
+        "clean-up second True",
+        "clean-up first added True",
+        "clean-up first added True",
+    ]
