@@ -143,7 +143,12 @@ install_project() {
     for plugin in "$root"/plugins/*/setup.py; do
         [ ! -e "$plugin" ] || pip+=(--editable "${plugin%/*}")
     done
-    "${pip[@]}" >>"$log" 2>&1 </dev/null && return
+    # Where its packages go is no matter of the user's settings; how they come is.
+    local name settings=() unset=()
+    for name in "${!PIP_@}" "${!PYTHON@}"; do unset+=(--unset="$name"); done
+    mapfile -d '' settings < <("$venv/bin/python" -I \
+        "$root/qubes_itests/host/pip_settings.py" "$venv/bin/python" 2>>"$log")
+    env "${unset[@]}" "${settings[@]}" "${pip[@]}" >>"$log" 2>&1 </dev/null && return
     tail -n 15 -- "$log" >&2
     ! tail -n 60 -- "$log" | grep -q -i -E \
         'connection|resolution|unreachable|timed out|no matching' ||

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from qubes_itests.configuration import ConfigurationError
 from qubes_itests.prepared import Prepared
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -88,8 +89,12 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
         if app.name not in wrong:
             try:
                 found.append(_install(cache, app))
-            except InstallError as error:
+            except (InstallError, OSError) as error:  # of files that come and go, say
                 wrong[app.name] = str(error)
+        if app.name in wrong:
+            # a selection of tests may leave out the one that fails because of it
+            first = safe_text(wrong[app.name].partition("\n")[0])
+            sys.stderr.write(f"app {safe_text(app.name)}: {first}\n")
     _use(environment.packages for environment in found)
     entries: dict[str, tuple[str, ...]] = {}
     for environment in found:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import re
-import signal
+import shutil
 import site
 import subprocess
 import sys
 import tomllib
-import venv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.apps.exc import InstallError
+from qubes_itests.exc import DeadlineError
 from qubes_itests.host.cache import Cache, digest
+from qubes_itests.host.command import CommandError, run
+from qubes_itests.host.confined import PLACE, confined
+from qubes_itests.host.pip_settings import pip_settings
 from qubes_itests.host.tree import tree_digest
 from qubes_itests.untrusted_text import safe_text
 
@@ -29,18 +31,28 @@ __all__ = ["Environment", "install"]
 _KIND: Final = "app"
 _GROUP: Final = "qubes.tests.extra"
 _TIMEOUT: Final = 300.0
-_TAIL: Final = 3000
 #: A project is built where it is, for it may read what lies beside it; what that
-#: writes goes to memory, and is gone with the namespace. $1 is for the memory, $2 the
-#: project.
+#: writes goes to memory, and is gone with the namespace. $1 is the directory where
+#: that happens, $2 the project. An overlay cannot lie over two others, as one in a
+#: container does, and some kernels have none: then a copy takes the project's place.
+#: The user's settings of distutils are covered, for they say where packages go.
 _IN_TREE: Final = """\
-mount -t tmpfs -o mode=700 none "$1"
-mkdir "$1/new" "$1/work"
+mkdir "$1/memory" "$1/tmp"
+mount -t tmpfs -o mode=700 none "$1/memory"
+mkdir "$1/memory/new" "$1/memory/work"
 cd "$2"
-mount -t overlay -o "lowerdir=.,upperdir=$1/new,workdir=$1/work" overlay "$2"
+layers="lowerdir=.,upperdir=$1/memory/new,workdir=$1/memory/work"
+mount -t overlay -o "$layers" overlay "$2" 2>/dev/null || {
+    mkdir "$1/copy"
+    cp -a . "$1/copy"
+    mount --bind "$1/copy" "$2"
+}
 cd "$2"
+if [ -e "$HOME/.pydistutils.cfg" ]; then
+    mount --bind /dev/null "$HOME/.pydistutils.cfg"
+fi
 shift 2
-exec "$@"
+exec "$@" >&2
 """
 
 
@@ -77,6 +89,12 @@ def install(
             "no setup.py, setup.cfg or pyproject.toml in it, or two levels below,"
             f" names the entry point group {_GROUP}",
         )
+    if os.pathsep in str(cache.root):
+        raise InstallError(
+            str(app),
+            f"the cache {cache.root} has a {os.pathsep} in its name, and PYTHONPATH"
+            " cannot name what is in it; name another in QUBES_ITESTS_CACHE",
+        )
     key = digest(sys.version, sys.prefix, tree_digest(app), Path(__file__))
 
     def build(place: Path) -> None:
@@ -96,75 +114,70 @@ def _packages(place: Path) -> Path:
 
 
 def _make(place: Path, app: Path, projects: Sequence[Path]) -> None:
-    venv.create(place, clear=True, with_pip=False)
+    # by a program that knows it by another name: one with a colon in it is refused
+    venv = (sys.executable, "-I", "-m", "venv", "--without-pip", str(PLACE))
+    run(confined(place, venv), timeout=_TIMEOUT)
     # what is installed beside us is there already, for pip and for the plugin
     ours = "".join(f"import site; site.addsitedir({p!r})\n" for p in _our_packages())
     (_packages(place) / "beside.pth").write_text(ours)
-    scratch = place / "scratch"
-    scratch.mkdir()
     for project in projects:
-        _pip(place / "bin/python", app, project, scratch)
-    scratch.rmdir()
+        _pip(place, app, project)
 
 
 def _our_packages() -> list[str]:
     return [path for path in site.getsitepackages() if Path(path).is_dir()]
 
 
-def _pip(python: Path, app: Path, project: Path, scratch: Path) -> None:
-    pip: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "--no-input",
-    ]
-    quiet = ["--disable-pip-version-check", "--progress-bar=off"]
+def _pip(place: Path, app: Path, project: Path) -> None:
+    scratch = place / "scratch"
+    scratch.mkdir()
+    # a name of which the project is not hidden
+    shown = PLACE
+    if project.resolve().is_relative_to(PLACE.parent):
+        shown = Path("/mnt") / PLACE.name
+    quiet = ["--disable-pip-version-check", "--progress-bar=off", "--no-input"]
     if not _names_its_builder(project):
         # ours is at hand, and takes no network
         quiet.append("--no-build-isolation")
-    unshared = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--"]
+    pip = (sys.executable, "-P", "-m", "pip", "--python", str(shown / "bin/python"))
     command: list[str | Path] = [
-        *unshared,
-        *("sh", "-ec", _IN_TREE, "sh", str(scratch), str(project)),
-        *(*pip, "install", *quiet, "--no-warn-script-location", project),
+        *("sh", "-ec", _IN_TREE, "sh", str(shown / scratch.name), str(project)),
+        *("env", *_pip_environment(app, shown / scratch.name / "tmp")),
+        *(*pip, "install", *quiet, "--no-warn-script-location", str(project)),
     ]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "PIP_ROOT_USER_ACTION": "ignore", "PYTHONPATH": ""},
-        process_group=0,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            raise InstallError(
-                str(app), f"pip did not end within {_TIMEOUT:g} s"
-            ) from None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode:
-        said = _plain(output[-_TAIL:].decode(errors="replace"))
-        said = safe_text(said, lines=True, limit=None)
-        raise InstallError(str(app), f"pip cannot install {project}", said)
+    try:
+        run(confined(place, command, shown), timeout=_TIMEOUT)
+    except CommandError as error:
+        reason = f"pip cannot install {project}"
+        raise InstallError(str(app), reason, _plain(error.stderr)) from None
+    except DeadlineError:
+        reason = f"pip did not end within {_TIMEOUT:g} s"
+        raise InstallError(str(app), reason) from None
+    shutil.rmtree(scratch)
+
+
+def _pip_environment(app: Path, temporary: Path) -> list[str]:
+    try:
+        settings = pip_settings(sys.executable)
+    except subprocess.CalledProcessError as error:
+        raise InstallError(str(app), "pip's settings", _plain(error.stderr)) from None
+    more = {"PIP_ROOT_USER_ACTION": "ignore", "TMPDIR": str(temporary)}
+    return [f"{name}={value}" for name, value in {**settings, **more}.items()]
 
 
 def _names_its_builder(project: Path) -> bool:
     try:
         return "build-system" in tomllib.loads((project / "pyproject.toml").read_text())
-    except (OSError, ValueError):
-        return False
+    except (OSError, ValueError, RecursionError):
+        return False  # pip says what is wrong with it
 
 
 def _plain(said: str) -> str:
-    """Return what pip said without the frames and colours around it."""
+    """Return what pip said as mere text, without the frames and colours around it."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", said)
     lines = (line.strip("│╰╭─ ").rstrip() for line in text.splitlines())
-    return "\n".join(line for line in lines if line)
+    text = "\n".join(line for line in lines if line)
+    return safe_text(text, lines=True, limit=None)
 
 
 def _entries(packages: Path) -> tuple[str, ...]:

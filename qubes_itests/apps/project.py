@@ -32,6 +32,8 @@ def find_projects(directory: Path) -> list[Path]:
             continue
         if any(directory / parent in found for parent in below.parents):
             continue
-        if _MARK in (directory / name).read_bytes():
+        file = directory / name
+        # others may have a folder of that name, or a link that leads nowhere
+        if file.is_file() and _MARK in file.read_bytes():
             found[directory / below] = None
     return list(found)

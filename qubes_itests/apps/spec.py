@@ -78,7 +78,9 @@ def read_spec_file(path: Path) -> list[TemplateSpec]:
         tables = read(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SpecError(str(path), error.strerror or str(error)) from None
-    except (configparser.Error, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise SpecError(str(path), "its values are nested too deeply") from None
+    except (configparser.Error, ValueError) as error:  # of tomllib, of UTF-8
         raise SpecError(str(path), str(error).splitlines()[0]) from None
     directory = path.absolute().parent
     return [_spec(path, name, table, directory) for name, table in tables.items()]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.host.command import run
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
-__all__ = ["make_root_image"]
+__all__ = ["make_root_image", "root_directory"]
 
 #: Fixed, so that images of the same directory differ in nothing but the times of
 #: change (ctime), which nobody can set.
@@ -20,6 +23,22 @@ _OPTIONS: Final = (
     # a guest must not spend its first seconds on zeroing tables
     f"lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0,hash_seed={_UUID}"
 )
+
+
+@contextlib.contextmanager
+def root_directory(place: Path) -> Iterator[Path]:
+    """Make a directory for the contents of a root image, gone with the context.
+
+    What the directories above it hand down to new files would end in the image:
+    access control lists, and the group of a directory with the bit for that.
+    """
+    with tempfile.TemporaryDirectory(dir=place) as made:
+        for name in ("system.posix_acl_access", "system.posix_acl_default"):
+            with contextlib.suppress(OSError):  # there is none
+                os.removexattr(made, name)
+        os.chown(made, os.geteuid(), os.getegid())
+        Path(made).chmod(0o755)
+        yield Path(made)
 
 
 def make_root_image(

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Final
 
 from qubes_itests.guest.exc import ImageError
 from qubes_itests.host.command import CommandError, run
+from qubes_itests.host.packages import find_program
 
-__all__ = ["AGENT_LINKS", "TOOLS", "fill_rootfs", "find_tool"]
+__all__ = [
+    "AGENT_LINKS",
+    "TOOLS",
+    "fill_rootfs",
+    "find_tool",
+    "make_directory",
+    "write_file",
+]
 
 #: Programs of the host that the guest gets besides busybox, with their libraries.
 TOOLS: Final = ("bash", "mke2fs", "resize2fs", "e2fsck")
 
-_SEARCH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
 _LIBRARY: Final = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$", re.MULTILINE)
 _UID: Final = 1000
 
@@ -109,13 +115,34 @@ def find_tool(name: str) -> Path:
 
     :raise ImageError: it is not installed.
     """
-    found = shutil.which(name, path=_SEARCH)
+    found = find_program(name)
     if found is None:
         raise ImageError(
             "root image",
             f"{name} is not installed; see: python -m qubes_itests doctor",
         )
-    return Path(found)
+    return found
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory of a guest that all may enter, and those above that are missing.
+
+    The umask has no say: what the caller's is must not be seen in images.
+    """
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir()
+        path.chmod(0o755)
+
+
+def write_file(path: Path, data: bytes, mode: int) -> None:
+    """Write a file of a guest, in a directory that is made if it is missing.
+
+    :param mode: its permissions, whatever the umask.
+    """
+    make_directory(path.parent)
+    path.write_bytes(data)
+    path.chmod(mode)
 
 
 def fill_rootfs(directory: Path, agent: Path) -> None:
@@ -126,32 +153,26 @@ def fill_rootfs(directory: Path, agent: Path) -> None:
     :raise ImageError: a program that goes in is not installed.
     """
     for name in _DIRECTORIES:
-        (directory / name).mkdir(parents=True, exist_ok=True)
+        make_directory(directory / name)
     for name, target in _LINKS.items():
         (directory / name).symlink_to(target)
     for name, text in _FILES.items():
-        _write(directory / name, text.encode(), 0o644)
+        write_file(directory / name, text.encode(), 0o644)
     for name, text in _SCRIPTS.items():
-        _write(directory / name, b"#!/bin/sh\n" + text.encode(), 0o755)
-    _write(directory / "usr/lib/qubes/agent", agent.read_bytes(), 0o755)
+        write_file(directory / name, b"#!/bin/sh\n" + text.encode(), 0o755)
+    write_file(directory / "usr/lib/qubes/agent", agent.read_bytes(), 0o755)
     for name in ("busybox", *TOOLS):
         _copy_program(find_tool(name), directory)
-    _link_applets(directory / "usr/bin")
+    _link_applets(directory / "usr/bin", find_tool("busybox"))
     _set_permissions(directory)
 
 
-def _write(path: Path, data: bytes, mode: int) -> None:
-    path.write_bytes(data)
-    path.chmod(mode)
-
-
 def _copy_program(program: Path, directory: Path) -> None:
-    _write(directory / "usr/bin" / program.name, program.read_bytes(), 0o755)
+    write_file(directory / "usr/bin" / program.name, program.read_bytes(), 0o755)
     for library in _libraries(program):
         place = directory / str(library).lstrip("/")
         if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            _write(place, library.read_bytes(), 0o755)
+            write_file(place, library.read_bytes(), 0o755)
 
 
 def _libraries(program: Path) -> list[Path]:
@@ -161,8 +182,8 @@ def _libraries(program: Path) -> list[Path]:
         return []  # statically linked
 
 
-def _link_applets(binaries: Path) -> None:
-    for applet in run([binaries / "busybox", "--list"]).split():
+def _link_applets(binaries: Path, busybox: Path) -> None:
+    for applet in run([busybox, "--list"]).split():
         place = binaries / applet
         if applet not in _NOT_APPLETS and not place.is_symlink() | place.exists():
             place.symlink_to("busybox")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.guest.exc import ImageError
-from qubes_itests.guest.ext4 import make_root_image
+from qubes_itests.guest.ext4 import make_root_image, root_directory
 from qubes_itests.guest.initramfs import build_initramfs
 from qubes_itests.guest.rootfs import TOOLS, fill_rootfs, find_tool
 from qubes_itests.guest.template import Template
@@ -78,28 +78,26 @@ def build_agent(cache: Cache) -> Path:
 
     :raise ImageError: it does not compile.
     """
-    sources = sorted(p for p in _AGENT_SOURCES.iterdir() if p.suffix in (".c", ".h"))
-    key = digest(*sources, _AGENT_SOURCES / "Makefile")
-    return cache.entry("agent", key, _compile) / "agent"
+    return cache.entry("agent", digest(*_sources()), _compile) / "agent"
+
+
+def _sources() -> list[Path]:
+    found = (p for p in _AGENT_SOURCES.iterdir() if p.suffix in (".c", ".h"))
+    return [*sorted(found), _AGENT_SOURCES / "Makefile"]
 
 
 def _compile(place: Path) -> None:
-    command: list[str | Path] = [
-        "make",
-        "--silent",
-        "-C",
-        _AGENT_SOURCES,
-        f"O={place}",
-        "all",
-    ]
+    # a copy in the current directory: make has no way to quote what paths may hold
+    for source in _sources():
+        shutil.copyfile(source, place / source.name)
     try:
+        command = ("env", f"--chdir={place}", "make", "--silent", "all")
         run(command, timeout=_COMPILE_TIMEOUT)
     except CommandError as error:
         raise ImageError("agent", error.stderr) from error
 
 
 def _build(place: Path, agent: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=place) as scratch:
-        fill_rootfs(Path(scratch), agent)
-        Path(scratch).chmod(0o755)
-        make_root_image(Path(scratch), place / "root.img", _ROOT_SIZE, "root")
+    with root_directory(place) as root:
+        fill_rootfs(root, agent)
+        make_root_image(root, place / "root.img", _ROOT_SIZE, "root")

@@ -45,8 +45,9 @@ def digest(*parts: str | bytes | Path) -> str:
 
 def _fingerprint(part: str | bytes | Path) -> bytes:
     if not isinstance(part, Path):
-        data = part.encode() if isinstance(part, str) else part
-        return hashlib.blake2b(data).digest()
+        # names of files need not be UTF-8
+        encoded = part.encode(errors="surrogatepass") if isinstance(part, str) else part
+        return hashlib.blake2b(encoded).digest()
     with part.open("rb") as file:
         return hashlib.file_digest(file, hashlib.blake2b).digest()
 

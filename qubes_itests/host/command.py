@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
-from typing import TYPE_CHECKING
+import tempfile
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.exc import DeadlineError
 from qubes_itests.host.exc import CommandError, MissingToolError
@@ -16,9 +18,41 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["CommandError", "run"]
+__all__ = ["UMASK", "CommandError", "run", "search_path", "tool_environment"]
 
+#: Of the programs that are run: modes of what they make are no matter of the caller's.
+UMASK: Final = 0o022
 _TAIL = 2000
+_SYSTEM_DIRECTORIES: Final = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+#: Who runs it, and how the network is reached. All else may change what a program
+#: makes: CFLAGS, TAR_OPTIONS, XZ_DEFAULTS, MKE2FS_CONFIG, GIT_DIR, PYTHONPATH and more.
+_KEPT: Final = re.compile(
+    r"HOME|USER|LOGNAME|LD_LIBRARY_PATH|APT_CONFIG|NETRC|SSH_AUTH_SOCK"
+    r"|SSL_CERT_(?:FILE|DIR)|REQUESTS_CA_BUNDLE|QUBES_ITESTS_\w+"
+    r"|(?i:\w+_proxy)"
+)
+
+
+def search_path() -> str:
+    """Return where programs are looked for: PATH, and then the system's directories.
+
+    A user's PATH lacks these on Debian, whatever the user may do by sudo.
+    """
+    named = os.environ.get("PATH") or os.defpath
+    more = [name for name in _SYSTEM_DIRECTORIES if name not in named.split(os.pathsep)]
+    return os.pathsep.join([named, *more])
+
+
+def tool_environment() -> dict[str, str]:
+    """Return an environment for programs of the host, of whose results some are kept.
+
+    It has nothing of the caller's that shapes what they make. Messages are English
+    whatever the locale, so that they may be read.
+    """
+    kept = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
+    fixed = {"PATH": search_path(), "LC_ALL": "C.UTF-8", "LANGUAGE": ""}
+    # the caller's TMPDIR, if that is a directory
+    return {**kept, **fixed, "TMPDIR": tempfile.gettempdir()}
 
 
 def run(
@@ -29,7 +63,7 @@ def run(
 ) -> str:
     """Run a program to its end and return what it wrote to standard output.
 
-    Messages are English whatever the locale, so that callers may read them.
+    Its environment is `tool_environment`, its umask 022.
 
     :param argv: program and arguments; no shell is involved.
     :param input: bytes for its standard input; None is an empty input.
@@ -61,7 +95,8 @@ def _start(arguments: list[str]) -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "LC_ALL": "C.UTF-8", "LANGUAGE": ""},
+            env=tool_environment(),
+            umask=UMASK,
             # A group of its own: a deadline ends its children too, and Ctrl-C
             # reaches us first, who then end it in order.
             process_group=0,

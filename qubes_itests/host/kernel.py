@@ -19,6 +19,7 @@ from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.host import packages
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.command import run
+from qubes_itests.host.confined import FOLLOW_US
 from qubes_itests.host.exc import CommandError, NoKernelError, NoNetworkError
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def _try_in(directory: Path, command: list[str], wanted: str) -> None:
 
 
 def _run_in(directory: Path, command: list[str]) -> None:
-    run(["env", f"--chdir={directory}", *command], timeout=_LONG)
+    run([*FOLLOW_US, "env", f"--chdir={directory}", *command], timeout=_LONG)
 
 
 def _options() -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import glob
-import os
 import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qubes_itests.host.command import search_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,9 +78,8 @@ def install_command(missing: list[Need]) -> str:
 
 
 def find_program(name: str) -> Path | None:
-    """Return where a program is, in the system's directories too."""
-    path = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
-    found = shutil.which(name, path=path)
+    """Return where a program is that `host.command.run` would run."""
+    found = shutil.which(name, path=search_path())
     return Path(found) if found else None
 
 

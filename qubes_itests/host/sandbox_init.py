@@ -52,6 +52,9 @@ FORWARDED = {
 USER = "libvirt-qemu"
 GROUPS = {"libvirt-qemu": 64055, "kvm": 64056}
 
+#: As in command.py, where programs outside are looked for.
+SYSTEM_DIRECTORIES = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -143,6 +146,10 @@ def set_up() -> None:
     raise_loopback()
     if not os.path.isdir(os.environ.get("TMPDIR", "/tmp")):  # noqa: PTH112, S108
         del os.environ["TMPDIR"]
+    # Programs of the system are found whatever the PATH of a user has, as outside.
+    path = os.environ.get("PATH") or os.defpath
+    more = [name for name in SYSTEM_DIRECTORIES if name not in path.split(":")]
+    os.environ["PATH"] = ":".join([path, *more])
     # Sessions of the user outside are none of the run's business.
     for name in ("DBUS_SESSION_BUS_ADDRESS", "XDG_RUNTIME_DIR"):
         os.environ.pop(name, None)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qubes_itests.host.cache import digest
+from qubes_itests.host.packages import find_program
 
 if TYPE_CHECKING:
     from qubes_itests.host.cache import Cache
@@ -57,15 +57,15 @@ def kvm_usable(cache: Cache, kernel: Path, *, deadline: float = DEADLINE) -> Ver
     told = _told()
     if told is not None:
         return told
-    emulator = shutil.which(_EMULATOR)
+    emulator = find_program(_EMULATOR)
     if emulator is None:
         return Verdict(usable=False, reason=f"{_EMULATOR} is not installed")
     if not os.access(_DEVICE, os.R_OK | os.W_OK):
         return Verdict(usable=False, reason=f"{_DEVICE} is missing or not ours to use")
-    key = digest(_BOOT_ID.read_text(), emulator, kernel)
+    key = digest(_BOOT_ID.read_text(), str(emulator), kernel)
 
     def build(place: Path) -> None:
-        verdict = _probe(emulator, kernel, deadline)
+        verdict = _probe(str(emulator), kernel, deadline)
         (place / "verdict.json").write_text(json.dumps(asdict(verdict)))
 
     entry = cache.entry("kvm", key, build)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from uuid import UUID
 from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.host.cache import Cache, digest
 from qubes_itests.host.kernel import find_kernel
+from qubes_itests.host.packages import find_program
 from qubes_itests.hypervisor.connection import Connection
 from qubes_itests.hypervisor.domain_xml import Machine, channel_path, domain_xml
 from qubes_itests.hypervisor.embed import CapabilityCache, emulator_key, make_root
@@ -148,12 +148,12 @@ class QemuHypervisor(LibvirtHypervisor):
 
 
 def _find_emulator() -> Path:
-    found = shutil.which(_EMULATOR)
+    found = find_program(_EMULATOR)
     if found is None:
         raise EnvironmentNotReadyError(
             f"{_EMULATOR} is not installed.", "Install it: apt install qemu-system-x86."
         )
-    return Path(found)
+    return found
 
 
 def _kvm_works(cache: Cache, kernel: Path | None) -> bool:

@@ -148,6 +148,9 @@ def _meant(word: str, ids: Sequence[str]) -> list[str]:
     ]
     if found := whole or [name for name in ids if name.startswith(word)]:
         return found
+    # Of a plugin that cannot be run there is one test only, which says why.
+    if (problem := f"{word.partition('::')[0]}::{PROBLEM}") in ids:
+        return [problem]
     known = {"::".join(name.split("::")[:n]) for name in ids for n in (1, 2, 3)}
     close = difflib.get_close_matches(word, sorted(known), n=1)
     hint = f" Did you mean {close[0]}?" if close else ""

@@ -16,6 +16,8 @@ from qubes_itests.guest.debian.release import PACKAGES
 from qubes_itests.guest.exc import NotFetchedError
 from qubes_itests.host.apt import acquire_options, debian_sources
 from qubes_itests.host.cache import Cache, digest
+from qubes_itests.host.command import UMASK, tool_environment
+from qubes_itests.host.confined import PLACE, confined
 from qubes_itests.host.exc import MissingToolError, NoNetworkError
 from qubes_itests.host.packages import find_program
 from qubes_itests.untrusted_text import safe_text
@@ -32,13 +34,6 @@ _TIMEOUT: Final = 900.0
 _LOOK: Final = 0.5
 _TAIL: Final = 12
 _STAGE: Final = re.compile(r"^I: ([^\n]{1,200})$", re.MULTILINE)
-#: Packages are installed as root, whose mounts and processes end with us even if we
-#: are killed.
-_CONFINED: Final = (
-    *("setpriv", "--pdeathsig", "KILL"),
-    *("unshare", "--mount", "--pid", "--ipc", "--fork", "--kill-child"),
-    "--mount-proc",
-)
 
 
 def find_base(cache: Cache, release: Release) -> Path:
@@ -123,11 +118,10 @@ class _Build:
                 "Install it with: apt-get install --no-install-recommends mmdebstrap",
             )
         options = ("--mode=root", "--variant=apt", "--format=tar", "--verbose")
-        return [
-            *_CONFINED,
+        arguments: list[str | Path] = [
             program,
             *options,
-            f"--aptopt={scratch / 'apt.conf'}",
+            f"--aptopt={PLACE / scratch.name / 'apt.conf'}",
             f"--include={','.join(PACKAGES)}",
             # documentation in languages and manuals are of no use to a test
             "--dpkgopt=path-exclude=/usr/share/man/*",
@@ -136,10 +130,11 @@ class _Build:
             "--dpkgopt=path-include=/usr/share/doc/*/copyright",
             *_keyring(),
             self._release.suite,
-            self._place / "root.tar",
+            PLACE / "root.tar",
             # without sources of its own it knows where Debian is
             *(["-"] if sources else []),
         ]
+        return confined(self._place, arguments)
 
     @contextlib.contextmanager
     def _running(
@@ -153,7 +148,8 @@ class _Build:
                 stdin=sources,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "LC_ALL": "C.UTF-8", "TMPDIR": str(scratch)},
+                env={**tool_environment(), "TMPDIR": str(PLACE / scratch.name)},
+                umask=UMASK,
                 process_group=0,
             ) as process,
         ):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.guest.debian.accounts import add_accounts
 from qubes_itests.guest.debian.base import base_key, find_base
 from qubes_itests.guest.exc import ImageError
-from qubes_itests.guest.ext4 import make_root_image
-from qubes_itests.guest.rootfs import AGENT_LINKS, find_tool
+from qubes_itests.guest.ext4 import make_root_image, root_directory
+from qubes_itests.guest.rootfs import (
+    AGENT_LINKS,
+    find_tool,
+    make_directory,
+    write_file,
+)
 from qubes_itests.guest.template import Template
 from qubes_itests.guest.tiny import build_agent, build_stage_one
 from qubes_itests.host.cache import Cache, digest
@@ -93,14 +96,13 @@ def build_debian(cache: Cache, kernel: Kernel, release: Release) -> Template:
 
 
 def _build(place: Path, base: Path, agent: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=place) as scratch:
-        root = Path(scratch)
+    with root_directory(place) as root:
         options = ("--numeric-owner", "--xattrs", "--xattrs-include=*")
         run(
             ["tar", "-xf", base, "-C", root, *options, "--exclude=./dev/*"],
             timeout=_TIMEOUT,
         )
-        root.chmod(0o755)
+        root.chmod(0o755)  # the tar file has it as mmdebstrap made it
         install_files(root, agent)
         make_root_image(root, place / "root.img", _SIZE, "root", keep_times=True)
 
@@ -112,12 +114,12 @@ def install_files(root: Path, agent: Path) -> None:
     :param agent: the guest's program.
     """
     for name in _DIRECTORIES:
-        (root / name).mkdir(parents=True, exist_ok=True)
+        make_directory(root / name)
     for path in _own_files():
         _install(_FILES / path, root / path, executable=_is_program(path))
     _install(agent, root / "usr/lib/qubes/agent", executable=True)
     for name, target in _LINKS.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        make_directory((root / name).parent)
         (root / name).unlink(missing_ok=True)
         (root / name).symlink_to(target)
     # static, so that it starts in a fraction of the time of the user's shell
@@ -126,7 +128,7 @@ def install_files(root: Path, agent: Path) -> None:
     os.chown(root / "home/user", _UID, _UID)
     (root / "home/user").chmod(0o700)
     for name in ("etc/machine-id", "etc/hostname", "var/lib/systemd/linger/user"):
-        (root / name).write_text("")
+        write_file(root / name, b"", 0o644)
 
 
 def _own_files() -> list[Path]:
@@ -138,7 +140,5 @@ def _is_program(path: Path) -> bool:
 
 
 def _install(source: Path, target: Path, *, executable: bool) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    shutil.copyfile(source, target)
-    target.chmod(0o755 if executable else 0o644)
+    write_file(target, source.read_bytes(), 0o755 if executable else 0o644)

@@ -24,6 +24,8 @@ __all__ = ["Builder", "find_layers"]
 
 _KIND: Final = "layer"
 _IMAGE: Final = "root.img"
+#: Whose text shapes the images.
+_BUILDERS: Final = ("build", "chroot", "confine")
 _COPY_TIMEOUT: Final = 300.0
 _INSTALL_TIMEOUT: Final = 900.0
 #: No service starts while its package is configured.
@@ -124,7 +126,10 @@ def _apply(root: MountedRoot, step: Step) -> None:
 
 def _stages(cache: Cache, layers: Layers) -> list[tuple[str, str, Step | None]]:
     """Return for each image what it is, its key, and its step; packages have none."""
-    code = tuple(Path(__file__).with_name(f"{name}.py") for name in ("build", "chroot"))
+    code = tuple(
+        Path(__file__).with_name(f"{name}.py")
+        for name in ("build", "chroot", "confine")
+    )
     key = digest(image_key(cache, layers.base), *code)
     stages: list[tuple[str, str, Step | None]] = []
     if layers.packages:

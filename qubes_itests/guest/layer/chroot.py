@@ -8,6 +8,7 @@ import selectors
 import shlex
 import signal
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -15,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Final, Self
 
 from qubes_itests.guest.exc import LayerError
-from qubes_itests.host.command import run
+from qubes_itests.host.command import UMASK, run
 from qubes_itests.host.filesystem import mount, unmount
 from qubes_itests.host.sandbox import require
 from qubes_itests.host.tree import files_of
@@ -29,10 +30,18 @@ if TYPE_CHECKING:
 __all__ = ["MountedRoot"]
 
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_ENVIRONMENT: Final = (
-    *(f"PATH={_PATH}", "HOME=/root", "LANG=C.UTF-8", "LC_ALL=C.UTF-8"),
-    *("DEBIAN_FRONTEND=noninteractive", "USER=root", "LOGNAME=root", "SHELL=/bin/sh"),
-)
+_ENVIRONMENT: Final = {
+    "PATH": _PATH,
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "LC_ALL": "C.UTF-8",
+    "USER": "root",
+    "LOGNAME": "root",
+    "SHELL": "/bin/sh",
+    "DEBIAN_FRONTEND": "noninteractive",
+}
+#: What is mounted on while commands run.
+_MOUNT_POINTS: Final = ("dev", "proc", "run", "sys")
 _DEVICES: Final = ("null", "zero", "full", "random", "urandom")
 _DEV_LINKS: Final = {
     "fd": "/proc/self/fd",
@@ -42,8 +51,10 @@ _DEV_LINKS: Final = {
 }
 #: The program sees its own processes only; what it leaves running ends with it.
 _CONFINED: Final = (
-    *("unshare", "--mount", "--pid", "--ipc", "--fork", "--kill-child", "--"),
-    *("sh", "-c", 'mount -t proc proc "$0/proc" && exec chroot "$0" "$@"'),
+    *("unshare", "--mount", "--pid", "--ipc", "--uts", "--cgroup"),
+    *("--fork", "--kill-child", "--"),
+    # without site and without our package, to start at once
+    *(sys.executable, "-I", "-S", str(Path(__file__).with_name("confine.py"))),
 )
 _LOG_LIMIT: Final = 16 << 20
 _TAIL: Final = 4000
@@ -71,8 +82,9 @@ class MountedRoot:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
             # discard: what is removed in there takes no room in the image
-            mount(self._image, self.root, options=["discard"])
+            mount(self._image, self.root, options=["discard", "nodev"])
             undo.callback(unmount, self.root)
+            self._require_mount_points()
             self._mount_dev(undo)
             self._mount_tmpfs("run", undo)
             self._undo = undo.pop_all()
@@ -125,15 +137,16 @@ class MountedRoot:
             self._run(step, script, timeout, nothing.fileno())
 
     def _run(self, step: str, script: str, timeout: float, stdin: int) -> None:
-        shell = ["env", "-i", *_ENVIRONMENT, "sh", "-e", "-c", script]
         with (
             self._log.open("ab") as log,
             subprocess.Popen(
-                [*_CONFINED, self.root, *shell],
+                [*_CONFINED, str(self.root), "sh", "-e", "-c", script],
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
+                env=_ENVIRONMENT,
                 process_group=0,
+                umask=UMASK,
             ) as process,
         ):
             log.write(f"== {step}\n".encode())
@@ -148,15 +161,27 @@ class MountedRoot:
         if problem:
             raise LayerError(self._template, step, problem, self._tail(begin))
 
+    def _require_mount_points(self) -> None:
+        """See that nothing is mounted on what a link in the image leads to."""
+        for name in _MOUNT_POINTS:
+            place = self.root / name
+            if place.is_symlink() or not place.is_dir():
+                raise LayerError(
+                    self._template, "mount the image", f"/{name} is no directory"
+                )
+
     def _mount_dev(self, undo: contextlib.ExitStack) -> None:
         dev = self._mount_tmpfs("dev", undo)
         for name in _DEVICES:
             (dev / name).touch()
-            run(["mount", "--bind", f"/dev/{name}", dev / name])
+            # of a mount to be read only the device can be written, but not its mode,
+            # which is that of the host's own
+            run(["mount", "--bind", "-o", "ro", f"/dev/{name}", dev / name])
             undo.callback(unmount, dev / name)
         for name, target in _DEV_LINKS.items():
             (dev / name).symlink_to(target)
-        (dev / "shm").mkdir(mode=0o1777)
+        (dev / "shm").mkdir()
+        (dev / "shm").chmod(0o1777)
         (dev / "pts").mkdir()
         (dev / "ptmx").symlink_to("pts/ptmx")
         options = "newinstance,ptmxmode=666,mode=620"
@@ -184,6 +209,9 @@ def _pack(source: Path, name: str, archive: IO[bytes]) -> None:
             member = tar.gettarinfo(source / path, name or str(path))
             member.uid = member.gid = 0
             member.uname = member.gname = "root"
+            # as git knows them: the rest is the umask of whoever checked them out
+            executable = not member.isfile() or member.mode & 0o100
+            member.mode = 0o755 if executable else 0o644
             if member.isreg():
                 with (source / path).open("rb") as file:
                     tar.addfile(member, file)

@@ -12,6 +12,7 @@ from qubes_itests.guest.layer.image import read_image_file, release_of
 from qubes_itests.host.apt import acquire_options
 from qubes_itests.host.cache import Cache, digest
 from qubes_itests.host.command import CommandError, run
+from qubes_itests.host.confined import PLACE, confined
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,7 +97,7 @@ class _Fetch:
             shutil.move(archive, place / archive.name)
 
     def _options(self) -> str:
-        here = self._scratch
+        here = PLACE
         values = {
             "Dir::State": here / "state",
             "Dir::State::status": here / "status",
@@ -119,10 +120,10 @@ class _Fetch:
         return "".join(f'{name} "{value}";\n' for name, value in values.items())
 
     def _apt(self, *words: str) -> None:
-        environment = f"APT_CONFIG={self._scratch / 'apt.conf'}"
+        environment = f"APT_CONFIG={PLACE / 'apt.conf'}"
         command = ["env", environment, "apt-get", "-q", "-y", *words]
         try:
-            run(command, timeout=_TIMEOUT)
+            run(confined(self._scratch, command), timeout=_TIMEOUT)
         except CommandError as error:
             raise PackagesError(self._template, error.stderr) from error
 

@@ -1,9 +1,14 @@
 """``--app DIR``: all that the maintainer of an app types; what bad ones are told."""
 
+import os
 import re
+import shutil
+import subprocess
 import textwrap
 
 import pytest
+
+from qubes_itests.host.filesystem import mount_tmpfs
 
 SETUP = """\
 from setuptools import setup
@@ -218,4 +223,93 @@ def test_a_plain_suite_of_pytest_has_derived_templates_too(apps, tmp_path):
     (apps.site.work / "test_it.py").write_text(textwrap.dedent(PLAIN))
     words = ("-p", "qubes_itests", "-q", "--itests-template-spec", str(path))
     done = apps.site.run(*words, program="pytest")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_odd_files_in_an_app_are_passed_over(apps):
+    app = apps.make("odd")
+    (app / os.fsdecode(b"src/caf\xe9")).write_text("x")
+    (app / "setup.py").symlink_to("nowhere")
+    (app / "more/pyproject.toml").mkdir(parents=True)
+    done = apps.run(app)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_settings_of_pip_and_of_python_do_not_say_where_tests_go(apps, tmp_path):
+    home = tmp_path / "home"
+    (home / ".config/pip").mkdir(parents=True)
+    target = f"target = {tmp_path}/elsewhere"
+    (home / ".config/pip/pip.conf").write_text(f"[install]\nuser = yes\n{target}\n")
+    (home / ".pydistutils.cfg").write_text(f"[install]\nprefix = {tmp_path}/other\n")
+    for name, value in {
+        "HOME": home,
+        "PIP_USER": "1",
+        "PIP_PREFIX": tmp_path / "elsewhere",
+        "PIP_REQUIRE_VIRTUALENV": "1",
+        "PYTHONUSERBASE": tmp_path / "elsewhere",
+        "GIT_DIR": "/nowhere",
+        "PIP_NO_BUILD_ISOLATION": "1",
+        "TMPDIR": "/nowhere",
+    }.items():
+        apps.site.environment[name] = str(value)
+    done = apps.run(apps.make("set"), words=["--collect-only"])
+    assert "set::TC_App_mine::test_service" in done.stdout, done.stdout + done.stderr
+    assert not (tmp_path / "elsewhere").exists()
+    assert not (home / ".local").exists()
+
+
+#: As an overlay of a container whose own root is one: two are as many as may lie over
+#: one another.
+OVERLAYS = """\
+cd {directory}
+mkdir lower upper work upper2 work2 mid
+mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work overlay mid
+mount -t overlay -o lowerdir=mid,upperdir=upper2,workdir=work2 overlay {apps}
+"""
+
+
+def test_an_app_may_lie_on_an_overlay_over_another(apps, tmp_path):
+    app = apps.make("deep")
+    over = tmp_path / "over"
+    over.mkdir()
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    mount_tmpfs(over, 64 << 20)
+    try:
+        script = OVERLAYS.format(directory=over, apps=moved)
+        subprocess.run(["sh", "-ec", script], check=True)
+        shutil.copytree(app, moved / "deep")
+        done = apps.run(moved / "deep", words=["--collect-only"])
+        assert "deep::TC_App_mine::test_service" in done.stdout, done.stderr
+        assert not (moved / "deep/tests/build").exists()
+    finally:
+        for place in (moved, over / "mid", over):
+            subprocess.run(["umount", place], check=False)
+
+
+@pytest.mark.parametrize("word", ["bad::TC_App_mine", "bad"])
+def test_a_selection_does_not_hide_why_an_app_cannot_be_run(apps, word):
+    setup = '# "qubes.tests.extra"\nraise SystemExit("no luck")\n'
+    app = apps.make("bad", setup=setup)
+    done = apps.run(app, words=[word])
+    assert done.returncode == 1
+    assert done.outcomes == [("FAILED", "bad::plugin")]
+    assert "no luck" in done.stdout
+    assert "app bad: the tests of" in done.stderr
+
+
+#: What make, mount, apt, overlayfs, QEMU or libvirt may take for something else.
+ODD = "o d'd\"&$(x)\\,;%s#=\nline"
+
+
+def test_the_cache_may_have_any_name_and_forbid_programs(apps, tmp_path):
+    cache = tmp_path / ODD
+    cache.mkdir()
+    options = "noexec,nodev,nosuid,size=2g"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", cache], check=True)
+    try:
+        apps.site.environment["QUBES_ITESTS_CACHE"] = str(cache)
+        done = apps.run(apps.make("any"))
+    finally:
+        subprocess.run(["umount", cache], check=True)
     assert done.returncode == 0, done.stdout + done.stderr

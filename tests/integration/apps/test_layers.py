@@ -8,43 +8,10 @@ import textwrap
 import pytest
 from conditions import wait_until
 
-from qubes_itests.guest.exc import LayerError, PackagesError
-from qubes_itests.guest.layer import Copy, Layers, Step, build_layers, fetch_packages
+from qubes_itests.guest.exc import PackagesError
+from qubes_itests.guest.layer import Copy, Step, fetch_packages
 from qubes_itests.guest.layer.image import read_image_file
-from qubes_itests.guest.tiny import build_tiny
-from qubes_itests.host.cache import Cache
-from qubes_itests.host.kernel import find_kernel
 from qubes_itests.host.loop import loop_devices_over
-
-
-class Workbench:
-    """Builds layers over `tiny`, in a cache of the test's own."""
-
-    def __init__(self, directory, base):
-        self.app = directory / "app"
-        self.app.mkdir()
-        self.base = base
-        self.cache = Cache(directory / "cache")
-        self.log = directory / "logs/template.log"
-        self.said = []
-
-    def build(self, script="", *, copies=(), timeout=60, more=()):
-        steps = (Step("my-app", tuple(copies), script, timeout), *more)
-        layers = Layers("mine", self.base, steps=steps)
-        return build_layers(self.cache, layers, self.log, self.said.append)
-
-    def fails(self, script, **values):
-        with pytest.raises(LayerError) as caught:
-            self.build(script, **values)
-        assert caught.value.log == self.log
-        assert self.cache.entries("layer") == []
-        return caught.value
-
-
-@pytest.fixture
-def bench(tmp_path, sandbox):  # noqa: ARG001 - first
-    cache = Cache()
-    return Workbench(tmp_path, build_tiny(cache, find_kernel(cache)).root_image)
 
 
 def stat(image, path):
@@ -74,6 +41,34 @@ def test_files_and_commands_are_in_the_image_and_the_base_is_not_changed(bench):
     assert stat(image, "/usr/src/app/src").count("1234") == 0
     assert read_image_file(bench.base, "/etc/made") is None
     subprocess.run(["e2fsck", "-f", "-n", image], check=True, capture_output=True)
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_modes_are_those_of_git_whatever_the_umask(bench):
+    """A checkout under umask 077 has 0700 and 0600; so had what is added."""
+    (bench.app / "bin").mkdir()
+    for name in ("file", "bin/tool"):
+        (bench.app / name).write_text("x")
+    (bench.app / "bin/tool").chmod(0o700)
+    copies = [Copy(bench.app, "/opt/new/app"), Copy(bench.app / "file", "/srv/one")]
+    image = bench.build("mkdir -p /var/made; : >/var/made/file", copies=copies)
+    for path, mode in {
+        "/opt/new": "0755",
+        "/opt/new/app/bin": "0755",
+        "/srv/one": "0644",
+        "/opt/new/app/file": "0644",
+        "/opt/new/app/bin/tool": "0755",
+        "/var/made": "0755",
+        "/var/made/file": "0644",
+    }.items():
+        assert mode in stat(image, path), path
 
 
 def test_what_is_there_is_not_made_again(bench):

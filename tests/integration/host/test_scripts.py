@@ -87,6 +87,7 @@ class Checkout:
             shutil.copy(_ROOT / name, self.root / name)
         package = self.root / "qubes_itests"
         (package / "host").mkdir(parents=True)
+        shutil.copy(_ROOT / "qubes_itests/host/pip_settings.py", package / "host")
         self.table.write_text((_ROOT / "qubes_itests/host/packages.tsv").read_text())
         (package / "__init__.py").touch()
         (package / "__main__.py").write_text(
@@ -459,3 +460,13 @@ def test_what_runs_beside_the_tests_ends_with_the_script(ready, tmp_path):
 def test_this_machine_is_one_of_those_in_the_table():
     """Otherwise the refusals above would have other reasons than they say."""
     assert packages.distribution() in ("debian", "ubuntu")
+
+
+def test_settings_of_pip_do_not_say_where_the_project_goes(checkout, tmp_path):
+    """They may, for whoever installs programs for himself with the same pip."""
+    config = tmp_path / "pip.conf"
+    config.write_text(f"[global]\nuser = yes\n[install]\ntarget = {tmp_path}/other\n")
+    unwanted = {"PIP_CONFIG_FILE": str(config), "PIP_PREFIX": str(tmp_path / "other")}
+    done = checkout.run("itests", "--version", env={"PIP_USER": "1", **unwanted})
+    assert done.stdout == "ran --version\n", done.stderr
+    assert not (tmp_path / "other").exists()

@@ -1,5 +1,7 @@
 """Where the test plugin of an app is."""
 
+import os
+
 import pytest
 
 from qubes_itests.apps import find_projects, install
@@ -32,6 +34,24 @@ def test_it_may_be_below_an_app_that_is_another_project(tmp_path):
 def test_it_is_not_what_was_built_or_too_deep(tmp_path, place):
     project(tmp_path / place)
     assert find_projects(tmp_path) == []
+
+
+def test_it_is_no_folder_no_fifo_and_no_link_that_leads_nowhere(tmp_path):
+    (tmp_path / "setup.cfg").mkdir()
+    (tmp_path / "setup.py").symlink_to("nowhere")
+    (tmp_path / "pyproject.toml").symlink_to("pyproject.toml")
+    (tmp_path / "tests").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "tests/setup.py").symlink_to("../fifo")
+    (tmp_path / os.fsdecode(b"tests/\xff")).touch()
+    assert find_projects(tmp_path) == []
+    project(tmp_path / "tests", name="setup.cfg")
+    assert find_projects(tmp_path) == [tmp_path / "tests"]
+
+
+def test_a_cache_that_pythons_path_cannot_name_is_told(tmp_path):
+    with pytest.raises(InstallError, match="name another in QUBES_ITESTS_CACHE"):
+        install(Cache(tmp_path / "a:b"), tmp_path, [tmp_path], lambda _: None)
 
 
 def test_an_app_without_one_is_told(tmp_path):

@@ -1,5 +1,7 @@
 """What Debian templates are made of, as far as no package is needed."""
 
+import os
+
 import pytest
 
 from qubes_itests.bundled import Bundled
@@ -64,6 +66,25 @@ def test_programs_and_services_are_executable(root):
         for path in (root / directory).iterdir():
             assert path.stat().st_mode & 0o111, path
     assert not (root / "etc/sudoers.d/qubes").stat().st_mode & 0o111
+
+
+def test_all_may_read_what_is_added_whatever_the_umask(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.chown", lambda *_: None)
+    agent = tmp_path / "agent"
+    agent.write_text("the agent")
+    root = tmp_path / "root"
+    root.mkdir(mode=0o755)
+    before = os.umask(0o077)
+    try:
+        install_files(root, agent)
+    finally:
+        os.umask(before)
+    closed = [
+        str(path.relative_to(root))
+        for path in root.rglob("*")
+        if not path.is_symlink() and path.stat().st_mode & 0o044 != 0o044
+    ]
+    assert closed == ["home/user"]
 
 
 def test_packages_that_were_not_fetched_are_told(tmp_path):

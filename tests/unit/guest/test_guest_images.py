@@ -5,12 +5,14 @@ import lzma
 import os
 import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from qubes_itests.guest.console import console_tail
 from qubes_itests.guest.cpio import Archive
 from qubes_itests.guest.exc import ImageError
+from qubes_itests.guest.ext4 import root_directory
 from qubes_itests.guest.initramfs import build_initramfs
 from qubes_itests.guest.modules import ModuleTree
 from qubes_itests.guest.rootfs import fill_rootfs
@@ -113,6 +115,33 @@ def test_the_root_filesystem_has_what_qubes_guests_have(tmp_path, chowned):
     assert stat.S_IMODE((root / "tmp").stat().st_mode) == 0o1777
     assert (root / "sbin/sh").readlink() == root.joinpath("busybox").relative_to(root)
     assert chowned == [(root / "home/user", 1000, 1000)]
+
+
+def modes(root):
+    return {
+        path.relative_to(root): oct(path.lstat().st_mode)
+        for path in (root, *root.rglob("*"))
+    }
+
+
+@pytest.mark.usefixtures("chowned")
+def test_the_caller_has_no_say_in_the_modes_of_a_root(tmp_path):
+    """Neither by the umask nor by what the cache's directory hands down."""
+    agent = tmp_path / "agent"
+    agent.write_bytes(b"program")
+    seen = []
+    for umask, mode in ((0o022, 0o755), (0o077, 0o2700)):
+        (tmp_path / f"{umask}").mkdir()
+        (tmp_path / f"{umask}").chmod(mode)
+        before = os.umask(umask)
+        try:
+            with root_directory(tmp_path / f"{umask}") as root:
+                fill_rootfs(root, agent)
+                seen.append(modes(root))
+        finally:
+            os.umask(before)
+    assert seen[0] == seen[1]
+    assert seen[0][Path("usr/lib/qubes")] == oct(stat.S_IFDIR | 0o755)
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from qubes_itests.exc import DeadlineError
+from qubes_itests.guest.rootfs import find_tool
 from qubes_itests.host.command import CommandError, run
 from qubes_itests.host.exc import MissingToolError
+from qubes_itests.host.packages import find_program
 
 
 def test_output_and_input():
@@ -29,6 +31,54 @@ def test_messages_are_english_whatever_the_locale(monkeypatch):
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     monkeypatch.setenv("LANGUAGE", "de")
     assert run(["sh", "-c", "echo $LC_ALL$LANGUAGE"]) == "C.UTF-8\n"
+
+
+SHAPING = {
+    "CFLAGS": "-O0",
+    "CPATH": "/none",
+    "MAKEFLAGS": "-n",
+    "CC": "false",
+    "TAR_OPTIONS": "--exclude=*",
+    "XZ_DEFAULTS": "-9",
+    "MKE2FS_CONFIG": "/none",
+    "GIT_DIR": "/none",
+    "PYTHONPATH": "/none",
+    "PIP_USER": "1",
+    "TZ": "Etc/GMT-9",
+    "XDG_CONFIG_HOME": "/none",
+    "LC_ALL": "tr_TR.UTF-8",
+    "POSIXLY_CORRECT": "1",
+}
+
+
+def test_what_programs_make_does_not_depend_on_the_callers_environment(
+    monkeypatch, tmp_path
+):
+    for name, value in SHAPING.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    before = os.umask(0o077)
+    try:
+        seen = run(["sh", "-c", f"env -0; umask >{tmp_path}/umask"]).split("\0")
+    finally:
+        os.umask(before)
+    found = dict(line.split("=", 1) for line in seen if line)
+    assert found["LC_ALL"] == "C.UTF-8"
+    assert found["https_proxy"] == "http://proxy:3128"
+    assert not (SHAPING.keys() - {"LC_ALL"}) & found.keys()
+    assert (tmp_path / "umask").read_text() == "0022\n"
+
+
+@pytest.mark.parametrize("path", ["/usr/bin:/bin", "", None])
+def test_programs_of_the_system_are_found_where_the_checks_find_them(monkeypatch, path):
+    """A user's PATH has no sbin on Debian."""
+    if path is None:
+        monkeypatch.delenv("PATH")
+    else:
+        monkeypatch.setenv("PATH", path)
+    assert find_program("mkfs.btrfs").parent.name == "sbin"
+    assert "mkfs.btrfs" in run(["mkfs.btrfs", "--version"])
+    assert find_tool("mke2fs") == find_program("mke2fs")
 
 
 def test_a_failure_tells_command_status_and_last_words():

@@ -52,6 +52,17 @@ def test_a_change_gives_another_key(tree, change):
     assert tree_digest(tree) != before
 
 
+def test_names_need_not_be_utf_8(tree):
+    """What git has is bytes."""
+    before = tree_digest(tree)
+    name = os.fsdecode(b"src/\xff\xe9.txt")
+    (tree / name).touch()
+    assert Path(name) in files_of(tree)
+    first = tree_digest(tree)
+    (tree / name).rename(tree / os.fsdecode(b"src/\xfe\xe9.txt"))
+    assert len({before, first, tree_digest(tree)}) == 3
+
+
 def test_what_does_not_count_gives_the_same_key(tree):
     before = tree_digest(tree)
     (tree / ".git/HEAD").write_text("x")
