@@ -14,6 +14,7 @@ from qubes_itests.admin.vm_calls import offer_to_vms
 from qubes_itests.balancing.app_memory import AppMemory, counts
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.storage import copy_image
+from qubes_itests.core.store.recovery import recover
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.warm import WarmStarts
 from qubes_itests.host import memory
@@ -233,6 +234,8 @@ class Testbed:
 
     async def _fill(self, app: Qubes, pool: Path) -> None:
         await app.add_pool(ReflinkPool(name=POOL_NAME, dir_path=pool))
+        # an earlier process may have been ended while it did this
+        await recover(app)
         for name, template in app.kernels.items():
             await self._add_template(app, name, template)
 
@@ -251,7 +254,9 @@ class Testbed:
         )
         if template.init != "agent":
             vm.features["init"] = template.init
-        await vm.storage.create({"root": template.root_image})
+        # of a store that was lost the volumes may be there still
+        images = {"root": template.root_image}
+        await vm.create_on_disk(images=images, adopt=app.store is not None)
         if app.default_template is None:
             app.default_template = vm
 
@@ -300,7 +305,4 @@ class Testbed:
 async def _remove_volumes(app: Qubes) -> None:
     for vm in app.domains:
         if hasattr(vm, "storage"):
-            try:
-                await vm.storage.remove()
-            except Exception as error:  # noqa: BLE001 - told to the caller
-                app.problems.append(f"volumes of {vm} could not be removed: {error}")
+            await vm.storage.undo()

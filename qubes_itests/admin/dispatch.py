@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from qubes_itests.admin.hub import EventHub
 from qubes_itests.admin.protocol import Request, encode_exception, encode_reply
-from qubes_itests.admin.saving import save
 from qubes_itests.admin.tokens import CloneTokens
 from qubes_itests.core.exc import (
     PermissionDenied,
@@ -28,6 +27,7 @@ from qubes_itests.core.exc import (
     QubesException,
     QubesVMNotFoundError,
 )
+from qubes_itests.core.saving import save
 from qubes_itests.exc import HarnessError, InternalError
 from qubes_storage.exc import StoragePoolException
 
@@ -159,6 +159,8 @@ class Method:
             raise ProtocolError(f"{self.name} is a method of dom0 alone")
         if self.destination is Destination.VM and is_dom0:
             raise ProtocolError(f"{self.name} is no method of dom0")
+        if self.saves:
+            call.destination.check_whole()
         if self.argument is not None:
             call.argument = self.argument(call)
         elif call.raw_argument:

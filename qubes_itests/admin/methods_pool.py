@@ -8,7 +8,13 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.admin.dispatch import Call, Destination, method
-from qubes_itests.admin.validation import boolean, lines, pool, revisions_to_keep
+from qubes_itests.admin.validation import (
+    boolean,
+    lines,
+    pool,
+    printable,
+    revisions_to_keep,
+)
 from qubes_itests.core.exc import ProtocolError, QubesException, QubesValueError
 from qubes_storage.drivers import driver_names, pool_class
 
@@ -130,6 +136,20 @@ def list_volumes(call: Call) -> str:
     """Return the ids of its volumes, one a line."""
     vids = [volume.vid for volume in call.argument.list_volumes()]
     return "".join(f"{vid}\n" for vid in call.permitted(vids))
+
+
+@_ON_DOM0("admin.pool.volume.ListOrphans", argument=pool)
+async def list_orphans(call: Call) -> str:
+    """Return the ids of its volumes that no VM has, one a line; not of Qubes OS."""
+    vids = await call.app.find_orphans(call.argument)
+    return "".join(f"{vid}\n" for vid in call.permitted(vids))
+
+
+@_ON_DOM0("admin.pool.volume.RemoveOrphan", argument=pool, payload=printable)
+async def remove_orphan(call: Call) -> None:
+    """Remove the volume of an id, with its revisions, if no VM has it."""
+    call.permit(vid=call.payload)
+    await call.app.remove_orphan(call.argument, call.payload)
 
 
 @_ON_DOM0(

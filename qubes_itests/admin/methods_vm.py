@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -12,14 +11,12 @@ from qubes_itests.admin.validation import printable
 from qubes_itests.core.app import VM_CLASSES
 from qubes_itests.core.exc import (
     ProtocolError,
-    QubesException,
     QubesValueError,
     QubesVMInUseError,
     QubesVMNotFoundError,
     QubesVMNotHaltedError,
 )
 from qubes_itests.core.vm.base import validate_name
-from qubes_storage.exc import StoragePoolException
 
 if TYPE_CHECKING:
     from qubes_itests.core.labels import Label
@@ -30,6 +27,10 @@ log = logging.getLogger("qubes.admin")
 
 _CREATE: Final = "admin.vm.Create."
 _IN_POOL: Final = "admin.vm.CreateInPool."
+#: Not of Qubes OS, like the other methods on volumes without a VM: see `methods_pool`.
+_ADOPT: Final = "admin.vm.Adopt."
+#: The classes whose VMs keep volumes.
+_ADOPTERS: Final = ("AppVM", "StandaloneVM", "TemplateVM")
 _VOLUMES: Final = ("root", "private", "volatile", "kernel")
 
 
@@ -89,7 +90,7 @@ def _wanted(call: Call, data: bytes) -> _Wanted:
 def _wanted_pools(
     call: Call, pairs: dict[str, str]
 ) -> tuple[str | None, dict[str, str]]:
-    in_pool = call.method.startswith(_IN_POOL)
+    in_pool = call.method.startswith((_IN_POOL, _ADOPT))
     allowed = {"pool", *(f"pool:{name}" for name in _VOLUMES)} if in_pool else set()
     if unknown := sorted(set(pairs) - allowed):
         raise ProtocolError(f"the payload takes no {', '.join(unknown)}")
@@ -114,13 +115,13 @@ def _template(call: Call) -> Any:
 
 @method(
     *(prefix + name for prefix in (_CREATE, _IN_POOL) for name in VM_CLASSES),
+    *(_ADOPT + name for name in _ADOPTERS),
     destination=Destination.DOM0,
     argument=_template,
     payload=_wanted,
-    saves=True,
 )
 async def create(call: Call) -> None:
-    """Make a VM, with its volumes."""
+    """Make a VM, with its volumes; to adopt takes over those that no VM has."""
     wanted: _Wanted = call.payload
     properties: dict[str, Any] = {"name": wanted.name, "label": wanted.label}
     if call.argument is not None:
@@ -128,15 +129,14 @@ async def create(call: Call) -> None:
     elif call.method.endswith(".DispVM"):
         properties["template"] = call.app.dispvm_template(call.source)
     call.permit(pool=wanted.pool, pools=wanted.pools, **properties)
-    vm = call.app.add_new_vm(call.method.rpartition(".")[2], **properties)
-    try:
-        vm.tags.add(f"created-by-{call.source.name}")
-        if hasattr(vm, "create_on_disk"):
-            await vm.create_on_disk(pool=wanted.pool, pools=wanted.pools)
-    except BaseException:
-        with contextlib.suppress(QubesException, StoragePoolException):
-            await call.app.domains.remove(vm)
-        raise
+    await call.app.create_vm(
+        call.method.rpartition(".")[2],
+        pool=wanted.pool,
+        pools=wanted.pools,
+        adopt=call.method.startswith(_ADOPT),
+        tags=[f"created-by-{call.source.name}"],
+        **properties,
+    )
 
 
 def _uuid_wanted(call: Call, data: bytes) -> bool:

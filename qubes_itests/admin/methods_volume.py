@@ -123,7 +123,8 @@ async def clone_to(call: Call) -> None:
     call.permit(src_volume=source, dst_volume=call.argument)
     if not call.destination.is_halted():
         raise QubesVMNotHaltedError(call.destination)
-    await call.argument.import_volume(source)
+    with call.destination.storage.changing():
+        await call.argument.import_volume(source)
 
 
 @_OF_VM(f"{_PREFIX}Clear", saves=True)

@@ -70,14 +70,13 @@ class VMWorld(World):
 
         :raise MemoryRefusedError: when there is no memory for it.
         """
-        vm = self.app.add_new_vm(
+        vm = await self.app.create_vm(
             "AppVM",
             name=name,
             label="red",
             memory=memory // MIB,
             maxmem=maximum // MIB,
         )
-        await vm.create_on_disk()
         self._note(f"{name} starts")
         try:
             await vm.start()

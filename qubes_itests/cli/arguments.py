@@ -50,6 +50,7 @@ _MODULES = {
     "memory": "memory",
     "serve": "serve",
     "qvm": "qvm",
+    "orphans": "orphans",
     "template": "template",
 }
 _HELP = {
@@ -62,6 +63,7 @@ _HELP = {
     "memory": "show who holds the memory, live, or plot it as an SVG",
     "serve": "run the core as a daemon with the Admin API on a socket",
     "qvm": "run a client tool of Qubes OS against the newest `serve`",
+    "orphans": "list, take over or remove volumes of `serve` that no VM has",
     "template": "build a template before the first run that needs it, or list them",
 }
 
@@ -77,11 +79,12 @@ class Command:
     :param target: of `shell`: a template, or the directory of a kept VM.
     :param cache: of `clean`: remove the cache too.
     :param words: of `memory`: ``plot`` or not, and a timeline; of `qvm` what follows
-        the tool; of `template` ``list``, or ``build`` and names.
+        the tool; of `template` ``list``, or ``build`` and names; of `orphans` what to
+        do to which, or nothing.
     :param output: of `memory plot`: the file to write.
     :param directory: of `serve`: where its state is kept; empty to forget it.
     :param print_env: of `serve`: print how to call the one that runs.
-    :param socket: of `qvm`: that of the server; empty for the newest.
+    :param socket: of `qvm` and `orphans`: that of the server; empty for the newest.
     :param tool: of `qvm`: its name.
     """
 
@@ -190,6 +193,14 @@ def _parser(name: str) -> argparse.ArgumentParser:
         _add_serving(parser)
     elif name == "qvm":
         _add_tool(parser)
+    elif name == "orphans":
+        _add_socket(parser)
+        parser.add_argument(
+            "words",
+            metavar="remove POOL:VOLUME | adopt NAME CLASS TEMPLATE",
+            nargs="*",
+            help="what to do; without words they are listed",
+        )
     elif name == "clean":
         parser.add_argument(
             "--cache", action="store_true", help="also remove images and saved states"
@@ -212,10 +223,15 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tool(parser: argparse.ArgumentParser) -> None:
+    _add_socket(parser)
     add = parser.add_argument
-    add("--socket", metavar="PATH", help="of the server to call (the newest)")
     add("tool", metavar="TOOL", help="qvm-ls, qvm-create …")
     add("words", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="the tool's own")
+
+
+def _add_socket(parser: argparse.ArgumentParser) -> None:
+    help_ = "of the server to call (the newest)"
+    parser.add_argument("--socket", metavar="PATH", help=help_)
 
 
 def _usage(name: str) -> str:
@@ -225,6 +241,7 @@ def _usage(name: str) -> str:
         "shell": " VM-or-template",
         "memory": " [plot] [FILE]",
         "qvm": " TOOL [ARGUMENTS]",
+        "orphans": " [remove POOL:VOLUME... | adopt NAME CLASS [TEMPLATE]]",
         "template": " list | build NAME...",
     }.get(name, "")
     return f"qubes-itests {name} [options]{words}"

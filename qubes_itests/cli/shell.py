@@ -42,10 +42,10 @@ def _open(testbed: Testbed, target: str, template: str) -> int:
             raise _unknown(target, testbed)
     run = testbed.portal.run
     app = run(testbed.make_app(template))
-    vm = app.add_new_vm("StandaloneVM" if disks else "AppVM", name="shell", label="red")
+    cls = "StandaloneVM" if disks else "AppVM"
+    vm = run(app.create_vm(cls, name="shell", label="red"))
     if disks:
         vm.kernel = template
-    run(vm.create_on_disk())
     for name, image in (disks or {}).items():
         run(_import(vm.volumes[name], image))
     run(vm.start())

@@ -142,7 +142,7 @@ class SystemTestCase(QubesTestCase):
         It starts when the first of them does.
         """
         if self.app.default_netvm is None:
-            net = self.app.add_new_vm(
+            making = self.app.create_vm(
                 "AppVM",
                 name=NET_VM,
                 template=self.app.default_template,
@@ -150,8 +150,7 @@ class SystemTestCase(QubesTestCase):
                 netvm=None,
                 provides_network=True,
             )
-            self.loop.run_until_complete(net.create_on_disk())
-            self.app.default_netvm = net
+            self.app.default_netvm = self.loop.run_until_complete(making)
 
     @staticmethod
     def make_vm_name(name: str, class_teardown: bool = False) -> str:  # noqa: FBT001, FBT002
@@ -177,8 +176,7 @@ class SystemTestCase(QubesTestCase):
         # a disposable VM has gone with its run
         while present := [vm for vm in present if vm in self.app.domains]:
             vm = next(filter(_is_unused, present), present[0])
-            del self.app.domains[vm]
-            await vm.remove_from_disk()
+            await self.app.domains.remove(vm)
 
     async def wait_for_session(self, vm: Any) -> None:
         """Wait until the session of the VM's default user has begun.
@@ -273,15 +271,14 @@ class ExtraTestCase(SystemTestCase):
     def setUp(self) -> None:
         """Have a VM for disposable VMs to be made from, beside the app."""
         super().setUp()
-        base = self.app.add_new_vm(
+        making = self.app.create_vm(
             "AppVM",
             name=self.make_vm_name("dvm"),
             template=self.app.default_template,
             label="red",
             template_for_dispvms=True,
         )
-        self.loop.run_until_complete(base.create_on_disk())
-        self.app.default_dispvm = base
+        self.app.default_dispvm = self.loop.run_until_complete(making)
 
     def tearDown(self) -> None:
         """Let go of the VM for disposable VMs; the rest is done behind clean-ups."""
@@ -298,12 +295,10 @@ class ExtraTestCase(SystemTestCase):
         return [self._create_vm(self.make_vm_name(name)) for name in names]
 
     def _create_vm(self, name: str) -> VMWrapper:
-        vm = self.app.add_new_vm(
+        making = self.app.create_vm(
             "AppVM", name=name, template=self.app.default_template, label="red"
         )
-        self.loop.run_until_complete(vm.create_on_disk())
-        self.app.save()
-        return VMWrapper(vm, loop=self.loop)
+        return VMWrapper(self.loop.run_until_complete(making), loop=self.loop)
 
     def enable_network(self) -> None:
         """Connect all VMs of the test by a net VM; see `init_networking`."""

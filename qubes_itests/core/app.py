@@ -19,6 +19,7 @@ from qubes_itests.core.exc import (
     QubesVMNotStartedError,
 )
 from qubes_itests.core.labels import LABELS, Label, find_label
+from qubes_itests.core.making import making
 from qubes_itests.core.policy import Policy
 from qubes_itests.core.pools import PoolsMixin
 from qubes_itests.core.properties import Property, VMProperty
@@ -37,10 +38,11 @@ from qubes_itests.core.vm.templatevm import TemplateVM
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from qubes_itests.core.qrexec import HostService
+    from qubes_itests.core.store.journal import Journal
     from qubes_itests.core.vm.base import BaseVM
     from qubes_itests.exc import HarnessError
     from qubes_itests.guest.template import Template
@@ -224,6 +226,11 @@ class Qubes(PoolsMixin):
         ]
 
     @property
+    def journal(self) -> Journal | None:
+        """What is being done to VMs, noted beside the store; None without one."""
+        return None if self.store is None else self.store.journal
+
+    @property
     def labels(self) -> Mapping[int, Label]:
         """The labels, by index."""
         return LABELS
@@ -247,7 +254,7 @@ class Qubes(PoolsMixin):
     def add_new_vm(
         self, cls: str | type[Any], qid: int | None = None, **properties: Any
     ) -> Any:
-        """Make a VM and add it; nothing is made on disk.
+        """Make a VM and add it; nothing is made on disk, as `create_vm` does.
 
         :param cls: the class, or its name.
         :param qid: its number; by default the lowest that is free.
@@ -270,9 +277,41 @@ class Qubes(PoolsMixin):
         vm = vm_class(self, qid=qid, **properties)
         # before its volumes take the place of those of the VM that is there
         self.domains.check_free(vm)
-        if isinstance(vm, QubesVM):
+        if not isinstance(vm, QubesVM):
+            return self.domains.add(vm)
+        vm.storage.is_made = False
+        try:
             vm.init_storage()
-        return self.domains.add(vm)
+            return self.domains.add(vm)
+        except BaseException:
+            vm.storage.unbind()
+            raise
+
+    async def create_vm(
+        self,
+        cls: str | type[Any],
+        *,
+        pool: str | None = None,
+        pools: Mapping[str, str] | None = None,
+        adopt: bool = False,
+        tags: Iterable[str] = (),
+        **properties: Any,
+    ) -> Any:
+        """Make a VM with its volumes, and save the app: all of that, or nothing.
+
+        :param cls: the class, or its name.
+        :param pool: as for `create_on_disk` of the VM, as are `pools` and `adopt`.
+        :param tags: of the VM.
+        :param properties: as for `add_new_vm`.
+        :return: the VM.
+        :raise QubesValueError: for a name that cannot be or is taken.
+        :raise VolumeExistsError: when one of its volumes is there already.
+        """
+        vm = self.add_new_vm(cls, **properties)
+        async with making(vm):
+            vm.tags.update(tags)
+            await vm.create_on_disk(pool=pool, pools=pools, adopt=adopt)
+        return vm
 
     def dispvm_template(self, caller: BaseVM | None = None) -> BaseVM:
         """Return what a DispVM is made from that is asked for without a template.
@@ -305,24 +344,35 @@ class Qubes(PoolsMixin):
         :param lock: whether to keep other writers out from now on, until `close`.
         :raise StoreError: when another writer has changed the store, or keeps it.
         """
-        if self.store is not None:
-            version = self.store.next_version()
-            write_state(self.store, state_of(self), version, lock=lock)
+        if (write := self._prepare_save(lock=lock)) is not None:
+            write()
         self.fire_event("app-saved")
 
     async def save_async(self, *, lock: bool = True) -> None:
         """Save, without keeping the event loop waiting for the disk; see `save`."""
-        if self.store is not None:
-            state, version = state_of(self), self.store.next_version()
-            await asyncio.to_thread(write_state, self.store, state, version, lock=lock)
+        if (write := self._prepare_save(lock=lock)) is not None:
+            await asyncio.to_thread(write)
         self.fire_event("app-saved")
+
+    def _prepare_save(self, *, lock: bool) -> Callable[[], None] | None:
+        """Return what writes the state of now, in any thread; None without a store."""
+        if self.store is None:
+            return None
+        store, state = self.store, state_of(self)
+        version, settled = store.next_version(), store.journal.settled()
+
+        def write() -> None:
+            write_state(store, state, version, lock=lock)
+            store.journal.drop(settled)
+
+        return write
 
     async def close(self) -> None:
         """Kill the VMs that run and wait until the ends of their runs are dealt with.
 
         One that cannot be killed is noted in `problems`; the others are killed still.
-        Then extensions forget the app (``qubes-close``), and the store is left to other
-        writers.
+        Then extensions forget the app (``qubes-close``); the store and the pools are
+        left to other writers.
         """
         for vm in self.domains:
             if not isinstance(vm, QubesVM):
@@ -341,5 +391,7 @@ class Qubes(PoolsMixin):
             self.fire_event("qubes-close")
         except Exception as error:  # noqa: BLE001 - an extension's; the caller is told
             self.problems.append(f"an extension did not let the app go: {error!r}")
+        for pool in self.pools.values():
+            pool.unclaim()
         if self.store is not None:
             self.store.release()

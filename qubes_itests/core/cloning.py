@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.core.exc import QubesException, QubesVMError
-from qubes_storage.exc import StoragePoolException
-from qubes_storage.uninterrupted import to_its_end
+from qubes_itests.core.exc import QubesVMError
+from qubes_itests.core.making import making
 
 if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
@@ -40,6 +38,7 @@ async def clone_vm(
     :param properties: others than `source` has.
     :return: the copy.
     :raise QubesVMError: for dom0.
+    :raise VolumeExistsError: when one of its volumes is there already.
     """
     if source.klass == "AdminVM":
         raise QubesVMError(source, f"{source} cannot be cloned: there is one only")
@@ -48,13 +47,10 @@ async def clone_vm(
     if base is not None and hasattr(vm_class, "template"):
         properties.setdefault("template", base)
     vm = app.add_new_vm(vm_class, name=name, label=source.label, **properties)
-    try:
+    async with making(vm):
         _clone_settings(vm, source, given=set(properties))
         await _clone_assignments(vm, source)
         await vm.clone_disk_files(source, pool=pool)
-    except BaseException:
-        await to_its_end(_give_up(app, vm))
-        raise
     return vm
 
 
@@ -72,8 +68,3 @@ async def _clone_assignments(vm: Any, source: Any) -> None:
     for devclass, devices in list(source.devices.items()):
         for assignment in devices.get_assigned_devices():
             await vm.devices[devclass].assign(assignment)
-
-
-async def _give_up(app: Qubes, vm: Any) -> None:
-    with contextlib.suppress(QubesException, StoragePoolException):
-        await app.domains.remove(vm)

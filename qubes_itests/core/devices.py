@@ -167,6 +167,8 @@ class DeviceCollection:
         )
         # again, here and below: a handler may have waited
         self._check_not_assigned(assignment)
+        if (backend := assignment.backend_domain) is not None:
+            backend.check_whole()
         self._remember(assignment)
         await self._vm.fire_event_async(
             f"device-assign:{self.devclass}", device=device, options=options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import uuid
 from collections import deque
@@ -15,6 +16,7 @@ from qubes_itests.core.exc import (
     QubesVMNotHaltedError,
 )
 from qubes_itests.core.vm.base import BaseVM
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +42,7 @@ class VMCollection:
         self._by_name: dict[str, BaseVM] = {}
         self._by_qid: dict[int, BaseVM] = {}
         self._last_dispids: deque[int] = deque(maxlen=_REMEMBERED)
+        self._removals: dict[uuid.UUID, asyncio.Future[None]] = {}
         #: No number below this one is free.
         self._next_qid = 1
 
@@ -97,30 +100,53 @@ class VMCollection:
 
     def __delitem__(self, key: Any) -> None:
         vm = self[key]
+        self._begin_removal(vm)
+        self.withdraw(vm)
+
+    def _begin_removal(self, vm: Any) -> None:
         if vm.klass == "AdminVM":
             raise QubesException("dom0 cannot be removed")
+        vm.check_whole()
         if not vm.is_halted() or vm.is_starting():
             raise QubesVMNotHaltedError(
                 vm, f"VM {vm} runs; kill or shut it down before removing it"
             )
         vm.check_unused()
         self._app.fire_event("domain-pre-delete", pre_event=True, vm=vm)
-        self._forget(vm)
-        self._app.fire_event("domain-delete", vm=vm)
 
-    def _forget(self, vm: BaseVM) -> None:
+    def withdraw(self, vm: BaseVM) -> None:
+        """Take a VM out without asking anybody, and tell; its volumes stay."""
         del self._by_uuid[vm.uuid], self._by_name[vm.name], self._by_qid[vm.qid]
         self._next_qid = min(self._next_qid, vm.qid)
+        self._app.fire_event("domain-delete", vm=vm)
 
     async def remove(self, key: Any) -> None:
-        """Remove a VM, and then its volumes.
+        """Remove the volumes of a VM, and then the VM; once begun it is finished.
+
+        If a volume cannot be removed the VM stays.  Who asks while it is under way
+        waits for the same removal.
 
         :raise QubesVMNotHaltedError: when it runs.
         :raise QubesVMInUseError: when others use it, naming them.
+        :raise StoragePoolException: when a volume cannot be removed.
         """
         vm = self[key]
-        del self[vm]
-        await vm.remove_from_disk()
+        if vm.uuid not in self._removals:
+            self._begin_removal(vm)
+            vm.under_way = "removed"
+            self._removals[vm.uuid] = asyncio.ensure_future(self._remove(vm))
+        await to_its_end(self._removals[vm.uuid])
+
+    async def _remove(self, vm: Any) -> None:
+        # its name is free only when nothing of it is left
+        try:
+            await vm.remove_from_disk()
+            self.withdraw(vm)
+        finally:
+            vm.under_way = ""
+            del self._removals[vm.uuid]
+        if self._app.journal is not None:
+            self._app.journal.settle(vm.uuid)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(list(self._by_uuid.values()))

@@ -48,13 +48,15 @@ class PoolsMixin(PropertyHolder):
         :param options: of that pool: `name`, and what its driver takes.
         :raise DriverNotFoundError: when there is no such driver.
         :raise QubesValueError: for options that it does not take, or a name in use.
+        :raise PoolError: when it cannot be set up, or somebody else owns what is in it.
         """
         pool = _make_pool(driver, options) if pool is None else pool
         self._check_new_pool(pool)
         await pool.setup()
         try:
+            await pool.claim()
             self._check_new_pool(pool)
-        except QubesValueError:
+        except BaseException:
             await pool.destroy()
             raise
         self.pools[pool.name] = pool
@@ -89,6 +91,56 @@ class PoolsMixin(PropertyHolder):
             self.pools.setdefault(name, pool)
             raise
         self.fire_event("pool-delete", pool=pool)
+
+    def owned_volumes(self, *, besides: object = None) -> set[tuple[str, str]]:
+        """Return pool and id of each volume that a VM has, on disk or not.
+
+        :param besides: a VM that does not count.
+        """
+        return {
+            (volume.pool.name, volume.vid)
+            for vm in self.domains
+            if vm is not besides
+            for volume in getattr(vm, "volumes", {}).values()
+        }
+
+    async def find_orphans(self, pool: Pool, *, besides: object = None) -> list[str]:
+        """Return the ids of the volumes in a pool that no VM of the app has.
+
+        :param besides: a VM that does not count.
+        :raise PoolError: when the pool cannot be read.
+        """
+        found = await pool.find_volumes()
+        owned = self.owned_volumes(besides=besides)
+        return [vid for vid in found if (pool.name, vid) not in owned]
+
+    async def remove_orphan(self, pool: Pool, vid: str) -> None:
+        """Remove a volume that no VM of the app has, with its revisions.
+
+        :raise QubesValueError: when a VM has it, or there is none of that id.
+        :raise VolumeError: when it cannot be removed.
+        """
+        if vid not in await self.find_orphans(pool):
+            raise QubesValueError(
+                f"pool {pool} has no volume {vid!r} without a VM: see its orphans"
+            )
+        await self.remove_unowned(pool, vid)
+
+    async def remove_unowned(self, pool: Pool, vid: str) -> None:
+        """Remove a volume unless a VM has it; no error when there is nothing of it.
+
+        :raise QubesValueError: when a VM has it.
+        :raise VolumeError: when it cannot be removed.
+        """
+        if (pool.name, vid) in self.owned_volumes():
+            raise QubesValueError(f"a VM has volume {vid!r} of pool {pool}")
+        config = {"vid": vid, "name": vid.rpartition("/")[2]}
+        volume = pool.init_volume(None, config)
+        try:
+            await volume.remove()
+        except BaseException:
+            pool.unbind(volume)
+            raise
 
     def get_pool(self, name: str) -> Pool:
         """Return a storage pool by name; QubesPoolNotFoundError if there is none."""

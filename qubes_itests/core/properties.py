@@ -245,6 +245,7 @@ class VMProperty(Property[T]):
         found = getattr(holder, "app", holder).domains[value]
         if self.klass is not None and found.klass != self.klass:
             raise ValueError(f"{found} is no {self.klass}")
+        found.check_whole()
         if self.check is not None:
             self.check(holder, found)
         return found

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+)
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import (
     QubesPoolNotFoundError,
     QubesValueError,
+    QubesVMError,
+    QubesVMInUseError,
     QubesVMNotHaltedError,
     QubesVMStorageError,
 )
+from qubes_itests.core.store.journal import MAKE, REMOVE
 from qubes_itests.host.exc import CommandError
 from qubes_itests.host.filesystem import make_ext4
 from qubes_itests.hypervisor.contract import Disk
+from qubes_storage.exc import VolumeExistsError
 from qubes_storage.ficlone import clone_or_copy
 from qubes_storage.transfer import Import
 from qubes_storage.uninterrupted import to_its_end
@@ -54,6 +65,11 @@ class Storage:
     def __init__(self, vm: QubesVM) -> None:
         self.vm = vm
         self.volumes: dict[str, Volume] = {}
+        #: Whether they are there; those of a VM that is loaded from a store are.
+        self.is_made = True
+        #: What this object has made, and would undo.
+        self._made: list[Volume] = []
+        self._changes = 0
 
     def init_volumes(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
         """Bind the VM's volumes; nothing is made on disk.
@@ -82,6 +98,12 @@ class Storage:
         self.volumes[name] = volume
         return volume
 
+    def unbind(self) -> None:
+        """Forget the volumes; nothing happens on disk."""
+        for volume in self.volumes.values():
+            volume.pool.unbind(volume)
+        self.volumes.clear()
+
     def disk_name(self, volume: str) -> str:
         """Return what the guest calls a volume under /dev."""
         if volume in _DISK_NAMES:
@@ -94,14 +116,19 @@ class Storage:
         for name, volume in self.volumes.items():
             yield Disk(self.disk_name(name), volume.path, read_only=not volume.rw)
 
-    async def create(self, images: Mapping[str, Path] | None = None) -> None:
+    async def create(
+        self, images: Mapping[str, Path] | None = None, *, adopt: bool = False
+    ) -> None:
         """Make all volumes; the private one gets its filesystem.
 
         If one fails, those made before are removed again.
 
         :param images: raw images that volumes begin with, by the volumes' names.
+        :param adopt: whether to take over volumes that are there and no VM has.
+        :raise VolumeExistsError: when one is there already; it names the file.
         """
         images = images or {}
+        adopted = await self._adoptable() if adopt else set()
 
         async def make(volume: Volume) -> None:
             if volume.name in images:
@@ -119,18 +146,129 @@ class Storage:
             except (CommandError, OSError) as error:
                 raise QubesVMStorageError(self.vm, volume, _said(error)) from error
 
-        await self._all(make_or_say, undo=lambda v: v.remove())
+        await self._make(make_or_say, besides=adopted)
+
+    async def _adoptable(self) -> set[Volume]:
+        keeping = [v for v in self.volumes.values() if v.keeps_image]
+        pools = {volume.pool for volume in keeping}
+        orphans = {
+            (pool, vid)
+            for pool in pools
+            for vid in await self.vm.app.find_orphans(pool, besides=self.vm)
+        }
+        return {volume for volume in keeping if (volume.pool, volume.vid) in orphans}
+
+    async def _make(self, make: VolumeAction, besides: Collection[Volume] = ()) -> None:
+        """Make all volumes but some, or none; what is there already stays as it is."""
+        wanted = [v for v in self.volumes.values() if v not in besides]
+        for volume in wanted:
+            await volume.check_absent()
+        if self.vm.app.journal is not None:
+            await self._note(MAKE, wanted)
+
+        async def make_and_note(volume: Volume) -> None:
+            # it was absent, so what a failure leaves is ours too
+            self._made.append(volume)
+            try:
+                await make(volume)
+            except VolumeExistsError:
+                # meanwhile somebody else has made it
+                self._made.remove(volume)
+                raise
+
+        try:
+            for volume in wanted:
+                await to_its_end(make_and_note(volume))
+        except BaseException:
+            await to_its_end(self.undo())
+            raise
+        self.is_made = True
+
+    async def _note(self, action: str, volumes: list[Volume]) -> None:
+        journal = self.vm.app.journal
+        assert journal is not None  # noqa: S101 - its callers have looked
+        work = asyncio.to_thread(journal.begin, action, self.vm, volumes)
+        try:
+            await to_its_end(work)
+        except asyncio.CancelledError:
+            journal.discard(self.vm.uuid)
+            raise
+        except OSError as error:
+            raise QubesVMError(
+                self.vm,
+                f"VM {self.vm} cannot be {action}d: no note of that can be written in"
+                f" {journal.directory}: {error.strerror}",
+            ) from error
+
+    async def undo(self, *, keep_note: bool = False) -> None:
+        """Remove the volumes that this object has made, and no others.
+
+        What cannot be removed is noted in the app's `problems`, and tried again when
+        its store is loaded.
+
+        :param keep_note: until the next save, as the store may have the VM.
+        """
+        failed = False
+        while self._made:
+            volume = self._made.pop()
+            try:
+                await volume.remove()
+            except Exception as error:  # noqa: BLE001 - there is an error to be raised
+                failed = True
+                self.vm.app.problems.append(f"a volume of {self.vm} is left: {error}")
+        self.is_made = False
+        journal = self.vm.app.journal
+        if journal is not None and not failed:
+            if keep_note:
+                journal.settle(self.vm.uuid)
+            else:
+                await asyncio.to_thread(journal.discard, self.vm.uuid)
 
     async def remove(self) -> None:
-        """Remove all volumes, each of them even if another cannot be removed."""
-        failure: BaseException | None = None
+        """Remove all volumes, each of them even if another cannot be removed.
+
+        Nothing happens when they were never made: what is there is not the VM's.
+        """
+        if not self.is_made:
+            self.unbind()
+            return
+        journal = self.vm.app.journal
+        if journal is not None:
+            await self._note(REMOVE, list(self.volumes.values()))
+        failures: list[Exception] = []
         for volume in self.volumes.values():
             try:
                 await volume.remove()
             except Exception as error:  # noqa: BLE001 - raised below
-                failure = failure or error
-        if failure is not None:
-            raise failure
+                failures.append(error)
+        if failures:
+            if journal is not None and len(failures) == len(self.volumes):
+                await asyncio.to_thread(journal.discard, self.vm.uuid)
+            raise failures[0]
+        self.is_made = False
+        self._made.clear()
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Keep the VM from being removed for as long as a volume gets new content.
+
+        That would else be put where no VM has it.
+
+        :raise QubesVMError: when the VM is being made or removed.
+        """
+        self.vm.check_whole()
+        self._changes += 1
+        try:
+            yield
+        finally:
+            self._changes -= 1
+
+    def check_unchanging(self) -> None:
+        """Raise QubesVMInUseError when a volume gets new content now."""
+        if self._changes:
+            raise QubesVMInUseError(
+                self.vm, f"VM {self.vm} has a volume whose content is being replaced"
+            )
 
     async def start(self) -> None:
         """Get the volumes ready for the VM; if one fails, stop the others again."""
@@ -168,7 +306,8 @@ class Storage:
         """
         if isinstance(volume, str):
             volume = self.volumes[volume]
-        await volume.resize(size)
+        with self.changing():
+            await volume.resize(size)
         if self.vm.domain is None or not self.vm.is_running():
             return
         await self.vm.domain.resize_disk(self.disk_name(volume.name), size)
@@ -194,12 +333,13 @@ class Storage:
             raise QubesVMNotHaltedError(self.vm)
         transfer, begun = Import(volume, size), False
         try:
-            async with transfer as path:
-                begun = True
-                self.vm.fire_event(
-                    "domain-volume-import-begin", volume=volume.name, size=size
-                )
-                yield path
+            with self.changing():
+                async with transfer as path:
+                    begun = True
+                    self.vm.fire_event(
+                        "domain-volume-import-begin", volume=volume.name, size=size
+                    )
+                    yield path
         finally:
             if begun:
                 self.vm.fire_event(
@@ -219,9 +359,10 @@ class Storage:
         one fails, those made before are removed again.
 
         :param pool: as for `in_pool`.
+        :raise VolumeExistsError: when one is there already; it names the file.
         """
         own = self.vm.volume_settings()
-        self.volumes.clear()
+        self.unbind()
         for name, volume in source.volumes.items():
             config = {**volume.config, "pool": str(volume.pool)}
             del config["vid"]
@@ -233,12 +374,12 @@ class Storage:
             self.init_volume(name, in_pool(config, pool))
 
         async def copy(volume: Volume) -> None:
-            if volume.save_on_stop or volume.is_read_only:
+            if volume.keeps_image:
                 await volume.import_volume(kept_by(source.volumes[volume.name]))
             else:
                 await volume.create()
 
-        await self._all(copy, undo=lambda v: v.remove())
+        await self._make(copy)
 
     async def _all(
         self, action: VolumeAction, undo: VolumeAction | None = None

@@ -24,6 +24,7 @@ from qubes_itests.serve.place import Place
 from qubes_itests.serve.state import State
 from qubes_itests.serve.tools import installed_tools
 from qubes_itests.untrusted_text import safe_text
+from qubes_storage.exc import StoragePoolException
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,6 +88,7 @@ def serving(
         )
         app = portal.run(testbed.open_app(state.store, *settings.templates))
         stack.callback(lambda: portal.run(_shut_down(app)))
+        portal.run(_report_orphans(app))
         # the app's directory is the sandbox's own
         (app.directory / "block").symlink_to(state.block)
         offer_programs(place, installed_tools())
@@ -111,6 +113,19 @@ async def _open_sockets(app: Qubes, place: Place) -> contextlib.AsyncExitStack:
         admin = await stack.enter_async_context(AdminServer(app, place.admin_socket))
         offer_to_vms(app, admin.dispatcher)
         return stack.pop_all()
+
+
+async def _report_orphans(app: Qubes) -> None:
+    for pool in app.pools.values():
+        try:
+            orphans = await app.find_orphans(pool)
+        except StoragePoolException as error:
+            log.warning("%s", str(error))
+            continue
+        for vid in orphans:
+            log.warning(
+                "no VM has volume %s of pool %s: see the command `orphans`", vid, pool
+            )
 
 
 async def _start_autostart(app: Qubes) -> None:

@@ -7,6 +7,7 @@
      +-- ClientMissingError    the client tools are not installed
      +-- UnknownToolError      they are, and this one is not among them
      +-- DirectoryInUseError   another one serves from that directory
+     +-- CallFailedError       a call of the Admin API from our own command line failed
      +-- BadCallError          a program of the client tools asks for what cannot be
 """
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BadCallError",
+    "CallFailedError",
     "ClientMissingError",
     "DirectoryInUseError",
     "NoServerError",
@@ -89,6 +91,12 @@ class DirectoryInUseError(HarnessError):
             " another --directory."
         )
         self.directory = directory
+
+
+class CallFailedError(HarnessError):
+    """A call of the Admin API from our own command line failed; it says why."""
+
+    exit_code = ExitCode.USAGE_ERROR
 
 
 class BadCallError(HarnessError):

@@ -112,7 +112,7 @@ class ImageContent(Volume):
 
     async def import_volume(self, src_volume: Volume) -> Self:
         """Replace the content and size by those committed in another volume."""
-        if not self._keeps_image:
+        if not self.keeps_image:
             return self
         async with exporting(src_volume) as image:
             return await self._change("import", lambda: self._import_image(image))
@@ -137,7 +137,7 @@ class ImageContent(Volume):
     # What follows blocks, runs in a thread, and holds the locks.
 
     def _export(self) -> None:
-        if not self._keeps_image:
+        if not self.keeps_image:
             raise VolumeStateError(*self._about("export"), "it keeps no image")
         self._committed_image("export")
         self._use.begin_export()
@@ -184,7 +184,7 @@ class ImageContent(Volume):
             files.remove(self.files.imported)
 
     def _check_importable(self) -> None:
-        if not self._keeps_image:
+        if not self.keeps_image:
             raise VolumeStateError(*self._about("import"), "it keeps no image")
         self._refuse_unless_idle("import")
 
@@ -283,7 +283,7 @@ class ImageContent(Volume):
 
     def _current(self) -> os.stat_result | None:
         with typed_errors(self, "inspect"):
-            if self._keeps_image and not self._is_dirty():
+            if self.keeps_image and not self._is_dirty():
                 return files.stat_image(self.files.clean)
             dirty = files.stat_image(self.files.dirty)
             return dirty or files.stat_image(self.files.clean)
@@ -294,10 +294,6 @@ class ImageContent(Volume):
     @staticmethod
     def _has(path: Path) -> bool:
         return files.stat_image(path) is not None
-
-    @property
-    def _keeps_image(self) -> bool:
-        return self.save_on_stop or self.is_read_only
 
     @property
     def _origin(self) -> Path:

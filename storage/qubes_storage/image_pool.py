@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ImagePool"]
 
+#: What an owner of a pool claims; no id of a volume.
+_OWNED = "the pool"
+
 
 class ImagePool(Pool):
     """A directory; its volumes are files in it.
@@ -84,9 +87,12 @@ class ImagePool(Pool):
     async def setup(self) -> None:
         """Make the directory, and find the volumes in it.
 
-        What operations that a crash interrupted have left is removed.
+        What operations that a crash interrupted have left is removed, where the
+        directory was made by a pool or was empty when one got it.  In any other nothing
+        is removed: its files may only look like ours.
 
-        :raise PoolError: when the directory cannot be made, read or written.
+        :raise PoolError: when the directory cannot be made, read or written; if it was
+            made it is gone again then.
         """
         try:
             found = await asyncio.to_thread(self._setup)
@@ -95,6 +101,36 @@ class ImagePool(Pool):
         for vid in found:
             if vid not in self._volumes:
                 self._make_found(vid)
+
+    async def claim(self) -> None:
+        """Keep other owners of the directory out; see `Pool.claim`.
+
+        :raise PoolError: when another owner has it, in this process or in another.
+        """
+        if self._claims.is_held(_OWNED):
+            return
+        try:
+            taken = await asyncio.to_thread(self._claims.take, _OWNED)
+        except OSError as error:
+            raise PoolError(self.name, f"cannot claim it: {error}") from error
+        if not taken:
+            reason = (
+                f"{self.dir_path} is in use by another server: end that one, or give"
+                " the pool a directory of its own"
+            )
+            raise PoolError(self.name, reason)
+
+    def unclaim(self) -> None:
+        """Undo `claim`; no error when there was none."""
+        self._claims.drop(_OWNED)
+
+    async def find_volumes(self) -> list[str]:
+        """Return the ids of the volumes that have an image, whoever made them."""
+        try:
+            found = await asyncio.to_thread(lambda: [*tree.find_volumes(self.dir_path)])
+        except OSError as error:
+            raise PoolError(self.name, f"cannot read it: {error}") from error
+        return [volume.vid for volume in found if volume.has_image]
 
     async def settled(self) -> None:
         """Wait until all work in the background is done; nothing ever needs that."""
@@ -118,7 +154,10 @@ class ImagePool(Pool):
 
     def forget(self, volume: Volume) -> None:
         """Drop a volume that was removed."""
-        self._volumes.pop(volume.vid, None)
+        self._found.discard(volume.vid)
+        # meanwhile a new one may have been bound to the id
+        if self._volumes.get(volume.vid) is volume:
+            del self._volumes[volume.vid]
         self._states.pop(volume.vid, None)
 
     def state(self, vid: str) -> VolumeUse:
@@ -153,19 +192,30 @@ class ImagePool(Pool):
         return self.volume_class(pool=self, **config)
 
     def _setup(self) -> list[str]:
-        files.make_directories(self.dir_path)
-        ficlone.remove_leftovers(self.dir_path)
-        self._check()
-        return self._scan()
+        lock_file = self.dir_path / lock.LOCK_FILE
+        with contextlib.ExitStack() as undo:
+            for path in reversed((self.dir_path, *self.dir_path.parents)):
+                if not path.exists():
+                    undo.callback(_remove_if_empty, path)
+            files.make_directories(self.dir_path)
+            if lock.mark_if_empty(self.dir_path):
+                undo.callback(files.remove, lock_file)
+            is_ours = lock.is_marked(self.dir_path)
+            if is_ours:
+                ficlone.remove_leftovers(self.dir_path)
+            self._check()
+            found = self._scan(clean_up=is_ours)
+            undo.pop_all()
+        return found
 
     def _check(self) -> None:
         with files.scratch_file(self.dir_path / ".check"):
             pass  # it can be written
 
-    def _scan(self) -> list[str]:
+    def _scan(self, *, clean_up: bool) -> list[str]:
         found = list(tree.find_volumes(self.dir_path))
         for volume in found:
-            if volume.has_leftovers:
+            if volume.has_leftovers and clean_up:
                 self._give_up_leftovers(volume.vid)
         return [volume.vid for volume in found if volume.has_image]
 
@@ -186,3 +236,8 @@ class ImagePool(Pool):
             return os.statvfs(self.dir_path)
         except FileNotFoundError:
             return None
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()

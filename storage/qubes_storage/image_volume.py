@@ -23,10 +23,17 @@ log = logging.getLogger(__name__)
 class ImageVolume(ImageContent):
     """A volume of the driver ``file``, and what those of ``file-reflink`` build on."""
 
+    async def check_absent(self) -> Self:
+        """Check that the volume has no image.
+
+        :raise VolumeExistsError: names the file that is there.
+        """
+        return await self._run("create", self._check_absent)
+
     async def create(self) -> Self:
         """Make an empty image of the configured size, if it keeps one.
 
-        :raise VolumeExistsError: when it has an image already.
+        :raise VolumeExistsError: when there is an image of its name already.
         :raise InvalidSizeError: when the configured size is 0.
         """
         return await self._change("create", self._create)
@@ -57,12 +64,18 @@ class ImageVolume(ImageContent):
 
     # What follows blocks, runs in a thread, and holds the locks.
 
-    def _create(self) -> None:
-        if not self._keeps_image:
-            return
-        if self._has(self.files.clean) or self._has(self.files.dirty):
-            raise VolumeExistsError(*self._about("create"), "it has an image already")
+    def _check_absent(self) -> None:
+        # One that keeps no image too: its start replaces what has these names.
+        for path in (self.files.clean, self.files.dirty):
+            if self._has(path):
+                reason = f"{path} is there already"
+                raise VolumeExistsError(*self._about("create"), reason)
         self._use.refuse_if_importing("create")
+
+    def _create(self) -> None:
+        self._check_absent()
+        if not self.keeps_image:
+            return
         if not self._size:
             raise InvalidSizeError(*self._about("create"), "its size must not be 0")
         self._remove_all()  # what an interrupted removal left
@@ -152,7 +165,7 @@ class ImageVolume(ImageContent):
         if self._is_dirty():
             self._sync_dirty()
             self._history.commit(self.files.dirty, self.revisions_to_keep)
-        elif not self._keeps_image:
+        elif not self.keeps_image:
             self._drop_dirty()
         elif self.save_on_stop and self._use.started:
             files.fsync(self.files.directory)  # where a former attempt ended
@@ -177,5 +190,5 @@ class ImageVolume(ImageContent):
     def _verify(self) -> None:
         if self.snap_on_start:
             self._source._committed_image("verify")  # noqa: SLF001 - one class
-        elif self._keeps_image and not self._has(self.files.dirty):
+        elif self.keeps_image and not self._has(self.files.dirty):
             self._committed_image("verify")

@@ -16,6 +16,8 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
+from qubes_storage import files
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
@@ -25,6 +27,8 @@ __all__ = [
     "LOCK_TIMEOUT",
     "hold",
     "is_locked",
+    "is_marked",
+    "mark_if_empty",
     "open_lock_file",
     "try_lock",
     "unlock",
@@ -37,6 +41,9 @@ LOCK_FILE = ".lock"
 LOCK_TIMEOUT = 300.0
 
 _POLL_INTERVAL = 0.02
+
+#: What the lock file holds in a directory that was empty when a pool got it.
+_MARK = b"All files here were made by qubes_storage.\n"
 
 
 @contextlib.contextmanager
@@ -70,6 +77,38 @@ def open_lock_file(directory: Path) -> int:
     """Return a descriptor of a pool's lock file, which is made if it is not there."""
     path = directory / LOCK_FILE
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def mark_if_empty(directory: Path) -> bool:
+    """Make the lock file of an empty directory, and say in it that all there is ours.
+
+    :return: whether that was done.
+    :raise OSError: when it cannot be made.
+    """
+    if any(directory.iterdir()):
+        return False
+    path = directory / LOCK_FILE
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, 0o600)
+    except FileExistsError:
+        # never replaced: somebody may hold locks on it by now
+        return False
+    try:
+        os.write(fd, _MARK)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return True
+
+
+def is_marked(directory: Path) -> bool:
+    """Tell whether all files in a pool's directory are ours; see `mark_if_empty`."""
+    try:
+        with files.open_image(directory / LOCK_FILE) as fd:
+            return os.pread(fd, len(_MARK), 0) == _MARK
+    except FileNotFoundError:
+        return False
 
 
 def try_lock(fd: int, subject: str, *, shared: bool = False) -> bool:

@@ -76,6 +76,8 @@ class Pool(abc.ABC):
             name, "ephemeral_volatile", ephemeral_volatile
         )
         self._volumes: dict[str, Volume] = {}
+        #: The ids of volumes that were found to be there, and not removed since.
+        self._found: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
@@ -115,6 +117,28 @@ class Pool(abc.ABC):
 
         :raise PoolError: when it cannot be.
         """
+
+    async def claim(self) -> None:  # noqa: B027 - a driver need not have it
+        """Keep other owners out until `unclaim`, `destroy`, or the end of this process.
+
+        An owner, as a server, makes and removes volumes by what it knows, and cannot
+        share its pools with another.  Who only uses volumes needs no claim.  A driver
+        that cannot tell who uses its storage does nothing here.
+
+        :raise PoolError: when another owner has it.
+        """
+
+    def unclaim(self) -> None:  # noqa: B027 - as above
+        """Undo `claim`; no error when there was none."""
+
+    async def find_volumes(self) -> list[str]:
+        """Return the ids of the volumes that have an image, whoever made them.
+
+        A driver that `setup` does not find volumes with knows those of `init_volume`.
+
+        :raise PoolError: when the pool cannot be read.
+        """
+        return list(self._volumes)
 
     @abc.abstractmethod
     async def destroy(self) -> None:
@@ -167,7 +191,19 @@ class Pool(abc.ABC):
         """Return the volumes that `setup` found, and those of `init_volume`."""
         return list(self._volumes.values())
 
+    def unbind(self, volume: Volume) -> None:
+        """Undo `init_volume`; nothing happens on disk.
+
+        What was found under that id is known again as what was found.
+        """
+        if self._volumes.get(volume.vid) is not volume:
+            return
+        del self._volumes[volume.vid]
+        if volume.vid in self._found:
+            self._make_found(volume.vid)
+
     def _make_found(self, vid: str) -> None:
+        self._found.add(vid)
         # Nothing that is done to a read-only volume, but its removal, can lose data.
         self._volumes[vid] = self._make_volume(vid=vid, name=vid.rpartition("/")[2])
 

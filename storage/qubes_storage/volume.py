@@ -132,6 +132,11 @@ class Volume(abc.ABC):
         return not (self.rw or self.save_on_stop or self.snap_on_start)
 
     @property
+    def keeps_image(self) -> bool:
+        """Whether it has an image of its own while it is not started."""
+        return self.save_on_stop or self.is_read_only
+
+    @property
     def config(self) -> dict[str, object]:
         """The configuration that `Pool.init_volume` makes this volume from."""
         config: dict[str, object] = {
@@ -181,10 +186,21 @@ class Volume(abc.ABC):
         return BlockDevice(self.path, self.name, self.rw)
 
     @abc.abstractmethod
+    async def check_absent(self) -> Self:
+        """Check that nothing of the volume is there, whatever its flags.
+
+        What is imported into a new volume would else replace somebody's data, and so
+        would the snapshot of a start.
+
+        :raise VolumeExistsError: when there is; it names what was found.
+        """
+
+    @abc.abstractmethod
     async def create(self) -> Self:
         """Make the volume: an empty image of the configured size, if it keeps one.
 
-        :raise VolumeExistsError: when it has an image already.
+        :raise VolumeExistsError: when something of it is there already, whether it
+            keeps an image or not; see `check_absent`.
         :raise VolumeStateError: while an import is under way.
         """
 

@@ -155,8 +155,13 @@ class VolumeMachine(RuleBasedStateMachine):
     @rule(name=names)
     def create(self, name):
         model = self.model[name]
+        files = self.volumes[name].files
         if not model.keeps_image:
-            self.do(name, "create")
+            # a crash has left it; what a start would replace may be another's
+            if files.clean.exists() or files.dirty.exists():
+                self.refused(VolumeExistsError, name, "create")
+            else:
+                self.do(name, "create")
         elif model.committed or model.is_dirty:
             self.refused(VolumeExistsError, name, "create")
         elif model.importing:

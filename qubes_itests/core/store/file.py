@@ -19,11 +19,13 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qubes_itests.core.store.durable import fsync_directory, write_durably
 from qubes_itests.core.store.exc import (
     StoreChangedError,
     StoreLockedError,
     StoreMissingError,
 )
+from qubes_itests.core.store.journal import Journal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +49,8 @@ class StoreFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
+        #: What is being done to VMs, for who comes after a crash.
+        self.journal = Journal(self.path)
         self._known = b""
         self._release: Callable[[], object] | None = None
         self._writing = threading.Lock()
@@ -132,14 +136,14 @@ class StoreFile:
         # the lock is ours, so this is what an interrupted write has left
         new.unlink(missing_ok=True)
         try:
-            _write_durably(new, data)
+            write_durably(new, data)
             new.replace(self.path)
         except BaseException:
             with contextlib.suppress(OSError):
                 new.unlink(missing_ok=True)
             raise
         self._known = _digest(data)
-        _fsync_directory(self.path.parent)
+        fsync_directory(self.path.parent)
         log.debug("saved %s", self.path)
 
 
@@ -150,22 +154,6 @@ def _digest(data: bytes) -> bytes:
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _locked(path: Path) -> int:

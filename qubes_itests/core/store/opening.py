@@ -10,6 +10,7 @@ from qubes_itests.core.exc import QubesException
 from qubes_itests.core.store.collection import no_collection
 from qubes_itests.core.store.document import parse
 from qubes_itests.core.store.loading import Loading
+from qubes_itests.core.store.recovery import recover
 from qubes_storage.exc import StoragePoolException
 
 if TYPE_CHECKING:
@@ -27,20 +28,28 @@ async def open_store(app: Qubes, store: StoreFile, *, lock: bool = False) -> Non
     Disposable VMs that should have been removed when they ended are removed, unless
     others use them.  A pool that cannot be set up stays and is noted in `problems`.
 
-    :param lock: whether to keep other writers out until the app is closed.
+    :param lock: whether to keep other writers out until the app is closed, of the store
+        and of its pools.  What an interrupted writer has left is put in order then.
     :raise StoreError: says what is wrong with the file; the app is of no use then.
+    :raise PoolError: when another owner has one of its pools; likewise.
     """
     data = await asyncio.to_thread(store.read, lock=lock)
     try:
         with no_collection():
             root = await asyncio.to_thread(parse, data, store.path)
             Loading(app, root, store.path).run()
+        for pool in app.pools.values():
+            await _set_up(app, pool)
+            if lock:
+                await pool.claim()
+        _enable_events(app)
+        if lock:
+            await recover(app)
     except BaseException:
+        for pool in app.pools.values():
+            await pool.destroy()
         store.release()
         raise
-    for pool in app.pools.values():
-        await _set_up(app, pool)
-    _enable_events(app)
     for vm in app.domains:
         if getattr(vm, "auto_cleanup", False):
             await _remove(app, vm)

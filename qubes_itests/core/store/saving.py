@@ -59,6 +59,8 @@ def _state_of(app: Qubes) -> Element:
     _add_properties(root, app)
     domains = root.add("domains")
     for vm in sorted(app.domains, key=lambda vm: vm.qid):
+        if vm.under_way == "made":
+            continue  # it is in the store when its volumes are there
         domains.children.append(_domain(vm))
     return root
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import uuid as uuid_module
 from typing import TYPE_CHECKING, Any, Final
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Final
 from qubes_itests.core import config
 from qubes_itests.core.devices import DeviceManager
 from qubes_itests.core.events import Emitter, handler
-from qubes_itests.core.exc import QubesValueError, QubesVMInUseError
+from qubes_itests.core.exc import QubesValueError, QubesVMError, QubesVMInUseError
 from qubes_itests.core.features import Features, Tags
 from qubes_itests.core.firewall import Firewall
 from qubes_itests.core.labels import Label, find_label
 from qubes_itests.core.properties import Property, PropertyHolder, stateless_property
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qubes_itests.core.app import Qubes
 
 __all__ = ["BaseVM", "validate_name"]
@@ -100,6 +103,9 @@ class BaseVM(PropertyHolder):
         self.firewall = Firewall()
         #: What its user wrote about it.
         self.notes = ""
+        #: What is done to it as a whole, its volumes included: ``made``, ``removed``;
+        #: empty when it is whole.
+        self.under_way = ""
         properties.setdefault("uuid", uuid_module.uuid4())
         Emitter.__init__(self)
         super().__init__(**properties)
@@ -153,6 +159,23 @@ class BaseVM(PropertyHolder):
             raise QubesValueError(
                 f"property {name!r} of {self} has no default: set it to another value"
             ) from None
+
+    @contextlib.contextmanager
+    def being(self, action: str) -> Iterator[None]:
+        """Say in `under_way` what is done to it for as long as the context lasts."""
+        before, self.under_way = self.under_way, action
+        try:
+            yield
+        finally:
+            self.under_way = before
+
+    def check_whole(self) -> None:
+        """Raise QubesVMError when it is being made or removed.
+
+        Nothing may come to rely on it then, for it may be gone in a moment.
+        """
+        if self.under_way:
+            raise QubesVMError(self, f"VM {self} is being {self.under_way}")
 
     def check_unused(self) -> None:
         """Raise QubesVMInUseError, naming who, when others use this VM."""

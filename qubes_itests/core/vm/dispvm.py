@@ -18,7 +18,6 @@ from qubes_itests.core.storage import kept_by
 from qubes_itests.core.vm.appvm import AppVM
 from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.core.vm.settings import check_for_dispvms
-from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -140,13 +139,7 @@ class DispVM(QubesVM):
                 " template_for_dispvms, or name another VM"
             )
         properties.setdefault("auto_cleanup", True)
-        vm: Self = appvm.app.add_new_vm(cls, template=appvm, **properties)
-        try:
-            await vm.create_on_disk()
-            await vm.app.save_async()
-        except BaseException:
-            await to_its_end(vm.cleanup())
-            raise
+        vm: Self = await appvm.app.create_vm(cls, template=appvm, **properties)
         return vm
 
     def check_startable(self) -> None:

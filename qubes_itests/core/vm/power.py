@@ -169,6 +169,7 @@ class PowerMixin(EndMixin):
         """Raise when it must not be started."""
         if self not in self.app.domains:
             raise QubesVMNotFoundError(self.name)
+        self.check_whole()  # type: ignore[attr-defined]
         if reason := self.features.get(_PROHIBIT):  # type: ignore[attr-defined]
             raise QubesVMError(
                 self,

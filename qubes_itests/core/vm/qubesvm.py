@@ -54,7 +54,7 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
 
     def init_storage(self, pool: Any = None) -> None:
         """Bind the volumes, all but snapshots in `pool` if one is named."""
-        self.storage.volumes.clear()
+        self.storage.unbind()
         for name, settings in self.volume_settings().items():
             config = {**settings, **self._volume_changes.get(name, {})}
             self.storage.init_volume(name, in_pool(config, pool))
@@ -160,12 +160,28 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
 
     # on disk
 
-    async def create_on_disk(self, pool: Any = None, pools: Any = None) -> None:
+    def check_unused(self) -> None:
+        """Raise QubesVMInUseError when others use it, or a volume gets new content."""
+        super().check_unused()
+        self.storage.check_unchanging()
+
+    async def create_on_disk(
+        self,
+        pool: Any = None,
+        pools: Any = None,
+        *,
+        images: Mapping[str, Path] | None = None,
+        adopt: bool = False,
+    ) -> None:
         """Make the VM's volumes.
 
         :param pool: name of the pool for all of them but snapshots, which are where
             their sources are.
         :param pools: names of pools, by the names of volumes.
+        :param images: raw images that volumes begin with, by the volumes' names.
+        :param adopt: whether to take over volumes that no VM has, instead of refusing
+            to make those.
+        :raise VolumeExistsError: when there is such a volume already.
         """
         if pools:
             for name, of_volume in pools.items():
@@ -176,16 +192,23 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
                 }
         if pool is not None or pools:
             self.init_storage(pool)
-        await self.storage.create()
-        await self._announce_volumes("domain-create-on-disk")
+        with self.being("made"):
+            await self.storage.create(images, adopt=adopt)
+            await self._announce_volumes("domain-create-on-disk")
+        self._settle()
 
     async def _announce_volumes(self, event: str, **kwargs: Any) -> None:
-        """Fire an event; if a handler fails, remove the volumes that it is about."""
+        """Fire an event; if a handler fails, remove the volumes that were made."""
         try:
             await self.fire_event_async(event, **kwargs)
         except BaseException:
-            await to_its_end(self.storage.remove())
+            await to_its_end(self.storage.undo())
             raise
+
+    def _settle(self) -> None:
+        # who makes or removes the whole VM has more to do
+        if self.app.journal is not None and not self.under_way:
+            self.app.journal.settle(self.uuid)
 
     async def remove_from_disk(self) -> None:
         """Remove the VM's volumes; QubesVMNotHaltedError when it runs."""
@@ -193,6 +216,7 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
             raise QubesVMNotHaltedError(self)
         await self.fire_event_async("domain-remove-from-disk")
         await self.storage.remove()
+        self._settle()
 
     async def clone_disk_files(self, src: QubesVM, pool: Any = None) -> None:
         """Make the VM's volumes as copies of another VM's, which must be halted.
@@ -205,5 +229,7 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
             raise QubesVMNotHaltedError(src)
         if not self.is_halted():
             raise QubesVMNotHaltedError(self)
-        await self.storage.clone(src, pool)
-        await self._announce_volumes("domain-clone-files", src=src)
+        with self.being("made"):
+            await self.storage.clone(src, pool)
+            await self._announce_volumes("domain-clone-files", src=src)
+        self._settle()

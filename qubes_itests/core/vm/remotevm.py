@@ -74,7 +74,9 @@ class RemoteVM(BaseVM):
     run = _refusing("run commands in")
     run_service = _refusing("call services in")
 
-    async def create_on_disk(self, pool: Any = None, pools: Any = None) -> None:
+    async def create_on_disk(
+        self, pool: Any = None, pools: Any = None, *, adopt: bool = False
+    ) -> None:
         """Do nothing: it has no volumes here."""
 
     async def remove_from_disk(self) -> None:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from qubes_itests.admin.saving import save
+from qubes_itests.core.saving import save
 
 
 class App:

@@ -335,3 +335,40 @@ def test_a_pool_that_is_not_there_is_a_protocol_error(client):
     for method in ("Info", "Remove", "UsageDetails", "volume.List"):
         error = refusal(client, f"admin.pool.{method}", argument="nothing")
         assert error.kind == "QubesDaemonAccessError"
+
+
+@pytest.fixture
+def lost(app):
+    """Give the path of a volume that no VM has."""
+    path = app.pools["default"].dir_path / "appvms" / "lost" / "private.img"
+    path.parent.mkdir()
+    path.write_bytes(b"precious")
+    return path
+
+
+def test_a_creation_over_a_volume_is_refused_and_leaves_it(client, lost):
+    for cls, template in (("AppVM", "tiny"), ("StandaloneVM", "")):
+        create = (f"admin.vm.Create.{cls}", "dom0", template, b"name=lost label=red")
+        error = refusal(client, *create)
+        assert (error.kind, str(lost) in error.text) == ("StoragePoolException", True)
+    assert lost.read_bytes() == b"precious"
+    assert b"lost" not in client.call("admin.vm.List")
+
+
+def test_volumes_without_a_vm_are_listed_and_removed(client, lost):
+    listed = ("admin.pool.volume.ListOrphans", "dom0", "default")
+    assert client.call(*listed) == b"appvms/lost/private\n"
+    remove = ("admin.pool.volume.RemoveOrphan", "dom0", "default")
+    for vid in (b"appvms/work/private", b"../work/private"):
+        assert "without a VM" in refusal(client, *remove, vid).text
+    client.call(*remove, b"appvms/lost/private")
+    assert client.call(*listed) == b""
+    assert not lost.exists()
+
+
+def test_they_are_taken_over_by_a_new_vm(client, lost, content):
+    client.call("admin.vm.Adopt.AppVM", "dom0", "tiny", b"name=lost label=red")
+    assert content("lost") == b"precious"
+    assert client.call("admin.pool.volume.ListOrphans", "dom0", "default") == b""
+    client.call("admin.vm.Remove", "lost")
+    assert not lost.exists()

@@ -69,3 +69,10 @@ def test_an_unknown_option_of_another_sub_command_is_an_error(capsys):
 def test_a_bad_value_names_its_option():
     with pytest.raises(ConfigurationError, match="--seed: seed: 'x' is not"):
         parse(["--seed", "x"])
+
+
+def test_orphans_are_listed_unless_words_say_more():
+    assert parse(["orphans"]).words == ()
+    command = parse(["orphans", "--socket=x", "remove", "a:b/c/d", "a:b/c/e"])
+    assert command.words == ("remove", "a:b/c/d", "a:b/c/e")
+    assert (command.socket, command.in_sandbox) == ("x", False)

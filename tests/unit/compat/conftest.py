@@ -127,6 +127,10 @@ class Domains(dict):
         super().__delitem__(vm.name)
         super().__delitem__(vm)
 
+    async def remove(self, vm):
+        del self[vm]
+        await vm.remove_from_disk()
+
 
 class FakeApp:
     def __init__(self, template):
@@ -147,6 +151,11 @@ class FakeApp:
         self.domains[name] = self.domains[vm] = vm
         for handler in self.handlers:
             handler(self, "domain-add", vm=vm)
+        return vm
+
+    async def create_vm(self, cls, name, **properties):
+        vm = self.add_new_vm(cls, name, **properties)
+        await vm.create_on_disk()
         return vm
 
     def save(self):

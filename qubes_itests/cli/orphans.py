@@ -1,0 +1,61 @@
+"""``orphans``: volumes that no VM has, of who serves: listed, taken over, removed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qubes_itests.admin.protocol import Request
+from qubes_itests.exit_codes import ExitCode
+from qubes_itests.host.cache import Cache
+from qubes_itests.serve.admin_client import call
+from qubes_itests.serve.exc import CallFailedError
+from qubes_itests.serve.place import find
+
+if TYPE_CHECKING:
+    from qubes_itests.cli.arguments import Command
+    from qubes_itests.configuration import Settings
+    from qubes_itests.serve.place import Place
+
+__all__ = ["execute"]
+
+_USAGE = (
+    "expected nothing, `remove POOL:VOLUME…`, or `adopt NAME CLASS [TEMPLATE]`, got"
+)
+
+
+def execute(command: Command, _settings: Settings) -> int:
+    """List them, one ``POOL:VOLUME`` a line, or do to them what the words say."""
+    socket = Path(command.socket) if command.socket else None
+    place = find(Cache(), socket)
+    match command.words:
+        case ():
+            for pool in call(place, Request("admin.pool.List")).split():
+                request = Request("admin.pool.volume.ListOrphans", pool)
+                for vid in call(place, request).split():
+                    sys.stdout.write(f"{pool}:{vid}\n")
+        case ("remove", _, *_):
+            for volume in command.words[1:]:
+                _remove(place, volume)
+        case ("adopt", name, cls):
+            _adopt(place, name, cls, "")
+        case ("adopt", name, cls, template):
+            _adopt(place, name, cls, template)
+        case _:
+            sys.stderr.write(f"qubes-itests orphans: {_USAGE} {command.words}\n")
+            return ExitCode.USAGE_ERROR
+    return ExitCode.OK
+
+
+def _remove(place: Place, volume: str) -> None:
+    pool, colon, vid = volume.partition(":")
+    if not colon:
+        raise CallFailedError(f"expected POOL:VOLUME, got {volume!r}")
+    payload = vid.encode(errors="replace")
+    call(place, Request("admin.pool.volume.RemoveOrphan", pool, payload=payload))
+
+
+def _adopt(place: Place, name: str, cls: str, template: str) -> None:
+    payload = f"name={name} label=red".encode(errors="replace")
+    call(place, Request(f"admin.vm.Adopt.{cls}", template, payload=payload))

@@ -1,0 +1,169 @@
+"""What is being done to VMs as a whole, noted beside the store while it lasts.
+
+To make or remove a VM takes many files and one line in the store, and a process may end
+in between.  So before the first volume is made, or removed, a note of all of them is
+brought to the disk; it goes when a store that agrees with them has been saved.  Who
+finds a note when the app is loaded knows what to undo, or to finish: see `recovery`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import threading
+import uuid as uuid_module
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from qubes_itests.core.store.durable import fsync_directory, write_durably
+from qubes_itests.core.store.exc import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from qubes_itests.core.vm.base import BaseVM
+    from qubes_storage.volume import Volume
+
+__all__ = ["MAKE", "REMOVE", "Journal", "Note"]
+
+MAKE: Final = "make"
+REMOVE: Final = "remove"
+
+_SUFFIX: Final = ".json"
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """That a VM is being made, or removed.
+
+    :param action: `MAKE` or `REMOVE`.
+    :param uuid: the VM's.
+    :param name: the VM's, for people.
+    :param volumes: pool and id of each volume that is made, or removed; those to be
+        made were not there before.
+    """
+
+    action: str
+    uuid: uuid_module.UUID
+    name: str
+    volumes: tuple[tuple[str, str], ...]
+
+    def encode(self) -> bytes:
+        """Return what a file holds of it."""
+        fields = {
+            "action": self.action,
+            "uuid": str(self.uuid),
+            "name": self.name,
+            "volumes": self.volumes,
+        }
+        return json.dumps(fields, indent=1).encode() + b"\n"
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Read what `encode` has written; ValueError for anything else."""
+        fields: Any = json.loads(data)
+        try:
+            volumes = tuple((str(pool), str(vid)) for pool, vid in fields["volumes"])
+            uuid = uuid_module.UUID(fields["uuid"])
+            note = cls(fields["action"], uuid, str(fields["name"]), volumes)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"expected a note of the journal: {error!r}") from error
+        if note.action not in {MAKE, REMOVE}:
+            raise ValueError(f"expected {MAKE} or {REMOVE}, got {note.action!r}")
+        return note
+
+
+class Journal:
+    """The notes beside one store; what touches the disk blocks.
+
+    :param store: the file of the store; the notes are in a folder of its name with
+        ``.journal`` appended.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self.directory = store.with_name(f"{store.name}.journal")
+        self._mutex = threading.Lock()
+        self._open: dict[Path, Note] = {}
+        self._settled: set[Path] = set()
+
+    def begin(self, action: str, vm: BaseVM, volumes: Iterable[Volume]) -> None:
+        """Note what is about to be done; when this returns it survives a power cut.
+
+        :param action: `MAKE` or `REMOVE`.
+        :param vm: to which VM.
+        :param volumes: with which of its volumes.
+        :raise OSError: when the note cannot be written; there is none then.
+        """
+        wanted = tuple((volume.pool.name, volume.vid) for volume in volumes)
+        note = Note(action, vm.uuid, vm.name, wanted)
+        if not self.directory.is_dir():
+            self.directory.mkdir(mode=0o700, exist_ok=True)
+            fsync_directory(self.directory.parent)
+        # names are never used again: an old note may be about to be dropped
+        path = self.directory / f"{vm.uuid}-{secrets.token_hex(4)}{_SUFFIX}"
+        new = path.with_suffix(".new")
+        try:
+            write_durably(new, note.encode())
+            new.rename(path)
+            fsync_directory(self.directory)
+        except BaseException:
+            for left in (new, path):
+                with contextlib.suppress(OSError):
+                    left.unlink()
+            raise
+        with self._mutex:
+            self._open[path] = note
+
+    def settle(self, uuid: uuid_module.UUID) -> None:
+        """Say that all that is noted of a VM is done: the next save drops the notes."""
+        with self._mutex:
+            self._settled |= self._of(uuid)
+
+    def settled(self) -> frozenset[Path]:
+        """Return the notes that a store, of the state of now, makes superfluous."""
+        with self._mutex:
+            return frozenset(self._settled)
+
+    def discard(self, uuid: uuid_module.UUID) -> None:
+        """Drop all notes of a VM: there is nothing of it on the disk."""
+        with self._mutex:
+            paths = self._of(uuid)
+        self.drop(paths)
+
+    def drop(self, paths: Iterable[Path]) -> None:
+        """Drop notes."""
+        for path in paths:
+            # one that stays is found at the next start, and nothing is left to do then
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            with self._mutex:
+                self._open.pop(path, None)
+                self._settled.discard(path)
+
+    def read(self) -> dict[Path, Note]:
+        """Return the notes that a former process has left, by their files.
+
+        :raise StoreError: for one that cannot be read; nobody but its user may drop it.
+        """
+        found = {}
+        for path in sorted(self.directory.glob(f"*{_SUFFIX}")):
+            try:
+                found[path] = Note.decode(path.read_bytes())
+            except (OSError, ValueError) as error:
+                raise StoreError(
+                    path,
+                    f"{path} should say which VM was being made or removed, and cannot"
+                    f" be read: {error}; move it away, and look for volumes without a"
+                    " VM",
+                ) from error
+        for path in self.directory.glob("*.new"):
+            # it was never relied upon
+            path.unlink(missing_ok=True)
+        with self._mutex:
+            self._open |= found
+        return found
+
+    def _of(self, uuid: uuid_module.UUID) -> set[Path]:
+        return {path for path, note in self._open.items() if note.uuid == uuid}
