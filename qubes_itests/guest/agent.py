@@ -102,7 +102,7 @@ class GuestAgent:
         user: str | None = None,
         environment: Mapping[str, str] = _NO_ENVIRONMENT,
     ) -> GuestProcess:
-        """Start a command; returns as soon as the guest is asked to.
+        """Start a command; returns at once.
 
         :param command: as for ``sh -c``.
         :param user: who runs it; None for the VM's default user.
@@ -111,21 +111,19 @@ class GuestAgent:
         :raise ValueError: a string cannot be sent, for its length or a NUL.
         """
         settings = (f"{name}={value}" for name, value in environment.items())
-        return await self._connection.spawn(
-            "command", user or "", command, "", *settings
-        )
+        return self._connection.spawn("command", user or "", command, "", *settings)
 
     async def spawn_service(
         self, service: str, *, source: str, user: str | None = None
     ) -> GuestProcess:
-        """Start a qrexec service; returns as soon as the guest is asked to.
+        """Start a qrexec service; returns at once.
 
         :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``.
         :param source: name of the domain that calls.
         :param user: who runs it; None leaves it to the service's configuration.
         :raise TooManyStreamsError: too many run at once.
         """
-        return await self._connection.spawn("service", user or "", service, source)
+        return self._connection.spawn("service", user or "", service, source)
 
     async def write_db(self, path: str, value: str) -> None:
         """Set an entry of the guest's qubesdb."""

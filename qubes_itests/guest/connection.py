@@ -1,9 +1,9 @@
 """One connection to a guest's agent: the protocol, fed by a transport of asyncio.
 
-What a guest may cost is bounded here. *Memory*: DATA and SPAWN wait while more than a
-window lies in the transport, and nothing more is heard of a guest that makes us answer
-without reading the answers. *Time*: what has come is acted upon for a few milliseconds,
-then all others have their turn; each call that is refused holds up its VM a little.
+What a guest may cost is bounded here. *Memory*: DATA waits while more than a window
+lies in the transport, and nothing more is heard of a guest that makes us answer without
+reading the answers. *Time*: what has come is acted upon for a few milliseconds, then
+all others have their turn; each call that is refused holds up its VM a little.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from qubes_itests.guest.exc import (
     TooManyStreamsError,
 )
 from qubes_itests.guest.frames import (
+    HEADER,
+    PAYLOAD_MAX,
     STREAMS_MAX,
     WINDOW,
     ExitKind,
@@ -56,15 +58,15 @@ log = logging.getLogger("qubes_itests.guest")
 _REFUSED: Final = 126
 #: Seconds until HELLO is sent again for the first time.
 _HELLO_INTERVAL: Final = 0.2
-#: Bytes in the transport above which nothing is added that can wait, and at which it
-#: goes on.
+#: Bytes in the transport above which no DATA is added, and at which it goes on.
 _HIGH_WATER: Final = WINDOW
 _LOW_WATER: Final = WINDOW // 4
 #: Bytes in the transport above which nothing is heard of the guest. An agent that does
 #: not read before we do (its own buffer is full) must never be met by this, or both
-#: would wait for ever: to the high water comes what one stream may send at once, which
-#: is a window, and what cannot wait, which for 128 streams each way is less than one.
-_TOO_MUCH: Final = 3 * WINDOW
+#: would wait for ever. To the high water come the DATA that one stream may send at
+#: once, which is a window, a SPAWN for each stream, and the small frames of all, less
+#: than another window.
+_TOO_MUCH: Final = 3 * WINDOW + STREAMS_MAX * (HEADER.size + PAYLOAD_MAX)
 #: Seconds for which frames are acted upon, and then not, while others have their turn.
 _STEP: Final = 0.002
 #: Calls begun in such a step: what each begins is done in the next turn of the loop.
@@ -97,9 +99,8 @@ class AgentConnection(asyncio.Protocol):
         self._answer: asyncio.Future[Event] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = loop
-        #: Not set while more waits in the transport than should.
-        self._room = asyncio.Event()
-        self._room.set()
+        #: Whether more lies in the transport than should.
+        self._crowded = False
         #: Who has something to write when there is room again, in this order.
         self._blocked: dict[GuestWriter, None] = {}
         #: What has come and was not acted upon.
@@ -122,12 +123,12 @@ class AgentConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Have writers wait."""
-        self._room.clear()
+        self._crowded = True
 
     def resume_writing(self) -> None:
         """Have writers go on, in turn, until it is too much again."""
-        self._room.set()
-        while self._blocked and self._room.is_set():
+        self._crowded = False
+        while self._blocked and not self._crowded:
             writer = next(iter(self._blocked))
             del self._blocked[writer]
             writer.flush()
@@ -162,10 +163,7 @@ class AgentConnection(asyncio.Protocol):
         while now <= end and calls < _CALLS_A_STEP and not self.closed.done():
             if now < self._quiet_until:
                 return self._quiet_until - now
-            if (
-                not self._room.is_set()
-                and transport.get_write_buffer_size() > _TOO_MUCH
-            ):
+            if self._crowded and transport.get_write_buffer_size() > _TOO_MUCH:
                 return math.inf
             try:
                 event = next(self._frames)
@@ -194,9 +192,9 @@ class AgentConnection(asyncio.Protocol):
 
     def has_room(self, writer: GuestWriter) -> bool:
         """Tell whether DATA may be sent now; if not, `writer.flush` is called later."""
-        if not self._room.is_set():
+        if self._crowded:
             self._blocked[writer] = None
-        return self._room.is_set()
+        return not self._crowded
 
     def forget(self, stream: int) -> None:
         """Drop a call that has ended."""
@@ -247,10 +245,8 @@ class AgentConnection(asyncio.Protocol):
         self.send(frame)
         return await asyncio.shield(self._answer)
 
-    async def spawn(self, *strings: str) -> GuestProcess:
-        """Open a stream for a command or service, as soon as there is room for it."""
-        while not self._room.is_set():
-            await self._room.wait()
+    def spawn(self, *strings: str) -> GuestProcess:
+        """Open a stream for a command or service."""
         self._require_open()
         if not self.protocol.may_spawn():
             raise TooManyStreamsError(self.vm, STREAMS_MAX)
@@ -289,7 +285,6 @@ class AgentConnection(asyncio.Protocol):
         if self._next_step is not None:
             self._next_step.cancel()
         self._blocked.clear()
-        self._room.set()
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(error)
             self._answer.exception()  # who asked may have gone
