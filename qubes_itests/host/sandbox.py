@@ -8,6 +8,7 @@ even one that was killed.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -19,15 +20,20 @@ from typing import TYPE_CHECKING, NoReturn
 from qubes_itests.host.exc import NoSandboxError, NotRootError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import FrameType
 
-__all__ = ["active", "command", "reexec", "require"]
+__all__ = ["active", "command", "enter_outer_network", "reexec", "require"]
 
 _MARK = "QUBES_ITESTS_SANDBOX"
 _NAMESPACES = ("mnt", "pid", "net", "ipc")
 _INIT = Path(__file__).with_name("sandbox_init.py")
 _ECHO = 0.5
+#: As in sandbox_init.py.
+_OUTER_NETWORK = "QUBES_ITESTS_OUTER_NETWORK"
+_CLONE_NEWNET = 0x40000000
+#: The network that this process is to come back to.
+_left: list[int] = []
 
 
 def active() -> bool:
@@ -70,15 +76,51 @@ def reexec(argv: Sequence[str | Path] | None = None) -> None:
     _replace(argv or [sys.executable, *sys.orig_argv[1:]])
 
 
-def command(argv: Sequence[str | Path]) -> list[str]:
+def command(argv: Sequence[str | Path], *, outer_network: bool = False) -> list[str]:
     """Return the command line that runs a command in a new sandbox.
 
     :param argv: the command to run inside.
+    :param outer_network: whether the command may call `enter_outer_network`.
     """
     # Without site and without our package, the process that waits starts in a few
     # milliseconds and keeps little memory.
     launcher = [sys.executable, "-I", "-S", str(_INIT), _MARK]
+    if outer_network:
+        launcher.append("--outer-network")
     return launcher + [str(word) for word in argv]
+
+
+def enter_outer_network() -> Callable[[], None]:
+    """Have this thread be in the network outside of the sandbox until further notice.
+
+    Its sockets stay where they were made.  Once: the way there is closed behind it.
+
+    :return: a function that brings the thread back.
+    """
+    outer = os.environ.pop(_OUTER_NETWORK, None)
+    if outer is None:
+        return lambda: None
+    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    _left.append(own)
+    try:
+        _set_network(int(outer))
+    finally:
+        os.close(int(outer))
+
+    def back() -> None:
+        _set_network(own)
+        _left.remove(own)
+        os.close(own)
+
+    return back
+
+
+def _set_network(namespace: int) -> None:
+    # os.setns is there from Python 3.12 on
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(namespace, _CLONE_NEWNET) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"setns: {os.strerror(error)}")
 
 
 def _replace(argv: Sequence[str | Path]) -> NoReturn:
@@ -89,9 +131,12 @@ def _replace(argv: Sequence[str | Path]) -> NoReturn:
 
 
 def _identity() -> str:
+    places = {name: f"/proc/self/ns/{name}" for name in _NAMESPACES}
+    if _left:
+        places["net"] = f"/proc/self/fd/{_left[-1]}"
     return ",".join(
-        f"{name}:{os.stat(f'/proc/self/ns/{name}').st_ino}"  # noqa: PTH116
-        for name in _NAMESPACES
+        f"{name}:{os.stat(place).st_ino}"  # noqa: PTH116
+        for name, place in places.items()
     )
 
 

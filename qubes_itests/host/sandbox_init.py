@@ -1,6 +1,7 @@
 """Both ends of a sandbox: the process that waits outside, and PID 1 inside.
 
-A program of its own (``sandbox_init.py MARK COMMAND…``) that uses the standard
+A program of its own (``sandbox_init.py MARK [--outer-network] COMMAND…``), the option
+for `sandbox.outer_network`, that uses the standard
 library alone, and little of that, so that it starts at once. The outer process makes
 the PID namespace, waits, and passes signals on; PID 1 dies with it, sets up the other
 namespaces, starts the command and reaps orphans until the command ends.
@@ -48,6 +49,9 @@ FORWARDED = {
     signal.SIGUSR2,
 }
 
+#: The variable with the descriptor of the network namespace outside.
+OUTER_NETWORK = "QUBES_ITESTS_OUTER_NETWORK"
+
 #: libvirt's QEMU driver looks these up when it opens, and uses them for nothing.
 USER = "libvirt-qemu"
 GROUPS = {"libvirt-qemu": 64055, "kvm": 64056}
@@ -87,13 +91,22 @@ def run_init(
     mark: str, command: list[str], mask: set[int | signal.Signals]
 ) -> NoReturn:
     """Be PID 1: set the namespaces up, start the command, reap."""
+    os.environ.pop(OUTER_NETWORK, None)
+    outer = None
+    if command[0] == "--outer-network":
+        outer, command = os.open("/proc/self/ns/net", os.O_RDONLY), command[1:]
     check(libc.unshare(CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC), "make namespaces")
     set_up()
     child = os.fork()
     if child == 0:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.environ[mark] = identity()
+        if outer is not None:
+            os.set_inheritable(outer, True)
+            os.environ[OUTER_NETWORK] = str(outer)
         execute(command)
+    if outer is not None:
+        os.close(outer)
     os._exit(supervise(child))
 
 

@@ -225,9 +225,9 @@ def _command(spec: XSpec) -> list[str]:
     python = shlex.split(spec.python) if spec.python else [sys.executable]
     if sys.flags.safe_path:
         python.append("-P")
-    command = sandbox.command(python)
     if not spec.on:
-        return command
+        return sandbox.command(python, outer_network=True)
+    command = sandbox.command(python)
     # There the words are a shell's: it gets all of them from us, and takes those that
     # are added for a comment.
     line = shlex.join([*command, "-u", "-c", popen_bootstrapline])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from qubes_itests.configuration import Settings, convert
-from qubes_itests.host import memory
+from qubes_itests.host import memory, sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -33,6 +34,8 @@ __all__ = [
 
 #: Where our words are among those that a controller and its workers exchange.
 KEY = "qubes_itests"
+#: Brings the worker back into its own network.
+_BACK = pytest.StashKey[Callable[[], None]]()
 #: The name of the plugin of a process that has a part in a run with several.
 ROLE = "qubes_itests-role"
 
@@ -70,6 +73,9 @@ def prepare(config: pytest.Config) -> None:
             option.loadgroup = False
         if is_remote(config):
             option.basetemp = None
+        # Plugins of others connect a worker to its controller by the loopback interface
+        # (pytest-rerunfailures does), when they are set up: from then on it is apart.
+        config.stash[_BACK] = sandbox.enter_outer_network()
     elif not hasattr(config, "workerinput") and not getattr(option, "distload", True):
         several = option.numprocesses or (option.tx and option.numprocesses is None)
         if several and option.dist == "no":
@@ -119,6 +125,11 @@ class Worker:
         """Run no tests, and have the controller end the run."""
         self._stop = int(status), text
         session.shouldstop = text
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionstart(self) -> None:
+        """Be in the network of the sandbox: plugins are connected to the controller."""
+        self._config.stash[_BACK]()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self) -> bool | None:

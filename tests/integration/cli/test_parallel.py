@@ -384,6 +384,75 @@ def test_workers_on_other_machines(guests):
     assert wait_for_no_leftovers(Path(guests.environment["QUBES_ITESTS_CACHE"])) == []
 
 
+CONNECTED = """
+    import os, socket, threading
+    import pytest
+
+    def pytest_configure(config):
+        if hasattr(config, "workerinput"):
+            config.to_controller = socket.create_connection(
+                ("127.0.0.1", config.workerinput["port"]), 30
+            )
+        else:
+            config.listening = socket.create_server(("127.0.0.1", 0))
+
+    class Controller:
+        def pytest_configure_node(self, node):
+            if not hasattr(node.config, "answering"):
+                node.config.answering = threading.Thread(
+                    target=answer, args=(node.config.listening,), daemon=True
+                )
+                node.config.answering.start()
+            node.workerinput["port"] = node.config.listening.getsockname()[1]
+
+    def pytest_plugin_registered(plugin, manager):
+        if type(plugin).__name__ == "DSession":
+            manager.register(Controller())
+
+    def answer(listening):
+        for _ in range(2):
+            connection, _ = listening.accept()
+            threading.Thread(target=echo, args=(connection,), daemon=True).start()
+
+    def echo(connection):
+        while data := connection.recv(99):
+            connection.sendall(data)
+
+    def pytest_unconfigure(config):
+        for name in ("to_controller", "listening"):
+            if hasattr(config, name):
+                getattr(config, name).close()
+"""
+
+
+def test_plugins_of_others_connect_workers_and_controller(site):
+    """When they are set up; the network of the tests is the worker's own."""
+    (site.work / "conftest.py").write_text(textwrap.dedent(CONNECTED))
+    text = """
+        import os, socket, threading
+        import pytest
+
+        @pytest.mark.parametrize("word", [b"one", b"two"])
+        def test_it(pytestconfig, word):
+            pytestconfig.to_controller.sendall(word)
+            assert pytestconfig.to_controller.recv(99) == word
+            port = pytestconfig.workerinput["port"]
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port), 30)
+            own = os.readlink("/proc/1/ns/net")
+            assert os.readlink("/proc/thread-self/ns/net") == own
+            assert "QUBES_ITESTS_OUTER_NETWORK" not in os.environ
+            fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+            places = [os.readlink(fd) for fd in fds if os.path.exists(fd)]
+            assert not [place for place in places if place.startswith("net:")]
+    """
+    (site.work / "test_suite.py").write_text(textwrap.dedent(text))
+    words = ("-p", "qubes_itests", "-n", "2", "--dist", "each")
+    done = site.run(*words, program="pytest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 passed" in done.stdout
+
+
 def test_a_machine_that_cannot_be_reached_ends_the_run(mixed):
     quick = "popen//on=false"
     # it has read what it gets before it ends
