@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import FrameType
 
-__all__ = ["active", "command", "enter_outer_network", "reexec", "require"]
+__all__ = [
+    "active",
+    "command",
+    "enter_outer_network",
+    "ignored_signals",
+    "reexec",
+    "require",
+]
 
 _MARK = "QUBES_ITESTS_SANDBOX"
 _NAMESPACES = ("mnt", "pid", "net", "ipc")
@@ -34,6 +41,9 @@ _OUTER_NETWORK = "QUBES_ITESTS_OUTER_NETWORK"
 _CLONE_NEWNET = 0x40000000
 #: The network that this process is to come back to.
 _left: list[int] = []
+#: Those that a process may be started to ignore; two more Python itself ignores, and
+#: has children start with the default.
+_INHERITED = signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}
 
 
 def active() -> bool:
@@ -140,13 +150,31 @@ def _identity() -> str:
     )
 
 
+def ignored_signals() -> list[int]:
+    """Return the signals that whoever started this process has it ignore.
+
+    As nohup(1) does, and a shell for what runs in the background of a script.
+    """
+    ways = (signal.SIG_IGN, _stay)
+    return sorted(int(n) for n in _INHERITED if signal.getsignal(n) in ways)
+
+
 def _interrupt_on_signals() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
+    ignored = ignored_signals()
+    for number in ignored:
+        # SIG_IGN would be passed on to all that we start, tests' commands included;
+        # a function is not, and they begin with the default
+        signal.signal(number, _stay)
     interrupt = _Interrupt()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if number not in ignored:
             signal.signal(number, interrupt)
+
+
+def _stay(_number: int, _frame: FrameType | None) -> None:
+    """Ignore a signal."""
 
 
 class _Interrupt:

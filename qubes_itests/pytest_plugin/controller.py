@@ -144,6 +144,8 @@ class Controller:
             "directory": "" if place or not sandbox.active() else self._directory(),
             # They select plugins and templates, and must everywhere.
             "environment": {n: v for n, v in os.environ.items() if n in _SELECTING},
+            # We ignore them ourselves alone, and a worker is in our process group.
+            "ignored": [] if place else sandbox.ignored_signals(),
             "grouped": self._config.getoption("dist") == "loadgroup",
         }
 

@@ -69,6 +69,8 @@ def prepare(config: pytest.Config) -> None:
     option = config.option
     if is_worker(config):
         os.environ.update(_told(config)["environment"])
+        for number in _told(config)["ignored"]:
+            signal.signal(number, signal.SIG_IGN)
         if _told(config)["grouped"]:
             option.loadgroup = False
         if is_remote(config):
@@ -153,7 +155,7 @@ class Worker:
         """Let a signal end what has nothing to clean up any more, without a word."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                if number not in sandbox.ignored_signals():
                     signal.signal(number, signal.SIG_DFL)
 
     @pytest.hookimpl(trylast=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 ONCE = "qubes.tests.extra"
 FOR_TEMPLATE = "qubes.tests.extra.for_template"
@@ -61,10 +61,15 @@ class PluginSite:
         (info / "entry_points.txt").write_text("\n".join(lines))
 
     def run(
-        self, *arguments: str, program: str = "qubes_itests", **variables: str
+        self,
+        *arguments: str,
+        program: str = "qubes_itests",
+        launcher: Sequence[str] = (),
+        **variables: str,
     ) -> subprocess.CompletedProcess[str]:
-        """Run ``python -m PROGRAM ARGUMENTS`` and return what came of it."""
-        return self._run([sys.executable, "-m", program, *arguments], variables)
+        """Run ``[LAUNCHER] python -m PROGRAM ARGUMENTS``; return what came of it."""
+        command = [*launcher, sys.executable, "-m", program, *arguments]
+        return self._run(command, variables)
 
     def run_as_nobody(self) -> subprocess.CompletedProcess[str]:
         """Run the main job as a user without rights."""

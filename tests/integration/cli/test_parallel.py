@@ -67,6 +67,32 @@ def mixed(site):
     return site
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_below_nohup_the_run_ignores_hang_ups_and_commands_do_not(site, workers):
+    """The whole process group gets one when its terminal goes, workers as well."""
+    site.install(
+        "hangup",
+        """
+        import os, signal, subprocess, time, unittest
+
+        class TC_Hangup(unittest.TestCase):
+            def test_hangup(self):
+                os.kill(os.getpid(), signal.SIGHUP)
+                time.sleep(0)
+                command = ["sh", "-c", "kill -HUP $$; exit 5"]
+                done = subprocess.run(command)
+                self.assertEqual(done.returncode, -signal.SIGHUP)
+
+        def list_tests():
+            return [TC_Hangup]
+    """,
+    )
+    words = (*NO_GUESTS, "-n", workers, "hangup")
+    done = site.run(*words, launcher=["nohup"])
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0
+
+
 def test_two_workers_tell_what_one_process_tells(mixed):
     words = (*NO_GUESTS, "--timeout=2", "--junitxml=x.xml", "--seed=7", "mixed")
     alone = mixed.run(*words)

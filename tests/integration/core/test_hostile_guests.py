@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hostile_guest
 import pytest
-from hostile_guest import ATTACKS
 
 #: MiB that the harness may grow by, whatever a guest does.
 MOST_GROWTH = 16
 SECONDS = 1.0
+#: Those that differ in kind; the benchmark of this name has more.
+TRIED = ("credit", "calls", "logs", "closed", "bytes")
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def test_no_attack_costs_much_memory_or_holds_up_another_vm(make_vm, run, progra
     other = make_vm("other")
     run(other.start())
     growth = {}
-    for attack in ATTACKS.keys() - {"reading-calls"}:
+    for attack in TRIED:
         hostile = make_vm(f"hostile-{attack}")
         run(hostile.start())
         cost = run(hostile_guest.cost(hostile, other, program, attack, seconds=SECONDS))

@@ -314,6 +314,29 @@ def test_control_c_on_the_terminal_ends_the_run_in_order():
     assert process.returncode == 2
 
 
+def test_what_is_started_to_ignore_a_signal_ignores_it_alone():
+    """As below nohup: the run goes on, and its children begin with the default."""
+    with _start(
+        """
+        import os, signal, subprocess, sys
+        if sys.argv[-1] != "ignoring":
+            for number in (signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_IGN)
+            os.execv(sys.executable, [*sys.orig_argv, "ignoring"])
+        from qubes_itests.host import sandbox
+        sandbox.reexec()
+        print("ready", flush=True)
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGQUIT)
+        assert sandbox.ignored_signals() == [signal.SIGHUP, signal.SIGQUIT]
+        child = "kill -HUP $$; echo it ignores the signal"
+        sys.exit(-subprocess.run(["sh", "-c", child]).returncode)
+        """
+    ) as process:
+        assert process.communicate(timeout=_WAIT)[0] == ""
+    assert process.returncode == signal.SIGHUP
+
+
 def test_signals_that_python_leaves_alone_reach_the_command():
     with _start("""
         import signal, sys
