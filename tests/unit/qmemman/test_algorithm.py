@@ -79,6 +79,17 @@ def test_balance_of_the_reference_with_low_memory():
     assert algorithm.balance(50 * MIB, low) == [("1", 1395864371), ("5", 697932185)]
 
 
+def test_what_is_free_beyond_gifts_is_shared_by_preference_when_memory_is_low():
+    """Who has all it may have does not count; what is asked for is not spent yet."""
+    giver, full = domain("1", 400, 700), domain("3", 2000, 1024, maximum=1024)
+    takers = domain("0", 1024, 1024), domain("2", 900, 600)
+    found = algorithm.preferences((*takers, giver, full))
+    gift = ("1", 520 * MIB)
+    targets = algorithm.balance_when_low_on_memory(found, 800 * MIB)
+    assert targets == [gift, ("0", 1455624004), ("2", 895027535)]
+    assert algorithm.balance_when_low_on_memory(found, 100 * MIB) == [gift]
+
+
 def test_markers_clear_for_who_responded_or_lacks_memory():
     def marked(**changes):
         state = dataclasses.replace(

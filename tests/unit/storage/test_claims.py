@@ -138,6 +138,9 @@ def test_an_idle_pool_keeps_no_file_open(shop, volume):
     shop.run(volume.start())
     shop.run(shop.pool.destroy())
     assert opened() == []
+    claims = Claims(shop.directory)
+    assert not claims.is_elsewhere("private")
+    assert opened() == []
 
 
 def test_claims_count(tmp_path):
