@@ -23,6 +23,7 @@ from qubes_itests.admin.protocol import Request, encode_exception, encode_reply
 from qubes_itests.admin.tokens import CloneTokens
 from qubes_itests.core.exc import (
     PermissionDenied,
+    PropertyWrittenError,
     ProtocolError,
     QubesException,
     QubesVMNotFoundError,
@@ -209,14 +210,15 @@ def method(
 
 #: What clients raise when a call is refused.  They know the classes of the two refusals
 #: too, but no tool expects these: of them qubesd says nothing, and so the tools take an
-#: empty answer, which is of this class, for a refusal.
+#: empty answer, which is of this class, for a refusal.  A property that is set once and
+#: for all is one of them too: a clone leaves out what it may not set.
 _REFUSED: Final = "QubesDaemonAccessError"
 
 
 def error_name(error: BaseException) -> str:
     """Return the name under which a client is told of an error."""
     for cls in type(error).__mro__:
-        if cls in {ProtocolError, PermissionDenied}:
+        if cls in {ProtocolError, PermissionDenied, PropertyWrittenError}:
             return _REFUSED
         if cls.__name__ in _KNOWN_ERRORS:
             return cls.__name__

@@ -1,7 +1,8 @@
 """Block devices: dom0 exposes images, running VMs have them as disks.
 
 Options of an attachment: ``frontend-dev``, what the guest calls the disk, by default
-the first that is free from ``xvdi`` on; ``read-only``, ``yes`` or ``no``.
+the first that is free from ``xvdi`` on; ``read-only``, ``yes`` or ``no``; ``devtype``,
+``disk`` or ``cdrom``.
 """
 
 from __future__ import annotations
@@ -158,12 +159,15 @@ def _completed(
     if unknown := options.keys() - {"frontend-dev", "read-only", "devtype"}:
         names = ", ".join(sorted(unknown))
         raise QubesValueError(f"block devices have no option {names}")
-    if options.get("devtype", "disk") != "disk":
-        raise QubesValueError("option devtype takes disk here")
-    default = "yes" if device.read_only else "no"
-    read_only = to_bool(options.get("read-only", default))
-    if device.read_only and not read_only:
-        raise QubesValueError(f"block device {device.port} can be read only")
+    kind = options.get("devtype", "disk")
+    if kind not in {"cdrom", "disk"}:
+        raise QubesValueError(f"option devtype takes cdrom or disk, not {kind!r}")
+    # as with Xen, a guest of ours has a CD-ROM as one more disk, which is read only
+    must = device.read_only or kind == "cdrom"
+    read_only = to_bool(options.get("read-only", "yes" if must else "no"))
+    if must and not read_only:
+        what = "a CD-ROM" if kind == "cdrom" else f"block device {device.port}"
+        raise QubesValueError(f"{what} can be read only")
     return {
         "frontend-dev": _frontend(vm, options.get("frontend-dev")),
         "read-only": "yes" if read_only else "no",

@@ -94,6 +94,13 @@ class QubesPropertyValueError(QubesValueError):
         self.reason = reason
 
 
+class PropertyWrittenError(QubesPropertyValueError, AttributeError):  # type: ignore[misc]
+    """A property that is set once and for all was set again."""
+
+    def __init__(self, holder: object, name: str, value: object) -> None:
+        super().__init__(holder, name, value, "it is set once and for all")
+
+
 class QubesNoSuchPropertyError(QubesException, AttributeError):
     """An object has no property of that name."""
 

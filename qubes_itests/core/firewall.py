@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import time
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.core.exc import QubesValueError
@@ -161,6 +162,12 @@ def _check_together(text: str, words: dict[str, str]) -> None:
         raise FirewallRuleError(text, "it has two hosts on one side")
 
 
+def _is_expired(rule: str, now: float) -> bool:
+    # a comment has no =
+    end = re.search(r" expire=(\d+)", rule)
+    return end is not None and int(end[1]) <= now
+
+
 class Firewall:
     """The rules of one VM; what none of them matches is dropped."""
 
@@ -169,7 +176,9 @@ class Firewall:
 
     @property
     def rules(self) -> tuple[str, ...]:
-        """The rules, in order, in their canonical form."""
+        """The rules, in order, in their canonical form; those that expired are gone."""
+        now = time.time()
+        self._rules = [rule for rule in self._rules if not _is_expired(rule, now)]
         return tuple(self._rules)
 
     @rules.setter

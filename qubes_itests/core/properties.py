@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, overload
 
 from qubes_itests.core.events import Emitter
 from qubes_itests.core.exc import (
+    PropertyWrittenError,
     QubesException,
     QubesNoSuchPropertyError,
     QubesPropertyValueError,
@@ -152,9 +153,7 @@ class Property(Generic[T]):
 
     def _check_unwritten(self, instance: PropertyHolder, value: Any) -> None:
         if self.write_once and self.name in instance._values:  # noqa: SLF001
-            raise QubesPropertyValueError(
-                instance, self.name, value, "it is set once and for all"
-            )
+            raise PropertyWrittenError(instance, self.name, value)
 
     def _checked(self, instance: PropertyHolder, value: Any) -> Any:
         """Return the value to store; only a setter may have it be None."""

@@ -91,7 +91,7 @@ def serving(
         portal.run(_report_orphans(app))
         # the app's directory is the sandbox's own
         (app.directory / "block").symlink_to(state.block)
-        offer_programs(place, installed_tools())
+        offer_programs(place, installed_tools(), state.block)
         # by its short name, for the paths of sockets are limited
         sockets = portal.run(_open_sockets(app, Place.of_run(short)))
         stack.callback(lambda: portal.run(sockets.aclose()))

@@ -24,13 +24,14 @@ HOOK: Final = _HERE / "hook"
 _EXECUTABLE: Final = 0o755
 
 
-def offer_programs(place: Place, tools: Sequence[str]) -> None:
+def offer_programs(place: Place, tools: Sequence[str], block: Path) -> None:
     """Write the programs that the client tools call, and those tools.
 
     :param place: where; its directory is there, and empty.
     :param tools: the names of the tools that there are.
+    :param block: the folder of dom0's block devices.
     """
-    for directory in (place.programs, place.services):
+    for directory in (place.programs, place.services, place.dom0_programs):
         directory.mkdir()
     program = [sys.executable, "-I", "-S", _HERE / "program.py"]
     program += [place.relay_socket, place.services]
@@ -39,6 +40,9 @@ def offer_programs(place: Place, tools: Sequence[str]) -> None:
         _write(place.services / name, [*program, name])
     # a service of dom0 runs on the machine of whoever calls it, as that user
     _write(place.services / "qubes.VMShell", ["/bin/bash", "-s", "--"])
+    # the tools ask root for what the server's user may do by itself
+    _write(place.dom0_programs / "sudo", ["env"])
+    _write(place.dom0_programs / "losetup", [*program, "losetup", block])
     qvm = [sys.executable, "-m", "qubes_itests", "qvm", "--socket", place.admin_socket]
     for name in tools:
         _write(place.programs / name, [*qvm, name])

@@ -54,6 +54,11 @@ class Place:
         return self.directory / "bin"
 
     @property
+    def dom0_programs(self) -> Path:
+        """Programs of dom0 that the tools, and nobody else, find before others."""
+        return self.directory / "dom0"
+
+    @property
     def services(self) -> Path:
         """What the client tools look for in ``/etc/qubes-rpc``."""
         return self.directory / "qubes-rpc"

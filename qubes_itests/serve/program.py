@@ -11,6 +11,7 @@ shell's command line; the one of ``-l`` is, which is what that option is for.
 
 from __future__ import annotations
 
+import contextlib
 import getopt
 import os
 import re
@@ -55,6 +56,8 @@ else:
 
 USAGE = 2
 NOT_FOUND = 127
+#: How many files there may be that tools give to dom0 as block devices.
+LOOPS = 256
 GONE = 255
 #: What a terminal may be sent by a VM; all else could be commands to the terminal.
 SAFE = bytes(range(0x20, 0x7F)) + b"\t\n\r"
@@ -106,8 +109,31 @@ def main(arguments: list[str]) -> int:
         except UsageError as error:
             sys.stderr.write(f"qrexec-client: {error}\n")
             return USAGE
+    if name == "losetup":
+        return losetup(*rest)
     target = os.environ.get("QREXEC_REQUESTED_TARGET", "")
     return Relay(address, request(IMPORT, target, *rest[:1], name)).run()
+
+
+def losetup(folder: str, *words: str) -> int:
+    """Do what ``losetup -f --show FILE`` does, as dom0 exposes block devices here.
+
+    :param folder: of the links to what dom0 exposes.
+    """
+    if len(words) != 3 or words[:2] != ("-f", "--show"):  # noqa: PLR2004
+        sys.stderr.write(f"losetup: expected -f --show FILE, got {words!r}\n")
+        return USAGE
+    path = os.path.abspath(words[2])  # noqa: PTH100
+    os.stat(path)  # noqa: PTH116
+    for number in range(LOOPS):
+        link = os.path.join(folder, f"loop{number}")  # noqa: PTH118
+        with contextlib.suppress(FileExistsError):
+            os.symlink(path, link)  # noqa: PTH211
+        if os.readlink(link) == path:  # noqa: PTH115
+            sys.stdout.write(f"/dev/loop{number}\n")
+            return 0
+    sys.stderr.write(f"losetup: {folder} has {LOOPS} devices already\n")
+    return 1
 
 
 def request(kind: int, *fields: str) -> bytes:
@@ -409,7 +435,7 @@ if __name__ == "__main__":
         # nobody reads our output: that ends other programs by this signal
         code = 128 + signal.SIGPIPE
     except OSError as error:
-        sys.stderr.write(f"qrexec-client: {error}\n")
+        sys.stderr.write(f"{sys.argv[3]}: {error}\n")
         code = GONE
     sys.stdout.flush()
     # the thread that reads the input may wait for ever

@@ -69,6 +69,8 @@ def _adjust(package: ModuleType, directory: str) -> None:
     config.QUBESD_SOCKET = _connectable(f"{directory}/qubesd.sock")
     config.QREXEC_CLIENT = f"{directory}/bin/qrexec-client"
     config.QREXEC_SERVICES_DIR = f"{directory}/qubes-rpc"
+    path = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = f"{directory}/dom0{os.pathsep}{path}"
     local = package.app.QubesLocal
     # elsewhere than in dom0 it would be the class that calls by qrexec
     vars(package)["Qubes"] = local

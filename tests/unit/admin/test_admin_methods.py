@@ -117,7 +117,7 @@ REFUSED = [
         b"a\nb",
         "QubesPropertyValueError",
     ),
-    ("admin.vm.property.Set", "work", "uuid", b"1", "QubesPropertyValueError"),
+    ("admin.vm.property.Set", "work", "uuid", b"1", "QubesDaemonAccessError"),
     ("admin.vm.feature.Get", "work", "os", b"", "QubesFeatureNotFoundError"),
     ("admin.vm.feature.Get", "work", "", b"", "QubesDaemonAccessError"),
     ("admin.vm.feature.CheckWithTemplate", "dom0", "", b"", "QubesDaemonAccessError"),

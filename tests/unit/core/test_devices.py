@@ -242,7 +242,8 @@ async def test_a_cancelled_attachment_is_undone(app, work, image):
         ({"frontend-dev": "xvdaa"}, "it takes xvda to xvdz"),
         ({"frontend-dev": "xvda"}, "has a disk xvda already"),
         ({"read-only": "perhaps"}, "truth value"),
-        ({"devtype": "cdrom"}, "takes disk"),
+        ({"devtype": "floppy"}, "takes cdrom or disk, not 'floppy'"),
+        ({"devtype": "cdrom", "read-only": "no"}, "a CD-ROM can be read only"),
         ({"colour": "red"}, "no option colour"),
     ],
 )
@@ -260,6 +261,16 @@ async def test_a_file_that_nobody_may_write_is_attached_read_only(app, work, ima
         await block(work).attach(DeviceAssignment(device, options={"read-only": "no"}))
     await block(work).attach(DeviceAssignment(device))
     assert work.domain.disks["xvdi"].read_only
+
+
+async def test_a_cdrom_is_a_disk_that_is_read_only(app, work, image):
+    """As ``qvm-start --cdrom`` asks for it."""
+    device = await expose(app, image)
+    for more in ({}, {"read-only": "True"}):
+        options = {"devtype": "cdrom", **more}
+        await block(work).attach(DeviceAssignment(device, options=options))
+        assert work.domain.disks["xvdi"].read_only
+        await block(work).detach(DeviceAssignment(device))
 
 
 async def test_names_of_disks_run_out(app, work, image):

@@ -1,5 +1,7 @@
 """Firewall rules are read strictly, and written in one form."""
 
+import time
+
 import pytest
 
 from qubes_itests.core.firewall import Firewall, FirewallRuleError, parse_rule
@@ -73,3 +75,16 @@ def test_one_bad_rule_leaves_all_as_they_were():
     with pytest.raises(FirewallRuleError):
         firewall.rules = ["action=accept", "action=nonsense"]
     assert firewall.rules == ("action=drop",)
+
+
+def test_a_rule_that_has_expired_is_gone():
+    """When it is set, and later."""
+    firewall = Firewall()
+    now = int(time.time())
+    kept = f"action=accept expire={now + 1000} comment=expire 5"
+    firewall.rules = ["action=drop expire=1", kept]
+    assert firewall.rules == (kept,)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(time, "time", lambda: float(now + 1000))
+        assert firewall.rules == ()
+    assert firewall.rules == ()

@@ -1,36 +1,82 @@
-"""The client tools of Qubes OS themselves.
+"""The tools of Qubes OS's client: themselves where they are installed, else recorded.
 
-They are not on the package index, so this is not among the tests that are run without
-being named: install them as docs/serve.md says, and give pytest this file.
+Each test has a recording in `recorded`: what the tools said to the server, and got.
+``tests/record-client`` makes them anew.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from client_recording import MismatchError, Names, Recorder, Replay
 from conditions import wait_until
 
 from qubes_itests.serve.environment import variables
 from qubes_itests.serve.place import Place
+from qubes_itests.serve.tools import installed_tools
+
+RECORDED = Path(__file__).parent / "recorded"
+#: Set where the tools are to be recorded: to what tells the client's version closer.
+RECORD = "QUBES_ITESTS_RECORD_CLIENT"
+
+
+def run_tool(socket, words, data, *, by_itself=False):
+    """Run a tool that is installed."""
+    command = [sys.executable, "-m", "qubes_itests", "qvm", "--socket", socket, *words]
+    environment = dict(os.environ)
+    if by_itself:
+        module = f"qubesadmin.tools.{words[0].replace('-', '_')}"
+        command = [sys.executable, "-m", module, *words[1:]]
+        environment |= variables(Place(socket.parent))
+    return subprocess.run(
+        command,
+        input=data,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
 
 
 @pytest.fixture
-def qvm(server):
+def tools(server, request, tmp_path, tmp_path_factory):
+    """Return a function that runs a tool: one that is installed, or a recorded one."""
+    name = re.sub(r"[^A-Za-z0-9_]+", "-", request.node.name.removeprefix("test_"))
+    path = RECORDED / f"{name.strip('-')}.json"
+    fixed = {"state": server.state, "server": server.socket.parent, "tmp": tmp_path}
+    names = Names(fixed)
+    if not installed_tools():
+        replay = Replay(server, json.loads(path.read_text())["steps"], names)
+        yield lambda words, data, **_: replay.run(words, data)
+    elif RECORD in os.environ:
+        with Recorder(server, tmp_path_factory.mktemp("r"), names) as recorder:
+
+            def run(words, data, **how):
+                done = run_tool(recorder.socket, words, data, **how)
+                recorder.step(words, data, done)
+                return done
+
+            yield run
+        version = importlib.metadata.version("qubesadmin")
+        recorder.write(path, f"{version} {os.environ[RECORD]}".strip())
+    else:
+        yield lambda words, data, **how: run_tool(server.socket, words, data, **how)
+
+
+@pytest.fixture
+def qvm(tools):
     """Return a function that runs a tool, and what it is to end with."""
 
-    def run(tool, *words, data="", status=0):
-        command = [sys.executable, "-m", "qubes_itests", "qvm"]
-        done = subprocess.run(
-            [*command, "--socket", server.socket, tool, *words],
-            input=data,
-            capture_output=True,
-            text=True,
-            timeout=90,
-            check=False,
-        )
+    def run(tool, *words, data="", status=0, **how):
+        done = tools([tool, *map(str, words)], data, **how)
         assert "Traceback" not in done.stderr, done.stderr
         assert done.returncode == status, done.stderr
         return done.stdout if status == 0 else done.stderr
@@ -123,7 +169,7 @@ def test_a_block_device_comes_and_goes(qvm, server, tmp_path):
     [
         (("qvm-pool", "remove", "none"), 1, "there is no pool 'none'"),
         (("qvm-volume", "revert", "tiny:private", "none"), 1, "has no revision 'none'"),
-        (("qvm-volume", "resize", "tiny:private", "1M"), 1, "shrinking"),
+        (("qvm-volume", "resize", "tiny:private", "1M"), 1, "Refusing to shrink"),
         (("qvm-volume", "import", "tiny:private", "-"), 1, "bytes"),
         (("qvm-device", "teapot", "list"), 1, "Failed to list 'teapot' devices"),
         (("qvm-prefs", "work", "none", "1"), 2, "no such property"),
@@ -137,9 +183,24 @@ def test_what_cannot_be_is_a_line_of_the_tool(qvm, words, status, said):
     assert said in qvm(*words, *size, data="no nine bytes", status=status)
 
 
-def test_the_tools_run_by_themselves(server):
+def test_the_tools_run_by_themselves(qvm):
     """With the variables that ``serve --print-env`` prints."""
-    environment = os.environ | variables(Place(server.socket.parent))
-    command = [sys.executable, "-m", "qubesadmin.tools.qvm_ls", "--raw-list"]
-    listed = subprocess.check_output(command, env=environment, text=True)
-    assert "work" in listed.split()
+    assert "work" in qvm("qvm-ls", "--raw-list", by_itself=True).split()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "said"),
+    [
+        ({"reply": "0\0pink\n"}, "expected a line 'pink'"),
+        ({"reply": "2\0QubesException\0\0no\0"}, "got '0"),
+        ({"request": "admin.vm.Start+ dom0 name none\0"}, "QubesVMNotFoundError"),
+        ({"request": "admin.vm.Kill+ dom0 name none\0", "reply": "0\0"}, "expected '0"),
+    ],
+)
+def test_another_answer_than_the_recorded_one_is_told(server, recorded, said):
+    call = {"request": "admin.label.List+ dom0 name dom0\0", "reply": "0\0red\n"}
+    step = {"tool": ["t"], "input": "", "status": 0, "stdout": "", "stderr": ""}
+    Replay(server, [step | {"calls": [call]}], Names({})).run(["t"], "")
+    replay = Replay(server, [step | {"calls": [call | recorded]}], Names({}))
+    with pytest.raises(MismatchError, match=said):
+        replay.run(["t"], "")
