@@ -7,8 +7,6 @@ the first that is free from ``xvdi`` on; ``read-only``, ``yes`` or ``no``; ``dev
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import re
 import string
@@ -101,13 +99,17 @@ class BlockDeviceExtension(Extension):
         options = vm.devices["block"].attached.get(port)
         if options is None:
             raise DeviceNotAssigned(f"block device {port} is not attached to VM {vm}")
+
+        async def pull_out() -> None:
+            await vm.domain.detach_disk(options["frontend-dev"])
+            vm.devices["block"].attached.pop(port, None)
+
         try:
-            await to_its_end(vm.domain.detach_disk(options["frontend-dev"]))
+            await to_its_end(pull_out())
         except HarnessError as error:
             raise QubesVMError(
                 vm, f"device {port} cannot be detached from VM {vm}: {error}"
             ) from error
-        vm.devices["block"].attached.pop(port, None)
 
     @handler("domain-pre-start")
     def on_pre_start(self, vm: Any, _event: str, **_kwargs: Any) -> None:
@@ -141,15 +143,14 @@ class BlockDeviceExtension(Extension):
 
 async def _plug_in(vm: Any, disk: Disk) -> None:
     try:
-        await to_its_end(vm.domain.attach_disk(disk))
+        await to_its_end(
+            vm.domain.attach_disk(disk),
+            undo=lambda _plugged: vm.domain.detach_disk(disk.name),
+        )
     except HarnessError as error:
         raise QubesVMError(
             vm, f"{disk.path.name} cannot be attached to VM {vm}: {error}"
         ) from error
-    except asyncio.CancelledError:
-        with contextlib.suppress(HarnessError):
-            await to_its_end(vm.domain.detach_disk(disk.name))
-        raise
 
 
 def _completed(

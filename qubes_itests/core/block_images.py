@@ -7,6 +7,7 @@ file that nobody may write is attached read-only.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import stat
@@ -17,6 +18,7 @@ from qubes_itests.core.device_info import DeviceInfo
 from qubes_itests.core.device_interface import DeviceInterface
 from qubes_itests.core.device_protocol import Port
 from qubes_itests.core.exc import QubesException, QubesValueError
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
 
 __all__ = ["BlockDevice", "expose", "exposed", "withdraw"]
+
+log = logging.getLogger("qubes.devices")
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _WRITABLE: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
@@ -81,12 +85,22 @@ def _folder(app: Qubes) -> Path:
 def exposed(app: Qubes, name: str | None = None) -> Iterator[BlockDevice]:
     """Yield the block devices of dom0; what is neither image nor device is left out.
 
+    So is what cannot be looked at: a link to itself, a drive without a disk in it.
+
     :param name: only that one.
     """
     for found in [name] if name else _names(_folder(app)):
-        path = (_folder(app) / found).resolve()
-        if _NAME.fullmatch(found) and (path.is_file() or path.is_block_device()):
-            yield BlockDevice(_port(app, found), path)
+        if not _NAME.fullmatch(found):
+            continue
+        try:
+            path = (_folder(app) / found).resolve()
+            if not (path.is_file() or path.is_block_device()):
+                continue
+            device = BlockDevice(_port(app, found), path)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+            log.info("block device %s of dom0 is not there: %s", found, str(error))
+            continue
+        yield device
 
 
 def _names(folder: Path) -> list[str]:
@@ -107,8 +121,15 @@ async def expose(
     :return: the device, as ``app.domains["dom0"].devices["block"][name]``.
     :raise QubesValueError: for what is no image, or a name that cannot be or is taken.
     """
-    name = await asyncio.to_thread(_link, _folder(app), path, name)
-    device = next(exposed(app, name))
+    folder = _folder(app)
+    name = await to_its_end(
+        asyncio.to_thread(_link, folder, path, name),
+        undo=lambda made: asyncio.to_thread((folder / made).unlink),
+    )
+    device = next(exposed(app, name), None)
+    if device is None:
+        await to_its_end(asyncio.to_thread((folder / name).unlink))
+        raise QubesValueError(f"{path} cannot be read as an image or a block device")
     dom0 = app.domains["dom0"]
     await dom0.fire_event_async("device-list-change:block")
     await dom0.fire_event_async("device-added:block", device=device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -26,9 +28,9 @@ from qubes_itests.core.store.journal import MAKE, REMOVE
 from qubes_itests.host.exc import CommandError
 from qubes_itests.host.filesystem import make_ext4
 from qubes_itests.hypervisor.contract import Disk
-from qubes_storage.exc import VolumeExistsError
+from qubes_storage.exc import InvalidSizeError, VolumeExistsError
 from qubes_storage.ficlone import clone_or_copy
-from qubes_storage.transfer import Import
+from qubes_storage.transfer import Import, exporting
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
@@ -52,6 +54,13 @@ _LAST_EXTRA: Final = ord("z")
 #: Has the guest enlarge the filesystem of a volume; the volume's name is its input.
 _RESIZE_SERVICE: Final = "qubes.ResizeDisk"
 _WITH_FILESYSTEM: Final = ("root", "private")
+#: To what size a guest enlarges its filesystem, bytes. An emulated one takes 20 s for
+#: each TiB, at the next start if not now: larger ones would not start in time any more,
+#: and beyond some PiB ext4 does not go at all.
+_LARGEST_FILESYSTEM: Final = 1 << 40
+
+#: What of an image is looked at in one go, bytes.
+_PART: Final = 1 << 16
 
 VolumeAction = Callable[["Volume"], Awaitable[object]]
 
@@ -271,8 +280,32 @@ class Storage:
             )
 
     async def start(self) -> None:
-        """Get the volumes ready for the VM; if one fails, stop the others again."""
+        """Get the volumes ready for the VM; if one fails, stop the others again.
+
+        A private volume that is empty gets a filesystem, as a new one does.
+        """
+        await self._fill_empty()
         await self._all(lambda v: v.start(), undo=lambda v: v.stop())
+
+    async def _fill_empty(self) -> None:
+        """Make a filesystem in an empty private volume, as one that was cleared is.
+
+        It is committed before the start: a crash meanwhile leaves the volume empty, and
+        a VM that begins with the volume of another finds the same there.
+        """
+        if "private" not in self.volumes:
+            return
+        volume = kept_by(self.volumes["private"])
+        if not volume.save_on_stop or volume.is_dirty():
+            return
+        try:
+            async with exporting(volume) as image:
+                empty = await to_its_end(asyncio.to_thread(_is_empty, image))
+            if empty:
+                size = volume.size
+                await _import(volume, lambda path: make_ext4(path, size, "private"))
+        except (CommandError, OSError) as error:
+            raise QubesVMStorageError(self.vm, volume, _said(error)) from error
 
     async def stop(self) -> None:
         """Commit, or drop, what the VM wrote; every volume even if another fails."""
@@ -306,6 +339,14 @@ class Storage:
         """
         if isinstance(volume, str):
             volume = self.volumes[volume]
+        if volume.name in _WITH_FILESYSTEM and size > _LARGEST_FILESYSTEM:
+            raise InvalidSizeError(
+                volume.pool.name,
+                volume.vid,
+                "resize",
+                f"its filesystem grows to {_LARGEST_FILESYSTEM} bytes at most (1 TiB),"
+                f" not to {size}",
+            )
         with self.changing():
             await volume.resize(size)
         if self.vm.domain is None or not self.vm.is_running():
@@ -438,6 +479,24 @@ async def _import(volume: Volume, fill: Callable[[Path], None]) -> None:
     # not created first: the empty image would become a revision
     async with Import(volume, volume.size) as path:
         await to_its_end(asyncio.to_thread(fill, path))
+
+
+def _is_empty(image: Path) -> bool:
+    """Tell whether a file has nothing but zeroes in it; holes take no time."""
+    with image.open("rb", buffering=0) as file:
+        size, place = file.seek(0, os.SEEK_END), 0
+        while place < size:
+            try:
+                place = file.seek(place, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return True  # the rest is a hole
+                raise
+            part = os.pread(file.fileno(), _PART, place)
+            if part.strip(b"\0"):
+                return False
+            place += len(part)
+    return True
 
 
 def copy_image(source: Path, target: Path) -> None:

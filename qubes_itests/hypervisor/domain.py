@@ -21,6 +21,7 @@ from qubes_itests.hypervisor.contract import (
 )
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
 from qubes_itests.hypervisor.lifecycle import lifecycle_state
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,7 +141,7 @@ class LibvirtDomain(Domain):
             try:
                 await self._create(saved_state)
             except BaseException:
-                await asyncio.shield(self._undo_start())
+                await to_its_end(self._undo_start())
                 raise
 
     def _begin(self, *, loading: bool) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import os
 from typing import TYPE_CHECKING
@@ -23,9 +22,9 @@ from qubes_itests.hypervisor.domain_xml import (
     domain_xml,
     interface_xml,
 )
-from qubes_itests.hypervisor.exc import HypervisorError
 from qubes_itests.hypervisor.process import kill_qemu
 from qubes_itests.hypervisor.saved_state import SavedState, save_state
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,15 +85,12 @@ class QemuDomain(LibvirtDomain):
             await state.load(self._connection, self._native)
 
     async def _create_native(self, xml: str, flags: int) -> None:
-        create = self._connection.native.createXML
-        call = asyncio.ensure_future(self._call("start", create, xml, flags))
-        try:
-            self._native = await asyncio.shield(call)
-        except asyncio.CancelledError:
-            # The thread cannot be stopped: wait, for what it makes must be undone.
-            with contextlib.suppress(HypervisorError):
-                self._native = await call
-            raise
+        async def create() -> None:
+            function = self._connection.native.createXML
+            self._native = await self._call("start", function, xml, flags)
+
+        # The thread cannot be stopped: wait, for what it makes must be undone.
+        await to_its_end(create())
 
     def _cold_xml(self) -> str:
         direct = frozenset(d.name for d in self.spec.disks if _opens_direct(d.path))

@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_SIZE", "BlockDevice", "Volume"]
 
-#: The largest size of a volume, bytes: what a signed 64-bit offset can address.
-MAX_SIZE = 2**63 - 1
+#: The largest size of a volume, bytes: what a signed 64-bit offset can address, but for
+#: a margin that hypervisors take (QEMU opens nothing larger: BDRV_MAX_LENGTH).
+MAX_SIZE = 2**63 - 2**30
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from qubes_itests.exc import HarnessError
 from qubes_itests.guest.network import change_routes, set_up_downlink
 from qubes_itests.host.bridge import Bridge, Tap
 from qubes_itests.hypervisor.contract import Interface
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -65,17 +66,20 @@ class Downlink:
         try:
             await downlink._plug_in(address)
         except BaseException:
-            with contextlib.suppress(HarnessError):
-                await domain.detach_interface(DOWNLINK_MAC)
-            await downlink.close()
+            await to_its_end(downlink._give_up())
             raise
         return downlink
 
     async def _plug_in(self, address: IPv4Address) -> None:
         self._tap = await _made(Tap.create, self.bridge, DOWNLINK_MAC)
         interface = Interface(DOWNLINK_MAC, tap=self._tap.name)
-        await self.domain.attach_interface(interface)
+        await to_its_end(self.domain.attach_interface(interface))
         await set_up_downlink(self.agent, mac=DOWNLINK_MAC, address=address)
+
+    async def _give_up(self) -> None:
+        with contextlib.suppress(HarnessError):
+            await self.domain.detach_interface(DOWNLINK_MAC)
+        await self.close()
 
     async def route(self, wanted: Callable[[], Routes]) -> None:
         """Have the guest's routes be these.
@@ -141,9 +145,12 @@ class Uplink:
         """
         tap = await _made(Tap.create, downlink.bridge, mac, (address, *behind))
         try:
-            await domain.attach_interface(Interface(mac, tap=tap.name))
+            await to_its_end(
+                domain.attach_interface(Interface(mac, tap=tap.name)),
+                undo=lambda _attached: domain.detach_interface(mac),
+            )
         except BaseException:
-            await asyncio.to_thread(tap.remove)
+            await to_its_end(asyncio.to_thread(tap.remove))
             raise
         return cls(downlink, mac, address, behind, tap)
 
@@ -180,10 +187,7 @@ def routes_to(clients: Mapping[IPv4Address, Sequence[IPv4Address]]) -> Routes:
 
 async def _made(create: Callable[..., _T], *arguments: object) -> _T:
     """Make something in a thread; who is cancelled meanwhile leaves nothing."""
-    making = asyncio.ensure_future(asyncio.to_thread(create, *arguments))
-    try:
-        return await asyncio.shield(making)
-    except asyncio.CancelledError:
-        made = await making
-        await asyncio.to_thread(made.remove)
-        raise
+    return await to_its_end(
+        asyncio.to_thread(create, *arguments),
+        undo=lambda made: asyncio.to_thread(made.remove),
+    )

@@ -279,8 +279,8 @@ class WiringMixin(NetMixin):
         domain, agent = self._live()
         self.uplink = None
         self._loose.append(uplink)
-        await uplink.cut()
         try:
+            await uplink.cut()
             await domain.detach_interface(uplink.mac)
             await uplink.remove()
             self._loose.remove(uplink)

@@ -12,6 +12,7 @@
 #include <time.h>
 
 #define NEW_ROOT "/sysroot"
+#define SWAP_MAX ((uint64_t)64 << 30)
 #define EXT4_RESIZE _IOW('f', 16, uint64_t)
 
 enum { DEADLINE = 10000 /* milliseconds */ };
@@ -186,7 +187,8 @@ static bool mount_private(const char *disk)
 	       failed("/rw");
 }
 
-/* A swap area of version 1 that covers the disk. */
+/* A swap area of version 1 that covers the disk, or as much of it as is of use: the
+ * kernel needs memory for every page that it could swap out. */
 static bool swap_on(const char *disk)
 {
 	uint64_t size = 0;
@@ -194,6 +196,8 @@ static bool swap_on(const char *disk)
 	int fd = open(device(disk), O_RDWR | O_CLOEXEC);
 	bool done = ioctl(fd, BLKGETSIZE64, &size) == 0;
 
+	if (size > SWAP_MAX)
+		size = SWAP_MAX;
 	header[1] = (uint32_t)(size / 4096 - 1);
 	done = done && pwrite(fd, header, sizeof header, 1024) == sizeof header &&
 	       pwrite(fd, "SWAPSPACE2", 10, 4086) == 10 && swapon(device(disk), 0) == 0;

@@ -5,10 +5,14 @@ import subprocess
 
 import pytest
 
+from qubes_itests.admin.dispatch import Dispatcher
+from qubes_itests.admin.methods import METHODS
+from qubes_itests.admin.protocol import Request
 from qubes_itests.host.command import run as run_tool
 from qubes_itests.host.loop import loop_devices_over
-from qubes_storage.exc import StoragePoolException
+from qubes_storage.exc import InvalidSizeError, StoragePoolException
 from qubes_storage.reflink import ReflinkPool
+from qubes_storage.volume import MAX_SIZE
 
 MIB = 1024**2
 
@@ -117,6 +121,41 @@ def test_resizing_a_halted_vm_is_seen_at_its_next_start(vm, run, sh):
     run(vm.storage.resize("private", new))
     run(vm.start())
     assert disk_size(sh, vm, "xvdb") == new
+
+
+def test_the_largest_volumes_leave_a_vm_usable(vm, run, sh):
+    """A disk without a filesystem may be as large as QEMU opens it."""
+    run(vm.storage.resize("volatile", MAX_SIZE))
+    with pytest.raises(InvalidSizeError):
+        run(vm.storage.resize("volatile", MAX_SIZE + 1))
+    run(vm.start())
+    assert disk_size(sh, vm, "xvdc") == MAX_SIZE
+    assert sh(vm, "tail -n 1 /proc/swaps | awk '{print $3}'") == str((64 << 20) - 4)
+
+
+def clear(vm):
+    request = Request("admin.vm.volume.Clear", "private", "dom0", vm.name, b"")
+    return Dispatcher(vm.app, METHODS).answer(request)
+
+
+def test_a_private_volume_that_is_cleared_is_as_new(vm, run, session):
+    """It has a filesystem at the next start, which lasts; what was there is kept."""
+    session(vm, "echo kept > /home/user/kept")
+    assert run(clear(vm)) == b"0\0"
+    assert vm.volumes["private"].usage == 0
+    assert len(vm.volumes["private"].revisions) > 0
+    assert session(vm, "ls /home/user; echo new > /home/user/new") == ""
+    assert session(vm, "ls /home/user") == "new"
+
+
+def test_disposable_vms_start_from_a_volume_that_was_cleared(make_vm, app, run, sh):
+    base = make_vm("base", template_for_dispvms=True)
+    run(clear(base))
+    vm = run(app.get_vm_class("DispVM").from_appvm(base))
+    run(vm.start())
+    assert sh(vm, "ls -A /home/user") == ""
+    assert base.volumes["private"].usage > 0
+    run(vm.cleanup())
 
 
 def test_a_guest_that_cannot_grow_its_filesystem_fails_the_resize(vm, run, sh):

@@ -98,7 +98,7 @@ def test_a_resize_service_that_never_answers_is_given_up(vm, run, sh, offer):
     assert PATIENCE <= time.monotonic() - began < PATIENCE + 20
     assert (
         f"no answer of VM work, which was to enlarge the filesystem of its volume"
-        f" private, within {PATIENCE} s; last seen:\none moment"
+        f" private, within {PATIENCE} s; last seen:\n| one moment"
     ).encode() in reply
     assert vm.volumes["private"].size == before + 16 * MIB
     left = "ps -o args | grep -c '[s]leep 1000' || true"

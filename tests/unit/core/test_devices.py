@@ -1,8 +1,10 @@
 """The devices of VMs: assignments, events, vetoes, and what block devices are."""
 
 import asyncio
+import errno
 
 import pytest
+from cancelling import cancelled_everywhere
 
 from qubes_itests.core import exc
 from qubes_itests.core.block_images import expose, exposed, withdraw
@@ -29,11 +31,13 @@ class Domain:
     async def attach_disk(self, disk):
         self.asked.set()
         await self.pace.wait()
+        await asyncio.sleep(0)
         if self.refusal:
             raise HypervisorError("work", "attach", self.refusal)
         self.disks[disk.name] = disk
 
     async def detach_disk(self, name):
+        await asyncio.sleep(0)
         if self.refusal:
             raise HypervisorError("work", "detach", self.refusal)
         del self.disks[name]
@@ -129,6 +133,57 @@ async def test_what_is_gone_or_no_image_is_no_device(app, image):
         if name == "data.img":
             assert isinstance(block(dom0)[name], UnknownDevice)
     await withdraw(app, "data.img")
+
+
+async def test_a_bad_link_hides_one_device_and_no_other(app, image):
+    """A link to itself, one to nowhere, and what is gone between two looks at it."""
+    folder = app.directory / "block"
+    await expose(app, image, "good")
+    (folder / "loop").symlink_to("loop")
+    (folder / "two").symlink_to("three")
+    (folder / "three").symlink_to("two")
+    (folder / "nowhere").symlink_to(folder / "none" / "at all")
+    (folder / "long").symlink_to("x" * 300)
+    (folder / "into-a-file").symlink_to(image / "below")
+    await expose(app, image, "zz-good")
+    assert [d.port_id for d in block(app.domains["dom0"])] == ["good", "zz-good"]
+    for name in ("loop", "two", "nowhere", "long", "into-a-file"):
+        assert isinstance(block(app.domains["dom0"])[name], UnknownDevice)
+        await withdraw(app, name)
+
+
+async def test_what_cannot_be_read_is_not_exposed_and_leaves_no_link(
+    app, image, monkeypatch
+):
+    """A card reader without a card is a block device, and cannot be opened."""
+
+    def refuse(_path, _status):
+        raise OSError(errno.ENOMEDIUM, "No medium found")
+
+    monkeypatch.setattr("qubes_itests.core.block_images._size", refuse)
+    with pytest.raises(exc.QubesValueError, match="cannot be read"):
+        await expose(app, image)
+    assert list((app.directory / "block").iterdir()) == []
+
+
+async def test_who_is_cancelled_while_attaching_leaves_disk_and_list_alike(
+    app, work, image
+):
+    device = await expose(app, image)
+    assignment = DeviceAssignment(device)
+
+    async def check():
+        names = {options["frontend-dev"] for options in attached(work).values()}
+        assert names == set(work.domain.disks)
+        if names:
+            await block(work).detach(assignment)
+
+    async def attach_and_detach():
+        await block(work).attach(assignment)
+        await block(work).detach(assignment)
+
+    assert await cancelled_everywhere(attach_and_detach, check) >= 6
+    assert attached(work) == work.domain.disks == {}
 
 
 async def test_attaching_and_detaching_fire_their_events_in_order(

@@ -111,8 +111,8 @@ async def test_who_gives_up_leaves_nothing_running(connect):
 UNBOUNDED = {"run_for_stdio", "run_service_for_stdio", "communicate"}
 #: Where these are defined, and handed on to tests.
 OF_TESTS = {"core/vm/execution.py", "compat_core2/process.py", "guest/answers.py"}
-#: Programs of the host.
-OF_THE_HOST = {"apps/environment.py", "host/command.py"}
+#: For programs of the host.
+OF_THE_HOST = {"host/command.py"}
 
 
 def test_nothing_else_in_the_harness_waits_for_guests():
