@@ -30,6 +30,7 @@ from qubes_itests.core.exc import (
 )
 from qubes_itests.core.saving import save
 from qubes_itests.exc import HarnessError, InternalError
+from qubes_itests.limited_log import LimitedLog
 from qubes_storage.exc import StoragePoolException
 
 if TYPE_CHECKING:
@@ -246,6 +247,7 @@ class Dispatcher:
         self.debug = debug
         self._tokens = CloneTokens()
         self._hub = EventHub(app)
+        self._limited = LimitedLog(log)
 
     async def answer(
         self, request: Request, stream: EventStream | None = None
@@ -283,9 +285,11 @@ class Dispatcher:
         if isinstance(error, InternalError):
             log.error("%s failed:\n%s", request, traceback.format_exc())
         elif isinstance(error, (ProtocolError, PermissionDenied)):
-            log.warning("%s is refused: %s", request, str(error))
+            self._limited.warning(
+                request.source, "%s is refused: %s", request, str(error)
+            )
         else:
-            log.info("%s: %s", request, str(error))
+            self._limited.info(request.source, "%s: %s", request, str(error))
         return self._encode(error, error)
 
     def _encode(self, told: BaseException, cause: BaseException) -> bytes:

@@ -60,17 +60,32 @@ async def _report(
     loop = asyncio.get_running_loop()
     one_only = None if call.destination.klass == "AdminVM" else call.destination.name
     before: dict[str, Usage] = {}
-    while True:
-        now: dict[str, Usage] = {}
-        for vm in call.app.domains:
-            if one_only not in {None, vm.name} or not all(f(vm.name) for f in filters):
-                continue
-            usage = await usage_of(vm, loop.time())
-            if usage.memory:
-                now[vm.name] = usage
-                _send_usage(stream, vm, usage, cpu_percent(before, vm.name, usage))
-        before = now
-        await asyncio.sleep(STATS_INTERVAL)
+
+    async def tell(vm: Any) -> None:
+        usage = await usage_of(vm, loop.time())
+        if usage.memory:
+            _send_usage(stream, vm, usage, cpu_percent(before, vm.name, usage))
+            before[vm.name] = usage
+        else:
+            before.pop(vm.name, None)
+
+    # One task for each, so that a VM that does not answer keeps no other from telling.
+    telling: dict[str, asyncio.Task[None]] = {}
+    try:
+        while True:
+            for name in [name for name, task in telling.items() if task.done()]:
+                telling.pop(name).result()
+            for vm in call.app.domains:
+                wanted = one_only in {None, vm.name} and all(
+                    f(vm.name) for f in filters
+                )
+                if wanted and vm.name not in telling:
+                    telling[vm.name] = asyncio.create_task(tell(vm))
+            await asyncio.sleep(STATS_INTERVAL)
+    finally:
+        for task in telling.values():
+            task.cancel()
+        await asyncio.gather(*telling.values(), return_exceptions=True)
 
 
 def _send_usage(stream: EventStream, vm: Any, usage: Usage, percent: int) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import socket
 from typing import TYPE_CHECKING, Final, Self
 
@@ -15,6 +16,7 @@ from qubes_itests.admin.exc import AlreadyServedError, PermissionDenied
 from qubes_itests.admin.hangups import Hangups
 from qubes_itests.admin.methods import METHODS
 from qubes_itests.admin.protocol import encode_exception
+from qubes_itests.limited_log import LimitedLog
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +33,13 @@ log = logging.getLogger("qubes.admin")
 _MODE: Final = 0o660
 #: Connections at once; beyond that the one that has been sending for longest goes.
 _MOST_CLIENTS: Final = 512
+#: How many of them may wait for events; the others are for calls.
+_MOST_STREAMS: Final = 256
+#: Descriptors that are left to all else: guests, disks, programs.
+_OTHER_DESCRIPTORS: Final = 512
 _BACKLOG: Final = 256
+#: Connections that are accepted in one go, before any that is too many is closed.
+_ACCEPTED: Final = 32
 
 
 class AdminServer:
@@ -49,8 +57,10 @@ class AdminServer:
         self.dispatcher = Dispatcher(app, METHODS, debug=debug)
         self.hangups: Hangups
         self._clients: set[Connection] = set()
+        self._streams = 0
         #: Those whose requests are incomplete, the oldest first.
         self._sending: dict[Connection, None] = {}
+        self._limited = LimitedLog(log)
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -66,8 +76,10 @@ class AdminServer:
             stack.callback(self.hangups.close)
             stack.push_async_callback(self._end_clients)
             server = await asyncio.get_running_loop().create_unix_server(
-                lambda: Connection(self), sock=listening, backlog=_BACKLOG
+                lambda: Connection(self), sock=listening, backlog=_ACCEPTED
             )
+            # a client that does not wait to be connected would be refused early
+            listening.listen(_BACKLOG)
             stack.callback(server.close)
             self._stack = stack.pop_all()
         return self
@@ -89,19 +101,36 @@ class AdminServer:
     async def answer(self, request: Request, stream: EventStream) -> bytes | None:
         """Do what is asked, and return the reply."""
         if request.source != "dom0":
-            log.warning("%s: this socket is dom0's", request)
+            self._limited.warning("", "%s: this socket is dom0's", request)
             reason = f"this socket is dom0's; {request.source} calls by qrexec"
             refusal = PermissionDenied(reason)
             return encode_exception(error_name(refusal), str(refusal))
-        return await self.dispatcher.answer(request, stream)
+        method = self.dispatcher.methods.get(request.method)
+        if method is None or not method.streams:
+            return await self.dispatcher.answer(request, stream)
+        if self._streams >= _MOST_STREAMS:
+            reason = f"{_MOST_STREAMS} clients wait for events, and no more may"
+            self._limited.warning("", "%s: %s", request, reason)
+            return encode_exception("QubesException", reason)
+        self._streams += 1
+        try:
+            return await self.dispatcher.answer(request, stream)
+        finally:
+            self._streams -= 1
 
     def opened(self, connection: Connection) -> None:
-        """Take note of a new client; if there are too many, one that sends goes."""
+        """Take note of a new client; if there are too many, one that sends goes.
+
+        If none does, it is the new one.
+        """
         self._clients.add(connection)
         self._sending[connection] = None
-        if len(self._clients) > _MOST_CLIENTS:
-            log.warning("more than %d clients: one is dropped", _MOST_CLIENTS)
-            next(iter(self._sending)).abort()
+        if len(self._clients) > (most := most_clients()):
+            self._limited.warning("", "more than %d clients: one is dropped", most)
+            dropped = next(iter(self._sending))
+            # at once: the next may come before this one is told that it is gone
+            self.closed(dropped)
+            dropped.abort()
 
     def requested(self, connection: Connection) -> None:
         """Take note that its request is complete."""
@@ -111,6 +140,14 @@ class AdminServer:
         """Take note that it is gone."""
         self._sending.pop(connection, None)
         self._clients.discard(connection)
+
+
+def most_clients() -> int:
+    """Return how many clients there may be at once, with the descriptors there are."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return _MOST_CLIENTS
+    return max(1, min(_MOST_CLIENTS, limit - _OTHER_DESCRIPTORS))
 
 
 def _listen(path: Path) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,18 +29,21 @@ class Usage:
 
 
 _NOTHING: Final = Usage()
+#: Seconds that one VM has to tell.
+_PATIENCE: Final = 5.0
 
 
 async def usage_of(vm: Any, at: float = 0.0) -> Usage:
-    """Return what a VM uses; nothing when it does not run, and of dom0."""
+    """Return what a VM uses; nothing of dom0, and when it does not run, or hangs."""
     domain = getattr(vm, "domain", None)
     if domain is None or not vm.is_running():
         return _NOTHING
     try:
-        statistics = await domain.memory_statistics()
-        return Usage(statistics.actual, await domain.cpu_time(), at)
-    except HypervisorError:
-        # it ended meanwhile
+        async with asyncio.timeout(_PATIENCE):
+            statistics = await domain.memory_statistics()
+            return Usage(statistics.actual, await domain.cpu_time(), at)
+    except (HypervisorError, TimeoutError):
+        # it ended meanwhile, or its QEMU does not answer
         return _NOTHING
 
 

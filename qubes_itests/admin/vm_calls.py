@@ -12,6 +12,7 @@ from qubes_itests.admin.methods import METHODS
 from qubes_itests.admin.protocol import LONGEST_REQUEST, Request, encode_exception
 from qubes_itests.admin.streams import EventStream
 from qubes_itests.core.exc import QubesVMNotFoundError
+from qubes_itests.limited_log import LimitedLog
 
 if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["handle_vm_call", "offer_to_vms"]
 
-log = logging.getLogger("qubes.admin")
+_limited = LimitedLog(logging.getLogger("qubes.admin"))
 
 _REFUSED: Final = 126
 
@@ -58,7 +59,12 @@ async def handle_vm_call(dispatcher: Dispatcher, source: Any, call: ServiceCall)
         return 0
     payload = await _payload(call)
     if payload is None:
-        log.warning("%s: %s sent too much, or too slowly", call.service, source.name)
+        _limited.warning(
+            source.name,
+            "%s: %s sent too much, or too slowly",
+            call.service,
+            source.name,
+        )
         return _REFUSED
     method, _, argument = call.service.partition("+")
     request = Request(method, argument, source.name, destination, payload)

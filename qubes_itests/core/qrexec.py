@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qubes_itests.core.policy import evaluate
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.relay import relay
+from qubes_itests.limited_log import LimitedLog
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HostService", "handle_call"]
 
-log = logging.getLogger("qubes.qrexec")
+_limited = LimitedLog(logging.getLogger("qubes.qrexec"))
 
 #: A service that dom0 offers: called with the VM that calls and the call, whose stdin
 #: and stdout it uses; it returns the exit status.
@@ -49,7 +50,9 @@ async def handle_call(source: Any, call: ServiceCall) -> None:
         await _connect(source, call, decision)
     except HarnessError as error:
         # for the log alone, again: it may show the console of another VM
-        log.warning("%s of %s failed: %s", call.service, source.name, str(error))
+        _limited.warning(
+            source.name, "%s of %s failed: %s", call.service, source.name, str(error)
+        )
         await call.refuse("the service could not be reached")
 
 
@@ -103,7 +106,9 @@ async def _serve_on_host(source: Any, call: ServiceCall) -> None:
     name = call.service.partition("+")[0]
     service = source.app.host_services.get(name)
     if service is None:
-        log.warning("%s called %s, which dom0 does not have", source.name, name)
+        _limited.warning(
+            source.name, "%s called %s, which dom0 does not have", source.name, name
+        )
         await call.finish(_NOT_FOUND)
         return
     await call.finish(await service(source, call))

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.guest.exc import GuestGoneError
+from qubes_itests.limited_log import LimitedLog
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["relay"]
 
-log = logging.getLogger("qubes_itests.guest")
+_limited = LimitedLog(logging.getLogger("qubes_itests.guest"))
 
 _CHUNK: Final = 262_144
 #: Of a service's stderr so much is logged; the rest is dropped.
@@ -66,7 +67,9 @@ async def _until_end(
         if error.vm == call.vm:
             raise
         # as text: who keeps the record would keep the error, and so the VMs
-        log.warning("%s, called by %s, ended: %s", call.service, call.vm, str(error))
+        _limited.warning(
+            call.vm, "%s, called by %s, ended: %s", call.service, call.vm, str(error)
+        )
         status = _GONE
     if process.failure:
         await call.refuse(process.failure, exit_code=status)
@@ -92,7 +95,13 @@ async def _log_stderr(process: GuestProcess) -> None:
         while data := await process.stderr.read(_CHUNK):
             if room > 0:
                 text = safe_text(data[:room])
-                log.info("stderr of %s in %s: %s", process.command, process.vm, text)
+                _limited.info(
+                    process.vm,
+                    "stderr of %s in %s: %s",
+                    process.command,
+                    process.vm,
+                    text,
+                )
                 room -= len(data)
     except GuestGoneError:
         return

@@ -1,8 +1,9 @@
 """A libvirt connection for coroutines.
 
-Blocking calls run in threads, libvirt's own printing of errors is off, and what
-libvirt raises becomes an error of :mod:`qubes_itests.hypervisor.exc` that carries
-libvirt's words and its error code.
+Blocking calls run in threads, a few for each domain: a QEMU that hangs holds up calls
+of its own domain alone, and those have a deadline. libvirt's own printing of errors is
+off, and what libvirt raises becomes an error of :mod:`qubes_itests.hypervisor.exc` that
+carries libvirt's words and its error code.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ __all__ = ["Connection", "translate_error"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Enough for every domain of a big run to have one call under way.
-_THREADS = 16
+#: Calls of one domain that are under way at once; libvirt lets one at a time ask QEMU.
+_THREADS = 4
+#: Seconds in which libvirt must answer. It waits as long for a call of the same domain
+#: that is under way, and without end for QEMU.
+_DEADLINE = 30.0
 
 #: Native connections that last as long as the process, by URI.
 _kept: dict[str, Any] = {}
@@ -61,7 +65,8 @@ class Connection:
     def __init__(self, native: Any, *, kept: bool) -> None:
         self.native = native
         self._kept = kept
-        self._threads = ThreadPoolExecutor(_THREADS, "libvirt")
+        #: By domain; with an empty name those of none.
+        self._threads: dict[str, ThreadPoolExecutor] = {}
 
     @classmethod
     async def open(cls, uri: str, *, keep: bool = False) -> Connection:
@@ -96,23 +101,55 @@ class Connection:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> R:
-        """Run a blocking libvirt function in a thread.
+        """Run a blocking libvirt function in one of the domain's threads.
 
-        :param domain: name of the domain that is concerned, for the error.
+        :param domain: name of the domain that is concerned; empty for none.
         :param action: what is tried, for the error: "start".
-        :raise HypervisorError: what `translate_error` makes of libvirt's.
+        :raise HypervisorError: what `translate_error` makes of libvirt's; or there is
+            no answer, and what was asked for may still happen.
         """
+        calling = asyncio.ensure_future(
+            self.call_to_end(domain, action, function, *args, **kwargs)
+        )
+        try:
+            await asyncio.wait([calling], timeout=_DEADLINE)
+            if calling.done():
+                return calling.result()
+        finally:
+            # A call that waits for a thread is not made any more.
+            calling.cancel()
+        raise HypervisorError(domain, action, f"no answer within {_DEADLINE:g} s")
+
+    async def call_to_end(
+        self,
+        domain: str,
+        action: str,
+        function: Callable[P, R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Do what `call` does, however long it takes: for what must not be given up."""
+        threads = self._threads.get(domain)
+        if threads is None:
+            threads = ThreadPoolExecutor(_THREADS, f"libvirt-{domain}")
+            self._threads[domain] = threads
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(
-                self._threads, lambda: function(*args, **kwargs)
+                threads, lambda: function(*args, **kwargs)
             )
         except libvirt.libvirtError as error:
             raise translate_error(error, domain, action) from error
 
+    def forget(self, domain: str) -> None:
+        """Let a domain's threads end as soon as their calls have."""
+        if (threads := self._threads.pop(domain, None)) is not None:
+            threads.shutdown(wait=False)
+
     async def close(self) -> None:
         """Disconnect; calls under way end first."""
-        await asyncio.to_thread(self._threads.shutdown)
+        for threads in self._threads.values():
+            await asyncio.to_thread(threads.shutdown)
         if self._kept:
             return
         try:

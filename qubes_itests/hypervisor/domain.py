@@ -192,6 +192,7 @@ class LibvirtDomain(Domain):
         await self.destroy()
         if not self._undefined:
             self._undefined = True
+            self._connection.forget(self.spec.name)
             self._forget(self)
 
     async def pause(self) -> None:

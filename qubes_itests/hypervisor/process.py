@@ -32,6 +32,8 @@ def kill_qemu(pid_file: Path, domain: str) -> None:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
             if f"guest={domain},".encode() in command:
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
-                select.select([handle], [], [], _GONE)
+                poll = select.poll()  # its number may be beyond what select() takes
+                poll.register(handle, select.POLLIN)
+                poll.poll(_GONE * 1000)
         finally:
             os.close(handle)

@@ -86,8 +86,10 @@ class QemuDomain(LibvirtDomain):
 
     async def _create_native(self, xml: str, flags: int) -> None:
         async def create() -> None:
-            function = self._connection.native.createXML
-            self._native = await self._call("start", function, xml, flags)
+            function, name = self._connection.native.createXML, self.spec.name
+            self._native = await self._connection.call_to_end(
+                name, "start", function, xml, flags
+            )
 
         # The thread cannot be stopped: wait, for what it makes must be undone.
         await to_its_end(create())

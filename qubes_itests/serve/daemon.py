@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 from dataclasses import dataclass
 from logging.handlers import RotatingFileHandler
@@ -41,6 +42,8 @@ log = logging.getLogger("qubes_itests.serve")
 
 #: Seconds that VMs have to shut down when the daemon ends.
 _SHUTDOWN_TIMEOUT: Final = 30.0
+#: Descriptors: an eighth is for clients of the Admin API, a VM takes about twenty.
+_DESCRIPTORS: Final = 4096
 #: Bytes of the log; what was before that is kept too, in a file of the same size.
 _LONGEST_LOG: Final = 8 << 20
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -73,6 +76,7 @@ def serving(
     :raise StoreError: when what is in it is no state of an app.
     """
     sandbox.require()
+    _allow_descriptors()
     cache = Cache()
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(RunDirectory(cache)).path
@@ -97,6 +101,14 @@ def serving(
         stack.callback(lambda: portal.run(sockets.aclose()))
         portal.run(_start_autostart(app))
         yield Serving(place, state, kept=directory is not None)
+
+
+def _allow_descriptors() -> None:
+    """Let this process have as many descriptors as its clients and VMs may take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def wait_for_end() -> None:

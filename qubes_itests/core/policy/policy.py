@@ -11,6 +11,7 @@ from qubes_itests.core.policy.exc import PolicyFileError, RequestError
 from qubes_itests.core.policy.files import PolicyFiles
 from qubes_itests.core.policy.request import Request, shown
 from qubes_itests.core.policy.rule import Rule
+from qubes_itests.limited_log import LimitedLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,6 +47,8 @@ class Policy:
         #: Answers rules ``ask``; while it is None, they deny.
         self.ask_handler: AskHandler | None = None
         self._files = PolicyFiles(directory, legacy)
+        # a guest may call as often as it likes
+        self._limited = LimitedLog(log)
 
     @property
     def error(self) -> PolicyError | None:
@@ -107,7 +110,8 @@ class Policy:
         except RequestError as error:
             decision = denied(error.reason)
         # names, not VMs: who keeps records must not keep the VMs alive
-        log.info(
+        self._limited.info(
+            source.name,
             "%s: %s -> %s: %s (%s)",
             shown(service),
             source.name,

@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from qubes_itests.hypervisor.contract import Disk, DomainState, LifecycleEvent
-from qubes_itests.hypervisor.exc import HypervisorError
+from qubes_itests.hypervisor import connection
+from qubes_itests.hypervisor.contract import (
+    Disk,
+    DomainState,
+    LifecycleEvent,
+    MemoryStatistics,
+)
+from qubes_itests.hypervisor.exc import HypervisorError, StateError
 
 pytestmark = pytest.mark.asyncio
 
@@ -95,6 +101,30 @@ async def test_qemu_is_killed(domain):
     await domain.start()
     await domain.destroy()
     assert await domain.state() is DomainState.HALTED
+
+
+async def test_a_qemu_that_hangs_delays_no_other(hypervisor, make_spec, monkeypatch):
+    """Neither starts nor calls of other domains; its own calls have a deadline."""
+    hanging = await hypervisor.define(make_spec())
+    await hanging.start()
+    (process,) = processes(hanging.spec.name)
+    os.kill(process, signal.SIGSTOP)
+    asking = [asyncio.ensure_future(hanging.memory_statistics()) for _ in range(24)]
+    await asyncio.sleep(0)
+    other = await hypervisor.define(make_spec())
+    await other.start()
+    assert (await other.memory_statistics()).actual
+    assert not any(call.done() for call in asking)
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "_DEADLINE", 0.2)
+        with pytest.raises(HypervisorError, match="no answer within"):
+            await hanging.cpu_time()
+    await hanging.destroy()
+    assert await hanging.state() is DomainState.HALTED
+    ends = await asyncio.gather(*asking, return_exceptions=True)
+    # all have ended, some with what libvirt itself knows
+    known = {MemoryStatistics, StateError, HypervisorError}
+    assert {type(end) for end in ends} <= known
 
 
 async def test_a_start_that_fails_leaves_nothing(hypervisor, make_spec, tmp_path):

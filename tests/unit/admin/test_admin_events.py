@@ -1,12 +1,14 @@
 """The stream of events: who hears what, and what a client that sleeps costs."""
 
+import asyncio
 import select
 import socket
 
 import pytest
 from admin_client import AdminError, frame, wait_until
 
-from qubes_itests.admin import streams
+from qubes_itests.admin import methods_events, streams
+from qubes_itests.admin.usage import Usage
 
 
 def fire(app, run, name, event, **values):
@@ -196,3 +198,16 @@ def test_stats_say_first_that_they_are_there_and_end_with_the_client(client, ser
     with client.events(method="admin.vm.Stats") as events:
         assert next(events).name == "connection-established"
     wait_until(lambda: not server._clients)
+
+
+def test_stats_of_others_come_while_one_vm_does_not_answer(client, monkeypatch):
+    async def usage(vm, at):
+        if vm.name == "tiny":
+            await asyncio.Event().wait()
+        return Usage(1 << 20 if vm.name == "work" else 0, 1.0, at)
+
+    monkeypatch.setattr(methods_events, "usage_of", usage)
+    monkeypatch.setattr(methods_events, "STATS_INTERVAL", 0.01)
+    with client.events(method="admin.vm.Stats") as events:
+        heard = [next(events) for _ in range(5)]
+    assert [event.subject for event in heard] == ["", *["work"] * 4]

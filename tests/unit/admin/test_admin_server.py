@@ -2,10 +2,14 @@
 
 import asyncio
 import logging
+import resource
 import select
 import socket
 import stat
+import subprocess
+import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -262,3 +266,89 @@ def test_clients_that_go_without_reading_leave_nothing(server, client, caplog):
     wait_until(lambda: not server._clients)
     wait_until(lambda: descriptors() <= before)
     assert [r.getMessage() for r in caplog.records if r.name == "asyncio"] == []
+
+
+def connect(server):
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(10)
+    client.connect(str(server.path))
+    return client
+
+
+def test_streams_leave_room_for_calls(server, client, monkeypatch, caplog):
+    """As many as may wait for events do, calls are answered, one more is refused."""
+    monkeypatch.setattr(server_module, "_MOST_CLIENTS", 6)
+    monkeypatch.setattr(server_module, "_MOST_STREAMS", 3)
+    with ExitStack() as stack:
+        for _ in range(3):
+            assert next(stack.enter_context(client.events())).name
+        with (
+            client.events() as refused,
+            pytest.raises(AdminError, match="3 clients wait for events"),
+        ):
+            next(refused)
+        slow = [stack.enter_context(connect(server)) for _ in range(5)]
+        assert client.call("admin.vm.List")
+        assert slow[0].recv(1) == b""
+    assert "3 clients wait for events" in caplog.text
+    wait_until(lambda: not server._streams)
+    with client.events() as again:
+        assert next(again).name == "connection-established"
+
+
+def test_never_more_clients_than_the_limit(server, client, monkeypatch):
+    """Although many are accepted in one go: not one too many is kept for a moment."""
+    monkeypatch.setattr(server_module, "_MOST_CLIENTS", 5)
+    most, opened = [], server.opened
+
+    def count(connection_):
+        opened(connection_)
+        most.append(len(server._clients))
+
+    monkeypatch.setattr(server, "opened", count)
+    slow = [connect(server) for _ in range(40)]
+    wait_until(lambda: len(most) == 40)
+    assert max(most) == 5
+    assert client.call("admin.vm.List")
+    for each in slow:
+        each.close()
+
+
+MANY = """
+import resource, socket, sys
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))
+clients = []
+for _ in range(300):
+    clients.append(socket.socket(socket.AF_UNIX))
+    clients[-1].connect(sys.argv[1])
+print("connected", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_clients_leave_descriptors_to_all_else(server, client, monkeypatch):
+    """Of a process that may have few, 300 clients do not take the last one."""
+    monkeypatch.setattr(server_module, "_OTHER_DESCRIPTORS", 150)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (250, hard))
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", MANY, str(server.path)]
+    try:
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe) as many:
+            assert many.stdout.readline() == b"connected\n"
+            assert client.call("admin.vm.List")
+            assert len(server._clients) <= server_module.most_clients() == 100
+            many.communicate()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_refusals_are_logged_with_a_limit(client, caplog):
+    caplog.set_level(logging.INFO, "qubes.admin")
+    for _ in range(200):
+        with pytest.raises(AdminError):
+            client.call("admin.vm.Nonsense")
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) < 100
+    assert any("others are left out" in message for message in messages)
