@@ -14,6 +14,8 @@ from qubes_itests.serve.exc import CallFailedError
 from qubes_itests.serve.place import find
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qubes_itests.cli.arguments import Command
     from qubes_itests.configuration import Settings
     from qubes_itests.serve.place import Place
@@ -31,10 +33,8 @@ def execute(command: Command, _settings: Settings) -> int:
     place = find(Cache(), socket)
     match command.words:
         case ():
-            for pool in call(place, Request("admin.pool.List")).split():
-                request = Request("admin.pool.volume.ListOrphans", pool)
-                for vid in call(place, request).split():
-                    sys.stdout.write(f"{pool}:{vid}\n")
+            for pool, vid in _orphans(place):
+                sys.stdout.write(f"{pool}:{vid}\n")
         case ("remove", _, *_):
             for volume in command.words[1:]:
                 _remove(place, volume)
@@ -48,6 +48,13 @@ def execute(command: Command, _settings: Settings) -> int:
     return ExitCode.OK
 
 
+def _orphans(place: Place) -> Iterator[tuple[str, str]]:
+    for pool in call(place, Request("admin.pool.List")).split():
+        request = Request("admin.pool.volume.ListOrphans", pool)
+        for vid in call(place, request).split():
+            yield pool, vid
+
+
 def _remove(place: Place, volume: str) -> None:
     pool, colon, vid = volume.partition(":")
     if not colon:
@@ -57,5 +64,15 @@ def _remove(place: Place, volume: str) -> None:
 
 
 def _adopt(place: Place, name: str, cls: str, template: str) -> None:
-    payload = f"name={name} label=red".encode(errors="replace")
+    pools: dict[str, str] = {}
+    for pool, vid in _orphans(place):
+        _prefix, vm, volume = vid.split("/")
+        if vm == name and pools.setdefault(volume, pool) != pool:
+            raise CallFailedError(
+                f"volume {vid} is in the pools {pools[volume]} and {pool}: remove one"
+            )
+    if not pools:
+        raise CallFailedError(f"there is no volume without a VM of the name {name!r}")
+    where = "".join(f" pool:{volume}={pool}" for volume, pool in pools.items())
+    payload = f"name={name} label=red{where}".encode(errors="replace")
     call(place, Request(f"admin.vm.Adopt.{cls}", template, payload=payload))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qubes_itests.core.exc import QubesException
 from qubes_itests.core.store.collection import no_collection
 from qubes_itests.core.store.document import parse
+from qubes_itests.core.store.exc import StoreError
 from qubes_itests.core.store.loading import Loading
 from qubes_itests.core.store.recovery import recover
 from qubes_storage.exc import StoragePoolException
@@ -16,6 +17,7 @@ from qubes_storage.exc import StoragePoolException
 if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.store.file import StoreFile
+    from qubes_storage.pool import Pool
 
 __all__ = ["open_store"]
 
@@ -30,8 +32,8 @@ async def open_store(app: Qubes, store: StoreFile, *, lock: bool = False) -> Non
 
     :param lock: whether to keep other writers out until the app is closed, of the store
         and of its pools.  What an interrupted writer has left is put in order then.
-    :raise StoreError: says what is wrong with the file; the app is of no use then.
-    :raise PoolError: when another owner has one of its pools; likewise.
+    :raise StoreError: says what is wrong with the file, or which of its pools another
+        owner has; the app is of no use then.
     """
     data = await asyncio.to_thread(store.read, lock=lock)
     try:
@@ -39,9 +41,8 @@ async def open_store(app: Qubes, store: StoreFile, *, lock: bool = False) -> Non
             root = await asyncio.to_thread(parse, data, store.path)
             Loading(app, root, store.path).run()
         for pool in app.pools.values():
-            await _set_up(app, pool)
-            if lock:
-                await pool.claim()
+            if await _set_up(app, pool) and lock:
+                await _claim(store, pool)
         _enable_events(app)
         if lock:
             await recover(app)
@@ -64,12 +65,23 @@ def _enable_events(app: Qubes) -> None:
         vm.events_enabled = True
 
 
-async def _set_up(app: Qubes, pool: Any) -> None:
+async def _set_up(app: Qubes, pool: Pool) -> bool:
     try:
         await pool.setup()
     except StoragePoolException as error:
         log.error("pool %s is not ready: %s", pool, str(error))  # noqa: TRY400
         app.problems.append(f"pool {pool} is not ready: {error}")
+        return False
+    return True
+
+
+async def _claim(store: StoreFile, pool: Pool) -> None:
+    try:
+        await pool.claim()
+    except StoragePoolException as error:
+        raise StoreError(
+            store.path, f"{store.path} cannot be loaded: {error}"
+        ) from error
 
 
 async def _remove(app: Qubes, vm: Any) -> None:

@@ -177,3 +177,69 @@ def test_a_link_in_the_folder_of_the_state_is_a_block_device(server, tmp_path):
     server.client.call("admin.vm.device.block.Detach", "work", sent)
     link.unlink()
     assert server.client.call("admin.vm.device.block.Available") == b""
+
+
+def add_pool(served, directory):
+    payload = f"name=shared\ndir_path={directory}\n".encode()
+    served.client.call("admin.pool.Add", argument="file", payload=payload)
+
+
+def test_a_pool_has_one_server(serve, site, tmp_path):
+    """The second is told so; when the first is killed it may have it."""
+    shared = tmp_path / "shared"
+    with serve() as first, serve() as second:
+        add_pool(first, shared)
+        create(first.client, "work", pool="shared")
+        image = shared / "appvms" / "work" / "private.img"
+        before = image.stat()
+        with pytest.raises(AdminError, match=f"{shared} is in use by another server"):
+            add_pool(second, shared)
+        assert image.stat() == before
+        # by its own store, as one that is loaded has it
+        store = (first.state / "qubes.xml").read_bytes()
+        (tmp_path / "copy").mkdir()
+        (tmp_path / "copy" / "qubes.xml").write_bytes(store)
+        third = site.run("serve", "--directory", str(tmp_path / "copy"))
+        assert third.returncode != 0
+        assert f"{shared} is in use by another server" in third.stderr
+        assert "Traceback" not in third.stderr
+        first.end(signal.SIGKILL)
+        wait_until(lambda: adds(second, shared), "end of the first server")
+
+
+def adds(served, directory):
+    try:
+        add_pool(served, directory)
+    except AdminError:
+        return False
+    return True
+
+
+def test_volumes_without_a_vm_are_told_taken_over_and_removed(serve, site, tmp_path):
+    directory, shared = tmp_path / "state", tmp_path / "shared"
+    for name in ("lost", "old"):
+        (shared / "appvms" / name).mkdir(parents=True)
+        (shared / "appvms" / name / "private.img").write_bytes(b"precious")
+    with serve("--directory", directory) as served:
+        add_pool(served, shared)
+        served.end()
+    with serve("--directory", directory) as served:
+        said = "".join(served.said)
+        assert "no VM has volume appvms/lost/private of pool shared" in said
+
+        def orphans(*words):
+            return site.run("orphans", f"--socket={served.socket}", *words)
+
+        every = ["shared:appvms/lost/private", "shared:appvms/old/private"]
+        assert orphans().stdout.split() == every
+        with pytest.raises(AdminError, match=r"lost/private\.img is there already"):
+            create(served.client, "lost", pool="shared")
+        assert orphans("adopt", "lost", "AppVM", "tiny").returncode == 0
+        assert orphans("remove", "shared:appvms/old/private").returncode == 0
+        assert orphans().stdout == ""
+        assert "lost" in names(served.client)
+        again = orphans("adopt", "lost", "AppVM", "tiny")
+        assert again.returncode == 4
+        assert "no volume without a VM of the name 'lost'" in again.stderr
+    assert (shared / "appvms" / "lost" / "private.img").read_bytes() == b"precious"
+    assert not (shared / "appvms" / "old").exists()

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import shutil
 import signal
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from qubes_itests.core import exc
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.store.exc import StoreError
+from qubes_itests.host.faultdisk import failing_call
 from qubes_storage.exc import PoolError, StoragePoolException, VolumeExistsError
 from qubes_storage.image_volume import ImageVolume
 from qubes_storage.reflink import ReflinkPool
@@ -466,11 +468,29 @@ def test_a_pool_has_one_owner(app, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "qubes.xml").write_bytes(app.store.path.read_bytes())
-    with pytest.raises(PoolError, match="is in use by another server"):
+    with pytest.raises(StoreError, match="is in use by another server"):
         load(other)
     assert contents(app) == before
     asyncio.run(end(app))
     asyncio.run(end(load(other)))
+
+
+def test_a_pool_that_is_not_ready_keeps_no_other_from_being_owned(app, tmp_path):
+    asyncio.run(make(app))
+    asyncio.run(
+        app.add_pool(driver="file", name="away", dir_path=str(tmp_path / "disk"))
+    )
+    app.save()
+    asyncio.run(end(app))
+    shutil.rmtree(tmp_path / "disk")
+    (tmp_path / "disk").write_text("no directory")
+    loaded = load(tmp_path)
+    assert "pool away is not ready" in loaded.problems[0]
+    with pytest.raises(PoolError, match="in use by another server"):
+        asyncio.run(
+            loaded.add_pool(driver="file", name="x", dir_path=tmp_path / "pool")
+        )
+    asyncio.run(end(loaded))
 
 
 def test_a_directory_that_is_no_pool_loses_nothing(app, tmp_path):
@@ -594,12 +614,7 @@ def test_a_kill_at_any_moment_leaves_no_vm_or_a_whole_one(app, operation):
         assert notes(found) == []
         if there:
             asyncio.run(found.domains[name].storage.verify())
-        if ended or there is (operation is not _remove):
-            # to begin again with the same
-            if there:
-                asyncio.run(_take_back(found, name))
-            else:
-                asyncio.run(make(found, name="old"))
+        asyncio.run(_begin_again(found, name))
         asyncio.run(end(found))
         if ended:
             assert number > 10
@@ -607,7 +622,46 @@ def test_a_kill_at_any_moment_leaves_no_vm_or_a_whole_one(app, operation):
     raise AssertionError("it never came to its end")
 
 
-async def _take_back(app, name):
-    if name == "new":
+@pytest.mark.parametrize("operation", [_create, _clone, _remove])
+def test_a_disk_that_is_full_at_any_moment_leaves_no_vm_or_a_whole_one(app, operation):
+    """At every call that changes something, of the store, its journal and the pool."""
+    asyncio.run(make(app, name="old"))
+    asyncio.run(end(app))
+    name = "old" if operation is _remove else "new"
+    for nth in range(1, 200):
+        running = load(app.directory)
+        with failing_call(app.directory, nth) as fault:
+            failed = _fails(running, operation)
+        # who goes on at once sees the same as who comes next
+        for _ in range(2):
+            there = name in running.domains
+            assert asyncio.run(running.find_orphans(running.pools["default"])) == []
+            assert running.problems == [], fault.hit
+            # a removal that got half way is finished by the next server
+            if there and not (operation is _remove and notes(running)):
+                asyncio.run(running.domains[name].storage.verify())
+            assert failed or there is not (operation is _remove), fault.hit
+            running = again(running)
+        assert notes(running) == []
+        asyncio.run(_begin_again(running, name))
+        asyncio.run(end(running))
+        if fault.hit is None:
+            assert nth > 10
+            return
+    raise AssertionError("it never came to its end")
+
+
+def _fails(app, operation):
+    try:
+        asyncio.run(operation(app))
+    except (exc.QubesException, StoragePoolException, StoreError, OSError):
+        return True
+    return False
+
+
+async def _begin_again(app, name):
+    if name == "new" and name in app.domains:
         await app.domains.remove(name)
         await app.save_async()
+    elif name == "old" and name not in app.domains:
+        await make(app, name="old")
