@@ -81,6 +81,7 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
         return Prepared()
     from qubes_itests.apps.exc import InstallError  # noqa: PLC0415
     from qubes_itests.host.cache import Cache  # noqa: PLC0415
+    from qubes_itests.host.sandbox import interruptible  # noqa: PLC0415
 
     cache, found, wrong = Cache(), [], dict(wishes.problems)
     for app in settings.app:
@@ -88,7 +89,8 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
             raise ConfigurationError("--app", f"there is no directory {app}")
         if app.name not in wrong:
             try:
-                found.append(_install(cache, app))
+                with interruptible():
+                    found.append(_install(cache, app))
             except (InstallError, OSError) as error:  # of files that come and go, say
                 wrong[app.name] = str(error)
         if app.name in wrong:
@@ -143,6 +145,7 @@ def build_templates(
     from qubes_itests.guest.exc import ImageError  # noqa: PLC0415
     from qubes_itests.host.cache import Cache  # noqa: PLC0415
     from qubes_itests.host.kernel import find_kernel  # noqa: PLC0415
+    from qubes_itests.host.sandbox import interruptible  # noqa: PLC0415
 
     cache, problems, progress = Cache(), {}, _Progress()
     plugins = plugins_for(settings, progress.say)
@@ -152,9 +155,10 @@ def build_templates(
             continue
         progress.begin(f"template {name}")
         try:
-            downloads[name](cache, progress.say)
-            progress.say("making its image", quiet=True)
-            builds[name](cache, find_kernel(cache))
+            with interruptible():
+                downloads[name](cache, progress.say)
+                progress.say("making its image", quiet=True)
+                builds[name](cache, find_kernel(cache))
         except ImageError as error:
             if name not in derived:
                 raise

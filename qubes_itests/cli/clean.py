@@ -1,4 +1,4 @@
-"""``clean``: what killed runs left, and the cache if asked."""
+"""``clean``: what was killed left, and the cache if asked."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
-from qubes_itests.host.rundir import remove_stale
+from qubes_itests.host.rundir import remove_stale, under_way
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from qubes_itests.cli.arguments import Command
     from qubes_itests.configuration import Settings
+    from qubes_itests.host.cache import Entry
 
 __all__ = ["execute"]
 
@@ -20,31 +23,51 @@ _OURS = ("directories", ".locks")
 
 
 def execute(command: Command, _settings: Settings) -> int:
-    """Remove them, and say what was removed."""
+    """Remove them, say what was removed and how much, and what the cache holds."""
     cache = Cache()
+    swept = cache.sweep()
     stale = remove_stale(cache)
-    print(f"Removed {_count(len(stale), 'stale run')} from {cache.root}.")  # noqa: T201
+    parts = _count(len(swept), "half-made entry", "half-made entries")
+    size = _size([*stale.values(), *(entry.size for entry in swept)])
+    runs = _count(len(stale), "stale run", "stale runs")
+    print(f"Removed {runs} and {parts} from {cache.root}: {size}.")  # noqa: T201
     if command.cache:
         _clear(cache)
+    else:
+        _describe(cache)
     return ExitCode.OK
 
 
+def _describe(cache: Cache) -> None:
+    content = cache.content()
+    total = _size(entry.size for entry in content)
+    kinds = ", ".join(_kinds(content)) or "it is empty"
+    print(f"The cache holds {total} of {_size([cache.limit])}: {kinds}.")  # noqa: T201
+
+
 def _clear(cache: Cache) -> None:
-    runs = cache.root / "runs"
-    if any(path.is_dir() for path in runs.iterdir()):
+    if under_way(cache):
         raise HarnessError(
             f"A run uses the cache {cache.root}: wait for it to end, then clean again."
         )
+    content = cache.content()
     # Only what is known to be ours: somebody may name a directory by mistake.
-    locks = cache.root / ".locks"
-    kinds = {path.name.partition(".")[0] for path in locks.glob("*.*")}
-    ours = [cache.root / name for name in sorted({*kinds, *_OURS})]
-    removed = [path for path in ours if path.is_dir()]
-    for path in removed:
-        shutil.rmtree(path)
-    names = ", ".join(path.name for path in removed) or "it was empty"
-    print(f"Removed the cache: {names}.")  # noqa: T201
+    names = {*cache.kinds, *_OURS}
+    for path in (cache.root / name for name in names):
+        shutil.rmtree(path, ignore_errors=True)
+    kinds = ", ".join(_kinds(content)) or "it was empty"
+    print(f"Removed the cache: {kinds}.")  # noqa: T201
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+def _kinds(content: list[Entry]) -> Iterable[str]:
+    for kind in sorted({entry.kind for entry in content}):
+        yield f"{kind} {_size(e.size for e in content if e.kind == kind)}"
+
+
+def _size(sizes: Iterable[int]) -> str:
+    mib = sum(sizes) / (1 << 20)
+    return f"{mib:.0f} MiB" if mib < 1 << 10 else f"{mib / (1 << 10):.1f} GiB"
+
+
+def _count(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"

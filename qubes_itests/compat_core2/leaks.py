@@ -12,6 +12,8 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qubes_itests.host.cache import descriptors_in_use
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -109,8 +111,10 @@ class LeakWatch:
 
 def _open_files() -> dict[str, str]:
     """Return what each file descriptor stands for."""
-    found = {}
+    found: dict[str, str] = {}
     for entry in Path("/proc/self/fd").iterdir():
+        if entry.name in descriptors_in_use():
+            continue
         with contextlib.suppress(OSError):  # it was the descriptor of the listing
             target = str(entry.readlink())
             if not target.startswith(_OF_THE_HARNESS):

@@ -2,32 +2,72 @@
 
 An entry is a directory that is either absent or complete. It is built beside its
 place under a lock of its key, flushed to the disk, and renamed; so neither a crash
-nor a second run can show a half-made one.
+nor a second run can show a half-made one. What a killed builder leaves is removed by
+whoever builds or runs next. An entry whose files have changed since counts as absent.
+
+Together the entries have a bound. Beyond it those go that were not used longest; not
+those that a process has used which is alive, or that were used within the hour.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import glob
 import hashlib
+import logging
 import os
 import re
 import shutil
 import tempfile
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from qubes_itests.host.exc import CacheError
+from qubes_itests.host.contents import damage, last_use, note_use, record
+from qubes_itests.host.exc import CacheError, NoCacheSpaceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Cache", "digest"]
+__all__ = ["Cache", "Entry", "descriptors_in_use", "digest", "disk_usage"]
+
+log = logging.getLogger("qubes_itests.host")
 
 #: Beside the entries, but not of them: see rundir.
 _RESERVED = "runs"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]{0,199}")
-_CHUNK = 1 << 20
+_SIZE: Final = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
+_DEFAULT_LIMIT: Final = 20 << 30
+#: Seconds. A run lets go of what it uses when it enters its sandbox, for a moment.
+_RECENT: Final = 3600.0
+#: For each entry that this process uses, a descriptor with a shared lock, and the
+#: inode: another process may have put another one in its place. They last as long as
+#: the process, for so do the paths that it was given.
+_used: dict[Path, tuple[int, int]] = {}
+_using: Final = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a cache holds, complete or left by a builder that was killed.
+
+    :param place: its directory.
+    :param size: bytes on the disk; what it shares with others by reflinks counts too.
+    :param used: when it was used last, seconds since the epoch.
+    """
+
+    place: Path
+    size: int
+    used: float
+
+    @property
+    def kind(self) -> str:
+        """The family that it belongs to, as in "layer"."""
+        return self.place.parent.name
 
 
 def digest(*parts: str | bytes | Path) -> str:
@@ -76,26 +116,33 @@ class Cache:
         :param key: what it was made from; see `digest`.
         :param build: fills the empty directory that it is given. It runs in at most
             one process at a time; what it raises leaves nothing behind.
+        :raise NoCacheSpaceError: the disk is full.
         """
         place = self._place(kind, key)
-        if place.is_dir():
+        if _use(place):
             return place
         with self._locked(place):
-            if not place.is_dir():
-                self._build(place, build)
+            if not _use(place):
+                try:
+                    self._build(place, build)
+                except OSError as error:
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                        raise NoCacheSpaceError(self.root) from error
+                    raise
         return place
 
     def lookup(self, kind: str, key: str) -> Path | None:
-        """Return an entry's directory, or None if there is none."""
+        """Return an entry's directory, or None if there is none that is whole."""
         place = self._place(kind, key)
-        return place if place.is_dir() else None
+        return place if self._whole(place) else None
 
     def entries(self, kind: str) -> list[Path]:
-        """Return the complete entries of one kind, in the order of their keys."""
+        """Return the whole entries of one kind, in the order of their keys."""
         directory = self._place(kind, "x").parent
         if not directory.is_dir():
             return []
-        return sorted(p for p in directory.iterdir() if not p.name.startswith("."))
+        places = sorted(p for p in directory.iterdir() if not p.name.startswith("."))
+        return [place for place in places if self._whole(place)]
 
     def discard(self, kind: str, key: str) -> None:
         """Drop an entry; nothing happens if there is none. Blocking.
@@ -104,9 +151,45 @@ class Cache:
         """
         place = self._place(kind, key)
         with self._locked(place):
-            if place.is_dir():
-                place.rename(self._temporary(place) / "discarded")
-            _sweep(place)
+            self._drop(place)
+
+    def content(self) -> list[Entry]:
+        """Return what the cache holds, what was not used longest first. Blocking."""
+        found = [
+            _entry(self.root / kind / key)
+            for kind, _, key in (path.name.partition(".") for path in self._locks())
+            if (self.root / kind / key).is_dir()
+        ]
+        return sorted(found, key=lambda entry: entry.used)
+
+    def sweep(self) -> list[Entry]:
+        """Remove what builders left that were killed, and return it. Blocking.
+
+        What cannot go stays, and is no error.
+        """
+        swept = []
+        for lock in self._locks():
+            kind, _, key = lock.name.partition(".")
+            left = list((self.root / kind).glob(f".{glob.escape(key)}@*"))
+            if not left:
+                continue
+            with _locked_at_once(lock) as free:
+                if free:
+                    swept += [_entry(path) for path in left]
+                    _sweep(self.root / kind / key)
+        return swept
+
+    @property
+    def limit(self) -> int:
+        """How many bytes the entries may take: QUBES_ITESTS_CACHE_LIMIT, else 20 GiB.
+
+        :raise CacheError: the variable is no size.
+        """
+        text = os.environ.get("QUBES_ITESTS_CACHE_LIMIT") or str(_DEFAULT_LIMIT)
+        if not (found := _SIZE.fullmatch(text)):
+            reason = f"QUBES_ITESTS_CACHE_LIMIT is {text!r}, and not as in 20G"
+            raise CacheError(self.root, reason)
+        return int(found[1]) << 10 * " KMGT".index(found[2].upper() or " ")
 
     def _place(self, kind: str, key: str) -> Path:
         for name in (kind, key):
@@ -125,16 +208,63 @@ class Cache:
             yield
 
     def _build(self, place: Path, build: Callable[[Path], None]) -> None:
-        _sweep(place)
+        self._drop(place)
+        self.sweep()
         temporary = self._temporary(place)
         try:
             build(temporary)
+            record(temporary)
             _flush_tree(temporary)
             temporary.rename(place)
             _flush(place.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        _use(place)
+        self._shrink()
+
+    def _whole(self, place: Path) -> bool:
+        if not _use(place) and place.is_dir():
+            with self._locked(place):
+                # another process may have made it again meanwhile
+                if not _use(place):
+                    self._drop(place)
+        return place in _used
+
+    def _drop(self, place: Path) -> None:
+        """Remove an entry, if there is one; who calls has its lock."""
+        if place.is_dir():
+            place.rename(self._temporary(place) / "discarded")
+        with _using:
+            _let_go(place)
+        _sweep(place)
+
+    def _shrink(self) -> None:
+        content = self.content()
+        total = sum(entry.size for entry in content)
+        limit = self.limit
+        for entry in content:
+            if total <= limit or time.time() - entry.used < _RECENT:
+                return
+            lock = self.root / ".locks" / f"{entry.kind}.{entry.place.name}"
+            with (
+                contextlib.suppress(FileNotFoundError),  # another process drops it
+                _locked_at_once(lock) as free,
+                _locked_at_once(entry.place) as unused,
+            ):
+                if free and unused:
+                    log.info("the cache is full: %s goes", entry.place)
+                    self._drop(entry.place)
+                    total -= entry.size
+
+    @property
+    def kinds(self) -> set[str]:
+        """The families of entries that there are, or have been."""
+        return {path.name.partition(".")[0] for path in self._locks()}
+
+    def _locks(self) -> list[Path]:
+        # What has none is not ours: somebody may name a directory by mistake.
+        return sorted((self.root / ".locks").glob("*.*"))
 
     def _temporary(self, place: Path) -> Path:
         return Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}@"))
@@ -147,8 +277,78 @@ def _default_root() -> Path:
 
 def _sweep(place: Path) -> None:
     # Builders hold the key's lock, and so does the caller: what lies here is dead.
-    for leftover in place.parent.glob(f".{place.name}@*"):
-        shutil.rmtree(leftover)
+    for leftover in place.parent.glob(f".{glob.escape(place.name)}@*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _use(place: Path) -> bool:
+    """Return whether an entry is there and whole; it is in use from then on."""
+    with _using:
+        while True:
+            try:
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+                descriptor = os.open(place, flags)
+            except (FileNotFoundError, NotADirectoryError):
+                _let_go(place)
+                return False
+            inode = os.fstat(descriptor).st_ino
+            if place in _used and _used[place][1] == inode:
+                os.close(descriptor)
+                return True
+            _let_go(place)
+            # whoever removes it has it exclusively, and has renamed it by then
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if place.is_dir() and place.stat().st_ino == inode:
+                break
+            os.close(descriptor)
+        if problem := damage(place):
+            os.close(descriptor)
+            log.warning("%s is damaged and of no use: %s", place, problem)
+            return False
+        note_use(place)
+        _used[place] = (descriptor, inode)
+        return True
+
+
+def descriptors_in_use() -> set[str]:
+    """Return the file descriptors by which this process keeps the entries it uses."""
+    return {str(descriptor) for descriptor, _ in _used.values()}
+
+
+def _let_go(place: Path) -> None:
+    if place in _used:
+        os.close(_used.pop(place)[0])
+
+
+@contextlib.contextmanager
+def _locked_at_once(path: Path) -> Iterator[bool]:
+    """Lock a file or a directory, unless another has it; tell whether it is locked."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def disk_usage(directory: Path) -> int:
+    """Return how many bytes a directory takes on its disk. Blocking."""
+    return sum(
+        Path(place, name).lstat().st_blocks * 512
+        for place, _, files in os.walk(directory)
+        for name in files
+    )
+
+
+def _entry(place: Path) -> Entry:
+    return Entry(place, disk_usage(place), last_use(place))
 
 
 def _flush_tree(root: Path) -> None:

@@ -10,6 +10,7 @@
      +-- NoKernelError          there is no kernel to boot guests with
      +-- NoNetworkError         set-up could not reach the package archive
      +-- CacheError             the cache directory cannot be used
+     +-- NoCacheSpaceError      the disk of the cache is full
     HarnessError
      +-- CommandError           a program of the host failed
      +-- TooManyWorkersError    the machine has too little memory for all of them
@@ -141,6 +142,20 @@ class CacheError(EnvironmentNotReadyError):
         )
         self.path = path
         self.reason = reason
+
+
+class NoCacheSpaceError(EnvironmentNotReadyError):
+    """The disk that the cache lies on is full.
+
+    :param path: the cache's directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"The disk of the cache {path} is full.",
+            "Make room there, by python -m qubes_itests clean --cache for instance.",
+        )
+        self.path = path
 
 
 class CommandError(HarnessError):

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from qubes_itests.host.cache import disk_usage
 from qubes_itests.host.command import run
 from qubes_itests.host.sandbox import require
 
@@ -28,13 +29,15 @@ __all__ = ["RunDirectory", "part", "remove_stale", "short_name", "under_way"]
 class RunDirectory:
     """A directory under the cache for one run, gone when the run is.
 
-    A context manager; entering it also removes what dead runs left.
+    A context manager; entering it also removes what dead runs left, and what builders
+    of entries did.
 
     :param cache: where runs have their directories.
     """
 
     def __init__(self, cache: Cache) -> None:
         self._runs = cache.root / "runs"
+        cache.sweep()
         with _all_runs_locked(self._runs):
             for path in _stale(self._runs):
                 # What cannot go must not keep this run from starting.
@@ -94,14 +97,16 @@ def under_way(cache: Cache) -> list[Path]:
         return [path for path in runs.iterdir() if path.is_dir() and path not in dead]
 
 
-def remove_stale(cache: Cache) -> list[Path]:
-    """Remove the directories of runs that are no longer alive, and return them.
+def remove_stale(cache: Cache) -> dict[Path, int]:
+    """Remove the directories of runs that are no longer alive.
+
+    :return: what they were, and how many bytes each took.
 
     :raises OSError: something is still mounted in one of them.
     """
     runs = cache.root / "runs"
     with _all_runs_locked(runs):
-        stale = _stale(runs)
+        stale = {path: disk_usage(path) for path in _stale(runs)}
         for path in stale:
             _remove_tree(path)
         return stale

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from qubes_itests.host.exc import NoSandboxError, NotRootError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "command",
     "enter_outer_network",
     "ignored_signals",
+    "interruptible",
     "reexec",
     "require",
 ]
@@ -44,6 +45,7 @@ _left: list[int] = []
 #: Those that a process may be started to ignore; two more Python itself ignores, and
 #: has children start with the default.
 _INHERITED = signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def active() -> bool:
@@ -159,6 +161,24 @@ def ignored_signals() -> list[int]:
     return sorted(int(n) for n in _INHERITED if signal.getsignal(n) in ways)
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP, like Ctrl-C, raise KeyboardInterrupt for a while.
+
+    So what is half done is undone; without this the process ends at once. Nothing
+    changes in a thread other than the main one.
+    """
+    changed = {*_ENDING, *ignored_signals()}
+    before = {number: signal.getsignal(number) for number in changed}
+    _interrupt_on_signals()
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 def _interrupt_on_signals() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
@@ -168,7 +188,7 @@ def _interrupt_on_signals() -> None:
         # a function is not, and they begin with the default
         signal.signal(number, _stay)
     interrupt = _Interrupt()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _ENDING:
         if number not in ignored:
             signal.signal(number, interrupt)
 

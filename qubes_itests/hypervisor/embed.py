@@ -8,7 +8,6 @@ was new.  libvirt itself checks that it fits the program that it finds.
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 import libvirt
@@ -68,11 +67,10 @@ class CapabilityCache:
         entry = self._cache.lookup(_KIND, self._key)
         if entry is None:
             return
-        try:
-            shutil.copytree(entry, self._live, dirs_exist_ok=True)
-        except OSError:
-            # another run puts a newer one in its place: libvirt finds out by itself
-            shutil.rmtree(self._live, ignore_errors=True)
+        # nothing, if another run just replaces it: libvirt asks QEMU itself then
+        learnt = _contents(entry)
+        self._live.mkdir(parents=True, exist_ok=True)
+        _write(self._live, learnt)
 
     def store(self) -> None:
         """Keep what libvirt has learnt, if it is new. Blocking."""

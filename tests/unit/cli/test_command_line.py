@@ -7,6 +7,8 @@ import json
 import pytest
 from plugin_site import FOR_TEMPLATE, ONCE, PluginSite
 
+from qubes_itests.host.cache import Cache
+
 PLUGIN = """
     import unittest
     print("a plugin that talks while it loads")
@@ -151,6 +153,27 @@ def test_clean_removes_the_cache_and_nothing_else_in_its_directory(site, tmp_pat
     assert done.returncode == 0
     assert "Removed 1 stale run" in done.stdout
     assert sorted(path.name for path in cache.iterdir()) == ["precious", "runs"]
+
+
+def test_clean_says_how_much_was_removed_and_what_is_left(site, tmp_path):
+    cache = Cache(tmp_path / "cache")
+    cache.entry("image", "key", lambda place: _write(place / "x", 3 << 20))
+    cache.entry("agent", "key", lambda place: _write(place / "x", 1 << 20))
+    _write(cache.root / "image/.key@left/x", 2 << 20)
+    _write(cache.root / "runs/dead/x", 5 << 20)
+    done = site.run("clean")
+    assert "Removed 1 stale run and 1 half-made entry from" in done.stdout
+    removed, holds = done.stdout.splitlines()
+    assert removed.endswith(": 7 MiB.")
+    assert holds == "The cache holds 4 MiB of 20.0 GiB: agent 1 MiB, image 3 MiB."
+    done = site.run("clean", "--cache")
+    assert done.stdout.endswith("Removed the cache: agent 1 MiB, image 3 MiB.\n")
+    assert sorted(path.name for path in cache.root.iterdir()) == ["runs"]
+
+
+def _write(path, size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * size)
 
 
 def test_help_names_the_sub_commands(site):

@@ -1,6 +1,8 @@
 """The cache: complete or absent, whoever builds and whoever dies."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import textwrap
 import pytest
 
 from qubes_itests.host.cache import Cache, digest
-from qubes_itests.host.exc import CacheError
+from qubes_itests.host.exc import CacheError, NoCacheSpaceError
 
 _PROLOGUE = """
 import os, sys
@@ -94,7 +96,7 @@ def test_processes_at_once_build_one_complete_entry(cache, process, tmp_path):
                 (place / str(number)).write_text("x" * number)
         sys.stdin.readline()
         entry = cache.entry("image", "key", build)
-        sizes = sorted(path.stat().st_size for path in entry.iterdir())
+        sizes = sorted(path.stat().st_size for path in entry.glob("[0-9]*"))
         print(sizes == list(range(200)))
     """
     processes = [process(body) for _ in range(8)]
@@ -119,7 +121,7 @@ def test_a_killed_builder_leaves_no_entry_and_its_rest_is_swept(cache, process):
     second = process("""
         print("wanting", flush=True)
         entry = cache.entry("image", "key", lambda place: (place / "whole").touch())
-        print(sorted(path.name for path in entry.iterdir()))
+        print(sorted(path.name for path in entry.glob("[a-z]*")))
     """)
     assert second.stdout.readline() == "wanting\n"
     assert cache.lookup("image", "key") is None
@@ -187,3 +189,169 @@ def test_digest_counts_contents_kinds_order_and_cuts(tmp_path):
     before = digest(file)
     os.rename(file, tmp_path / "moved")  # noqa: PTH104
     assert digest(tmp_path / "moved") == before
+
+
+def _fill(place):
+    """Make what templates are made of: a sparse file, a tree, an odd name."""
+    with (place / "root.img").open("wb") as image:
+        image.truncate(64 << 20)
+        image.seek(20 << 20)
+        image.write(b"data")
+    (place / "lib").mkdir()
+    (place / "lib" / os.fsdecode(b"\xff")).write_text("module")
+
+
+def _change(path, offset):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"DATA")
+
+
+DAMAGES = {
+    "a file is gone": lambda entry: (entry / "root.img").unlink(),
+    "a file is cut": lambda entry: os.truncate(entry / "root.img", 1 << 20),
+    "data is changed": lambda entry: _change(entry / "root.img", 20 << 20),
+    "a hole is filled": lambda entry: _change(entry / "root.img", 5 << 20),
+    "a folder is gone": lambda entry: shutil.rmtree(entry / "lib"),
+    "the record is cut": lambda entry: os.truncate(entry / ".contents", 3),
+    "the record is no record": lambda entry: (entry / ".contents").write_text("[1]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_made_again(cache, process, damage):
+    """By another process: one that has used it trusts it as long as it lasts."""
+    DAMAGES[damage](cache.entry("image", "key", _fill))
+    second = process("""
+        print(cache.lookup("image", "key"), cache.entries("image"))
+        entry = cache.entry("image", "key", lambda place: (place / "new").touch())
+        print(sorted(path.name for path in entry.iterdir()))
+    """)
+    said = second.communicate(timeout=30)[0]
+    assert said == "None []\n['.contents', 'new']\n"
+    assert _names(cache, "image") == ["key"]
+
+
+def _copy(entry):
+    """Copy as `cp -r` and archives do: times are lost, holes are filled."""
+    copy = entry.with_name(".copy")
+    shutil.copytree(entry, copy, copy_function=shutil.copyfile)
+    shutil.rmtree(entry)
+    copy.rename(entry)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _copy,
+        lambda entry: (entry / "lib/__pycache__").mkdir(),
+        lambda entry: (entry / ".contents").unlink(),  # of an earlier version
+    ],
+)
+def test_what_changes_no_data_is_no_damage(cache, process, change):
+    change(cache.entry("image", "key", _fill))
+    second = process('print(cache.lookup("image", "key"))')
+    assert second.communicate(timeout=30)[0] == f"{cache.root / 'image/key'}\n"
+
+
+def _megabyte(place):
+    (place / "data").write_bytes(os.urandom(1 << 20))
+
+
+def _age(entry, hours):
+    when = entry.stat().st_mtime - hours * 3600
+    os.utime(entry / ".contents", (when, when))
+
+
+def test_beyond_its_bound_that_goes_which_was_not_used_longest(
+    cache, process, monkeypatch
+):
+    build = """
+        for key in sys.stdin.readline().split():
+            cache.entry("image", key, lambda place: (place / "x").write_bytes(
+                os.urandom(1 << 20)))
+    """
+    first = process(build)
+    first.communicate("old older used recent", timeout=30)
+    for name, hours in {"old": 2, "older": 3, "used": 4}.items():
+        _age(cache.root / "image" / name, hours)
+    user = process("""
+        cache.lookup("image", "used")
+        os.utime(cache.root / "image/used/.contents", (1, 1))
+        print("used", flush=True)
+        sys.stdin.readline()
+    """)
+    assert user.stdout.readline() == "used\n"
+    monkeypatch.setenv("QUBES_ITESTS_CACHE_LIMIT", "4500K")
+    cache.entry("image", "new", _megabyte)
+    assert _names(cache, "image") == ["new", "old", "recent", "used"]
+    monkeypatch.setenv("QUBES_ITESTS_CACHE_LIMIT", "1K")
+    cache.entry("image", "newer", _megabyte)
+    assert _names(cache, "image") == ["new", "newer", "recent", "used"]
+
+
+def test_a_use_puts_an_entry_behind_the_others(cache, process):
+    for name in ("one", "two"):
+        _age(cache.entry("image", name, _megabyte), 5)
+    made = (cache.root / "image/one").stat().st_mtime_ns
+    process('cache.lookup("image", "one")').communicate(timeout=30)
+    # by which jobs of CI systems tell what a run has made
+    assert (cache.root / "image/one").stat().st_mtime_ns == made
+    assert [entry.place.name for entry in cache.content()] == ["two", "one"]
+    assert all(1 << 20 <= entry.size < 2 << 20 for entry in cache.content())
+
+
+@pytest.mark.parametrize("limit", ["20 GiB", "-1", "1.5G", "x"])
+def test_a_bound_that_is_no_size_is_told(cache, monkeypatch, limit):
+    monkeypatch.setenv("QUBES_ITESTS_CACHE_LIMIT", limit)
+    with pytest.raises(CacheError, match="not as in 20G"):
+        assert cache.limit
+
+
+def test_a_sweep_removes_what_the_dead_left_and_not_what_the_living_make(
+    cache, process
+):
+    body = """
+        def build(place):
+            (place / "half").write_bytes(bytes(1 << 20))
+            print("building", flush=True)
+            sys.stdin.readline()
+        cache.entry("image", {!r}, build)
+    """
+    dead, alive = process(body.format("dead")), process(body.format("alive"))
+    for one in (dead, alive):
+        assert one.stdout.readline() == "building\n"
+    dead.kill()
+    dead.wait()
+    (cache.root / "precious").mkdir()
+    (cache.root / "precious/.mine@home").mkdir()
+    (swept,) = cache.sweep()
+    assert (swept.kind, swept.size) == ("image", 1 << 20)
+    (left,) = _names(cache, "image")
+    assert left.startswith(".alive@")
+    assert (cache.root / "precious/.mine@home").is_dir()
+    cache.entry("other", "key", lambda _: None)
+    alive.communicate("\n", timeout=30)
+    assert _names(cache, "image") == ["alive"]
+
+
+def test_a_build_removes_what_was_left_of_any_other(cache, process):
+    dead = process("""
+        def build(place):
+            print("building", flush=True)
+            sys.stdin.readline()
+        cache.entry("image", "dead", build)
+    """)
+    assert dead.stdout.readline() == "building\n"
+    dead.kill()
+    dead.wait()
+    cache.entry("other", "key", lambda _: None)
+    assert _names(cache, "image") == []
+
+
+def test_a_full_disk_is_told_with_what_to_do(cache):
+    def build(_):
+        raise OSError(errno.ENOSPC, "no space")
+
+    with pytest.raises(NoCacheSpaceError, match="clean --cache"):
+        cache.entry("image", "key", build)

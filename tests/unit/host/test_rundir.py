@@ -62,7 +62,7 @@ def test_two_runs_have_two(cache):
 
 def test_a_living_run_of_another_process_is_left_alone(cache, other_run):
     _, path = other_run
-    assert remove_stale(cache) == []
+    assert remove_stale(cache) == {}
     with RunDirectory(cache):
         assert (path / "left").exists()
 
@@ -72,7 +72,7 @@ def test_a_killed_run_is_swept_by_clean(cache, other_run):
     process.kill()
     process.wait()
     assert path.exists()
-    assert remove_stale(cache) == [path]
+    assert list(remove_stale(cache)) == [path]
     assert not path.exists()
 
 

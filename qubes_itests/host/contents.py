@@ -1,0 +1,121 @@
+"""What a directory of the cache held when it was made, to notice what has changed.
+
+A file counts as unchanged if its size and its time of change are those that were
+recorded. If only the time differs, as after a copy or an unpacked archive, its data is
+compared by a digest, and the time put back, so that it is read once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["damage", "last_use", "note_use", "record"]
+
+#: In the directory itself; its time of change is that of the last use. (That of the
+#: directory stays that of its making: the jobs of CI systems tell new ones by it.)
+_RECORD: Final = ".contents"
+#: Python makes and replaces what is in it as it likes.
+_IGNORED: Final = "__pycache__"
+_BLOCK: Final = 1 << 20
+
+
+def record(directory: Path) -> None:
+    """Write down what a directory holds. Blocking: all data is read, but for holes."""
+    found = {
+        str(path.relative_to(directory)): [
+            (status := path.stat()).st_size,
+            status.st_mtime_ns,
+            _digest(path, status.st_size),
+        ]
+        for path in _files(directory)
+    }
+    # names that are no UTF-8 come as escapes, and so return
+    (directory / _RECORD).write_text(json.dumps(found))
+
+
+def damage(directory: Path) -> str | None:
+    """Return what is wrong with a directory, None if it is as it was recorded.
+
+    Blocking, for a few milliseconds. Without a record nothing is known, and nothing
+    is wrong: so it is with what earlier versions made.
+    """
+    try:
+        found = json.loads((directory / _RECORD).read_text())
+        for name, (size, changed, digest) in found.items():
+            if problem := _difference(directory / name, size, changed, digest):
+                return f"{name} {problem}"
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError):
+        return f"{_RECORD} cannot be read"
+    return None
+
+
+def note_use(directory: Path) -> None:
+    """Write down that a directory is used now."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(directory / _RECORD)
+
+
+def last_use(directory: Path) -> float:
+    """Return when a directory was used last, seconds since the epoch."""
+    path = directory / _RECORD
+    return (path if path.exists() else directory).stat().st_mtime
+
+
+def _difference(path: Path, size: int, changed: int, digest: str) -> str | None:
+    try:
+        status = path.stat()
+    except OSError as error:
+        return error.strerror or str(error)
+    if status.st_size != size:
+        return f"has {status.st_size} bytes in place of {size}"
+    if status.st_mtime_ns == changed:
+        return None
+    if _digest(path, size) != digest:
+        return "has other data"
+    os.utime(path, ns=(status.st_atime_ns, changed))
+    return None
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    for place, names, files in os.walk(directory):
+        names[:] = [name for name in names if name != _IGNORED]
+        for path in (Path(place, name) for name in files):
+            if path.is_file() and not path.is_symlink():
+                yield path
+
+
+def _digest(path: Path, size: int) -> str:
+    """Return a digest of a file's data, for which a hole is what zeros are."""
+    total = hashlib.blake2b(digest_size=20)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for position in _data(descriptor, size):
+            block = os.pread(descriptor, _BLOCK, position)
+            if block != bytes(len(block)):
+                total.update(position.to_bytes(8, "big") + block)
+    finally:
+        os.close(descriptor)
+    return total.hexdigest()
+
+
+def _data(descriptor: int, size: int) -> Iterator[int]:
+    """Yield where blocks begin that are not in a hole."""
+    position = 0
+    while position < size:
+        try:
+            data = os.lseek(descriptor, position, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but a hole is left
+            return
+        position = max(position, data - data % _BLOCK)
+        yield position
+        position += _BLOCK
