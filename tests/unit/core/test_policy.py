@@ -379,3 +379,16 @@ async def test_evaluate_reads_files_that_changed(app, vms, tmp_path):
     assert decision.reason == (
         f"{directory}/30-user.policy:1: test.Echo * work vault allow"
     )
+
+
+def test_decisions_for_a_vm_that_calls_and_calls_fill_no_log(vms, caplog):
+    """Those for others are logged still."""
+    caplog.set_level(logging.INFO, "qubes.policy")
+    policy = Policy()
+    for _ in range(1000):
+        policy.evaluate(vms._app, "test.Echo", vms["work"], "vault")
+    policy.evaluate(vms._app, "test.Echo", vms["other"], "vault")
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 32
+    assert "others are left out" in messages[30]
+    assert messages[31].startswith("test.Echo: other -> vault: denied")

@@ -186,6 +186,19 @@ async def test_the_log_is_bounded(connect, tmp_path):
     assert path.read_text().endswith("the log is full; what follows is dropped\n")
 
 
+async def test_what_a_guest_logs_is_one_line_of_text(connect, tmp_path):
+    """It forges no entry, whatever ends of lines and escapes it sends."""
+    path = tmp_path / "agent.log"
+    agent, peer = await connect(log=path)
+    said = "\x1b[2J\u202e\x9b\r\n2026-01-01 00:00:00.000 forged\n::error::x\u2028y"
+    peer.send(F.LOG, payload=said.encode())
+    peer.close()
+    await agent.wait_closed()
+    entry, _end_of_connection = path.read_text().splitlines()
+    assert entry.isprintable()
+    assert entry.endswith(r"forged\n::error::x\u2028y")
+
+
 async def test_a_log_that_is_full_already(tmp_path):
     path = tmp_path / "agent.log"
     path.write_bytes(bytes(LIMIT))
