@@ -53,8 +53,10 @@ class LifeTests:
     def test_each_operation_is_refused_in_the_wrong_state(self, trial: Trial) -> None:
         """A second start, removal while started, a second creation."""
         volume = trial.made("first")
-        with pytest.raises(VolumeExistsError):
-            trial.run(volume.create())
+        for again in (volume.create, volume.check_absent):
+            with pytest.raises(VolumeExistsError):
+                trial.run(again())
+        assert volume.vid in trial.run(trial.pool.find_volumes())
         trial.run(volume.start())
         trial.write(volume, "second")
         with pytest.raises(VolumeStateError):
