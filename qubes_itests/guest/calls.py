@@ -20,6 +20,8 @@ __all__ = ["CallHandler", "ServiceCall", "refusal"]
 REFUSED: Final = 126
 NOT_FOUND: Final = 127
 
+#: Characters; Linux itself allows 32 for users of its own.
+_USER_MAX: Final = 255
 _TARGET: Final = re.compile(r"(?:@?[A-Za-z0-9][A-Za-z0-9_.:-]{0,127})?")
 _SERVICE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}(?:\+[A-Za-z0-9_.+@=-]{0,128})?")
 
@@ -30,6 +32,8 @@ def refusal(call: Called) -> str:
         return "the target's name is not valid"
     if not _SERVICE.fullmatch(call.service):
         return "the service's name is not valid"
+    if len(call.user) > _USER_MAX or not call.user.isprintable():
+        return "the user's name is not valid"
     return ""
 
 

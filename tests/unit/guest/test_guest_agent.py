@@ -216,6 +216,18 @@ async def test_calls_are_refused_without_a_handler(connect):
     assert frame.payload[:2] == struct.pack("BB", 2, 126)
 
 
+@pytest.mark.parametrize("user", ["x" * 256, "a\nb", "\x1b[2J"])
+async def test_a_bad_name_of_the_user_who_calls_is_refused(connect, user):
+    """It is kept as long as the call lasts, and shown."""
+    called = []
+    _, peer = await connect(on_call=called.append)
+    payload = f"vm\0qubes.Ping\0{user}\0".encode()
+    peer.send(F.CALL, FIRST_GUEST_STREAM, payload=payload)
+    frame = await peer.expect(F.EXIT)
+    assert frame.payload == b"\2\x7ethe user's name is not valid"
+    assert not called
+
+
 @pytest.mark.parametrize(
     ("target", "service"),
     [
