@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import select
+import socket
+from contextlib import suppress
+
 import pytest
 from admin_client import AdminError, parse
+from conditions import wait_until
+
+from qubes_itests.serve.wire import IMPORT, STDIN, frame
 
 MIB = 1 << 20
 
@@ -64,3 +71,28 @@ def test_what_cannot_be_filled(halted, vm, volume, kind):
     with pytest.raises(AdminError) as caught:
         parse(halted.import_volume(vm, volume, b"4\nfour"))
     assert caught.value.kind == kind
+
+
+def test_clients_that_vanish_within_milliseconds_leave_the_volume_free(halted):
+    """Wherever their imports were by then, the next one is made as any other."""
+    before = info(halted, "filled", "private")
+    request = b"filled\0private\0admin.vm.volume.ImportWithSize"
+    for step in range(60):
+        # the one before may not have ended yet, and refuses this one
+        with socket.socket(socket.AF_UNIX) as client, suppress(ConnectionError):
+            client.connect(str(halted.socket.with_name("qrexec.sock")))
+            client.sendall(frame(IMPORT, request) + frame(STDIN, b"%d\n" % MIB))
+            client.sendall(frame(STDIN, bytes(MIB // 32)))
+            select.select([], [], [], step / 1000)
+
+    def is_free():
+        try:
+            return parse(halted.import_volume("filled", "private", b"4\nfour")) == b""
+        except AdminError as error:
+            if "an import is under way" not in str(error):
+                raise
+            return False
+
+    wait_until(is_free, "end of the imports")
+    after = info(halted, "filled", "private")
+    assert (after["size"], after["path"]) == ("4", before["path"])
