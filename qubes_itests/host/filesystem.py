@@ -10,12 +10,11 @@ import contextlib
 import enum
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from qubes_itests.host.command import CommandError, run
-from qubes_itests.host.loop import require_loop_devices
+from qubes_itests.host.loop import LoopDevice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,8 +33,6 @@ __all__ = [
 ]
 
 _MIB = 1024 * 1024
-_LOOP_TIMEOUT = 10.0
-_LOOP_INTERVAL = 0.05
 #: Of the root of each btrfs subvolume: BTRFS_FIRST_FREE_OBJECTID.
 _SUBVOLUME_INODE = 256
 
@@ -133,21 +130,9 @@ def mount(image: Path, directory: Path, *, options: Sequence[str] = ()) -> None:
     :raise NoLoopDevicesError: when the machine hands out no loop device.
     :raise CommandError: when mount fails.
     """
-    all_options = ",".join(["loop", "noatime", *options])
-    deadline = time.monotonic() + _LOOP_TIMEOUT
-    while True:
-        try:
-            run(["mount", "-o", all_options, image, directory])
-        except CommandError as error:
-            # What mount says without loop devices depends on how they are lacking.
-            require_loop_devices()
-            # They are the whole machine's: another run may take the free one before
-            # mount does.
-            if "loop device" not in error.stderr or time.monotonic() > deadline:
-                raise
-            time.sleep(_LOOP_INTERVAL)
-        else:
-            return
+    all_options = ",".join(["noatime", *options])
+    with LoopDevice(image) as device:
+        run(["mount", "-o", all_options, device.path, directory])
 
 
 def mount_tmpfs(directory: Path, size: int) -> None:

@@ -6,15 +6,20 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import struct
 from pathlib import Path
 from typing import Self
 
+from qubes_itests.host import sandbox
 from qubes_itests.host.exc import NoLoopDevicesError
 
 __all__ = ["LoopDevice", "loop_devices_over", "require_loop_devices"]
 
 _CONTROL = Path("/dev/loop-control")
+#: Of the sandbox's own.
+_OWN_NODES = Path("/dev/shm")  # noqa: S108
+_LOOP_MAJOR = 7
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
 _LO_FLAGS_AUTOCLEAR = 4
@@ -28,19 +33,42 @@ def require_loop_devices() -> None:
 
     :raise NoLoopDevicesError: with what was tried, when it would not.
     """
+    _free_number()
+
+
+def _free_number() -> int:
     try:
         control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise NoLoopDevicesError(f"{_CONTROL}: {error.strerror}") from error
     try:
-        number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+        return fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
     except OSError as error:
         reason = f"none is free: {errno.errorcode.get(error.errno or 0, error)}"
         raise NoLoopDevicesError(reason) from error
     finally:
         os.close(control)
-    if not Path(f"/dev/loop{number}").exists():
-        raise NoLoopDevicesError(f"/dev/loop{number} does not appear")
+
+
+def _node(number: int) -> Path:
+    """Return the node of a device, made if this machine's /dev has none.
+
+    A container may have a /dev of its own, where no node appears by itself. Ours goes
+    with the sandbox.
+    """
+    path = Path(f"/dev/loop{number}")
+    if path.exists():
+        return path
+    if not sandbox.active():
+        raise NoLoopDevicesError(f"{path} does not appear")
+    path = _OWN_NODES / path.name
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(_LOOP_MAJOR, number))
+    except OSError as error:
+        reason = f"/dev/{path.name} does not appear, and cannot be made"
+        raise NoLoopDevicesError(f"{reason}: {error.strerror}") from error
+    return path
 
 
 def loop_devices_over(image: Path) -> tuple[Path, ...]:
@@ -93,11 +121,11 @@ class LoopDevice:
         os.close(self._fd)
 
     def _attach(self, image: int) -> bool:
-        require_loop_devices()
-        with _CONTROL.open("rb") as control:
-            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
-        self._path = Path(f"/dev/loop{number}")
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        self._path = _node(_free_number())
+        try:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise NoLoopDevicesError(f"{self._path}: {error.strerror}") from error
         info = (0, 0, 0, 0, 0, 0, 0, 0, _LO_FLAGS_AUTOCLEAR, b"", b"", b"", 0, 0)
         try:
             fcntl.ioctl(self._fd, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(image, 0, *info))

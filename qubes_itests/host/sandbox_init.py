@@ -152,8 +152,9 @@ def execute(command: list[str]) -> NoReturn:
 def set_up() -> None:
     """Make the fresh namespaces usable."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)
-    # shared memory belongs to the IPC namespace; rundir has its short names in it
-    mount("none", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV)  # noqa: S108
+    # shared memory belongs to the IPC namespace; rundir has its short names in it, and
+    # loop.py the nodes of devices that a container's /dev has not
+    mount("none", "/dev/shm", "tmpfs", MS_NOSUID)  # noqa: S108
     add_libvirt_user()
     mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     raise_loopback()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_itests.host import packages, preflight
+from qubes_itests.host import packages, preflight, sandbox
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.exc import MissingToolError, NoKernelError
 from qubes_itests.host.loop import loop_devices_over
@@ -71,6 +71,47 @@ def test_a_real_loop_device_is_attached_and_let_go(tmp_path, monkeypatch):
     assert loop_devices_over(tmp_path) == ()
 
 
+#: A /dev of its own without nodes of loop devices, as a container has it.
+OWN_DEV = """
+mount -t tmpfs none {directory}
+cp -a /dev/null /dev/zero /dev/full /dev/random /dev/urandom {directory}
+cp -a /dev/tty /dev/fd /dev/loop-control {directory}
+mkdir {directory}/shm {directory}/pts
+mount --move {directory} /dev
+"""
+
+
+def test_nodes_that_a_container_has_not_are_made_in_the_sandbox(cache, tmp_path):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "mounted").mkdir()
+    before = OWN_DEV.format(directory=tmp_path / "dev")
+    assert _checks_where(before, cache.root)["loop devices"].state == "ok"
+    code = """
+        import sys
+        from pathlib import Path
+        from qubes_itests.host.filesystem import FilesystemType, LoopFilesystem
+        place = Path(sys.argv[1])
+        kind = FilesystemType.BTRFS
+        for _ in range(2):
+            image, point = place / "image", place / "point"
+            with LoopFilesystem(image, point, kind=kind, size=128 << 20) as made:
+                (made.mount_point / "file").write_text("written")
+                made.remount()
+                print((made.mount_point / "file").read_text())
+    """
+    words = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    script = f'set -e; {before}\n"$@"; ! ls /dev | grep "loop[0-9]"'
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", script, "bash", *sandbox.command(words)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "written\nwritten\n", done.stderr
+    assert done.returncode == 0
+
+
 def test_without_loop_control(cache, tmp_path):
     (tmp_path / "none").touch()
     before = f"mount --bind {tmp_path}/none /dev/loop-control"
@@ -106,7 +147,8 @@ def test_a_run_does_not_begin_without_kernel_or_tool(tmp_path, cache, monkeypatc
     monkeypatch.setenv("QUBES_ITESTS_KERNEL", str(tmp_path / "none"))
     with pytest.raises(NoKernelError):
         preflight.require_ready(cache)
-    lacking = packages.Need("tool", "no-such-tool", "is for this test", {})
+    brought_by = {"debian": "none", "ubuntu": "none"}
+    lacking = packages.Need("tool", "no-such-tool", "is for this test", brought_by)
     monkeypatch.setattr(packages, "needs_here", lambda: [lacking])
     with pytest.raises(MissingToolError, match="no-such-tool is not installed"):
         preflight.require_ready(cache)
