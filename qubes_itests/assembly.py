@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pluggy
 
     from qubes_itests.configuration import Settings
+    from qubes_itests.core.policy.directory import PolicyFile
     from qubes_itests.host.cache import Cache
     from qubes_itests.portal import Portal
 
@@ -36,11 +37,13 @@ def open_testbed(
     plugins: pluggy.PluginManager,
     *,
     pool: Path | None = None,
+    policy: tuple[PolicyFile, ...] = (),
 ) -> Iterator[Testbed]:
     """Make the pool's filesystem, connect to the hypervisor, open the testbed.
 
     :param directory: of the run; it has a short path.
     :param pool: a directory on a filesystem with reflinks; None to make one.
+    :param policy: files of qrexec policy that apps begin with, beside the default.
     :raise EnvironmentNotReadyError: when the machine lacks something.
     """
     kernel = find_kernel(cache)
@@ -62,6 +65,7 @@ def open_testbed(
             warm=settings.warm,
             memory=machine(size) if (size := settings.memory_budget) else None,
             host_memory=settings.host_memory or None,
+            policy=policy,
         )
         with Testbed(portal, parts) as testbed:
             yield testbed

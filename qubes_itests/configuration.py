@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 __all__ = [
+    "DEFAULT_TIMEOUT",
     "LEAST_MEMORY_BUDGET",
     "ConfigurationError",
     "Keep",
     "Settings",
     "convert",
     "load",
+    "own_timeout",
     "plain",
 ]
 
@@ -68,7 +70,8 @@ class Settings:
     :param keep: of which tests the VMs' disk images are kept.
     :param shell_on_failure: open a shell in a failed test's VM before it is removed.
     :param artifacts: directory for what failed tests leave to look at.
-    :param timeout: seconds that one test may take; 0 for no limit.
+    :param timeout: seconds that one test may take; 0 for no limit, None for what the
+        test's app says, or 300.
     :param seed: of the random numbers that tests draw; None to choose one.
     :param template: names of the templates that tests run on; empty for the default.
     :param warm: start VMs from saved states where that is possible.
@@ -80,12 +83,17 @@ class Settings:
         take together; 0 for 80 % of what is available, shared out among workers.
     :param app: directories of apps whose tests make up the run.
     :param template_spec: files that say what templates apps derive.
+    :param plugin: where the tests of each app are: a folder in it, or a file in place
+        of setup.py; empty for what the app says, or where they are found.
+    :param requires: what the tests of apps need here, beside what they say.
+    :param policy: files of qrexec policy, and directories of such, for all tests.
+    :param repository: directories that files are copied from into templates, by name.
     """
 
     keep: Keep = Keep.NEVER
     shell_on_failure: bool = False
     artifacts: Path = Path("itests-artifacts")
-    timeout: float = 300.0
+    timeout: float | None = None
     seed: int | None = None
     template: tuple[str, ...] = ()
     warm: bool = True
@@ -95,6 +103,10 @@ class Settings:
     host_memory: int = 0
     app: tuple[Path, ...] = ()
     template_spec: tuple[Path, ...] = ()
+    plugin: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    policy: tuple[Path, ...] = ()
+    repository: tuple[Path, ...] = ()
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -103,6 +115,8 @@ class Settings:
 
 
 _DEFAULT_TEMPLATES = ("tiny",)
+#: Seconds.
+DEFAULT_TIMEOUT = 300.0
 #: A template's name becomes part of class names, VM names and paths.
 _TEMPLATE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,30}")
 _TRUTH = {
@@ -130,6 +144,18 @@ def load(
     return Settings(**values)  # type: ignore[arg-type]  # convert() checked them
 
 
+_PATH_LISTS = ("app", "template_spec", "policy", "repository")
+
+
+def own_timeout(directory: Path) -> float | None:
+    """Return the time that the files in an app's directory give each of its tests.
+
+    :return: seconds; 0 for no limit, None where the files do not say.
+    :raise ConfigurationError: for an unknown key or a bad value.
+    """
+    return cast("float | None", _from_files(directory).get("timeout"))
+
+
 def plain(settings: Settings) -> dict[str, object]:
     """Return settings in types that go to another process; `convert` reads them."""
     values = {f.name: getattr(settings, f.name) for f in fields(Settings)}
@@ -137,8 +163,9 @@ def plain(settings: Settings) -> dict[str, object]:
         "keep": settings.keep.value,
         "artifacts": str(settings.artifacts),
         "template": list(settings.template),
-        "app": [str(path) for path in settings.app],
-        "template_spec": [str(path) for path in settings.template_spec],
+        **{name: [str(p) for p in getattr(settings, name)] for name in _PATH_LISTS},
+        "plugin": list(settings.plugin),
+        "requires": list(settings.requires),
     }
     return {name: value for name, value in values.items() if value not in (None, [])}
 
@@ -252,6 +279,16 @@ def _paths(value: object) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(_path(word).absolute() for word in value))
 
 
+def _words(value: object) -> tuple[str, ...]:
+    words = value.split() if isinstance(value, str) else value
+    if not isinstance(words, list | tuple) or not words:
+        raise ValueError(f"{value!r} is not a list of words")
+    for word in words:
+        if not isinstance(word, str) or not word or "\0" in word:
+            raise ValueError(f"{word!r} is not a word")
+    return tuple(dict.fromkeys(part for word in words for part in word.split()))
+
+
 def _seconds(value: object) -> float:
     try:
         seconds = float(value)  # type: ignore[arg-type]
@@ -319,4 +356,8 @@ _CONVERTERS: dict[str, Callable[[Any], object]] = {
     "host_memory": _host_memory,
     "app": _paths,
     "template_spec": _paths,
+    "plugin": _words,
+    "requires": _words,
+    "policy": _paths,
+    "repository": _paths,
 }

@@ -26,11 +26,20 @@ if TYPE_CHECKING:
 
     from qubes_itests.apps import Derived, TemplateSpec
     from qubes_itests.configuration import Settings
+    from qubes_itests.core.policy.directory import PolicyFile
     from qubes_itests.guest.template import Template
     from qubes_itests.host.cache import Cache
     from qubes_itests.host.kernel import Kernel
 
-__all__ = ["AppTemplates", "TemplateProblemError", "Wishes", "plugins_for", "wishes_of"]
+__all__ = [
+    "AppTemplates",
+    "TemplateProblemError",
+    "Wishes",
+    "named_directories",
+    "plugins_for",
+    "policy_of",
+    "wishes_of",
+]
 
 _PLUGIN: Final = "apps"
 
@@ -45,13 +54,29 @@ class Wishes:
 
     :param specs: in the order of the apps, after those of files.
     :param problems: for each app that says what makes no sense, what that is.
-    :param templates: for each app the names of those that its tests run on: its own,
-        else those of files, else none in particular.
+    :param of_apps: for each other app what it says: its own specs, else those of files.
     """
 
     specs: tuple[TemplateSpec, ...] = ()
     problems: Mapping[str, str] = field(default_factory=dict)
-    templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    of_apps: Mapping[str, tuple[TemplateSpec, ...]] = field(default_factory=dict)
+
+    def templates(self, app: str) -> tuple[str, ...]:
+        """Return the names of the templates that an app's tests run on; () for any."""
+        return _names(self.of_apps[app])
+
+    def plugin(self, app: str) -> tuple[str, ...]:
+        """Return where an app says that its tests are; () for where they are found."""
+        return _each_once(spec.plugin for spec in self.of_apps[app])
+
+    def requires(self, app: str) -> tuple[str, ...]:
+        """Return what an app says that its tests need on this machine."""
+        return _each_once(spec.requires for spec in self.of_apps[app])
+
+    @property
+    def policy(self) -> tuple[PolicyFile, ...]:
+        """The files of policy, each once."""
+        return tuple(dict.fromkeys(f for spec in self.specs for f in spec.policy))
 
     @property
     def derived(self) -> tuple[str, ...]:
@@ -63,8 +88,12 @@ class Wishes:
 
         :param default: for apps that want none in particular.
         """
-        of_apps = [name for own in self.templates.values() for name in own or default]
-        return tuple(dict.fromkeys(of_apps)) or self.derived or tuple(default)
+        names = (self.templates(app) or default for app in self.of_apps)
+        return _each_once(names) or self.derived or tuple(default)
+
+
+def _each_once(lists: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word for words in lists for word in words))
 
 
 def _names(specs: Iterable[TemplateSpec]) -> tuple[str, ...]:
@@ -76,17 +105,64 @@ def wishes_of(settings: Settings) -> Wishes:
 
     :raise SpecError: a file makes no sense; an app's problem is the app's.
     """
-    files = [spec for path in settings.template_spec for spec in read_spec_file(path)]
-    specs, problems, templates = list(files), {}, {}
+    named = named_directories(settings)
+    files = [
+        spec for path in settings.template_spec for spec in read_spec_file(path, named)
+    ]
+    specs, problems, of_apps = list(files), {}, {}
     for app in settings.app:
         try:
-            own = read_specs(app)
+            own = read_specs(app, named)
+            _check_policy(own, specs)
         except SpecError as error:
             problems[app.name] = str(error)
         else:
             specs += own
-            templates[app.name] = _names(own or files)
-    return Wishes(tuple(specs), problems, templates)
+            of_apps[app.name] = tuple(own or files)
+    return Wishes(tuple(specs), problems, of_apps)
+
+
+def named_directories(settings: Settings) -> dict[str, Path]:
+    """Return the directories that the words of an app may name, by their names."""
+    return {path.name: path for path in (*settings.app, *settings.repository)}
+
+
+def _check_policy(
+    specs: Iterable[TemplateSpec], others: Iterable[TemplateSpec]
+) -> None:
+    """Raise SpecError if two apps bring different files of policy by one name.
+
+    On a system with both they would be in each other's way, too.
+    """
+    taken = {
+        name: (path, spec)
+        for spec in others
+        for file in spec.policy
+        for name, path in file.parts()
+    }
+    for spec in specs:
+        for file in spec.policy:
+            for name, path in file.parts():
+                before, other = taken.get(name, (path, spec))
+                if before.read_bytes() != path.read_bytes():
+                    raise SpecError(
+                        spec.source,
+                        f"policy: {path.name} is another file than that of"
+                        f" {other.source}, and a run has one of a name",
+                    )
+
+
+def policy_of(settings: Settings) -> tuple[PolicyFile, ...]:
+    """Return the files of policy that hold for all tests of a run, the default aside.
+
+    Those of the settings come last, and so replace those of apps.
+    """
+    from qubes_itests.core.policy.directory import PolicyFile  # noqa: PLC0415
+
+    of_apps: tuple[PolicyFile, ...] = ()
+    if settings.app or settings.template_spec:
+        of_apps = wishes_of(settings).policy
+    return (*of_apps, *map(PolicyFile, settings.policy))
 
 
 def plugins_for(

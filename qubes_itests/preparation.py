@@ -54,12 +54,22 @@ def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
     names = names or settings.template or run_on
     problems = build_templates(settings, names, derived=set(wishes.derived))
     prepared = prepare_apps(settings, wishes)
-    apps = (word for app in settings.app for word in ("--app", str(app)))
-    files = (
-        w for file in settings.template_spec for w in ("--template-spec", str(file))
-    )
-    words = (*apps, *files)
-    Prepared(prepared.entries, prepared.apps, problems, words).tell()
+    words = tuple(word for pair in _told_again(settings) for word in pair)
+    dataclasses.replace(prepared, templates=problems, words=words).tell()
+
+
+def _told_again(settings: Settings) -> Iterable[tuple[str, str]]:
+    """Yield the options without which a run of apps cannot be repeated."""
+    for option in (
+        "app",
+        "template_spec",
+        "plugin",
+        "requires",
+        "repository",
+        "policy",
+    ):
+        for value in getattr(settings, option):
+            yield f"--{option.replace('_', '-')}", str(value)
 
 
 def prepare_listing(settings: Settings) -> Settings:
@@ -90,8 +100,8 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
         if app.name not in wrong:
             try:
                 with interruptible():
-                    found.append(_install(cache, app))
-            except (InstallError, OSError) as error:  # of files that come and go, say
+                    found.append(_install(cache, app, settings, wishes))
+            except (InstallError, ConfigurationError, ValueError, OSError) as error:
                 wrong[app.name] = str(error)
         if app.name in wrong:
             # a selection of tests may leave out the one that fails because of it
@@ -100,21 +110,37 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
     _use(environment.packages for environment in found)
     entries: dict[str, tuple[str, ...]] = {}
     for environment in found:
-        own = () if settings.template else wishes.templates[environment.app.name]
+        own = () if settings.template else wishes.templates(environment.app.name)
         for name in environment.entries:
             entries[name] = (*entries.get(name, ()), *(own or settings.templates))
-    prepared = Prepared(entries, wrong)
+    timeouts = {
+        name: environment.timeout
+        for environment in found
+        for name in environment.entries
+        if environment.timeout is not None
+    }
+    prepared = Prepared(entries, wrong, timeouts=timeouts)
     prepared.tell()
     return prepared
 
 
-def _install(cache: Cache, app: Path) -> Environment:
+def _install(
+    cache: Cache, app: Path, settings: Settings, wishes: Wishes
+) -> Environment:
     from qubes_itests.apps import find_projects, install  # noqa: PLC0415
+    from qubes_itests.apps.repositories import Repositories  # noqa: PLC0415
+    from qubes_itests.apps.requirements import Requirements  # noqa: PLC0415
+    from qubes_itests.derived import named_directories  # noqa: PLC0415
 
     progress = _Progress()
     progress.begin(f"app {app.name}")
     try:
-        made = install(cache, app, find_projects(app), progress.say)
+        projects = find_projects(app, settings.plugin or wishes.plugin(app.name))
+        words = (*wishes.requires(app.name), *settings.requires)
+        requires = Requirements.sort(
+            words, Repositories(app, named_directories(settings))
+        )
+        made = install(cache, app, projects, progress.say, requires)
         progress.good = True
         return made
     finally:

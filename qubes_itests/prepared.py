@@ -26,12 +26,15 @@ class Prepared:
         the templates that it runs on; None for all that are installed, on all.
     :param apps: for each app whose tests cannot be run, why.
     :param templates: for each template that could not be built, why.
+    :param timeouts: for those of these entry points whose apps say it, the seconds that
+        each of their tests may take.
     :param words: of the command line, without which the run cannot be repeated.
     """
 
     entries: Mapping[str, tuple[str, ...]] | None = None
     apps: Mapping[str, str] = field(default_factory=dict)
     templates: Mapping[str, str] = field(default_factory=dict)
+    timeouts: Mapping[str, float] = field(default_factory=dict)
     words: tuple[str, ...] = ()
 
     @classmethod
@@ -43,6 +46,7 @@ class Prepared:
             entries and {name: tuple(names) for name, names in entries.items()},
             values.get("apps", {}),
             values.get("templates", {}),
+            values.get("timeouts", {}),
             tuple(values.get("words", ())),
         )
 

@@ -87,9 +87,11 @@ class RunContext:
         :raise EnvironmentNotReadyError: when the machine lacks something.
         """
         from qubes_itests.assembly import open_testbed  # noqa: PLC0415
+        from qubes_itests.derived import policy_of  # noqa: PLC0415
 
         opened = open_testbed(
-            self.portal, self.cache, self.directory, self.settings, self.plugins
+            *(self.portal, self.cache, self.directory, self.settings, self.plugins),
+            policy=policy_of(self.settings),
         )
         self._testbed = self._exit.enter_context(opened)
         return self._testbed

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from qubes_itests.admin.vm_calls import offer_to_vms
 from qubes_itests.balancing.app_memory import AppMemory, counts
 from qubes_itests.core.app import Qubes
+from qubes_itests.core.policy.directory import fill
 from qubes_itests.core.storage import copy_image
 from qubes_itests.core.store.recovery import recover
 from qubes_itests.exc import HarnessError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
     from pathlib import Path
 
+    from qubes_itests.core.policy.directory import PolicyFile
     from qubes_itests.guest.template import Template
     from qubes_itests.host.cache import Cache
     from qubes_itests.hypervisor.contract import Domain, Hypervisor
@@ -75,6 +77,7 @@ class Parts:
     :param memory: the machine that the VMs of each app share; None for no limit.
     :param host_memory: MiB of the real one that all VMs may take; None for most of what
         is available now.
+    :param policy: files of qrexec policy that each app begins with, beside the default.
     """
 
     run_directory: Path
@@ -85,6 +88,7 @@ class Parts:
     warm: bool = True
     memory: MemoryBudget | None = None
     host_memory: int | None = None
+    policy: tuple[PolicyFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +227,7 @@ class Testbed:
         """Return what an app shares with others, and a directory of its own."""
         directory = self.parts.run_directory / "apps" / str(number)
         directory.mkdir(parents=True)
+        await asyncio.to_thread(fill, directory, self.parts.policy)
         return {
             "hypervisor": self.hypervisor,
             "directory": directory,

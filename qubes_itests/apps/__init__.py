@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from qubes_itests.apps.derive import Derived, derive
 from qubes_itests.apps.environment import Environment, install
-from qubes_itests.apps.project import find_projects
+from qubes_itests.apps.project import Project, find_projects
 from qubes_itests.apps.spec import TemplateSpec, read_spec_file, read_specs
 
 __all__ = [
     "Derived",
     "Environment",
+    "Project",
     "TemplateSpec",
     "derive",
     "find_projects",

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.apps.exc import InstallError
+from qubes_itests.apps.project import Project
+from qubes_itests.configuration import own_timeout
 from qubes_itests.exc import DeadlineError
 from qubes_itests.host.cache import Cache, digest
 from qubes_itests.host.command import CommandError, run
@@ -26,16 +28,21 @@ from qubes_itests.untrusted_text import safe_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from qubes_itests.apps.requirements import Requirements
+
 __all__ = ["Environment", "install"]
 
 _KIND: Final = "app"
 _GROUP: Final = "qubes.tests.extra"
+#: Names of the distributions that are there for the tests, and are not theirs.
+_REQUIRED: Final = "required"
 _TIMEOUT: Final = 300.0
 #: A project is built where it is, for it may read what lies beside it; what that
 #: writes goes to memory, and is gone with the namespace. $1 is the directory where
-#: that happens, $2 the project. An overlay cannot lie over two others, as one in a
-#: container does, and some kernels have none: then a copy takes the project's place.
-#: The user's settings of distutils are covered, for they say where packages go.
+#: that happens, $2 the project, $3 what stands in for its setup.py. An overlay cannot
+#: lie over two others, as one in a container does, and some kernels have none: then a
+#: copy takes the project's place. The user's settings of distutils are covered, for
+#: they say where packages go.
 _IN_TREE: Final = """\
 mkdir "$1/memory" "$1/tmp"
 mount -t tmpfs -o mode=700 none "$1/memory"
@@ -48,10 +55,11 @@ mount -t overlay -o "$layers" overlay "$2" 2>/dev/null || {
     mount --bind "$1/copy" "$2"
 }
 cd "$2"
+[ -z "$3" ] || cp -- "$3" setup.py
 if [ -e "$HOME/.pydistutils.cfg" ]; then
     mount --bind /dev/null "$HOME/.pydistutils.cfg"
 fi
-shift 2
+shift 3
 exec "$@" >&2
 """
 
@@ -63,15 +71,21 @@ class Environment:
     :param app: the app's directory.
     :param packages: the directory with its packages, for the path of imports.
     :param entries: names of its entry points of tests.
+    :param timeout: seconds that the app gives each test, None if it does not say.
     """
 
     app: Path
     packages: Path
     entries: tuple[str, ...]
+    timeout: float | None = None
 
 
 def install(
-    cache: Cache, app: Path, projects: Sequence[Path], say: Callable[[str], None]
+    cache: Cache,
+    app: Path,
+    projects: Sequence[Project],
+    say: Callable[[str], None],
+    requires: Requirements,
 ) -> Environment:
     """Install the test plugin of an app beside ours, where nobody else sees it.
 
@@ -81,6 +95,7 @@ def install(
     :param app: its directory.
     :param projects: of it; see `find_projects`.
     :param say: is told what is going on.
+    :param requires: what its tests need besides.
     :raise InstallError: pip fails, with what it says, or there are no tests.
     """
     if not projects:
@@ -95,17 +110,31 @@ def install(
             f"the cache {cache.root} has a {os.pathsep} in its name, and PYTHONPATH"
             " cannot name what is in it; name another in QUBES_ITESTS_CACHE",
         )
-    key = digest(sys.version, sys.prefix, tree_digest(app), Path(__file__))
+    if missing := requires.missing_packages():
+        names = " ".join(missing)
+        raise InstallError(
+            str(app),
+            f"they need packages of Debian that are not installed here: {names}."
+            f" Install them: apt-get install {names}",
+        )
+    scripts = [f"{project.directory}/{project.script}" for project in projects]
+    key = digest(
+        *(sys.version, sys.prefix, tree_digest(app), Path(__file__)),
+        *("\n".join(scripts), "\n".join(requires.packages)),
+        *(tree_digest(project) for project in requires.projects),
+    )
 
     def build(place: Path) -> None:
         say("installing its tests")
-        _make(place, app, projects)
+        _make(place, app, projects, requires)
 
-    packages = _packages(cache.entry(_KIND, key, build))
-    entries = _entries(packages)
+    place = cache.entry(_KIND, key, build)
+    packages = _packages(place)
+    required = (place / _REQUIRED).read_text().split()
+    entries = _entries(packages, required)
     if not entries:
         raise InstallError(str(app), f"it has no entry point in the group {_GROUP}")
-    return Environment(app, packages, entries)
+    return Environment(app, packages, entries, own_timeout(app))
 
 
 def _packages(place: Path) -> Path:
@@ -113,13 +142,22 @@ def _packages(place: Path) -> Path:
     return place / "lib" / version / "site-packages"
 
 
-def _make(place: Path, app: Path, projects: Sequence[Path]) -> None:
+def _make(
+    place: Path, app: Path, projects: Sequence[Project], requires: Requirements
+) -> None:
     # by a program that knows it by another name: one with a colon in it is refused
     venv = (sys.executable, "-I", "-m", "venv", "--without-pip", str(PLACE))
     run(confined(place, venv), timeout=_TIMEOUT)
     # what is installed beside us is there already, for pip and for the plugin
     ours = "".join(f"import site; site.addsitedir({p!r})\n" for p in _our_packages())
     (_packages(place) / "beside.pth").write_text(ours)
+    if requires.packages:
+        _pip(place, app, None, ["--", *requires.packages])
+    for project in map(Project, requires.projects):
+        _pip(place, app, project)
+    # their tests are not the app's
+    required = "\n".join(_distributions(_packages(place)))
+    (place / _REQUIRED).write_text(required)
     for project in projects:
         _pip(place, app, project)
 
@@ -128,27 +166,35 @@ def _our_packages() -> list[str]:
     return [path for path in site.getsitepackages() if Path(path).is_dir()]
 
 
-def _pip(place: Path, app: Path, project: Path) -> None:
+def _pip(
+    place: Path, app: Path, project: Project | None, packages: Sequence[str] = ()
+) -> None:
+    """Install a project, or else packages of the index."""
     scratch = place / "scratch"
-    scratch.mkdir()
+    (scratch / "empty").mkdir(parents=True)
     # a name of which the project is not hidden
     shown = PLACE
-    if project.resolve().is_relative_to(PLACE.parent):
+    if project is not None and project.directory.resolve().is_relative_to(PLACE.parent):
         shown = Path("/mnt") / PLACE.name
     quiet = ["--disable-pip-version-check", "--progress-bar=off", "--no-input"]
-    if not _names_its_builder(project):
-        # ours is at hand, and takes no network
-        quiet.append("--no-build-isolation")
+    what, wanted = "what its tests require", list(packages)
+    directory, script = str(shown / scratch.name / "empty"), ""
+    if project is not None:
+        what = directory = str(project.directory)
+        wanted, script = [directory], project.script
+        if not _names_its_builder(project.directory):
+            # ours is at hand, and takes no network
+            quiet.append("--no-build-isolation")
     pip = (sys.executable, "-P", "-m", "pip", "--python", str(shown / "bin/python"))
     command: list[str | Path] = [
-        *("sh", "-ec", _IN_TREE, "sh", str(shown / scratch.name), str(project)),
+        *("sh", "-ec", _IN_TREE, "sh", str(shown / scratch.name), directory, script),
         *("env", *_pip_environment(app, shown / scratch.name / "tmp")),
-        *(*pip, "install", *quiet, "--no-warn-script-location", str(project)),
+        *(*pip, "install", *quiet, "--no-warn-script-location", *wanted),
     ]
     try:
         run(confined(place, command, shown), timeout=_TIMEOUT)
     except CommandError as error:
-        reason = f"pip cannot install {project}"
+        reason = f"pip cannot install {what}"
         raise InstallError(str(app), reason, _plain(error.stderr)) from None
     except DeadlineError:
         reason = f"pip did not end within {_TIMEOUT:g} s"
@@ -180,11 +226,16 @@ def _plain(said: str) -> str:
     return safe_text(text, lines=True, limit=None)
 
 
-def _entries(packages: Path) -> tuple[str, ...]:
+def _distributions(packages: Path) -> list[str]:
+    return [d.name for d in importlib.metadata.distributions(path=[str(packages)])]
+
+
+def _entries(packages: Path, required: Sequence[str]) -> tuple[str, ...]:
     names = {
         entry.name: None
         for found in importlib.metadata.distributions(path=[str(packages)])
         for entry in found.entry_points
         if entry.group in (_GROUP, f"{_GROUP}.for_template")
+        if found.name not in required
     }
     return tuple(names)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import configparser
 import math
-import os
 import re
 import tomllib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.apps.exc import SpecError
+from qubes_itests.apps.repositories import Repositories
+from qubes_itests.apps.requirements import check_requirement
+from qubes_itests.core.policy.directory import PolicyFile
 from qubes_itests.guest.layer import Copy
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,30}")
 #: Debian policy 5.6.1, with an architecture or a version behind the name.
 _PACKAGE: Final = re.compile(r"[a-z0-9][a-z0-9+.-]+(?::[a-z0-9-]+)?(?:=[\w.+:~-]+)?")
 _INITS: Final = ("agent", "systemd")
+#: What Qubes OS reads in policy.d, and of what files are in its older format.
+_POLICY: Final = re.compile(r"[0-9a-z_-][0-9a-z_.-]*\.policy")
+_SERVICE: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(?:\+[A-Za-z0-9_.+-]*)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,10 @@ class TemplateSpec:
     :param script: what runs in it then, as root.
     :param init: ``agent`` or ``systemd``; None leaves it to the base.
     :param timeout: seconds that the script may take.
+    :param plugin: where in the app its tests are: folders, or files in place of
+        setup.py; empty for where they are found.
+    :param requires: what its tests need on the machine that runs them.
+    :param policy: files of qrexec policy.
     """
 
     app: str
@@ -50,16 +59,23 @@ class TemplateSpec:
     script: str = ""
     init: str | None = None
     timeout: float = 600.0
+    plugin: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    policy: tuple[PolicyFile, ...] = ()
 
 
-def read_specs(directory: Path) -> list[TemplateSpec]:
+def read_specs(
+    directory: Path, repositories: Mapping[str, Path] | None = None
+) -> list[TemplateSpec]:
     """Return what an app says in its setup.cfg and its pyproject.toml.
 
     :param directory: the app's; files to copy are named from there.
+    :param repositories: others that files may be named in, by their names.
     :raise SpecError: a section makes no sense, or one template has two.
     """
     files = [directory / name for name in ("setup.cfg", "pyproject.toml")]
-    specs = [spec for f in files if f.is_file() for spec in read_spec_file(f)]
+    found = [read_spec_file(f, repositories) for f in files if f.is_file()]
+    specs = [spec for of_file in found for spec in of_file]
     names = [spec.name for spec in specs]
     for spec in specs:
         if names.count(spec.name) > 1:
@@ -67,10 +83,13 @@ def read_specs(directory: Path) -> list[TemplateSpec]:
     return specs
 
 
-def read_spec_file(path: Path) -> list[TemplateSpec]:
+def read_spec_file(
+    path: Path, repositories: Mapping[str, Path] | None = None
+) -> list[TemplateSpec]:
     """Return what a file says: TOML if it is called so, else as in setup.cfg.
 
     :param path: files to copy are named from its directory.
+    :param repositories: others that files may be named in, by their names.
     :raise SpecError: it cannot be read, or a section makes no sense.
     """
     read = _toml_tables if path.suffix == ".toml" else _cfg_tables
@@ -82,8 +101,8 @@ def read_spec_file(path: Path) -> list[TemplateSpec]:
         raise SpecError(str(path), "its values are nested too deeply") from None
     except (configparser.Error, ValueError) as error:  # of tomllib, of UTF-8
         raise SpecError(str(path), str(error).splitlines()[0]) from None
-    directory = path.absolute().parent
-    return [_spec(path, name, table, directory) for name, table in tables.items()]
+    place = Repositories(path.absolute().parent, repositories or {})
+    return [_spec(path, name, table, place) for name, table in tables.items()]
 
 
 def _cfg_tables(text: str) -> dict[str, Mapping[str, object]]:
@@ -108,7 +127,7 @@ def _toml_tables(text: str) -> dict[str, Mapping[str, object]]:
 
 
 def _spec(
-    path: Path, name: str, table: Mapping[str, object], directory: Path
+    path: Path, name: str, table: Mapping[str, object], place: Repositories
 ) -> TemplateSpec:
     source = f"{path}: [{_SECTION}{name}]"
     if path.suffix == ".toml":
@@ -125,10 +144,10 @@ def _spec(
         _word(name)
         for key, value in table.items():
             field, convert = _KEYS[key]
-            values[field] = convert(value, directory)
+            values[field] = convert(value, place)
     except ValueError as error:
         raise SpecError(source, str(error)) from None
-    return TemplateSpec(app=directory.name, source=source, name=name, **values)
+    return TemplateSpec(app=place.own.name, source=source, name=name, **values)
 
 
 def _lines(value: object) -> list[str]:
@@ -138,13 +157,13 @@ def _lines(value: object) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _word(value: object, _directory: Path = Path()) -> str:
+def _word(value: object, _place: Repositories | None = None) -> str:
     if isinstance(value, str) and _NAME.fullmatch(value):
         return value
     raise ValueError(f"{value!r} cannot be the name of a template")
 
 
-def _packages(value: object, _directory: Path) -> tuple[str, ...]:
+def _packages(value: object, _place: Repositories) -> tuple[str, ...]:
     names = [name for line in _lines(value) for name in line.replace(",", " ").split()]
     for name in names:
         if not _PACKAGE.fullmatch(name):
@@ -152,40 +171,74 @@ def _packages(value: object, _directory: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _copies(value: object, directory: Path) -> tuple[Copy, ...]:
-    return tuple(_copy(line, directory) for line in _lines(value))
+def _copies(value: object, place: Repositories) -> tuple[Copy, ...]:
+    return tuple(_copy(line, place) for line in _lines(value))
 
 
-def _copy(line: str, directory: Path) -> Copy:
+def _copy(line: str, place: Repositories) -> Copy:
     named, arrow, target = (part.strip() for part in line.partition("->"))
     if not arrow or not named:
         raise ValueError(f"copy: {line!r} is not written as: FILES -> /PLACE")
     if not target.startswith("/") or ".." in target.split("/") or "\0" in target:
         raise ValueError(f"copy: {target!r} is not an absolute path in the guest")
-    source = Path(os.path.normpath(directory / named))
-    real = source.resolve()
-    if Path(named).is_absolute() or not real.is_relative_to(directory.resolve()):
-        raise ValueError(f"copy: {named!r} is not in {directory}")
-    if not (source.is_file() or source.is_dir()):
-        raise ValueError(f"copy: there is no file or directory {named!r}")
+    source = _found("copy", named, place)
     if source.is_file() and target.endswith("/"):
-        target += source.name
-    return Copy(real, target)
+        target += PurePosixPath(named.rpartition(":")[2]).name
+    return Copy(source, target)
 
 
-def _script(value: object, _directory: Path) -> str:
+def _found(key: str, named: str, place: Repositories) -> Path:
+    try:
+        return place.find(named)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _plugin(value: object, _place: Repositories) -> tuple[str, ...]:
+    return tuple(_lines(value))
+
+
+def _requires(value: object, _place: Repositories) -> tuple[str, ...]:
+    words = [word for line in _lines(value) for word in line.split()]
+    try:
+        return tuple(dict.fromkeys(map(check_requirement, words)))
+    except ValueError as error:
+        raise ValueError(f"requires: {error}") from None
+
+
+def _policy(value: object, place: Repositories) -> tuple[PolicyFile, ...]:
+    return tuple(_policy_file(line, place) for line in _lines(value))
+
+
+def _policy_file(line: str, place: Repositories) -> PolicyFile:
+    named, arrow, service = (part.strip() for part in line.partition("->"))
+    found = _found("policy", named, place)
+    if arrow:
+        if not _SERVICE.fullmatch(service):
+            raise ValueError(f"policy: {service!r} cannot be the name of a service")
+        return PolicyFile(found, service)
+    if found.is_file() and not _POLICY.fullmatch(found.name):
+        raise ValueError(
+            f"policy: the name of {named!r} has to end in .policy, and to have no other"
+            " characters than digits, lower-case letters, _ . and -; a file in the"
+            " format of Qubes OS 4.0 is written as: FILE -> SERVICE"
+        )
+    return PolicyFile(found)
+
+
+def _script(value: object, _place: Repositories) -> str:
     if isinstance(value, str) and "\0" not in value:
         return value.strip()
     return "\n".join(_lines(value))
 
 
-def _init(value: object, _directory: Path) -> str:
+def _init(value: object, _place: Repositories) -> str:
     if value in _INITS:
         return str(value)
     raise ValueError(f"init: {value!r} is neither {' nor '.join(_INITS)}")
 
 
-def _timeout(value: object, _directory: Path) -> float:
+def _timeout(value: object, _place: Repositories) -> float:
     try:
         seconds = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -196,11 +249,14 @@ def _timeout(value: object, _directory: Path) -> float:
 
 
 #: For each key the field of `TemplateSpec`, and what makes its value.
-_KEYS: Final[dict[str, tuple[str, Callable[[object, Path], object]]]] = {
+_KEYS: Final[dict[str, tuple[str, Callable[[object, Repositories], object]]]] = {
     "base": ("base", _word),
     "packages": ("packages", _packages),
     "copy": ("copies", _copies),
     "run": ("script", _script),
     "init": ("init", _init),
     "timeout": ("timeout", _timeout),
+    "plugin": ("plugin", _plugin),
+    "requires": ("requires", _requires),
+    "policy": ("policy", _policy),
 }

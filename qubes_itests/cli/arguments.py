@@ -34,6 +34,7 @@ _PYTEST_VALUES = _words("""
 _OWN_VALUES = _words("""
     --keep --artifacts --timeout --seed --template --hypervisor --filesystem
     --memory-budget --host-memory --directory --socket --app --template-spec
+    --plugin --requires --policy --repository
 """)
 #: With these pytest runs no test.
 _NO_TESTS = _words("""
@@ -273,6 +274,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--template", metavar="NAME", action="append", help="to test on; repeatable")
     add("--app", metavar="DIR", action="append", help="run the tests of that app only")
     add("--template-spec", metavar="FILE", action="append", help="of derived templates")
+    add("--plugin", metavar="PATH", action="append", help="of an app's tests, in it")
+    add("--requires", metavar="NAME", action="append", help="what they need here")
+    add("--repository", metavar="DIR", action="append", help="to copy from by its name")
+    add("--policy", metavar="PATH", action="append", help="file or directory of policy")
     add("--warm", action=argparse.BooleanOptionalAction, help="start from saved states")
     add("--hypervisor", metavar="NAME", help="the back end that runs VMs (qemu)")
     add("--filesystem", metavar="NAME", help="with the VMs' disks: btrfs or xfs")

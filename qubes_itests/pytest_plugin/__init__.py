@@ -5,6 +5,7 @@ The main job loads it as well, and adds the tests of installed plugins to it.
 
 from __future__ import annotations
 
+import functools
 import os
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qubes_itests import configuration
-from qubes_itests.configuration import ConfigurationError, Settings
+from qubes_itests.configuration import DEFAULT_TIMEOUT, ConfigurationError, Settings
 from qubes_itests.derived import TemplateProblemError, plugins_for
 from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.hookspec import PROJECT
 from qubes_itests.host import sandbox
+from qubes_itests.prepared import Prepared
 from qubes_itests.pytest_plugin import header, resandbox, worker
+from qubes_itests.pytest_plugin.collection import PluginNode
 from qubes_itests.pytest_plugin.deadline import Deadline
 from qubes_itests.pytest_plugin.debugger import PostponedCleanUps
 from qubes_itests.pytest_plugin.watch import FailureWatch
@@ -48,6 +51,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add(f"{_PREFIX}seed", metavar="NUMBER", help="of random numbers in tests")
     add(f"{_PREFIX}template", metavar="NAME", action="append", help="to test on")
     add(f"{_PREFIX}template-spec", metavar="FILE", action="append")
+    add(f"{_PREFIX}repository", metavar="DIR", action="append", help="to copy from")
+    add(f"{_PREFIX}policy", metavar="PATH", action="append", help="of qrexec policy")
     add(f"{_PREFIX}memory-budget", metavar="MIB", help="of the VMs' machine; 0: any")
     add(f"{_PREFIX}host-memory", metavar="MIB", help="of this machine, for all VMs")
     add(f"{_PREFIX}no-warm", action="store_false", default=None, dest="itests_warm")
@@ -88,10 +93,18 @@ def pytest_configure(config: pytest.Config) -> None:
     _register_role(config, context, watch)
     if config.getoption("usepdb"):
         config.pluginmanager.register(PostponedCleanUps(), "qubes_itests-debugger")
-    if settings.timeout:
-        deadline = Deadline(settings.timeout, lambda: context.loop)
-        watch.deadline = deadline
-        config.pluginmanager.register(deadline, "qubes_itests-deadline")
+    deadline = Deadline(functools.partial(_time_limit, settings), lambda: context.loop)
+    watch.deadline = deadline
+    config.pluginmanager.register(deadline, "qubes_itests-deadline")
+
+
+def _time_limit(settings: Settings, item: pytest.Item) -> float:
+    """Return the seconds for a test: as told, as its app says, or as usual."""
+    if settings.timeout is not None:
+        return settings.timeout
+    node = item.getparent(PluginNode)
+    of_apps = Prepared.told().timeouts
+    return of_apps.get(node.plugin.name if node else "", DEFAULT_TIMEOUT)
 
 
 def _register_role(

@@ -37,14 +37,17 @@ class Deadline:
     Set-up and test share one limit; the tear-down has one of its own, so that a test
     that hung is still cleaned up.
 
-    :param seconds: the limit.
+    :param limit: returns the limit of a test, in seconds; 0 for none.
     :param loop: returns the event loop whose tasks are worth seeing, if there is one.
     """
 
     def __init__(
-        self, seconds: float, loop: Callable[[], asyncio.AbstractEventLoop | None]
+        self,
+        limit: Callable[[pytest.Item], float],
+        loop: Callable[[], asyncio.AbstractEventLoop | None],
     ) -> None:
-        self._seconds = seconds
+        self._limit = limit
+        self._seconds = 0.0
         self._loop = loop
         self._end = 0.0
         self._fired = False
@@ -65,6 +68,7 @@ class Deadline:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
         """Begin a test's time."""
+        self._seconds = self._limit(item)
         self._end = time.monotonic() + self._seconds
         with self._limited(item):
             return (yield)
@@ -84,6 +88,9 @@ class Deadline:
 
     @contextlib.contextmanager
     def _limited(self, item: pytest.Item) -> Iterator[None]:
+        if not self._seconds:
+            yield
+            return
         self._fired = False
         done = threading.Event()
         watcher = threading.Thread(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from qubes_itests.core.policy.directory import find_error
+from qubes_itests.derived import policy_of
 from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.host import sandbox
@@ -40,6 +42,8 @@ def _lines(context: RunContext) -> list[str]:
         templates = ", ".join(settings.templates)
         starts = "warm starts" if settings.warm else "cold starts"
         result.append(f"templates: {templates} ({starts})")
+        if error := find_error(policy_of(settings)):
+            result.append(f"policy: it denies all calls, for {error}")
         if size := settings.memory_budget:
             result.append(f"memory: {size} MiB for dom0 and the VMs of each test")
     return result

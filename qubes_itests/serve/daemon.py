@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qubes_itests.admin.server import AdminServer
 from qubes_itests.admin.vm_calls import offer_to_vms
 from qubes_itests.assembly import open_testbed
+from qubes_itests.derived import policy_of
 from qubes_itests.exc import HarnessError
 from qubes_itests.host import sandbox
 from qubes_itests.host.cache import Cache
@@ -88,7 +89,11 @@ def serving(
         portal = stack.enter_context(Portal())
         pool = state.mount_point(settings.filesystem)
         testbed = stack.enter_context(
-            open_testbed(portal, cache, short, settings, plugins, pool=pool)
+            open_testbed(
+                *(portal, cache, short, settings, plugins),
+                pool=pool,
+                policy=policy_of(settings),
+            )
         )
         app = portal.run(testbed.open_app(state.store, *settings.templates))
         stack.callback(lambda: portal.run(_shut_down(app)))

@@ -118,11 +118,13 @@ def test_an_app_that_is_no_directory_is_a_mistake_of_the_caller(tmp_path):
 
 
 def test_what_is_told_is_what_was_found():
-    prepared = Prepared({"a": ("t",)}, {"x": "y"}, {"t": "z" * 9000}, ("--app", "d"))
+    prepared = Prepared(
+        {"a": ("t",)}, {"x": "y"}, {"t": "z" * 9000}, {"a": 5.0}, ("--app", "d")
+    )
     environment = {}
     prepared.tell(environment)
     told = Prepared.told(environment)
     assert (told.entries, told.apps) == ({"a": ("t",)}, {"x": "y"})
-    assert told.words == ("--app", "d")
+    assert (told.words, told.timeouts) == (("--app", "d"), {"a": 5.0})
     assert told.templates == {"t": "z" * 8000}
     assert Prepared.told({}) == Prepared()

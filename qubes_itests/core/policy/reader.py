@@ -23,7 +23,9 @@ log = logging.getLogger("qubes.policy")
 
 _FILE_NAME: Final = re.compile(r"[0-9a-z_.-]+")
 _LEGACY_NAME: Final = re.compile(r"([A-Za-z0-9_.-]+)(\+[A-Za-z0-9_.+-]*)?")
-_LEGACY_INCLUDE: Final = re.compile(r"(?:!include\s+|[$@]include:)(\S+)")
+_LEGACY_INCLUDE: Final = re.compile(r"(?:!include\s+|\$include:\s*)(\S+)")
+#: What packages and editors leave beside a file.
+_LEGACY_IGNORED: Final = (".rpmsave", ".rpmnew", ".swp")
 #: Files that include each other twice over would be read without end.
 _MOST_FILES: Final = 1000
 #: Directives, and how many words they take.
@@ -131,7 +133,7 @@ class Reader:
             if line.text.startswith("!"):
                 self._follow(line)
             else:
-                self.rules.append(Rule.parse(line.text, line.origin))
+                self._add(line.text, line.origin)
 
     def _follow(self, line: _Line) -> None:
         directive, *words = line.text.split()
@@ -184,7 +186,7 @@ class Reader:
         words = line.text.replace("$", "@").replace(",", " ")
         text = f"{of.service} {of.argument} {words}"
         try:
-            self.rules.append(Rule.parse(text, line.origin))
+            self._add(text, line.origin)
         except PolicySyntaxError as error:
             raise line.wrong(error.reason) from None
 
@@ -197,7 +199,13 @@ class Reader:
             # a file for one argument used to deny whatever it did not speak of
             for target in ("@anyvm", "@adminvm"):
                 text = f"{service} {argument} @anyvm {target} deny"
-                self.rules.append(Rule.parse(text, Origin(str(path), 0)))
+                self._add(text, Origin(str(path), 0))
+
+    def _add(self, text: str, origin: Origin) -> None:
+        rule = Rule.parse(text, origin, strict=False)
+        if doubt := rule.doubt:
+            log.warning("%s: %s: it speaks of nothing", rule.shown, doubt)
+        self.rules.append(rule)
 
     def _lines(self, path: Path) -> Iterator[_Line]:
         """Yield what a file has to say; it counts as open until that is over."""
@@ -250,7 +258,8 @@ def _legacy_files(paths: Iterable[Path]) -> list[tuple[str, str, Path]]:
     found = []
     for path in paths:
         name = _LEGACY_NAME.fullmatch(path.name)
-        if name is None:
+        hidden = path.name.startswith(".") or path.suffix in _LEGACY_IGNORED
+        if name is None or hidden:
             log.info("%s is ignored: it is not named after a service", path)
             continue
         found.append((name[1], name[2] or "*", path))

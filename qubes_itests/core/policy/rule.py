@@ -85,10 +85,14 @@ class Rule:
     origin: Origin | None = field(default=None, compare=False)
 
     @classmethod
-    def parse(cls, line: str, origin: Origin | None = None) -> Self:
+    def parse(
+        cls, line: str, origin: Origin | None = None, *, strict: bool = True
+    ) -> Self:
         """Read a line ``SERVICE ARGUMENT SOURCE TARGET ACTION [PARAMETER=VALUE …]``.
 
         :param origin: where the line is.
+        :param strict: whether names have to be such that something can have them; see
+            `doubt`.
         :raise PolicySyntaxError: when it is none; the message says why.
         """
         words = line.split()
@@ -96,24 +100,26 @@ class Rule:
             reason = "it needs SERVICE ARGUMENT SOURCE TARGET ACTION"
             raise PolicySyntaxError(line, reason, origin)
         try:
-            return cls._from_words(words, origin)
+            return cls._from_words(words, origin, strict=strict)
         except QubesValueError as error:
             raise PolicySyntaxError(line, str(error), origin) from None
 
     @classmethod
-    def _from_words(cls, words: list[str], origin: Origin | None) -> Self:
+    def _from_words(
+        cls, words: list[str], origin: Origin | None, *, strict: bool
+    ) -> Self:
         service, argument, source, target, action, *parameters = words
         check_service(service, argument)
         given = _parse_parameters(_parse_action(action), parameters)
         rule = cls(
             service,
             argument,
-            Token.parse(source, SOURCE),
-            Token.parse(target, TARGET),
+            Token.parse(source, SOURCE, strict=strict),
+            Token.parse(target, TARGET, strict=strict),
             _parse_action(action),
-            redirect=_parse_redirect(given.get("target")),
-            default_target=_parse_redirect(given.get("default_target")),
-            user=_parse_user(given.get("user")),
+            redirect=_parse_redirect(given.get("target"), strict=strict),
+            default_target=_parse_redirect(given.get("default_target"), strict=strict),
+            user=_parse_user(given.get("user"), strict=strict),
             notify=_parse_choice("notify", given),
             autostart=_parse_choice("autostart", given) is not False,
             origin=origin,
@@ -142,6 +148,12 @@ class Rule:
     def shown(self) -> str:
         """Itself, and where it is written: for people to read."""
         return f"{self.origin or 'added'}: {self}"
+
+    @property
+    def doubt(self) -> str:
+        """Why it can speak of nothing, or lead nowhere; empty if all is well."""
+        tokens = (self.source, self.target, self.redirect, self.default_target)
+        return next((t.doubt for t in tokens if t is not None and t.doubt), "")
 
     def matches(self, request: Request) -> bool:
         """Tell whether it speaks of this call."""
@@ -195,14 +207,14 @@ def _parse_parameters(action: Action, words: list[str]) -> dict[str, str]:
     return given
 
 
-def _parse_redirect(value: str | None) -> Token | None:
-    return None if value is None else Token.parse(value, REDIRECT)
+def _parse_redirect(value: str | None, *, strict: bool) -> Token | None:
+    return None if value is None else Token.parse(value, REDIRECT, strict=strict)
 
 
-def _parse_user(value: str | None) -> str | None:
-    if value is not None and not _USER.fullmatch(value):
+def _parse_user(value: str | None, *, strict: bool) -> str | None:
+    if strict and value is not None and not _USER.fullmatch(value):
         raise QubesValueError(f"{value!r} is no name of a user")
-    return value
+    return value or None
 
 
 def _parse_choice(name: str, given: dict[str, str]) -> bool | None:

@@ -20,6 +20,7 @@ __all__ = ["REDIRECT", "REQUESTED", "SOURCE", "TARGET", "Kind", "Token"]
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _UUID: Final = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _UUID_PREFIX: Final = "uuid:"
+_UUID_OF_DOM0: Final = f"{_UUID_PREFIX}{uuid.UUID(int=0)}"
 
 
 class Kind(enum.Enum):
@@ -64,15 +65,21 @@ class Token:
         return self.kind.value + self.value
 
     @classmethod
-    def parse(cls, word: str, allowed: Collection[Kind]) -> Token:
+    def parse(
+        cls, word: str, allowed: Collection[Kind], *, strict: bool = True
+    ) -> Token:
         """Read a word.
 
         :param allowed: what may stand here.
+        :param strict: whether a name has to be one that a VM, a tag or a class can
+            have.  In files of Qubes OS any is good, and speaks of nothing.
         :raise QubesValueError: when it is no such word; the message says why.
         """
         token = cls._read(word)
         if token.kind not in allowed:
             raise QubesValueError(f"{word!r} cannot stand here")
+        if strict and (reason := token.doubt):
+            raise QubesValueError(reason)
         return token
 
     @classmethod
@@ -91,11 +98,25 @@ class Token:
 
     @classmethod
     def _read_name(cls, word: str) -> Token:
-        if word.startswith("$"):
-            raise QubesValueError(f"keywords begin with @, unlike {word!r}")
         name = _read_vm(word)
-        is_dom0 = name.startswith(_UUID_PREFIX) and uuid.UUID(name).int == 0
-        return cls(Kind.ADMINVM) if is_dom0 else cls(Kind.NAME, name)
+        return cls(Kind.ADMINVM) if name == _UUID_OF_DOM0 else cls(Kind.NAME, name)
+
+    @property
+    def doubt(self) -> str:
+        """Why nothing can have this name; empty if something can."""
+        if not self.value or self._names_by_uuid or _NAME.fullmatch(self.value):
+            return ""
+        if self.kind not in _NAMES_A_VM:
+            return f"{str(self)!r} lacks a valid name behind {self.kind.value}"
+        if self.kind is Kind.NAME and self.value.startswith("$"):
+            return f"keywords begin with @, unlike {self.value!r}"
+        return f"{self.value!r} is no name of a VM"
+
+    @property
+    def _names_by_uuid(self) -> bool:
+        digits = self.value.removeprefix(_UUID_PREFIX)
+        named = self.kind in _NAMES_A_VM and digits != self.value
+        return named and _UUID.fullmatch(digits) is not None
 
     def names(self, vm: BaseVM) -> bool:
         """Tell whether its value is the VM's name, or its UUID."""
@@ -104,24 +125,18 @@ class Token:
     @property
     def key(self) -> str | uuid.UUID:
         """What an app finds the VM by that it names."""
-        if self.value.startswith(_UUID_PREFIX):
-            return uuid.UUID(self.value)
-        return self.value
+        return uuid.UUID(self.value) if self._names_by_uuid else self.value
 
 
 def _read_value(kind: Kind, word: str) -> str:
     value = word.removeprefix(kind.value)
-    if kind in _NAMES_A_VM:
-        return _read_vm(value)
-    if not _NAME.fullmatch(value):
+    if not value or value.startswith("@"):
         raise QubesValueError(f"{word!r} lacks a valid name behind {kind.value}")
-    return value
+    return _read_vm(value) if kind in _NAMES_A_VM else value
 
 
 def _read_vm(word: str) -> str:
+    if not word:
+        raise QubesValueError("a name of a VM is missing")
     digits = word.removeprefix(_UUID_PREFIX)
-    if digits != word and _UUID.fullmatch(digits):
-        return word.lower()
-    if not _NAME.fullmatch(word):
-        raise QubesValueError(f"{word!r} is no name of a VM")
-    return word
+    return word.lower() if digits != word and _UUID.fullmatch(digits) else word

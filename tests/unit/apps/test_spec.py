@@ -1,6 +1,7 @@
 """What apps may say of templates, and what they are told when it makes no sense."""
 
 import contextlib
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from qubes_itests import configuration
 from qubes_itests.apps import read_spec_file, read_specs
 from qubes_itests.apps.exc import SpecError
+from qubes_itests.core.policy.directory import PolicyFile
 from qubes_itests.guest.layer import Copy
 
 FULL = """\
@@ -159,3 +161,66 @@ def test_any_file_has_specs_or_a_problem(tmp_path, lines, name):
         for spec in read_spec_file(path):
             assert spec.base
             assert all(copy.source.exists() for copy in spec.copies)
+
+
+@pytest.mark.parametrize("toml", [False, True])
+def test_what_tests_need_beside_a_template(tmp_path, toml):
+    app, other = tmp_path / "app", tmp_path / "other"
+    for directory in (app, other, app / "policy.d"):
+        directory.mkdir()
+    (app / "30-app.policy").touch()
+    (other / "old").touch()
+    values = {
+        "plugin": ["setup-tests.py", "tests"],
+        "requires": ["pillow numpy", "debian:libmagic1", "other:."],
+        "policy": ["30-app.policy", "policy.d", "other:old -> app.Service+arg"],
+        "copy": ["other:. -> /opt/other", "other:old -> /opt/"],
+    }
+    if toml:
+        text = "[tool.qubes_itests.template.t]\nbase = 'b'\n"
+        text += "\n".join(f"{key} = {lines!r}" for key, lines in values.items())
+    else:
+        text = "[qubes_itests:template:t]\nbase = b\n"
+        text += "\n".join(f"{k} =\n  " + "\n  ".join(v) for k, v in values.items())
+    (app / ("pyproject.toml" if toml else "setup.cfg")).write_text(text)
+    (spec,) = read_specs(app)
+    assert spec.plugin == ("setup-tests.py", "tests")
+    assert spec.requires == ("pillow", "numpy", "debian:libmagic1", "other:.")
+    assert spec.policy == (
+        PolicyFile(app / "30-app.policy"),
+        PolicyFile(app / "policy.d"),
+        PolicyFile(other / "old", "app.Service+arg"),
+    )
+    assert spec.copies == (Copy(other, "/opt/other"), Copy(other / "old", "/opt/old"))
+
+
+def test_a_repository_is_where_the_command_line_says(tmp_path):
+    place = tmp_path / "elsewhere/name"
+    place.mkdir(parents=True)
+    spec = "[qubes_itests:template:t]\nbase = b\ncopy = name:. -> /opt\n"
+    (tmp_path / "a.cfg").write_text(spec)
+    (found,) = read_spec_file(tmp_path / "a.cfg", {"name": place})
+    assert found.copies == (Copy(place, "/opt"),)
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("policy = gone.policy", "policy: there is no file or directory 'gone.policy'"),
+        ("policy = Bad.policy", "has to end in .policy"),
+        ("policy = file", "written as: FILE -> SERVICE"),
+        ("policy = file -> ../x", "'../x' cannot be the name of a service"),
+        ("policy = file ->", "'' cannot be the name of a service"),
+        ("policy = ../x", "policy: '../x' is not in"),
+        ("requires = -e.", "requires: '-e.' is neither"),
+        ("copy = gone:. -> /opt", "copy: there is no repository 'gone'"),
+    ],
+)
+def test_what_of_that_makes_no_sense(tmp_path, line, error):
+    for name in ("file", "Bad.policy"):
+        (tmp_path / name).touch()
+    (tmp_path / "setup.cfg").write_text(
+        f"[qubes_itests:template:t]\nbase = b\n{line}\n"
+    )
+    with pytest.raises(SpecError, match=re.escape(error)):
+        read_specs(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from qubes_itests.configuration import (
     Settings,
     convert,
     load,
+    own_timeout,
     plain,
 )
 from qubes_itests.exit_codes import ExitCode
@@ -54,6 +56,33 @@ def test_the_variable_of_qubes_os_names_templates_and_ours_wins(tmp_path):
     assert load(tmp_path, environment).template == ("tiny", "debian-12")
     environment["QUBES_ITESTS_TEMPLATE"] = "other"
     assert load(tmp_path, environment).template == ("other",)
+
+
+def test_what_apps_need_is_told_in_words_and_paths(tmp_path):
+    (tmp_path / "setup.cfg").write_text(
+        "[qubes_itests]\nplugin = setup-tests.py\nrequires = pillow numpy\n"
+        "policy = policy.d\n"
+    )
+    environment = {"QUBES_ITESTS_REPOSITORY": f"/a{os.pathsep}/b"}
+    settings = load(tmp_path, environment, {"requires": ("pillow",)})
+    assert (settings.plugin, settings.requires) == (("setup-tests.py",), ("pillow",))
+    assert settings.policy == (Path("policy.d").absolute(),)
+    assert settings.repository == (Path("/a"), Path("/b"))
+    assert load(tmp_path, {}).requires == ("pillow", "numpy")
+    told = json.loads(json.dumps(plain(settings)))
+    assert {name: convert(name, value, "") for name, value in told.items()} == {
+        name: getattr(settings, name) for name in told
+    }
+
+
+def test_the_time_that_an_app_gives_its_tests(tmp_path):
+    assert own_timeout(tmp_path) is None
+    assert load(tmp_path, {}).timeout is None
+    (tmp_path / "setup.cfg").write_text("[qubes_itests]\ntimeout = 900\n")
+    assert own_timeout(tmp_path) == 900
+    (tmp_path / "setup.cfg").write_text("[qubes_itests]\ntimeout = soon\n")
+    with pytest.raises(ConfigurationError, match="not a number of seconds"):
+        own_timeout(tmp_path)
 
 
 def test_a_memory_budget_is_mib_or_none(tmp_path):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 
 import pytest
 from documented import blocks
@@ -121,7 +122,7 @@ def test_older_format_for_a_service(load):
         {
             "include/admin": "# admins\n$anyvm $adminvm allow,target=dom0,user=root\n"
             "@tag:a @default ask, default_target=work , user=u\n"
-            "$include:include/rest\n@include:include/rest\n!include include/rest\n",
+            "$include:include/rest\n$include: include/rest\n!include include/rest\n",
             "include/rest": "$type:AppVM $dispvm:x deny,notify=no\n",
             "30.policy": "!include-service admin.vm.List +a include/admin\n"
             "!include-service * * include/rest\n",
@@ -136,12 +137,48 @@ def test_older_format_for_a_service(load):
     ]
 
 
+@pytest.mark.parametrize(
+    ("line", "doubt"),
+    [
+        ("t * $anyvm vault allow", "keywords begin with @, unlike '$anyvm'"),
+        ("t * work $default allow target=vault", "unlike '$default'"),
+        ("t * work vault allow target=$adminvm", "unlike '$adminvm'"),
+        ("t * work vault ask default_target=a!b", "'a!b' is no name of a VM"),
+        ("t * uuid:1 vault allow", "'uuid:1' is no name of a VM"),
+        ("t * @tag:a/b vault allow", "'@tag:a/b' lacks a valid name behind @tag:"),
+        ("t * work @dispvm:$x allow", "'$x' is no name of a VM"),
+    ],
+)
+def test_what_speaks_of_nothing_is_no_error_in_a_file(load, caplog, line, doubt):
+    """Qubes OS takes such lines: other rules go on, and somebody is told."""
+    policy = load({"30.policy": f"{line}\nt * a b allow user=x;y\n"})
+    assert (policy.error, len(lines(policy))) == (None, 2)
+    assert doubt in caplog.text
+    assert "30.policy:1" in caplog.text
+    with pytest.raises(PolicySyntaxError, match=re.escape(doubt)):
+        Policy([line])
+
+
+def test_a_directive_of_the_older_format_is_written_as_in_qubes_os(load):
+    with pytest.raises(PolicySyntaxError, match="SERVICE ARGUMENT SOURCE"):
+        load(
+            {
+                "include/a": "@include:include/b\n",
+                "include/b": "",
+                "30.policy": "!include-service t * include/a\n",
+            }
+        )
+
+
 def test_policy_of_qubes_4_0(load, legacy, caplog):
     caplog.set_level(logging.INFO, "qubes.policy")
     (legacy / "test.Echo").write_text("$anyvm $default allow,target=vault\n")
     (legacy / "test.Echo+b").write_text("$include:include/b\n")
     (legacy / "test.Echo+a").write_text("work vault ask\n")
-    (legacy / "no name").write_text("nonsense\n")
+    for name in ("no name", ".test.Echo", "test.Echo.rpmnew", "test.Echo.rpmsave"):
+        (legacy / name).write_text("nonsense\n")
+    (legacy / ".test.Echo.swp").write_text("nonsense\n")
+    (legacy / "test.Echo+c.swp").write_text("nonsense\n")
     (legacy / "include").mkdir()
     (legacy / "include/b").write_text("work dom0 allow\n")
     policy = load({"35-compat.policy": "!compat-4.0\nlast * a b deny"})
