@@ -8,12 +8,12 @@ import pytest
 from qubes_itests.guest.layer.confine import CAPABILITIES
 from qubes_itests.guest.layer.image import read_image_file
 
-#: Each would reach the host; each succeeded when chroot(2) was all there was, but for
-#: the last.
+#: Each would reach the host, or would lead to what does. With chroot(2) alone those on
+#: the root, /proc/sys, devices, mounts, the host's name and its kernel succeed.
 ATTACKS = {
     # the root of the mount namespace was the host's
     "leave the root": "nsenter -t 1 -m sh -c '[ -e {here} ]'",
-    "leave by a second chroot": "chroot /mnt true",
+    "leave by a second chroot": "chroot / true",
     # files of root's, for which no capability is asked
     "write /proc/sys": "cat /proc/sys/kernel/core_pattern >/tmp/x"
     " && cat /tmp/x >/proc/sys/kernel/core_pattern",
@@ -28,8 +28,6 @@ ATTACKS = {
     "close /dev/null to others": "chmod 666 /dev/null",
     "mount": "mount -t tmpfs none /mnt",
     "name the host": "hostname owned",
-    "raise its priority": "nice -n -5 true && [ $(nice -n -5 nice) -lt 0 ]",
-    "trace the one that built it": "ls /proc/1/root/{here}",
     "hand down a descriptor": "for fd in /proc/$$/fd/*; do readlink $fd; done |"
     " grep -v -e ^pipe: -e ^/dev/null$ -e ^/etc/made$",
 }
