@@ -8,7 +8,7 @@ import pytest
 #: MiB that the harness may grow by, whatever a guest does.
 MOST_GROWTH = 16
 SECONDS = 1.0
-#: Those that differ in kind; the benchmark of this name has more.
+#: Those that differ in kind; the benchmark has more.
 TRIED = ("credit", "calls", "logs", "closed", "bytes")
 
 
@@ -18,7 +18,7 @@ def program():
 
 
 def test_no_attack_costs_much_memory_or_holds_up_another_vm(make_vm, run, program):
-    """How long others take under each is a matter for the benchmark of this name."""
+    """How long others take meanwhile is for hostile_guests.py to tell, a benchmark."""
     other = make_vm("other")
     run(other.start())
     growth = {}
