@@ -105,7 +105,8 @@ def test_two_workers_tell_what_one_process_tells(mixed):
     assert "3 failed, 2 passed, 1 skipped" in both.stdout
     assert "did not end within 2 s (--timeout)" in both.stdout
     assert "time.sleep(60)" in both.stdout
-    assert re.search(r"gw\d", both.stdout) is None
+    # the directory may be named after a worker that runs this very test
+    assert re.search(r"gw\d", both.stdout.replace(str(mixed.work), "")) is None
     assert both.stdout.count("sandbox: mount, PID") == 1
     order = [both.stdout.index(t) for t in ("test session starts", "seed: 7", "2 work")]
     assert order == sorted(order)
@@ -157,13 +158,13 @@ def test_exit_statuses_are_those_of_one_process(mixed):
         (("mixed::TC_Twelve",), 4),
         (("-k", "nothing_has_this_name", "mixed"), 5),
     ):
-        alone = mixed.run(*NO_GUESTS, *words)
-        both = mixed.run(*NO_GUESTS, "-n", "2", *words)
-        assert both.returncode == alone.returncode == status, both.stdout + both.stderr
-    wrong = mixed.run(*NO_GUESTS, "-n", "2", "mixed::TC_Twelve")
-    said = "no test's id begins with 'mixed::TC_Twelve'. Did you mean mixed::TC_Two?"
-    assert wrong.stderr.count(said) == 1, wrong.stderr
-    assert "Traceback" not in wrong.stdout + wrong.stderr
+        done = mixed.run(*NO_GUESTS, "-n", "2", *words)
+        assert done.returncode == status, done.stdout + done.stderr
+        said = (
+            "no test's id begins with 'mixed::TC_Twelve'. Did you mean mixed::TC_Two?"
+        )
+        assert done.stderr.count(said) == (status == 4), done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
 
 
 NOT_READY = """
