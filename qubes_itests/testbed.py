@@ -77,6 +77,7 @@ class Parts:
     :param memory: the machine that the VMs of each app share; None for no limit.
     :param host_memory: MiB of the real one that all VMs may take; None for most of what
         is available now.
+    :param run_templates: names of those that tests run on; by default the first.
     :param policy: files of qrexec policy that each app begins with, beside the default.
     """
 
@@ -88,6 +89,7 @@ class Parts:
     warm: bool = True
     memory: MemoryBudget | None = None
     host_memory: int | None = None
+    run_templates: tuple[str, ...] = ()
     policy: tuple[PolicyFile, ...] = ()
 
 
@@ -132,6 +134,11 @@ class Testbed:
     def template_names(self) -> tuple[str, ...]:
         """Names of the templates that VMs may have."""
         return tuple(self.parts.templates)
+
+    @property
+    def run_templates(self) -> tuple[str, ...]:
+        """Names of the templates that tests run on, the default one first."""
+        return self.parts.run_templates or self.template_names[:1]
 
     @property
     def apps(self) -> tuple[Qubes, ...]:

@@ -124,7 +124,7 @@ async def clone_to(call: Call) -> None:
     if not call.destination.is_halted():
         raise QubesVMNotHaltedError(call.destination)
     with call.destination.storage.changing():
-        await call.argument.import_volume(source)
+        await call.destination.storage.import_volume(call.argument, source)
 
 
 @_OF_VM(f"{_PREFIX}Clear", saves=True)

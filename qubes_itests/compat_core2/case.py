@@ -110,7 +110,7 @@ class SystemTestCase(QubesTestCase):
     #: The app.
     app: Qubes
 
-    #: Name of the template under test, None for the testbed's first.
+    #: Name of the template under test, None for the run's first.
     template: str | None = None
 
     def setUp(self) -> None:
@@ -119,7 +119,7 @@ class SystemTestCase(QubesTestCase):
         :raise HarnessError: when there is no such template.
         """
         super().setUp()
-        template = self.template or self._testbed.template_names[0]
+        template = self.template or self._testbed.run_templates[0]
         self.app = self.loop.run_until_complete(self._testbed.make_app(template))
         self.addCleanup(self._close_app, self.app)
         self.app.add_handler("domain-add", self._leaks.vm_added)

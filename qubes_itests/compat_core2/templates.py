@@ -40,7 +40,7 @@ def list_templates() -> tuple[str, ...]:
         return tuple(dict.fromkeys(named))
     from qubes_itests import testbed  # noqa: PLC0415 - `list` has no need of it
 
-    return testbed.current().template_names
+    return testbed.current().run_templates
 
 
 def create_testcases_for_templates(

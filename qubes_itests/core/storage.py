@@ -393,6 +393,17 @@ class Storage:
         """Raise what the first volume that is not in order raises."""
         await self._all(lambda v: v.verify())
 
+    async def import_volume(self, dst_volume: Volume, src_volume: Volume) -> None:
+        """Replace the content of a volume by that of another; the VM is told.
+
+        :param dst_volume: of this VM, which must be halted.
+        :param src_volume: any one.
+        """
+        await dst_volume.import_volume(src_volume)
+        await self.vm.fire_event_async(
+            "domain-import-volume", name=dst_volume.name, source=src_volume
+        )
+
     async def clone(self, source: QubesVM, pool: str | None = None) -> None:
         """Make the volumes as copies of another VM's.
 

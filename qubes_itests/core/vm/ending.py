@@ -75,12 +75,18 @@ class EndMixin(PauseMixin):
             await attempt(end())
         self.agent = None
         self._power = "Halted"
-        for event in ("domain-stopped", "domain-shutdown"):
-            await attempt(self.fire_event_async(event))
+        await attempt(self.fire_event_async("domain-stopped"))
+        await attempt(self.tell_run_changed())
+        await attempt(self.fire_event_async("domain-shutdown"))
         for error in failures:
             self.note_problem(error)
         if failures:
             raise failures[0]
+
+    async def tell_run_changed(self) -> None:
+        """Tell those who keep what is another with each run."""
+        for name in ("xid", "stubdom_xid", "start_time"):
+            await self.fire_event_async(f"property-reset:{name}", name=name)
 
     def note_problem(self, error: Exception) -> None:
         """Remember what went wrong where nobody was there to be told."""

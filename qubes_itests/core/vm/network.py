@@ -209,6 +209,44 @@ class NetMixin(BaseVM):
                     f"feature {feature!r} of {self} cannot be {value!r}: {error}"
                 ) from error
 
+    @handler("property-set:ip", "property-reset:ip")
+    def on_ip_set(
+        self, _event: str, newvalue: Any = None, oldvalue: Any = None, **_kwargs: Any
+    ) -> None:
+        """Tell what has changed with it."""
+        if newvalue != oldvalue:
+            self._announce_addresses("")
+
+    @handler("property-set:ip6", "property-reset:ip6")
+    def on_ip6_set(
+        self, _event: str, newvalue: Any = None, oldvalue: Any = None, **_kwargs: Any
+    ) -> None:
+        """Tell what has changed with it."""
+        if newvalue != oldvalue:
+            self._announce_addresses("6")
+
+    def _announce_addresses(self, version: str) -> None:
+        if self.provides_network:
+            self._tell_reset(f"gateway{version}")
+        self._tell_reset(f"visible_ip{version}")
+        for vm in self.connected_vms:
+            vm._tell_reset(f"visible_gateway{version}")  # noqa: SLF001 - of this class
+
+    def _tell_reset(self, name: str) -> None:
+        self.fire_event(f"property-reset:{name}", name=name)
+
+    @handler("property-set:provides_network", "property-reset:provides_network")
+    def on_provides_network_set(self, event: str, **kwargs: Any) -> None:
+        """Mark a net VM as one that serves others, and tell its new addresses."""
+        if self.provides_network:
+            self.features["servicevm"] = "1"
+        elif "servicevm" in self.features:
+            del self.features["servicevm"]
+        changed = kwargs.get("newvalue") != kwargs.get("oldvalue")
+        if event.startswith("property-set:") and changed:
+            self._tell_reset("gateway")
+            self._tell_reset("gateway6")
+
     @handler("property-pre-set:netvm")
     def on_netvm_pre_set(self, _event: str, newvalue: Any, **_kwargs: Any) -> None:
         """Refuse a net VM that does not run, if this one does."""

@@ -270,6 +270,6 @@ class PowerMixin(EndMixin):
             await self.fire_event_async("domain-spawn", start_guid=start_guid)
             self._power = "Running"
             self.started_at = time.time()
-            await self.fire_event_async("property-reset:start_time", name="start_time")
+            await self.tell_run_changed()
             await self.fire_event_async("domain-start", start_guid=start_guid)
         self._run_began(self.domain, self.agent)

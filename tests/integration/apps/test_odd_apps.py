@@ -61,6 +61,7 @@ def places(tmp_path, site):
 
 
 ODD_TESTS = """\
+import qubes.tests
 from qubes.tests.extra import ExtraTestCase
 
 import neighbour_lib
@@ -73,8 +74,16 @@ class TC_Odd(ExtraTestCase):
         self.assertEqual(vm.run(call.format("@dispvm"), wait=True), 0)
         self.assertEqual(vm.run(call.format(other.name), wait=True), 126)
 
+class TC_Once(ExtraTestCase):
+    def test_template(self):
+        self.assertEqual(self.app.default_template.name, "mine")
+        self.assertEqual(qubes.tests.list_templates(), ("mine",))
+
 def list_tests():
     return [TC_Odd]
+
+def list_once():
+    return [TC_Once]
 """
 
 
@@ -91,7 +100,10 @@ def test_an_app_whose_setup_is_for_something_else(places):
         },
     )
     wrong = {"qubes.tests.extra.for_template": ["odd = odd.gone:list_tests"]}
-    right = {"qubes.tests.extra.for_template": ["odd = odd_tests:list_tests"]}
+    right = {
+        "qubes.tests.extra": ["odd = odd_tests:list_once"],
+        "qubes.tests.extra.for_template": ["odd = odd_tests:list_tests"],
+    }
     app = places.make(
         "odd",
         {
@@ -116,7 +128,10 @@ def test_an_app_whose_setup_is_for_something_else(places):
     before = sorted(path for path in places.directory.rglob("*"))
     done = places.run(app)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.outcomes == [("PASSED", "odd::TC_Odd_mine::test_calls")]
+    assert done.outcomes == [
+        ("PASSED", "odd@once::TC_Once::test_template"),
+        ("PASSED", "odd::TC_Odd_mine::test_calls"),
+    ]
     assert sorted(path for path in places.directory.rglob("*")) == before
 
 

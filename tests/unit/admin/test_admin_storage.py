@@ -125,12 +125,20 @@ def test_a_volume_is_made_smaller(client, app):
     assert app.saved == 1
 
 
-def test_a_volume_is_cloned_by_a_token_that_is_good_for_once(client, write, content):
+def test_a_volume_is_cloned_by_a_token_that_is_good_for_once(
+    client, app, write, content
+):
     client.call("admin.vm.Create.AppVM", "dom0", "tiny", b"name=copy label=red")
     write(b"precious")
     token = volume_call(client, "CloneFrom")
     assert re.fullmatch("[A-Za-z0-9]{32}", token)
+    told = []
+    app.domains["copy"].add_handler(
+        "domain-import-volume",
+        lambda _vm, _event, name, source: told.append((name, source.vid)),
+    )
     volume_call(client, "CloneTo", vm="copy", payload=token.encode())
+    assert told == [("private", app.domains["work"].volumes["private"].vid)]
     assert content("copy") == content("work")
     error = refusal(
         client, "admin.vm.volume.CloneTo", "copy", "private", token.encode()

@@ -163,7 +163,7 @@ class FakeApp:
 
 
 class FakeTestbed:
-    template_names = ("tiny", "big")
+    run_templates = ("tiny", "big")
 
     def __init__(self, portal):
         self.portal = portal

@@ -138,7 +138,7 @@ async def test_an_end_that_fails_is_told_all_the_same(app):
 async def test_handlers_of_a_start_are_told_how_it_was_asked_for(app):
     """By the names that the parameters of `start` have; others read start_time anew."""
     vm = await make_vm(app, "AppVM", "work")
-    told = []
+    told, names = [], []
 
     async def before(_vm, _event, start_guid, mem_required):
         told.append((start_guid, mem_required))
@@ -148,10 +148,12 @@ async def test_handlers_of_a_start_are_told_how_it_was_asked_for(app):
 
     vm.add_handler("domain-pre-start", before)
     vm.add_handler("property-reset:start_time", read_anew)
+    vm.add_handler("property-reset:*", lambda _vm, _event, name: names.append(name))
     await vm.start(start_guid=False, mem_required=7)
     await vm.kill()
-    assert told == [(False, 7), ("start_time", vm.start_time)]
+    assert told == [(False, 7), *[("start_time", vm.start_time)] * 2]
     assert vm.start_time is not None
+    assert names == ["xid", "stubdom_xid", "start_time"] * 2
 
 
 @pytest.mark.asyncio

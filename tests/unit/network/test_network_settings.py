@@ -158,3 +158,40 @@ async def test_a_net_vm_remains_one_as_long_as_it_is_needed(app, make_vm, defaul
     setattr(app, default, None)
     del net.provides_network
     assert not net.provides_network
+
+
+@pytest.mark.asyncio
+async def test_what_changes_with_an_address_is_told(make_vm):
+    net = await make_vm("net", netvm=None)
+    work = await make_vm("work", netvm=None)
+    told = []
+    for vm in (net, work):
+        vm.add_handler(
+            "property-reset:*",
+            lambda vm, _event, name, **_kw: told.append((vm.name, name)),
+        )
+
+    def taken():
+        found = sorted(told)
+        told.clear()
+        return found
+
+    net.provides_network = True
+    assert taken() == [("net", "gateway"), ("net", "gateway6"), ("net", "icon")]
+    assert net.features["servicevm"] == "1"
+    assert net.icon == "servicevm-red"
+    work.netvm = net
+    taken()
+    net.ip = "10.1.2.3"
+    assert taken() == [
+        ("net", "gateway"),
+        ("net", "visible_ip"),
+        ("work", "visible_gateway"),
+    ]
+    net.ip = "10.1.2.3"
+    assert taken() == []
+    work.ip6 = "fd09::1"
+    assert taken() == [("work", "visible_ip6")]
+    work.netvm = None
+    del net.provides_network
+    assert "servicevm" not in net.features
