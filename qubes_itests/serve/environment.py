@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.serve.imports import METHODS
-from qubes_itests.serve.place import VARIABLE
+from qubes_itests.serve.place import VARIABLE, Place
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from qubes_itests.serve.place import Place
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["HOOK", "exports", "offer_programs", "variables"]
 
@@ -64,17 +62,21 @@ def variables(
     :param place: the server's.
     :param environment: what they have now.
     """
+    path = environment.get("PATH", os.defpath).split(os.pathsep)
+    if former := environment.get(VARIABLE):
+        programs = str(Place(Path(former)).programs)
+        path = [each for each in path if each != programs]
     return {
         VARIABLE: str(place.directory),
-        "PYTHONPATH": _before(HOOK, environment.get("PYTHONPATH", "")),
-        "PATH": _before(place.programs, environment.get("PATH", os.defpath)),
+        "PYTHONPATH": _before(
+            HOOK, environment.get("PYTHONPATH", "").split(os.pathsep)
+        ),
+        "PATH": _before(place.programs, path),
     }
 
 
-def _before(directory: Path, others: str) -> str:
-    rest = [
-        each for each in others.split(os.pathsep) if each and each != str(directory)
-    ]
+def _before(directory: Path, others: Iterable[str]) -> str:
+    rest = [each for each in others if each and each != str(directory)]
     return os.pathsep.join([str(directory), *rest])
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.host import rundir
 from qubes_itests.serve.exc import NoServerError
+from qubes_itests.serve.wire import connectable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -22,6 +24,8 @@ __all__ = ["VARIABLE", "Place", "find"]
 VARIABLE: Final = "QUBES_ITESTS_SERVE"
 
 _NAME: Final = "serve"
+#: Seconds in which a server that lives takes a connection: the kernel does it for it.
+_CONNECT_TIMEOUT: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,14 @@ class Place:
     def admin_socket(self) -> Path:
         """The socket of the Admin API."""
         return self.directory / "qubesd.sock"
+
+    def answers(self) -> bool:
+        """Tell whether a server listens there: one that was killed left its socket."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(_CONNECT_TIMEOUT)
+            connection.connect(connectable(str(self.admin_socket)))
+            return True
+        return False
 
     @property
     def relay_socket(self) -> Path:
@@ -66,20 +78,25 @@ class Place:
 
 def find(
     cache: Cache,
-    socket: Path | None = None,
+    admin_socket: Path | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Place:
     """Return the place of the server to call.
 
     :param cache: where runs have their directories.
-    :param socket: of the Admin API, if it was named.
-    :param environment: may name the directory; else the newest server is taken.
+    :param admin_socket: of the Admin API, if it was named.
+    :param environment: may name the directory of one that lives; else the newest
+        server is taken.
     :raise NoServerError: when there is none.
     """
-    if socket is not None:
-        return _existing(Place(socket.absolute().parent))
-    if name := environment.get(VARIABLE, ""):
-        return _existing(Place(Path(name)))
+    if admin_socket is not None:
+        place = Place(admin_socket.absolute().parent)
+        if not place.answers():
+            raise NoServerError(place.admin_socket)
+        return place
+    # a shell may have the variables of a server that has ended since
+    if (name := environment.get(VARIABLE, "")) and Place(Path(name)).answers():
+        return Place(Path(name))
     found = [(path.stat().st_mtime, path) for path in _sockets(cache)]
     if not found:
         raise NoServerError
@@ -93,9 +110,3 @@ def _sockets(cache: Cache) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             if path.is_socket():
                 yield path
-
-
-def _existing(place: Place) -> Place:
-    if not place.admin_socket.is_socket():
-        raise NoServerError(place.admin_socket)
-    return place

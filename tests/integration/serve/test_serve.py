@@ -130,6 +130,24 @@ def test_two_servers_do_not_know_of_each_other(serve, site):
         assert f"export QUBES_ITESTS_SERVE={first.socket.parent}" in lines
 
 
+def test_a_shell_with_the_variables_of_a_dead_server_calls_the_living_one(serve, site):
+    """Also when it was killed, which leaves its socket; named, it is an error."""
+    with serve() as living:
+        with serve() as dead:
+            place = dead.socket.parent
+            site.environment["QUBES_ITESTS_SERVE"] = str(place)
+            dead.end(signal.SIGKILL)
+        lines = site.run("serve", "--print-env").stdout.splitlines()
+        assert f"export QUBES_ITESTS_SERVE={living.socket.parent}" in lines
+        done = site.run("qvm", "--socket", str(dead.socket), "qvm-ls")
+        assert done.returncode == 4
+        assert f"Nothing serves on {dead.socket}" in done.stderr
+        living.end()
+    done = site.run("serve", "--print-env")
+    assert done.returncode == 4
+    assert "Nothing serves: begin with" in done.stderr
+
+
 def test_without_a_server_it_says_how_to_begin(site):
     for words in (("qvm", "qvm-ls"), ("serve", "--print-env")):
         done = site.run(*words)

@@ -101,3 +101,5 @@ def test_the_environment_does_not_grow(tmp_path):
     place = Place(tmp_path)
     once = variables(place, {"PATH": "/bin", "PYTHONPATH": "/x"})
     assert variables(place, once) == once
+    former = variables(Place(tmp_path / "former"), {"PATH": "/bin", "PYTHONPATH": "/x"})
+    assert variables(place, former) == once
