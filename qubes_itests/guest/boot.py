@@ -13,6 +13,7 @@ from qubes_itests.guest.console import console_tail
 from qubes_itests.guest.exc import BootError, GuestGoneError, ProtocolViolation
 from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.hypervisor.exc import SavedStateError
+from qubes_storage.exc import system_reason
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
@@ -161,6 +162,8 @@ class _Start:
             return f"not done within {timeout:.0f} s"
         if isinstance(error, GuestGoneError):
             return await self._why_gone(error)
+        if isinstance(error, OSError):
+            return system_reason(error)
         return str(error).removeprefix(f"VM {self._spec.name}: ")
 
     async def _why_gone(self, error: GuestGoneError) -> str:

@@ -264,7 +264,9 @@ def _check_stdin() -> None:
     try:
         kind = socket.socket(fileno=os.dup(0)).type
     except OSError as error:
-        raise UsageError(f"--use-stdin-socket: stdin is no socket: {error}") from None
+        raise UsageError(
+            f"--use-stdin-socket: stdin is no socket: {error.strerror}"
+        ) from None
     if kind != socket.SOCK_STREAM:
         raise UsageError(f"--use-stdin-socket: expected a stream socket, got {kind!r}")
 
@@ -435,7 +437,9 @@ if __name__ == "__main__":
         # nobody reads our output: that ends other programs by this signal
         code = 128 + signal.SIGPIPE
     except OSError as error:
-        sys.stderr.write(f"{sys.argv[3]}: {error}\n")
+        reason = error.strerror or str(error)
+        about = f": {error.filename}" if error.filename else ""
+        sys.stderr.write(f"{sys.argv[3]}: {reason}{about}\n")
         code = GONE
     sys.stdout.flush()
     # the thread that reads the input may wait for ever

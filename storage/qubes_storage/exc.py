@@ -44,6 +44,7 @@ __all__ = [
     "VolumeIOError",
     "VolumeNotFoundError",
     "VolumeStateError",
+    "system_reason",
 ]
 
 
@@ -155,3 +156,12 @@ class OutOfSpaceError(VolumeError):
 
 class VolumeIOError(VolumeError):
     """The operating system refused something else."""
+
+
+def system_reason(error: OSError) -> str:
+    """Return what the operating system says of a call, and about which file."""
+    reason = error.strerror or str(error)
+    names = [
+        str(each) for each in (error.filename, error.filename2) if each is not None
+    ]
+    return f"{reason}: {' and '.join(names)}" if names else reason

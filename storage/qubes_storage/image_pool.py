@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from qubes_storage import ficlone, files, lock, tree
 from qubes_storage.background import Background
 from qubes_storage.claims import Claims
-from qubes_storage.exc import PoolError
+from qubes_storage.exc import PoolError, system_reason
 from qubes_storage.image_volume import ImageVolume
 from qubes_storage.layout import VolumeFiles
 from qubes_storage.operation import Operations
@@ -97,7 +97,8 @@ class ImagePool(Pool):
         try:
             found = await asyncio.to_thread(self._setup)
         except OSError as error:
-            raise PoolError(self.name, f"cannot set it up: {error}") from error
+            reason = f"cannot set it up: {system_reason(error)}"
+            raise PoolError(self.name, reason) from error
         for vid in found:
             if vid not in self._volumes:
                 self._make_found(vid)
@@ -112,7 +113,8 @@ class ImagePool(Pool):
         try:
             taken = await asyncio.to_thread(self._claims.take, _OWNED)
         except OSError as error:
-            raise PoolError(self.name, f"cannot claim it: {error}") from error
+            reason = f"cannot claim it: {system_reason(error)}"
+            raise PoolError(self.name, reason) from error
         if not taken:
             reason = (
                 f"{self.dir_path} is in use by another server: end that one, or give"
@@ -129,7 +131,8 @@ class ImagePool(Pool):
         try:
             found = await asyncio.to_thread(lambda: [*tree.find_volumes(self.dir_path)])
         except OSError as error:
-            raise PoolError(self.name, f"cannot read it: {error}") from error
+            reason = f"cannot read it: {system_reason(error)}"
+            raise PoolError(self.name, reason) from error
         return [volume.vid for volume in found if volume.has_image]
 
     async def settled(self) -> None:

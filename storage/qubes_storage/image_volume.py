@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING, Self
 
 from qubes_storage import files
-from qubes_storage.exc import InvalidSizeError, VolumeExistsError
+from qubes_storage.exc import InvalidSizeError, VolumeExistsError, system_reason
 from qubes_storage.image_content import ImageContent
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class ImageVolume(ImageContent):
             files.fsync(self.files.dirty)
         except OSError as error:
             if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-                self._use.lose(str(error))
+                self._use.lose(system_reason(error))
             raise
 
     def _drop_dirty(self) -> None:

@@ -17,6 +17,7 @@ from qubes_storage.exc import (
     VolumeBusyError,
     VolumeError,
     VolumeIOError,
+    system_reason,
 )
 from qubes_storage.uninterrupted import to_its_end
 
@@ -126,4 +127,6 @@ def typed_errors(volume: Volume, action: str) -> Iterator[None]:
         raise VolumeBusyError(volume.pool.name, volume.vid, action, reason) from error
     except OSError as error:
         kind = _ERRORS.get(error.errno, VolumeIOError)
-        raise kind(volume.pool.name, volume.vid, action, str(error)) from error
+        raise kind(
+            volume.pool.name, volume.vid, action, system_reason(error)
+        ) from error

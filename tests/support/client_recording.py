@@ -37,7 +37,7 @@ VARYING = {
     "token": re.compile(r"^0\0([A-Za-z0-9]{32})$"),
     "revision": re.compile(r"\b(\d+@\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ)"),
     "disposable": re.compile(r"\b(disp\d{1,4})\b"),
-    "dispid": re.compile(r"\bdispid default=False type=int (\d+)"),
+    "dispid": re.compile(r"[ .+\n]dispid\b[^\n]* type=int (\d+)"),
     "time": re.compile(r"\b(1[7-9]\d{8}(?:\.\d+)?)\b"),
 }
 #: Figures that no tool goes by.
@@ -45,6 +45,8 @@ FIGURES = re.compile(r"\b(usage|cputime|mem|mem_static_max)=\d+")
 #: A property that has its default: what that is does not concern the client.
 DEFAULT = re.compile(r"(.*\bdefault=True type=\w+)(?: .*)?")
 _NAME = re.compile(r"<[a-z]+:\d+>")
+#: Programs that say nothing to the server by themselves.
+_PASSED_ON = {"qvm-appmenus", "sudo"}
 _STREAMS = ("admin.Events", "admin.vm.Stats")
 
 
@@ -112,13 +114,13 @@ class Recorder:
 
     def __enter__(self):
         place = self.server.socket.parent
-        for folder in ("bin", "qubes-rpc"):
+        for folder in ("bin", "qubes-rpc", "dom0"):
             (self.directory / folder).mkdir()
             for program in (place / folder).iterdir():
-                if not program.name.startswith(("qvm-", "qubes-")):
+                if program.name in _PASSED_ON:
+                    (self.directory / folder / program.name).symlink_to(program)
+                elif not program.name.startswith(("qvm-", "qubes-")):
                     self._wrap(folder, program)
-        (self.directory / "bin/qvm-appmenus").symlink_to(place / "bin/qvm-appmenus")
-        (self.directory / "dom0").symlink_to(place / "dom0")
         (self.directory / "calls").mkdir()
         self._proxy = socketserver.ThreadingUnixStreamServer(
             str(self.socket), _handler(self)
@@ -158,7 +160,9 @@ class Recorder:
             "calls": calls,
         }
         for call in calls:
-            self.names.learn(call.get("reply", ""))
+            reply = call.get("reply", "")
+            self.names.learn(reply)
+            self.names.learn(call.get("request", "") + reply)
         self.steps.append(self._hide(texts))
 
     def _hide(self, value):

@@ -20,7 +20,6 @@ ELSEWHERE: Final = frozenset(
         "gateway",
         "gateway6",
         "guivm",
-        "installed_by_rpm",
         "keyboard_layout",
         "mac",
         "management_dispvm",

@@ -237,6 +237,13 @@ class SettingsMixin(BaseVM):
     include_in_backups = Property[bool](
         "include_in_backups", type=bool, default=True, doc="Have it in backups."
     )
+    installed_by_rpm = Property[bool](
+        "installed_by_rpm",
+        type=bool,
+        default=False,
+        clone=False,
+        doc="Whether a package of dom0 brought it, as templates mostly come.",
+    )
     backup_timestamp = Property[int | None](
         "backup_timestamp",
         type=int,

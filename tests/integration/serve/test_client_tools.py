@@ -26,6 +26,13 @@ RECORDED = Path(__file__).parent / "recorded"
 #: Set where the tools are to be recorded: to what tells the client's version closer.
 RECORD = "QUBES_ITESTS_RECORD_CLIENT"
 
+#: The tools that need more than a server, by what that is.
+ELSEWHERE = {
+    "qvm-backup": "/etc/qubes, and methods for backups",
+    "qvm-backup-restore": "a backup, and scrypt",
+    "qvm-template": "Python's rpm, dnf, and a repository",
+}
+
 
 def run_tool(socket, words, data, *, by_itself=False):
     """Run a tool that is installed."""
@@ -164,6 +171,131 @@ def test_a_block_device_comes_and_goes(qvm, server, tmp_path):
     link.unlink()
 
 
+def test_services_and_commands_in_all_ways(qvm):
+    assert qvm("qvm-run", "-p", "-u", "root", "work", "id -un") == "root\n"
+    shell = ("-p", "--service", "work", "qubes.VMShell")
+    assert qvm("qvm-run", *shell, data="echo shell; exit\n") == "shell\n"
+    assert qvm("qvm-run", "--service", "work", "qubes.VMShell") == ""
+    assert qvm("qvm-run", "-q", "--no-gui", "work", "echo unseen") == ""
+    colour = ("-p", "--filter-escape-chars", "--no-color-output")
+    assert qvm("qvm-run", *colour, "work", "printf '\\033c\\n'") == "_c\n"
+    local = ("-p", "--localcmd", "read line; echo local; cat")
+    assert qvm("qvm-run", *local, "work", "echo to; read w; test $w = local") == ""
+    assert "no.Such" in qvm("qvm-run", "-p", "--service", "work", "no.Such", status=127)
+    assert "command failed" in qvm("qvm-run", "work", "exit 4", status=4)
+    assert qvm("qvm-run", "--all", "-q", "true") == ""
+
+
+def test_dom0_is_the_machine_of_the_caller(qvm):
+    assert qvm("qvm-run", "-p", "dom0", "echo here; cat", data="in") == "here\nin"
+    shell = ("-p", "--service", "dom0", "qubes.VMShell")
+    assert qvm("qvm-run", *shell, data="exit 3\n", status=3) == ""
+    assert "no service" in qvm("qvm-run", "-p", "--service", "dom0", "a.B", status=127)
+    assert "already running" in qvm("qvm-start", "dom0", status=1)
+
+
+def test_a_file_of_the_machine_is_a_disk_from_the_start_on(qvm, server, tmp_path):
+    qvm("qvm-create", "--label", "red", "--template", "tiny", "drive")
+    image = tmp_path / "image"
+    image.write_bytes(b"data".ljust(1 << 20, b"\0"))
+    words = ("qvm-run", "-p", "-u", "root", "drive")
+    for option, ending in (("--cdrom", "1\n"), ("--hddisk", "0\n")):
+        qvm("qvm-start", f"{option}=dom0:{image}", "drive")
+        read = "head -c 4 /dev/xvdi; cat /sys/class/block/$(basename"
+        read += " $(readlink -f /dev/xvdi))/ro"
+        assert qvm(*words, read) == f"data{ending}"
+        assert "xvdi" in qvm("qvm-block", "list")
+        qvm("qvm-kill", "drive")
+        assert "drive" not in qvm("qvm-block", "list", "--assignments")
+    assert "Failed to setup" in qvm("qvm-start", "--cdrom=dom0:/no", "drive", status=1)
+    qvm("qvm-remove", "--force", "drive")
+    for link in (server.state / "block").iterdir():
+        link.unlink()
+
+
+def test_a_volume_shrinks_when_it_is_forced(qvm):
+    qvm("qvm-create", "--label", "red", "--template", "tiny", "small")
+    volume = "small:private"
+    assert "Refusing" in qvm("qvm-volume", "resize", volume, "1G", status=1)
+    qvm("qvm-volume", "resize", "--force", volume, "1G")
+    assert qvm("qvm-volume", "info", volume, "size") == "1000000000\n"
+    qvm("qvm-volume", "import", volume, "-", "--size", "4", data="four")
+    qvm("qvm-volume", "config", volume, "revisions_to_keep", "3")
+    qvm("qvm-volume", "clear", "--force", volume)
+    qvm("qvm-volume", "clone", "--force", "work:private", volume)
+    assert qvm("qvm-volume", "info", volume, "size") == "2147483648\n"
+    qvm("qvm-remove", "--force", "small")
+
+
+def test_a_named_disposable_vm_is_cloned(qvm):
+    qvm("qvm-create", "--label", "red", "--template", "tiny", "mould")
+    qvm("qvm-prefs", "mould", "template_for_dispvms", "True")
+    words = ("--class", "DispVM", "--label", "red", "--template", "mould")
+    qvm("qvm-create", *words, "one")
+    qvm("qvm-clone", "one", "two")
+    assert qvm("qvm-prefs", "two", "template") == "mould\n"
+    qvm("qvm-remove", "--force", "one", "two", "mould")
+
+
+def test_a_template_of_a_package(qvm, tmp_path):
+    (tmp_path / "root.img").write_bytes(b"root".ljust(1024, b"\0"))
+    (tmp_path / "template.conf").write_text("virt-mode=hvm\nqrexec=1\n")
+    for name in ("", "vm-", "netvm-"):
+        (tmp_path / f"{name}whitelisted-appmenus.list").write_text("a.desktop\n")
+    words = ("--really", "--keep-source", "--skip-start")
+    tool = "qvm-template-postprocess"
+    qvm(tool, *words, "post-install", "packed", tmp_path)
+    assert qvm("qvm-prefs", "packed", "installed_by_rpm") == "True\n"
+    assert qvm("qvm-prefs", "packed", "virt_mode") == "hvm\n"
+    assert qvm("qvm-features", "packed", "menu-items") == "a.desktop\n"
+    assert qvm("qvm-volume", "info", "packed:root", "size") == "1024\n"
+    qvm(tool, "--really", "pre-remove", "packed", tmp_path)
+    assert "packed" not in qvm("qvm-ls", "--raw-list").split()
+
+
+def test_states_and_notes(qvm):
+    qvm("qvm-create", "--label", "red", "--template", "tiny", "state")
+    assert "not running" in qvm("qvm-pause", "state", status=1)
+    qvm("qvm-start", "state")
+    qvm("qvm-pause", "state")
+    qvm("qvm-check", "--paused", "state")
+    qvm("qvm-unpause", "state")
+    qvm("qvm-check", "-q", "--running", "state")
+    qvm("qvm-check", "-q", "--paused", "state", status=1)
+    qvm("qvm-kill", "state")
+    qvm("qvm-notes", "state", "--set", "one")
+    qvm("qvm-notes", "state", "--append", "two")
+    assert qvm("qvm-notes", "state", "--print").split() == ["one", "two"]
+    qvm("qvm-start-daemon", "--all")
+    qvm("qvm-remove", "--force", "state")
+
+
+def test_settings_of_the_app_and_of_pools(qvm):
+    assert ["default_template", "-", "tiny"] in table(qvm("qubes-prefs"))
+    qvm("qubes-prefs", "default_dispvm", "")
+    assert qvm("qubes-prefs", "default_dispvm") == ""
+    qvm("qubes-prefs", "--default", "default_dispvm")
+    assert ["default", "file-reflink"] in table(qvm("qvm-pool-legacy", "-l"))
+    assert "file-reflink" in qvm("qvm-pool", "drivers")
+    qvm("qvm-pool", "set", "default", "-o", "revisions_to_keep=2")
+    assert ["revisions_to_keep", "2"] in table(qvm("qvm-pool", "info", "default"))
+    qvm("qvm-pool", "set", "default", "-o", "revisions_to_keep=1")
+    said = qvm("qvm-pool", "add", "p", "file", "-o", "dir_path=/proc/p", status=1)
+    assert "cannot set it up: No such file or directory: /proc/p" in said
+    assert {"block", "pci"} <= set(qvm("qvm-device", "--list-device-classes").split())
+
+
+def test_a_rule_that_has_expired_is_gone(qvm):
+    qvm("qvm-create", "--label", "red", "--template", "tiny", "wall")
+    rule = ("qvm-firewall", "wall", "add", "drop")
+    qvm(*rule, "10.0.0.0/8", "expire=1000000000")
+    qvm(*rule, "11.0.0.0/8", "expire=4000000000")
+    rules = qvm("qvm-firewall", "--raw", "wall")
+    assert "dst4=11.0.0.0/8 expire=4000000000" in rules
+    assert "dst4=10.0.0.0/8" not in rules
+    qvm("qvm-remove", "--force", "wall")
+
+
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
@@ -186,6 +318,23 @@ def test_what_cannot_be_is_a_line_of_the_tool(qvm, words, status, said):
 def test_the_tools_run_by_themselves(qvm):
     """With the variables that ``serve --print-env`` prints."""
     assert "work" in qvm("qvm-ls", "--raw-list", by_itself=True).split()
+
+
+def test_each_tool_is_tried_or_is_said_to_be_elsewhere():
+    """A tool that the client has got since is told when it is recorded."""
+    path = RECORDED / "tools.json"
+    if installed_tools() and RECORD in os.environ:
+        scripts = importlib.metadata.distribution("qubesadmin").entry_points
+        tools = sorted({each.name for each in scripts.select(group="console_scripts")})
+        path.write_text(json.dumps({"tools": tools}, indent=1) + "\n")
+    steps = [
+        step
+        for recording in RECORDED.glob("*.json")
+        for step in json.loads(recording.read_text()).get("steps", [])
+    ]
+    tried = {step["tool"][0] for step in steps}
+    tools = set(json.loads(path.read_text())["tools"])
+    assert tools - tried == ELSEWHERE.keys()
 
 
 @pytest.mark.parametrize(
