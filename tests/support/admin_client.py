@@ -77,8 +77,9 @@ class Client:
     @contextlib.contextmanager
     def _connection(self, data):
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(self.timeout)
+            # With a timeout, connect(2) does not wait for a place in a full backlog.
             connection.connect(self.path)
+            connection.settimeout(self.timeout)
             # who is refused early sees it in the answer, or in its absence
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(data)
