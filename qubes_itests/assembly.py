@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qubes_itests.balancing.app_memory import machine
@@ -13,7 +15,6 @@ from qubes_itests.testbed import Parts, Testbed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     import pluggy
 
@@ -52,6 +53,8 @@ def open_testbed(
         for name, build in offers(plugins, "templates").items()
     }
     connect = _one(plugins, "hypervisors", settings.hypervisor)
+    # tests write beside it, under any names, and an opening that failed has left some
+    directory = Path(tempfile.mkdtemp(dir=directory, prefix=""))
     own, vms = directory / "hv", directory / "vm"
     for place in (own, vms):
         place.mkdir()

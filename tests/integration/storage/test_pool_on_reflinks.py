@@ -157,31 +157,28 @@ async def _survive_restart(filesystem, opened):
 
 @pytest.mark.parametrize(("kind", "size"), [("btrfs", 128), ("xfs", 300)])
 @pytest.mark.asyncio
-async def test_a_full_pool_refuses_and_keeps_what_it_has(kind, size, small_fs, opened):
+async def test_a_full_pool_refuses_and_keeps_what_it_has(
+    kind, size, small_fs, ext4, opened
+):
     """Importing what does not fit leaves the old image; less of it then fits."""
     directory = small_fs(size * MIB, kind)
     pool = await opened("small", directory)
     root = await template_root(pool)
     committed = root.files.clean.read_bytes()
     before = sorted(path.name for path in root.files.directory.iterdir())
-    big = directory.parent / "big.img"
-    big.touch()
-    fill(big, size * MIB)
-    elsewhere = await opened("elsewhere", directory.parent, setup_check="no")
+    elsewhere = await opened("elsewhere", ext4, setup_check="no")
     source = elsewhere.init_volume(WORK, {"name": "root"})
     source.files.directory.mkdir(parents=True)
-    big.rename(source.files.clean)
-    try:
-        with pytest.raises(OutOfSpaceError) as caught:
-            await root.import_volume(source)
-        assert caught.value.vid == root.vid
-        assert root.files.clean.read_bytes() == committed
-        assert sorted(path.name for path in root.files.directory.iterdir()) == before
-        os.truncate(source.files.clean, MIB)
+    source.files.clean.touch()
+    fill(source.files.clean, size * MIB)
+    with pytest.raises(OutOfSpaceError) as caught:
         await root.import_volume(source)
-        assert root.size == MIB
-    finally:
-        await source.remove()
+    assert caught.value.vid == root.vid
+    assert root.files.clean.read_bytes() == committed
+    assert sorted(path.name for path in root.files.directory.iterdir()) == before
+    os.truncate(source.files.clean, MIB)
+    await root.import_volume(source)
+    assert root.size == MIB
 
 
 @pytest.mark.asyncio
