@@ -171,6 +171,7 @@ class Storage:
         """Make all volumes but some, or none; what is there already stays as it is."""
         wanted = [v for v in self.volumes.values() if v not in besides]
         for volume in wanted:
+            _check_size(volume, "create", volume.size)
             await volume.check_absent()
         if self.vm.app.journal is not None:
             await self._note(MAKE, wanted)
@@ -236,7 +237,9 @@ class Storage:
     async def remove(self) -> None:
         """Remove all volumes, each of them even if another cannot be removed.
 
-        Nothing happens when they were never made: what is there is not the VM's.
+        Nothing happens when they were never made: what is there is not the VM's.  If
+        one cannot be removed and another one is gone, the rest follows when the VM's
+        store is loaded; with all that it keeps still there, the VM just stays.
         """
         if not self.is_made:
             self.unbind()
@@ -251,11 +254,20 @@ class Storage:
             except Exception as error:  # noqa: BLE001 - raised below
                 failures.append(error)
         if failures:
-            if journal is not None and len(failures) == len(self.volumes):
+            if journal is not None and await self.is_whole():
+                # who was told that the VM stays may go on to use it
                 await asyncio.to_thread(journal.discard, self.vm.uuid)
             raise failures[0]
         self.is_made = False
         self._made.clear()
+
+    async def is_whole(self) -> bool:
+        """Tell whether all volumes that keep something are there."""
+        kept = [volume for volume in self.volumes.values() if volume.keeps_image]
+        for volume in kept:
+            if volume.vid not in await volume.pool.find_volumes():
+                return False
+        return True
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
@@ -339,14 +351,7 @@ class Storage:
         """
         if isinstance(volume, str):
             volume = self.volumes[volume]
-        if volume.name in _WITH_FILESYSTEM and size > _LARGEST_FILESYSTEM:
-            raise InvalidSizeError(
-                volume.pool.name,
-                volume.vid,
-                "resize",
-                f"its filesystem grows to {_LARGEST_FILESYSTEM} bytes at most (1 TiB),"
-                f" not to {size}",
-            )
+        _check_size(volume, "resize", size)
         with self.changing():
             await volume.resize(size)
         if self.vm.domain is None or not self.vm.is_running():
@@ -372,6 +377,7 @@ class Storage:
         """
         if not self.vm.is_halted():
             raise QubesVMNotHaltedError(self.vm)
+        _check_size(volume, "import", size)
         transfer, begun = Import(volume, size), False
         try:
             with self.changing():
@@ -399,6 +405,7 @@ class Storage:
         :param dst_volume: of this VM, which must be halted.
         :param src_volume: any one.
         """
+        _check_size(dst_volume, "import", src_volume.size)
         await dst_volume.import_volume(src_volume)
         await self.vm.fire_event_async(
             "domain-import-volume", name=dst_volume.name, source=src_volume
@@ -459,6 +466,18 @@ def kept_by(volume: Volume) -> Volume:
     while volume.source is not None and not volume.save_on_stop:
         volume = volume.source
     return volume
+
+
+def _check_size(volume: Volume, action: str, size: int) -> None:
+    """Raise InvalidSizeError for one to which a guest enlarges no filesystem."""
+    if volume.name in _WITH_FILESYSTEM and size > _LARGEST_FILESYSTEM:
+        raise InvalidSizeError(
+            volume.pool.name,
+            volume.vid,
+            action,
+            f"its filesystem grows to {_LARGEST_FILESYSTEM} bytes at most (1 TiB),"
+            f" not to {size}",
+        )
 
 
 async def _undo(done: list[Volume], undo: VolumeAction) -> None:

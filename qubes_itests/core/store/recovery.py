@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qubes_itests.core.exc import QubesException
 from qubes_itests.core.store.journal import MAKE
@@ -49,7 +49,7 @@ async def recover(app: Qubes) -> None:
 async def _settle(app: Qubes, note: Note) -> None:
     vm = app.domains.get(note.uuid)
     if vm is not None:
-        if note.action == MAKE and await _is_whole(vm):
+        if note.action == MAKE and await vm.storage.is_whole():
             return
         vm.check_unused()
         vm.storage.unbind()
@@ -60,10 +60,3 @@ async def _settle(app: Qubes, note: Note) -> None:
         # the note is old if another VM has the volume by now
         if (pool, vid) not in app.owned_volumes():
             await app.remove_unowned(app.get_pool(pool), vid)
-
-
-async def _is_whole(vm: Any) -> bool:
-    for volume in vm.volumes.values():
-        if volume.keeps_image and volume.vid not in await volume.pool.find_volumes():
-            return False
-    return True

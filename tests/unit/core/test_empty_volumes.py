@@ -132,11 +132,52 @@ async def test_who_is_cancelled_leaves_it_empty_or_whole(app, template):
     assert await cancelled_everywhere(start, check) >= 9
 
 
-@pytest.mark.parametrize("size", [(1 << 40) + 1, 1 << 62, (1 << 63) - 1])
+async def resize(vm, volume, size):
+    await vm.storage.resize(volume, size)
+
+
+async def import_bytes(vm, volume, size):
+    async with vm.storage.importing(volume, size):
+        pass
+
+
+async def import_another(vm, volume, size):
+    source = volume.pool.init_volume(
+        vm, {"name": "extra", "size": size, "rw": True, "save_on_stop": True}
+    )
+    await source.create()
+    await vm.storage.import_volume(volume, source)
+
+
+async def create_in_its_stead(vm, volume, size):
+    sizes = {volume.name: {"size": size}}
+    await vm.app.create_vm(
+        "TemplateVM", name="larger", label="red", volume_config=sizes
+    )
+
+
+@pytest.mark.parametrize("size", [(1 << 40) + 1, 1 << 43])
 @pytest.mark.parametrize("name", ["root", "private"])
-async def test_a_size_that_a_filesystem_does_not_reach_is_refused(template, name, size):
+@pytest.mark.parametrize(
+    "act", [resize, import_bytes, import_another, create_in_its_stead]
+)
+async def test_a_size_that_a_filesystem_does_not_reach_is_refused(
+    template, name, size, act
+):
     await template.create_on_disk()
-    before = template.volumes[name].size
+    volume = template.volumes[name]
+    before = volume.size, volume.revisions, await volume.pool.find_volumes()
     with pytest.raises(InvalidSizeError, match="grows to 1099511627776 bytes at most"):
-        await template.storage.resize(name, size)
-    assert template.volumes[name].size == before
+        await act(template, volume, size)
+    found = await volume.pool.find_volumes()
+    there = {vid for vid in found if not vid.endswith("/extra")}
+    assert (volume.size, volume.revisions, there) == (*before[:2], set(before[2]))
+    assert "larger" not in template.app.domains
+
+
+@pytest.mark.parametrize("size", [1 << 62, (1 << 63) - 1])
+@pytest.mark.parametrize("act", [resize, import_bytes, create_in_its_stead])
+async def test_so_is_one_that_no_file_reaches(template, size, act):
+    await template.create_on_disk()
+    with pytest.raises(InvalidSizeError):
+        await act(template, template.volumes["private"], size)

@@ -367,6 +367,25 @@ def test_a_removal_that_fails_keeps_the_vm_and_says_why(app, monkeypatch):
     assert not any("work" in name for name in contents(app))
 
 
+def test_a_vm_that_stays_with_all_it_keeps_stays_for_good(app):
+    """Although what keeps nothing, root and volatile, was removed."""
+
+    async def fail():
+        vm = await make(app)
+        await vm.volumes["private"].start()
+        with pytest.raises(StoragePoolException, match="started"):
+            await app.domains.remove(vm)
+        await vm.volumes["private"].stop()
+
+    asyncio.run(fail())
+    app.save()
+    assert notes(app) == []
+    loaded = again(app)
+    assert names(loaded) == ["dom0", "tiny", "work"]
+    asyncio.run(loaded.domains["work"].storage.verify())
+    asyncio.run(end(loaded))
+
+
 def test_one_that_fails_half_way_is_finished_at_the_next_start(app, monkeypatch):
     vm = asyncio.run(make(app, "StandaloneVM"))
     failing(monkeypatch, "remove", 1)
