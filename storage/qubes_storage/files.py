@@ -34,8 +34,10 @@ __all__ = [
     "fsync",
     "give_up",
     "given_up_name",
+    "is_origin",
     "link",
     "make_directories",
+    "mark_origin",
     "new_file",
     "open_image",
     "remove",
@@ -47,6 +49,9 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+#: The extended attribute by which a copy names the image that it was made of.
+_ORIGIN = "user.qubes.origin"
 
 #: What a temporary name ends in.
 TEMPORARY = re.compile(r"~[0-9a-f]{8}\Z")
@@ -72,6 +77,37 @@ def same_image(one: Path, other: Path) -> bool:
     """Tell whether both names exist and mean the same file."""
     first, second = stat_image(one), stat_image(other)
     return bool(first and second and os.path.samestat(first, second))
+
+
+def mark_origin(copy: int, image: os.stat_result) -> None:
+    """Write down in a file which image it is a copy of, where it cannot be a link.
+
+    :param copy: descriptor of the file.
+    :param image: status of the image, which never changes.
+    :raise OSError: as the operating system says.
+    """
+    os.setxattr(copy, _ORIGIN, _identity(image))
+
+
+def is_origin(path: Path, image: Path) -> bool:
+    """Tell whether `path` is a second name of an image, or a copy marked as its own."""
+    found, wanted = stat_image(path), stat_image(image)
+    if found is None or wanted is None:
+        return False
+    if os.path.samestat(found, wanted):
+        return True
+    try:
+        return os.getxattr(path, _ORIGIN) == _identity(wanted)
+    except OSError as error:
+        if error.errno in {errno.ENODATA, errno.EOPNOTSUPP}:
+            return False
+        raise
+
+
+def _identity(image: os.stat_result) -> bytes:
+    # The number of a removed file is given again, so its time belongs to it. The
+    # number of the device does not: btrfs gives it anew at each mount.
+    return f"{image.st_ino} {image.st_mtime_ns}".encode()
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ class ImageContent(Volume):
         with typed_errors(self, "inspect"):
             if self.source is None or not self._has(self._origin):
                 return False
-            return not files.same_image(self._origin, self._source.files.clean)
+            return not files.is_origin(self._origin, self._source.files.clean)
 
     async def export(self) -> Path:
         """Return the committed image, to be read only, until `export_end`."""
@@ -261,6 +261,7 @@ class ImageContent(Volume):
         *,
         size: int | None = None,
         durable: bool = False,
+        mark_origin: bool = False,
     ) -> None:
         # A copy's data is not on the disk as a clone's is, and its size tells nothing.
         durable = durable or not self.pool.shares_extents
@@ -272,6 +273,8 @@ class ImageContent(Volume):
             log.info("%s %s to %s", "cloned" if shared else "copied", source, target)
             if size is not None:
                 os.ftruncate(copy, size)
+            if mark_origin:
+                files.mark_origin(copy, os.fstat(original))
 
     def _is_dirty(self) -> bool:
         if not self.save_on_stop:

@@ -135,12 +135,23 @@ class ImageVolume(ImageContent):
         # Once it has a second name nobody writes it, and its owner may go on.
         with self.pool.operations.reading(self._source):
             image = self._source._committed_image("start")  # noqa: SLF001 - one class
-            files.replace_with_link(image, self._origin, durable=False)
+            self._remember_origin(image)
         try:
             self._copy(self._origin, self.files.dirty)
         except BaseException:
             files.remove(self._origin)
             raise
+
+    def _remember_origin(self, image: Path) -> None:
+        try:
+            files.replace_with_link(image, self._origin, durable=False)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # The directory is a subvolume, or a mount, and links do not cross those.
+            # On the disk before the clone of it is: a start after a power cut takes
+            # what the VM wrote for whole if it is not shorter than its origin.
+            self._copy(image, self._origin, durable=True, mark_origin=True)
 
     def _snapshot_self(self) -> None:
         image = self._committed_image("start")

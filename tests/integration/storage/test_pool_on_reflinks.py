@@ -16,6 +16,7 @@ from qubes_storage.exc import (
     ReflinkNotSupportedError,
     VolumeIOError,
 )
+from qubes_storage.file import FilePool
 from qubes_storage.reflink import ReflinkPool
 
 MIB = 1024**2
@@ -277,3 +278,64 @@ async def test_a_pool_whose_filesystem_is_absent_writes_nothing_below_it(
         await volume.start()
     assert not list(filesystem.mount_point.iterdir())
     filesystem.mount_point.rmdir()
+
+
+def subvolume(directory):
+    run(["btrfs", "subvolume", "create", directory])
+
+
+def bound(directory):
+    """Mount a directory onto itself, which hard links do not cross either."""
+    directory.mkdir()
+    run(["mount", "--bind", directory, directory])
+
+
+@pytest.mark.parametrize("driver", [ReflinkPool, FilePool])
+@pytest.mark.parametrize("boundary", [subvolume, bound])
+@pytest.mark.parametrize("folder", ["appvms", "appvms/work", "vm-templates"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_snapshots_across_subvolumes_and_mounts(
+    btrfs, request, *, driver, boundary, folder, saved
+):
+    """A VM's directory may be where no hard link of its template's image can be."""
+    (btrfs / folder).parent.mkdir(exist_ok=True)
+    boundary(btrfs / folder)
+    if boundary is bound:
+        request.addfinalizer(lambda: run(["umount", "--lazy", btrfs / folder]))
+    asyncio.run(two_starts(driver(name="p", dir_path=btrfs), saved=saved))
+
+
+async def two_starts(pool, *, saved):
+    await pool.setup()
+    template = pool.init_volume(TEMPLATE, {"name": "root", **SAVED})
+    await template.create()
+    snapshot = pool.init_volume(
+        WORK,
+        {
+            "name": "root",
+            "rw": True,
+            "snap_on_start": True,
+            "save_on_stop": saved,
+            "source": template,
+        },
+    )
+    await commit(template, b"1")
+    await snapshot.start()
+    assert not snapshot.is_outdated()
+    assert snapshot.path.read_bytes()[:1] == b"1"
+    await commit(template, b"2")
+    assert snapshot.is_outdated()
+    assert snapshot.path.read_bytes()[:1] == b"1"
+    await snapshot.stop()
+    await snapshot.start()
+    assert not snapshot.is_outdated()
+    assert snapshot.path.read_bytes()[:1] == b"2"
+    await snapshot.stop()
+    await pool.destroy()
+
+
+async def commit(volume, content):
+    await volume.start()
+    with volume.path.open("r+b") as image:
+        image.write(content)
+    await volume.stop()
