@@ -26,18 +26,19 @@ from qubes_itests.core.exc import (
     PropertyWrittenError,
     ProtocolError,
     QubesException,
+    QubesVMInvalidUUIDError,
     QubesVMNotFoundError,
 )
 from qubes_itests.core.saving import save
 from qubes_itests.exc import HarnessError, InternalError
 from qubes_itests.limited_log import LimitedLog
-from qubes_storage.exc import StoragePoolException
 
 if TYPE_CHECKING:
     from qubes_itests.admin.streams import EventStream
     from qubes_itests.core.app import Qubes
 
 __all__ = [
+    "EXPECTED_ERRORS",
     "METHODS",
     "Call",
     "Destination",
@@ -81,7 +82,14 @@ _KNOWN_ERRORS: Final = {
     "UnexpectedDeviceProperty",
     "UnrecognizedDevice",
 }
-_EXPECTED: Final = (HarnessError, StoragePoolException, subprocess.CalledProcessError)
+#: What a call may raise that is no defect of the server.
+EXPECTED_ERRORS: Final = (
+    HarnessError,
+    PermissionDenied,
+    ProtocolError,
+    QubesException,
+    subprocess.CalledProcessError,
+)
 _UUID: Final = re.compile(r"uuid:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -259,7 +267,7 @@ class Dispatcher:
         """
         try:
             content = await self._execute(request, stream)
-        except _EXPECTED as error:
+        except EXPECTED_ERRORS as error:
             return self._refusal(request, error)
         except asyncio.CancelledError as error:
             if _is_cancelled():
@@ -324,7 +332,7 @@ class Dispatcher:
         key: Any = name
         if name.startswith("uuid:"):
             if not _UUID.fullmatch(name):
-                raise QubesException(f"{name!r} is no UUID")
+                raise QubesVMInvalidUUIDError(name.removeprefix("uuid:"))
             key = uuid.UUID(name.removeprefix("uuid:"))
         found = self.app.domains.get(key)
         if found is None:

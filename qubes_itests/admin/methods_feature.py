@@ -58,7 +58,7 @@ def check_feature(call: Call) -> str:
     )
     value = check(call.argument, None)
     if value is None:
-        raise QubesFeatureNotFoundError(call.argument, call.destination.features)
+        raise QubesFeatureNotFoundError(call.destination, call.argument)
     return str(value)
 
 
@@ -74,7 +74,7 @@ def remove_feature(call: Call) -> None:
     """Remove it."""
     call.permit()
     if call.argument not in call.destination.features:
-        raise QubesFeatureNotFoundError(call.argument, call.destination.features)
+        raise QubesFeatureNotFoundError(call.destination, call.argument)
     del call.destination.features[call.argument]
 
 
@@ -103,5 +103,5 @@ def remove_tag(call: Call) -> None:
     """Remove it."""
     call.permit()
     if call.argument not in call.destination.tags:
-        raise QubesTagNotFoundError(call.argument, call.destination.tags)
+        raise QubesTagNotFoundError(call.destination, call.argument)
     call.destination.tags.remove(call.argument)

@@ -6,7 +6,7 @@ import functools
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.core.exc import ProtocolError, QubesPropertyValueError
+from qubes_itests.core.exc import ProtocolError
 from qubes_itests.core.properties import to_bool
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def parse_value(holder: PropertyHolder, prop: Property[Any], data: bytes) -> Any
     try:
         return _PARSERS[property_kind(prop)](prop, text)
     except ValueError as error:
-        raise QubesPropertyValueError(holder, prop.name, text, str(error)) from None
+        raise prop.refusal(holder, text, str(error)) from None
 
 
 def parse_bool(text: str) -> bool:

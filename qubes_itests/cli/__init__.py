@@ -17,6 +17,7 @@ from qubes_itests.cli.arguments import parse
 from qubes_itests.configuration import load
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
+from qubes_storage.exc import QubesException
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,9 +46,11 @@ def command_line(arguments: Sequence[str]) -> int:
 
             settings = prepare_listing(settings)
         return int(module.execute(command, settings))
-    except HarnessError as error:
+    except (HarnessError, QubesException) as error:
         print(f"qubes-itests: {error}", file=sys.stderr)  # noqa: T201
-        return int(error.exit_code)
+        if isinstance(error, HarnessError):
+            return int(error.exit_code)
+        return ExitCode.INTERNAL_ERROR
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from qubes_itests.core.qrexec import HostService
     from qubes_itests.core.store.journal import Journal
     from qubes_itests.core.vm.base import BaseVM
-    from qubes_itests.exc import HarnessError
     from qubes_itests.guest.template import Template
     from qubes_itests.guest.warm import WarmStarts
     from qubes_itests.hypervisor.contract import Hypervisor
@@ -262,7 +261,8 @@ class Qubes(PoolsMixin):
             Without a `template` an AppVM has the `default_template`, a DispVM the
             `default_dispvm`.
         :return: the VM.
-        :raise QubesValueError: for a name that cannot be or is taken.
+        :raise QubesValueError: for a name that cannot be.
+        :raise QubesVMAlreadyExistsError: for one that is taken.
         :raise QubesNoTemplateError: without a template, where one is needed.
         """
         vm_class = self.get_vm_class(cls)
@@ -304,7 +304,8 @@ class Qubes(PoolsMixin):
         :param tags: of the VM.
         :param properties: as for `add_new_vm`.
         :return: the VM.
-        :raise QubesValueError: for a name that cannot be or is taken.
+        :raise QubesValueError: for a name that cannot be.
+        :raise QubesVMAlreadyExistsError: for one that is taken.
         :raise VolumeExistsError: when one of its volumes is there already.
         """
         vm = self.add_new_vm(cls, **properties)
@@ -323,8 +324,9 @@ class Qubes(PoolsMixin):
         found: BaseVM | None = holder.default_dispvm
         if found is None:
             raise QubesNoTemplateError(
+                caller,
                 "a DispVM was asked for without a template, and default_dispvm of"
-                f" {holder} is None: set that, or name a template"
+                f" {holder} is None: set that, or name a template",
             )
         return found
 
@@ -332,7 +334,7 @@ class Qubes(PoolsMixin):
         """Make a copy of a halted VM; see `qubes_itests.core.cloning.clone_vm`."""
         return await clone_vm(self, source, name, **options)
 
-    async def start_autostart(self) -> dict[str, HarnessError]:
+    async def start_autostart(self) -> dict[str, Exception]:
         """Start the VMs that start with the system; return why some did not."""
         return await start_autostart(self)
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from qubes_itests.core.exc import QubesException
 from qubes_itests.exc import HarnessError
 
 if TYPE_CHECKING:
@@ -16,19 +17,19 @@ __all__ = ["start_autostart"]
 log = logging.getLogger("qubes.app")
 
 
-async def start_autostart(app: Qubes) -> dict[str, HarnessError]:
+async def start_autostart(app: Qubes) -> dict[str, Exception]:
     """Start all VMs with `autostart` set: net VMs before those that they connect.
 
     One that does not start keeps none of the others from it.
 
     :return: why which VM did not start, by its name; empty if all did.
     """
-    failures: dict[str, HarnessError] = {}
+    failures: dict[str, Exception] = {}
 
     async def start(vm: Any) -> None:
         try:
             await vm.start()
-        except HarnessError as error:
+        except (HarnessError, QubesException) as error:
             log.warning("autostart: %s", str(error))
             failures[vm.name] = error
 

@@ -106,7 +106,7 @@ class BlockDeviceExtension(Extension):
 
         try:
             await to_its_end(pull_out())
-        except HarnessError as error:
+        except (HarnessError, QubesException) as error:
             raise QubesVMError(
                 vm, f"device {port} cannot be detached from VM {vm}: {error}"
             ) from error
@@ -147,7 +147,7 @@ async def _plug_in(vm: Any, disk: Disk) -> None:
             vm.domain.attach_disk(disk),
             undo=lambda _plugged: vm.domain.detach_disk(disk.name),
         )
-    except HarnessError as error:
+    except (HarnessError, QubesException) as error:
         raise QubesVMError(
             vm, f"{disk.path.name} cannot be attached to VM {vm}: {error}"
         ) from error

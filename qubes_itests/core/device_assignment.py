@@ -200,8 +200,6 @@ class DeviceAssignment:
             frontend = properties.pop("frontend_domain", None)
             if frontend is not None:
                 frontend = expected_device.backend_domain.app.domains[frontend]
-        except ProtocolError:
-            raise
         except (QubesException, ValueError, AttributeError) as error:
             raise ProtocolError(str(error)) from error
         if properties:

@@ -176,7 +176,13 @@ class DeviceInfo(VirtualDevice):
         expected = VirtualDevice(port, device_id or None)
         try:
             return cls._from_said(rest, expected)
-        except (QubesException, ValueError, LookupError, TypeError) as error:
+        except (
+            ProtocolError,
+            QubesException,
+            ValueError,
+            LookupError,
+            TypeError,
+        ) as error:
             log.warning("what is said of %s is not valid: %s", expected, error)
             return UnknownDevice.from_device(expected)
 

@@ -249,5 +249,7 @@ class VirtualDevice:
             elif name == "devclass" and not self.port.has_devclass:
                 port = Port(port.backend_domain, port.port_id, found)
             elif found != expected:
-                raise UnexpectedDeviceProperty(name, found, expected)
+                raise UnexpectedDeviceProperty(
+                    f"{name} of the device is {found!r}, not {expected!r}"
+                )
         return VirtualDevice(port, device_id)

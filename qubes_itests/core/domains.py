@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qubes_itests.core import config
 from qubes_itests.core.exc import (
     QubesException,
-    QubesValueError,
+    QubesVMAlreadyExistsError,
     QubesVMNotFoundError,
     QubesVMNotHaltedError,
 )
@@ -51,7 +51,7 @@ class VMCollection:
 
         :param announce: whether to enable its events and fire those of a new VM; a VM
             that is loaded is not new.
-        :raise QubesValueError: when its name, number or UUID is taken.
+        :raise QubesVMAlreadyExistsError: when its name, number or UUID is taken.
         """
         self.check_free(vm)
         self._by_uuid[vm.uuid] = vm
@@ -64,13 +64,15 @@ class VMCollection:
         return vm
 
     def check_free(self, vm: BaseVM) -> None:
-        """Raise QubesValueError when the name, number or UUID of a VM is taken."""
+        """Raise QubesVMAlreadyExistsError when its name, number or UUID is taken."""
         if vm.name in self._by_name:
-            raise QubesValueError(f"there is a VM {vm.name!r} already")
+            raise QubesVMAlreadyExistsError(f"there is a VM {vm.name!r} already")
         if vm.qid in self._by_qid:
-            raise QubesValueError(f"there is a VM with qid {vm.qid} already")
+            raise QubesVMAlreadyExistsError(f"there is a VM with qid {vm.qid} already")
         if vm.uuid in self._by_uuid:
-            raise QubesValueError(f"there is a VM with UUID {vm.uuid} already")
+            raise QubesVMAlreadyExistsError(
+                f"there is a VM with UUID {vm.uuid} already"
+            )
 
     def _find(self, key: Any) -> BaseVM | None:
         if isinstance(key, BaseVM):

@@ -1,51 +1,82 @@
 """The errors of the core, by the names that Qubes OS gives them.
 
+Each is of the classes that it is of there, and takes the same arguments; what else it
+takes says more.
+
 ::
 
-    QubesException
+    QubesException                      (`qubes_storage.exc`, and all errors of storage)
      +-- QubesValueError                a value that cannot be (also a ValueError)
      |    +-- QubesPropertyValueError
      +-- QubesNoSuchPropertyError       (also an AttributeError)
      +-- QubesLabelNotFoundError, QubesTagNotFoundError, QubesFeatureNotFoundError,
-     |   QubesVMNotFoundError, QubesPoolNotFoundError   (also KeyErrors)
-     +-- QubesNoTemplateError
+     |   QubesVMNotFoundError, QubesPoolNotFoundError, QubesVolumeNotFoundError,
+     |   QubesVolumeRevisionNotFoundError              (also KeyErrors)
+     +-- QubesVMAlreadyExistsError      (also a ValueError)
+     +-- QubesVMInvalidUUIDError
+     +-- QubesLabelInUseError
      +-- QubesPoolInUseError            names what uses it
+     +-- QubesVolumeCopyInUseError
      +-- QubesNotImplementedError       asked for, and not there
-     +-- DeviceNotAssigned, DeviceAlreadyAttached, DeviceAlreadyAssigned
+     +-- QubesBackupProfileNotFoundError, BackupCancelledError,
+     |   BackupAlreadyRunningError      (there are no backups here)
+     +-- DeviceNotAssigned, DeviceNotFound, DeviceAlreadyAttached, DeviceAlreadyAssigned
      |                                  (also KeyErrors)
      +-- UnrecognizedDevice             not there, or another one (also a ValueError)
-     +-- ProtocolError                  a request of the Admin API that cannot be
-     |    +-- UnexpectedDeviceProperty  it contradicts itself about a device
-     +-- PermissionDenied               a request that may not be
+     +-- UnexpectedDeviceProperty       a device is said to be two things (likewise)
      +-- QubesVMError                   concerns one VM
+          +-- QubesNoTemplateError
           +-- QubesVMInUseError
           +-- QubesVMNotStartedError
           |    +-- QubesVMNotRunningError
           |    +-- QubesVMNotPausedError
+          +-- QubesVMNotSuspendedError
           +-- QubesVMNotHaltedError
+          +-- QubesVMCancelledPauseError
           +-- QubesVMShutdownTimeoutError
+          +-- QubesMemoryError          (also a MemoryError)
           +-- QubesVMStorageError       says which volume could not be made
           +-- QubesVMStartError         says which step failed
+
+    AssertionError
+     +-- ProtocolError                  a request of the Admin API that cannot be
+          +-- QubesInvalidTagError, QubesInvalidLabelError, QubesInvalidLabelValueError,
+          |   QubesUnrecognizedDeviceAssignmentMode
+          +-- QubesVolumeCopyTokenNotFoundError          (also a KeyError)
+
+    PermissionError
+     +-- PermissionDenied               a request that may not be
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qubes_itests.exc import HarnessError
+from qubes_storage.exc import QubesException, StoragePoolException
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from qubes_itests.core.properties import Property
+
 __all__ = [
+    "BackupAlreadyRunningError",
+    "BackupCancelledError",
     "DeviceAlreadyAssigned",
     "DeviceAlreadyAttached",
     "DeviceNotAssigned",
+    "DeviceNotFound",
     "PermissionDenied",
     "ProtocolError",
+    "QubesBackupProfileNotFoundError",
     "QubesException",
     "QubesFeatureNotFoundError",
+    "QubesInvalidLabelError",
+    "QubesInvalidLabelValueError",
+    "QubesInvalidTagError",
+    "QubesLabelInUseError",
     "QubesLabelNotFoundError",
+    "QubesMemoryError",
     "QubesNoSuchPropertyError",
     "QubesNoTemplateError",
     "QubesNotImplementedError",
@@ -53,24 +84,54 @@ __all__ = [
     "QubesPoolNotFoundError",
     "QubesPropertyValueError",
     "QubesTagNotFoundError",
+    "QubesUnrecognizedDeviceAssignmentMode",
+    "QubesVMAlreadyExistsError",
+    "QubesVMCancelledPauseError",
     "QubesVMError",
     "QubesVMInUseError",
+    "QubesVMInvalidUUIDError",
     "QubesVMNotFoundError",
     "QubesVMNotHaltedError",
     "QubesVMNotPausedError",
     "QubesVMNotRunningError",
     "QubesVMNotStartedError",
+    "QubesVMNotSuspendedError",
     "QubesVMShutdownTimeoutError",
     "QubesVMStartError",
     "QubesVMStorageError",
     "QubesValueError",
+    "QubesVolumeCopyInUseError",
+    "QubesVolumeCopyTokenNotFoundError",
+    "QubesVolumeNotFoundError",
+    "QubesVolumeRevisionNotFoundError",
+    "StoragePoolException",
     "UnexpectedDeviceProperty",
     "UnrecognizedDevice",
 ]
 
 
-class QubesException(HarnessError):  # noqa: N818 - its name in Qubes OS
-    """The base of all errors of the core."""
+class ProtocolError(AssertionError):
+    """A request of the Admin API has a field that cannot be."""
+
+
+class PermissionDenied(PermissionError):  # noqa: N818 - its name in Qubes OS
+    """A request of the Admin API is not allowed to who makes it."""
+
+
+class QubesInvalidTagError(ProtocolError):
+    """A request names a tag that none can have."""
+
+
+class QubesInvalidLabelError(ProtocolError):
+    """A request names a label that none can have."""
+
+
+class QubesInvalidLabelValueError(ProtocolError):
+    """A request gives a label a colour that is none."""
+
+
+class QubesUnrecognizedDeviceAssignmentMode(ProtocolError):  # noqa: N818
+    """A request names a mode of assignments that there is not."""
 
 
 class QubesValueError(QubesException, ValueError):
@@ -81,145 +142,196 @@ class QubesPropertyValueError(QubesValueError):
     """A property was set to a value that it does not take.
 
     :param holder: the object whose property it is.
-    :param name: the property's name.
+    :param prop: the property.
     :param value: what it was set to.
-    :param reason: what it takes.
+    :param msg: the whole message; by default one that gives no reason.
     """
 
-    def __init__(self, holder: object, name: str, value: object, reason: str) -> None:
-        super().__init__(f"property {name!r} of {holder} cannot be {value!r}: {reason}")
+    def __init__(
+        self, holder: object, prop: Property[Any], value: object, msg: str | None = None
+    ) -> None:
+        super().__init__(
+            msg or f"property {prop.__name__!r} of {holder} cannot be {value!r}"
+        )
         self.holder = holder
-        self.name = name
+        self.prop = prop
         self.value = value
-        self.reason = reason
 
 
-class PropertyWrittenError(QubesPropertyValueError, AttributeError):  # type: ignore[misc]
+class PropertyWrittenError(QubesPropertyValueError, AttributeError):
     """A property that is set once and for all was set again."""
-
-    def __init__(self, holder: object, name: str, value: object) -> None:
-        super().__init__(holder, name, value, "it is set once and for all")
 
 
 class QubesNoSuchPropertyError(QubesException, AttributeError):
-    """An object has no property of that name."""
+    """An object has no property of that name.
 
-    def __init__(self, holder: object, name: str) -> None:
-        super().__init__(f"{holder} has no property {name!r}")
+    :param holder: the object.
+    :param prop_name: the name.
+    :param msg: the whole message.
+    """
+
+    def __init__(self, holder: object, prop_name: str, msg: str | None = None) -> None:
+        super().__init__(msg or f"{holder} has no property {prop_name!r}")
         self.holder = holder
-        self.name = name
+        self.prop = prop_name
 
 
 class _NotFoundError(QubesException, KeyError):
     """Something was looked up by a name that nothing has."""
 
-    kind = "object"
-
-    def __init__(self, name: object, known: Iterable[object] = ()) -> None:
-        message = f"no such {self.kind}: {name!r}"
-        if listed := ", ".join(sorted(str(item) for item in known)):
-            message += f" (there are: {listed})"
-        super().__init__(message)
-        self.name = name
-
     def __str__(self) -> str:
         # KeyError would show the repr of the message
-        return str(self.args[0])
+        return QubesException.__str__(self)
+
+
+def _not_found(kind: str, name: object, known: Iterable[object]) -> str:
+    listed = ", ".join(sorted(str(item) for item in known))
+    return f"no such {kind}: {name!r}" + (f" (there are: {listed})" if listed else "")
 
 
 class QubesLabelNotFoundError(_NotFoundError):
-    """No label has that name or index."""
+    """No label has that name or index.
 
-    kind = "label"
+    :param label: the name or index.
+    :param known: those that there are.
+    """
+
+    def __init__(self, label: object, known: Iterable[object] = ()) -> None:
+        super().__init__(_not_found("label", label, known))
+        self.label = label
 
 
 class QubesVMNotFoundError(_NotFoundError):
     """No VM has that name, number or UUID."""
 
-    kind = "VM"
-
-
-class QubesPoolNotFoundError(_NotFoundError):
-    """No storage pool has that name."""
-
-    kind = "storage pool"
+    def __init__(self, vmname: object) -> None:
+        super().__init__(f"no such VM: {vmname!r}")
+        self.vmname = vmname
 
 
 class QubesFeatureNotFoundError(_NotFoundError):
-    """The VM does not have that feature set."""
+    """A VM does not have that feature set.
 
-    kind = "feature"
+    :param domain: the VM.
+    :param feature: name of the feature.
+    """
+
+    def __init__(self, domain: Any, feature: str) -> None:
+        super().__init__(f"no such feature: {feature!r}")
+        self.vm = domain
+        self.feature = feature
 
 
 class QubesTagNotFoundError(_NotFoundError):
-    """The VM does not have that tag."""
+    """A VM does not have that tag.
 
-    kind = "tag"
+    :param domain: the VM.
+    :param tag: the tag.
+    """
+
+    def __init__(self, domain: Any, tag: str) -> None:
+        super().__init__(f"no such tag: {tag!r}")
+        self.vm = domain
+        self.tag = tag
+
+
+class QubesPoolNotFoundError(_NotFoundError):
+    """No storage pool has that name.
+
+    :param name: the name.
+    :param known: the names of those that there are.
+    """
+
+    def __init__(self, name: object = "", known: Iterable[object] = ()) -> None:
+        super().__init__(_not_found("storage pool", name, known))
+
+
+class QubesVolumeNotFoundError(_NotFoundError):
+    """There is no such volume."""
+
+
+class QubesVolumeRevisionNotFoundError(_NotFoundError):
+    """A volume has no such revision."""
+
+
+class QubesVMAlreadyExistsError(QubesValueError):
+    """A VM of that name, number or UUID is there already."""
+
+
+class QubesVMInvalidUUIDError(QubesException):
+    """What was given as the UUID of a VM is none.
+
+    :param uuid: what was given.
+    """
+
+    def __init__(self, uuid: str) -> None:
+        super().__init__(f"{uuid!r} is no UUID of a VM")
+        self.vmname = uuid
+
+
+class QubesLabelInUseError(QubesException):
+    """A label cannot be made or removed, as it is in use.
+
+    :param label: the label.
+    :param msg: the whole message.
+    """
+
+    def __init__(self, label: object, msg: str | None = None) -> None:
+        super().__init__(msg or f"label {label} is in use")
 
 
 class QubesPoolInUseError(QubesException):
     """The storage pool cannot be removed while something uses it.
 
-    :param name: of the pool.
-    :param users: what uses it.
+    :param pool_name: of the pool.
+    :param msg: the whole message, which says what uses it.
     """
 
-    def __init__(self, name: str, users: Iterable[str]) -> None:
-        self.name = name
-        self.users = tuple(users)
-        super().__init__(
-            f"pool {name!r} is used by {', '.join(self.users)}; change these first"
-        )
-
-
-class QubesNoTemplateError(QubesException):
-    """A VM that needs a template was made without one."""
+    def __init__(self, pool_name: object, msg: str | None = None) -> None:
+        super().__init__(msg or f"pool {str(pool_name)!r} is in use")
 
 
 class QubesNotImplementedError(QubesException, NotImplementedError):
     """Qubes OS has it, and this does not."""
 
-
-class ProtocolError(QubesException):
-    """A request of the Admin API has a field that cannot be."""
-
-
-class PermissionDenied(QubesException):
-    """A request of the Admin API is not allowed to who makes it."""
+    def __init__(self, msg: str | None = None) -> None:
+        super().__init__(msg or "this is not available")
 
 
-class UnexpectedDeviceProperty(ProtocolError):  # noqa: N818 - its name in Qubes OS
-    """What was sent contradicts itself about a device.
+class QubesBackupProfileNotFoundError(QubesException):
+    """There is no such profile of backups."""
 
-    :param name: the property.
-    :param found: what it is.
-    :param expected: what it has to be.
-    """
-
-    def __init__(self, name: str, found: str, expected: str) -> None:
-        super().__init__(f"{name} of the device is {found!r}, not {expected!r}")
-        self.name = name
-        self.found = found
-        self.expected = expected
+    def __init__(self, msg: str | None = None, profile: str | None = None) -> None:
+        super().__init__(msg or f"there is no backup profile {profile!r}")
 
 
-class _DeviceError(QubesException, KeyError):
-    """A device is not where a request expects it."""
+class BackupCancelledError(QubesException):
+    """A backup was cancelled."""
 
-    def __str__(self) -> str:
-        # KeyError would show the repr of the message
-        return str(self.args[0])
+    def __init__(self, msg: str | None = None) -> None:
+        super().__init__(msg or "the backup was cancelled")
 
 
-class DeviceNotAssigned(_DeviceError):  # noqa: N818 - its name in Qubes OS
+class BackupAlreadyRunningError(QubesException):
+    """A backup was to be made while it is being made."""
+
+    def __init__(self, msg: str | None = None) -> None:
+        super().__init__(msg or "this backup is being made already")
+
+
+class DeviceNotAssigned(_NotFoundError):  # noqa: N818 - its name in Qubes OS
     """The device is not assigned, or attached, to that VM."""
 
 
-class DeviceAlreadyAttached(_DeviceError):  # noqa: N818
+class DeviceNotFound(_NotFoundError):  # noqa: N818
+    """There is no such device."""
+
+
+class DeviceAlreadyAttached(_NotFoundError):  # noqa: N818
     """A VM has the device already."""
 
 
-class DeviceAlreadyAssigned(_DeviceError):  # noqa: N818
+class DeviceAlreadyAssigned(_NotFoundError):  # noqa: N818
     """The device is assigned to that VM already."""
 
 
@@ -227,55 +339,105 @@ class UnrecognizedDevice(QubesException, ValueError):  # noqa: N818
     """The device is not there, or is another than the expected one."""
 
 
+class UnexpectedDeviceProperty(QubesException, ValueError):  # noqa: N818
+    """What was sent contradicts itself about a device."""
+
+
 class QubesVMError(QubesException):
     """Something failed on one VM.
 
     :param vm: the VM.
-    :param message: what failed.
+    :param msg: what failed.
     """
 
-    def __init__(self, vm: Any, message: str = "") -> None:
-        super().__init__(message or f"something failed on {vm}")
+    def __init__(self, vm: Any, msg: str) -> None:
+        super().__init__(msg)
         self.vm = vm
+
+
+class QubesNoTemplateError(QubesVMError):
+    """A VM that needs a template has none."""
+
+    def __init__(self, vm: Any, msg: str | None = None) -> None:
+        super().__init__(vm, msg or f"VM {vm} needs a template")
 
 
 class QubesVMInUseError(QubesVMError):
     """The VM cannot be removed while others use it."""
 
+    def __init__(self, vm: Any, msg: str | None = None) -> None:
+        super().__init__(vm, msg or f"VM {vm} is in use")
+
 
 class QubesVMNotStartedError(QubesVMError):
     """The VM is not running."""
 
-    def __init__(self, vm: Any, message: str = "") -> None:
-        super().__init__(vm, message or f"VM {vm} is not running; start it first")
+    def __init__(self, vm: Any, msg: str | None = None) -> None:
+        super().__init__(vm, msg or f"VM {vm} is not running; start it first")
 
 
 class QubesVMNotRunningError(QubesVMNotStartedError):
-    """The VM is not running."""
+    """The VM is halted or paused."""
 
 
 class QubesVMNotPausedError(QubesVMNotStartedError):
     """The VM is neither paused nor suspended."""
 
-    def __init__(self, vm: Any, message: str = "") -> None:
-        super().__init__(vm, message or f"VM {vm} is not paused")
+    def __init__(self, vm: Any, msg: str | None = None) -> None:
+        super().__init__(vm, msg or f"VM {vm} is not paused")
+
+
+class QubesVMNotSuspendedError(QubesVMError):
+    """The VM is not suspended."""
+
+    def __init__(self, vm: Any, msg: str | None = None) -> None:
+        super().__init__(vm, msg or f"VM {vm} is not suspended")
 
 
 class QubesVMNotHaltedError(QubesVMError):
     """The VM is not halted."""
 
-    def __init__(self, vm: Any, message: str = "") -> None:
-        super().__init__(vm, message or f"VM {vm} is not halted; shut it down first")
+    def __init__(self, vm: Any, msg: str | None = None) -> None:
+        super().__init__(vm, msg or f"VM {vm} is not halted; shut it down first")
+
+
+class QubesVMCancelledPauseError(QubesVMError):
+    """A handler of `domain-pre-paused` has no use for the pause any more."""
+
+    def __init__(self, vm: Any, msg: str | None = None) -> None:
+        super().__init__(vm, msg or f"VM {vm} is not to be paused any more")
 
 
 class QubesVMShutdownTimeoutError(QubesVMError):
     """The VM did not shut down in time."""
 
-    def __init__(self, vm: Any, timeout: float) -> None:
-        super().__init__(
-            vm, f"VM {vm} did not shut down within {timeout:g} s; kill() stops it"
-        )
-        self.timeout = timeout
+    def __init__(self, vm: Any, msg: str | None = None) -> None:
+        super().__init__(vm, msg or f"VM {vm} did not shut down in time")
+
+
+class QubesMemoryError(QubesVMError, MemoryError):
+    """There is not enough memory for the VM to start."""
+
+    def __init__(self, vm: Any, msg: str | None = None) -> None:
+        super().__init__(vm, msg or f"there is not enough memory to start VM {vm}")
+
+
+class QubesVolumeCopyInUseError(QubesException):
+    """A volume of a VM is being cloned already."""
+
+    def __init__(self, vm: Any, volume: object, msg: str | None = None) -> None:
+        super().__init__(msg or f"volume {volume} of VM {vm} is being cloned already")
+
+
+class QubesVolumeCopyTokenNotFoundError(ProtocolError, KeyError):
+    """A request names a token that stands for no volume."""
+
+    def __init__(self, msg: str | None = None) -> None:
+        super().__init__(msg or "the token is unknown, or was used already")
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of the message
+        return ProtocolError.__str__(self)
 
 
 class QubesVMStorageError(QubesVMError):

@@ -43,7 +43,7 @@ class Features(MutableMapping[str, str]):
         try:
             return self._values[name]
         except KeyError:
-            raise QubesFeatureNotFoundError(name, self._values) from None
+            raise QubesFeatureNotFoundError(self._vm, name) from None
 
     def __setitem__(self, name: str, value: Any) -> None:
         if not isinstance(name, str) or not _FEATURE.fullmatch(name):
@@ -70,7 +70,7 @@ class Features(MutableMapping[str, str]):
 
     def __delitem__(self, name: str) -> None:
         if name not in self._values:
-            raise QubesFeatureNotFoundError(name, self._values)
+            raise QubesFeatureNotFoundError(self._vm, name)
         self._vm.fire_event(
             f"domain-feature-pre-delete:{name}", pre_event=True, feature=name
         )
@@ -103,7 +103,7 @@ class Features(MutableMapping[str, str]):
         if adminvm and name in (dom0 := self._vm.app.domains["dom0"]).features:
             return dom0.features[name]
         if default is _MISSING:
-            raise QubesFeatureNotFoundError(name, self._values)
+            raise QubesFeatureNotFoundError(self._vm, name)
         return default
 
     def check_with_template(self, name: str, default: Any = _MISSING) -> Any:
@@ -176,7 +176,7 @@ class Tags(MutableSet[str]):
     def remove(self, value: str) -> None:
         """Remove a tag; KeyError if it is not there."""
         if value not in self._values:
-            raise QubesTagNotFoundError(value, self._values)
+            raise QubesTagNotFoundError(self._vm, value)
         self.discard(value)
 
     def update(self, *others: Iterable[str]) -> None:

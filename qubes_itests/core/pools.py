@@ -81,7 +81,9 @@ class PoolsMixin(PropertyHolder):
         if self.default_pool == name:
             users.append("the app (default_pool)")
         if users:
-            raise QubesPoolInUseError(name, users)
+            raise QubesPoolInUseError(
+                name, f"pool {name!r} is used by {', '.join(users)}; change these first"
+            )
         self.fire_event("pool-pre-delete", pre_event=True, pool=pool)
         # first: while it is waited for, nobody may begin to use it, or remove it too
         del self.pools[name]

@@ -153,7 +153,8 @@ class Property(Generic[T]):
 
     def _check_unwritten(self, instance: PropertyHolder, value: Any) -> None:
         if self.write_once and self.name in instance._values:  # noqa: SLF001
-            raise PropertyWrittenError(instance, self.name, value)
+            told = self.refusal(instance, value, "it is set once and for all")
+            raise PropertyWrittenError(instance, self, value, str(told))
 
     def _checked(self, instance: PropertyHolder, value: Any) -> Any:
         """Return the value to store; only a setter may have it be None."""
@@ -170,10 +171,22 @@ class Property(Generic[T]):
         except QubesException:
             raise
         except (ValueError, TypeError, KeyError) as error:
-            raise QubesPropertyValueError(
-                instance, self.name, value, str(error)
-            ) from error
+            raise self.refusal(instance, value, str(error)) from error
         return new
+
+    def refusal(
+        self, instance: object, value: object, reason: str
+    ) -> QubesPropertyValueError:
+        """Return what is to be raised for a value that the property does not take.
+
+        :param reason: what it takes, or why not this one.
+        """
+        return QubesPropertyValueError(
+            instance,
+            self,
+            value,
+            f"property {self.name!r} of {instance} cannot be {value!r}: {reason}",
+        )
 
     def _old(self, instance: PropertyHolder) -> dict[str, Any]:
         try:
@@ -241,7 +254,11 @@ class VMProperty(Property[T]):
             if not self.allow_none:
                 raise ValueError("it takes a VM")
             return None
-        found = getattr(holder, "app", holder).domains[value]
+        try:
+            found = getattr(holder, "app", holder).domains[value]
+        except KeyError as error:
+            # as a refusal, as of any other value that the property does not take
+            raise ValueError(str(error)) from None
         if self.klass is not None and found.klass != self.klass:
             raise ValueError(f"{found} is no {self.klass}")
         found.check_whole()

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from qubes_itests.core.exc import QubesException
 from qubes_itests.core.policy import evaluate
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.relay import relay
@@ -48,7 +49,7 @@ async def handle_call(source: Any, call: ServiceCall) -> None:
         return
     try:
         await _connect(source, call, decision)
-    except HarnessError as error:
+    except (HarnessError, QubesException) as error:
         # for the log alone, again: it may show the console of another VM
         _limited.warning(
             source.name, "%s of %s failed: %s", call.service, source.name, str(error)

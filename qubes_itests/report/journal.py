@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 from typing import TYPE_CHECKING, Any, Final
 
+from qubes_itests.core.exc import QubesException
 from qubes_itests.exc import HarnessError
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ def read_journal(portal: Portal, vm: Any) -> bytes | None:
     if vm.features.check_with_template("init", "agent") != "systemd":
         return None
     asked = vm.ask(_COMMAND, "show its journal", timeout=_TIMEOUT, limit=_LIMIT)
-    with contextlib.suppress(HarnessError, OSError, subprocess.CalledProcessError):
+    with contextlib.suppress(
+        HarnessError, QubesException, OSError, subprocess.CalledProcessError
+    ):
         output: tuple[bytes, bytes] = portal.run(asked)
         return output[0]
     return None

@@ -15,9 +15,9 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from qubes_itests.admin.dispatch import EXPECTED_ERRORS
 from qubes_itests.admin.hangups import Hangups
 from qubes_itests.core.exc import QubesVMNotRunningError
-from qubes_itests.exc import HarnessError
 from qubes_itests.guest.exc import GuestGoneError
 from qubes_itests.serve.exc import BadCallError
 from qubes_itests.serve.imports import import_volume
@@ -169,7 +169,7 @@ class Answer:
             status = await self._do()
         except (BadCallError, ValueError) as error:
             status = await self._say(str(error), _REFUSED)
-        except (GuestGoneError, HarnessError) as error:
+        except EXPECTED_ERRORS as error:
             status = await self._say(str(error), _GONE)
         except ConnectionError:
             raise

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qubes_itests.admin.server import AdminServer
 from qubes_itests.admin.vm_calls import offer_to_vms
 from qubes_itests.assembly import open_testbed
+from qubes_itests.core.exc import QubesException
 from qubes_itests.derived import policy_of
 from qubes_itests.exc import HarnessError
 from qubes_itests.host import sandbox
@@ -26,7 +27,6 @@ from qubes_itests.serve.place import Place
 from qubes_itests.serve.state import State
 from qubes_itests.serve.tools import installed_tools
 from qubes_itests.untrusted_text import safe_text
-from qubes_storage.exc import StoragePoolException
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,7 +136,7 @@ async def _report_orphans(app: Qubes) -> None:
     for pool in app.pools.values():
         try:
             orphans = await app.find_orphans(pool)
-        except StoragePoolException as error:
+        except QubesException as error:
             log.warning("%s", str(error))
             continue
         for vid in orphans:
@@ -166,7 +166,7 @@ async def _end(vm: Any) -> None:
         if vm.is_paused():
             await vm.unpause()
         await vm.shutdown(force=True, wait=True)
-    except HarnessError as error:
+    except (HarnessError, QubesException) as error:
         log.warning("%s is killed: %s", name, str(error))
 
 

@@ -8,11 +8,9 @@ import os
 import traceback
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.admin.dispatch import error_name, save
+from qubes_itests.admin.dispatch import EXPECTED_ERRORS, error_name, save
 from qubes_itests.admin.protocol import encode_exception, encode_reply
 from qubes_itests.core.exc import ProtocolError, QubesVMNotFoundError
-from qubes_itests.exc import HarnessError
-from qubes_storage.exc import StoragePoolException
 from qubes_storage.operation import typed_errors
 from qubes_storage.uninterrupted import to_its_end
 
@@ -48,7 +46,7 @@ async def import_volume(
     try:
         target = _target(app, vm, volume, method)
         await _import(app, vm, target, _Payload(stream), method)
-    except (HarnessError, StoragePoolException) as error:
+    except EXPECTED_ERRORS as error:
         return encode_exception(error_name(error), str(error))
     except ConnectionError:
         # who sent it is gone

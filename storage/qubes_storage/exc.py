@@ -2,23 +2,24 @@
 
 ::
 
-    StoragePoolException
-     +-- PoolError                     one pool; has `pool`, `reason`
-     |    +-- ReflinkNotSupportedError   its filesystem cannot share extents
-     +-- DriverNotFoundError           no driver of that name is installed
-     +-- InvalidVolumeConfigError      a volume's configuration makes no sense
-     |    +-- InvalidVidError            a volume id that no volume can have
-     +-- VolumeError                   one volume; has `pool`, `vid`, `action`, `reason`
-          +-- VolumeNotFoundError        there is no such volume, or it has no image
-          +-- VolumeExistsError          there is one already
-          +-- VolumeStateError           it is started, dirty, importing, or not so
-          +-- VolumeBusyError            another process works on it
-          +-- RevisionNotFoundError      it has no such revision
-          +-- InvalidSizeError           a size it cannot have
-          +-- ImportSizeError            the import is not as long as declared
-          +-- ImageTypeError             something else is where an image should be
-          +-- OutOfSpaceError            the pool's filesystem is full
-          +-- VolumeIOError              the operating system refused something else
+    QubesException, the base of what may be shown to users
+     +-- StoragePoolException
+          +-- PoolError                     one pool; has `pool`, `reason`
+          |    +-- ReflinkNotSupportedError   its filesystem cannot share extents
+          +-- DriverNotFoundError           no driver of that name is installed
+          +-- InvalidVolumeConfigError      a volume's configuration makes no sense
+          |    +-- InvalidVidError            a volume id that no volume can have
+          +-- VolumeError                   one volume; has pool, vid, action, reason
+               +-- VolumeNotFoundError        no such volume, or it has no image
+               +-- VolumeExistsError          there is one already
+               +-- VolumeStateError           it is started, dirty, importing, or not so
+               +-- VolumeBusyError            another process works on it
+               +-- RevisionNotFoundError      it has no such revision
+               +-- InvalidSizeError           a size it cannot have
+               +-- ImportSizeError            the import is not as long as declared
+               +-- ImageTypeError             something else is where an image should be
+               +-- OutOfSpaceError            the pool's filesystem is full
+               +-- VolumeIOError              the system refused something else
 
 When an operation on a volume raises, the volume is as it was before, and the
 operation can be repeated once its cause is gone.
@@ -35,6 +36,7 @@ __all__ = [
     "InvalidVolumeConfigError",
     "OutOfSpaceError",
     "PoolError",
+    "QubesException",
     "ReflinkNotSupportedError",
     "RevisionNotFoundError",
     "StoragePoolException",
@@ -48,7 +50,15 @@ __all__ = [
 ]
 
 
-class StoragePoolException(Exception):  # noqa: N818 - the name Qubes gives it
+class QubesException(Exception):  # noqa: N818 - the name Qubes gives it
+    """The base of all errors of Qubes OS that may be shown to users.
+
+    Those of storage are some of them, and what handles the others handles these.  Who
+    has more of them derives them from this class.
+    """
+
+
+class StoragePoolException(QubesException):
     """The base of everything that storage raises on purpose."""
 
 

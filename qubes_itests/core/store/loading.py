@@ -13,12 +13,11 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from qubes_itests.core.exc import QubesException
+from qubes_itests.core.exc import QubesException, QubesPropertyValueError
 from qubes_itests.core.store.exc import StoreFormatError
 from qubes_itests.core.store.older import ELSEWHERE, modernise
 from qubes_itests.core.store.vms import load_extras
 from qubes_storage.drivers import pool_class
-from qubes_storage.exc import StoragePoolException
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -75,7 +74,7 @@ class Loading:
             yield
         except StoreFormatError:
             raise
-        except (QubesException, StoragePoolException, ValueError, TypeError) as error:
+        except (QubesException, ValueError, TypeError) as error:
             self.refuse(element, str(error), error)
 
     def refuse(
@@ -190,10 +189,10 @@ class Loading:
         try:
             yield
         except (QubesException, ValueError, TypeError) as error:
-            name = getattr(error, "name", None)
+            name = error.prop.name if isinstance(error, QubesPropertyValueError) else ""
             # a name that cannot be is no matter of one property to its checker
             default = properties["name"] if "name" in str(error) else domain
-            self.refuse(properties.get(str(name), default), str(error), error)
+            self.refuse(properties.get(name, default), str(error), error)
 
     def _dom0(self, domain: Element, identity: dict[str, Any]) -> BaseVM:
         dom0: BaseVM = self._app.domains[0]

@@ -88,7 +88,7 @@ async def _remove(app: Qubes, vm: Any) -> None:
     name = vm.name
     try:
         await app.domains.remove(vm)
-    except (QubesException, StoragePoolException) as error:
+    except QubesException as error:
         log.warning("disposable VM %s is kept: %s", name, str(error))
     else:
         log.info("disposable VM %s is gone: it ended with its last run", name)

@@ -45,11 +45,11 @@ class AdminVM(BaseVM):
         """Dom0 is never paused."""
         return False
 
-    async def start(self, **_kwargs: Any) -> None:
+    async def start(self, *_args: object, **_kwargs: object) -> None:
         """Refuse: dom0 runs already."""
         raise QubesVMNotHaltedError(self, "dom0 cannot be started: it always runs")
 
-    async def shutdown(self, **_kwargs: Any) -> None:
+    async def shutdown(self, *_args: object, **_kwargs: object) -> None:
         """Refuse: dom0 ends with the machine."""
         raise QubesVMError(self, "dom0 cannot be shut down from here")
 

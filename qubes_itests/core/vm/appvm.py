@@ -48,7 +48,9 @@ class AppVM(DVMTemplateMixin, QubesVM):
 
     def __init__(self, app: Any, **properties: Any) -> None:
         if properties.get("template") is None and not app.loading:
-            raise QubesNoTemplateError(f"VM {properties.get('name')} needs a template")
+            raise QubesNoTemplateError(
+                None, f"VM {properties.get('name')} needs a template"
+            )
         super().__init__(app, **properties)
 
     def volume_settings(self) -> dict[str, dict[str, Any]]:

@@ -88,7 +88,7 @@ class DispVM(QubesVM):
     def __init__(self, app: Any, **properties: Any) -> None:
         if not app.loading:
             if properties.get("template") is None:
-                raise QubesNoTemplateError("a DispVM needs a template")
+                raise QubesNoTemplateError(None, "a DispVM needs a template")
             if "dispid" not in properties:
                 properties["dispid"] = app.domains.get_new_unused_dispid()
             name = f"{config.dispvm_prefix}{properties['dispid']}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import weakref
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from qubes_itests.core.exc import (
     QubesVMInUseError,
+    QubesVMNotRunningError,
     QubesVMNotStartedError,
     QubesVMShutdownTimeoutError,
 )
@@ -28,8 +30,10 @@ __all__ = ["STARTS", "EndMixin"]
 log = logging.getLogger("qubes.vm")
 
 #: The starts that this task is a part of: those of which it must not await the end.
-STARTS: Final[contextvars.ContextVar[tuple[asyncio.Task[None], ...]]] = (
-    contextvars.ContextVar("starts", default=())
+#: Weakly: contexts outlive starts, in tasks that others share and in timers that were
+#: cancelled, and a start that failed has an error that holds the VM and much else.
+STARTS: Final[contextvars.ContextVar[weakref.WeakSet[asyncio.Task[None]]]] = (
+    contextvars.ContextVar("starts", default=weakref.WeakSet())  # noqa: B039 - nobody adds
 )
 
 
@@ -116,12 +120,14 @@ class EndMixin(PauseMixin):
     ) -> Self:
         """Ask the guest to power off.
 
-        :param force: do it even if running VMs have it as their net VM; handlers of
-            `domain-pre-shutdown` are told, and need not object then.
+        :param force: do it even if running VMs have it as their net VM, or if it is
+            paused, as it is unpaused for this; handlers of `domain-pre-shutdown` are
+            told, and need not object then.
         :param wait: return when all of the run has ended.
         :param timeout: seconds to wait; by default the VM's `shutdown_timeout`.
         :raise QubesVMNotStartedError: when it is halted.
         :raise QubesVMInUseError: when running VMs need it, and `force` is not set.
+        :raise QubesVMNotRunningError: when it is paused, and `force` is not set.
         :raise QubesVMShutdownTimeoutError: when it runs still; it goes on running.
         """
         if self._power == "Halted":
@@ -142,6 +148,10 @@ class EndMixin(PauseMixin):
             self._require_no_clients()
         await self.fire_event_async("domain-pre-shutdown", pre_event=True, force=force)
         if self.is_paused():
+            if not force:
+                raise QubesVMNotRunningError(
+                    self, f"VM {self} is paused: unpause it first, or force it"
+                )
             await self.unpause()
         try:
             await agent.power_off()
@@ -153,7 +163,10 @@ class EndMixin(PauseMixin):
         try:
             await self.wait_ended(limit)
         except TimeoutError:
-            raise QubesVMShutdownTimeoutError(self, limit) from None
+            raise QubesVMShutdownTimeoutError(
+                self,
+                f"VM {self} did not shut down within {limit:g} s; kill() stops it",
+            ) from None
 
     def _require_no_clients(self) -> None:
         clients = [

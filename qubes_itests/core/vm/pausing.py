@@ -6,7 +6,11 @@ import logging
 import subprocess
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.core.exc import QubesVMNotPausedError, QubesVMNotRunningError
+from qubes_itests.core.exc import (
+    QubesException,
+    QubesVMNotPausedError,
+    QubesVMNotRunningError,
+)
 from qubes_itests.exc import HarnessError
 from qubes_itests.hypervisor.exc import StateError
 
@@ -63,12 +67,11 @@ class PauseMixin:
     async def unpause(self) -> None:
         """Let its virtual CPUs run.
 
-        :raise QubesVMNotStartedError: when it is halted.
-        :raise QubesVMNotPausedError: when they run.
+        :raise QubesVMNotPausedError: when they run, or it is halted.
         """
-        domain = self.running_domain()
         if not self.is_paused():
             raise QubesVMNotPausedError(self)
+        domain = self.running_domain()
         await self._fire("domain-pre-unpaused", pre_event=True)
         await self._switch(domain, domain.resume, "Running")
         await self._fire("domain-unpaused")
@@ -87,7 +90,6 @@ class PauseMixin:
     async def resume(self) -> None:
         """Wake it up from `suspend`; a VM that is only paused is unpaused.
 
-        :raise QubesVMNotStartedError: when it is halted.
         :raise QubesVMNotPausedError: when it is neither suspended nor paused.
         """
         suspended = self._power == "Suspended"
@@ -120,5 +122,9 @@ class PauseMixin:
             await call(
                 service, f"call {service}", user="root", timeout=_SERVICE_TIMEOUT
             )
-        except (subprocess.CalledProcessError, HarnessError) as error:
+        except (
+            subprocess.CalledProcessError,
+            HarnessError,
+            QubesException,
+        ) as error:
             log.info("%s in VM %s: %s", service, self.name, str(error))

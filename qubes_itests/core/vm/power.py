@@ -149,7 +149,7 @@ class PowerMixin(EndMixin):
 
     async def _start(self, *, start_guid: bool, memory: int | None) -> None:
         this = asyncio.current_task()
-        STARTS.set(tuple(t for t in (*STARTS.get(), this) if t and not t.done()))
+        STARTS.set(STARTS.get() | {this})  # type: ignore[arg-type]
         self._begun = True
         try:
             if self._aborted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qubes_itests.core.exc import QubesVMError
+from qubes_itests.core.exc import QubesVMError, QubesVMNotHaltedError
 from qubes_itests.core.properties import Property, VMProperty
 from qubes_itests.core.vm.base import BaseVM
 
@@ -64,7 +64,12 @@ class RemoteVM(BaseVM):
         """Tell no: it never runs here."""
         return False
 
-    start = _refusing("start")
+    async def start(self, *_args: object, **_kwargs: object) -> NoReturn:
+        """Refuse to start it: it is on another machine."""
+        raise QubesVMNotHaltedError(
+            self, f"VM {self} is on another machine: cannot start it from here"
+        )
+
     shutdown = _refusing("shut down")
     kill = _refusing("kill")
     pause = _refusing("pause")

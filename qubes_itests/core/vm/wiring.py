@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.events import handler
-from qubes_itests.core.exc import QubesVMError, QubesVMNotRunningError
+from qubes_itests.core.exc import QubesException, QubesVMError, QubesVMNotRunningError
 from qubes_itests.core.vm.links import Downlink, Uplink, routes_to
 from qubes_itests.core.vm.network import NetMixin
 from qubes_itests.exc import DeadlineError, HarnessError
@@ -158,7 +158,7 @@ class WiringMixin(NetMixin):
             if self.netvm is None or self.netvm.is_running():
                 async with self._rewiring:
                     await self._rewire()
-        except HarnessError as error:
+        except (HarnessError, QubesException) as error:
             log.warning(
                 "VM %s goes on without all of its network: %s", self.name, str(error)
             )
@@ -369,7 +369,7 @@ class WiringMixin(NetMixin):
                 await netvm.serve(downlink)
                 if netvm.uplink is not None:
                     await netvm.announce(netvm.uplink)
-        except HarnessError as error:
+        except (HarnessError, QubesException) as error:
             log.info(
                 "VM %s was not told that VM %s left: %s",
                 netvm.name,

@@ -98,7 +98,7 @@ def test_a_halted_vm_gets_no_device(client):
             "Assign",
             DEVICE,
             b"mode='required' port_id='sdb'",
-            "UnexpectedDeviceProperty",
+            "QubesDaemonAccessError",
         ),
         (
             "Assign",

@@ -99,7 +99,7 @@ REFUSED = [
     ("admin.vm.property.Set", "work", "debug", b" True", "QubesPropertyValueError"),
     ("admin.vm.property.Set", "work", "debug", b"True\n", "QubesPropertyValueError"),
     ("admin.vm.volume.Set.rw", "work", "private", b"True\n", "QubesDaemonAccessError"),
-    ("admin.vm.property.Set", "work", "netvm", b"no-such", "QubesVMNotFoundError"),
+    ("admin.vm.property.Set", "work", "netvm", b"no-such", "QubesPropertyValueError"),
     ("admin.vm.property.Set", "work", "netvm", b"a b", "QubesPropertyValueError"),
     ("admin.vm.property.Set", "work", "label", b"pink", "QubesLabelNotFoundError"),
     ("admin.vm.property.Set", "work", "label", b"1", "QubesPropertyValueError"),

@@ -72,9 +72,9 @@ def test_the_state_of_a_halted_vm(client):
         ("Shutdown", "QubesVMNotStartedError"),
         ("Kill", "QubesVMNotStartedError"),
         ("Pause", "QubesVMNotRunningError"),
-        ("Unpause", "QubesVMNotRunningError"),
+        ("Unpause", "QubesVMNotPausedError"),
         ("Suspend", "QubesVMNotRunningError"),
-        ("Resume", "QubesVMNotRunningError"),
+        ("Resume", "QubesVMNotPausedError"),
         ("Console", "QubesVMNotRunningError"),
     ],
 )

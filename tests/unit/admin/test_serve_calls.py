@@ -107,7 +107,7 @@ def test_a_veto_is_answered_whatever_it_is(fill, app, caplog, error, told):
     with pytest.raises(AdminError, match=told):
         fill(b"12345678")
     assert app.domains["work"].volumes["private"].size == 4 << 20
-    assert ("not so" in caplog.text) == isinstance(error, PermissionError)
+    assert ("not so" in caplog.text) == (type(error) is PermissionError)
 
 
 def test_a_defect_is_told_and_logged_with_its_traceback(call, app, monkeypatch, caplog):

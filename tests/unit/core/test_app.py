@@ -164,11 +164,12 @@ async def test_calls_on_a_halted_vm(work):
         work.shutdown(),
         work.kill(),
         work.pause(),
-        work.unpause(),
         work.run("true"),
     ):
         with pytest.raises(exc.QubesVMNotStartedError, match="VM work is not running"):
             await call
+    with pytest.raises(exc.QubesVMNotPausedError, match="VM work is not paused"):
+        await work.unpause()
 
 
 @pytest.mark.asyncio

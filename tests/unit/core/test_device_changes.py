@@ -47,7 +47,7 @@ class Domains(dict):
         return name in self.keys()
 
     def __missing__(self, name):
-        raise QubesVMNotFoundError(name, self)
+        raise QubesVMNotFoundError(name)
 
 
 class VM:

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gc
 import itertools
+import weakref
 
 import pytest
 import pytest_asyncio
@@ -262,8 +264,11 @@ async def test_suspend_and_resume(app):
     told = []
     await vm.pause()
     await vm.suspend()
+    with pytest.raises(exc.QubesVMNotRunningError, match="unpause it first"):
+        await vm.shutdown(wait=True)
+    assert vm.is_paused()
     vm.add_handler("domain-*", lambda _, event, **__: told.append(event))
-    await vm.shutdown(wait=True)
+    await vm.shutdown(wait=True, force=True)
     # a guest whose virtual CPUs stand still cannot power off
     assert told[:3] == ["domain-pre-shutdown", "domain-pre-unpaused", "domain-unpaused"]
     assert vm.is_halted()
@@ -329,3 +334,26 @@ async def test_a_removed_vm_does_not_start(app):
     with pytest.raises(exc.QubesVMNotFoundError):
         await vm.start()
     await vm.remove_from_disk()
+
+
+@pytest.mark.asyncio
+async def test_a_start_that_failed_is_held_by_nobody(app):
+    """Not by what it began for others too, nor by the timers of what it waited for."""
+    vm = await make_vm(app, "AppVM", "work")
+    others = []
+
+    async def fail(*_args, **_kwargs):
+        others.append(asyncio.create_task(asyncio.Event().wait()))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.sleep(0), 1000)
+        raise exc.QubesException("not today")
+
+    vm.add_handler("domain-pre-start", fail)
+    with contextlib.suppress(exc.QubesException):
+        await vm.start()
+    await app.domains.remove(vm)
+    gone = weakref.ref(vm)
+    del vm
+    gc.collect()
+    assert gone() is None
+    others[0].cancel()

@@ -240,5 +240,5 @@ def test_vm_properties_of_the_app_take_vm_name_and_nothing(app, template, work, 
     for value in ("", None):
         setattr(app, name, value)
         assert getattr(app, name) is None
-    with pytest.raises(exc.QubesVMNotFoundError):
+    with pytest.raises(exc.QubesPropertyValueError, match="no such VM: 'nobody'"):
         setattr(app, name, "nobody")
