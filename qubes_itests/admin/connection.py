@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from qubes_itests.admin.exc import FramingError
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from qubes_itests.admin.protocol import Request
 
 __all__ = ["Connection", "Host"]
-
-log = logging.getLogger("qubes.admin")
 
 #: Seconds that a client has to send its request, and again to read its answer.
 CLIENT_TIMEOUT: Final = 30.0
@@ -30,6 +27,9 @@ class Host(Protocol):
 
     def requested(self, connection: Connection) -> None:
         """Take note that its request is complete."""
+
+    def refused(self, reason: str) -> None:
+        """Take note that what a client sent is no request."""
 
     def closed(self, connection: Connection) -> None:
         """Take note that it is gone."""
@@ -67,7 +67,9 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Collect; one byte too many ends it."""
         if len(self._received) + len(data) > LONGEST_REQUEST:
-            log.warning("a request of more than %d bytes is dropped", LONGEST_REQUEST)
+            self._host.refused(
+                f"a request of more than {LONGEST_REQUEST} bytes is dropped"
+            )
             self.abort()
             return
         self._received += data
@@ -78,7 +80,7 @@ class Connection(asyncio.Protocol):
         try:
             request = parse_request(bytes(self._received))
         except FramingError as error:
-            log.warning("%s", str(error))
+            self._host.refused(str(error))
             self.abort()
             return None
         self._received.clear()

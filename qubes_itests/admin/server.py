@@ -136,6 +136,10 @@ class AdminServer:
         """Take note that its request is complete."""
         self._sending.pop(connection, None)
 
+    def refused(self, reason: str) -> None:
+        """Take note that what a client sent is no request."""
+        self._limited.warning("", "%s", reason)
+
     def closed(self, connection: Connection) -> None:
         """Take note that it is gone."""
         self._sending.pop(connection, None)

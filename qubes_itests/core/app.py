@@ -155,6 +155,7 @@ class Qubes(PoolsMixin):
         #: Asked for memory by each start; None where memory is not balanced.
         self.qmemman: Client | None = None
         self.pools: dict[str, Pool] = {}
+        self.volumes_going: set[tuple[str, str]] = set()
         self.policy = Policy(directory=directory / "policy.d")
         #: Services of dom0 that VMs may call, by name.
         self.host_services: dict[str, HostService] = {}

@@ -30,6 +30,8 @@ class PoolsMixin(PropertyHolder):
     domains: VMCollection
     #: The pools, by name.
     pools: dict[str, Pool]
+    #: Pool and id of volumes that no VM has and that are being removed.
+    volumes_going: set[tuple[str, str]]
 
     default_pool = Property["str | None"](
         "default_pool",
@@ -109,11 +111,13 @@ class PoolsMixin(PropertyHolder):
     async def find_orphans(self, pool: Pool, *, besides: object = None) -> list[str]:
         """Return the ids of the volumes in a pool that no VM of the app has.
 
+        Those that are being removed are none any more: no VM may take them over.
+
         :param besides: a VM that does not count.
         :raise PoolError: when the pool cannot be read.
         """
         found = await pool.find_volumes()
-        owned = self.owned_volumes(besides=besides)
+        owned = self.owned_volumes(besides=besides) | self.volumes_going
         return [vid for vid in found if (pool.name, vid) not in owned]
 
     async def remove_orphan(self, pool: Pool, vid: str) -> None:
@@ -138,11 +142,14 @@ class PoolsMixin(PropertyHolder):
             raise QubesValueError(f"a VM has volume {vid!r} of pool {pool}")
         config = {"vid": vid, "name": vid.rpartition("/")[2]}
         volume = pool.init_volume(None, config)
+        self.volumes_going.add((pool.name, vid))
         try:
             await volume.remove()
         except BaseException:
             pool.unbind(volume)
             raise
+        finally:
+            self.volumes_going.discard((pool.name, vid))
 
     def get_pool(self, name: str) -> Pool:
         """Return a storage pool by name; QubesPoolNotFoundError if there is none."""

@@ -339,16 +339,23 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def disk_usage(directory: Path) -> int:
-    """Return how many bytes a directory takes on its disk. Blocking."""
-    return sum(
-        Path(place, name).lstat().st_blocks * 512
-        for place, _, files in os.walk(directory)
-        for name in files
-    )
+    """Return how many bytes a directory takes on its disk. Blocking.
+
+    What others remove meanwhile takes none.
+    """
+    total = 0
+    for place, _, files in os.walk(directory):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += Path(place, name).lstat().st_blocks * 512
+    return total
 
 
 def _entry(place: Path) -> Entry:
-    return Entry(place, disk_usage(place), last_use(place))
+    size, used = disk_usage(place), 0.0
+    with contextlib.suppress(FileNotFoundError):  # another process has dropped it
+        used = last_use(place)
+    return Entry(place, size, used)
 
 
 def _flush_tree(root: Path) -> None:

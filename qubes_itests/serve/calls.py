@@ -52,6 +52,8 @@ _REQUEST_TIMEOUT: Final = 30.0
 _END_TIMEOUT: Final = 5.0
 _REFUSED: Final = 126
 _GONE: Final = 255
+#: Calls at once, lest they take the descriptors of all else.
+_MOST_CALLS: Final = 512
 _COMMAND: Final = re.compile(r"(?P<user>[^:]*):(?:nogui:)?(?P<rest>.+)", re.DOTALL)
 _SERVICE: Final = re.compile(r"QUBESRPC (?P<service>[!-~]+)(?: (?P<source>[!-~]+))?")
 
@@ -132,9 +134,13 @@ class CallServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         descriptor = writer.get_extra_info("socket").fileno()
+        answer = Answer(self.app, reader, writer)
         try:
             with self._hangups.watched(descriptor, lambda: _cancel(task)):
-                await Answer(self.app, reader, writer).give()
+                if len(self._tasks) > _MOST_CALLS:
+                    await answer.refuse(f"{_MOST_CALLS} calls are under way already")
+                else:
+                    await answer.give()
         except asyncio.CancelledError:
             pass  # the program is gone, or the server ends
         except ConnectionError as error:
@@ -177,6 +183,11 @@ class Answer:
             log.error("a call failed:\n%s", traceback.format_exc())  # noqa: TRY400
             reason = "the call failed unexpectedly; the server's log says more"
             status = await self._say(reason, _GONE)
+        await self._send(EXIT, str(status).encode())
+
+    async def refuse(self, reason: str) -> None:
+        """Do nothing, and send why."""
+        status = await self._say(reason, _REFUSED)
         await self._send(EXIT, str(status).encode())
 
     async def _do(self) -> int:

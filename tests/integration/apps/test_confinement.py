@@ -20,6 +20,13 @@ ATTACKS = {
     "press a key for the kernel": "echo h >/proc/sysrq-trigger",
     "make /proc/sys writable": "mount -o remount,bind,rw /proc/sys",
     "uncover /proc/sys": "umount /proc/sys",
+    # what would be an own user namespace's to mount shows what is masked
+    "mount /proc anew": "unshare --user --map-root-user --mount --pid --fork"
+    " mount -t proc none /mnt",
+    "uncover /proc/sys in a user namespace": "unshare --user --map-root-user --mount"
+    " umount /proc/sys",
+    "make /proc/sys writable in a user namespace": "unshare --user --map-root-user"
+    " --mount mount -o remount,bind,rw /proc/sys",
     "write in /sys": ": >/sys/x",
     "see devices of the host": "mount -t sysfs none /sys && ls /sys/block",
     "read messages of the kernel": "dmesg | grep .",

@@ -344,11 +344,24 @@ def test_clients_leave_descriptors_to_all_else(server, client, monkeypatch):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_refusals_are_logged_with_a_limit(client, caplog):
+def unknown(client):
+    with pytest.raises(AdminError):
+        client.call("admin.vm.Nonsense")
+
+
+def malformed(client):
+    dropped(client, b"hello")
+
+
+def too_long(client):
+    dropped(client, frame("admin.vm.List") + bytes(1 << 17))
+
+
+@pytest.mark.parametrize("refused", [unknown, malformed, too_long])
+def test_refusals_are_logged_with_a_limit(client, caplog, refused):
     caplog.set_level(logging.INFO, "qubes.admin")
     for _ in range(200):
-        with pytest.raises(AdminError):
-            client.call("admin.vm.Nonsense")
+        refused(client)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) < 100
     assert any("others are left out" in message for message in messages)

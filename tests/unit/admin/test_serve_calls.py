@@ -1,5 +1,6 @@
 """The socket that the client tools' programs call, without guests: who is told what."""
 
+import contextlib
 import logging
 import socket
 
@@ -69,6 +70,22 @@ def test_who_says_nothing_is_told_and_dropped(call, monkeypatch, caplog):
         assert b"no request within 0.05 seconds" in answer[STDERR]
         assert answer[EXIT] == b"126"
     assert [r.message for r in caplog.records if r.levelno >= logging.ERROR] == []
+
+
+def test_calls_beyond_a_number_are_refused_and_the_others_go_on(
+    server, call, fill, monkeypatch
+):
+    monkeypatch.setattr(calls, "_MOST_CALLS", 3)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.connect(str(server.path))
+        wait_until(lambda: len(server._tasks) == 3)
+        answer = call(b"")
+        assert b"3 calls are under way already" in answer[STDERR]
+        assert answer[EXIT] == b"126"
+    wait_until(lambda: not server._tasks)
+    fill(b"12345678")
 
 
 def test_a_full_pool_is_told_and_changes_nothing(fill, app, monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 
 import pytest
 
@@ -464,6 +465,48 @@ def test_orphans_are_found_taken_over_and_removed(app):
     assert asyncio.run(app.find_orphans(app.pools["default"])) == []
     assert contents(app)["appvms/lost/private.img"] == b"precious"
     assert vm.volumes["private"].size == len(b"precious")
+
+
+@pytest.mark.parametrize("first", ["removed", "taken over"])
+def test_an_orphan_is_removed_or_taken_over_but_not_both(app, monkeypatch, first):
+    """Whoever comes first: a VM is not left without the volume that it relies on."""
+    removes = ImageVolume._remove
+
+    async def scenario():
+        pool = app.pools["default"]
+        path = put(app, "appvms/lost/private")
+        slow = threading.Event()
+        begun = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def remove(volume):
+            loop.call_soon_threadsafe(begun.set)
+            assert slow.wait(30)
+            removes(volume)
+
+        monkeypatch.setattr(ImageVolume, "_remove", remove)
+        if first == "removed":
+            removing = asyncio.ensure_future(
+                app.remove_orphan(pool, "appvms/lost/private")
+            )
+            await begun.wait()
+            making = asyncio.ensure_future(make(app, name="lost", adopt=True))
+            # as far as it gets, and that is to the volume's turn
+            await asyncio.wait([making], timeout=0.2)
+            slow.set()
+            await asyncio.gather(removing, making)
+        else:
+            making = asyncio.ensure_future(make(app, name="lost", adopt=True))
+            await asyncio.sleep(0)
+            slow.set()
+            with pytest.raises(exc.QubesValueError, match="without a VM"):
+                await app.remove_orphan(pool, "appvms/lost/private")
+            await making
+        await app.domains["lost"].storage.verify()
+        assert (path.read_bytes() == b"precious") == (first == "taken over")
+
+    asyncio.run(scenario())
+    assert app.volumes_going == set()
 
 
 def test_what_was_taken_over_survives_a_creation_that_fails(app, monkeypatch):

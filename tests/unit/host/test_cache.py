@@ -54,6 +54,26 @@ def _names(cache: Cache, kind: str) -> list[str]:
     return sorted(path.name for path in (cache.root / kind).iterdir())
 
 
+@pytest.mark.parametrize("gone", ["entry", "file"])
+def test_who_looks_while_another_drops_an_entry_does_not_fail(cache, monkeypatch, gone):
+    """As when two runs at once find the cache full."""
+    place = cache.entry("kind", "other", lambda p: (p / "file").write_text("data"))
+    walk = os.walk
+
+    def walk_late(directory):
+        for found in walk(directory):
+            if directory == place:
+                if gone == "file":
+                    (place / "file").unlink()
+                else:
+                    shutil.rmtree(place)
+            yield found
+
+    monkeypatch.setattr(os, "walk", walk_late)
+    made = cache.entry("kind", "mine", lambda p: (p / "file").write_text("data"))
+    assert (made / "file").read_text() == "data"
+
+
 def test_an_entry_is_built_once(cache):
     builds = []
 
