@@ -74,6 +74,19 @@ def test_examples_are_files_or_programs(name):
     assert len(files(name)) + len(programs(name)) == len(blocks(name, "python"))
 
 
+def test_each_test_that_shows_a_promise_is_there():
+    """And each row of a table of promises names one."""
+    text = page("docs/security.md")
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if not row.startswith("| promise ")]
+    assert len(promises) > 20
+    for row in promises:
+        assert "`tests/" in row.split(" | ")[-1], row
+    for name in set(re.findall(r"`(tests/[^`]+)`", text)):
+        has_tests = "def test_" in (ROOT / name).read_text()
+        assert has_tests or name.startswith("tests/benchmarks/"), name
+
+
 @pytest.mark.parametrize("package", PUBLIC)
 def test_the_reference_has_all_modules(package):
     folder = ROOT / package
