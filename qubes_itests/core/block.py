@@ -39,6 +39,8 @@ __all__ = ["BlockDeviceExtension"]
 
 log = logging.getLogger("qubes.devices")
 
+#: Seconds that a guest has to notice that a disk has come or gone.
+_NOTICE: Final = 60.0
 _FRONTEND: Final = re.compile(r"xvd[a-z]")
 _LETTERS: Final = string.ascii_lowercase
 #: What a disk is called that nobody names: as in Qubes OS, xvdi and on come first.
@@ -101,8 +103,14 @@ class BlockDeviceExtension(Extension):
             raise DeviceNotAssigned(f"block device {port} is not attached to VM {vm}")
 
         async def pull_out() -> None:
-            await vm.domain.detach_disk(options["frontend-dev"])
+            name = options["frontend-dev"]
+            await vm.domain.detach_disk(name)
             vm.devices["block"].attached.pop(port, None)
+            try:
+                await _seen(vm, name, "gone")
+            except HarnessError as error:
+                # to the host it is, whatever the guest says
+                log.warning("VM %s keeps a disk in mind: %s", vm.name, str(error))
 
         try:
             await to_its_end(pull_out())
@@ -147,10 +155,24 @@ async def _plug_in(vm: Any, disk: Disk) -> None:
             vm.domain.attach_disk(disk),
             undo=lambda _plugged: vm.domain.detach_disk(disk.name),
         )
+        try:
+            await _seen(vm, disk.name, "there")
+        except BaseException:
+            await to_its_end(vm.domain.detach_disk(disk.name))
+            raise
     except (HarnessError, QubesException) as error:
         raise QubesVMError(
             vm, f"{disk.path.name} cannot be attached to VM {vm}: {error}"
         ) from error
+
+
+async def _seen(vm: Any, name: str, state: str) -> None:
+    """Wait until the guest has noticed: who uses it at once would make a plain file.
+
+    One that is paused notices when it runs again.
+    """
+    if vm.agent is not None and not vm.is_paused():
+        await vm.agent.wait_for_disk(name, state, timeout=_NOTICE)
 
 
 def _completed(

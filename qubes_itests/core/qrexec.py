@@ -72,9 +72,14 @@ async def _connect(source: Any, call: ServiceCall, decision: Decision) -> None:
 
 async def _call(target: Any, source: Any, call: ServiceCall, decision: Decision) -> int:
     process = await target.running_agent().spawn_service(
-        call.service, source=source.name, user=decision.user
+        _full_name(call), source=source.name, user=decision.user
     )
     return await relay(call, process)
+
+
+def _full_name(call: ServiceCall) -> str:
+    """Return the service with its argument, and the + that also an empty one has."""
+    return call.service if "+" in call.service else f"{call.service}+"
 
 
 async def _call_disposable(source: Any, call: ServiceCall, decision: Decision) -> None:

@@ -356,12 +356,17 @@ class Storage:
             await volume.resize(size)
         if self.vm.domain is None or not self.vm.is_running():
             return
-        await self.vm.domain.resize_disk(self.disk_name(volume.name), size)
-        if volume.name in _WITH_FILESYSTEM and not self.vm.is_paused():
+        disk = self.disk_name(volume.name)
+        await self.vm.domain.resize_disk(disk, size)
+        if self.vm.is_paused():
+            return
+        timeout = self.vm.qrexec_timeout
+        await self.vm.running_agent().wait_for_disk(disk, str(size), timeout=timeout)
+        if volume.name in _WITH_FILESYSTEM:
             await self.vm.ask_service(
                 _RESIZE_SERVICE,
                 f"enlarge the filesystem of its volume {volume.name}",
-                timeout=self.vm.qrexec_timeout,
+                timeout=timeout,
                 input=f"{volume.name}\n".encode(),
                 user="root",
             )

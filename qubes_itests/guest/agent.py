@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -10,7 +11,11 @@ from qubes_itests.exc import DeadlineError
 from qubes_itests.guest.agentlog import AgentLog
 from qubes_itests.guest.connection import AgentConnection
 from qubes_itests.guest.console import console_tail
-from qubes_itests.guest.exc import GuestGoneError, ProtocolViolation
+from qubes_itests.guest.exc import (
+    GuestGoneError,
+    GuestRefusedError,
+    ProtocolViolation,
+)
 from qubes_itests.guest.frames import FrameType, pack_strings
 from qubes_itests.guest.identity import Identity
 
@@ -25,6 +30,12 @@ if TYPE_CHECKING:
 __all__ = ["GuestAgent", "Identity"]
 
 _NO_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType({})
+_CLOCK: Final = struct.Struct("<Q")
+#: What a guest is asked about disks, in words.
+_STATES: Final = {"there": "there", "gone": "gone"}
+#: Seconds between two looks at a disk, which most often is as it should be at once.
+_FIRST_PAUSE: Final = 0.01
+_LONGEST_PAUSE: Final = 0.3
 _POWER_OFF: Final = b"\0"
 _REBOOT: Final = b"\1"
 
@@ -134,6 +145,48 @@ class GuestAgent:
         """Remove an entry of the guest's qubesdb."""
         payload = pack_strings((path,))
         await self._connection.request(FrameType.DB_REMOVE, payload, f"remove {path}")
+
+    async def set_clock(self, nanoseconds: int, *, timeout: float) -> None:
+        """Set the guest's clock.
+
+        :param nanoseconds: since the epoch.
+        :param timeout: seconds.
+        :raise GuestRefusedError: the guest did not.
+        :raise DeadlineError: it did not answer in time.
+        """
+        payload = _CLOCK.pack(nanoseconds)
+        try:
+            async with asyncio.timeout(timeout):
+                await self._connection.request(
+                    FrameType.CLOCK, payload, "set its clock"
+                )
+        except TimeoutError:
+            raise self._late("answer to CLOCK", timeout) from None
+
+    async def wait_for_disk(self, name: str, state: str, *, timeout: float) -> None:
+        """Wait until the guest has a disk as the host has it: it learns of it later.
+
+        :param name: ``xvda`` …
+        :param state: ``there``, ``gone``, or the least size in bytes.
+        :param timeout: seconds.
+        :raise DeadlineError: it was not so in time; says what was the case instead.
+        """
+        payload = pack_strings((name, state))
+        said, pause = "", _FIRST_PAUSE
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    try:
+                        await self._connection.request(FrameType.DISK, payload, "look")
+                    except GuestRefusedError as error:
+                        said = error.reason
+                    else:
+                        return
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+        except TimeoutError:
+            what = f"disk {name} of VM {self.vm} to be {_STATES.get(state, 'resized')}"
+            raise DeadlineError(what, timeout, said or "no answer") from None
 
     async def power_off(self) -> None:
         """Ask the guest to end everything and power off; returns at once."""

@@ -51,6 +51,8 @@ class FrameType(enum.IntEnum):
     DB_WRITE = 0x03
     DB_REMOVE = 0x04
     POWER_OFF = 0x05
+    CLOCK = 0x06
+    DISK = 0x07
     SPAWN = 0x10
     CALL = 0x11
     DATA = 0x12

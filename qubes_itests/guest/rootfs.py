@@ -73,12 +73,14 @@ _FILES: Final = {
         "for file in /etc/profile.d/*.sh; do\n"
         '    [ ! -r "$file" ] || . "$file"\ndone\nunset file\n'
     ),
+    "etc/qubes/rpc-config/qubes.VMRootExec": "force-user=root\n",
     "etc/qubes/rpc-config/qubes.VMRootShell": "force-user=root\n",
 }
 _SCRIPTS: Final = {
     # Not busybox: it reads ahead, and takes from a command what that is to read.
     "etc/qubes-rpc/qubes.VMShell": "exec /bin/bash\n",
     "etc/qubes-rpc/qubes.VMRootShell": "exec /bin/bash\n",
+    "etc/qubes-rpc/qubes.VMRootExec": 'exec /etc/qubes-rpc/qubes.VMExec "$@"\n',
     "etc/qubes-rpc/qubes.WaitForSession": "# there is no session to wait for\n",
     # The kernel learns of a new size in its own time; here it is asked for it.
     "etc/qubes-rpc/qubes.ResizeDisk": (

@@ -63,14 +63,18 @@ class AgentProcess:
         self.file(f"etc/qubes-rpc/{name}", f"#!/bin/sh\n{body}\n", mode)
 
     def client(
-        self, name: str, *arguments: str, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        stdin: int | socket.socket = subprocess.PIPE,
     ) -> subprocess.Popen[bytes]:
         """Start one of the programs that the guest calls."""
         return subprocess.Popen(
             [name, *arguments],
             executable=self.program,
             env=self.environment | dict(environment or {}),
-            stdin=subprocess.PIPE,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )

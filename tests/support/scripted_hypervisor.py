@@ -135,7 +135,7 @@ class ScriptedDomain(Domain):
         elif kind is FrameType.ENTER:
             self.hypervisor.fail_perhaps(self, "enter")
             self._writer.write(encode(FrameType.DONE))
-        elif kind in (FrameType.DB_WRITE, FrameType.DB_REMOVE):
+        elif kind in _TAKEN:
             self._writer.write(encode(FrameType.DONE))
         elif kind is FrameType.SPAWN:
             status = bytes([ExitKind.EXITED, 0])
@@ -153,6 +153,11 @@ class ScriptedDomain(Domain):
     async def memory_statistics(self) -> MemoryStatistics:
         return MemoryStatistics(actual=self.spec.memory << 20)
 
+
+#: Requests that a guest of a script does nothing about, and says that it did.
+_TAKEN = {
+    *(FrameType.DB_WRITE, FrameType.DB_REMOVE, FrameType.CLOCK, FrameType.DISK),
+}
 
 # What its scripts never come to is left out.
 ScriptedDomain.__abstractmethods__ = frozenset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import (
@@ -30,6 +31,8 @@ _STILL: Final = ("Paused", "Suspended")
 
 #: Seconds that a guest has to get ready for being suspended, and to wake up again.
 _SERVICE_TIMEOUT: Final = 10.0
+#: Seconds that a guest has to set its clock.
+_CLOCK_TIMEOUT: Final = 20.0
 
 
 class PauseMixin:
@@ -65,7 +68,7 @@ class PauseMixin:
         await self._fire("domain-paused")
 
     async def unpause(self) -> None:
-        """Let its virtual CPUs run.
+        """Let its virtual CPUs run, and set its clock, which stood still as well.
 
         :raise QubesVMNotPausedError: when they run, or it is halted.
         """
@@ -74,6 +77,7 @@ class PauseMixin:
         domain = self.running_domain()
         await self._fire("domain-pre-unpaused", pre_event=True)
         await self._switch(domain, domain.resume, "Running")
+        await self._set_clock()
         await self._fire("domain-unpaused")
 
     async def suspend(self) -> None:
@@ -114,6 +118,14 @@ class PauseMixin:
         if self.domain is not domain or self._power not in STARTED:
             raise QubesVMNotRunningError(self)
         self._power = state
+
+    async def _set_clock(self) -> None:
+        """Have its clock catch up: it stood still with its virtual CPUs."""
+        agent = self.running_agent()
+        try:
+            await agent.set_clock(time.time_ns(), timeout=_CLOCK_TIMEOUT)
+        except HarnessError as error:
+            log.warning("VM %s goes on with a clock that is late: %s", self.name, error)
 
     async def _tell(self, service: str) -> None:
         """Call a service that the guest may have or not have."""

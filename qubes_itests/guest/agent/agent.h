@@ -38,7 +38,7 @@ enum {
 };
 
 enum frame_type {
-	HELLO = 0x01, ENTER, DB_WRITE, DB_REMOVE, POWER_OFF,
+	HELLO = 0x01, ENTER, DB_WRITE, DB_REMOVE, POWER_OFF, CLOCK, DISK,
 	SPAWN = 0x10, CALL, DATA, END_OF_FILE, STOP, CREDIT, SIGNAL, EXIT,
 	READY = 0x81, DONE, FAILED, LOG,
 };
@@ -109,24 +109,40 @@ int calls_listen(void);
 void calls_ready(int socket);
 void tell_client(int status, uint8_t value, const char *text); /* and close */
 
-/* spawn.c */
+/* service.c */
 struct failure {
 	int value;
 	char text[TEXT_MAX];
 };
+struct service {
+	enum { PROGRAM, UNIX_SERVER, TCP_SERVER } kind;
+	bool bare;              /* its socket is not told who calls what */
+	bool ends_with_client;  /* when that has sent EOF */
+	bool ends_with_service; /* when that has */
+	char path[PATH_LIMIT];
+	char address[PATH_LIMIT]; /* of a TCP_SERVER */
+	char user[NAME_LIMIT];    /* whom its configuration demands, or empty */
+};
+bool service_find(const char *name, struct service *service, struct failure *failure);
+int service_connect(struct service *service, const char *name, struct failure *failure);
+
+/* spawn.c */
 extern char default_user[NAME_LIMIT];
 struct passwd *find_user(const char *name, uid_t uid); /* name NULL: by uid */
-pid_t spawn(struct strings request, const int stdio[3], struct failure *failure);
+pid_t spawn(struct strings request, const struct service *service, const int stdio[3],
+            struct failure *failure); /* service NULL: a command */
 
 /* boot.c, enter.c, disks.c: the duties of init. */
 int boot(void);   /* stage one; the port */
 int resume(void); /* stage two, as a service of another init; the port */
 const char *enter(struct strings request); /* stage two; NULL, or what went wrong */
+const char *set_clock(uint64_t nanoseconds); /* likewise */
 bool mount_kernel(const char *type, const char *path, const char *options);
 _Noreturn void power_off(bool reboot_instead);
 int disks_open(void); /* the socket that tells of changes */
 void disks_ready(void);
 bool disk_wait(const char *path, int milliseconds);
+const char *disk_check(const char *name, const char *state); /* NULL: it is so */
 
 /* qubesdb.c */
 bool db_set(const char *path, const char *value); /* value NULL: remove */

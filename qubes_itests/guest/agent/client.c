@@ -5,32 +5,89 @@
 #include <sys/prctl.h>
 #include <sys/un.h>
 
-enum { CLIENT_FAILED = 125 };
+enum { CLIENT_FAILED = 125, WRONG_USAGE = 2 };
 
-static const char *agent_socket;
+static const char usage[] =
+	"usage: qrexec-client-vm [options] [--] TARGET SERVICE[+ARG] [LOCAL_COMMAND [ARGUMENT...]]\n"
+	"\n"
+	"Call a service of another VM. It is connected to our standard input and output, or to\n"
+	"those of a local command, which has ours as descriptors $SAVED_FD_0 and $SAVED_FD_1.\n"
+	"\n"
+	"  -p, --prefix-data=DATA   what the service reads before anything else\n"
+	"  --use-stdin-socket       descriptor 0 is a stream socket, and takes the output too\n"
+	"  -t, --filter-escape-chars-stdout\n"
+	"                           replace bytes of the output that could command a terminal\n"
+	"                           by _, as is done without this if it goes to a terminal\n"
+	"  --no-filter-escape-chars-stdout\n"
+	"                           never replace any\n"
+	"  -T, --filter-escape-chars-stderr, --no-filter-escape-chars-stderr\n"
+	"                           taken for compatibility: errors of services stay there\n"
+	"  --buffer-size=BYTES, -s, --source-qube=NAME\n"
+	"                           taken for compatibility\n"
+	"  -a, --agent-socket=PATH  where the agent is asked\n"
+	"  -h, --help               show this\n";
 
-/* The index of TARGET, or -1. */
+static const char *agent_socket, *prefix;
+static bool filter, stdin_socket;
+
+static int misused(const char *what)
+{
+	fprintf(stderr, "qrexec-client-vm: %s\n%s", what, usage);
+	return -1;
+}
+
+static bool is_stream_socket(int fd)
+{
+	int type = 0;
+	socklen_t size = sizeof type;
+
+	return getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size) == 0 && type == SOCK_STREAM;
+}
+
+/* The index of TARGET, 0 when help was asked for, or -1. */
 static int parse_options(int argc, char **argv)
 {
-	/* Filters are for terminals, which no command of the agent has. */
+	enum { NO_FILTER = 256, STDIN_SOCKET, IGNORED };
 	static const struct option options[] = {
-		{"buffer-size", required_argument, NULL, 'b'},
+		{"buffer-size", required_argument, NULL, IGNORED},
 		{"filter-escape-chars-stdout", no_argument, NULL, 't'},
 		{"filter-escape-chars-stderr", no_argument, NULL, 'T'},
-		{"no-filter-escape-chars-stdout", no_argument, NULL, 'n'},
-		{"no-filter-escape-chars-stderr", no_argument, NULL, 'N'},
+		{"no-filter-escape-chars-stdout", no_argument, NULL, NO_FILTER},
+		{"no-filter-escape-chars-stderr", no_argument, NULL, IGNORED},
 		{"agent-socket", required_argument, NULL, 'a'},
+		{"prefix-data", required_argument, NULL, 'p'},
+		{"use-stdin-socket", no_argument, NULL, STDIN_SOCKET},
+		{"source-qube", required_argument, NULL, 's'},
+		{"help", no_argument, NULL, 'h'},
 		{NULL, 0, NULL, 0},
 	};
 	int option;
 
-	while ((option = getopt_long(argc, argv, "+tTa:", options, NULL)) != -1) {
+	filter = isatty(STDOUT_FILENO);
+	while ((option = getopt_long(argc, argv, "+tTa:p:s:h", options, NULL)) != -1) {
 		if (option == '?')
-			return -1;
+			return misused("there is no such option, or its argument is missing");
+		if (option == 'h')
+			return 0;
+		if (option == 'p' && prefix)
+			return misused("--prefix-data can be given once only");
+		if (option == 'p')
+			prefix = optarg;
 		if (option == 'a')
 			agent_socket = optarg;
+		if (option == 't' || option == NO_FILTER)
+			filter = option == 't';
+		stdin_socket = stdin_socket || option == STDIN_SOCKET;
 	}
-	return argc - optind < 2 ? -1 : optind;
+	if (argc - optind < 2)
+		return misused("expected TARGET and SERVICE");
+	if (stdin_socket && argc - optind > 2)
+		return misused("expected one of --use-stdin-socket and LOCAL_COMMAND, got both");
+	if (stdin_socket && !is_stream_socket(STDIN_FILENO))
+		return misused("--use-stdin-socket: descriptor 0 is no stream socket");
+	for (char *mark = argv[optind]; (mark = strchr(mark, '$'));)
+		*mark = '@'; /* as keywords are written today */
+	return optind;
 }
 
 static bool request_call(char *target, char *service, const int fds[CALL_FDS])
@@ -77,8 +134,15 @@ static _Noreturn void run_local(char **argv, int input, int output)
 	_exit(NOT_FOUND);
 }
 
+static void replace_unprintable(uint8_t *bytes, ssize_t length)
+{
+	for (ssize_t i = 0; i < length; i++)
+		if ((bytes[i] < ' ' && !memchr("\a\b\t\n\r", bytes[i], 5)) || bytes[i] > '~')
+			bytes[i] = '_';
+}
+
 /* Until either end is gone. */
-static void copy(int from, int to)
+static void copy(int from, int to, bool filtered)
 {
 	static uint8_t bytes[65536];
 	ssize_t length;
@@ -86,10 +150,14 @@ static void copy(int from, int to)
 	while ((length = read(from, bytes, sizeof bytes)) > 0) {
 		struct buffer buffer = {bytes, sizeof bytes, 0, (size_t)length};
 
+		if (filtered)
+			replace_unprintable(bytes, length);
 		if (!buffer_write(&buffer, to, sizeof bytes) || buffer.start < buffer.end)
 			break;
 	}
 	close(from);
+	if (stdin_socket) /* others hold it, too */
+		shutdown(to, SHUT_WR);
 	close(to);
 }
 
@@ -119,8 +187,19 @@ static pid_t start_child(char **local, int input, int output)
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	close(input);
 	if (getppid() == parent)
-		copy(STDIN_FILENO, output);
+		copy(STDIN_FILENO, output, false);
 	_exit(0);
+}
+
+/* What the service reads first. The agent reads as much as an argument may hold before
+ * anybody else does. */
+static void write_prefix(int output)
+{
+	size_t length = prefix ? strlen(prefix) : 0;
+
+	for (ssize_t done = 0; length > 0 && done >= 0; length -= (size_t)done, prefix += done)
+		if ((done = write(output, prefix, length)) < 0)
+			break; /* the status will say why */
 }
 
 int client_main(int argc, char **argv)
@@ -128,13 +207,13 @@ int client_main(int argc, char **argv)
 	int first = parse_options(argc, argv), in[2], out[2], status[2], result;
 	pid_t child;
 
-	if (first < 0) {
-		fputs("usage: qrexec-client-vm [options] [--] TARGET SERVICE[+ARG] "
-		      "[LOCAL_COMMAND [ARGUMENT...]]\n", stderr);
-		return CLIENT_FAILED;
-	}
+	if (first == 0)
+		return fputs(usage, stdout) < 0;
+	if (first < 0)
+		return WRONG_USAGE;
 	signal(SIGPIPE, SIG_IGN);
-	if (pipe2(in, O_CLOEXEC) != 0 || pipe2(out, O_CLOEXEC) != 0 ||
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, in) != 0 ||
+	    socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, out) != 0 ||
 	    pipe2(status, O_CLOEXEC) != 0 ||
 	    !request_call(argv[first], argv[first + 1], (int[]){out[0], in[1], status[1]}))
 		return CLIENT_FAILED;
@@ -142,12 +221,13 @@ int client_main(int argc, char **argv)
 	close(out[0]);
 	close(in[1]);
 	close(status[1]);
+	write_prefix(out[1]);
 	child = start_child(argv + first + 2, in[0], out[1]);
 	close(out[1]);
 	if (argv[first + 2])
 		close(in[0]);
 	else
-		copy(in[0], STDOUT_FILENO);
+		copy(in[0], stdin_socket ? STDIN_FILENO : STDOUT_FILENO, filter);
 	result = read_status(status[0]);
 	if (child > 0 && !argv[first + 2]) /* it may still wait for input that nobody wants */
 		kill(child, SIGKILL);

@@ -1,7 +1,10 @@
 /* Disks are known by their serial numbers: /dev/xvda leads to the disk called xvda. */
 #include "agent.h"
 
+#include <linux/fs.h>
 #include <linux/netlink.h>
+#include <sys/ioctl.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 
 static int uevents = -1;
@@ -75,6 +78,55 @@ bool disk_wait(const char *path, int milliseconds)
 	if (fd >= 0)
 		close(fd);
 	return fd >= 0;
+}
+
+/* The kernel learns of a disk's new size in its own time, unless it is asked for it. */
+static uint64_t size_now(int fd)
+{
+	struct stat status;
+	uint64_t size = 0;
+	char path[64];
+	int file;
+
+	if (fstat(fd, &status) == 0) {
+		snprintf(path, sizeof path, "/sys/dev/block/%u:%u/device/rescan",
+		         major(status.st_rdev), minor(status.st_rdev));
+		file = open(path, O_WRONLY | O_CLOEXEC);
+		if (file >= 0 && write(file, "1", 1) != 1)
+			send_text(LOG, "%s: %s", path, strerror(errno));
+		if (file >= 0)
+			close(file);
+	}
+	return ioctl(fd, BLKGETSIZE64, &size) == 0 ? size : 0;
+}
+
+/* Whether it is "there", is "gone", or has at least so many bytes; looked up now,
+ * whatever has been told of it. */
+const char *disk_check(const char *name, const char *state)
+{
+	bool gone = strcmp(state, "gone") == 0, there = strcmp(state, "there") == 0;
+	char path[16], *end;
+	uint64_t size = strtoull(state, &end, 10);
+	struct stat status;
+	int fd;
+
+	if (strlen(name) != 4 || strncmp(name, "xvd", 3) != 0 ||
+	    (!gone && !there && (*end || !*state)))
+		return "no question about a disk";
+	if (!testing)
+		disks_ready();
+	snprintf(path, sizeof path, "/dev/%s", name);
+	/* A plain file that somebody has written there is no disk. */
+	fd = stat(in_root(path), &status) == 0 && (S_ISBLK(status.st_mode) || testing)
+	     ? open(in_root(path), O_RDONLY | O_CLOEXEC | O_NONBLOCK) : -1;
+	if (fd < 0)
+		return gone ? NULL : "the disk is not there";
+	if (!gone && !there)
+		there = size_now(fd) >= size;
+	close(fd);
+	if (there)
+		return NULL;
+	return gone ? "the disk is still there" : "the disk is smaller";
 }
 
 int disks_open(void)

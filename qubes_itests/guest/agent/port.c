@@ -98,7 +98,8 @@ static void hello(const uint8_t *nonce)
 static void control_frame(const struct frame *frame, const uint8_t *payload,
                           struct strings strings)
 {
-	const char *problem = NULL, *path;
+	const char *problem = NULL, *first, *second;
+	uint64_t now = 0;
 
 	if (frame->type == HELLO) {
 		hello(payload + 2);
@@ -106,10 +107,16 @@ static void control_frame(const struct frame *frame, const uint8_t *payload,
 	}
 	if (frame->type == POWER_OFF)
 		power_off(payload[0] == 1);
+	memcpy(&now, payload, frame->type == CLOCK ? sizeof now : 0);
 	if (frame->type == ENTER)
 		problem = testing ? "there is no stage two here" : enter(strings);
-	else if (!(path = next_string(&strings)) ||
-	         !db_set(path, frame->type == DB_WRITE ? next_string(&strings) : NULL))
+	else if (frame->type == CLOCK)
+		problem = set_clock(now);
+	else if (!(first = next_string(&strings)))
+		problem = "nothing is named";
+	else if (frame->type == DISK)
+		problem = disk_check(first, (second = next_string(&strings)) ? second : "");
+	else if (!db_set(first, frame->type == DB_WRITE ? next_string(&strings) : NULL))
 		problem = "the database takes no such entry";
 	if (problem)
 		send_text(FAILED, "%s", problem);
@@ -132,6 +139,8 @@ static const char *take_frame(const struct frame *frame, const uint8_t *payload)
 		[DB_WRITE] = {CONTROL, 0, PAYLOAD_MAX, true},
 		[DB_REMOVE] = {CONTROL, 0, PAYLOAD_MAX, true},
 		[POWER_OFF] = {CONTROL, 1, 1, false},
+		[CLOCK] = {CONTROL, 8, 8, false},
+		[DISK] = {CONTROL, 1, PAYLOAD_MAX, true},
 		[SPAWN] = {ON_STREAM, 1, PAYLOAD_MAX, true},
 		[DATA] = {ON_STREAM, 1, PAYLOAD_MAX, false},
 		[END_OF_FILE] = {ON_STREAM, 0, 0, false},

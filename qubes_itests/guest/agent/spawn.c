@@ -5,7 +5,6 @@
 
 #define PATH_VALUE "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #define SERVICE_SHELL "/usr/lib/qubes/sh"
-#define NAME_CHARACTERS "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.+@=-"
 
 enum { GROUPS_MAX = 64 };
 
@@ -43,9 +42,9 @@ static size_t find_groups(const struct passwd *user, gid_t groups[GROUPS_MAX])
 /* The agent's own environment is the next command's; it needs none itself. */
 static void set_variable(const char *name, const char *value)
 {
-	static char texts[9][2 * PATH_LIMIT];
+	static char texts[10][2 * PATH_LIMIT];
 	static size_t next;
-	char *text = texts[next++ % 9]; /* no command has more */
+	char *text = texts[next++ % 10]; /* no command has more */
 
 	snprintf(text, sizeof texts[0], "%s=%s", name, value);
 	putenv(text);
@@ -70,42 +69,6 @@ static void set_login_environment(const struct passwd *user)
 	set_variable("XDG_RUNTIME_DIR", in_root(directory));
 }
 
-static bool service_name_valid(const char *name)
-{
-	return strlen(name) < NAME_LIMIT && !strchr(".+-", *name) &&
-	       name[strspn(name, NAME_CHARACTERS)] == '\0';
-}
-
-/* Look in a directory for SERVICE+ARG, then for SERVICE. */
-static bool find_service(const char *directory, const char *name, char path[PATH_LIMIT])
-{
-	size_t lengths[2] = {strlen(name), strcspn(name, "+")};
-
-	for (int i = 0; i < 2; i++) {
-		snprintf(path, PATH_LIMIT, "%s/%.*s", in_root(directory), (int)lengths[i], name);
-		if (access(path, F_OK) == 0)
-			return true;
-	}
-	return false;
-}
-
-/* The user that the service's configuration demands, or NULL. */
-static const char *forced_user(const char *service)
-{
-	static char user[NAME_LIMIT];
-	char path[PATH_LIMIT], line[PATH_LIMIT];
-	bool found = false;
-	FILE *file;
-
-	if (!find_service("/etc/qubes/rpc-config", service, path) || !(file = fopen(path, "re")))
-		return NULL;
-	while (!found && fgets(line, sizeof line, file))
-		found = sscanf(line, " force-user = %255[^ \t\n'\"]", user) == 1 ||
-		        sscanf(line, " force-user = %*['\"]%255[^'\"]", user) == 1;
-	fclose(file);
-	return found ? user : NULL;
-}
-
 static int fail(struct failure *failure, int value, const char *text, const char *name)
 {
 	failure->value = value;
@@ -113,26 +76,19 @@ static int fail(struct failure *failure, int value, const char *text, const char
 	return -1;
 }
 
-static int use_service(const char *argv[6], const char *service, const char *source,
-                       struct failure *failure)
+static void use_service(const char *argv[6], const struct service *service,
+                        const char *name, const char *source)
 {
-	static char path[PATH_LIMIT];
-	const char *argument = strchr(service, '+');
-	struct stat status;
+	const char *argument = strchr(name, '+');
 
-	if (!find_service("/usr/local/etc/qubes-rpc", service, path) &&
-	    !find_service("/etc/qubes-rpc", service, path))
-		return fail(failure, NOT_FOUND, "there is no service ", service);
-	if (stat(path, &status) != 0 || !S_ISREG(status.st_mode) || !(status.st_mode & 0111))
-		return fail(failure, REFUSED, "not an executable file: ", path);
 	set_variable("QREXEC_REMOTE_DOMAIN", source);
-	set_variable("QREXEC_SERVICE_FULL_NAME", service);
+	set_variable("QREXEC_REQUESTED_TARGET_TYPE", "");
+	set_variable("QREXEC_SERVICE_FULL_NAME", name);
 	set_variable("QREXEC_SERVICE_ARGUMENT", argument ? argument + 1 : "");
 	/* Through the login shell, so that the profile is read. */
 	argv[2] = "exec \"$0\" \"$@\"";
-	argv[3] = path;
+	argv[3] = service->path;
 	argv[4] = argument && argument[1] ? argument + 1 : NULL;
-	return 0;
 }
 
 /* Runs in the vforked child, which shares the agent's memory until it executes. */
@@ -182,25 +138,25 @@ static pid_t start(const struct passwd *user, const char *shell, const char *arg
 	return -1;
 }
 
-pid_t spawn(struct strings request, const int stdio[3], struct failure *failure)
+pid_t spawn(struct strings request, const struct service *service, const int stdio[3],
+            struct failure *failure)
 {
 	char shell_name[NAME_LIMIT];
 	const char *kind = next_string(&request), *name = next_string(&request),
 	           *line = next_string(&request), *source = next_string(&request), *variable;
 	const char *argv[6] = {shell_name, "-c", line}, *shell;
-	bool service = strcmp(kind, "service") == 0;
 	struct passwd *user;
 
-	if (!source || (service ? !service_name_valid(line) : strcmp(kind, "command") != 0))
+	if (!source || (!service && strcmp(kind, "command") != 0))
 		return fail(failure, REFUSED, "no valid request for a ", kind);
-	if (service && forced_user(line))
-		name = forced_user(line);
+	if (service && *service->user)
+		name = service->user;
 	user = find_user(*name ? name : default_user, 0);
 	if (!user)
 		return fail(failure, NOT_FOUND, "there is no user ", *name ? name : default_user);
 	set_login_environment(user);
-	if (service && use_service(argv, line, source, failure) < 0)
-		return -1;
+	if (service)
+		use_service(argv, service, line, source);
 	while ((variable = next_string(&request)))
 		if (strchr(variable, '=') > variable)
 			putenv((char *)(uintptr_t)variable);

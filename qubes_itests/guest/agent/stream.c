@@ -6,7 +6,15 @@
 
 #include <sys/ioctl.h>
 
-enum { CHANNELS = 3, GIVE_BACK = WINDOW / 4, CREDIT_MAX = 4 * WINDOW };
+enum {
+	CHANNELS = 3,
+	GIVE_BACK = WINDOW / 4,
+	CREDIT_MAX = 4 * WINDOW,
+	DESCRIPTOR_MAX = 3 * NAME_LIMIT, /* what a socket is told before all input */
+	/* Twice of what is held at most: that can always be moved to the front. */
+	SPACE = 2 * (WINDOW + DESCRIPTOR_MAX),
+	NO_PROCESS = -1,
+};
 static const uint32_t first_guest = 0x80000000u;
 
 /* The payload of EXIT, and a NUL. */
@@ -32,9 +40,11 @@ struct channel {
 struct stream {
 	struct stream *next;
 	uint32_t id;
-	pid_t pid;  /* 0: a call */
+	pid_t pid;  /* 0: a call; NO_PROCESS: not started, or a socket serves */
 	int status; /* a call's client waits there */
 	bool ended;
+	bool ends_with[2]; /* a socket's stream, with its input or its output */
+	int error;         /* why a socket could not be read or written */
 	struct result result;
 	uint8_t *space; /* of its sink's buffer */
 	struct channel channels[CHANNELS];
@@ -49,18 +59,18 @@ static void channel_open(struct stream *stream, int number, int fd, bool sink)
 	stream->channels[number] = (struct channel){
 		.fd = fd, .number = (uint8_t)number, .sink = sink, .credit = WINDOW,
 		.stream = stream};
-	/* Twice a window: what is held can always be moved to the front. */
 	if (sink)
 		stream->channels[number].buffer =
-			(struct buffer){.bytes = stream->space, .size = 2 * WINDOW};
+			(struct buffer){.bytes = stream->space, .size = SPACE};
 }
 
 static void channel_close(struct channel *channel)
 {
 	if (channel->fd < 0)
 		return;
-	/* The other end of a socket shall see a closed pipe, not a reset. */
-	shutdown(channel->fd, SHUT_RDWR);
+	/* The other end of a socket shall see a closed pipe, not a reset; and the other
+	 * channel may have the same socket. */
+	shutdown(channel->fd, channel->sink ? SHUT_WR : SHUT_RD);
 	close(channel->fd);
 	channel->fd = -1;
 	if (!channel->sink)
@@ -74,6 +84,13 @@ static void tell(const struct channel *channel, enum frame_type type,
                  const void *payload, size_t length)
 {
 	send_frame(type, channel->number, channel->stream->id, payload, length);
+}
+
+/* A socket says once what is wrong; to be hung up on is nothing of that kind. */
+static void note_error(struct stream *stream)
+{
+	if (!stream->error && errno != EPIPE && errno != ECONNRESET)
+		stream->error = errno;
 }
 
 /* Sources. */
@@ -101,8 +118,11 @@ static void source_ready(struct channel *source)
 		source->last -= ended ? (int)length : 0;
 	}
 	if (length > 0 ? ended && source->last == 0
-	               : length == 0 || (errno != EAGAIN && errno != EINTR))
+	               : length == 0 || (errno != EAGAIN && errno != EINTR)) {
+		if (length < 0)
+			note_error(source->stream);
 		source_end(source);
+	}
 }
 
 /* Its command has ended: what it holds now is sent, others are not waited for. */
@@ -133,6 +153,7 @@ static void sink_flush(struct channel *sink)
 	size_t before = held(sink);
 
 	if (!buffer_write(&sink->buffer, sink->fd, WINDOW)) {
+		note_error(sink->stream);
 		sink_stop(sink);
 		return;
 	}
@@ -177,7 +198,7 @@ static struct stream *stream_new(uint32_t id, pid_t pid)
 {
 	struct stream *stream = calloc(1, sizeof *stream);
 
-	if (!stream || !(stream->space = malloc(2 * WINDOW))) {
+	if (!stream || !(stream->space = malloc(SPACE))) {
 		free(stream);
 		return NULL;
 	}
@@ -212,13 +233,14 @@ static void tell_end(uint32_t id, const struct result *result)
 	send_frame(EXIT, 0, id, result, 2 + strlen(result->text));
 }
 
-/* Three pipes, stream sockets for a service; ours[i] is the agent's end of theirs[i]. */
+/* Pipes, but a service has its input and output on stream sockets; ours[i] is the
+ * agent's end of theirs[i]. */
 static bool stdio_open(bool service, int ours[CHANNELS], int theirs[CHANNELS])
 {
 	for (int i = 0; i < CHANNELS; i++) {
 		int pair[2], reader = i == 0; /* which of a pipe's ends is theirs */
 
-		if (service ? socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0
+		if (service && i < 2 ? socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0
 		            : pipe2(pair, O_CLOEXEC) != 0)
 			return false;
 		ours[i] = pair[reader];
@@ -229,22 +251,14 @@ static bool stdio_open(bool service, int ours[CHANNELS], int theirs[CHANNELS])
 	return true;
 }
 
-static void command_open(uint32_t id, struct strings request)
+static void process_open(struct stream *stream, struct strings request,
+                         const struct service *service)
 {
-	bool room = stream_count[0] < STREAMS_MAX;
-	struct stream *stream = room ? stream_new(id, -1) : NULL;
 	int ours[CHANNELS] = {-1, -1, -1}, theirs[CHANNELS] = {-1, -1, -1};
 	struct failure failure = {REFUSED, "there are no more descriptors"};
 
-	if (!stream) {
-		struct result result = result_of(NOT_STARTED, REFUSED,
-		                                 room ? "there is no memory for it" : "too many at once");
-
-		tell_end(id, &result);
-		return;
-	}
-	if (stdio_open(strcmp(request.next, "service") == 0, ours, theirs))
-		stream->pid = spawn(request, theirs, &failure);
+	if (stdio_open(service != NULL, ours, theirs))
+		stream->pid = spawn(request, service, theirs, &failure);
 	for (int i = 0; i < CHANNELS; i++) {
 		close(theirs[i]);
 		if (stream->pid > 0)
@@ -254,6 +268,80 @@ static void command_open(uint32_t id, struct strings request)
 	}
 	if (stream->pid < 0)
 		stream_end(stream, NOT_STARTED, failure.value, failure.text);
+}
+
+/* A socket serves: it is told who calls what, and has the call's input and output. */
+static void server_open(struct stream *stream, struct service *service, const char *name,
+                        const char *source)
+{
+	struct failure failure;
+	struct channel *sink = &stream->channels[0];
+	int fd = service_connect(service, name, &failure), copy = -1;
+
+	if (fd >= 0 && (copy = fcntl(fd, F_DUPFD_CLOEXEC, 0)) < 0) {
+		close(fd);
+		failure = (struct failure){REFUSED, "there are no more descriptors"};
+	}
+	if (copy < 0) {
+		stream_end(stream, NOT_STARTED, failure.value, failure.text);
+		return;
+	}
+	stream->ends_with[0] = service->ends_with_client;
+	stream->ends_with[1] = service->ends_with_service;
+	channel_open(stream, 0, fd, true);
+	channel_open(stream, 1, copy, false);
+	if (service->bare)
+		return;
+	/* Beside the window: the host knows nothing of it. */
+	sink->buffer.end = (size_t)snprintf((char *)sink->buffer.bytes, DESCRIPTOR_MAX,
+	                                    "%s %.*s", name, NAME_LIMIT, source) + 1;
+	sink_flush(sink);
+	sink->taken = 0;
+}
+
+/* Whether all is done of a socket that serves; a program says so by ending. */
+static void server_check(struct stream *stream)
+{
+	bool in = stream->channels[0].fd < 0, out = stream->channels[1].fd < 0;
+
+	if (stream->pid != NO_PROCESS || stream->ended ||
+	    !((in && out) || (in && stream->ends_with[0]) || (out && stream->ends_with[1])))
+		return;
+	channel_close(&stream->channels[0]);
+	channel_close(&stream->channels[1]);
+	if (stream->error)
+		stream_end(stream, NOT_STARTED, REFUSED, strerror(stream->error));
+	else
+		stream_end(stream, EXITED, 0, "");
+}
+
+static void command_open(uint32_t id, struct strings request)
+{
+	static struct service service;
+	bool room = stream_count[0] < STREAMS_MAX;
+	struct stream *stream = room ? stream_new(id, NO_PROCESS) : NULL;
+	struct strings rest = request;
+	const char *kind = next_string(&rest), *name, *source;
+	struct failure failure;
+
+	if (!stream) {
+		struct result result = result_of(NOT_STARTED, REFUSED,
+		                                 room ? "there is no memory for it" : "too many at once");
+
+		tell_end(id, &result);
+		return;
+	}
+	next_string(&rest);
+	name = next_string(&rest);
+	source = next_string(&rest);
+	if (!source || strcmp(kind, "service") != 0)
+		process_open(stream, request, NULL);
+	else if (!service_find(name, &service, &failure))
+		stream_end(stream, NOT_STARTED, failure.value, failure.text);
+	else if (service.kind == PROGRAM)
+		process_open(stream, request, &service);
+	else
+		server_open(stream, &service, name, source);
 }
 
 const char *call_open(struct strings request, const char *user, const int fds[CALL_FDS])
@@ -315,6 +403,7 @@ bool streams_sweep(void)
 
 		if (!port_room())
 			return false;
+		server_check(stream);
 		if (!stream->ended || stream->channels[1].fd >= 0 || stream->channels[2].fd >= 0) {
 			link = &stream->next;
 			continue;
@@ -443,8 +532,13 @@ const char *stream_frame(const struct frame *frame, const uint8_t *payload)
 	} else if (frame->type == SIGNAL) {
 		if (stream->pid == 0 || payload[0] > 64)
 			return "there is no such signal, or nothing to be signalled";
-		if (!stream->ended)
+		if (stream->pid > 0 && !stream->ended)
 			kill(-stream->pid, payload[0]);
+		/* Nothing here can be killed but the connection. */
+		if (stream->pid == NO_PROCESS) {
+			channel_close(&stream->channels[0]);
+			channel_close(&stream->channels[1]);
+		}
 	} else {
 		return frame->channel < CHANNELS
 		       ? channel_frame(&stream->channels[frame->channel], frame, payload)

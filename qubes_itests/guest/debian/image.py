@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qubes_itests.guest.debian.release import Release
     from qubes_itests.host.kernel import Kernel
 
-__all__ = ["build_debian", "install_files"]
+__all__ = ["LINKS", "build_debian", "install_files"]
 
 _HERE: Final = Path(__file__).parent
 _FILES: Final = _HERE / "root"
@@ -35,8 +35,16 @@ _SIZE: Final = 2 << 30
 _TIMEOUT: Final = 300.0
 _UID: Final = 1000
 _SYSTEM: Final = "etc/systemd/system"
-_LINKS: Final = {
+#: What guests have besides files, and where it leads.
+LINKS: Final = {
     **AGENT_LINKS,
+    # by its name it knows what it is
+    "usr/bin/qvm-copy": "qvm-copy-to-vm",
+    "usr/bin/qvm-move": "qvm-copy-to-vm",
+    "usr/bin/qvm-move-to-vm": "qvm-copy-to-vm",
+    "usr/bin/qvm-open-in-dvm": "qvm-open-in-vm",
+    # of whose ports the argument names one
+    "etc/qubes-rpc/qubes.ConnectTCP": "/dev/tcp/127.0.0.1",
     f"{_SYSTEM}/default.target": "/usr/lib/systemd/system/multi-user.target",
     f"{_SYSTEM}/multi-user.target.wants/qubes-qrexec-agent.service": (
         f"/{_SYSTEM}/qubes-qrexec-agent.service"
@@ -118,7 +126,7 @@ def install_files(root: Path, agent: Path) -> None:
     for path in _own_files():
         _install(_FILES / path, root / path, executable=_is_program(path))
     _install(agent, root / "usr/lib/qubes/agent", executable=True)
-    for name, target in _LINKS.items():
+    for name, target in LINKS.items():
         make_directory((root / name).parent)
         (root / name).unlink(missing_ok=True)
         (root / name).symlink_to(target)

@@ -8,6 +8,7 @@ from qubes_itests.core import exc
 from qubes_itests.core.block_images import expose, withdraw
 from qubes_itests.core.device_assignment import AssignmentMode, DeviceAssignment
 from qubes_itests.core.device_protocol import Port
+from qubes_itests.exc import DeadlineError
 
 MIB = 1024**2
 
@@ -57,18 +58,13 @@ class Disks:
     def __init__(self, sh):
         self.sh = sh
 
-    def wait_for(self, vm, condition):
-        self.sh(vm, f"for i in $(seq 200); do {condition} && exit; sleep 0.05; done")
-
-    def comes(self, vm, name):
-        """Wait until there is one of that name, and return how it begins."""
-        self.wait_for(vm, f"[ -e /dev/{name} ]")
-        return self.sh(vm, f"head -c 4 /dev/{name}")
+    def begins(self, vm, name):
+        """Return how the one of that name begins, which is there when it is said so."""
+        return self.sh(vm, f"test -b /dev/{name} && head -c 4 /dev/{name}")
 
     def is_gone(self, vm, name):
-        """Wait until there is none of that name any more."""
-        self.wait_for(vm, f"[ ! -e $(readlink -f /dev/{name}) ]")
-        return not self.sh(vm, f"head -c 4 /dev/{name} 2>/dev/null || :")
+        """Tell whether there is none of that name, at once."""
+        return self.sh(vm, f"ls -d /dev/{name} 2>/dev/null || echo gone") == "gone"
 
 
 @pytest.fixture
@@ -93,7 +89,7 @@ def test_a_device_comes_is_written_and_goes(vm, run, exposed, disks, events):
     data, sh = exposed("data"), disks.sh
     run(vm.start())
     attach(run, vm, data)
-    assert disks.comes(vm, "xvdi") == "data"
+    assert disks.begins(vm, "xvdi") == "data"
     assert int(sh(vm, "blockdev --getsize64 /dev/xvdi")) == 4 * MIB
     assert attached(vm) == {"data": "xvdi"}
     assert data.device.attachment is vm
@@ -104,7 +100,7 @@ def test_a_device_comes_is_written_and_goes(vm, run, exposed, disks, events):
     assert attached(vm) == {}
     assert data.device.attachment is None
     attach(run, vm, data)
-    assert disks.comes(vm, "xvdi") == "DATA"
+    assert disks.begins(vm, "xvdi") == "DATA"
     change = ["device-pre-attach:block", "device-attach:block"]
     back = ["device-pre-detach:block", "device-detach:block"]
     assert changes(events) == [*change, *back, *change]
@@ -122,8 +118,8 @@ def test_several_devices_have_names_of_their_own(vm, run, sh, exposed, disks):
     attach(run, vm, exposed("second", **{"frontend-dev": "xvdk", "read-only": "yes"}))
     attach(run, vm, exposed("third"))
     assert attached(vm) == {"first": "xvdi", "second": "xvdk", "third": "xvdj"}
-    assert disks.comes(vm, "xvdk") == "seco"
-    assert disks.comes(vm, "xvdj") == "thir"
+    assert disks.begins(vm, "xvdk") == "seco"
+    assert disks.begins(vm, "xvdj") == "thir"
     assert sh(vm, "cat /sys/block/$(basename $(readlink -f /dev/xvdk))/ro") == "1"
     with pytest.raises(subprocess.CalledProcessError):
         sh(vm, "printf x | dd of=/dev/xvdk conv=notrunc,fsync")
@@ -180,7 +176,7 @@ def test_what_is_assigned_is_there_at_each_start(vm, run, exposed, disks, mode):
         run(vm.shutdown(wait=True))
         run(vm.start())
         assert attached(vm) == {"data": "xvdm"}
-        assert disks.comes(vm, "xvdm") == "data"
+        assert disks.begins(vm, "xvdm") == "data"
     if mode == "required":
         with pytest.raises(exc.QubesVMNotHaltedError, match="required by VM work"):
             run(vm.devices["block"].detach(data.port))
@@ -202,7 +198,7 @@ def test_a_vm_starts_without_what_it_does_not_require(app, vm, run, disks, image
     assert attached(vm) == {}
     run(expose(app, image("late")))
     assert attached(vm) == {"late": "xvdi"}
-    assert disks.comes(vm, "xvdi") == "late"
+    assert disks.begins(vm, "xvdi") == "late"
     run(withdraw(app, "late"))
     assert attached(vm) == {}
     assert list(app.domains["dom0"].devices["block"]) == []
@@ -231,3 +227,33 @@ def test_attachments_end_with_a_kill(vm, run, exposed, events):
     run(vm.kill())
     assert data.device.attachment is None
     assert changes(events)[-1] == "device-detach:block"
+
+
+def test_a_disk_is_there_when_it_is_said_so(vm, run, sh, exposed):
+    """Again and again: one that comes late makes a plain file of what is written."""
+    run(vm.start())
+    assignment = exposed("first")
+    for _ in range(8):
+        attach(run, vm, assignment)
+        sh(vm, "echo written >/dev/xvdi", user="root")
+        assert sh(vm, "head -n 1 /dev/xvdi; test -f /dev/xvdi || echo disk") == (
+            "written\ndisk"
+        )
+        run(vm.devices["block"].detach(assignment.port))
+        assert sh(vm, "ls /dev/xvdi 2>/dev/null || echo gone") == "gone"
+
+
+def test_a_guest_that_sees_no_disk_has_none_attached(vm, run, exposed, monkeypatch):
+    run(vm.start())
+    assignment = exposed("first")
+
+    async def late(name, state, *, timeout):
+        raise DeadlineError(f"disk {name} to be {state}", timeout)
+
+    monkeypatch.setattr(vm.agent, "wait_for_disk", late)
+    with pytest.raises(exc.QubesVMError, match="disk xvdi to be there"):
+        attach(run, vm, assignment)
+    assert attached(vm) == {}
+    monkeypatch.undo()
+    attach(run, vm, assignment)
+    assert attached(vm) == {"first": "xvdi"}

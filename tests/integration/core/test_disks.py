@@ -116,6 +116,14 @@ def test_resizing_a_running_volume_is_seen_by_loop_devices(vm, run, sh):
         run_tool(["losetup", "--detach", loop])
 
 
+def test_a_resized_disk_without_filesystem_has_its_size_at_once(vm, run, sh):
+    run(vm.start())
+    for _ in range(3):
+        new = vm.volumes["volatile"].size + 16 * MIB
+        run(vm.storage.resize("volatile", new))
+        assert disk_size(sh, vm, "xvdc") == new
+
+
 def test_resizing_a_halted_vm_is_seen_at_its_next_start(vm, run, sh):
     new = vm.volumes["private"].size + 16 * MIB
     run(vm.storage.resize("private", new))

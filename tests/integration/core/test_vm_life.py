@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import re
 import subprocess
+import time
 from random import Random
 
 import pytest
@@ -146,6 +147,20 @@ def test_pause_stops_the_guest_and_unpause_lets_it_go_on(vm, run, sh):
         run(vm.run("true"))
     run(vm.unpause())
     assert sh(vm, "echo on") == "on"
+
+
+@pytest.mark.parametrize(
+    ("stop", "go_on"), [("pause", "unpause"), ("suspend", "resume")]
+)
+def test_a_guest_that_stood_still_has_the_right_time(vm, run, sh, stop, go_on):
+    """Its clock is far behind before, as it would be after a long pause."""
+    run(vm.start())
+    sh(vm, "date -s @86400", user="root")
+    run(getattr(vm, stop)())
+    before = int(time.time())
+    run(getattr(vm, go_on)())
+    now = int(sh(vm, "date +%s"))
+    assert before - 1 <= now <= time.time() + 1
 
 
 def test_suspend_and_resume(vm, run, sh):

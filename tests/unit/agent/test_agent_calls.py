@@ -207,11 +207,99 @@ def test_without_a_host_calls_are_refused(agent: AgentProcess) -> None:
         assert isinstance(wire, Wire)
 
 
-@pytest.mark.parametrize("arguments", [[], ["work"], ["--nonsense", "work", "t.S"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["work"],
+        ["--nonsense", "work", "t.S"],
+        ["-p", "a", "--prefix-data=b", "work", "t.S"],
+        ["--use-stdin-socket", "work", "t.S"],  # it is a pipe
+        ["--use-stdin-socket", "work", "t.S", "true"],
+    ],
+)
 def test_wrong_usage_is_told(agent: AgentProcess, arguments: list[str]) -> None:
     with call(agent, *arguments) as client:
         assert b"usage" in client.communicate(timeout=10)[1]
-        assert client.returncode == 125
+        assert client.returncode == 2
+
+
+def test_help_is_no_error(agent: AgentProcess) -> None:
+    with call(agent, "--help") as client:
+        out, error = client.communicate(timeout=10)
+        assert b"--prefix-data" in out
+        assert (client.returncode, error) == (0, b"")
+
+
+def test_keywords_are_written_in_the_old_way_too(
+    wire: Wire, agent: AgentProcess
+) -> None:
+    with call(agent, "$dispvm:work", "t.S"):
+        assert wire.expect(CALL, FIRST).payload.startswith(b"@dispvm:work\0")
+        answer(wire, FIRST, 0, 0)
+
+
+@pytest.mark.parametrize("local", [[], ["cat"]])
+def test_prefix_comes_before_all_input(
+    wire: Wire, agent: AgentProcess, local: list[str]
+) -> None:
+    with call(agent, "-p", "first", "work", "t.S", *local) as client:
+        wire.expect(CALL, FIRST)
+        if local:
+            wire.write(FIRST, b" second", 1)
+            wire.send(EOF, 1, FIRST)
+        else:
+            assert client.stdin
+            client.stdin.write(b" second")
+            client.stdin.close()
+            client.stdin = None
+        assert collect(wire, FIRST) == b"first second"
+        answer(wire, FIRST, 0, 0)
+        client.communicate(timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("option", "shown"),
+    [
+        ("-t", b"a\t_[1m__\n"),
+        ("--no-filter-escape-chars-stdout", b"a\t\x1b[1m\xff\0\n"),
+    ],
+)
+def test_bytes_that_command_a_terminal_are_replaced(
+    wire: Wire, agent: AgentProcess, option: str, shown: bytes
+) -> None:
+    with call(agent, option, "work", "t.S") as client:
+        wire.expect(CALL, FIRST)
+        wire.write(FIRST, b"a\t\x1b[1m\xff\0\n", 1)
+        answer(wire, FIRST, 0, 0)
+        assert client.communicate(timeout=10)[0] == shown
+
+
+def test_stdin_may_be_a_socket_for_both_ways(wire: Wire, agent: AgentProcess) -> None:
+    ours, theirs = socket.socketpair()
+    with (
+        ours,
+        agent.client(
+            "qrexec-client-vm", "--use-stdin-socket", "work", "t.S", stdin=theirs
+        ),
+    ):
+        theirs.close()
+        wire.expect(CALL, FIRST)
+        ours.sendall(b"question")
+        ours.shutdown(socket.SHUT_WR)
+        assert collect(wire, FIRST) == b"question"
+        wire.write(FIRST, b"answer", 1)
+        answer(wire, FIRST, 0, 0)
+        ours.settimeout(10)
+        assert b"".join(iter(lambda: ours.recv(100), b"")) == b"answer"
+
+
+def test_local_command_has_stream_sockets(wire: Wire, agent: AgentProcess) -> None:
+    script = "exec 3>&1; readlink /proc/$$/fd/0 /proc/$$/fd/3 >&2"
+    with call(agent, "work", "t.S", "sh", "-c", script) as client:
+        wire.expect(CALL, FIRST)
+        answer(wire, FIRST, 0, 0)
+        assert client.communicate(timeout=10)[1].count(b"socket:") == 2
 
 
 def test_missing_agent_is_told(agent: AgentProcess) -> None:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from agent_wire import (
+    CLOCK,
     CREDIT,
     DATA,
     DB_REMOVE,
     DB_WRITE,
+    DISK,
     ENTER,
     EOF,
     EXIT,
@@ -38,6 +40,7 @@ BROKEN = {
     "unknown stream frame": SLEEP + frame(0x42, 0, 1),
     "HELLO too short": frame(HELLO, payload=b"1234"),
     "POWER_OFF without an argument": frame(POWER_OFF),
+    "a short time": frame(CLOCK, payload=b"1234567"),
     "strings without an end": frame(DB_WRITE, payload=b"/a\0b"),
     "SPAWN without an end": frame(SPAWN, 0, 1, b"command"),
     "SPAWN of stream 0": frame(SPAWN, 0, 0, strings("command", "", "true", "")),
@@ -82,7 +85,7 @@ def test_types_that_are_not_the_hosts_are_unknown(
     agent: AgentProcess, place: tuple[int, int]
 ) -> None:
     """Each of them, on the control stream as on one that is open, empty or not."""
-    ours = {HELLO, ENTER, DB_WRITE, DB_REMOVE, POWER_OFF}
+    ours = {HELLO, ENTER, DB_WRITE, DB_REMOVE, POWER_OFF, CLOCK, DISK}
     ours |= {SPAWN, DATA, EOF, STOP, CREDIT, SIGNAL, EXIT}
     with agent.start() as wire:
         for kind in sorted(set(range(256)) - ours):

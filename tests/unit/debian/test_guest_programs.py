@@ -3,6 +3,7 @@
 import errno
 import os
 import shlex
+import socket
 import stat
 import struct
 import subprocess
@@ -11,6 +12,8 @@ import guest_scripts
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from qubes_itests.guest.debian.image import LINKS
 
 HEADER = struct.Struct("<IIQIIII")
 FILE, DIRECTORY, LINK = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755, stat.S_IFLNK
@@ -82,9 +85,36 @@ def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
     assert tree(tmp_path) == ["QubesIncoming", "QubesIncoming/sender"]
 
 
-@pytest.mark.parametrize("target", [b"../x", b"/etc", b"a/../../b", b"", b"./x"])
-def test_a_link_that_leads_out_is_refused(tmp_path, target):
-    assert receive(tmp_path, entry(b"l", LINK, target) + END) == errno.EPERM
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        (b"d/l", b"../x"),
+        (b"d/l", b"/etc"),
+        (b"d/l", b""),
+        (b"d/l", b"./.."),
+        (b"d/l", b"a/../../b"),
+        # a may itself be a link to another depth
+        (b"d/e/f/l", b"a/../x"),
+        (b"l", b"x"),
+    ],
+)
+def test_a_link_that_leads_out_is_refused(tmp_path, name, target):
+    places = [
+        entry(b"d", DIRECTORY),
+        entry(b"d/e", DIRECTORY),
+        entry(b"d/e/f", DIRECTORY),
+    ]
+    stream = b"".join(places) + entry(name, LINK, target) + END
+    assert receive(tmp_path, stream) == errno.EPERM
+
+
+@pytest.mark.parametrize("target", [b"./f", b"s//f", b"s/", b".", b"../f", b"./../f/."])
+def test_a_link_within_what_is_sent_arrives_as_it_is(tmp_path, target):
+    stream = entry(b"d", DIRECTORY) + entry(b"d/e", DIRECTORY)
+    assert receive(tmp_path, stream + entry(b"d/e/l", LINK, target) + END) == 0
+    link = tmp_path / "QubesIncoming/sender/d/e/l"
+    # not as a path, which would be made shorter
+    assert os.readlink(os.fsencode(link)) == target  # noqa: PTH115
 
 
 def test_nothing_is_written_through_a_link(tmp_path):
@@ -115,10 +145,53 @@ def test_only_files_directories_and_links_are_made(tmp_path, mode):
     assert receive(tmp_path, entry(b"f", mode | 0o644) + END) == errno.EINVAL
 
 
-def test_a_file_gets_no_set_user_bit(tmp_path):
-    assert receive(tmp_path, entry(b"f", stat.S_IFREG | 0o6777) + END) == 0
+@pytest.mark.parametrize("kind", [stat.S_IFREG, stat.S_IFDIR])
+def test_nothing_gets_a_set_user_bit(tmp_path, kind):
+    sent = entry(b"f", kind | 0o7755)
+    assert receive(tmp_path, sent + (sent if kind == stat.S_IFDIR else b"") + END) == 0
     mode = (tmp_path / "QubesIncoming/sender/f").stat().st_mode
-    assert mode & 0o7022 == 0
+    assert stat.S_IMODE(mode) == 0o755
+
+
+def test_a_directory_is_complete_when_it_comes_again(tmp_path):
+    """Until then it can be written; then it has its mode and its times."""
+    directory = stat.S_IFDIR | 0o555
+    stream = entry(b"d", directory) + entry(b"d/f", FILE, b"x") + entry(b"d", directory)
+    assert receive(tmp_path, stream + END) == 0
+    status = (tmp_path / "QubesIncoming/sender/d").stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_mtime) == (0o555, 1)
+
+
+def test_a_directory_that_is_there_gets_more(tmp_path):
+    (tmp_path / "QubesIncoming/sender/d").mkdir(parents=True)
+    (tmp_path / "QubesIncoming/sender/d/old").touch()
+    (tmp_path / "QubesIncoming/sender/elsewhere").symlink_to(tmp_path)
+    stream = entry(b"d", DIRECTORY) + entry(b"d/f", FILE, b"x")
+    assert receive(tmp_path, stream + END) == 0
+    assert tree(tmp_path / "QubesIncoming/sender/d") == ["f", "old"]
+    assert receive(tmp_path, entry(b"elsewhere", DIRECTORY) + END) == errno.ENOTDIR
+
+
+@pytest.mark.parametrize(
+    ("time", "sent"), [(-86_400, 0), (2**32 + 5, 2**32 - 1), (1.5, 1.5)]
+)
+def test_times_that_no_header_can_say_become_the_nearest(tmp_path, time, sent):
+    path = tmp_path / "f"
+    path.touch()
+    os.utime(path, ns=(0, int(time * 10**9)))
+    done = guest_scripts.run("usr/lib/qubes/qfile-agent", ["--", str(path)])
+    assert b"Traceback" not in done.stderr
+    *_, seconds, nanoseconds = HEADER.unpack_from(done.stdout)
+    assert seconds + nanoseconds / 10**9 == sent
+
+
+def test_links_are_left_out_when_they_are_to_be_ignored(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/link").symlink_to("x")
+    words = ["--ignore-symlinks", "--", str(tmp_path / "d")]
+    done = guest_scripts.run("usr/lib/qubes/qfile-agent", words)
+    assert b"link" not in done.stdout
+    assert b"link, left out" in done.stderr
 
 
 @pytest.mark.parametrize("sender", ["", "../x", ".x"])
@@ -238,49 +311,221 @@ def test_an_empty_answer_leaves_the_file(tmp_path):
     assert tree(tmp_path) == ["notes.txt"]
 
 
-@pytest.mark.parametrize(
-    ("program", "arguments", "call"),
-    [
-        ("qvm-copy-to-vm", ["vault", "f"], "-- vault qubes.Filecopy {}/qfile-agent f"),
-        ("qvm-copy", ["f"], "-- @default qubes.Filecopy {}/qfile-agent f"),
-        ("qvm-open-in-vm", ["v", "f"], "-- v qubes.OpenInVM {}/qopen-in-vm f"),
-        ("qvm-open-in-dvm", ["f"], "-- @dispvm qubes.OpenInVM {}/qopen-in-vm f"),
-        ("qvm-run-vm", ["v", "a", "b c"], "-- v qubes.VMShell {}/qrun-in-vm 'a b c'"),
-        ("qvm-run-vm", ["--dispvm", "a"], "-- @dispvm qubes.VMShell {}/qrun-in-vm a"),
-        (
-            "qvm-run-vm",
-            ["--dispvm=b", "a"],
-            "-- @dispvm:b qubes.VMShell {}/qrun-in-vm a",
-        ),
-        ("qvm-run-vm", ["--service", "v", "test.S+1"], "-- v test.S+1"),
-    ],
-)
-def test_programs_of_guests_are_calls_of_services(tmp_path, program, arguments, call):
-    recorder = tmp_path / "qrexec-client-vm"
+def test_a_view_of_a_file_leaves_it_whatever_comes(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("old")
+    words = ["--view-only", "--", str(path)]
+    done = guest_scripts.run("usr/lib/qubes/qopen-in-vm", words, b"new")
+    assert done.stdout == b"view-only-notes.txt".ljust(256, b"\0") + b"old"
+    assert path.read_text() == "old"
+    assert tree(tmp_path) == ["notes.txt"]
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Return how to run a program of guests in a directory that has a file ``f``.
+
+    It calls a recorder; what that was called with, NULs between words, is its output.
+    """
+    (tmp_path / "f").touch()
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    recorder = binaries / "qrexec-client-vm"
     recorder.write_text('#!/bin/bash\nprintf "%s\\0" "$@"\n')
     recorder.chmod(0o755)
-    for name in ("qvm-copy-to-vm", "qvm-open-in-vm"):
-        path = tmp_path / name
-        path.write_text((guest_scripts.ROOT / f"usr/bin/{name}").read_text())
-        path.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = guest_scripts.run(f"usr/bin/{program}", arguments, b"", environment)
-    words = done.stdout.decode().split("\0")[:-1]
-    assert words == shlex.split(call.format("/usr/lib/qubes"))
+
+    def run(name, arguments):
+        file = LINKS.get(f"usr/bin/{name}", name)
+        (binaries / name).write_text(
+            (guest_scripts.ROOT / "usr/bin" / file).read_text()
+        )
+        (binaries / name).chmod(0o755)
+        return subprocess.run(
+            [binaries / name, *arguments],
+            cwd=tmp_path,
+            env={"PATH": f"{binaries}:{os.environ['PATH']}"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
 
 
 @pytest.mark.parametrize(
-    ("program", "arguments"),
+    ("name", "arguments", "call"),
+    [
+        ("qvm-copy-to-vm", "vault f", "vault qubes.Filecopy {}/qfile-agent -- f"),
+        ("qvm-copy-to-vm", "vault -v", "vault qubes.Filecopy {}/qfile-agent -- -v"),
+        ("qvm-copy", "f", "@default qubes.Filecopy {}/qfile-agent -- f"),
+        (
+            "qvm-copy",
+            "--without-progress --ignore-symlinks -- f g",
+            "@default qubes.Filecopy {}/qfile-agent --ignore-symlinks -- f g",
+        ),
+        ("qvm-open-in-vm", "v f", "v qubes.OpenInVM {}/qopen-in-vm -- f"),
+        (
+            "qvm-open-in-vm",
+            "--view-only v f",
+            "v qubes.OpenInVM {}/qopen-in-vm --view-only -- f",
+        ),
+        (
+            "qvm-open-in-vm",
+            "v --view-only f",
+            "v qubes.OpenInVM {}/qopen-in-vm --view-only -- f",
+        ),
+        ("qvm-open-in-dvm", "-- f", "@dispvm qubes.OpenInVM {}/qopen-in-vm -- f"),
+        ("qvm-run-vm", "v a 'b c'", "v qubes.VMShell {}/qrun-in-vm 'a b c'"),
+        ("qvm-run-vm", "-t v ls -t", "v qubes.VMShell {}/qrun-in-vm 'ls -t'"),
+        (
+            "qvm-run-vm",
+            "--dispvm a",
+            "@dispvm qubes.VMShell+WaitForSession {}/qrun-in-vm a",
+        ),
+        ("qvm-run-vm", "--no-gui -d a", "@dispvm qubes.VMShell {}/qrun-in-vm a"),
+        ("qvm-run-vm", "-t --dispvm=b a", "@dispvm:b qubes.VMShell {}/qrun-in-vm a"),
+        ("qvm-run-vm", "--service v test.S+1", "v test.S+1"),
+    ],
+)
+def test_programs_of_guests_are_calls_of_services(program, name, arguments, call):
+    done = program(name, shlex.split(arguments))
+    words = done.stdout.decode().split("\0")[:-1]
+    assert words == ["--", *shlex.split(call.format("/usr/lib/qubes"))]
+
+
+@pytest.mark.parametrize("name", ["qvm-move", "qvm-move-to-vm"])
+def test_what_was_moved_is_gone(program, tmp_path, name):
+    program(name, ["v", "f"] if name.endswith("vm") else ["f"])
+    assert not (tmp_path / "f").exists()
+    assert (tmp_path / "bin").is_dir()
+
+
+def test_a_url_is_sent_to_who_opens_it(program):
+    done = program("qvm-open-in-vm", ["v", "https://example.org/?a=b c"])
+    words = done.stdout.decode().split("\0")[:-1]
+    assert words[:3] == ["--", "v", "qubes.OpenURL"]
+    script = subprocess.run(words[3:], input=b"", capture_output=True, check=True)
+    assert script.stdout == b"https://example.org/?a=b c\n"
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "javascript:x", "", "-http://x"])
+def test_a_url_that_is_none_of_the_network_is_refused(url):
+    done = guest_scripts.run("etc/qubes-rpc/qubes.OpenURL", (), url.encode() + b"\n")
+    assert done.returncode == 1
+    assert b"expected a URL" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
     [
         ("qvm-copy-to-vm", ["v"]),
         ("qvm-copy", []),
+        ("qvm-copy", ["-v"]),
         ("qvm-open-in-dvm", []),
         ("qvm-open-in-vm", ["v"]),
+        ("qvm-open-in-vm", ["v", "f", "f"]),
+        ("qvm-open-in-vm", ["v", "no-such-file"]),
         ("qvm-run-vm", ["v"]),
         ("qvm-run-vm", ["--nonsense", "v", "a"]),
     ],
 )
-def test_a_program_without_its_arguments_explains_itself(program, arguments):
-    done = guest_scripts.run(f"usr/bin/{program}", arguments)
+def test_a_program_without_its_arguments_explains_itself(program, name, arguments):
+    done = program(name, arguments)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"usage: {program} ".encode())
+    assert f"usage: {name} ".encode() in done.stderr
+
+
+COMMANDS = {
+    "echo one; exit 3": (b"one\n", 3),
+    "cat # take it all": (b"data\n", 0),
+    "echo two &": (b"two\n", 0),
+    "echo x;": (b"x\n", 0),
+    "cat <<E\nit's\nE": (b"it's\n", 0),
+    "echo 1\necho 2": (b"1\n2\n", 0),
+    "read x\necho got $x": (b"got data\n", 0),
+    "echo 1 \\": (b"1\n", 0),
+    "(echo": (b"", 2),
+    "printf '%s|' 'a b' \"c\"": (b"a b|c|", 0),
+}
+
+
+@pytest.mark.parametrize("text", COMMANDS)
+def test_a_command_is_what_a_shell_is_given_and_its_input_is_input(text):
+    """The two ends are joined by sockets, as in two VMs."""
+    to_shell, from_shell = socket.socketpair(), socket.socketpair()
+    data, output = os.pipe(), os.pipe()
+    remote = subprocess.Popen(
+        guest_scripts.command("etc/qubes-rpc/qubes.VMShell"),
+        stdin=to_shell[1],
+        stdout=from_shell[1],
+        stderr=subprocess.DEVNULL,
+    )
+    saved = {"SAVED_FD_0": str(data[0]), "SAVED_FD_1": str(output[1])}
+    local = subprocess.Popen(
+        guest_scripts.command("usr/lib/qubes/qrun-in-vm", text),
+        stdin=from_shell[0],
+        stdout=to_shell[0],
+        pass_fds=[data[0], output[1]],
+        env=os.environ | saved,
+    )
+    for end in (*to_shell, *from_shell):
+        end.close()
+    os.write(data[1], b"data\n")
+    for descriptor in (*data, output[1]):
+        os.close(descriptor)
+    got = b"".join(iter(lambda: os.read(output[0], 1000), b""))
+    os.close(output[0])
+    local.wait(20)
+    assert (got, remote.wait(20)) == COMMANDS[text]
+
+
+def test_an_application_is_started_by_its_name(tmp_path):
+    directory = tmp_path / "applications/sub"
+    directory.mkdir(parents=True)
+    (directory / "app.desktop").write_text(
+        "[Desktop Entry]\nExec=printf '%%s|' 'a b' %U 100%% \n"
+        "[Desktop Action x]\nExec=false\n"
+    )
+    environment = {"XDG_DATA_DIRS": str(tmp_path), "HOME": str(tmp_path / "none")}
+    service = "etc/qubes-rpc/qubes.StartApp"
+    done = guest_scripts.run(service, ["sub-app"], b"", environment)
+    assert done.stdout == b"a b|100%|"
+    for words in ([], ["app"]):
+        done = guest_scripts.run(service, words, b"", environment)
+        assert done.returncode == 1
+        assert done.stderr.startswith(b"qubes.StartApp: ")
+
+
+@pytest.mark.parametrize("persistence", ["full", "none"])
+def test_applications_are_listed_as_menus_want_them(tmp_path, persistence):
+    directory = tmp_path / "applications/sub"
+    directory.mkdir(parents=True)
+    (directory / "app.desktop").write_text(
+        "# x=y\n[Desktop Entry]\nName=An app\nExec = app %U\n"
+        "[Desktop Action x]\nName=x\n"
+    )
+    (directory / "hidden.desktop").write_text(
+        "[Desktop Entry]\nName=x\nNoDisplay = true\n"
+    )
+    read = tmp_path / "qubesdb-read"
+    read.write_text(f"#!/bin/sh\necho {persistence}\n")
+    read.chmod(0o755)
+    service = tmp_path / "service"
+    text = (guest_scripts.ROOT / "etc/qubes-rpc/qubes.GetAppmenus").read_text()
+    service.write_text(text.replace('"/rw"', '"/"'))
+    done = subprocess.run(
+        ["python3", "-I", service],
+        env={
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "XDG_DATA_DIRS": str(tmp_path),
+            "HOME": str(tmp_path / "none"),
+        },
+        capture_output=True,
+        check=True,
+    )
+    shown = (
+        "sub-app.desktop:Name=An app\n"
+        "sub-app.desktop:Exec=qubes-desktop-run sub-app.desktop\n\n"
+    )
+    assert done.stdout.decode() == (shown if persistence == "full" else "")

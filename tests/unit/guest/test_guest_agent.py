@@ -108,6 +108,34 @@ async def test_a_request_that_fails(connect):
         await writing
 
 
+async def test_a_disk_is_waited_for(connect):
+    agent, peer = await connect()
+    waiting = asyncio.ensure_future(agent.wait_for_disk("xvdi", "there", timeout=5))
+    for answer in (F.FAILED, F.FAILED, F.DONE):
+        assert (await peer.expect(F.DISK)).payload == b"xvdi\0there\0"
+        assert not waiting.done()
+        peer.send(answer, payload=b"the disk is not there" * (answer is F.FAILED))
+    await waiting
+
+
+async def test_a_disk_that_does_not_come_is_told_with_what_the_guest_says(connect):
+    agent, peer = await connect()
+    waiting = asyncio.ensure_future(agent.wait_for_disk("xvdi", "gone", timeout=0.05))
+    await peer.expect(F.DISK)
+    peer.send(F.FAILED, payload=b"the disk is still there")
+    with pytest.raises(DeadlineError, match=r"xvdi .*gone(?s:.*)still there"):
+        await waiting
+
+
+async def test_a_clock_that_is_not_set_is_told(connect):
+    agent, peer = await connect()
+    setting = asyncio.ensure_future(agent.set_clock(2**60 + 1, timeout=5))
+    assert (await peer.expect(F.CLOCK)).payload == (2**60 + 1).to_bytes(8, "little")
+    peer.send(F.FAILED, payload=b"not permitted")
+    with pytest.raises(GuestRefusedError, match="not permitted"):
+        await setting
+
+
 async def test_the_next_request_does_not_get_the_answer_of_one_given_up(connect):
     agent, peer = await connect()
     first = asyncio.ensure_future(agent.write_db("/first", "1"))
