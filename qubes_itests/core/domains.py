@@ -143,12 +143,13 @@ class VMCollection:
         # its name is free only when nothing of it is left
         try:
             await vm.remove_from_disk()
+            # before anybody is told, who may fail: a note that stays is obeyed later
+            if self._app.journal is not None:
+                self._app.journal.settle(vm.uuid)
             self.withdraw(vm)
         finally:
             vm.under_way = ""
             del self._removals[vm.uuid]
-        if self._app.journal is not None:
-            self._app.journal.settle(vm.uuid)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(list(self._by_uuid.values()))

@@ -403,6 +403,26 @@ def test_one_that_fails_half_way_is_finished_at_the_next_start(app, monkeypatch)
     asyncio.run(end(loaded))
 
 
+def test_a_handler_that_fails_when_a_vm_is_gone_leaves_no_note_behind(app):
+    """One would have the next start remove what has the volume's name by then."""
+    vm = asyncio.run(make(app))
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("a handler's own")
+
+    app.add_handler("domain-delete", fail)
+    with pytest.raises(RuntimeError, match="a handler's own"):
+        asyncio.run(app.domains.remove(vm))
+    app.remove_handler("domain-delete", fail)
+    assert names(app) == ["dom0", "tiny"]
+    app.save()
+    assert notes(app) == []
+    put(app, "appvms/work/private")
+    loaded = again(app)
+    assert contents(loaded)["appvms/work/private.img"] == b"precious"
+    asyncio.run(end(loaded))
+
+
 def test_two_removals_at_once_are_one(app):
     async def both():
         vm = await make(app)
