@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
@@ -18,6 +19,7 @@ from qubes_itests.guest.exc import (
 )
 from qubes_itests.guest.frames import FrameType, pack_strings
 from qubes_itests.guest.identity import Identity
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from qubes_itests.hypervisor.contract import Domain
 
 __all__ = ["GuestAgent", "Identity"]
+
+_logger = logging.getLogger("qubes_itests.guest")
 
 _NO_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType({})
 _CLOCK: Final = struct.Struct("<Q")
@@ -94,17 +98,23 @@ class GuestAgent:
     ) -> None:
         """Let the guest become this VM: stage two of its start.
 
+        What it says meanwhile is a warning: it goes on without something, as with a
+        filesystem that does not grow.
+
         :param identity: who it is.
         :param timeout: seconds, of which the guest is told.
         :raise GuestRefusedError: the guest could not, with its reason.
         :raise DeadlineError: it did not answer in time.
         """
         payload = identity.payload(timeout)
+        self._connection.log.listener = self._warn
         try:
             async with asyncio.timeout(timeout):
                 await self._connection.request(FrameType.ENTER, payload, "enter")
         except TimeoutError:
             raise self._late("answer to ENTER", timeout) from None
+        finally:
+            self._connection.log.listener = None
 
     async def spawn(
         self,
@@ -208,6 +218,9 @@ class GuestAgent:
         """
         error = await asyncio.shield(self._connection.closed)
         return error if isinstance(error, ProtocolViolation) else None
+
+    def _warn(self, line: str) -> None:
+        _logger.warning("VM %s starts with a problem: %s", self.vm, safe_text(line))
 
     def _late(self, what: str, timeout: float) -> DeadlineError:
         tail = console_tail(self.domain)

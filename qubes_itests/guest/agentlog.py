@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 __all__ = ["AgentLog"]
@@ -19,6 +20,9 @@ class AgentLog:
 
     :param path: the file, made or appended to; None keeps nothing.
     """
+
+    #: Is told each line that is kept, too.
+    listener: Callable[[str], None] | None = None
 
     def __init__(self, path: Path | None) -> None:
         self._file: IO[str] | None = None
@@ -35,6 +39,8 @@ class AgentLog:
         entry = f"{time[:-6]} {line}\n"
         self._room -= len(entry.encode())
         self._file.write(entry)
+        if self.listener is not None:
+            self.listener(line)
         if self._room <= 0:
             self._file.write("the log is full; what follows is dropped\n")
 

@@ -19,9 +19,15 @@ __all__ = ["make_root_image", "root_directory"]
 #: change (ctime), which nobody can set.
 _UUID: Final = "6f2f0d2e-7d0c-4d8b-9d57-1c6f0e8f5a11"
 _EPOCH: Final = "1"
+#: What it can grow to in a running guest, in blocks of 4 KiB: 1 TiB. By default more is
+#: reserved for the tables of groups to come, 255 blocks for 2 GiB. The kernel wants all
+#: of these in the transaction that adds groups, which has room for a quarter of the
+#: journal, 256 blocks: it would not grow at all.
+_LARGEST: Final = 1 << 28
 _OPTIONS: Final = (
     # a guest must not spend its first seconds on zeroing tables
-    f"lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0,hash_seed={_UUID}"
+    f"lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0,hash_seed={_UUID},"
+    f"resize={_LARGEST}"
 )
 
 
@@ -48,7 +54,7 @@ def make_root_image(
 
     :param directory: owners and modes are kept.
     :param image: the new file, sparse.
-    :param size: bytes.
+    :param size: bytes, less than 1 TiB.
     :param label: the filesystem's, at most 16 bytes.
     :param keep_times: also keep the times of change: Python's compiled modules are
         valid only for files of the right age.

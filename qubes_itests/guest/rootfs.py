@@ -82,8 +82,10 @@ _SCRIPTS: Final = {
     "etc/qubes-rpc/qubes.VMRootShell": "exec /bin/bash\n",
     "etc/qubes-rpc/qubes.VMRootExec": 'exec /etc/qubes-rpc/qubes.VMExec "$@"\n',
     "etc/qubes-rpc/qubes.WaitForSession": "# there is no session to wait for\n",
-    # The kernel learns of a new size in its own time; here it is asked for it.
+    # The kernel learns of a new size in its own time; here it is asked for it. Without
+    # that a filesystem would have its size already, and nothing be done.
     "etc/qubes-rpc/qubes.ResizeDisk": (
+        "set -e\n"
         "read -r volume\n"
         "case $volume in\n"
         "    root) device=/dev/xvda ;;\n"

@@ -1,6 +1,8 @@
 """Volumes as the disks of real guests: discard, resize, snapshots, revert, clones."""
 
 import contextlib
+import logging
+import os
 import subprocess
 
 import pytest
@@ -175,6 +177,39 @@ def test_a_guest_that_cannot_grow_its_filesystem_fails_the_resize(vm, run, sh):
         run(vm.storage.resize("private", new))
     assert caught.value.returncode == 3
     assert vm.volumes["private"].size == new
+
+
+def test_a_filesystem_that_cannot_grow_is_told(vm, run, caplog):
+    """A VM starts all the same, as on Qubes OS: what it has is there."""
+    old = vm.volumes["private"].size
+    fixed = ("-O", "sparse_super2,^resize_inode", "-L", "private")
+
+    async def replace_by_one_that_cannot():
+        async with vm.storage.importing(vm.volumes["private"], old) as path:
+            os.truncate(path, old)
+            run_tool(["mke2fs", "-q", "-t", "ext4", "-F", *fixed, path])
+
+    run(replace_by_one_that_cannot())
+    run(vm.storage.resize("private", 20 << 30))
+    with caplog.at_level(logging.WARNING, "qubes_itests.guest"):
+        run(vm.start())
+    assert "work starts with a problem: /rw does not grow: " in caplog.text
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        run(vm.storage.resize("private", 21 << 30))
+    assert b"resize2fs: " in caught.value.stderr
+
+
+def test_the_root_grows_by_more_than_its_own_size(template, run, sh, caplog):
+    """Its journal has room for what the kernel reserves; at a start and in a guest."""
+    size = 3 << 30
+    run(template.storage.resize("root", size))
+    with caplog.at_level(logging.WARNING, "qubes_itests.guest"):
+        run(template.start())
+    assert "problem" not in caplog.text
+    blocks = "stat -f -c %b /"
+    assert size * 0.9 < 4096 * int(sh(template, blocks)) < size
+    run(template.storage.resize("root", 8 * size))
+    assert 8 * size * 0.9 < 4096 * int(sh(template, blocks)) < 8 * size
 
 
 def test_snapshots_see_a_template_after_its_stop_and_their_own_restart(

@@ -120,6 +120,14 @@ def test_a_guest_that_powers_off_by_itself_is_halted(pair, sh):
     assert sh(pair.vault, "hostname") == "vault"
 
 
+def test_the_root_grows_in_a_running_guest(pair, sh):
+    """The image of 2 GiB has a small journal, in which there must be room for this."""
+    size = 20 << 30
+    pair.run(pair.vault.storage.resize("root", size))
+    blocks, each = sh(pair.vault, "stat -f -c '%b %S' /").split()
+    assert size * 0.97 < int(blocks) * int(each) < size
+
+
 def test_an_init_that_nobody_knows_is_told(pair):
     vm = pair.app.add_new_vm("AppVM", name="odd", label="red")
     vm.features["init"] = "upstart"
