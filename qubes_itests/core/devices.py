@@ -37,7 +37,7 @@ from qubes_itests.core.exc import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["DEVICE_CLASSES", "DeviceCollection", "DeviceManager"]
 
@@ -47,15 +47,23 @@ DEVICE_CLASSES: Final = ["block", "pci"]
 _CLASS: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 
+def _accept(_backend: object) -> None:
+    """Accept the devices of any VM."""
+
+
 class DeviceCollection:
     """The devices of one class of one VM; iterating gives those that it exposes.
 
     :param vm: the VM.
     :param devclass: the class.
+    :param check_backend: raises for a VM whose devices cannot be assigned now.
     """
 
-    def __init__(self, vm: Any, devclass: str) -> None:
+    def __init__(
+        self, vm: Any, devclass: str, check_backend: Callable[[Any], None] = _accept
+    ) -> None:
         self._vm = vm
+        self._check_backend = check_backend
         self.devclass = devclass
         #: Under the name that it has in Qubes OS, where tests look at it.
         self._set: dict[VirtualDevice, DeviceAssignment] = {}
@@ -168,7 +176,7 @@ class DeviceCollection:
         # again, here and below: a handler may have waited
         self._check_not_assigned(assignment)
         if (backend := assignment.backend_domain) is not None:
-            backend.check_whole()
+            self._check_backend(backend)
         self._remember(assignment)
         await self._vm.fire_event_async(
             f"device-assign:{self.devclass}", device=device, options=options
@@ -275,14 +283,16 @@ class DeviceManager(dict[str, DeviceCollection]):  # its name in Qubes OS
     """The devices of a VM, by class.
 
     :param vm: the VM.
+    :param check_backend: as for `DeviceCollection`.
     """
 
-    def __init__(self, vm: Any) -> None:
+    def __init__(self, vm: Any, check_backend: Callable[[Any], None] = _accept) -> None:
         super().__init__()
         self._vm = vm
+        self._check_backend = check_backend
 
     def __missing__(self, devclass: str) -> DeviceCollection:
         if not _CLASS.fullmatch(devclass):
             raise QubesValueError(f"{devclass!r} is no class of devices")
-        self[devclass] = DeviceCollection(self._vm, devclass)
+        self[devclass] = DeviceCollection(self._vm, devclass, self._check_backend)
         return self[devclass]

@@ -49,8 +49,21 @@ ALIASES: Final[dict[str, tuple[str, ...]]] = {
     "qubes.ext.utils": ("qubes_itests.core.device_changes",),
     "qubes.features": ("qubes_itests.core.features:Features",),
     "qubes.policy": ("qubes_itests.core.policy",),
-    "qubes.qmemman": ("qubes_itests.qmemman.algorithm",),
-    "qubes.qmemman.algo": ("qubes_itests.qmemman.algorithm",),
+    "qubes.qmemman": (),
+    "qubes.qmemman.algo": tuple(
+        f"qubes_itests.import_alias.qmemman:{name}"
+        for name in (
+            "balance",
+            "balance_when_enough_mem",
+            "balance_when_low_on_mem",
+            "balloon",
+            "needed_mem",
+            "pref_mem",
+            "refresh_meminfo_for_domain",
+            "sanitize_and_parse_meminfo",
+        )
+    ),
+    "qubes.qmemman.domainstate": ("qubes_itests.import_alias.qmemman:DomainState",),
     "qubes.storage": (
         "qubes_itests.core.storage",
         "qubes_storage.pool:Pool",

@@ -99,7 +99,7 @@ class BaseVM(PropertyHolder):
         self.features = Features(self)
         self.tags = Tags(self)
         #: Its devices, by class; see `qubes_itests.core.devices`.
-        self.devices = DeviceManager(self)
+        self.devices = DeviceManager(self, BaseVM.check_whole)
         self.firewall = Firewall()
         #: What its user wrote about it.
         self.notes = ""

@@ -11,6 +11,8 @@ from qubes_itests.core.block_images import expose, exposed, withdraw
 from qubes_itests.core.device_assignment import AssignmentMode, DeviceAssignment
 from qubes_itests.core.device_info import UnknownDevice
 from qubes_itests.core.device_protocol import Port, VirtualDevice
+from qubes_itests.core.devices import DeviceManager
+from qubes_itests.core.events import Emitter
 from qubes_itests.hypervisor.exc import HypervisorError
 
 MIB = 1024**2
@@ -454,3 +456,16 @@ async def test_an_assignment_to_ask_about_waits(app, work, image):
     assert attached(work) == {}
     await block(work).attach(assignment)
     assert set(attached(work)) == {"data.img"}
+
+
+async def test_a_collection_of_what_is_no_vm():
+    """Tests of extensions have emitters in place of VMs, which know no more."""
+
+    class Backend(Emitter):
+        name = "backend"
+
+    subject = Backend()
+    device = VirtualDevice(Port(subject, "sda", "block"), "disk")
+    collection = DeviceManager(subject)["block"]
+    await collection.assign(DeviceAssignment(device, mode="required"))
+    assert [a.port_id for a in collection.get_assigned_devices()] == ["sda"]
