@@ -28,7 +28,11 @@ from qubes_itests.core.store.journal import MAKE, REMOVE
 from qubes_itests.host.exc import CommandError
 from qubes_itests.host.filesystem import make_ext4
 from qubes_itests.hypervisor.contract import Disk
-from qubes_storage.exc import InvalidSizeError, VolumeExistsError
+from qubes_storage.exc import (
+    InvalidSizeError,
+    StoragePoolException,
+    VolumeExistsError,
+)
 from qubes_storage.ficlone import clone_or_copy
 from qubes_storage.transfer import Import, exporting
 from qubes_storage.uninterrupted import to_its_end
@@ -254,12 +258,18 @@ class Storage:
             except Exception as error:  # noqa: BLE001 - raised below
                 failures.append(error)
         if failures:
-            if journal is not None and await self.is_whole():
+            if journal is not None and await self._may_be_whole():
                 # who was told that the VM stays may go on to use it
                 await asyncio.to_thread(journal.discard, self.vm.uuid)
             raise failures[0]
         self.is_made = False
         self._made.clear()
+
+    async def _may_be_whole(self) -> bool:
+        try:
+            return await self.is_whole()
+        except StoragePoolException:
+            return True  # as when a disk went away, with all that is on it
 
     async def is_whole(self) -> bool:
         """Tell whether all volumes that keep something are there."""

@@ -14,7 +14,12 @@ from qubes_itests.core import exc
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.store.exc import StoreError
 from qubes_itests.host.faultdisk import failing_call
-from qubes_storage.exc import PoolError, StoragePoolException, VolumeExistsError
+from qubes_storage.exc import (
+    PoolError,
+    StoragePoolException,
+    VolumeError,
+    VolumeExistsError,
+)
 from qubes_storage.image_volume import ImageVolume
 from qubes_storage.reflink import ReflinkPool
 
@@ -381,6 +386,20 @@ def test_a_vm_that_stays_with_all_it_keeps_stays_for_good(app):
     asyncio.run(fail())
     app.save()
     assert notes(app) == []
+    loaded = again(app)
+    assert names(loaded) == ["dom0", "tiny", "work"]
+    asyncio.run(loaded.domains["work"].storage.verify())
+    asyncio.run(end(loaded))
+
+
+def test_so_does_one_whose_pool_went_away_and_came_back(app):
+    vm = asyncio.run(make(app))
+    pool = app.pools["default"].dir_path
+    pool.rename(pool.with_name("elsewhere"))
+    with pytest.raises(VolumeError, match=r"remove .* directory is absent"):
+        asyncio.run(app.domains.remove(vm))
+    pool.with_name("elsewhere").rename(pool)
+    app.save()
     loaded = again(app)
     assert names(loaded) == ["dom0", "tiny", "work"]
     asyncio.run(loaded.domains["work"].storage.verify())
