@@ -368,7 +368,7 @@ class Storage:
             return
         disk = self.disk_name(volume.name)
         await self.vm.domain.resize_disk(disk, size)
-        if self.vm.is_paused():
+        if self.vm.agent is None or self.vm.is_paused():
             return
         timeout = self.vm.qrexec_timeout
         await self.vm.running_agent().wait_for_disk(disk, str(size), timeout=timeout)

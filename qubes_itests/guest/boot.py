@@ -47,8 +47,11 @@ async def boot(
     on_call: CallHandler | None = None,
     log: Path | None = None,
     on_domain_start: Callable[[], Awaitable[None]] | None = None,
-) -> tuple[Domain, GuestAgent]:
+) -> tuple[Domain, GuestAgent | None]:
     """Start a VM to the point where it runs commands.
+
+    One without a kernel boots from its disk, and is started when its domain is: there
+    is no agent of ours in it.
 
     :param hypervisor: where its domain is defined.
     :param spec: the domain, with all its disks and interfaces.
@@ -95,7 +98,7 @@ class _Start:
 
     async def run(
         self, hypervisor: Hypervisor, warm: WarmStarts | None, timeout: float
-    ) -> tuple[Domain, GuestAgent]:
+    ) -> tuple[Domain, GuestAgent | None]:
         end = asyncio.get_running_loop().time() + timeout
         domain = self._domain = await hypervisor.define(self._spec)
         agent = warm and await self._start_warm(domain, warm, end)
@@ -103,6 +106,8 @@ class _Start:
             self.step = "start its domain"
             await domain.start()
             await self._announce()
+            if self._spec.kernel is None:
+                return domain, None
             agent = await self._connect(domain, _left(end))
         self.step = "enter its root"
         # From now on programs run in there, and write to the console what they like.

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qubes_itests.hypervisor.exc import NotSupportedError
+
 if TYPE_CHECKING:
     import asyncio
     from pathlib import Path
@@ -92,8 +94,9 @@ class DomainSpec:
     :param memory: memory at start, MiB.
     :param max_memory: what the balloon may grow to, MiB; at least ``memory``.
     :param vcpus: number of virtual CPUs.
-    :param kernel: kernel image (bzImage or ELF) on the host.
-    :param initramfs: initramfs image on the host.
+    :param kernel: kernel image (bzImage or ELF) on the host; None to have the machine's
+        firmware boot from the first disk.
+    :param initramfs: initramfs image on the host; None if there is no kernel.
     :param kernel_options: appended to the back end's own kernel command line.
     :param balanced: whether its memory may be changed while it runs.
     """
@@ -103,8 +106,8 @@ class DomainSpec:
     directory: Path
     memory: int
     max_memory: int
-    kernel: Path
-    initramfs: Path
+    kernel: Path | None
+    initramfs: Path | None
     vcpus: int = 1
     kernel_options: str = ""
     disks: tuple[Disk, ...] = ()
@@ -159,6 +162,15 @@ class Domain(abc.ABC):
             then, and a start without it may follow.
         :raise HypervisorError: for what else went wrong.
         """
+
+    async def press_power_button(self) -> None:
+        """Ask a guest without an agent to power off, by ACPI; it may ignore that.
+
+        :raise NotSupportedError: when the back end cannot; not all can.
+        """
+        raise NotSupportedError(
+            self.spec.name, "press the power button of", "the back end cannot"
+        )
 
     @abc.abstractmethod
     async def destroy(self) -> None:

@@ -195,6 +195,10 @@ class LibvirtDomain(Domain):
             self._connection.forget(self.spec.name)
             self._forget(self)
 
+    async def press_power_button(self) -> None:
+        native = self._running("press the power button of")
+        await self._call("press the power button of", native.shutdown)
+
     async def pause(self) -> None:
         native = self._running("pause")
         if await self.state() is not DomainState.PAUSED:

@@ -129,6 +129,9 @@ def _add(parent: ET.Element, tag: str, text: str = "", **attributes: str) -> ET.
 def _os(spec: DomainSpec, machine: Machine) -> ET.Element:
     element = ET.Element("os")
     _add(element, "type", "hvm", arch="x86_64", machine=machine.machine)
+    if spec.kernel is None:
+        _add(element, "boot", dev="hd")
+        return element
     _add(element, "kernel", str(spec.kernel))
     _add(element, "initrd", str(spec.initramfs))
     _add(element, "cmdline", f"{KERNEL_OPTIONS} {spec.kernel_options}".strip())

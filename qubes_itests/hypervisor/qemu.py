@@ -112,7 +112,7 @@ class QemuHypervisor(LibvirtHypervisor):
         if problem:
             return problem
         for path in (spec.kernel, spec.initramfs):
-            if not path.is_file():
+            if path is not None and not path.is_file():
                 return f"there is no file {path}"
         if not spec.directory.is_dir():
             return f"there is no directory {spec.directory}"
@@ -121,10 +121,14 @@ class QemuHypervisor(LibvirtHypervisor):
         return ""
 
     async def state_key(self, spec: DomainSpec) -> str | None:
+        # what a disk boots is no state that others could begin from
+        if spec.kernel is None:
+            return None
         return await asyncio.to_thread(self._state_key, spec)
 
     def _state_key(self, spec: DomainSpec) -> str:
         """Digest the definition less what clones may differ in, and the contents."""
+        assert spec.kernel is not None and spec.initramfs is not None  # noqa: S101, PT018
         neutral = replace(
             spec,
             name="state",

@@ -16,9 +16,10 @@ from qubes_itests.core.exc import (
 )
 from qubes_itests.core.vm.pausing import PauseMixin
 from qubes_itests.guest.exc import GuestGoneError
+from qubes_itests.hypervisor.exc import StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.storage import Storage
@@ -59,11 +60,11 @@ class EndMixin(PauseMixin):
         """Start the VM."""
         raise NotImplementedError
 
-    def _run_began(self, domain: Domain, agent: GuestAgent) -> None:
+    def _run_began(self, domain: Domain, agent: GuestAgent | None) -> None:
         self._ending = asyncio.ensure_future(self._end_of_run(domain, agent))
         self._ending.add_done_callback(self._ending_done)
 
-    async def _end_of_run(self, domain: Domain, agent: GuestAgent) -> None:
+    async def _end_of_run(self, domain: Domain, agent: GuestAgent | None) -> None:
         failures: list[Exception] = []
 
         async def attempt(action: Awaitable[object]) -> None:
@@ -75,7 +76,9 @@ class EndMixin(PauseMixin):
 
         await attempt(domain.wait_stopped())
         self._power = "Halting"
-        for end in (agent.close, domain.undefine, self.storage.stop):
+        if agent is not None:
+            await attempt(agent.close())
+        for end in (domain.undefine, self.storage.stop):
             await attempt(end())
         self.agent = None
         self._power = "Halted"
@@ -118,7 +121,7 @@ class EndMixin(PauseMixin):
         wait: bool = False,  # noqa: FBT001, FBT002
         timeout: float | None = None,
     ) -> Self:
-        """Ask the guest to power off.
+        """Ask the guest to power off; without an agent by the machine's power button.
 
         :param force: do it even if running VMs have it as their net VM, or if it is
             paused, as it is unpaused for this; handlers of `domain-pre-shutdown` are
@@ -132,17 +135,23 @@ class EndMixin(PauseMixin):
         """
         if self._power == "Halted":
             raise QubesVMNotStartedError(self)
-        agent = self.running_agent()
+        domain, agent = self.running_domain(), self.agent
+        power_off = domain.press_power_button if agent is None else agent.power_off
         limit = float(timeout or self.shutdown_timeout)  # type: ignore[attr-defined]
         try:
-            await self._shut_down(agent, limit, force=force, wait=wait)
+            await self._shut_down(power_off, limit, force=force, wait=wait)
         except Exception as error:
             await self.fire_event_async("domain-shutdown-failed", reason=str(error))
             raise
         return self
 
     async def _shut_down(
-        self, agent: GuestAgent, limit: float, *, force: bool, wait: bool
+        self,
+        power_off: Callable[[], Awaitable[None]],
+        limit: float,
+        *,
+        force: bool,
+        wait: bool,
     ) -> None:
         if not force:
             self._require_no_clients()
@@ -154,8 +163,8 @@ class EndMixin(PauseMixin):
                 )
             await self.unpause()
         try:
-            await agent.power_off()
-        except GuestGoneError:
+            await power_off()
+        except (GuestGoneError, StateError):
             # it went by itself, or will be found not to in time
             wait = True
         if not wait:

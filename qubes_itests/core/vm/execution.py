@@ -35,9 +35,10 @@ class ExecutionMixin:
     async def _agent(self, *, autostart: bool) -> GuestAgent:
         if autostart:
             await self.start()  # type: ignore[attr-defined]
-        if self.agent is None or self.is_paused():  # type: ignore[attr-defined]
+        if self.is_paused():  # type: ignore[attr-defined]
             raise QubesVMNotRunningError(self)
-        return self.agent
+        # handlers of a start may call it already
+        return self.agent or self.running_agent()  # type: ignore[attr-defined]
 
     async def run(
         self,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import (
     QubesException,
+    QubesVMError,
     QubesVMNotPausedError,
     QubesVMNotRunningError,
 )
@@ -48,15 +49,22 @@ class PauseMixin:
         return self._power in _STILL
 
     def running_agent(self) -> GuestAgent:
-        """Return the agent; QubesVMNotRunningError when there is none to talk to."""
-        if self.agent is None or self._power in ("Halted", "Transient"):
-            raise QubesVMNotRunningError(self)
+        """Return the agent.
+
+        :raise QubesVMNotRunningError: when the VM is not started.
+        :raise QubesVMError: when it has none, for it booted from its own disk.
+        """
+        self.running_domain()
+        if self.agent is None:
+            raise QubesVMError(
+                self,
+                f"VM {self} has no agent, as it has no kernel: it runs no commands",
+            )
         return self.agent
 
     def running_domain(self) -> Domain:
         """Return the domain; QubesVMNotRunningError when it is not started."""
-        self.running_agent()
-        if self.domain is None:
+        if self.domain is None or self._power in ("Halted", "Transient"):
             raise QubesVMNotRunningError(self)
         return self.domain
 
@@ -86,7 +94,7 @@ class PauseMixin:
         :raise QubesVMNotStartedError: when it is halted.
         """
         if not self.is_paused():
-            self.running_agent()
+            self.running_domain()
             await self._tell("qubes.SuspendPreAll")
             await self.pause()
         self._become(self.running_domain(), "Suspended")
@@ -121,6 +129,8 @@ class PauseMixin:
 
     async def _set_clock(self) -> None:
         """Have its clock catch up: it stood still with its virtual CPUs."""
+        if self.agent is None:
+            return
         agent = self.running_agent()
         try:
             await agent.set_clock(time.time_ns(), timeout=_CLOCK_TIMEOUT)

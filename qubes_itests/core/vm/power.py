@@ -58,11 +58,14 @@ class PowerMixin(EndMixin):
 
     # what the other parts of a VM provide
 
-    def boot_files(self) -> Template:
-        """Return kernel and initramfs; QubesVMError when the VM has none."""
+    def boot_files(self) -> Template | None:
+        """Return kernel and initramfs; None to boot from its disk.
+
+        :raise QubesVMError: when it has no kernel and cannot do without.
+        """
         raise NotImplementedError
 
-    def domain_spec(self, directory: Path, files: Template) -> DomainSpec:
+    def domain_spec(self, directory: Path, files: Template | None) -> DomainSpec:
         """Return what the hypervisor has to know."""
         raise NotImplementedError
 
@@ -233,6 +236,8 @@ class PowerMixin(EndMixin):
             return
         with step("find its kernel"):
             files = self.boot_files()
+        if files is None:
+            return
         with step("find a saved state"):
             spec = self.domain_spec(self.app.directory, files)
             timeout = float(self.qrexec_timeout)  # type: ignore[attr-defined]
@@ -265,7 +270,8 @@ class PowerMixin(EndMixin):
                 on_domain_start=reservation.aclose,
             )
             undo.push_async_callback(self.domain.undefine)
-            undo.push_async_callback(self.agent.close)
+            if self.agent is not None:
+                undo.push_async_callback(self.agent.close)
         with step("announce itself"):
             await self.fire_event_async("domain-spawn", start_guid=start_guid)
             self._power = "Running"

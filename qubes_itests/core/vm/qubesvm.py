@@ -76,14 +76,20 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
 
     # what the life cycle asks
 
-    def boot_files(self) -> Template:
-        """Return kernel and initramfs; QubesVMError when the VM has none."""
+    def boot_files(self) -> Template | None:
+        """Return kernel and initramfs; None for an HVM that boots from its disk.
+
+        :raise QubesVMError: when it has no kernel and cannot do without.
+        """
         kernel = self.kernel
+        if kernel is None and self.virt_mode == "hvm":
+            return None
         if kernel is None:
             raise QubesVMError(
                 self,
                 f"VM {self} has virt_mode {self.virt_mode!r} and no kernel:"
-                f" set its property kernel to one of {', '.join(self.app.kernels)}",
+                f" set its property kernel to one of {', '.join(self.app.kernels)}, or"
+                " virt_mode to hvm, which boots from the disk",
             )
         if kernel not in self.app.kernels:
             raise QubesVMError(
@@ -93,8 +99,9 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
             )
         return self.app.kernels[kernel]
 
-    def domain_spec(self, directory: Path, files: Template) -> DomainSpec:
+    def domain_spec(self, directory: Path, files: Template | None) -> DomainSpec:
         """Return what the hypervisor has to know."""
+        options = "" if files is None else f"{files.kernel_options} {self.kernelopts}"
         return DomainSpec(
             name=self.name,
             uuid=self.uuid,
@@ -102,11 +109,12 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
             memory=self.memory,
             max_memory=max(self.memory, self.maxmem),
             vcpus=self.vcpus,
-            kernel=files.kernel,
-            initramfs=files.initramfs,
-            kernel_options=f"{files.kernel_options} {self.kernelopts}".strip(),
+            kernel=None if files is None else files.kernel,
+            initramfs=None if files is None else files.initramfs,
+            kernel_options=options.strip(),
             disks=tuple(self.storage.disks()),
-            balanced=self.maxmem > 0,
+            # what its guest is, and whether that has a balloon, nobody knows
+            balanced=self.maxmem > 0 and files is not None,
         )
 
     def start_memory(self) -> int:

@@ -115,6 +115,12 @@ class WiringMixin(NetMixin):
     async def on_spawn_net(self, _event: str, **_kwargs: Any) -> None:
         """Plug it in; what its guest or the net VM's cannot do fails no start."""
         self._loop = asyncio.get_running_loop()
+        if self.agent is None:
+            if self.netvm is not None or self.provides_network:
+                log.warning(
+                    "VM %s starts without a network, which an agent sets up", self.name
+                )
+            return
         try:
             if self.netvm is not None:
                 await self.netvm.start()

@@ -253,6 +253,20 @@ def test_a_template_of_a_package(qvm, tmp_path):
     assert "packed" not in qvm("qvm-ls", "--raw-list").split()
 
 
+def test_an_hvm_without_a_kernel_boots_its_disk(qvm, tmp_path):
+    """What is in it that could be booted is none of the tools' business."""
+    (tmp_path / "disk").write_bytes(b"\xf4\xeb\xfd".ljust(510, b"\0") + b"\x55\xaa")
+    qvm("qvm-create", "--class", "StandaloneVM", "--label", "red", "alone")
+    qvm("qvm-prefs", "alone", "kernel", "")
+    assert "virt_mode to hvm" in qvm("qvm-start", "alone", status=1)
+    qvm("qvm-prefs", "alone", "virt_mode", "hvm")
+    qvm("qvm-volume", "import", "alone:root", tmp_path / "disk")
+    qvm("qvm-start", "alone")
+    assert "has no agent" in qvm("qvm-run", "-p", "alone", "id", status=255)
+    qvm("qvm-kill", "alone")
+    qvm("qvm-remove", "--force", "alone")
+
+
 def test_states_and_notes(qvm):
     qvm("qvm-create", "--label", "red", "--template", "tiny", "state")
     assert "not running" in qvm("qvm-pause", "state", status=1)

@@ -75,7 +75,7 @@ class Place:
             pass
 
         vm.storage = SimpleNamespace(start=nothing, stop=nothing)
-        vm.boot_files = lambda: None
+        vm.boot_files = lambda: "kernel and initramfs"
         vm.identity = lambda: None
         vm.domain_spec = lambda directory, _files: DomainSpec(
             name, uuid4(), directory, vm.memory, vm.maxmem or vm.memory, None, None

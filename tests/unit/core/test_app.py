@@ -143,6 +143,8 @@ def test_no_kernel_says_what_to_set(work):
     work.kernel = None
     with pytest.raises(exc.QubesVMError, match="set its property kernel"):
         work.boot_files()
+    work.virt_mode = "hvm"
+    assert work.boot_files() is None
 
 
 @pytest.mark.parametrize("name", ["kernel", "default_kernel"])

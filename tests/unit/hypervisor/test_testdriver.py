@@ -14,6 +14,7 @@ from qubes_itests.hypervisor.exc import (
     HypervisorError,
     NotSupportedError,
     SavedStateError,
+    StateError,
 )
 from qubes_itests.hypervisor.testdriver import TestHypervisor
 
@@ -108,3 +109,15 @@ async def test_of_many_that_hold_memory_those_with_most_are_named(tmp_path):
 
 def named(directory, name):
     return dataclasses.replace(make_spec(directory), name=name)
+
+
+async def test_the_power_button_ends_it(tmp_path):
+    """Also where there is no kernel, as its disk would be booted."""
+    spec = dataclasses.replace(make_spec(tmp_path), kernel=None, initramfs=None)
+    async with await TestHypervisor.open(tmp_path, tmp_path) as hypervisor:
+        domain = await hypervisor.define(spec)
+        await domain.start()
+        await domain.press_power_button()
+        assert await domain.wait_stopped(10) is DomainState.HALTED
+        with pytest.raises(StateError, match="press the power button"):
+            await domain.press_power_button()
