@@ -6,6 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from qubes_itests.core import dom0_services
 from qubes_itests.core.exc import QubesException
 from qubes_itests.core.policy import evaluate
 from qubes_itests.exc import HarnessError
@@ -111,10 +112,18 @@ def _dispvm_template(source: Any, target: str) -> Any:
 async def _serve_on_host(source: Any, call: ServiceCall) -> None:
     name = call.service.partition("+")[0]
     service = source.app.host_services.get(name)
-    if service is None:
+    if service is not None:
+        await call.finish(await service(source, call))
+        return
+    try:
+        status = await dom0_services.serve(call)
+    except OSError as error:
+        _limited.warning(source.name, "%s of dom0: %s", name, str(error))
+        await call.refuse("the service could not be started")
+        return
+    if status is None:
         _limited.warning(
             source.name, "%s called %s, which dom0 does not have", source.name, name
         )
-        await call.finish(_NOT_FOUND)
-        return
-    await call.finish(await service(source, call))
+        status = _NOT_FOUND
+    await call.finish(status)

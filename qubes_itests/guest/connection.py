@@ -282,6 +282,8 @@ class AgentConnection(asyncio.Protocol):
             return
         self.closed.set_result(error)
         self._frames = iter(())
+        # who keeps a process of it keeps this connection, and shall not keep the VM
+        self._on_call = None
         if self._next_step is not None:
             self._next_step.cancel()
         self._blocked.clear()

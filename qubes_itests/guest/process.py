@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import reprlib
 import signal
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from qubes_itests.guest.descriptors import (
+    InputDescriptor,
+    MergedReader,
+    OutputDescriptor,
+)
 from qubes_itests.guest.exc import GuestError
 from qubes_itests.guest.frames import Channel, ExitKind
 from qubes_itests.guest.streams import GuestReader, GuestWriter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from qubes_itests.guest.events import Ended
     from qubes_itests.guest.exc import GuestGoneError
     from qubes_itests.guest.streams import Link
@@ -31,8 +38,8 @@ _LONGEST_OUTPUT: Final = 256 << 20
 class GuestProcess:
     """A command or service in a guest, used as `asyncio.subprocess.Process` is.
 
-    Its three streams are always pipes. It comes from `GuestAgent.spawn` or
-    `spawn_service`.
+    Its three streams are pipes unless they are connected otherwise. It comes from
+    `GuestAgent.spawn` or `spawn_service`.
     """
 
     def __init__(self, link: Link, stream: int, vm: str, command: str) -> None:
@@ -42,10 +49,6 @@ class GuestProcess:
         self.command = command
         #: What the process reads.
         self.stdin = GuestWriter(link, stream, Channel.STDIN)
-        #: What it writes.
-        self.stdout: GuestReader = GuestReader(link, stream, Channel.STDOUT)
-        #: What it writes about its troubles.
-        self.stderr: GuestReader = GuestReader(link, stream, Channel.STDERR)
         #: Why it did not start, in the guest's words; empty when it did.
         self.failure = ""
         #: What `communicate` has read so far, of stdout and stderr.
@@ -55,8 +58,18 @@ class GuestProcess:
         self._returncode: int | None = None
         self._error: GuestGoneError | None = None
         self._ended = asyncio.Event()
-        #: Outputs that nobody reads; the loop has only weak references to tasks.
-        self._dropped: dict[GuestReader, asyncio.Task[None]] = {}
+        self._passed_on: list[asyncio.Task[None]] = []
+        self._feeding: asyncio.Task[None] | None = None
+        self._readers = {
+            Channel.STDOUT: GuestReader(link, stream, Channel.STDOUT),
+            Channel.STDERR: GuestReader(link, stream, Channel.STDERR),
+        }
+        #: What it writes.
+        self.stdout: asyncio.StreamReader = self._readers[Channel.STDOUT]
+        #: What it writes about its troubles.
+        self.stderr: asyncio.StreamReader = self._readers[Channel.STDERR]
+        #: Outputs that go elsewhere; the loop has only weak references to tasks.
+        self._elsewhere: dict[asyncio.StreamReader, asyncio.Task[None]] = {}
 
     def __repr__(self) -> str:
         return (
@@ -85,6 +98,8 @@ class GuestProcess:
         :raise GuestGoneError: the guest went away before.
         """
         await self._ended.wait()
+        if self._passed_on:
+            await asyncio.wait(self._passed_on)
         if self._error is not None:
             raise self._error
         assert self._returncode is not None  # noqa: S101 - set with the event
@@ -105,7 +120,7 @@ class GuestProcess:
         """
         if input:
             self.stdin.write(input)
-        if not self.stdin.is_closing():
+        if self._feeding is None and not self.stdin.is_closing():
             self.stdin.write_eof()
         stdout, stderr = await asyncio.gather(
             self._take(self.stdout, self.taken[0], limit),
@@ -115,9 +130,9 @@ class GuestProcess:
         return stdout, stderr
 
     async def _take(
-        self, reader: GuestReader, taken: bytearray, limit: int
+        self, reader: asyncio.StreamReader, taken: bytearray, limit: int
     ) -> bytes | None:
-        if reader in self._dropped:
+        if reader in self._elsewhere:
             return None
         while part := await reader.read(min(_CHUNK, limit + 1 - len(taken))):
             taken += part
@@ -130,11 +145,46 @@ class GuestProcess:
 
     def drop(self, channel: Channel) -> None:
         """Throw away what comes from an output; the process is not slowed down."""
-        reader = self.reader(channel)
-        task = asyncio.ensure_future(_read_all(reader))
-        self._dropped[reader] = task
-        # that the guest went away is for those who wait
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._take_over(self._output(channel), _read_all)
+
+    def merge(self) -> None:
+        """Have stderr come with stdout, in the order in which it arrives."""
+        merged = MergedReader((self.stdout, self.stderr))
+        self._take_over(self.stderr, lambda _stderr: merged.run())
+        self.stdout = merged
+
+    def pass_on(self, channel: Channel, descriptor: int) -> None:
+        """Write what comes from an output to a descriptor, which the caller may close.
+
+        `wait` returns when all of it is written.
+        """
+        target = OutputDescriptor(descriptor)
+        task = self._take_over(self._output(channel), target.take)
+        self._passed_on.append(task)
+
+    def read_from(self, descriptor: int) -> None:
+        """Have it read what comes from a descriptor, which the caller may close."""
+        task = asyncio.ensure_future(InputDescriptor(descriptor).give(self.stdin))
+
+        def stop() -> None:
+            task.cancel()
+
+        self._feeding = task
+        self.stdin.when_broken(stop)
+        task.add_done_callback(_see)
+
+    def _output(self, channel: Channel) -> asyncio.StreamReader:
+        return self.stdout if channel == Channel.STDOUT else self.stderr
+
+    def _take_over(
+        self,
+        reader: asyncio.StreamReader,
+        take: Callable[[asyncio.StreamReader], Coroutine[Any, Any, None]],
+    ) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(take(reader))
+        self._elsewhere[reader] = task
+        task.add_done_callback(_see)
+        return task
 
     def send_signal(self, number: int) -> None:
         """Send a signal to it and its children.
@@ -155,16 +205,18 @@ class GuestProcess:
 
     def hang_up(self) -> None:
         """Close its stdin and stop reading from it, as a peer that dies does."""
+        if self._feeding is not None:
+            self._feeding.cancel()
         if not self.stdin.is_closing():
             self.stdin.write_eof()
-        self.stdout.stop()
-        self.stderr.stop()
+        for reader in self._readers.values():
+            reader.stop()
 
     # for the connection
 
     def reader(self, channel: int) -> GuestReader:
         """Return the reader of a channel."""
-        return self.stdout if channel == Channel.STDOUT else self.stderr
+        return self._readers[Channel(channel)]
 
     def writer(self) -> GuestWriter:
         """Return the writer of its only channel to the guest."""
@@ -176,9 +228,10 @@ class GuestProcess:
         self._returncode = -event.value if killed else event.value
         if event.kind is ExitKind.NOT_STARTED:
             self.failure = event.text
-            self.stderr.feed_data(f"{self.vm}: {event.text}\n".encode())
+            text = f"{self.vm}: {event.text}\n".encode()
+            self._readers[Channel.STDERR].feed_data(text)
         self.stdin.break_off(BrokenPipeError(f"{self.command!r} has ended"))
-        for reader in (self.stdout, self.stderr):
+        for reader in self._readers.values():
             reader.feed_eof()
         self._ended.set()
 
@@ -187,11 +240,17 @@ class GuestProcess:
         self._error = error
         self._returncode = _GONE
         self.stdin.break_off(error)
-        for reader in (self.stdout, self.stderr):
+        for reader in self._readers.values():
             reader.lose(error)
         self._ended.set()
 
 
-async def _read_all(reader: GuestReader) -> None:
+def _see(done: asyncio.Task[None]) -> None:
+    """Take note of how a task ended: that the guest went is for those who wait."""
+    if not done.cancelled():
+        done.exception()
+
+
+async def _read_all(reader: asyncio.StreamReader) -> None:
     while await reader.read(_CHUNK):
         pass

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.guest.exc import GuestGoneError
+from qubes_itests.guest.frames import Channel
 from qubes_itests.limited_log import LimitedLog
 from qubes_itests.untrusted_text import safe_text
 
@@ -39,12 +40,13 @@ async def relay(call: ServiceCall, process: GuestProcess) -> int:
     """
     # at once, not with the next bytes
     process.stdin.when_broken(call.stdin.stop)
-    call.stdout.when_broken(process.stdout.stop)
+    output = process.reader(Channel.STDOUT)
+    call.stdout.when_broken(output.stop)
     pumps = [
         asyncio.ensure_future(pump)
         for pump in (
             _pump(call.stdin, process.stdin),
-            _pump(process.stdout, call.stdout),
+            _pump(output, call.stdout),
             _log_stderr(process),
         )
     ]

@@ -34,9 +34,13 @@ _DIRECTORIES: Final = (
 #: Names under which guests find the agent's program.
 AGENT_LINKS: Final = {
     "usr/bin/qrexec-client-vm": "../lib/qubes/agent",
-    "usr/bin/qubesdb-read": "../lib/qubes/agent",
-    "usr/bin/qubesdb-list": "../lib/qubes/agent",
-    "usr/bin/qubesdb-multiread": "../lib/qubes/agent",
+    **dict.fromkeys(
+        (
+            f"usr/bin/qubesdb-{command}"
+            for command in ("read", "list", "multiread", "write", "rm", "watch")
+        ),
+        "../lib/qubes/agent",
+    ),
     "usr/lib/qubes/qrexec-client-vm": "agent",
 }
 _LINKS: Final = {

@@ -34,6 +34,7 @@ CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
+MNT_DETACH = 2
 PR_SET_PDEATHSIG = 1
 SIOCGIFFLAGS, SIOCSIFFLAGS = 0x8913, 0x8914
 IFF_UP = 1
@@ -48,6 +49,9 @@ FORWARDED = {
     signal.SIGUSR1,
     signal.SIGUSR2,
 }
+
+#: Where services of dom0 are.
+SERVICES = "/etc/qubes-rpc"
 
 #: The variable with the descriptor of the network namespace outside.
 OUTER_NETWORK = "QUBES_ITESTS_OUTER_NETWORK"
@@ -155,8 +159,9 @@ def set_up() -> None:
     # shared memory belongs to the IPC namespace; rundir has its short names in it, and
     # loop.py the nodes of devices that a container's /dev has not
     mount("none", "/dev/shm", "tmpfs", MS_NOSUID)  # noqa: S108
-    add_libvirt_user()
     mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    have_services()
+    add_libvirt_user()
     raise_loopback()
     if not os.path.isdir(os.environ.get("TMPDIR", "/tmp")):  # noqa: PTH112, S108
         del os.environ["TMPDIR"]
@@ -167,6 +172,48 @@ def set_up() -> None:
     # Sessions of the user outside are none of the run's business.
     for name in ("DBUS_SESSION_BUS_ADDRESS", "XDG_RUNTIME_DIR"):
         os.environ.pop(name, None)
+
+
+def have_services() -> None:
+    """Have an empty folder for services of dom0 in here, whatever the machine has.
+
+    A Qubes VM has services of its own there, which are not the run's. Where there is no
+    such folder, /etc is overlaid, and what is written to it ends with the sandbox; a
+    system that cannot do that, for its /etc is an overlay of overlays, goes without.
+    """
+    if not os.path.isdir(SERVICES):  # noqa: PTH112
+        layer = "/tmp/layer"  # noqa: S108
+        mounted = mounts_below("/etc")
+        mount("none", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV)  # noqa: S108
+        for name in (f"{layer}/qubes-rpc", "/tmp/work"):  # noqa: S108
+            os.makedirs(name)  # noqa: PTH103
+        os.chmod(layer, 0o755)  # noqa: PTH101, S103
+        options = f"lowerdir=/etc,upperdir={layer},workdir=/tmp/work"
+        arguments = b"overlay", b"/etc", b"overlay", ctypes.c_ulong(0), options.encode()
+        result = libc.mount(*arguments)
+        check(libc.umount2(b"/tmp", MNT_DETACH), "unmount /tmp")
+        for path, descriptor in mounted:
+            if result == 0:
+                mount(f"/proc/self/fd/{descriptor}", path, None, MS_BIND)
+            os.close(descriptor)
+    if os.path.isdir(SERVICES):  # noqa: PTH112
+        mount("none", SERVICES, "tmpfs", MS_NOSUID | MS_NODEV)
+        os.chmod(SERVICES, 0o755)  # noqa: PTH101, S103
+
+
+def mounts_below(place: str) -> list[tuple[str, int]]:
+    """Return where something is mounted below a folder, and a descriptor of it."""
+    lines = read("/proc/self/mountinfo").splitlines()
+    paths = [unescaped(line.split(" ")[4]) for line in lines]
+    found = [path for path in paths if path.startswith(f"{place}/")]
+    return [(path, os.open(path, os.O_PATH)) for path in dict.fromkeys(found)]
+
+
+def unescaped(path: str) -> str:
+    """Return a path as mountinfo has it: blanks and backslashes are octal there."""
+    for character in " \t\n\\":
+        path = path.replace(f"\\{ord(character):03o}", character)
+    return path
 
 
 def add_libvirt_user() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["ExecutionMixin"]
 
 _OUTPUTS: Final = {"stdout": Channel.STDOUT, "stderr": Channel.STDERR}
+_NOT_CONNECTED: Final = (None, subprocess.DEVNULL)
 _PIPES: Final[dict[str, Any]] = dict.fromkeys(("stdin", *_OUTPUTS), subprocess.PIPE)
 
 
@@ -25,8 +27,9 @@ class ExecutionMixin:
     """What a VM class needs to run commands and services in its guest.
 
     `stdin`, `stdout` and `stderr` are as for `asyncio.create_subprocess_exec`:
-    ``subprocess.PIPE`` to get a stream; otherwise the guest sees an empty input, and
-    its output is dropped.
+    ``subprocess.PIPE`` to get a stream; a descriptor or a file of the host, which may
+    be closed then; ``stderr=subprocess.STDOUT`` to have both outputs as one. With
+    DEVNULL or None the guest sees an empty input, and its output is dropped.
     """
 
     agent: GuestAgent | None
@@ -186,16 +189,39 @@ def _check_streams(streams: Mapping[str, Any]) -> None:
     for name, stream in streams.items():
         if name not in _OUTPUTS and name != "stdin":
             raise QubesValueError(f"a command in a VM takes no argument {name!r}")
-        if stream not in (None, subprocess.PIPE, subprocess.DEVNULL):
-            raise QubesValueError(
-                f"{name}={stream!r}: a command in a VM has PIPE, DEVNULL or nothing"
-            )
+        if stream == subprocess.STDOUT and name == "stderr":
+            continue
+        if stream not in _NOT_CONNECTED and stream != subprocess.PIPE:
+            _descriptor(name, stream)
+
+
+def _descriptor(name: str, stream: Any) -> int:
+    """Return the descriptor of what a stream is to be connected with."""
+    try:
+        number = stream if isinstance(stream, int) else stream.fileno()
+        os.fstat(number)
+    except (AttributeError, OSError, OverflowError, ValueError) as error:
+        raise QubesValueError(
+            f"{name}: expected PIPE, DEVNULL, or an open descriptor or file,"
+            f" got {stream!r}"
+        ) from error
+    return int(number)
 
 
 def _connect(process: GuestProcess, streams: Mapping[str, Any]) -> GuestProcess:
-    if streams.get("stdin") != subprocess.PIPE:
+    stdin = streams.get("stdin")
+    if stdin in _NOT_CONNECTED:
         process.stdin.write_eof()
-    for name, channel in _OUTPUTS.items():
-        if streams.get(name) != subprocess.PIPE:
+    elif stdin != subprocess.PIPE:
+        process.read_from(_descriptor("stdin", stdin))
+    outputs = dict(_OUTPUTS)
+    if streams.get("stderr") == subprocess.STDOUT:
+        process.merge()
+        del outputs["stderr"]
+    for name, channel in outputs.items():
+        stream = streams.get(name)
+        if stream in _NOT_CONNECTED:
             process.drop(channel)
+        elif stream != subprocess.PIPE:
+            process.pass_on(channel, _descriptor(name, stream))
     return process

@@ -5,8 +5,12 @@ import hashlib
 import logging
 import random
 import resource
+from pathlib import Path
 
 import pytest
+from conditions import wait_until
+
+from qubes_itests.core import dom0_services
 
 CHUNK = 1024**2
 
@@ -218,3 +222,80 @@ def test_calls_that_no_rule_can_allow(app, pair, run):
     app.policy.add_rule("* * * * allow")
     for words in ("work test.Echo", "vault ../test.Echo", "@anyvm test.Echo"):
         assert call(run, pair[0], f"qrexec-client-vm {words}")[0] == 126, words
+
+
+@pytest.fixture
+def dom0(app):
+    """Return where services of dom0 are; those of the test go with it."""
+    app.policy.add_rule("* * @anyvm @adminvm allow")
+    yield dom0_services.PLACE
+    for path in dom0_services.PLACE.iterdir():
+        path.unlink()
+
+
+def install(path, script):
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_program_is_a_service_of_dom0(dom0, pair, run):
+    work = pair[0]
+    names = "REMOTE_DOMAIN REQUESTED_TARGET_TYPE REQUESTED_TARGET SERVICE_FULL_NAME"
+    told = "".join(f"echo $QREXEC_{name};" for name in names.split())
+    install(dom0 / "test.Told", f"{told} echo $1; cat; exit 3")
+    install(dom0 / "test.Told+b", "readlink /proc/$$/fd/0; exit 4")
+    command = "qrexec-client-vm dom0 test.Told"
+    status, stdout, _ = call(run, work, f"{command}+a", b"data")
+    assert (status, stdout) == (3, b"work\nname\ndom0\ntest.Told+a\na\ndata")
+    status, stdout, _ = call(run, work, f"{command}+b")
+    assert (status, stdout.partition(b":")[0]) == (4, b"socket")
+
+
+def test_program_of_dom0_that_ends_is_the_end_for_who_writes_to_it(dom0, pair, run):
+    install(dom0 / "test.Abort", "exec <&-")
+    script = "cat /dev/zero; echo $? >&$SAVED_FD_1"
+    command = f"qrexec-client-vm dom0 test.Abort /bin/sh -c '{script}'"
+    _, stdout, _ = call(run, pair[0], command)
+    assert stdout in {b"141\n", b"1\n"}
+
+
+def test_program_of_dom0_may_close_its_output_and_read_on(dom0, pair, run, tmp_path):
+    install(dom0 / "test.Eof", f"echo said; exec >&-; cat >{tmp_path}/heard")
+    script = "cat >&$SAVED_FD_1; echo heard"
+    command = f"qrexec-client-vm dom0 test.Eof /bin/sh -c '{script}'"
+    assert call(run, pair[0], command)[1] == b"said\n"
+    assert (tmp_path / "heard").read_text() == "heard\n"
+
+
+def test_program_of_dom0_ends_with_its_caller(dom0, pair, run):
+    work = pair[0]
+    install(dom0 / "test.Long", "echo $$; exec sleep 1000 <&0")
+    process = run(work.run("qrexec-client-vm dom0 test.Long", stdout=-1))
+    place = Path(f"/proc/{int(run(process.stdout.readline()))}")
+    assert place.exists()
+    run(work.kill())
+    wait_until(lambda: not place.exists(), "end of the service")
+
+
+def test_socket_is_a_service_of_dom0(dom0, pair, run):
+    async def answer(reader, writer):
+        writer.write((await reader.read()).replace(b"\0", b"|"))
+        writer.close()
+
+    async def serve():
+        path = dom0 / "test.Socket"
+        async with await asyncio.start_unix_server(answer, path):
+            command = "qrexec-client-vm @adminvm test.Socket"
+            process = await pair[0].run(command, stdin=-1, stdout=-1)
+            return await process.communicate(b"data")
+
+    told = b"test.Socket+ work keyword adminvm|data"
+    assert run(serve()) == (told, None)
+
+
+def test_what_cannot_serve_in_dom0_is_refused(dom0, pair, run):
+    install(dom0 / "test.NoProgram", "true")
+    (dom0 / "test.NoProgram").chmod(0o644)
+    (dom0 / "test.Folder").symlink_to("/")
+    for name, status in {"NoProgram": 126, "Folder": 127, "None": 127}.items():
+        assert call(run, pair[0], f"qrexec-client-vm dom0 test.{name}")[0] == status

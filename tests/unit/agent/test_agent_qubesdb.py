@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from typing import TYPE_CHECKING
 
 import pytest
@@ -56,3 +57,64 @@ def test_wrong_usage_is_told(agent: AgentProcess) -> None:
     assert query(agent, "qubesdb-read")[0] == 2
     assert query(agent, "qubesdb-read", "/name")[0] == 1
     assert query(agent, "qubesdb-nonsense", "/name")[0] == 2
+
+
+def test_guest_changes_entries_of_its_own(wire: Wire, agent: AgentProcess) -> None:
+    wire.control(DB_WRITE, strings("/a/x", "host"))
+    assert query(agent, "qubesdb-write", "/a/x", "1", "/a/y", "2", "/b", "") == (0, "")
+    assert query(agent, "qubesdb-multiread", "/") == (0, "a/x = 1\na/y = 2\nb = \n")
+    wire.control(DB_WRITE, strings("/b", "host again"))
+    assert query(agent, "qubesdb-read", "/b") == (0, "host again\n")
+    assert query(agent, "qubesdb-rm", "/b") == (0, "")
+    assert query(agent, "qubesdb-rm", "/b") == (1, "")
+    assert query(agent, "qubesdb-rm", "/a/") == (0, "")
+    assert query(agent, "qubesdb-list", "/") == (0, "")
+
+
+def test_what_is_in_the_way_of_an_entry_is_not_followed(
+    wire: Wire, agent: AgentProcess
+) -> None:
+    """Users may write to the database: the agent, which is root, follows no link."""
+    wire.control(DB_WRITE, strings("/a", "1"))
+    victim = agent.root / "victim"
+    victim.write_text("as it was")
+    place = agent.root / "run/qubes/db"
+    assert place.stat().st_mode & 0o777 == 0o777
+    (place / f".new-{agent.process.pid}").symlink_to(victim)
+    (place / "!b").symlink_to(victim)
+    for path in ("/a", "/b"):
+        assert wire.control(DB_WRITE, strings(path, "2")) is None
+        assert query(agent, "qubesdb-read", path) == (0, "2\n")
+    assert victim.read_text() == "as it was"
+
+
+def test_changes_are_told_to_who_watches(wire: Wire, agent: AgentProcess) -> None:
+    wire.control(DB_WRITE, strings("/seen", "0"))
+    with agent.client("qubesdb-watch", "-n", "4", "/seen", "/below/") as client:
+        assert client.stdout
+        # it watches from some moment on
+        while not select.select([client.stdout], [], [], 0.05)[0]:
+            wire.control(DB_WRITE, strings("/seen", "1"))
+        assert client.stdout.readline() == b"/seen\n"
+        wire.control(DB_WRITE, strings("/other", "1"))
+        wire.control(DB_WRITE, strings("/below/x", "1"))
+        wire.control(DB_REMOVE, strings("/below/x"))
+        wire.control(DB_REMOVE, strings("/seen"))
+        told = client.communicate(timeout=10)[0].replace(b"/seen\n", b"").split()
+        assert (told, client.returncode) == ([b"/below/x"] * 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("qubesdb-write", []),
+        ("qubesdb-write", ["/a"]),
+        ("qubesdb-rm", []),
+        ("qubesdb-watch", []),
+        ("qubesdb-read", ["-n", "1", "/a"]),
+    ],
+)
+def test_wrong_changes_are_told(
+    agent: AgentProcess, name: str, arguments: list[str]
+) -> None:
+    assert query(agent, name, *arguments)[0] == 2

@@ -1,0 +1,175 @@
+"""Services of dom0: programs and sockets in a folder, as the services of VMs are.
+
+The folder is the sandbox's own, and empty until a test puts something there: who may
+write there is who may run programs anyway. The VM that calls is not trusted; its policy
+was asked before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from qubes_itests.guest.exc import GuestGoneError
+from qubes_itests.host import sandbox
+from qubes_itests.limited_log import LimitedLog
+from qubes_itests.untrusted_text import safe_text
+
+if TYPE_CHECKING:
+    from qubes_itests.guest.calls import ServiceCall
+
+__all__ = ["PLACE", "serve"]
+
+_limited = LimitedLog(logging.getLogger("qubes.qrexec"))
+
+#: Where they are; see `sandbox_init.have_services`.
+PLACE: Final = Path("/etc/qubes-rpc")
+_CHUNK: Final = 65_536
+#: Seconds that output may take to come which a program has written before it ended;
+#: what it left running may hold its output for ever.
+_REST: Final = 2.0
+#: Of a program's stderr so many bytes are logged.
+_LOGGED: Final = 4096
+
+
+class _Ends(NamedTuple):
+    """What a service writes to us and reads from us, and what to close of the first."""
+
+    output: asyncio.StreamReader
+    input: asyncio.StreamWriter
+    hang_up: asyncio.StreamWriter
+
+
+async def serve(call: ServiceCall) -> int | None:
+    """Serve a call by what is there for it.
+
+    :param call: allowed by policy.
+    :return: the exit status, 0 for a socket; None when there is no such service.
+    :raise OSError: the program cannot be executed, or nobody listens on the socket.
+    """
+    name, plus, argument = call.service.partition("+")
+    full_name = f"{name}+{argument}" if plus else f"{name}+"
+    if not sandbox.active():
+        return None  # the machine's own are none of the tests'
+    for path in (PLACE / full_name, PLACE / name):
+        mode = path.stat().st_mode if path.exists() else 0
+        if stat.S_ISSOCK(mode):
+            return await _serve_by_socket(call, path, full_name)
+        if stat.S_ISREG(mode):
+            return await _serve_by_program(call, path, full_name)
+    return None
+
+
+def _target(call: ServiceCall) -> tuple[str, str]:
+    """Return how the caller named dom0: ``name`` or ``keyword``, and which."""
+    is_keyword = call.target.startswith("@")
+    return ("keyword" if is_keyword else "name", call.target.removeprefix("@"))
+
+
+async def _serve_by_socket(call: ServiceCall, path: Path, full_name: str) -> int:
+    reader, writer = await asyncio.open_unix_connection(path)
+    ends = _Ends(reader, writer, writer)
+    try:
+        words = (full_name, call.vm, *_target(call))
+        ends.input.write(" ".join(words).encode() + b"\0")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_pass_input(call, ends))
+            group.create_task(_pass_output(call, ends))
+    finally:
+        ends.input.close()
+    return 0
+
+
+async def _serve_by_program(call: ServiceCall, path: Path, full_name: str) -> int:
+    kind, target = _target(call)
+    argument = full_name.partition("+")[2]
+    settings = {
+        "QREXEC_REMOTE_DOMAIN": call.vm,
+        "QREXEC_REQUESTED_TARGET_TYPE": kind,
+        f"QREXEC_REQUESTED_TARGET{'_KEYWORD' * (kind == 'keyword')}": target,
+        "QREXEC_SERVICE_FULL_NAME": full_name,
+        "QREXEC_SERVICE_ARGUMENT": argument,
+    }
+    async with contextlib.AsyncExitStack() as stack:
+        with contextlib.ExitStack() as theirs:
+            pairs = [socket.socketpair() for _ in range(2)]
+            stdin, stdout = (theirs.enter_context(pair[1]) for pair in pairs)
+            _, writer = await asyncio.open_unix_connection(sock=pairs[0][0])
+            stack.callback(writer.close)
+            reader, other = await asyncio.open_unix_connection(sock=pairs[1][0])
+            stack.callback(other.close)
+            process = await asyncio.create_subprocess_exec(
+                path,
+                *([argument] if argument else []),
+                stdin=stdin.fileno(),
+                stdout=stdout.fileno(),
+                stderr=asyncio.subprocess.PIPE,
+                cwd="/",
+                env=os.environ | settings,
+                start_new_session=True,
+            )
+        stack.push_async_callback(_end, process)
+        return await _until_end(call, _Ends(reader, writer, other), process)
+
+
+async def _until_end(
+    call: ServiceCall, ends: _Ends, process: asyncio.subprocess.Process
+) -> int:
+    tasks = [
+        asyncio.ensure_future(_pass_input(call, ends)),
+        asyncio.ensure_future(_pass_output(call, ends)),
+        asyncio.ensure_future(_log_stderr(call, process)),
+    ]
+    try:
+        status = await process.wait()
+        call.stdin.stop()
+        await asyncio.wait(tasks[1:], timeout=_REST)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    return status
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """End what a program has left running, itself included."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
+
+
+async def _pass_input(call: ServiceCall, ends: _Ends) -> None:
+    try:
+        while data := await call.stdin.read(_CHUNK):
+            ends.input.write(data)
+            await ends.input.drain()
+        ends.input.write_eof()
+    except (ConnectionError, GuestGoneError, OSError):
+        call.stdin.stop()
+
+
+async def _pass_output(call: ServiceCall, ends: _Ends) -> None:
+    try:
+        while data := await ends.output.read(_CHUNK):
+            call.stdout.write(data)
+            await call.stdout.drain()
+        call.stdout.write_eof()
+    except (ConnectionError, GuestGoneError, RuntimeError):
+        ends.hang_up.close()  # nobody reads it any more
+
+
+async def _log_stderr(call: ServiceCall, process: asyncio.subprocess.Process) -> None:
+    assert process.stderr is not None  # noqa: S101 - it was asked for
+    room = _LOGGED
+    while data := await process.stderr.read(_CHUNK):
+        if room > 0:
+            text = safe_text(data[:room])
+            _limited.info(call.vm, "stderr of %s of dom0: %s", call.service, text)
+            room -= len(data)
