@@ -186,6 +186,9 @@ static pid_t start_child(char **local, int input, int output)
 		run_local(local, input, output);
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	close(input);
+	/* Who reads our output shall see its end, while we may wait for more input. */
+	if (!stdin_socket)
+		close(STDOUT_FILENO);
 	if (getppid() == parent)
 		copy(STDIN_FILENO, output, false);
 	_exit(0);

@@ -118,6 +118,24 @@ def test_ended_call_does_not_wait_for_more_input(
         assert client.wait(timeout=10) == 0
 
 
+def test_output_ends_while_there_may_be_more_input(
+    wire: Wire, agent: AgentProcess
+) -> None:
+    with call(agent, "work", "t.S") as client:
+        wire.expect(CALL, FIRST)
+        wire.write(FIRST, b"all", 1)
+        wire.send(EOF, 1, FIRST)
+        assert client.stdout
+        assert select.select([client.stdout], [], [], 10)[0]
+        assert client.stdout.read() == b"all"
+        assert client.stdin
+        client.stdin.write(b"more")
+        client.stdin.close()
+        client.stdin = None
+        assert collect(wire, FIRST) == b"more"
+        answer(wire, FIRST, 0, 0)
+
+
 def test_local_command_talks_to_the_service(wire: Wire, agent: AgentProcess) -> None:
     """Its stdio is the call; what was the client's is in SAVED_FD_0 and _1."""
     script = "read got; echo answer $got; cat <&$SAVED_FD_0 >&$SAVED_FD_1"
