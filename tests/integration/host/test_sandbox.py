@@ -9,6 +9,7 @@ import os
 import pty
 import random
 import select
+import shlex
 import signal
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from qubes_itests.host.exc import NoSandboxError
 from qubes_itests.host.loop import loop_devices_over
 
 _NOBODY = 65534
+_HOSTS = "print(open('/etc/hosts').read())"
 _WAIT = 20.0
 
 
@@ -54,6 +56,32 @@ def _wait_for(condition, what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"no {what}"
         select.select([], [], [], 0.01)
+
+
+def test_services_of_dom0_are_its_own():
+    """The folder is there and empty, in a sandbox within as well; nothing is left."""
+    code = """
+    import os
+    from pathlib import Path
+    place = Path("/etc/qubes-rpc")
+    print(os.listdir(place), oct(place.stat().st_mode & 0o777))
+    place.joinpath("t.Service").touch()
+    """
+    there = os.path.lexists("/etc/qubes-rpc/t.Service")
+    done = _run(_inside(code))
+    assert done.stdout == "[] 0o755\n", done.stderr
+    assert os.path.lexists("/etc/qubes-rpc/t.Service") == there
+    nested = sandbox.command(_inside(code))
+    assert _run(nested).stdout == "[] 0o755\n"
+
+
+def test_what_is_mounted_in_etc_stays_there(tmp_path):
+    """As containers have their resolv.conf, whatever way the folder is made."""
+    mounted = tmp_path / "mounted"
+    mounted.write_text("what a container has mounted")
+    script = f"mount --bind {mounted} /etc/hosts; exec {shlex.join(_inside(_HOSTS))}"
+    done = _run(["unshare", "--mount", "sh", "-c", script])
+    assert done.stdout == "what a container has mounted\n", done.stderr
 
 
 def test_namespaces_are_its_own():
