@@ -172,7 +172,7 @@ def _fill(path: Path, content: bytes) -> None:
 def set_revisions_to_keep(call: Call) -> None:
     """Set how many former images it keeps."""
     call.permit(newvalue=call.payload)
-    call.argument.revisions_to_keep = call.payload
+    call.destination.storage.set_revisions_to_keep(call.argument.name, call.payload)
 
 
 def _refuse_unless_halted(vm: Any) -> None:

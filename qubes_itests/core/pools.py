@@ -19,9 +19,25 @@ if TYPE_CHECKING:
 __all__ = ["PoolsMixin"]
 
 
-def _app_pool(app: PoolsMixin, prop: Property[Any], value: Any) -> str | None:
+def _app_pool(app: PoolsMixin, prop: Property[Any], value: Any) -> Pool | None:
     del prop
-    return app.get_pool(str(value)).name if value not in (None, "") else None
+    if value in (None, ""):
+        return None
+    try:
+        return app.get_pool(value)
+    except QubesPoolNotFoundError as error:
+        # as a refusal, as of any other value that the property does not take
+        raise ValueError(str(error)) from None
+
+
+def _default_pool(kind: str) -> Property[Pool | None]:
+    return Property["Pool | None"](
+        f"default_pool_{kind}",
+        setter=_app_pool,
+        load_stage=3,
+        default=lambda app: app.default_pool,
+        doc=f"The pool of {kind} volumes that name none.",
+    )
 
 
 class PoolsMixin(PropertyHolder):
@@ -33,26 +49,45 @@ class PoolsMixin(PropertyHolder):
     #: Pool and id of volumes that no VM has and that are being removed.
     volumes_going: set[tuple[str, str]]
 
-    default_pool = Property["str | None"](
+    default_pool = Property["Pool | None"](
         "default_pool",
         setter=_app_pool,
-        default=lambda app: next(iter(app.pools), None),
-        doc="Name of the pool of volumes that name none.",
+        load_stage=3,
+        default=lambda app: next(iter(app.pools.values()), None),
+        doc="The pool of volumes that name none.",
     )
+    default_pool_root = _default_pool("root")
+    default_pool_private = _default_pool("private")
+    default_pool_volatile = _default_pool("volatile")
+    default_pool_kernel = _default_pool("kernel")
+
+    def default_pool_of(self, volume: str) -> Pool | None:
+        """Return the pool of a volume that names none, by what it is in its VM."""
+        pools: dict[str, Pool | None] = {
+            "root": self.default_pool_root,
+            "private": self.default_pool_private,
+            "volatile": self.default_pool_volatile,
+            "kernel": self.default_pool_kernel,
+        }
+        return pools.get(volume, self.default_pool)
 
     async def add_pool(
-        self, pool: Pool | None = None, *, driver: str = "", **options: Any
+        self, name: Pool | str, *, driver: str = "", **options: Any
     ) -> Pool:
         """Set up a storage pool, add it under its name, and return it.
 
-        :param pool: what to add; without one it is made.
+        :param name: the pool, or the name of one that is made.
         :param driver: of the pool to make: ``file-reflink``, ``file`` …
-        :param options: of that pool: `name`, and what its driver takes.
+        :param options: of that pool: what its driver takes.
         :raise DriverNotFoundError: when there is no such driver.
         :raise QubesValueError: for options that it does not take, or a name in use.
         :raise PoolError: when it cannot be set up, or somebody else owns what is in it.
         """
-        pool = _make_pool(driver, options) if pool is None else pool
+        pool = (
+            _make_pool(driver, {"name": name, **options})
+            if isinstance(name, str)
+            else name
+        )
         self._check_new_pool(pool)
         await pool.setup()
         try:
@@ -80,8 +115,11 @@ class PoolsMixin(PropertyHolder):
             for vm in self.domains
             if any(v.pool is pool for v in getattr(vm, "volumes", {}).values())
         ]
-        if self.default_pool == name:
-            users.append("the app (default_pool)")
+        users += [
+            f"the app ({prop.name})"
+            for prop in self.property_list()
+            if prop.name.startswith("default_pool") and getattr(self, prop.name) is pool
+        ]
         if users:
             raise QubesPoolInUseError(
                 name, f"pool {name!r} is used by {', '.join(users)}; change these first"
@@ -151,8 +189,12 @@ class PoolsMixin(PropertyHolder):
         finally:
             self.volumes_going.discard((pool.name, vid))
 
-    def get_pool(self, name: str) -> Pool:
-        """Return a storage pool by name; QubesPoolNotFoundError if there is none."""
+    def get_pool(self, pool: Pool | str) -> Pool:
+        """Return a storage pool by itself or its name.
+
+        :raise QubesPoolNotFoundError: when there is none of that name.
+        """
+        name = str(pool)
         if name not in self.pools:
             raise QubesPoolNotFoundError(name, self.pools)
         return self.pools[name]

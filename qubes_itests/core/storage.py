@@ -17,7 +17,6 @@ from collections.abc import (
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import (
-    QubesPoolNotFoundError,
     QubesValueError,
     QubesVMError,
     QubesVMInUseError,
@@ -63,6 +62,9 @@ _WITH_FILESYSTEM: Final = ("root", "private")
 #: and beyond some PiB ext4 does not go at all.
 _LARGEST_FILESYSTEM: Final = 1 << 40
 
+#: The number of revisions to keep that stands for not even a snapshot.
+_NO_SNAPSHOTS: Final = -1
+
 #: What of an image is looked at in one go, bytes.
 _PART: Final = 1 << 16
 
@@ -101,15 +103,18 @@ class Storage:
         :raise QubesPoolNotFoundError: when there is no such pool.
         """
         settings = dict(config)
-        pool_name = str(settings.pop("pool", self.vm.app.default_pool))
-        pools = self.vm.app.pools
-        if pool_name not in pools:
-            raise QubesPoolNotFoundError(pool_name, pools)
+        app = self.vm.app
+        named = settings.pop("pool", None) or app.default_pool_of(name)
+        pool = app.get_pool("" if named is None else named)
         if len(self.volumes) >= _LAST_EXTRA - ord("a"):
             raise QubesValueError(f"VM {self.vm} has as many volumes as disk names")
-        volume = pools[pool_name].init_volume(self.vm, {**settings, "name": name})
+        volume = pool.init_volume(self.vm, {**settings, "name": name})
         self.volumes[name] = volume
         return volume
+
+    def get_volume(self, volume: Volume | str) -> Volume:
+        """Return a volume by itself or its name; KeyError if there is none of that."""
+        return self.volumes[volume] if isinstance(volume, str) else volume
 
     def unbind(self) -> None:
         """Forget the volumes; nothing happens on disk."""
@@ -359,8 +364,7 @@ class Storage:
         :raise DeadlineError: likewise; it did not within the VM's `qrexec_timeout`.
         :raise GuestError: likewise; it wrote without end, or went away.
         """
-        if isinstance(volume, str):
-            volume = self.volumes[volume]
+        volume = self.get_volume(volume)
         _check_size(volume, "resize", size)
         with self.changing():
             await volume.resize(size)
@@ -410,21 +414,87 @@ class Storage:
                     success=transfer.committed,
                 )
 
-    async def verify(self) -> None:
-        """Raise what the first volume that is not in order raises."""
-        await self._all(lambda v: v.verify())
+    async def export(self, volume: Volume | str) -> Path:
+        """Return the committed image of a volume, to be read only, until `export_end`.
 
-    async def import_volume(self, dst_volume: Volume, src_volume: Volume) -> None:
-        """Replace the content of a volume by that of another; the VM is told.
+        For suites of the core: `exporting` begins and ends it, whatever happens.
+        """
+        return await self.get_volume(volume).export()
+
+    async def export_end(self, volume: Volume | str, export_path: Path) -> None:
+        """End what `export` began.
+
+        :param export_path: what that has returned.
+        """
+        await self.get_volume(volume).export_end(export_path)
+
+    async def import_data(self, volume: Volume | str, size: int | None) -> Path:
+        """Begin to replace the content of a volume; `importing` does all of it.
+
+        :param size: bytes; None for the present size.
+        :return: the file to be written to, until `import_data_end`.
+        """
+        return await self.get_volume(volume).import_data(size)
+
+    async def import_data_end(
+        self,
+        volume: Volume | str,
+        success: bool,  # noqa: FBT001 - as in Qubes OS
+    ) -> None:
+        """End what `import_data` began.
+
+        :param success: whether to commit the new content, or to drop it.
+        """
+        await self.get_volume(volume).import_data_end(success)
+
+    async def import_volume(self, dst_volume: Volume, src_volume: Volume) -> Volume:
+        """Replace the content of one of the VM's volumes by that of another volume.
+
+        ``domain-import-volume`` (`name`, `source`) is fired then.
 
         :param dst_volume: of this VM, which must be halted.
         :param src_volume: any one.
+        :return: the first.
         """
         _check_size(dst_volume, "import", src_volume.size)
-        await dst_volume.import_volume(src_volume)
+        with self.changing():
+            done = await dst_volume.import_volume(src_volume)
         await self.vm.fire_event_async(
             "domain-import-volume", name=dst_volume.name, source=src_volume
         )
+        return done
+
+    def set_revisions_to_keep(self, volume: str, value: int) -> None:
+        """Set how many former images of a volume are kept.
+
+        :param volume: its name.
+        :param value: as for `Volume`; -1 takes away even the snapshot that a start
+            begins with.
+        :raise QubesValueError: for a value that cannot be.
+        :raise QubesVMNotHaltedError: when there are to be no snapshots any more, or
+            some again, while the VM, or a disposable VM that is made from it, runs.
+        """
+        if value < _NO_SNAPSHOTS:
+            raise QubesValueError(
+                f"revisions_to_keep is a number from {_NO_SNAPSHOTS}, not {value!r}"
+            )
+        found = self.volumes[volume]
+        if (value == _NO_SNAPSHOTS) != (found.revisions_to_keep == _NO_SNAPSHOTS):
+            for vm in self.vm.app.domains:
+                is_made_from_it = vm.klass == "DispVM" and vm.template is self.vm
+                if (vm is self.vm or is_made_from_it) and not vm.is_halted():
+                    raise QubesVMNotHaltedError(vm)
+        found.revisions_to_keep = value
+
+    def get_disk_utilization(self) -> int:
+        """Return the bytes that the volumes have allocated."""
+        return sum(volume.usage for volume in self.volumes.values())
+
+    async def verify(self) -> bool:
+        """Raise what the first volume that is not in order raises; True if none is."""
+        await self._all(lambda v: v.verify())
+        self.vm.fire_event("domain-verify-files")
+        return True
 
     async def clone(self, source: QubesVM, pool: str | None = None) -> None:
         """Make the volumes as copies of another VM's.

@@ -85,6 +85,13 @@ class Pool(abc.ABC):
     def __str__(self) -> str:
         return self.name
 
+    def __eq__(self, other: object) -> bool:
+        """Tell whether it is the other one, or has that name."""
+        return self.name == other if isinstance(other, str) else self is other
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     @property
     def config(self) -> dict[str, object]:
         """The keyword arguments that make this pool, and its driver's name."""

@@ -81,9 +81,11 @@ def test_refused_vm_does_not_take_the_volumes_of_the_one_that_is_there(app):
 
 
 def test_default_pool_is_one_that_there_is(app):
-    with pytest.raises(exc.QubesPoolNotFoundError):
+    with pytest.raises(exc.QubesPropertyValueError, match="there are: default"):
         app.default_pool = "none such"
     app.default_pool = app.get_pool("default")
+    assert app.default_pool is app.pools["default"]
     assert app.default_pool == "default"
+    assert app.default_pool_private == app.default_pool_of("root") == "default"
     app.default_pool = None
     assert app.default_pool is None
