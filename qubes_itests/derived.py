@@ -15,7 +15,8 @@ from qubes_itests.exc import HarnessError
 from qubes_itests.guest.exc import ImageError
 from qubes_itests.guest.layer import build_layers, fetch_packages
 from qubes_itests.hookspec import hookimpl
-from qubes_itests.host.kernel import find_kernel
+from qubes_itests.host.exc import NoKernelError
+from qubes_itests.host.kernel import GENERIC, fetch, find_kernel
 from qubes_itests.prepared import Prepared
 
 if TYPE_CHECKING:
@@ -232,6 +233,8 @@ class AppTemplates:
         derived = self._derived(name)
         if derived.base in self._downloads:
             self._downloads[derived.base](cache, say)
+        if derived.kernel == GENERIC:
+            _fetch_generic(cache, say)
         base = self._bases[derived.base](cache, find_kernel(cache))
         self._archives(derived, base, cache, say)
 
@@ -251,9 +254,10 @@ class AppTemplates:
         if problem := Prepared.told().templates.get(name):
             raise TemplateProblemError(problem)
         derived = self._derived(name)
-        base: Template = self._bases[derived.base](cache, kernel)
+        generic = find_kernel(cache, GENERIC) if derived.kernel == GENERIC else None
+        base: Template = self._bases[derived.base](cache, generic or kernel)
         archives = self._archives(derived, base, cache, self._say)
-        layers = derived.layers(base.root_image, archives)
+        layers = derived.layers(base.root_image, archives, generic)
         log = self._logs / f"template-{name}.log"
         return dataclasses.replace(
             base,
@@ -261,3 +265,12 @@ class AppTemplates:
             root_image=build_layers(cache, layers, log, self._say),
             init=derived.init or base.init,
         )
+
+
+def _fetch_generic(cache: Cache, say: Callable[[str], None]) -> None:
+    """Fetch the generic kernel unless there is one; a run does not ask for newer."""
+    try:
+        find_kernel(cache, GENERIC)
+    except NoKernelError:
+        say("fetching the generic kernel")
+        fetch(cache, GENERIC)

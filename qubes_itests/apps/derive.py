@@ -6,15 +6,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qubes_itests.apps.exc import SpecError
-from qubes_itests.guest.layer import Layers, Step
+from qubes_itests.guest.layer import Copy, Layers, Step
+from qubes_itests.host.kernel import GENERIC
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from qubes_itests.apps.spec import TemplateSpec
+    from qubes_itests.host.kernel import Kernel
 
 __all__ = ["Derived", "derive"]
+
+#: What loads modules in a guest, and finds out which others each of them needs.
+_MODULES_PACKAGE = "kmod"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,7 @@ class Derived:
     :param packages: of all apps, each once.
     :param steps: of the apps, in their order.
     :param init: ``agent``, ``systemd``, or None for the base's.
+    :param kernel: one of `KERNELS`, or None for the base's.
     """
 
     name: str
@@ -33,14 +39,19 @@ class Derived:
     packages: tuple[str, ...]
     steps: tuple[Step, ...]
     init: str | None
+    kernel: str | None = None
 
-    def layers(self, root_image: Path, archives: Path | None) -> Layers:
+    def layers(
+        self, root_image: Path, archives: Path | None, generic: Kernel | None
+    ) -> Layers:
         """Return what is to be built.
 
         :param root_image: of the base.
         :param archives: directory with the files of the packages; None without any.
+        :param generic: the kernel whose modules go into the root; None for none.
         """
-        return Layers(self.name, root_image, self.packages, archives, self.steps)
+        steps = self.steps if generic is None else (_modules(generic), *self.steps)
+        return Layers(self.name, root_image, self.packages, archives, steps)
 
 
 def derive(specs: Sequence[TemplateSpec]) -> dict[str, Derived | SpecError]:
@@ -59,12 +70,17 @@ def _derived(
 ) -> Derived | SpecError:
     try:
         chain = _chain(name, groups, ())
+        kernel = _wish("kernel", [(spec, spec.kernel) for spec in chain])
+        packages = [package for spec in chain for package in spec.packages]
+        if kernel == GENERIC:
+            packages.append(_MODULES_PACKAGE)
         return Derived(
             name=name,
             base=chain[0].base,
-            packages=tuple(dict.fromkeys(p for spec in chain for p in spec.packages)),
+            packages=tuple(dict.fromkeys(packages)),
             steps=tuple(_steps(chain)),
-            init=_init(chain),
+            init=_wish("init", [(spec, spec.init) for spec in chain]),
+            kernel=kernel,
         )
     except SpecError as error:
         return error
@@ -97,13 +113,29 @@ def _steps(chain: Iterable[TemplateSpec]) -> Iterable[Step]:
             yield Step(spec.app, spec.copies, spec.script, spec.timeout)
 
 
-def _init(chain: Sequence[TemplateSpec]) -> str | None:
-    """Return the highest wish; apps that share a template must not differ."""
-    wishes = {spec.name: spec for spec in chain if spec.init is not None}
-    for spec in chain:
-        other = wishes.get(spec.name)
-        if other is not None and spec.init not in (None, other.init):
+def _modules(kernel: Kernel) -> Step:
+    target = f"/usr/lib/modules/{kernel.version}"
+    # of an entry of the cache, and thousands of files: its name says what is in it
+    key = "/".join(kernel.modules.parts[-4:])
+    copies = (Copy(kernel.modules, target, key),)
+    return Step("the modules of the kernel", copies, f"depmod {kernel.version}")
+
+
+def _wish(key: str, wishes: Sequence[tuple[TemplateSpec, str | None]]) -> str | None:
+    """Return the highest wish; apps that share a template must not differ.
+
+    :param key: what is wished for.
+    :param wishes: of each that makes the template, the lowest first; None for any.
+    """
+    of_name: dict[str, tuple[TemplateSpec, str]] = {}
+    highest = None
+    for spec, wish in wishes:
+        if wish is None:
+            continue
+        other, before = of_name.setdefault(spec.name, (spec, wish))
+        if wish != before:
             raise SpecError(
-                spec.source, f"init is {spec.init}, but {other.init} in {other.source}"
+                spec.source, f"{key} is {wish}, but {before} in {other.source}"
             )
-    return next((s.init for s in reversed(chain) if s.init is not None), None)
+        highest = wish
+    return highest

@@ -15,6 +15,7 @@ from qubes_itests.apps.repositories import Repositories
 from qubes_itests.apps.requirements import check_requirement
 from qubes_itests.core.policy.directory import PolicyFile
 from qubes_itests.guest.layer import Copy
+from qubes_itests.host.kernel import KERNELS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,6 +44,7 @@ class TemplateSpec:
     :param copies: files that go into it.
     :param script: what runs in it then, as root.
     :param init: ``agent`` or ``systemd``; None leaves it to the base.
+    :param kernel: one of `KERNELS`; None leaves it to the base.
     :param timeout: seconds that the script may take.
     :param plugin: where in the app its tests are: folders, or files in place of
         setup.py; empty for where they are found.
@@ -58,6 +60,7 @@ class TemplateSpec:
     copies: tuple[Copy, ...] = ()
     script: str = ""
     init: str | None = None
+    kernel: str | None = None
     timeout: float = 600.0
     plugin: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
@@ -233,9 +236,17 @@ def _script(value: object, _place: Repositories) -> str:
 
 
 def _init(value: object, _place: Repositories) -> str:
-    if value in _INITS:
+    return _one_of("init", value, _INITS)
+
+
+def _kernel(value: object, _place: Repositories) -> str:
+    return _one_of("kernel", value, tuple(KERNELS))
+
+
+def _one_of(key: str, value: object, known: tuple[str, ...]) -> str:
+    if value in known:
         return str(value)
-    raise ValueError(f"init: {value!r} is neither {' nor '.join(_INITS)}")
+    raise ValueError(f"{key}: {value!r} is neither {' nor '.join(known)}")
 
 
 def _timeout(value: object, _place: Repositories) -> float:
@@ -255,6 +266,7 @@ _KEYS: Final[dict[str, tuple[str, Callable[[object, Repositories], object]]]] = 
     "copy": ("copies", _copies),
     "run": ("script", _script),
     "init": ("init", _init),
+    "kernel": ("kernel", _kernel),
     "timeout": ("timeout", _timeout),
     "plugin": ("plugin", _plugin),
     "requires": ("requires", _requires),

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["STAGE_ONE", "STAGE_ONE_IF_THERE", "ModuleTree"]
 
 #: What stage one loads, in this order, each after what it needs. A guest must be able
-#: to speak, to see disks and interfaces that are plugged in later, and to give memory
-#: back; everything else may be loaded from its root by whoever wants it.
+#: to speak, to see disks and interfaces that are plugged in later, to mount its root,
+#: and to give memory back; all else may be loaded from its root by whoever wants it.
 STAGE_ONE: Final = (
     "virtio_pci",
     "virtio_console",
@@ -27,11 +27,13 @@ STAGE_ONE: Final = (
     "virtio_rng",
     "virtio_balloon",
     "virtio_net",
+    "ext4",
 )
 
-#: What it loads of kernels that have it: with this a kernel that panics tells QEMU. Of
-#: others a panic is told from a reboot as long as no program runs.
-STAGE_ONE_IF_THERE: Final = ("pvpanic_mmio",)
+#: What it loads of kernels that have it. With the first a kernel that panics tells
+#: QEMU; of others a panic is told from a reboot as long as no program runs. The second
+#: makes the checksums of ext4, which asks for what makes them, not for this module.
+STAGE_ONE_IF_THERE: Final = ("pvpanic_mmio", "crc32c_generic")
 
 _FILE: Final = re.compile(r"(.+)\.ko(?:\.(xz|zst|gz))?")
 # In the section .modinfo every setting is a string between NULs.

@@ -97,15 +97,17 @@ class NoKernelError(EnvironmentNotReadyError):
     """There is no kernel to boot guests with.
 
     :param reason: where it was looked for.
+    :param name: of one that is not the default.
     """
 
     exit_code = ExitCode.NO_KERNEL
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, name: str = "") -> None:
+        command = f"python -m qubes_itests.host.kernel fetch {name}".rstrip()
+        other = "" if name else "; or name one in QUBES_ITESTS_KERNEL"
         super().__init__(
             f"There is no kernel for guests ({reason}).",
-            "Fetch it with: python -m qubes_itests.host.kernel fetch;"
-            " or name one in QUBES_ITESTS_KERNEL.",
+            f"Fetch it with: {command}{other}.",
         )
         self.reason = reason
 

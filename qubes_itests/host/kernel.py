@@ -1,6 +1,9 @@
-"""The kernel that guests boot, taken from the distribution's package.
+"""The kernels that guests boot, taken from the distribution's packages.
 
-The package is unpacked into the cache and never installed: the host's boot loader
+The default one is small, as it is made for virtual machines. The generic one has all
+modules; templates that ask for it have them in their root.
+
+Packages are unpacked into the cache and never installed: the host's boot loader
 and ``/boot`` stay as they are. ``python -m qubes_itests.host.kernel fetch`` does
 that at set-up; a run downloads nothing.
 """
@@ -13,7 +16,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.host import packages
@@ -25,11 +28,18 @@ from qubes_itests.host.exc import CommandError, NoKernelError, NoNetworkError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Kernel", "fetch", "find_kernel", "unpack"]
+__all__ = ["DEFAULT", "GENERIC", "KERNELS", "Kernel", "fetch", "find_kernel", "unpack"]
 
-_KIND = "kernel"
+DEFAULT: Final = "default"
+GENERIC: Final = "generic"
+#: For each kernel that a template may ask for what it is in the cache and in the table
+#: of packages.
+KERNELS: Final = {DEFAULT: "kernel", GENERIC: "generic-kernel"}
+
 _IMAGE = "vmlinuz-"
-_DEPENDS = re.compile(r"^ +Depends: (linux-(?:image|modules)-\d\S*)$", re.MULTILINE)
+_DEPENDS = re.compile(
+    r"^ +Depends: (linux-(?:image|modules(?:-extra)?)-\d\S*)$", re.MULTILINE
+)
 _CANDIDATE = re.compile(r"^Version: (\S+)$", re.MULTILINE)
 _LONG = 600.0
 
@@ -46,49 +56,61 @@ class Kernel:
     modules: Path
 
 
-def find_kernel(cache: Cache, *, host: Path = Path("/")) -> Kernel:
+def find_kernel(cache: Cache, name: str = DEFAULT, *, host: Path = Path("/")) -> Kernel:
     """Return the kernel to boot guests with; nothing is downloaded.
 
-    In this order: QUBES_ITESTS_KERNEL (``IMAGE`` or ``IMAGE:MODULES``; the modules
-    are by default in ``../lib/modules/VERSION``), the newest in the cache, the
-    newest that is installed on the host.
+    The generic one is the newest in the cache. The default one is, in this order:
+    QUBES_ITESTS_KERNEL (``IMAGE`` or ``IMAGE:MODULES``; the modules are by default in
+    ``../lib/modules/VERSION``), the newest in the cache, the newest that is installed
+    on the host.
 
+    :param name: one of `KERNELS`.
     :param host: the root directory of the host.
     :raises NoKernelError: there is none.
     """
+    if name != DEFAULT:
+        other = _newest(cache.entries(KERNELS[name]))
+        if other is None:
+            raise NoKernelError(f"no {name} one in {cache.root / KERNELS[name]}", name)
+        return other
     named = os.environ.get("QUBES_ITESTS_KERNEL")
     if named:
         return _named(named)
-    found = _newest(cache.entries(_KIND)) or _newest([host])
+    kind = KERNELS[DEFAULT]
+    found = _newest(cache.entries(kind)) or _newest([host])
     if found is None:
-        raise NoKernelError(f"none in {cache.root / _KIND} nor in {host / 'boot'}")
+        raise NoKernelError(f"none in {cache.root / kind} nor in {host / 'boot'}")
     return found
 
 
-def fetch(cache: Cache) -> Kernel:
-    """Download the distribution's kernel into the cache, unless it is there.
+def fetch(cache: Cache, name: str = DEFAULT) -> Kernel:
+    """Download a kernel of the distribution into the cache, unless it is there.
 
-    Without network, a kernel that an earlier set-up fetched will do.
+    Without network, a kernel that was fetched earlier will do.
 
+    :param name: one of `KERNELS`.
     :raises NoNetworkError: there is none and none could be downloaded.
     :raises NoKernelError: this distribution is not known.
     """
-    if os.environ.get("QUBES_ITESTS_KERNEL"):
+    if name == DEFAULT and os.environ.get("QUBES_ITESTS_KERNEL"):
         return find_kernel(cache)
+    kind = KERNELS[name]
     try:
-        names = _package_names(_guest_package())
+        names = _package_names(_guest_package(kind))
         key = f"{names[0]}_{_version_of(names[0])}".replace(":", "-")
-        cache.entry(_KIND, key, lambda place: _download(names, place))
+        # only those of the default kernel are read at each build of a first stage
+        change = _decompress if name == DEFAULT else _compress
+        cache.entry(kind, key, lambda place: change(_download(names, place).modules))
     except NoNetworkError:
-        if not cache.entries(_KIND):
+        if not cache.entries(kind):
             raise
-    return find_kernel(cache)
+    return find_kernel(cache, name)
 
 
 def unpack(archives: Sequence[Path], directory: Path) -> Kernel:
     """Unpack kernel packages and return the kernel in them.
 
-    Only the image and the modules are kept, the modules uncompressed.
+    Only the image and the modules are kept.
 
     :param archives: ``.deb`` files that together hold one kernel.
     :param directory: an empty directory.
@@ -107,7 +129,6 @@ def unpack(archives: Sequence[Path], directory: Path) -> Kernel:
     found = _newest([directory])
     if found is None:
         raise NoKernelError(f"no modules in {', '.join(a.name for a in archives)}")
-    _decompress(found.modules)
     return found
 
 
@@ -140,10 +161,10 @@ def _age(kernel: Kernel) -> tuple[list[int], str]:
     return [int(n) for n in re.findall(r"\d+", kernel.version)], kernel.version
 
 
-def _guest_package() -> str:
+def _guest_package(kind: str) -> str:
     column = packages.distribution() or ""
     for need in packages.needs():
-        if (need.kind, need.name) == ("guest", "kernel") and column in need.packages:
+        if (need.kind, need.name) == ("guest", kind) and column in need.packages:
             return need.packages[column]
     raise NoKernelError("the kernel package of this distribution is not known")
 
@@ -173,7 +194,7 @@ def _version_of(package: str) -> str:
     return found[1] if found else "unknown"
 
 
-def _download(names: Sequence[str], place: Path) -> None:
+def _download(names: Sequence[str], place: Path) -> Kernel:
     with tempfile.TemporaryDirectory(dir=place) as scratch:
         command = ["apt-get", *_options(), "download", *names]
         try:
@@ -183,7 +204,7 @@ def _download(names: Sequence[str], place: Path) -> None:
             _update()
             _try_in(Path(scratch), command, ", ".join(names))
         archives = sorted(Path(scratch).glob("*.deb"))
-        unpack(archives, place)
+        return unpack(archives, place)
 
 
 def _update() -> None:
@@ -209,23 +230,32 @@ def _options() -> list[str]:
 
 def _decompress(modules: Path) -> None:
     for suffix, tool in ((".zst", "zstd"), (".xz", "xz"), (".gz", "gzip")):
-        files = sorted(modules.rglob(f"*.ko{suffix}"))
-        quiet = ["--rm"] if tool == "zstd" else []
-        for start in range(0, len(files), 500):
-            chunk = files[start : start + 500]
-            run([tool, "-q", "-d", *quiet, *chunk], timeout=_LONG)
+        remove = ["--rm"] if tool == "zstd" else []
+        _run_on(modules.rglob(f"*.ko{suffix}"), [tool, "-q", "-d", *remove])
+
+
+def _compress(modules: Path) -> None:
+    """Compress modules that are not: as they are, 400 MiB would go into each image."""
+    _run_on(modules.rglob("*.ko"), ["zstd", "-q", "--rm"])
+
+
+def _run_on(paths: Iterable[Path], command: list[str]) -> None:
+    files = sorted(paths)
+    for start in range(0, len(files), 500):
+        run([*command, *files[start : start + 500]], timeout=_LONG)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serve ``python -m qubes_itests.host.kernel fetch``.
+    """Serve ``python -m qubes_itests.host.kernel fetch [generic]``.
 
     :return: the exit status.
     """
-    if list(arguments) != ["fetch"]:
-        sys.stderr.write("usage: python -m qubes_itests.host.kernel fetch\n")
+    name = GENERIC if list(arguments) == ["fetch", GENERIC] else DEFAULT
+    if list(arguments) != ["fetch", name][: len(arguments)] or not arguments:
+        sys.stderr.write("usage: python -m qubes_itests.host.kernel fetch [generic]\n")
         return 4
     try:
-        kernel = fetch(Cache())
+        kernel = fetch(Cache(), name)
     except EnvironmentNotReadyError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

@@ -49,17 +49,14 @@ LINKS: Final = {
     f"{_SYSTEM}/multi-user.target.wants/qubes-qrexec-agent.service": (
         f"/{_SYSTEM}/qubes-qrexec-agent.service"
     ),
-    # a VM that lives for seconds needs no login on a console and no maintenance; its
-    # accounts and its random seed are there, its kernel has neither modules nor traces
+    # a VM that lives for seconds needs no login on a console and no maintenance; the
+    # documentation names all of these
     **{
         f"{_SYSTEM}/{unit}": "/dev/null"
         for unit in (
             *("apt-daily-upgrade.timer", "apt-daily.timer", "dpkg-db-backup.timer"),
             *("e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer"),
-            *("getty.target", "kmod-static-nodes.service", "modprobe@.service"),
-            *("sys-kernel-debug.mount", "sys-kernel-tracing.mount"),
-            *("systemd-modules-load.service", "systemd-pstore.service"),
-            *("systemd-random-seed.service", "systemd-sysusers.service"),
+            "getty.target",
         )
     },
 }

@@ -140,7 +140,7 @@ def _stages(cache: Cache, layers: Layers) -> list[tuple[str, str, Step | None]]:
         copied = (
             part
             for copy in step.copies
-            for part in (copy.target, tree_digest(copy.source))
+            for part in (copy.target, copy.key or tree_digest(copy.source))
         )
         key = digest(key, step.script, *copied)
         stages.append((f"adding {step.name}", key, step))

@@ -18,10 +18,12 @@ class Copy:
     :param source: a file or a directory of the host; see `host.tree` for what of a
         directory counts.
     :param target: an absolute path in the guest; of a directory the contents go there.
+    :param key: what tells the files from others; empty to read them for that.
     """
 
     source: Path
     target: str
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,5 +79,5 @@ class Layers:
 
 
 def _step(*, copies: list[dict[str, str]], **values: Any) -> Step:
-    made = (Copy(Path(copy["source"]), copy["target"]) for copy in copies)
+    made = (Copy(Path(c["source"]), c["target"], c["key"]) for c in copies)
     return Step(copies=tuple(made), **values)

@@ -4,6 +4,7 @@ import pytest
 
 from qubes_itests.apps import TemplateSpec, derive
 from qubes_itests.apps.exc import SpecError
+from qubes_itests.host.kernel import Kernel
 
 
 def spec(app, name="deb", base="deb", **values):
@@ -41,6 +42,28 @@ def test_a_template_may_lie_over_one_that_is_derived_too():
     assert [step.script for step in wanted["deb"].steps] == ["0"]
 
 
+def test_the_generic_kernel_comes_with_its_modules_below_all_steps(tmp_path):
+    derived = derive([spec("one", script="1"), spec("two", kernel="generic")])["deb"]
+    assert (derived.kernel, derived.packages) == ("generic", ("kmod",))
+    entry = tmp_path / "generic-kernel/linux-image-6.1_6.1.2-3"
+    kernel = Kernel("6.1", entry / "boot/vmlinuz-6.1", entry / "lib/modules/6.1")
+    steps = derived.layers(tmp_path / "root.img", None, kernel).steps
+    (copy,) = steps[0].copies
+    assert (copy.source, copy.target) == (kernel.modules, "/usr/lib/modules/6.1")
+    assert copy.key == "linux-image-6.1_6.1.2-3/lib/modules/6.1"
+    assert [step.script for step in steps] == ["depmod 6.1", "1"]
+
+
+def test_a_template_over_one_with_the_generic_kernel_has_it_too():
+    specs = [spec("a", "mid", "deb", kernel="generic"), spec("b", "top", "mid")]
+    assert derive(specs)["top"].kernel == "generic"
+    specs[1] = spec("b", "top", "mid", kernel="default")
+    assert (derive(specs)["top"].kernel, derive(specs)["top"].packages) == (
+        "default",
+        (),
+    )
+
+
 def test_the_highest_wish_for_an_init_wins():
     specs = [
         spec("a", "mid", "deb", init="systemd"),
@@ -58,7 +81,11 @@ def test_the_highest_wish_for_an_init_wins():
         ),
         (
             [spec("a", init="agent"), spec("b", init="systemd")],
-            "init is agent, but syst",
+            "b/setup.cfg: init is systemd, but agent in a/setup.cfg",
+        ),
+        (
+            [spec("a"), spec("b", kernel="generic"), spec("c", kernel="default")],
+            "c/setup.cfg: kernel is default, but generic in b/setup.cfg",
         ),
         (
             [spec("a", "x", "y"), spec("b", "y", "z"), spec("c", "z", "x")],

@@ -100,6 +100,7 @@ def test_one_template_may_not_stand_in_both_files(app):
         ("base = b\ncopy = out -> /opt", "'out' is not in"),
         ("base = b\ncopy = nothing -> /opt", "there is no file or directory 'nothing'"),
         ("base = b\ninit = sysv", "'sysv' is neither agent nor systemd"),
+        ("base = b\nkernel = xen", "'xen' is neither default nor generic"),
         ("base = b\ntimeout = 0", "'0' is not a number of seconds"),
         ("base = b\ntimeout = soon", "'soon' is not a number of seconds"),
         ("base = b\nbase = c", "already exists"),

@@ -2,15 +2,17 @@
 
 import gzip
 import hashlib
+import lzma
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from qubes_itests.guest.modules import ModuleTree
 from qubes_itests.host import packages
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.exc import NoKernelError, NoNetworkError
-from qubes_itests.host.kernel import fetch, find_kernel, main, unpack
+from qubes_itests.host.kernel import GENERIC, fetch, find_kernel, main, unpack
 
 
 @pytest.fixture
@@ -64,15 +66,13 @@ def test_unpack_keeps_image_and_modules(deb, tmp_path):
     assert sorted(path.name for path in place.iterdir()) == ["boot", "lib"]
 
 
-def test_unpack_joins_packages_and_uncompresses_modules(deb, tmp_path):
-    """As in Ubuntu: image and modules come apart, under /usr, and compressed."""
+def test_unpack_joins_packages(deb, tmp_path):
+    """As in Ubuntu: image and modules come apart, under /usr."""
     place = tmp_path / "place"
     place.mkdir()
     image = deb("linux-image-1.2", {"boot/vmlinuz-1.2": b"image"})
-    name = "usr/lib/modules/1.2/kernel/a.ko.gz"
-    modules = deb("linux-modules-1.2", {name: gzip.compress(b"module")})
+    modules = deb("linux-modules-1.2", {"usr/lib/modules/1.2/kernel/a.ko": b"module"})
     kernel = unpack([image, modules], place)
-    assert [p.name for p in kernel.modules.rglob("*.ko*")] == ["a.ko"]
     assert (kernel.modules / "kernel/a.ko").read_bytes() == b"module"
 
 
@@ -164,13 +164,46 @@ def _offer_kernel(deb, directory: Path) -> None:
         {"boot/vmlinuz-1.2-cloud": b"image"},
         depends="linux-modules-1.2-cloud",
     )
-    deb("linux-modules-1.2-cloud", {"lib/modules/1.2-cloud/a.ko": b"a"})
+    module = {"lib/modules/1.2-cloud/a.ko.gz": gzip.compress(b"a")}
+    deb("linux-modules-1.2-cloud", module)
     deb("linux-base", {})
     _index(directory)
 
 
+def _offer_generic_kernel(deb, directory: Path) -> None:
+    names = [f"linux-{kind}-1.3-generic" for kind in ("image", "modules-extra")]
+    deb("linux-image-amd64", {}, depends=", ".join(names))
+    deb(names[0], _kernel_files("1.3-generic"))
+    more = "lib/modules/1.3-generic/kernel/more.ko.xz"
+    deb(names[1], {more: lzma.compress(b"more")})
+    _index(directory)
+
+
+def test_the_generic_kernel_is_another_one_with_compressed_modules(
+    cache, archive, deb, capsys, monkeypatch
+):
+    _offer_kernel(deb, archive)
+    _offer_generic_kernel(deb, archive)
+    with pytest.raises(NoKernelError, match="kernel fetch generic"):
+        find_kernel(cache, GENERIC)
+    default, generic = fetch(cache), fetch(cache, GENERIC)
+    assert (default.version, generic.version) == ("1.2-cloud", "1.3-generic")
+    assert (find_kernel(cache), find_kernel(cache, GENERIC)) == (default, generic)
+    modules = sorted(path.name for path in generic.modules.rglob("*.ko*"))
+    assert modules == ["a.ko.zst", "more.ko.xz"]
+    tree = ModuleTree(generic.modules)
+    assert (tree.read("a"), tree.read("more")) == (b"module a", b"more")
+    monkeypatch.setenv("QUBES_ITESTS_CACHE", str(cache.root))
+    monkeypatch.setenv("QUBES_ITESTS_KERNEL", "/another/default")
+    assert main(["fetch", "generic"]) == 0
+    assert capsys.readouterr().out == "kernel for guests: 1.3-generic\n"
+
+
 def test_fetch_downloads_image_and_modules_and_installs_nothing(cache, archive, deb):
-    """From the meta package to the unpacked kernel; a second fetch downloads none."""
+    """From the meta package to the unpacked kernel; a second fetch downloads none.
+
+    Its modules are not compressed, as they are read whenever a first stage is made.
+    """
     _offer_kernel(deb, archive)
     kernel = fetch(cache)
     assert kernel.version == "1.2-cloud"
@@ -211,4 +244,5 @@ def test_the_command_that_the_scripts_call(cache, archive, deb, monkeypatch, cap
     _offer_kernel(deb, archive)
     assert main(["fetch"]) == 0
     assert capsys.readouterr().out == "kernel for guests: 1.2-cloud\n"
-    assert main([]) == 4
+    for wrong in ([], ["fetch", "other"], ["fetch", "generic", "more"], ["generic"]):
+        assert main(wrong) == 4
