@@ -171,7 +171,9 @@ def test_suspend_and_resume(vm, run, sh):
     run(vm.resume())
     assert sh(vm, "echo on") == "on"
     run(vm.suspend())
-    run(vm.shutdown(wait=True))
+    with pytest.raises(exc.QubesVMNotRunningError):
+        run(vm.shutdown(wait=True))
+    run(vm.shutdown(wait=True, force=True))
     assert vm.is_halted()
 
 
