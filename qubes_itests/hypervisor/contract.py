@@ -46,7 +46,7 @@ class DomainState(enum.Enum):
 
 
 class LifecycleEvent(enum.Enum):
-    """What happened to a domain."""
+    """What happened to a domain.  A crash may be told as a pause first."""
 
     STARTED = "started"
     PAUSED = "paused"
