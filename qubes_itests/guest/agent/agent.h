@@ -102,7 +102,9 @@ void streams_ready(const struct pollfd *polled, nfds_t count);
 bool streams_sweep(void); /* false: the port is full */
 void streams_reset(void);
 void stream_reaped(pid_t pid, int status);
-const char *call_open(struct strings request, const char *user, const int fds[CALL_FDS]); /* NULL, or why not */
+const char *call_open(struct strings request, const char *user, pid_t caller,
+                      const int fds[CALL_FDS]); /* NULL, or why not */
+void stream_use_stdin(pid_t pid, pid_t sender, uid_t uid); /* for output, from now on */
 
 /* calls.c: where qrexec-client-vm asks for them. */
 int calls_listen(void);
@@ -130,7 +132,14 @@ int service_connect(struct service *service, const char *name, struct failure *f
 extern char default_user[NAME_LIMIT];
 struct passwd *find_user(const char *name, uid_t uid); /* name NULL: by uid */
 pid_t spawn(struct strings request, const struct service *service, const int stdio[3],
-            struct failure *failure); /* service NULL: a command */
+            uid_t *uid, struct failure *failure); /* service NULL: a command */
+
+/* listener.c */
+#define USE_STDIN "use-stdin"
+void tell_agent(const char *socket_path, pid_t pid);
+pid_t listener_of(const struct passwd *user); /* 0 or less: there is none */
+void listener_reaped(pid_t pid);
+void listeners_end(void);
 
 /* boot.c, enter.c, disks.c: the duties of init. */
 int boot(void);   /* stage one; the port */

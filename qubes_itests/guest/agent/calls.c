@@ -48,11 +48,12 @@ static size_t receive(int socket, struct iovec *text, int *fds, struct ucred *se
 	struct msghdr message = {.msg_iov = text, .msg_iovlen = 1, .msg_control = &control,
 	                         .msg_controllen = sizeof control};
 	ssize_t length = recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	bool whole = length >= 0 && !(message.msg_flags & (MSG_TRUNC | MSG_CTRUNC));
 	size_t size = 0;
 
+	text->iov_len = whole ? (size_t)length : 0;
 	if (length < 0)
 		return 0;
-	text->iov_len = message.msg_flags & (MSG_TRUNC | MSG_CTRUNC) ? 0 : (size_t)length;
 	for (struct cmsghdr *part = CMSG_FIRSTHDR(&message); part;
 	     part = CMSG_NXTHDR(&message, part)) {
 		if (part->cmsg_type == SCM_CREDENTIALS)
@@ -74,11 +75,15 @@ void calls_ready(int socket)
 	size_t count = receive(socket, &part, fds, &sender);
 	struct strings request = {text, text + part.iov_len};
 	struct passwd *user = count ? find_user(NULL, sender.uid) : NULL;
-	const char *problem = "the request is not valid";
+	const char *problem = "the request is not valid", *first, *second;
 
+	if (count == 0 && part.iov_len > 0 && text[part.iov_len - 1] == '\0' &&
+	    (first = next_string(&request)) && strcmp(first, USE_STDIN) == 0 &&
+	    (second = next_string(&request)))
+		stream_use_stdin(atoi(second), sender.pid, sender.uid);
 	if (user && strlen(user->pw_name) < NAME_LIMIT && fds_valid(fds, count) &&
 	    request_valid(request))
-		problem = call_open(request, user->pw_name, fds);
+		problem = call_open(request, user->pw_name, sender.pid, fds);
 	if (problem && count == CALL_FDS)
 		tell_client(fds[--count], REFUSED, problem);
 	while (problem && count > 0)

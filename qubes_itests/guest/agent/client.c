@@ -105,8 +105,7 @@ static bool request_call(char *target, char *service, const int fds[CALL_FDS])
 	int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
 
 	memcpy(CMSG_DATA(&control.header), fds, CALL_FDS * sizeof(int));
-	snprintf(address.sun_path, sizeof address.sun_path, "%s",
-	         agent_socket ? agent_socket : in_root(SOCKET_PATH));
+	snprintf(address.sun_path, sizeof address.sun_path, "%s", agent_socket);
 	if (sendmsg(fd, &message, MSG_NOSIGNAL) >= 0)
 		return true;
 	fprintf(stderr, "qrexec-client-vm: %s: %s\n", address.sun_path, strerror(errno));
@@ -124,8 +123,12 @@ static void save_fd(int fd, const char *name)
 /* The command's stdio is the call; what was ours it finds as SAVED_FD_0 and _1. */
 static _Noreturn void run_local(char **argv, int input, int output)
 {
+	char number[16];
+
 	save_fd(STDIN_FILENO, "SAVED_FD_0");
 	save_fd(STDOUT_FILENO, "SAVED_FD_1");
+	snprintf(number, sizeof number, "%d", (int)getppid());
+	setenv("QREXEC_AGENT_PID", number, 1);
 	if (dup2(input, STDIN_FILENO) >= 0 && dup2(output, STDOUT_FILENO) >= 0) {
 		signal(SIGPIPE, SIG_DFL);
 		execvp(argv[0], argv);
@@ -161,10 +164,23 @@ static void copy(int from, int to, bool filtered)
 	close(to);
 }
 
+/* The local command has its output on its stdin. */
+static void on_signal(int number)
+{
+	int error = errno;
+
+	(void)number;
+	tell_agent(agent_socket, getpid());
+	errno = error;
+}
+
 static int read_status(int fd)
 {
 	char message[1 + TEXT_MAX];
-	ssize_t length = read(fd, message, sizeof message);
+	ssize_t length;
+
+	while ((length = read(fd, message, sizeof message)) < 0 && errno == EINTR)
+		;
 
 	if (length < 1) {
 		fputs("qrexec-client-vm: the agent has gone\n", stderr);
@@ -215,6 +231,9 @@ int client_main(int argc, char **argv)
 	if (first < 0)
 		return WRONG_USAGE;
 	signal(SIGPIPE, SIG_IGN);
+	signal(SIGUSR1, on_signal);
+	if (!agent_socket)
+		agent_socket = in_root(SOCKET_PATH);
 	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, in) != 0 ||
 	    socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, out) != 0 ||
 	    pipe2(status, O_CLOEXEC) != 0 ||

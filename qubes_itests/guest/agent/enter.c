@@ -282,6 +282,7 @@ static bool hand_over(void)
 	if (!write_user())
 		return false;
 	streams_reset();
+	listeners_end();
 	port_flush();
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);

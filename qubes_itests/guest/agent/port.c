@@ -270,8 +270,10 @@ static void signals_ready(int fd)
 	while (read(fd, &info, sizeof info) == (ssize_t)sizeof info)
 		if (info.ssi_signo != SIGCHLD) /* as busybox tells its init */
 			power_off(info.ssi_signo == SIGTERM);
-	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+	while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+		listener_reaped(pid);
 		stream_reaped(pid, status);
+	}
 }
 
 _Noreturn void run_loop(int port_fd, int disks, bool entered)

@@ -42,9 +42,9 @@ static size_t find_groups(const struct passwd *user, gid_t groups[GROUPS_MAX])
 /* The agent's own environment is the next command's; it needs none itself. */
 static void set_variable(const char *name, const char *value)
 {
-	static char texts[10][2 * PATH_LIMIT];
+	static char texts[11][2 * PATH_LIMIT];
 	static size_t next;
-	char *text = texts[next++ % 10]; /* no command has more */
+	char *text = texts[next++ % 11]; /* no command has more */
 
 	snprintf(text, sizeof texts[0], "%s=%s", name, value);
 	putenv(text);
@@ -77,9 +77,14 @@ static int fail(struct failure *failure, int value, const char *text, const char
 }
 
 static void use_service(const char *argv[6], const struct service *service,
-                        const char *name, const char *source)
+                        const char *name, const char *source, pid_t listener)
 {
 	const char *argument = strchr(name, '+');
+	char number[16];
+
+	snprintf(number, sizeof number, "%d", (int)listener);
+	if (listener > 0)
+		set_variable("QREXEC_AGENT_PID", number);
 
 	set_variable("QREXEC_REMOTE_DOMAIN", source);
 	set_variable("QREXEC_REQUESTED_TARGET_TYPE", "");
@@ -139,7 +144,7 @@ static pid_t start(const struct passwd *user, const char *shell, const char *arg
 }
 
 pid_t spawn(struct strings request, const struct service *service, const int stdio[3],
-            struct failure *failure)
+            uid_t *uid, struct failure *failure)
 {
 	char shell_name[NAME_LIMIT];
 	const char *kind = next_string(&request), *name = next_string(&request),
@@ -156,7 +161,8 @@ pid_t spawn(struct strings request, const struct service *service, const int std
 		return fail(failure, NOT_FOUND, "there is no user ", *name ? name : default_user);
 	set_login_environment(user);
 	if (service)
-		use_service(argv, service, line, source);
+		use_service(argv, service, line, source, listener_of(user));
+	*uid = user->pw_uid;
 	while ((variable = next_string(&request)))
 		if (strchr(variable, '=') > variable)
 			putenv((char *)(uintptr_t)variable);

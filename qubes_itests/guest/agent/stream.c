@@ -44,6 +44,9 @@ struct stream {
 	int status; /* a call's client waits there */
 	bool ended;
 	bool ends_with[2]; /* a socket's stream, with its input or its output */
+	int spare;         /* of a sink that was shut: its socket, which may still be read */
+	uid_t uid;         /* whose service it is */
+	pid_t caller;      /* a call's client */
 	int error;         /* why a socket could not be read or written */
 	struct result result;
 	uint8_t *space; /* of its sink's buffer */
@@ -70,8 +73,11 @@ static void channel_close(struct channel *channel)
 		return;
 	/* The other end of a socket shall see a closed pipe, not a reset; and the other
 	 * channel may have the same socket. */
-	shutdown(channel->fd, channel->sink ? SHUT_WR : SHUT_RD);
-	close(channel->fd);
+	if (shutdown(channel->fd, channel->sink ? SHUT_WR : SHUT_RD) == 0 && channel->sink &&
+	    channel->stream->spare < 0 && channel->stream->pid != NO_PROCESS)
+		channel->stream->spare = channel->fd;
+	else
+		close(channel->fd);
 	channel->fd = -1;
 	if (!channel->sink)
 		return;
@@ -206,7 +212,7 @@ static struct stream *stream_new(uint32_t id, pid_t pid)
 	streams = stream;
 	stream->id = id;
 	stream->pid = pid;
-	stream->status = -1;
+	stream->status = stream->spare = -1;
 	stream_count[pid == 0]++;
 	for (int i = 0; i < CHANNELS; i++)
 		channel_open(stream, i, -1, pid == 0 ? i == 1 : i == 0);
@@ -258,7 +264,7 @@ static void process_open(struct stream *stream, struct strings request,
 	struct failure failure = {REFUSED, "there are no more descriptors"};
 
 	if (stdio_open(service != NULL, ours, theirs))
-		stream->pid = spawn(request, service, theirs, &failure);
+		stream->pid = spawn(request, service, theirs, &stream->uid, &failure);
 	for (int i = 0; i < CHANNELS; i++) {
 		close(theirs[i]);
 		if (stream->pid > 0)
@@ -344,7 +350,8 @@ static void command_open(uint32_t id, struct strings request)
 		server_open(stream, &service, name, source);
 }
 
-const char *call_open(struct strings request, const char *user, const int fds[CALL_FDS])
+const char *call_open(struct strings request, const char *user, pid_t caller,
+                      const int fds[CALL_FDS])
 {
 	struct stream *stream;
 	char payload[4 * NAME_LIMIT];
@@ -356,12 +363,38 @@ const char *call_open(struct strings request, const char *user, const int fds[CA
 		return "there is no memory for it";
 	last_guest++;
 	stream->status = fds[STATUS];
+	stream->caller = caller;
 	channel_open(stream, 0, fds[FROM_CALLER], false);
 	channel_open(stream, 1, fds[TO_CALLER], true);
 	memcpy(payload, request.next, length);
 	memcpy(payload + length, user, size);
 	send_frame(CALL, 0, stream->id, payload, length + size);
 	return NULL;
+}
+
+/* The service in whose session a process is, or the call of a client, writes its output
+ * to the socket that is its stdin. Nobody can say so for another user's. */
+void stream_use_stdin(pid_t pid, pid_t sender, uid_t uid)
+{
+	pid_t session = getsid(pid);
+
+	for (struct stream *stream = streams; stream; stream = stream->next) {
+		bool call = stream->pid == 0;
+		struct channel *sink = &stream->channels[call], *source = &stream->channels[!call];
+		int fd = stream->spare;
+
+		if (stream->ended || stream->pid == NO_PROCESS || source->fd < 0 ||
+		    (call ? pid != stream->caller || pid != sender
+		          : stream->pid != session || (uid != 0 && uid != stream->uid)))
+			continue;
+		if (fd < 0 && sink->fd >= 0)
+			fd = fcntl(sink->fd, F_DUPFD_CLOEXEC, 0);
+		if (fd < 0)
+			continue;
+		stream->spare = -1;
+		channel_close(source);
+		source->fd = fd;
+	}
 }
 
 void stream_reaped(pid_t pid, int status)
@@ -390,6 +423,8 @@ static void stream_free(struct stream *stream)
 		tell_client(stream->status, stream->result.value, stream->result.text);
 	}
 	stream_count[stream->pid == 0]--;
+	if (stream->spare >= 0)
+		close(stream->spare);
 	free(stream->space);
 	free(stream);
 }

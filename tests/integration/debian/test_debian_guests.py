@@ -68,6 +68,28 @@ def test_a_file_is_opened_in_another_vm_and_comes_back(pair, sh):
     assert sh(pair.work, "cat notes") == "old\nvault"
 
 
+@pytest.mark.parametrize("become", ["", "sudo -n -E "])
+def test_a_service_may_have_one_socket_for_both_ways(pair, sh, become):
+    """Also one that has become root since, as who exports devices does."""
+    script = "kill -USR1 $QREXEC_AGENT_PID; echo $1 >&0; read x; echo got $x >&0"
+    sh(
+        pair.vault,
+        "cat >/etc/qubes-rpc/test.One; chmod 755 /etc/qubes-rpc/test.One",
+        "root",
+        f"#!/bin/sh\nexec {become}sh -c '{script}' sh \"$1\"\n".encode(),
+    )
+    local = "read x; echo more; cat >&$SAVED_FD_1"
+    call = f"qrexec-client-vm vault test.One+a /bin/sh -c '{local}'"
+    assert sh(pair.work, call) == "got more"
+
+
+def test_the_host_writes_the_database_after_users_did(pair, sh):
+    assert sh(pair.work, "qubesdb-write /own 1; qubesdb-read /own") == "1"
+    sh(pair.work, "ln -s /etc/passwd /run/qubes/db/.new-1")
+    pair.run(pair.work.agent.write_db("/own", "2"))
+    assert sh(pair.work, "qubesdb-read /own; qubesdb-rm /own; qubesdb-list /own") == "2"
+
+
 def test_the_session_has_begun(pair):
     pair.run(pair.work.run_service_for_stdio("qubes.WaitForSession", input=b"user\n"))
 

@@ -37,6 +37,14 @@ def call(agent: AgentProcess, *arguments: str) -> subprocess.Popen[bytes]:
     return agent.client("qrexec-client-vm", *arguments)
 
 
+def call_after(
+    wire: Wire, agent: AgentProcess, *arguments: str
+) -> subprocess.Popen[bytes]:
+    """Call when the first call has been made."""
+    wire.expect(CALL, FIRST)
+    return call(agent, *arguments)
+
+
 def answer(wire: Wire, stream: int, kind: int, value: int, text: bytes = b"") -> None:
     wire.send(EXIT, 0, stream, bytes([kind, value]) + text)
 
@@ -146,6 +154,28 @@ def test_local_command_talks_to_the_service(wire: Wire, agent: AgentProcess) -> 
         answer(wire, FIRST, 0, 6)
         assert local.communicate(b"saved", timeout=10)[0] == b"saved"
         assert local.returncode == 6
+
+
+def test_local_command_may_have_its_output_on_its_stdin(
+    wire: Wire, agent: AgentProcess
+) -> None:
+    """One of two that run at once: it is told apart."""
+    script = "kill -USR1 $QREXEC_AGENT_PID; echo hello >&0; read x; echo got $x >&0"
+    with (
+        call(agent, "work", "t.S", "sh", "-c", "read x; echo $x") as other,
+        call_after(wire, agent, "work", "t.S", "sh", "-c", script) as client,
+    ):
+        wire.expect(CALL, FIRST + 1)
+        assert wire.expect(DATA, FIRST + 1).payload == b"hello\n"
+        wire.write(FIRST + 1, b"stdin\n", 1)
+        wire.send(EOF, 1, FIRST + 1)
+        assert collect(wire, FIRST + 1) == b"got stdin\n"
+        wire.write(FIRST, b"as before\n", 1)
+        assert collect(wire, FIRST) == b"as before\n"
+        answer(wire, FIRST, 0, 0)
+        answer(wire, FIRST + 1, 0, 5)
+        assert client.wait(timeout=10) == 5
+        assert other.wait(timeout=10) == 0
 
 
 def test_local_command_may_close_its_output_alone(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 from typing import TYPE_CHECKING
@@ -172,6 +173,65 @@ def test_service_may_open_its_stderr(wire: Wire, agent: AgentProcess) -> None:
     """A socket cannot be opened; scripts write to /dev/stderr."""
     agent.service("t.S", "echo one >/dev/stderr; echo two >>/proc/self/fd/2")
     assert serve(wire, "t.S").stderr == b"one\ntwo\n"
+
+
+#: Says that its output comes by its stdin, as a program does that has one socket.
+ONE_SOCKET = """
+kill -USR1 $QREXEC_AGENT_PID
+echo hello >&0
+read x
+echo received $x >&0
+"""
+
+
+@pytest.mark.parametrize("again", ["", "kill -USR1 $QREXEC_AGENT_PID\n"])
+def test_service_may_have_its_output_on_its_stdin(
+    wire: Wire, agent: AgentProcess, again: str
+) -> None:
+    agent.service("t.S", ONE_SOCKET + again)
+    for _ in range(2):
+        stream = wire.spawn("t.S", kind="service", source="work")
+        assert wire.expect(DATA, stream).payload == b"hello\n"
+        wire.write(stream, b"stdin\n")
+        wire.send(EOF, 0, stream)
+        result = wire.finish(stream)
+        assert (result.value, result.stdout) == (0, b"received stdin\n")
+
+
+def test_service_whose_input_has_ended_may_have_its_output_there(
+    wire: Wire, agent: AgentProcess
+) -> None:
+    agent.service(
+        "t.S",
+        "cat; exec 3<&0; kill -USR1 $QREXEC_AGENT_PID; echo on >&3; read x <$0.fifo",
+    )
+    os.mkfifo(agent.root / "etc/qubes-rpc/t.S.fifo")
+    stream = wire.spawn("t.S", kind="service", source="work")
+    wire.send(EOF, 0, stream)
+    assert wire.expect(DATA, stream).payload == b"on\n"
+    (agent.root / "etc/qubes-rpc/t.S.fifo").write_text("go\n")
+    assert wire.finish(stream).value == 0
+
+
+def test_nobody_says_so_for_the_service_of_another(
+    wire: Wire, agent: AgentProcess
+) -> None:
+    """Only who is in its session does: another user's process is in none of it."""
+    agent.service("t.S", "read x; echo $x")
+    stream = wire.spawn("t.S", kind="service", source="work")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+        client.connect(str(agent.socket))
+        for text in (
+            b"",
+            b"\0",
+            b"use-stdin",
+            b"use-stdin\0",
+            b"use-stdin\0x\0",
+            b"use-stdin\0" + str(os.getpid()).encode() + b"\0",
+        ):
+            client.send(text)
+    wire.write(stream, b"as before\n")
+    assert wire.finish(stream).stdout == b"as before\n"
 
 
 @contextlib.contextmanager
