@@ -145,6 +145,7 @@ void listeners_end(void);
 int boot(void);   /* stage one; the port */
 int resume(void); /* stage two, as a service of another init; the port */
 const char *enter(struct strings request); /* stage two; NULL, or what went wrong */
+void make_runtime(void); /* what systemd does at boot */
 const char *set_clock(uint64_t nanoseconds); /* likewise */
 bool mount_kernel(const char *type, const char *path, const char *options);
 _Noreturn void power_off(bool reboot_instead);

@@ -319,8 +319,10 @@ const char *enter(struct strings identity)
 	mount_rest();
 	loopback_up();
 	if ((private && !mount_private(private)) || !set_entries(identity) ||
-	    (swap && !swap_on(swap)) ||
-	    (init && strcmp(init, "systemd") == 0 && !hand_over()))
+	    (swap && !swap_on(swap)))
 		return problem;
+	if (init && strcmp(init, "systemd") == 0)
+		return hand_over() ? NULL : problem;
+	make_runtime();
 	return NULL;
 }

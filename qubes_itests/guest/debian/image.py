@@ -16,10 +16,12 @@ from qubes_itests.guest.rootfs import (
     make_directory,
     write_file,
 )
+from qubes_itests.guest.settling import SETTLE
 from qubes_itests.guest.template import Template
 from qubes_itests.guest.tiny import build_agent, build_stage_one
 from qubes_itests.host.cache import Cache, digest
 from qubes_itests.host.command import CommandError, run
+from qubes_itests.host.confined import confined
 
 if TYPE_CHECKING:
     from qubes_itests.guest.debian.release import Release
@@ -80,6 +82,7 @@ def build_debian(cache: Cache, kernel: Kernel, release: Release) -> Template:
     key = digest(
         base_key(release),
         agent,
+        SETTLE,
         find_tool("busybox"),
         *(_HERE / name for name in ("accounts.py", "image.py")),
         *(_HERE.parent / name for name in ("ext4.py", "rootfs.py")),
@@ -109,6 +112,7 @@ def _build(place: Path, base: Path, agent: Path) -> None:
         )
         root.chmod(0o755)  # the tar file has it as mmdebstrap made it
         install_files(root, agent)
+        _settle(root)
         make_root_image(root, place / "root.img", _SIZE, "root", keep_times=True)
 
 
@@ -134,6 +138,12 @@ def install_files(root: Path, agent: Path) -> None:
     (root / "home/user").chmod(0o700)
     for name in ("etc/machine-id", "etc/hostname", "var/lib/systemd/linger/user"):
         write_file(root / name, b"", 0o644)
+
+
+def _settle(root: Path) -> None:
+    mounts = "mount -t tmpfs none run && mount -t proc none proc"
+    command = ("sh", "-ec", f'{mounts} && exec chroot . sh -e -c "$0"', SETTLE)
+    run(confined(root, command), timeout=_TIMEOUT)
 
 
 def _own_files() -> list[Path]:

@@ -11,6 +11,7 @@ from qubes_itests.guest.exc import LayerError
 from qubes_itests.guest.layer.chroot import MountedRoot
 from qubes_itests.guest.layer.packages import image_key
 from qubes_itests.guest.rootfs import AGENT_LINKS
+from qubes_itests.guest.settling import SETTLE
 from qubes_itests.host.cache import Cache, digest
 from qubes_itests.host.command import run
 from qubes_itests.host.tree import tree_digest
@@ -28,6 +29,7 @@ _IMAGE: Final = "root.img"
 _BUILDERS: Final = ("build", "chroot", "confine")
 _COPY_TIMEOUT: Final = 300.0
 _INSTALL_TIMEOUT: Final = 900.0
+_SETTLE_TIMEOUT: Final = 120.0
 #: No service starts while its package is configured.
 _INSTALL: Final = """\
 printf '#!/bin/sh\\nexit 101\\n' >/usr/sbin/policy-rc.d
@@ -114,6 +116,7 @@ class Builder:
                 "check the agent",
                 f"/{missing[0]} is not there any more: without it no VM can be used",
             )
+        root.run("do what systemd would at boot", SETTLE, _SETTLE_TIMEOUT)
         root.run("check", "[ ! -e /etc/machine-id ] || : >/etc/machine-id", 60)
 
 
@@ -130,7 +133,7 @@ def _stages(cache: Cache, layers: Layers) -> list[tuple[str, str, Step | None]]:
         Path(__file__).with_name(f"{name}.py")
         for name in ("build", "chroot", "confine")
     )
-    key = digest(image_key(cache, layers.base), *code)
+    key = digest(image_key(cache, layers.base), SETTLE, *code)
     stages: list[tuple[str, str, Step | None]] = []
     if layers.packages:
         archives = layers.archives
