@@ -68,6 +68,7 @@ def open_testbed(
             warm=settings.warm,
             memory=machine(size) if (size := settings.memory_budget) else None,
             host_memory=settings.host_memory or None,
+            start_timeout=settings.start_timeout or None,
             run_templates=settings.templates,
             policy=policy,
         )

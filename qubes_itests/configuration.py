@@ -81,6 +81,8 @@ class Settings:
         qmemman balances it; 0 for no such limit.
     :param host_memory: MiB of this machine's real memory that all VMs of the run may
         take together; 0 for 80 % of what is available, shared out among workers.
+    :param start_timeout: seconds that the start of a VM may take; 0 for 60, and more
+        where guests are emulated or the machine is busy.
     :param app: directories of apps whose tests make up the run.
     :param template_spec: files that say what templates apps derive.
     :param plugin: where the tests of each app are: a folder in it, or a file in place
@@ -101,6 +103,7 @@ class Settings:
     filesystem: str = "btrfs"
     memory_budget: int = 0
     host_memory: int = 0
+    start_timeout: int = 0
     app: tuple[Path, ...] = ()
     template_spec: tuple[Path, ...] = ()
     plugin: tuple[str, ...] = ()
@@ -117,6 +120,8 @@ class Settings:
 _DEFAULT_TEMPLATES = ("tiny",)
 #: Seconds.
 DEFAULT_TIMEOUT = 300.0
+#: An hour, in seconds.
+_LONGEST_START = 3600
 #: A template's name becomes part of class names, VM names and paths.
 _TEMPLATE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,30}")
 _TRUTH = {
@@ -326,6 +331,13 @@ def _host_memory(value: object) -> int:
     return size
 
 
+def _start_timeout(value: object) -> int:
+    seconds = _integer(value)
+    if not 0 <= seconds <= _LONGEST_START:
+        raise ValueError(f"{value!r} is not a number of seconds up to {_LONGEST_START}")
+    return seconds
+
+
 def _templates(value: object) -> tuple[str, ...]:
     names = value.split() if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not names:
@@ -354,6 +366,7 @@ _CONVERTERS: dict[str, Callable[[Any], object]] = {
     "filesystem": _word,
     "memory_budget": _memory_budget,
     "host_memory": _host_memory,
+    "start_timeout": _start_timeout,
     "app": _paths,
     "template_spec": _paths,
     "plugin": _words,

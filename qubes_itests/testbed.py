@@ -77,6 +77,8 @@ class Parts:
     :param memory: the machine that the VMs of each app share; None for no limit.
     :param host_memory: MiB of the real one that all VMs may take; None for most of what
         is available now.
+    :param start_timeout: seconds that the start of a VM may take; None for what the
+        back end and the load of this machine make reasonable.
     :param run_templates: names of those that tests run on; by default the first.
     :param policy: files of qrexec policy that each app begins with, beside the default.
     """
@@ -89,6 +91,7 @@ class Parts:
     warm: bool = True
     memory: MemoryBudget | None = None
     host_memory: int | None = None
+    start_timeout: int | None = None
     run_templates: tuple[str, ...] = ()
     policy: tuple[PolicyFile, ...] = ()
 
@@ -206,7 +209,7 @@ class Testbed:
         self._apps.append(app)
         offer_to_vms(app)
         await self._fill(app, self.parts.pool_directory / str(number))
-        await self._limit_memory(app)
+        await self._set_limits(app)
         return app
 
     async def open_app(self, store: Path, *templates: str) -> Qubes:
@@ -227,7 +230,7 @@ class Testbed:
             self._apps.append(app)
             await self._fill(app, self.parts.pool_directory / POOL_NAME)
             await app.save_async()
-        await self._limit_memory(app)
+        await self._set_limits(app)
         return app
 
     async def _shared(self, number: int, templates: Sequence[str]) -> dict[str, Any]:
@@ -251,7 +254,9 @@ class Testbed:
         for name, template in app.kernels.items():
             await self._add_template(app, name, template)
 
-    async def _limit_memory(self, app: Qubes) -> None:
+    async def _set_limits(self, app: Qubes) -> None:
+        if self.parts.start_timeout is not None:
+            app.default_qrexec_timeout = self.parts.start_timeout
         if self.parts.memory is not None:
             await self.balance_memory(app, self.parts.memory)
 

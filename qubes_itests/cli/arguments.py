@@ -34,7 +34,7 @@ _PYTEST_VALUES = _words("""
 _OWN_VALUES = _words("""
     --keep --artifacts --timeout --seed --template --hypervisor --filesystem
     --memory-budget --host-memory --directory --socket --app --template-spec
-    --plugin --requires --policy --repository
+    --start-timeout --plugin --requires --policy --repository
 """)
 #: With these pytest runs no test.
 _NO_TESTS = _words("""
@@ -283,3 +283,6 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--filesystem", metavar="NAME", help="with the VMs' disks: btrfs or xfs")
     add("--memory-budget", metavar="MIB", help="of the VMs' machine; 0: no limit (0)")
     add("--host-memory", metavar="MIB", help="of this machine, for all VMs of the run")
+    add(
+        "--start-timeout", metavar="SECONDS", help="for the start of a VM; 0: as needed"
+    )

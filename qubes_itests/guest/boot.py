@@ -29,8 +29,9 @@ __all__ = ["boot"]
 
 _logger = logging.getLogger("qubes_itests.guest")
 
-#: A guest from a saved state that is silent for so long will not speak any more.
-_WARM_TIMEOUT: Final = 10.0
+#: A guest from a saved state that is silent for this part of the time that is left will
+#: not speak any more; in the rest it can boot.
+_WARM_PART: Final = 1 / 4
 
 #: Seconds between the end of a connection and that of the guest which caused it.
 _STOP_TIMEOUT: Final = 2.0
@@ -127,8 +128,7 @@ class _Start:
         try:
             await domain.start(saved_state=state)
             await self._announce()
-            limit = min(_WARM_TIMEOUT, _left(end))
-            return await self._connect_and_attach(domain, limit)
+            return await self._connect_and_attach(domain, _WARM_PART * _left(end))
         except (SavedStateError, DeadlineError, GuestGoneError) as error:
             _logger.warning("VM %s boots instead: %s", self._spec.name, error)
             await domain.destroy()

@@ -296,6 +296,8 @@ class Hypervisor(abc.ABC):
     #: MiB that its domains may have at their starts, all together; None for no limit.
     #: `define` refuses what would be more.
     memory_limit: int | None = None
+    #: How many times longer a guest may take than one with hardware virtualisation.
+    slowness: float = 1.0
 
     @abc.abstractmethod
     async def close(self) -> None:

@@ -41,6 +41,9 @@ _SOCKET_PATH = 107
 #: The longest that libvirt adds to its root for a domain's monitor.
 _MONITOR = len("/lib/qemu/domain-99999-12345678901234567890/monitor.sock")
 
+#: How many times longer a guest may take whose CPUs are emulated.
+_EMULATED = 2.0
+
 
 class QemuHypervisor(LibvirtHypervisor):
     """Domains that are QEMU processes; make it with :meth:`open`."""
@@ -57,6 +60,7 @@ class QemuHypervisor(LibvirtHypervisor):
         super().__init__(connection)
         self._run_directory = run_directory
         self._machine = machine
+        self.slowness = 1.0 if machine.kvm else _EMULATED
         self._capabilities = capabilities
 
     @classmethod

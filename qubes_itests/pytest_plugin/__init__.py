@@ -55,6 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add(f"{_PREFIX}policy", metavar="PATH", action="append", help="of qrexec policy")
     add(f"{_PREFIX}memory-budget", metavar="MIB", help="of the VMs' machine; 0: any")
     add(f"{_PREFIX}host-memory", metavar="MIB", help="of this machine, for all VMs")
+    add(f"{_PREFIX}start-timeout", metavar="SECONDS", help="for the start of a VM")
     add(f"{_PREFIX}no-warm", action="store_false", default=None, dest="itests_warm")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -32,6 +33,8 @@ __all__ = ["PowerMixin"]
 log = logging.getLogger("qubes.vm")
 
 _PROHIBIT: Final = "prohibit-start"
+#: How many times longer a start may take at most because the CPUs are busy.
+_BUSIEST: Final = 4.0
 
 
 class PowerMixin(EndMixin):
@@ -218,6 +221,23 @@ class PowerMixin(EndMixin):
         self.agent = None
         self._power = "Halted"
 
+    def start_deadline(self) -> float:
+        """Return the seconds that a start may take.
+
+        It is the `qrexec_timeout` that somebody has set: for the VM, its template or
+        the app. The default one is for guests with hardware virtualisation on an idle
+        machine; emulated ones get more, and all do where others keep the CPUs busy.
+        """
+        vm: Any = self
+        seconds = float(vm.qrexec_timeout)
+        while vm is not None:
+            if not vm.property_is_default("qrexec_timeout"):
+                return seconds
+            vm = getattr(vm, "template", None)
+        if not self.app.property_is_default("default_qrexec_timeout"):
+            return seconds
+        return seconds * self.app.hypervisor.slowness * _business()
+
     async def _reserve_memory(
         self, step: Step, reservation: contextlib.AsyncExitStack, amount: int | None
     ) -> None:
@@ -240,8 +260,7 @@ class PowerMixin(EndMixin):
             return
         with step("find a saved state"):
             spec = self.domain_spec(self.app.directory, files)
-            timeout = float(self.qrexec_timeout)  # type: ignore[attr-defined]
-            await self.app.warm_starts.state_for(spec, timeout)
+            await self.app.warm_starts.state_for(spec, self.start_deadline())
 
     async def _run_steps(
         self,
@@ -262,7 +281,7 @@ class PowerMixin(EndMixin):
                 self.app.hypervisor,
                 self.domain_spec(self.directory, files),
                 self.identity(),
-                timeout=self.qrexec_timeout,  # type: ignore[attr-defined]
+                timeout=self.start_deadline(),
                 warm=self.app.warm_starts,
                 on_call=lambda call: qrexec.handle_call(self, call),
                 log=self.directory / "agent.log",
@@ -279,3 +298,9 @@ class PowerMixin(EndMixin):
             await self.tell_run_changed()
             await self.fire_event_async("domain-start", start_guid=start_guid)
         self._run_began(self.domain, self.agent)
+
+
+def _business() -> float:
+    """Return how many processes want each CPU, within reason: 1 to 4."""
+    each = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    return min(max(1.0, each), _BUSIEST)

@@ -109,6 +109,8 @@ def test_a_memory_budget_is_mib_or_none(tmp_path):
         ('hypervisor = "a b"', "is not a name"),
         ("keep =", "pyproject.toml"),
         ("memory_budget = 1000", "has no memory for a VM beside dom0: give it 2200"),
+        ("start_timeout = 3601", "3601 is not a number of seconds up to 3600"),
+        ("start_timeout = -1", "-1 is not a number of seconds"),
         ("memory_budget = -1", "has no memory for a VM beside dom0"),
         ('memory_budget = "4GiB"', "'4GiB' is not a whole number"),
         ("memory_budget = 4294967296", "there is no machine of 4294967296 MiB"),

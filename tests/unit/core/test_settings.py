@@ -242,3 +242,39 @@ def test_vm_properties_of_the_app_take_vm_name_and_nothing(app, template, work, 
         assert getattr(app, name) is None
     with pytest.raises(exc.QubesPropertyValueError, match="no such VM: 'nobody'"):
         setattr(app, name, "nobody")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Have a machine of two CPUs; return a function that sets how many want them."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1})
+
+    def busy(processes):
+        monkeypatch.setattr("os.getloadavg", lambda: (processes, 0.0, 0.0))
+
+    busy(0.5)
+    return busy
+
+
+def test_a_start_may_take_longer_where_guests_are_slow(app, work, machine):
+    assert work.start_deadline() == 60
+    machine(5)
+    assert work.start_deadline() == 60 * 2.5
+    app.hypervisor.slowness = 2.0
+    assert work.start_deadline() == 60 * 2.5 * 2
+    machine(1000)
+    assert work.start_deadline() == 60 * 4 * 2
+
+
+def test_a_time_for_a_start_that_somebody_has_set_is_exact(
+    app, work, template, machine
+):
+    machine(1000)
+    app.default_qrexec_timeout = 50
+    assert work.start_deadline() == 50
+    template.qrexec_timeout = 40
+    assert work.start_deadline() == 40
+    work.qrexec_timeout = 60
+    assert work.start_deadline() == 60
+    del work.qrexec_timeout, template.qrexec_timeout, app.default_qrexec_timeout
+    assert work.start_deadline() == 240
