@@ -280,3 +280,21 @@ def test_classes_of_another_module_of_the_plugin(site):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "::TC_There::test_passes" in done.stdout
     assert "::TC_There_tiny::test_passes" in done.stdout
+
+
+LIMITS = """
+    from qubes.tests.extra import ExtraTestCase
+
+    class TC_Limits(ExtraTestCase):
+        def test_start(self):
+            self.assertEqual(self.app.default_qrexec_timeout, 77)
+
+    def list_tests():
+        return [TC_Limits]
+"""
+
+
+def test_a_run_says_how_long_starts_may_take(site):
+    site.install("limits", LIMITS)
+    done = site.run(*NO_GUESTS, "--start-timeout=77", "limits")
+    assert done.returncode == 0, done.stdout + done.stderr
