@@ -293,6 +293,8 @@ class Testbed:
                 LibvirtMemory(self.hypervisor, budget, counts=counts(app))
             )
             balanced = await stack.enter_async_context(AppMemory(app, machine))
+            app.host.budget = budget.total
+            stack.callback(setattr, app.host, "budget", None)
             self._balancing[app] = stack.pop_all()
         return balanced
 

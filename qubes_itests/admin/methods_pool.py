@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +15,7 @@ from qubes_itests.admin.validation import (
     revisions_to_keep,
 )
 from qubes_itests.core.exc import ProtocolError, QubesException, QubesValueError
-from qubes_storage.drivers import driver_names, pool_class
+from qubes_storage.drivers import driver_names, driver_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,28 +38,13 @@ def list_pools(call: Call) -> str:
     return "".join(f"{each}\n" for each in call.permitted(call.app.pools))
 
 
-@functools.cache
-def _parameters(driver: str) -> tuple[str, ...]:
-    """Return the options of a driver, those of its base classes included."""
-    return tuple(
-        sorted(
-            {
-                parameter.name
-                for cls in pool_class(driver).__mro__
-                if "__init__" in vars(cls) and cls is not object
-                for parameter in inspect.signature(cls).parameters.values()
-                if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-            }
-            - {"name"}
-        )
-    )
-
-
 @_ON_DOM0("admin.pool.ListDrivers")
 def list_drivers(call: Call) -> str:
     """Return the drivers and their options, one driver a line."""
     drivers = call.permitted(driver_names())
-    return "".join(f"{' '.join((name, *_parameters(name)))}\n" for name in drivers)
+    return "".join(
+        f"{' '.join((name, *sorted(driver_parameters(name))))}\n" for name in drivers
+    )
 
 
 @_ON_DOM0("admin.pool.Info", argument=pool)
@@ -104,7 +88,7 @@ def _configuration(call: Call, data: bytes) -> dict[str, str]:
         raise ProtocolError("the payload needs name=, of letters, digits and _.-")
     if options["name"] in call.app.pools:
         raise QubesValueError(f"there is a pool {options['name']!r} already")
-    known = ("name", *_parameters(call.argument))
+    known = ("name", *sorted(driver_parameters(call.argument)))
     if unknown := sorted(set(options) - set(known)):
         raise QubesValueError(
             f"driver {call.argument} takes no {', '.join(unknown)}:"

@@ -18,9 +18,11 @@ from .exc import LeakError
 from .process import ProcessWrapper
 from .templates import (
     create_testcases_for_templates,
+    expectedFailureIfTemplate,
     in_dom0,
     list_templates,
     maybe_create_testcases_on_import,
+    skipIfTemplate,
     skipUnlessDom0,
     skipUnlessEnv,
     skipUnlessGit,
@@ -38,9 +40,11 @@ __all__ = [
     "TestEmitter",
     "VMWrapper",
     "create_testcases_for_templates",
+    "expectedFailureIfTemplate",
     "in_dom0",
     "list_templates",
     "maybe_create_testcases_on_import",
+    "skipIfTemplate",
     "skipUnlessDom0",
     "skipUnlessEnv",
     "skipUnlessGit",

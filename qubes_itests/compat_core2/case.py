@@ -5,9 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import shlex
+import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from qubes_itests.core.exc import QubesVMInUseError, QubesVMShutdownTimeoutError
+from qubes_itests.core.exc import (
+    QubesVMInUseError,
+    QubesVMNotRunningError,
+    QubesVMShutdownTimeoutError,
+)
 
 from .emitter import EventAssertions
 from .exc import LeakError
@@ -16,12 +22,13 @@ from .outcomes import Outcomes
 from .phases import TimedTestCase
 from .policy import PolicyRule, policy_line
 from .process import ProcessWrapper
+from .templates import expects_failure, skipped_template
 from .vm import VMWrapper, unwrapped
 
 if TYPE_CHECKING:
     import asyncio
     import unittest
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from qubes_itests.core.app import Qubes
     from qubes_itests.testbed import Testbed
@@ -56,6 +63,9 @@ class QubesTestCase(EventAssertions, TimedTestCase):
     #: The event loop, which runs in another thread whatever this one does.
     loop: asyncio.AbstractEventLoop
 
+    #: Name of the template under test, None for the run's first.
+    template: str | None = None
+
     _testbed: Testbed
     _leaks: LeakWatch
     _outcomes: Outcomes
@@ -66,6 +76,8 @@ class QubesTestCase(EventAssertions, TimedTestCase):
         :raise NoTestbedError: outside a run.
         """
         super().setUp()
+        if part := skipped_template(self, getattr(self, self._testMethodName)):
+            self.skipTest(f"not for templates with {part!r} in their names")
         from qubes_itests import testbed  # noqa: PLC0415 - `list` has no need of it
 
         self.log = logging.getLogger(f"qubes.tests.{type(self).__qualname__}")
@@ -83,7 +95,41 @@ class QubesTestCase(EventAssertions, TimedTestCase):
         """Run the test, and take note of whether it fails."""
         result = result if result is not None else self.defaultTestResult()
         self._outcomes = Outcomes(result)
+        if expects_failure(self, getattr(self, self._testMethodName)):
+            # what unittest looks at
+            self.__unittest_expecting_failure__ = True
         return super().run(cast("unittest.TestResult", self._outcomes))
+
+    def assertNotRaises(  # noqa: N802 - as in Qubes OS
+        self,
+        excClass: type[BaseException],  # noqa: N803 - as in Qubes OS
+        callableObj: Callable[..., object] | None = None,  # noqa: N803
+        *args: object,
+        **kwargs: object,
+    ) -> contextlib.AbstractContextManager[None] | None:
+        """Fail if an error of that class is raised; another one is passed on.
+
+        :param excClass: the class.
+        :param callableObj: what to call, with the other arguments.
+        :return: without `callableObj` a context, for a ``with`` block.
+        """
+        context = self._not_raising(excClass)
+        if callableObj is None:
+            return context
+        with context:
+            callableObj(*args, **kwargs)
+        return None
+
+    @contextlib.contextmanager
+    def _not_raising(self, kind: type[BaseException]) -> Iterator[None]:
+        raised = None
+        try:
+            yield
+        except kind as error:
+            # as text, and outside the handler: a traceback would hold VMs
+            raised = "".join(traceback.format_exception(error))
+        if raised is not None:
+            self.fail(f"{kind.__name__} was raised:\n{raised}")
 
     def success(self) -> bool:
         """Return whether nothing of the test has failed, or was skipped, so far."""
@@ -109,9 +155,6 @@ class SystemTestCase(QubesTestCase):
 
     #: The app.
     app: Qubes
-
-    #: Name of the template under test, None for the run's first.
-    template: str | None = None
 
     def setUp(self) -> None:
         """Make the app, which has the template and dom0.
@@ -208,13 +251,20 @@ class SystemTestCase(QubesTestCase):
         await unwrapped(vm).start()
         await self.wait_for_session(vm)
 
-    def shutdown_and_wait(self, vm: Any, timeout: float = 60) -> None:
+    def shutdown_and_wait(
+        self,
+        vm: Any,
+        force: bool = False,  # noqa: FBT001, FBT002 - as in Qubes OS
+        timeout: float = 0,
+    ) -> None:
         """Ask the guest to power off, and return when it is off; this blocks.
 
-        :param timeout: seconds; the test fails when they are over.
+        :param force: as for `shutdown` of the VM.
+        :param timeout: seconds; the test fails when they are over. 0 stands for the
+            VM's `shutdown_timeout`.
         """
-        name = vm.name
-        shutdown = unwrapped(vm).shutdown(wait=True, timeout=timeout)
+        name, timeout = vm.name, timeout or vm.shutdown_timeout
+        shutdown = unwrapped(vm).shutdown(wait=True, force=force, timeout=timeout)
         try:
             self.loop.run_until_complete(shutdown)
         except QubesVMShutdownTimeoutError:
@@ -225,10 +275,36 @@ class SystemTestCase(QubesTestCase):
         if failed:
             self.fail(f"VM {name} did not power off within {timeout} s")
 
-    def create_remote_file(self, vm: Any, filename: str, content: str) -> None:
-        """Write a file in a VM, as root; it can be executed, as services must be."""
+    def shutdown_paused(self, vm: Any, timeout: float = 0) -> None:
+        """Pause the VM, and shut it down; this blocks.
+
+        The test fails when that is done without `force`, or not with it.
+        """
+        self.loop.run_until_complete(unwrapped(vm).pause())
+        with self.assertRaises(QubesVMNotRunningError):  # noqa: PT027 - unittest it is
+            self.loop.run_until_complete(unwrapped(vm).shutdown(wait=True))
+        self.shutdown_and_wait(vm, force=True, timeout=timeout)
+
+    def create_local_file(self, filename: str, content: str, mode: str = "w") -> None:
+        """Write a file on the machine of the tests, for as long as the test takes.
+
+        :param filename: its path.
+        :param mode: as `open` takes it.
+        """
+        path = Path(filename)
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(content)
+        self.addCleanup(path.unlink, missing_ok=True)
+
+    def create_remote_file(
+        self, vm: Any, filename: str, content: str, mode: int = 0o755
+    ) -> None:
+        """Write a file in a VM, as root.
+
+        :param mode: who may do what with it; services must be executable.
+        """
         path = shlex.quote(filename)
-        command = f"cat > {path} && chmod 755 {path}"
+        command = f"cat > {path} && chmod {mode:o} {path}"
         self.loop.run_until_complete(
             unwrapped(vm).ask(
                 command,

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "create_testcases_for_templates",
+    "expectedFailureIfTemplate",
+    "expects_failure",
     "in_dom0",
     "list_templates",
     "maybe_create_testcases_on_import",
+    "skipIfTemplate",
     "skipUnlessDom0",
     "skipUnlessEnv",
     "skipUnlessGit",
+    "skipped_template",
 ]
 
 #: Here tests always have the part of dom0.
@@ -68,6 +72,50 @@ def maybe_create_testcases_on_import(create: Callable[[], Iterable[str]]) -> Non
     """Call a function that makes classes when the templates are known already."""
     if os.environ.get(_TEMPLATES) or os.environ.get("QUBES_TEST_LOAD_ALL"):
         list(create())
+
+
+def skipIfTemplate(*templates: str) -> Callable[[Any], Any]:  # noqa: N802 - as in Qubes OS
+    """Return a decorator that skips a test, or a class, on some templates.
+
+    :param templates: parts of their names.
+    """
+
+    def mark(test_item: Any) -> Any:
+        test_item.skipped_templates = templates
+        return test_item
+
+    return mark
+
+
+def expectedFailureIfTemplate(  # noqa: N802 - as in Qubes OS
+    templates: str | Iterable[str],
+) -> Callable[[Any], Any]:
+    """Return a decorator that expects a test to fail on some templates.
+
+    :param templates: a text, or several; a template whose name is in one is meant.
+    """
+
+    def mark(test_item: Any) -> Any:
+        named = [templates] if isinstance(templates, str) else list(templates)
+        test_item.failing_templates = named
+        return test_item
+
+    return mark
+
+
+def skipped_template(case: Any, method: Any) -> str | None:
+    """Return what `skipIfTemplate` said of a test, if its template is such a one."""
+    named = (
+        *getattr(case, "skipped_templates", ()),
+        *getattr(method, "skipped_templates", ()),
+    )
+    return next((part for part in named if part in (case.template or "")), None)
+
+
+def expects_failure(case: Any, method: Any) -> bool:
+    """Tell whether `expectedFailureIfTemplate` said so of a test and its template."""
+    named = getattr(method, "failing_templates", ())
+    return case.template is not None and any(case.template in text for text in named)
 
 
 def skipUnlessDom0(test_item: Any) -> Any:  # noqa: N802 - as in Qubes OS

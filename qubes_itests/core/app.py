@@ -18,6 +18,7 @@ from qubes_itests.core.exc import (
     QubesValueError,
     QubesVMNotStartedError,
 )
+from qubes_itests.core.host import QubesHost
 from qubes_itests.core.labels import LABELS, Label, find_label
 from qubes_itests.core.making import making
 from qubes_itests.core.policy import Policy
@@ -61,10 +62,13 @@ VM_CLASSES: Mapping[str, type[Any]] = {
 
 #: Properties of the app that are a default of VMs, and what these call them.
 _DEFAULTS: Mapping[str, str] = {
+    "default_audiovm": "audiovm",
     "default_dispvm": "default_dispvm",
+    "default_guivm": "guivm",
     "default_kernel": "kernel",
     "default_qrexec_timeout": "qrexec_timeout",
     "default_shutdown_timeout": "shutdown_timeout",
+    "management_dispvm": "management_dispvm",
 }
 
 
@@ -111,6 +115,41 @@ class Qubes(PoolsMixin):
         default=None,
         doc="The net VM of net VMs that set none.",
     )
+    default_guivm = VMProperty["BaseVM | None"](
+        "default_guivm",
+        load_stage=3,
+        default=lambda app: app.domains["dom0"],
+        doc="Who shows the windows of VMs that set none.",
+    )
+    default_audiovm = VMProperty["BaseVM | None"](
+        "default_audiovm",
+        load_stage=3,
+        default=lambda app: app.domains["dom0"],
+        doc="Who plays the sounds of VMs that set none.",
+    )
+    management_dispvm = VMProperty["BaseVM | None"](
+        "management_dispvm",
+        check=check_for_dispvms,
+        load_stage=3,
+        default=None,
+        doc="What disposable VMs that manage others are made from.",
+    )
+    clockvm = VMProperty["BaseVM | None"](
+        "clockvm", load_stage=3, default=None, doc="Who knows the time; nobody asks."
+    )
+    updatevm = VMProperty["BaseVM | None"](
+        "updatevm",
+        load_stage=3,
+        default=None,
+        doc="Who fetches updates for templates; nobody asks.",
+    )
+    check_updates_vm = Property[bool](
+        "check_updates_vm",
+        type=bool,
+        load_stage=3,
+        default=True,
+        doc="Have VMs look for updates; none do.",
+    )
     default_kernel = Property["str | None"](
         "default_kernel",
         setter=kernel_name,
@@ -152,6 +191,8 @@ class Qubes(PoolsMixin):
         self.directory = directory
         self.kernels = dict(kernels or {})
         self.warm_starts = warm_starts
+        #: The machine that the VMs are on.
+        self.host = QubesHost()
         #: Asked for memory by each start; None where memory is not balanced.
         self.qmemman: Client | None = None
         self.pools: dict[str, Pool] = {}

@@ -72,7 +72,7 @@ class PoolsMixin(PropertyHolder):
         return pools.get(volume, self.default_pool)
 
     async def add_pool(
-        self, name: Pool | str, *, driver: str = "", **options: Any
+        self, name: Pool | str | None = None, *, driver: str = "", **options: Any
     ) -> Pool:
         """Set up a storage pool, add it under its name, and return it.
 
@@ -83,11 +83,10 @@ class PoolsMixin(PropertyHolder):
         :raise QubesValueError: for options that it does not take, or a name in use.
         :raise PoolError: when it cannot be set up, or somebody else owns what is in it.
         """
-        pool = (
-            _make_pool(driver, {"name": name, **options})
-            if isinstance(name, str)
-            else name
-        )
+        if name is None:
+            raise QubesValueError("a pool is added by itself, or with a name")
+        options = {"name": name, **options}
+        pool = _make_pool(driver, options) if isinstance(name, str) else name
         self._check_new_pool(pool)
         await pool.setup()
         try:

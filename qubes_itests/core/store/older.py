@@ -15,14 +15,9 @@ _RENAMED: Final = {"dispvm_allowed": "template_for_dispvms"}
 #: Properties that VMs of Qubes OS have and ours may not: nothing here depends on them.
 ELSEWHERE: Final = frozenset(
     {
-        "audiovm",
-        "bootmode",
         "gateway",
         "gateway6",
-        "guivm",
-        "keyboard_layout",
         "mac",
-        "management_dispvm",
         "stubdom_mem",
         "stubdom_uuid",
     }

@@ -6,8 +6,9 @@ from typing import Any
 
 from qubes_itests.core.exc import QubesVMError, QubesVMNotHaltedError
 from qubes_itests.core.labels import Label, find_label
-from qubes_itests.core.properties import Property
+from qubes_itests.core.properties import Property, stateless_property
 from qubes_itests.core.vm.base import BaseVM
+from qubes_itests.core.vm.settings import keyboard_layout
 
 __all__ = ["AdminVM"]
 
@@ -21,6 +22,18 @@ class AdminVM(BaseVM):
         default=lambda _vm: find_label("black"),
         doc="Its colour.",
     )
+
+    keyboard_layout = Property[str](
+        "keyboard_layout",
+        setter=keyboard_layout,
+        default="us++",
+        doc="LAYOUT+VARIANT+OPTIONS of its keyboard.",
+    )
+
+    @stateless_property
+    def xid(self) -> int:
+        """Return the number of its domain: 0."""
+        return 0
 
     def __init__(self, app: Any) -> None:
         super().__init__(app, name="dom0", qid=0, uuid="0" * 32)

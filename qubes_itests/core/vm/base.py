@@ -14,9 +14,11 @@ from qubes_itests.core.exc import QubesValueError, QubesVMError, QubesVMInUseErr
 from qubes_itests.core.features import Features, Tags
 from qubes_itests.core.firewall import Firewall
 from qubes_itests.core.labels import Label, find_label
+from qubes_itests.core.log import get_vm_logger
 from qubes_itests.core.properties import Property, PropertyHolder, stateless_property
 
 if TYPE_CHECKING:
+    import logging
     from collections.abc import Iterator
 
     from qubes_itests.core.app import Qubes
@@ -114,6 +116,11 @@ class BaseVM(PropertyHolder):
     def klass(self) -> str:
         """Name of its class, as in `qvm-ls`."""
         return type(self).__name__
+
+    @property
+    def log(self) -> logging.Logger:
+        """The logger for what is said of it."""
+        return get_vm_logger(self.name)
 
     def watch_qdb_path(self, path: str) -> None:
         """Have ``domain-qdb-change:PATH`` fired when the guest changes its database.

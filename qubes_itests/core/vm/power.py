@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import time
@@ -14,6 +15,7 @@ from qubes_itests.core.exc import (
     QubesVMError,
     QubesVMNotFoundError,
 )
+from qubes_itests.core.properties import stateless_property
 from qubes_itests.core.vm.ending import STARTS, EndMixin
 from qubes_itests.core.vm.pausing import STARTED
 from qubes_itests.core.vm.step import Step
@@ -36,6 +38,9 @@ _PROHIBIT: Final = "prohibit-start"
 #: How many times longer a start may take at most because the CPUs are busy.
 _BUSIEST: Final = 4.0
 
+#: The numbers of domains.
+_XIDS: Final = itertools.count(1)
+
 
 class PowerMixin(EndMixin):
     """What a VM class needs to have a life cycle.
@@ -48,6 +53,7 @@ class PowerMixin(EndMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._power = "Halted"
+        self._xid = -1
         self._starting: asyncio.Task[None] | None = None
         self._begun = self._aborted = False
         self._ending: asyncio.Task[None] | None = None
@@ -81,6 +87,11 @@ class PowerMixin(EndMixin):
         raise NotImplementedError
 
     # state
+
+    @stateless_property
+    def xid(self) -> int:
+        """Return the number of its domain, new in each run; -1 when it is halted."""
+        return self._xid if self.is_running() else -1
 
     def get_power_state(self) -> str:
         """Return the state as `qvm-ls` shows it.
@@ -243,6 +254,7 @@ class PowerMixin(EndMixin):
     ) -> None:
         """Ask qmemman, if it runs, and keep its promise until the stack closes."""
         self._power = "Transient"
+        self._xid = next(_XIDS)
         if self.app.qmemman is None:
             return
         await self._prepare_warm_start(step)

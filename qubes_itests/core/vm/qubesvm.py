@@ -10,6 +10,7 @@ from qubes_itests.core.exc import (
     QubesVMNotHaltedError,
 )
 from qubes_itests.core.storage import Storage, in_pool
+from qubes_itests.core.vm.bootmode import BootModeMixin
 from qubes_itests.core.vm.execution import ExecutionMixin
 from qubes_itests.core.vm.power import PowerMixin
 from qubes_itests.core.vm.settings import SettingsMixin
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["QubesVM"]
 
 
-class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
+class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
     """A VM that can be started.
 
     :param app: the app that it belongs to.
@@ -101,7 +102,13 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
 
     def domain_spec(self, directory: Path, files: Template | None) -> DomainSpec:
         """Return what the hypervisor has to know."""
-        options = "" if files is None else f"{files.kernel_options} {self.kernelopts}"
+        options = (
+            ""
+            if files is None
+            else (
+                f"{files.kernel_options} {self.kernelopts} {self.bootmode_kernelopts}"
+            )
+        )
         return DomainSpec(
             name=self.name,
             uuid=self.uuid,
@@ -135,7 +142,7 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
             private=names.get("private"),
             volatile=names.get("volatile"),
             root_mode="rw" if self.volumes["root"].rw else "ro",
-            default_user=self.default_user,
+            default_user=self.get_default_user(),
             db=self.qubesdb_entries(),
             services=tuple(
                 name.removeprefix("service.")
@@ -151,7 +158,7 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, SettingsMixin):
         entries = {
             "/name": self.name,
             "/type": self.klass,
-            "/default-user": self.default_user,
+            "/default-user": self.get_default_user(),
             "/qubes-vm-type": self.klass,
             "/qubes-vm-updateable": str(template is None),
             "/qubes-vm-persistence": "full" if template is None else "rw-only",

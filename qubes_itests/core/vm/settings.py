@@ -17,7 +17,13 @@ from qubes_itests.core.vm.base import BaseVM
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["SettingsMixin", "check_for_dispvms", "kernel_name", "positive"]
+__all__ = [
+    "SettingsMixin",
+    "check_for_dispvms",
+    "kernel_name",
+    "keyboard_layout",
+    "positive",
+]
 
 _MOST_MEMORY: Final = 10
 _MOST_OPTIONS: Final = 512
@@ -35,6 +41,7 @@ _INHERITED: Final = (
     "qrexec_timeout",
     "shutdown_timeout",
 )
+_LAYOUT: Final = re.compile(r"[a-zA-Z0-9]+\+[a-zA-Z0-9-_]*\+[a-zA-Z0-9:_,-]*")
 _USER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,+-]{0,31}")
 
 
@@ -129,6 +136,15 @@ def _kernel_options(_vm: object, _prop: object, value: object) -> str:
     return options
 
 
+def _default_kernel_options(vm: Any) -> str:
+    if vm.kernel is None:
+        return ""
+    if _has_pci(vm):
+        return config.defaults["kernelopts_pcidevs"]
+    options: str = _of_template("kernelopts", config.defaults["kernelopts"])(vm)
+    return options
+
+
 def _user(_vm: object, _prop: object, value: object) -> str:
     if not isinstance(value, str) or not _USER.fullmatch(value):
         raise ValueError("the name of a user has letters, digits and _ . , + - only")
@@ -142,6 +158,13 @@ def _timestamp(_vm: object, _prop: object, value: object) -> int | None:
     if number < 0:
         raise ValueError("it takes whole seconds since the epoch")
     return number
+
+
+def keyboard_layout(_vm: object, _prop: object, value: object) -> str:
+    """Setter of layouts of keyboards: LAYOUT+VARIANT+OPTIONS."""
+    if not isinstance(value, str) or not _LAYOUT.fullmatch(value):
+        raise ValueError("it takes LAYOUT+VARIANT+OPTIONS, as in us++")
+    return value
 
 
 def check_for_dispvms(_holder: object, vm: Any) -> None:
@@ -197,7 +220,7 @@ class SettingsMixin(BaseVM):
         "kernelopts",
         type=str,
         setter=_kernel_options,
-        default=_of_template("kernelopts", ""),
+        default=_default_kernel_options,
         doc="Added to the kernel's command line.",
     )
     default_user = Property[str](
@@ -251,6 +274,28 @@ class SettingsMixin(BaseVM):
         default=None,
         clone=False,
         doc="When it was last backed up, whole seconds since the epoch; None: never.",
+    )
+    guivm = VMProperty["BaseVM | None"](
+        "guivm",
+        default=lambda vm: vm.app.default_guivm,
+        doc="Who shows its windows; there are none here.",
+    )
+    audiovm = VMProperty["BaseVM | None"](
+        "audiovm",
+        default=lambda vm: vm.app.default_audiovm,
+        doc="Who plays its sounds; there are none here.",
+    )
+    management_dispvm = VMProperty["BaseVM | None"](
+        "management_dispvm",
+        check=check_for_dispvms,
+        default=_of_template("management_dispvm", lambda vm: vm.app.management_dispvm),
+        doc="What disposable VMs that manage it are made from.",
+    )
+    keyboard_layout = Property[str](
+        "keyboard_layout",
+        setter=keyboard_layout,
+        default=lambda vm: getattr(vm.guivm, "keyboard_layout", "us++"),
+        doc="LAYOUT+VARIANT+OPTIONS of its keyboard.",
     )
     debug = Property[bool]("debug", type=bool, default=False, doc="Debug mode.")
 

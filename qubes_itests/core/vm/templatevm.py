@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qubes_itests.core import config
+from qubes_itests.core.vm.bootmode import OfferedBootModeMixin
 from qubes_itests.core.vm.qubesvm import QubesVM
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["TemplateVM"]
 
 
-class TemplateVM(QubesVM):
+class TemplateVM(OfferedBootModeMixin, QubesVM):
     """A VM whose root filesystem others start from."""
 
     volume_config: ClassVar[Mapping[str, Mapping[str, Any]]] = {

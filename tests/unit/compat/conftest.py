@@ -31,6 +31,7 @@ class FakeVM:
         self.name = name
         self.uuid = uuid.uuid4()
         self.default_user = "user"
+        self.shutdown_timeout = 60
         self.netvm = None
         self.services = {}
         self.calls = []

@@ -9,8 +9,18 @@ import warnings
 import pytest
 
 from qubes_itests import testbed as testbed_module
-from qubes_itests.compat_core2 import ExtraTestCase, LeakError, leaks
-from qubes_itests.core.exc import QubesVMInUseError, QubesVMShutdownTimeoutError
+from qubes_itests.compat_core2 import (
+    ExtraTestCase,
+    LeakError,
+    expectedFailureIfTemplate,
+    leaks,
+    skipIfTemplate,
+)
+from qubes_itests.core.exc import (
+    QubesVMInUseError,
+    QubesVMNotRunningError,
+    QubesVMShutdownTimeoutError,
+)
 
 KEPT = []
 
@@ -319,3 +329,91 @@ def test_a_vm_that_does_not_shut_down_fails_the_test():
     assert not result.errors, result.errors
     ((_, text),) = result.failures
     assert "VM test-inst-vm did not power off within 3 s" in text
+
+
+@pytest.mark.usefixtures("bed")
+def test_what_must_not_be_raised():
+    """It is a failure, of text alone; what else is raised is passed on."""
+
+    def body(self):
+        with self.assertNotRaises(KeyError):
+            pass
+        self.assertNotRaises(KeyError, dict.get, {}, "x")
+        with pytest.raises(ZeroDivisionError), self.assertNotRaises(KeyError):
+            raise ZeroDivisionError
+        with self.assertNotRaises(LookupError):
+            raise KeyError("no such thing")
+
+    result = run(body)
+    assert not result.errors, result.errors
+    ((_, text),) = result.failures
+    assert "LookupError was raised" in text
+    assert "no such thing" in text
+
+
+@pytest.mark.parametrize(("template", "skipped"), [("big", 1), ("tiny", 0), (None, 0)])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.usefixtures("bed")
+def test_skipped_on_some_templates(template, skipped, whole):
+    mark = skipIfTemplate("b", "x")
+    case = {"test": lambda _: None, "template": template}
+    if not whole:
+        case["test"] = mark(case["test"])
+    cls = type("TC", (ExtraTestCase,), case)
+    result = unittest.TestResult()
+    (mark(cls) if whole else cls)("test").run(result)
+    assert result.wasSuccessful(), result.errors
+    assert len(result.skipped) == skipped
+
+
+@pytest.mark.usefixtures("bed")
+def test_expected_to_fail_on_some_templates():
+    @expectedFailureIfTemplate(("big-minimal", "x"))
+    def fail(self):
+        self.fail("as it is")
+
+    @expectedFailureIfTemplate("big")
+    def work(_self):
+        pass
+
+    assert len(run(fail, template="big").expectedFailures) == 1
+    assert len(run(fail, template="tiny").failures) == 1
+    assert len(run(work, template="big").unexpectedSuccesses) == 1
+    assert run(work, template="tiny").wasSuccessful()
+
+
+@pytest.mark.usefixtures("bed")
+def test_files_of_dom0_are_gone_after_the_test(tmp_path):
+    path = tmp_path / "made"
+
+    def body(self):
+        self.create_local_file(str(path), "text\n")
+        self.create_local_file(str(path), "more\n", mode="a")
+        assert path.read_text() == "text\nmore\n"
+
+    result = run(body)
+    assert result.wasSuccessful(), result.errors
+    assert not path.exists()
+
+
+@pytest.mark.usefixtures("bed")
+def test_a_paused_vm_is_shut_down_with_force_only():
+    def body(self):
+        (vm,) = self.create_vms(["vm"])
+        vm.start()
+        asked = []
+
+        async def pause():
+            asked.append("pause")
+
+        async def shutdown(*, force=False, **_options):
+            asked.append(force)
+            if self.refuses and not force:
+                raise QubesVMNotRunningError(vm)
+
+        vm._vm.pause, vm._vm.shutdown = pause, shutdown
+        self.shutdown_paused(vm)
+        assert asked == ["pause", False, True]
+
+    assert run(body, refuses=True).wasSuccessful()
+    assert "QubesVMNotRunningError not raised" in failure(body, refuses=False)

@@ -357,3 +357,15 @@ async def test_a_start_that_failed_is_held_by_nobody(app):
     gc.collect()
     assert gone() is None
     others[0].cancel()
+
+
+@pytest.mark.asyncio
+async def test_each_run_has_a_number_of_its_own(app):
+    vm = await make_vm(app, "AppVM", "work")
+    numbers = [vm.xid]
+    for _ in range(2):
+        await vm.start()
+        numbers.append(vm.xid)
+        await vm.kill()
+        assert vm.xid == -1
+    assert numbers[0] == -1 < 0 < numbers[1] < numbers[2]

@@ -70,7 +70,7 @@ def test_submodules_need_no_import_of_their_own():
 @pytest.mark.parametrize(
     "statement",
     [
-        "import qubes.firewall",
+        "import qubes.backup",
         "from qubes.vm import dispvm_of_tomorrow",
         "from qubes.exc import NoSuchError",
         "import qubes.exc.deeper",
