@@ -102,20 +102,15 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, BootModeMixin, SettingsMi
 
     def domain_spec(self, directory: Path, files: Template | None) -> DomainSpec:
         """Return what the hypervisor has to know."""
-        options = (
-            ""
-            if files is None
-            else (
-                f"{files.kernel_options} {self.kernelopts} {self.bootmode_kernelopts}"
-            )
-        )
+        mode = self.bootmode_kernelopts
+        options = f"{files.kernel_options} {self.kernelopts} {mode}" if files else ""
         return DomainSpec(
             name=self.name,
             uuid=self.uuid,
             directory=directory,
             memory=self.memory,
             max_memory=max(self.memory, self.maxmem),
-            vcpus=self.vcpus,
+            vcpus=self._domain_vcpus(),
             kernel=None if files is None else files.kernel,
             initramfs=None if files is None else files.initramfs,
             kernel_options=options.strip(),
@@ -123,6 +118,19 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, BootModeMixin, SettingsMi
             # what its guest is, and whether that has a balloon, nobody knows
             balanced=self.maxmem > 0 and files is not None,
         )
+
+    def _domain_vcpus(self) -> int:
+        """Return how many CPUs its domain has; as Qubes OS would, where that is safe.
+
+        A guest with two emulated CPUs waits for one that does not get to run: on a busy
+        machine one in thirty came to a stand while it started.  Who sets the property
+        means it.
+        """
+        vm: Any = self
+        while vm is not None and vm.property_is_default("vcpus"):
+            vm = getattr(vm, "template", None)
+        emulated = self.app.hypervisor.slowness > 1
+        return 1 if emulated and vm is None else self.vcpus
 
     def start_memory(self) -> int:
         """Return what a start asks of qmemman, in bytes."""

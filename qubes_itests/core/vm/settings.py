@@ -200,7 +200,8 @@ class SettingsMixin(BaseVM):
         type=int,
         setter=positive,
         default=_of_template("vcpus", config.defaults["vcpus"]),
-        doc="Virtual CPUs.",
+        doc="Virtual CPUs. Where they are emulated, a guest has one unless this is set,"
+        " in its template or in the VM.",
     )
     virt_mode = Property[str](
         "virt_mode",

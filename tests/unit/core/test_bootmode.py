@@ -78,6 +78,23 @@ def test_what_a_start_gets_of_it(app, work, offering):
     assert work.qubesdb_entries()["/default-user"] == "tester"
 
 
+def test_emulated_guests_have_one_cpu_unless_more_are_asked_for(app, work, offering):
+    """Two of them get in each other's way; the property is that of Qubes OS."""
+
+    def given():
+        return work.domain_spec(app.directory, FILES).vcpus
+
+    assert given() == work.vcpus == 2
+    app.hypervisor.slowness = 3.0
+    assert (given(), work.vcpus) == (1, 2)
+    offering.vcpus = 2
+    assert given() == 2
+    work.vcpus = 3
+    assert given() == 3
+    del offering.vcpus
+    assert given() == 3
+
+
 def test_a_new_root_of_a_standalone_vm_brings_one(app):
     alone = app.add_new_vm("StandaloneVM", name="alone", label="red")
     alone.features.update(OFFERED | {"boot-mode.standalone-default": "quiet"})

@@ -33,6 +33,8 @@ SMALL = {
 class NoHypervisor:
     """Fails the test that reaches it."""
 
+    slowness = 1.0
+
     def __getattr__(self, name):
         raise AssertionError(f"the hypervisor was asked for {name}")
 
