@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-__all__ = ["QubesDB"]
+__all__ = ["OwnQubesDB", "QubesDB"]
 
 
 class QubesDB:
@@ -30,3 +30,26 @@ class QubesDB:
     def multiread(self, prefix: str) -> dict[str, bytes]:
         """Return the entries whose paths begin so."""
         return {path: self._entries[path] for path in self.list(prefix)}
+
+
+class OwnQubesDB(QubesDB):
+    """A database that is written to by who has it, as dom0's.
+
+    :param changed: called with each path that is written or removed.
+    """
+
+    def __init__(self, changed: Callable[[str], object]) -> None:
+        super().__init__({})
+        self._changed = changed
+
+    def write(self, path: str, value: str | bytes) -> None:
+        """Set an entry."""
+        self._entries[path] = value.encode() if isinstance(value, str) else value
+        self._changed(path)
+
+    def rm(self, path: str) -> None:
+        """Remove an entry, or with a ``/`` at its end all below it."""
+        for known in list(self._entries):
+            if known == path or (path.endswith("/") and known.startswith(path)):
+                del self._entries[known]
+                self._changed(known)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qubes_itests.core.database import OwnQubesDB
 from qubes_itests.core.exc import QubesVMError, QubesVMNotHaltedError
 from qubes_itests.core.labels import Label, find_label
 from qubes_itests.core.properties import Property, stateless_property
@@ -37,6 +38,22 @@ class AdminVM(BaseVM):
 
     def __init__(self, app: Any) -> None:
         super().__init__(app, name="dom0", qid=0, uuid="0" * 32)
+        #: Its database, which whoever runs in dom0 writes to.
+        self.untrusted_qdb = OwnQubesDB(self._on_qdb_change)
+        self._watched_paths: set[str] = set()
+
+    def watch_qdb_path(self, path: str) -> None:
+        """Have ``domain-qdb-change:PATH`` (`path`) fired when that entry changes.
+
+        :param path: with a ``/`` at its end, all entries below it.
+        """
+        self._watched_paths.add(path)
+
+    def _on_qdb_change(self, path: str) -> None:
+        for watched in sorted(self._watched_paths):
+            below = watched.endswith("/") and path.startswith(watched)
+            if path == watched or below:
+                self.fire_event(f"domain-qdb-change:{watched}", path=path)
 
     @property
     def netvm(self) -> None:
