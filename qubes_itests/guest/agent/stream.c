@@ -10,6 +10,7 @@ enum {
 	CHANNELS = 3,
 	GIVE_BACK = WINDOW / 4,
 	CREDIT_MAX = 4 * WINDOW,
+	PAGE = 4096,
 	DESCRIPTOR_MAX = 3 * NAME_LIMIT, /* what a socket is told before all input */
 	/* Twice of what is held at most: that can always be moved to the front. */
 	SPACE = 2 * (WINDOW + DESCRIPTOR_MAX),
@@ -69,12 +70,18 @@ static void channel_open(struct stream *stream, int number, int fd, bool sink)
 
 static void channel_close(struct channel *channel)
 {
+	static uint8_t unread[PAGE];
+	bool is_socket;
+
 	if (channel->fd < 0)
 		return;
-	/* The other end of a socket shall see a closed pipe, not a reset; and the other
-	 * channel may have the same socket. */
-	if (shutdown(channel->fd, channel->sink ? SHUT_WR : SHUT_RD) == 0 && channel->sink &&
-	    channel->stream->spare < 0 && channel->stream->pid != NO_PROCESS)
+	/* The other end of a socket shall see a closed pipe, not a reset, as it would if
+	 * something were left unread; and the other channel may have the same socket. */
+	is_socket = shutdown(channel->fd, channel->sink ? SHUT_WR : SHUT_RD) == 0;
+	while (is_socket && !channel->sink && read(channel->fd, unread, sizeof unread) > 0)
+		;
+	if (is_socket && channel->sink && channel->stream->spare < 0 &&
+	    channel->stream->pid != NO_PROCESS)
 		channel->stream->spare = channel->fd;
 	else
 		close(channel->fd);
@@ -239,15 +246,20 @@ static void tell_end(uint32_t id, const struct result *result)
 	send_frame(EXIT, 0, id, result, 2 + strlen(result->text));
 }
 
-/* Pipes, but a service has its input and output on stream sockets; ours[i] is the
- * agent's end of theirs[i]. */
+/* Output is a stream socket, as is a service's input; the others are pipes. ours[i] is
+ * the agent's end of theirs[i].
+ *
+ * A pipe would stop the agent: cat(1) of busybox splices, which holds the lock of the
+ * pipe that it writes to while it waits for input. Where that is a call's socket, the
+ * input has to come from the agent, who hangs in read(2) of that pipe. */
 static bool stdio_open(bool service, int ours[CHANNELS], int theirs[CHANNELS])
 {
 	for (int i = 0; i < CHANNELS; i++) {
 		int pair[2], reader = i == 0; /* which of a pipe's ends is theirs */
+		bool is_socket = i == 1 || (service && i == 0);
 
-		if (service && i < 2 ? socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0
-		            : pipe2(pair, O_CLOEXEC) != 0)
+		if (is_socket ? socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0
+		              : pipe2(pair, O_CLOEXEC) != 0)
 			return false;
 		ours[i] = pair[reader];
 		theirs[i] = pair[!reader];
