@@ -62,7 +62,7 @@ def test_a_start_without_memory_says_who_holds_it(vm_factory, qubes_app, qmemman
     with pytest.raises(QubesVMStartError) as caught:
         vm_factory("large", memory=900)
     said = str(caught.value)
-    assert "could not have its memory: not enough memory: 913 MiB asked" in said
+    assert "could not have its memory: not enough memory: 914 MiB asked" in said
     assert "work 300 MiB" in said
     large = qubes_app.domains["large"]
     assert large.is_halted()

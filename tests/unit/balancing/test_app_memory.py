@@ -48,7 +48,7 @@ class Place:
     """An app on a simulated machine; its VMs have neither disks nor guests."""
 
     def __init__(self, directory, monkeypatch):
-        self.app = Qubes(hypervisor=None, directory=directory)
+        self.app = Qubes(hypervisor=SimpleNamespace(slowness=1.0), directory=directory)
         pool = ReflinkPool(name="default", dir_path=directory, setup_check=False)
         self.app.pools["default"] = pool
         self.machine = SimulatedMachine(total=2000 * MIB, dom0=2000 * MIB)
@@ -165,7 +165,7 @@ async def test_a_refused_start_says_why_and_leaves_nothing(p):
         await large.start()
     assert caught.value.step == "have its memory"
     said = str(caught.value)
-    for part in ("did not start", "913 MiB asked", "obtainable", "work", "dom0"):
+    for part in ("did not start", "914 MiB asked", "obtainable", "work", "dom0"):
         assert part in said, said
     assert (large.get_power_state(), len(failed)) == ("Halted", 1)
     assert p.booted == ["work"]
