@@ -14,6 +14,7 @@ from qubes_storage.drivers import pool_class
 
 if TYPE_CHECKING:
     from qubes_itests.core.domains import VMCollection
+    from qubes_itests.core.store.file import StoreFile
     from qubes_storage.pool import Pool
 
 __all__ = ["PoolsMixin"]
@@ -44,6 +45,8 @@ class PoolsMixin(PropertyHolder):
     """What an app needs to have storage pools."""
 
     domains: VMCollection
+    #: Where its state is kept; None for an app that lasts no longer than its run.
+    store: StoreFile | None
     #: The pools, by name.
     pools: dict[str, Pool]
     #: Pool and id of volumes that no VM has and that are being removed.
@@ -90,7 +93,9 @@ class PoolsMixin(PropertyHolder):
         self._check_new_pool(pool)
         await pool.setup()
         try:
-            await pool.claim()
+            # An app that lasts no longer than a test leaves filesystems to the test.
+            if self.store is not None:
+                await pool.claim()
             self._check_new_pool(pool)
         except BaseException:
             await pool.destroy()

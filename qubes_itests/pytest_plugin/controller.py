@@ -178,8 +178,8 @@ class Controller:
     def pytest_handlecrashitem(self, crashitem: str, report: Any) -> None:
         """Keep what the guests of a worker said that was killed."""
         if sandbox.active() and not _place(report.node.gateway.spec):
-            vms = self._context.place / report.node.gateway.id / "vm"
-            self._watch.keep_logs(crashitem, vms, self._begun.get(crashitem, 0))
+            run = self._context.place / report.node.gateway.id
+            self._watch.keep_logs(crashitem, run, self._begun.get(crashitem, 0))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, Any, Any]:

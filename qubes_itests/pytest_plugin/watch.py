@@ -125,10 +125,11 @@ class FailureWatch:
     def keep_logs(self, test: str, directory: Path, since: float) -> None:
         """Keep the logs of VMs whose run has ended without keeping them.
 
-        :param directory: that of its VMs.
+        :param directory: of the run that they were of.
         :param since: the seconds since the epoch when the test began.
         """
-        logs = GuestLogs(directory).all()
+        # each testbed of a run has a directory of its own in it
+        logs = [log for vms in directory.glob("*/vm") for log in GuestLogs(vms).all()]
         self._artifacts.logs(test, [p for p in logs if p.stat().st_mtime >= since])
 
     def _vm_directory(self) -> Path | None:

@@ -27,10 +27,10 @@ def test_a_guest_that_does_not_answer_has_none(pair, testbed):
     pair.run(pair.vault.unpause())
 
 
-def test_a_guest_that_says_too_much_is_cut_off(pair, testbed, monkeypatch):
+def test_a_guest_that_says_too_much_is_not_heard(pair, testbed, monkeypatch):
     monkeypatch.setattr("qubes_itests.report.journal._COMMAND", "cat /dev/zero")
-    told = read_journal(testbed.portal, pair.work)
-    assert told is None if pair.init == "agent" else len(told) == 1 << 20
+    monkeypatch.setattr("qubes_itests.report.journal._TIMEOUT", 1000)
+    assert read_journal(testbed.portal, pair.work) is None
 
 
 def test_a_guest_that_says_nothing_is_not_waited_for(pair, testbed, monkeypatch):
