@@ -117,7 +117,10 @@ def install(
             f"they need packages of Debian that are not installed here: {names}."
             f" Install them: apt-get install {names}",
         )
-    scripts = [f"{project.directory}/{project.script}" for project in projects]
+    # Relative: a checkout elsewhere, as each job of a CI system has, is the same app.
+    scripts = [
+        os.path.relpath(project.directory / project.script, app) for project in projects
+    ]
     key = digest(
         *(sys.version, sys.prefix, tree_digest(app), Path(__file__)),
         *("\n".join(scripts), "\n".join(requires.packages)),
