@@ -49,7 +49,7 @@ def test_a_vm_too_many_fails_its_test_and_leaves_the_timeline(small):
     out = done.stdout
     assert "memory: 2500 MiB for dom0 and the VMs of each test" in out
     assert "PASSED  small::TC_Small::test_fits" in out
-    assert "could not have its memory: not enough memory: 1517 MiB asked" in out
+    assert "could not have its memory: not enough memory: 1519 MiB asked" in out
     assert "test-inst-one 400 MiB" in out
     assert "memory.jsonl, memory.svg" in out
     (picture,) = small.work.glob("itests-artifacts/*too_large*/memory.svg")
