@@ -138,8 +138,10 @@ make_venv() {
 install_project() {
     say "installing the project and its Python dependencies"
     local plugin status=$MISSING_TOOL
+    # qubes-storage is on no index: named beside the project that needs it.
     local pip=("$venv/bin/python" -m pip --disable-pip-version-check
-        --no-input install --progress-bar off --editable "$root${1:+[$1]}")
+        --no-input install --progress-bar off --editable "$root/storage"
+        --editable "$root${1:+[$1]}")
     for plugin in "$root"/plugins/*/setup.py; do
         [ ! -e "$plugin" ] || pip+=(--editable "${plugin%/*}")
     done
@@ -173,7 +175,7 @@ fetch_kernel() {
 # What the set-up depends on, in one word.
 inputs() {
     {
-        cat -- "$root"/{setup.sh,setup.cfg,pyproject.toml} "$table" \
+        cat -- "$root"/{setup.sh,setup.cfg,{,storage/}pyproject.toml} "$table" \
             "$root"/plugins/*/setup.py 2>/dev/null || true
         echo "$root" "$PYTHON" "$root"/plugins/*/setup.py
         readlink -f -- "$venv/bin/python"

@@ -95,6 +95,10 @@ class Checkout:
             "print(sorted(os.listdir('/proc/self/fd'), key=int), file=sys.stderr)\n"
         )
         _write_project(self.root, "qubes_itests")
+        # on no index: the project is installed together with it, or not at all
+        (self.root / "requires").write_text("Requires-Dist: qubes-storage\n")
+        (self.root / "storage").mkdir()
+        _write_project(self.root / "storage", "qubes_storage")
         (self.root / "pytest.py").write_text("print('pytest ran')\n")
 
     @property
@@ -251,11 +255,12 @@ def test_an_unusable_python_is_refused(checkout, python):
 
 def test_a_package_index_that_cannot_be_reached(ready):
     requires = ready.root / "requires"
+    before = requires.read_text()
     requires.write_text("Requires-Dist: no-such-distribution\n")
     (ready.root / ".venv/.set-up").unlink()
     index = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_NO_INDEX": ""}
     done = ready.run("itests", env=index)
-    requires.unlink()
+    requires.write_text(before)
     assert done.returncode == 15
     assert "package index cannot be reached" in _last_line(done)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import configparser
+import shutil
 import subprocess
 import sys
-import tomllib
+import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
+PACKAGE = "storage/qubes_storage"
 
 PROGRAM = """
 import asyncio, sys
@@ -41,12 +44,51 @@ def test_it_runs_without_any_installed_package(tmp_path):
     assert (done.stdout, done.stderr) == ("1\n1\n", "")
 
 
-def test_both_distributions_offer_the_same_drivers():
-    """The harness brings the package along; it can be installed by itself as well."""
-    group = "qubes.storage"
-    alone = tomllib.loads((ROOT / "storage" / "pyproject.toml").read_text())
-    whole = configparser.ConfigParser()
-    whole.read(ROOT / "setup.cfg")
-    lines = whole["options.entry_points"][group].strip().splitlines()
-    drivers = dict(line.split(" = ") for line in lines)
-    assert drivers == alone["project"]["entry-points"][group]
+BUILD = """
+import sys
+from setuptools import build_meta
+print(build_meta.build_wheel(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def wheels(tmp_path):
+    """Return the files of the wheels of the project and of the package, by names."""
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("qubes_itests", "storage"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for project in (source, source / "storage"):
+        subprocess.run(
+            [sys.executable, "-c", BUILD, tmp_path],
+            cwd=project,
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+    return [
+        {name: archive.read(name).decode() for name in archive.namelist()}
+        for archive in map(
+            zipfile.ZipFile,
+            (next(tmp_path.glob(f"qubes_{n}-*.whl")) for n in ("itests", "storage")),
+        )
+    ]
+
+
+def only(files, ending):
+    (name,) = (name for name in files if name.endswith(ending))
+    return files[name]
+
+
+def test_one_distribution_has_the_package_and_registers_its_drivers(wheels):
+    """So either can be removed without loss to the other, which says what it needs."""
+    whole, alone = wheels
+    assert not set(whole) & set(alone)
+    names = ("py.typed", *(path.name for path in (ROOT / PACKAGE).glob("*.py")))
+    assert {f"qubes_storage/{name}" for name in names} <= set(alone)
+    assert "[qubes.storage]" in only(alone, "/entry_points.txt")
+    assert "[qubes.storage]" not in only(whole, "/entry_points.txt")
+    assert "Requires-Dist: qubes-storage" in only(whole, "/METADATA")
+    assert "Requires-Dist" not in only(alone, "/METADATA")
