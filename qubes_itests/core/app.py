@@ -18,7 +18,7 @@ from qubes_itests.core.exc import (
     QubesValueError,
     QubesVMNotStartedError,
 )
-from qubes_itests.core.host import QubesHost
+from qubes_itests.core.host import QubesHost, VMMConnection
 from qubes_itests.core.labels import LABELS, Label, find_label
 from qubes_itests.core.making import making
 from qubes_itests.core.policy import Policy
@@ -193,6 +193,7 @@ class Qubes(PoolsMixin):
         self.warm_starts = warm_starts
         #: The machine that the VMs are on.
         self.host = QubesHost()
+        self.vmm = VMMConnection(hypervisor)
         #: Asked for memory by each start; None where memory is not balanced.
         self.qmemman: Client | None = None
         self.pools: dict[str, Pool] = {}

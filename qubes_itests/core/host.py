@@ -1,10 +1,14 @@
-"""The machine that the VMs of an app are on, as the core shows it."""
+"""The machine that the VMs of an app are on, and its hypervisor, as the core shows."""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-__all__ = ["QubesHost"]
+if TYPE_CHECKING:
+    from qubes_itests.hypervisor.contract import Hypervisor
+
+__all__ = ["QubesHost", "VMMConnection"]
 
 
 class QubesHost:
@@ -25,3 +29,26 @@ class QubesHost:
         if self.budget is not None:
             return self.budget // 1024
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+class VMMConnection:
+    """The connection to the hypervisor.
+
+    :param hypervisor: of the app.
+    """
+
+    #: Whether there is none, as where a core is set up only.
+    offline_mode = False
+    #: Whether it is Xen.
+    is_xen = False
+
+    def __init__(self, hypervisor: Hypervisor) -> None:
+        self._hypervisor = hypervisor
+
+    @property
+    def libvirt_conn(self) -> object | None:
+        """The object of libvirt itself; None for a back end that does without libvirt.
+
+        What is done by it is seen by the core, as it is on Qubes OS.
+        """
+        return self._hypervisor.native

@@ -146,6 +146,14 @@ class Domain(abc.ABC):
     #: Whether its last run ended because the guest's kernel panicked.
     panicked: bool = False
 
+    @property
+    def native(self) -> object | None:
+        """The back end's own object for its present run, for tests that go round ours.
+
+        None while it does not run, or where there is none.
+        """
+        return None
+
     @abc.abstractmethod
     async def state(self) -> DomainState:
         """Return the present state; HALTED also when it is not defined any more."""
@@ -298,6 +306,11 @@ class Hypervisor(abc.ABC):
     memory_limit: int | None = None
     #: How many times longer a guest may take than one with hardware virtualisation.
     slowness: float = 1.0
+
+    @property
+    def native(self) -> object | None:
+        """The back end's own object for the connection; None where there is none."""
+        return None
 
     @abc.abstractmethod
     async def close(self) -> None:

@@ -125,6 +125,10 @@ class LibvirtDomain(Domain):
             raise StateError(self.spec.name, action, "it is not running")
         return self._native
 
+    @property
+    def native(self) -> object | None:
+        return self._native  # type: ignore[no-any-return]
+
     async def state(self) -> DomainState:
         if self._native is None or self._stopped.is_set():
             return self._last

@@ -48,6 +48,10 @@ class LibvirtHypervisor(Hypervisor):
         self._registration: int | None = None
         self._closed = False
 
+    @property
+    def native(self) -> object | None:
+        return self._connection.native  # type: ignore[no-any-return]
+
     async def _listen(self) -> None:
         native = self._connection.native
         self._registration = await self._connection.call(

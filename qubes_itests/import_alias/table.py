@@ -17,7 +17,11 @@ ALIASES: Final[dict[str, tuple[str, ...]]] = {
         "qubes_itests.core.properties:VMProperty",
         "qubes_itests.core.properties:stateless_property",
     ),
-    "qubes.app": ("qubes_itests.core.app:Qubes",),
+    "qubes.app": (
+        "qubes_itests.core.app:Qubes",
+        "qubes_itests.core.host:QubesHost",
+        "qubes_itests.core.host:VMMConnection",
+    ),
     "qubes.config": ("qubes_itests.core.config",),
     "qubes.device_protocol": (
         "qubes_itests.core.device_assignment",

@@ -14,6 +14,22 @@ from qubes_itests.core.vm.settings import keyboard_layout
 __all__ = ["AdminVM"]
 
 
+class _Domain0:
+    """Dom0's domain, as libvirt shows it where there is Xen: it is there, and runs."""
+
+    @staticmethod
+    def ID() -> int:  # noqa: N802 - as in libvirt
+        return 0
+
+    @staticmethod
+    def name() -> str:
+        return "Domain-0"
+
+    @staticmethod
+    def isActive() -> int:  # noqa: N802 - as in libvirt
+        return 1
+
+
 class AdminVM(BaseVM):
     """Dom0: it always runs, has no domain of its own here, and offers services."""
 
@@ -38,6 +54,7 @@ class AdminVM(BaseVM):
 
     def __init__(self, app: Any) -> None:
         super().__init__(app, name="dom0", qid=0, uuid="0" * 32)
+        self.libvirt_domain = _Domain0()
         #: Its database, which whoever runs in dom0 writes to.
         self.untrusted_qdb = OwnQubesDB(self._on_qdb_change)
         self._watched_paths: set[str] = set()

@@ -47,6 +47,7 @@ class EndMixin(PauseMixin):
     _ending: asyncio.Task[None] | None
     _begun: bool
     _aborted: bool
+    _domain_stopped_lock: asyncio.Lock
 
     async def fire_event_async(
         self, event: str, *, pre_event: bool = False, **kwargs: Any
@@ -75,16 +76,17 @@ class EndMixin(PauseMixin):
                 failures.append(error)
 
         await attempt(domain.wait_stopped())
-        self._power = "Halting"
-        if agent is not None:
-            await attempt(agent.close())
-        for end in (domain.undefine, self.storage.stop):
-            await attempt(end())
-        self.agent = None
-        self._power = "Halted"
-        await attempt(self.fire_event_async("domain-stopped"))
-        await attempt(self.tell_run_changed())
-        await attempt(self.fire_event_async("domain-shutdown"))
+        async with self._domain_stopped_lock:
+            self._power = "Halting"
+            if agent is not None:
+                await attempt(agent.close())
+            for end in (domain.undefine, self.storage.stop):
+                await attempt(end())
+            self.agent = None
+            self._power = "Halted"
+            await attempt(self.fire_event_async("domain-stopped"))
+            await attempt(self.tell_run_changed())
+            await attempt(self.fire_event_async("domain-shutdown"))
         for error in failures:
             self.note_problem(error)
         if failures:

@@ -20,6 +20,7 @@ from qubes_itests.core.vm.ending import STARTS, EndMixin
 from qubes_itests.core.vm.pausing import STARTED
 from qubes_itests.core.vm.step import Step
 from qubes_itests.guest.boot import boot
+from qubes_itests.hypervisor.contract import DomainState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +38,8 @@ log = logging.getLogger("qubes.vm")
 _PROHIBIT: Final = "prohibit-start"
 #: How many times longer a start may take at most because the CPUs are busy.
 _BUSIEST: Final = 4.0
+
+_ENDED: Final = (DomainState.HALTED, DomainState.CRASHED)
 
 #: The numbers of domains.
 _XIDS: Final = itertools.count(1)
@@ -57,6 +60,8 @@ class PowerMixin(EndMixin):
         self._starting: asyncio.Task[None] | None = None
         self._begun = self._aborted = False
         self._ending: asyncio.Task[None] | None = None
+        #: Held while what follows from the end of a run is done.
+        self._domain_stopped_lock = asyncio.Lock()
         #: The domain of the present or the last run.
         self.domain: Domain | None = None
         #: The agent of the present run.
@@ -92,6 +97,11 @@ class PowerMixin(EndMixin):
     def xid(self) -> int:
         """Return the number of its domain, new in each run; -1 when it is halted."""
         return self._xid if self.is_running() else -1
+
+    @property
+    def libvirt_domain(self) -> object | None:
+        """The object of libvirt for its domain; None while libvirt knows of none."""
+        return None if self.domain is None else self.domain.native
 
     def get_power_state(self) -> str:
         """Return the state as `qvm-ls` shows it.
@@ -138,9 +148,13 @@ class PowerMixin(EndMixin):
             `domain-pre-start` raise.
         """
         del notify_function
-        if self._starting is None:
-            if self._power in STARTED:
+        if self._starting is None and self._power in STARTED:
+            domain = self.running_domain()
+            # It may have ended just now, and the event not be here yet.
+            ended = await domain.state() in _ENDED and domain is self.domain
+            if not ended and self._starting is None:
                 return self
+        if self._starting is None:
             if self._ending is not None and asyncio.current_task() is self._ending:
                 raise QubesVMError(
                     self,

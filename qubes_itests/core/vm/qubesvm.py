@@ -72,8 +72,12 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, BootModeMixin, SettingsMi
 
     @property
     def volumes(self) -> dict[str, Volume]:
-        """Its volumes, by name."""
+        """Its volumes, by name, in the order in which things are done to them."""
         return self.storage.volumes
+
+    @volumes.setter
+    def volumes(self, volumes: dict[str, Volume]) -> None:
+        self.storage.volumes = volumes
 
     # what the life cycle asks
 

@@ -69,6 +69,20 @@ async def test_a_life(domain, events, arrived):
 
 
 @pytest.mark.asyncio
+async def test_what_is_done_round_the_contract_is_seen(
+    hypervisor, domain, events, arrived
+):
+    assert hypervisor.native.getHostname()
+    assert domain.native is None
+    await domain.start()
+    assert domain.native.isActive()
+    await asyncio.to_thread(domain.native.destroy)
+    assert await domain.state() is DomainState.HALTED
+    assert await arrived(events, 2) == [STARTED, STOPPED]
+    assert domain.native is None
+
+
+@pytest.mark.asyncio
 async def test_a_handle_lasts_over_starts(domain, events, arrived):
     for _ in range(2):
         await domain.start()

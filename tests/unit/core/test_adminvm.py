@@ -29,6 +29,11 @@ def test_changes_of_its_database_are_told_to_who_watches(app):
     assert database.list("/") == ["/one", "/two", "/one/more"]
 
 
+def test_its_domain_is_that_of_the_machine(app):
+    domain = app.domains["dom0"].libvirt_domain
+    assert (domain.ID(), domain.name(), domain.isActive()) == (0, "Domain-0", 1)
+
+
 @pytest.mark.asyncio
 async def test_it_runs_as_long_as_the_machine(app):
     """With the arguments that starts of other VMs take."""

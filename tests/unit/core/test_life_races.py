@@ -70,6 +70,22 @@ async def test_net_vm_and_clients_in_random_interleavings(app):
 
 
 @pytest.mark.asyncio
+async def test_a_vm_whose_end_nobody_has_told_yet_is_started_anew(app):
+    """After all handlers of that end, which have their turn first."""
+    vm = await make_vm(app, "AppVM", "work")
+    events = record(vm, app.hypervisor.random)
+    await vm.start()
+    xid = vm.xid
+    vm.domain.end()
+    assert vm.get_power_state() == "Running", "it is known already"
+    await vm.start()
+    assert vm.xid == xid + 1
+    await vm.kill()
+    assert GRAMMAR.fullmatch(letters(events)), events
+    assert not vm._domain_stopped_lock.locked()
+
+
+@pytest.mark.asyncio
 async def test_a_caller_that_gives_up_does_not_end_the_start_of_others(app):
     vm = await make_vm(app, "AppVM", "work")
     impatient, patient = (asyncio.ensure_future(vm.start()) for _ in range(2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from qubes_itests.core import exc
@@ -24,6 +26,19 @@ async def test_a_volume_by_itself_and_by_name(app, template):
     assert await work.storage.verify()
     used = sum(volume.usage for volume in work.volumes.values())
     assert work.storage.get_disk_utilization() == used
+
+
+async def test_volumes_are_stopped_in_the_order_in_which_they_are_set(app, template):
+    work = await made(app, template, "work")
+    before = work.volumes
+    work.volumes = {"volatile": before.pop("volatile")}
+    work.volumes.update(before)
+    assert list(work.storage.volumes) == ["volatile", "root", "private"]
+    stopped = []
+    for name, volume in work.volumes.items():
+        volume.stop = lambda name=name: asyncio.sleep(0, stopped.append(name))
+    await work.storage.stop()
+    assert stopped == ["volatile", "root", "private"]
 
 
 async def test_content_goes_from_vm_to_vm(app, template):
