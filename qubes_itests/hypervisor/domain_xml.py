@@ -47,6 +47,10 @@ KERNEL_OPTIONS = (
     " swiotlb=noforce sysctl.vm.min_free_kbytes=8192"
 )
 
+#: More of it under emulation: QEMU finds what it has translated by its address, so code
+#: that lies elsewhere in each process is translated anew for each.
+_EMULATION_OPTIONS = "norandmaps"
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -134,7 +138,10 @@ def _os(spec: DomainSpec, machine: Machine) -> ET.Element:
         return element
     _add(element, "kernel", str(spec.kernel))
     _add(element, "initrd", str(spec.initramfs))
-    _add(element, "cmdline", f"{KERNEL_OPTIONS} {spec.kernel_options}".strip())
+    options = [KERNEL_OPTIONS, spec.kernel_options]
+    if not machine.kvm:
+        options.insert(1, _EMULATION_OPTIONS)
+    _add(element, "cmdline", " ".join(options).strip())
     return element
 
 

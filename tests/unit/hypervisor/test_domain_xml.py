@@ -62,6 +62,12 @@ def test_kvm():
     assert root.find("cpu").get("mode") == "host-passthrough"
 
 
+@pytest.mark.parametrize("kvm", [True, False])
+def test_processes_lie_at_the_same_addresses_where_code_is_translated(kvm):
+    root = ET.fromstring(domain_xml(SPEC, dataclasses.replace(MACHINE, kvm=kvm)))
+    assert ("norandmaps" in root.findtext("os/cmdline").split()) is not kvm
+
+
 @pytest.mark.parametrize(("direct", "cache"), [(True, "none"), (False, "writeback")])
 def test_disks(direct, cache):
     disk = ET.fromstring(disk_xml(DISK, direct=direct))
