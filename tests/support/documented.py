@@ -17,8 +17,12 @@ ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
+    "RELEASING.md",
     "SECURITY.md",
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    *sorted(
+        f"docs/decisions/{path.name}" for path in (ROOT / "docs/decisions").iterdir()
+    ),
     "storage/README.md",
     "tests/benchmarks/README.md",
 )

@@ -69,8 +69,8 @@ def test_the_back_end_of_the_guide_is_the_one_that_runs(site):
     assert "there are: emulated, qemu, test" in done.stdout
 
 
-def test_the_plugin_of_the_guide_runs(site):
-    write_out("docs/plugins.md", site.site)
+def test_the_plugin_of_the_tutorial_runs(site):
+    write_out("docs/tutorial.md", site.site)
     install(site.site)
     done = site.run("my-app")
     assert done.returncode == 0, done.stdout + done.stderr
