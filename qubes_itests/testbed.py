@@ -21,6 +21,7 @@ from qubes_itests.guest.warm import WarmStarts
 from qubes_itests.host import memory
 from qubes_itests.hypervisor.balloons import LibvirtMemory
 from qubes_itests.hypervisor.contract import LifecycleEvent
+from qubes_storage.image_pool import ImagePool
 from qubes_storage.reflink import ReflinkPool
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ log = logging.getLogger("qubes_itests.testbed")
 
 T = TypeVar("T")
 
-POOL_NAME: Final = "default"
+#: As Qubes OS calls it where its own filesystem has reflinks.
+POOL_NAME: Final = "varlibqubes"
 _ENDS: Final = (LifecycleEvent.STOPPED, LifecycleEvent.CRASHED)
 
 
@@ -307,6 +309,8 @@ class Testbed:
 
         :return: what went wrong, one sentence each; empty if all is well.
         """
+        if app.store is None:
+            _forget_removed_pools(app)
         await app.close()
         await self._end_balancing(app)
         self._apps.remove(app)
@@ -319,6 +323,18 @@ class Testbed:
             f"domain {name} is left" for name in left if name in app.domains
         ]
         return app.problems
+
+
+def _forget_removed_pools(app: Qubes) -> None:
+    """Forget volumes in pools whose directory a test has removed: they are gone, too.
+
+    Suites of Qubes OS do that by a clean-up, which comes before the end of the VMs.
+    """
+    for pool in app.pools.values():
+        if isinstance(pool, ImagePool) and not pool.dir_path.is_dir():
+            for vm in app.domains:
+                if hasattr(vm, "storage"):
+                    vm.storage.forget(pool)
 
 
 async def _remove_volumes(app: Qubes) -> None:

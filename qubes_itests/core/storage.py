@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qubes_itests.core.vm.qubesvm import QubesVM
+    from qubes_storage.pool import Pool
     from qubes_storage.volume import Volume
 
 __all__ = ["Storage", "copy_image", "in_pool", "kept_by"]
@@ -121,6 +122,13 @@ class Storage:
         for volume in self.volumes.values():
             volume.pool.unbind(volume)
         self.volumes.clear()
+
+    def forget(self, pool: Pool) -> None:
+        """Forget the volumes in a pool that is gone with all that was in it."""
+        gone = [volume for volume in self.volumes.values() if volume.pool is pool]
+        for volume in gone:
+            del self.volumes[volume.name]
+        self._made = [volume for volume in self._made if volume not in gone]
 
     def disk_name(self, volume: str) -> str:
         """Return what the guest calls a volume under /dev."""

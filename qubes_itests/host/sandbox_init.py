@@ -52,6 +52,8 @@ FORWARDED = {
 
 #: Where services of dom0 are.
 SERVICES = "/etc/qubes-rpc"
+#: What udev knows of devices.
+DEVICES = "/run/udev/data"
 
 #: The variable with the descriptor of the network namespace outside.
 OUTER_NETWORK = "QUBES_ITESTS_OUTER_NETWORK"
@@ -161,6 +163,7 @@ def set_up() -> None:
     mount("none", "/dev/shm", "tmpfs", MS_NOSUID)  # noqa: S108
     mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     have_services()
+    have_run()
     add_libvirt_user()
     raise_loopback()
     if not os.path.isdir(os.environ.get("TMPDIR", "/tmp")):  # noqa: PTH112, S108
@@ -199,6 +202,33 @@ def have_services() -> None:
     if os.path.isdir(SERVICES):  # noqa: PTH112
         mount("none", SERVICES, "tmpfs", MS_NOSUID | MS_NODEV)
         os.chmod(SERVICES, 0o755)  # noqa: PTH101, S103
+
+
+def have_run() -> None:
+    """Have a /run in here: what the machine has in its own, and what dom0 has besides.
+
+    Sockets of dom0 are made there, which a run has for itself. Where no udev runs, it
+    knows of no device: there is an empty database, for who looks up what is in it.
+    """
+    found = []
+    for entry in os.scandir("/run"):
+        descriptor = os.open(entry.path, os.O_PATH | os.O_NOFOLLOW)
+        link = os.readlink(entry.path) if entry.is_symlink() else None  # noqa: PTH115
+        found.append((entry.path, descriptor, link, entry.is_dir()))
+    mount("none", "/run", "tmpfs", MS_NOSUID | MS_NODEV)
+    os.chmod("/run", 0o755)  # noqa: PTH101, S103
+    for path, descriptor, link, is_directory in found:
+        if link is not None:
+            os.symlink(link, path)  # noqa: PTH211
+        elif is_directory:
+            os.mkdir(path)  # noqa: PTH102
+        else:
+            os.close(os.open(path, os.O_CREAT))
+        if link is None:
+            mount(f"/proc/self/fd/{descriptor}", path, None, MS_BIND | MS_REC)
+        os.close(descriptor)
+    if not os.path.isdir("/run/udev"):  # noqa: PTH112
+        os.makedirs(DEVICES)  # noqa: PTH103
 
 
 def mounts_below(place: str) -> list[tuple[str, int]]:

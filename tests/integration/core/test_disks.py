@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -275,9 +276,18 @@ def test_an_appvm_keeps_its_data_in_another_pool_than_its_template(
     assert vm.volumes["root"].pool is app.domains["tiny"].volumes["root"].pool
     session(vm, "echo home > /home/user/kept")
     clone = app.add_new_vm("AppVM", name="near", label="red")
-    run(clone.clone_disk_files(vm, pool="default"))
-    assert clone.volumes["private"].pool is app.pools["default"]
+    run(clone.clone_disk_files(vm, pool="varlibqubes"))
+    assert clone.volumes["private"].pool is app.pools["varlibqubes"]
     assert session(clone, "cat /home/user/kept") == "home"
+
+
+def test_a_pool_may_go_before_the_vms_that_have_volumes_in_it(app, run, tmp_path):
+    """As where a test removes its directory: its app is closed without a complaint."""
+    pool = run(app.add_pool("gone", driver="file", dir_path=tmp_path / "gone"))
+    vm = app.add_new_vm("AppVM", name="late", label="red")
+    run(vm.create_on_disk(pool=pool))
+    run(vm.start())
+    shutil.rmtree(tmp_path / "gone")
 
 
 def test_a_private_volume_imported_from_another_filesystem_is_mounted(

@@ -75,6 +75,48 @@ def test_services_of_dom0_are_its_own():
     assert _run(nested).stdout == "[] 0o755\n"
 
 
+def test_what_is_put_into_run_ends_with_the_sandbox():
+    """What the machine has there is there: files, sockets, links, and mounts."""
+    outside = """
+        import os, socket, subprocess, sys
+        from pathlib import Path
+        subprocess.run(["mount", "-t", "tmpfs", "none", "/run"], check=True)
+        os.mkdir("/run/mount")  # which mount(8) makes
+        os.makedirs("/run/folder/below")
+        subprocess.run(["mount", "-t", "tmpfs", "none", "/run/folder/below"])
+        Path("/run/folder/below/file").touch()
+        os.symlink("folder", "/run/link")
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind("/run/socket")
+            server.listen()
+            subprocess.run(sys.argv[1:], check=True)
+        print(*sorted(os.listdir("/run")))
+    """
+    inside = """
+        import os, socket
+        from pathlib import Path
+        print(*sorted(os.listdir("/run")), os.listdir("/run/udev/data"))
+        print(os.readlink("/run/link"), os.listdir("/run/link/below"), flush=True)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect("/run/socket")
+        Path("/run/new").touch()
+    """
+    command = ["unshare", "--mount", sys.executable, "-c", textwrap.dedent(outside)]
+    done = _run([*command, *_inside(inside)])
+    assert done.stdout.splitlines() == [
+        "folder link mount socket udev []",
+        "folder ['file']",
+        "folder link mount socket",
+    ], done.stderr
+
+
+def test_what_udev_knows_of_devices_is_seen():
+    outside = "mount -t tmpfs none /run; mkdir -p /run/udev/data; >/run/udev/data/b7:0;"
+    inside = shlex.join(_inside("import os; print(os.listdir('/run/udev/data'))"))
+    done = _run(["unshare", "--mount", "sh", "-c", f"{outside} exec {inside}"])
+    assert done.stdout == "['b7:0']\n", done.stderr
+
+
 def test_what_is_mounted_in_etc_stays_there(tmp_path):
     """As containers have their resolv.conf, whatever way the folder is made."""
     mounted = tmp_path / "mounted"

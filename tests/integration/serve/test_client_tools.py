@@ -289,11 +289,11 @@ def test_settings_of_the_app_and_of_pools(qvm):
     qvm("qubes-prefs", "default_dispvm", "")
     assert qvm("qubes-prefs", "default_dispvm") == ""
     qvm("qubes-prefs", "--default", "default_dispvm")
-    assert ["default", "file-reflink"] in table(qvm("qvm-pool-legacy", "-l"))
+    assert ["varlibqubes", "file-reflink"] in table(qvm("qvm-pool-legacy", "-l"))
     assert "file-reflink" in qvm("qvm-pool", "drivers")
-    qvm("qvm-pool", "set", "default", "-o", "revisions_to_keep=2")
-    assert ["revisions_to_keep", "2"] in table(qvm("qvm-pool", "info", "default"))
-    qvm("qvm-pool", "set", "default", "-o", "revisions_to_keep=1")
+    qvm("qvm-pool", "set", "varlibqubes", "-o", "revisions_to_keep=2")
+    assert ["revisions_to_keep", "2"] in table(qvm("qvm-pool", "info", "varlibqubes"))
+    qvm("qvm-pool", "set", "varlibqubes", "-o", "revisions_to_keep=1")
     said = qvm("qvm-pool", "add", "p", "file", "-o", "dir_path=/proc/p", status=1)
     assert "cannot set it up: No such file or directory: /proc/p" in said
     assert {"block", "pci"} <= set(qvm("qvm-device", "--list-device-classes").split())
