@@ -13,9 +13,8 @@ import logging
 import os
 import signal
 import socket
-import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from qubes_itests.guest.exc import GuestGoneError
 from qubes_itests.host import sandbox
@@ -25,7 +24,7 @@ from qubes_itests.untrusted_text import safe_text
 if TYPE_CHECKING:
     from qubes_itests.guest.calls import ServiceCall
 
-__all__ = ["PLACE", "serve"]
+__all__ = ["PLACE", "serve", "start"]
 
 _limited = LimitedLog(logging.getLogger("qubes.qrexec"))
 
@@ -54,17 +53,73 @@ async def serve(call: ServiceCall) -> int | None:
     :return: the exit status, 0 for a socket; None when there is no such service.
     :raise OSError: the program cannot be executed, or nobody listens on the socket.
     """
-    name, plus, argument = call.service.partition("+")
-    full_name = f"{name}+{argument}" if plus else f"{name}+"
+    full_name = _full_name(call.service)
+    path = _found(full_name)
+    if path is None:
+        return None
+    if path.is_socket():
+        return await _serve_by_socket(call, path, full_name)
+    return await _serve_by_program(call, path, full_name)
+
+
+async def start(
+    service: str, source: str, user: str | None = None, **streams: Any
+) -> asyncio.subprocess.Process:
+    """Start a program that is a service, for a caller in dom0 who names the source.
+
+    :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``.
+    :param source: name of the VM that calls.
+    :param user: who runs it; by default whoever runs the tests.
+    :param streams: as for `asyncio.create_subprocess_exec`.
+    :return: the process; it ends with 127 when there is no such program.
+    :raise OSError: the program cannot be executed.
+    """
+    full_name = _full_name(service)
+    path = _found(full_name)
+    command = [] if user is None else ["runuser", "-u", user, "--"]
+    if path is None or path.is_socket():
+        script = 'echo "dom0 has no program $0" >&2; exit 127'
+        command += ["sh", "-c", script, str(PLACE / full_name)]
+    else:
+        command += _command(path, full_name)
+    settings = _settings(full_name, source, ("name", "dom0"))
+    return await asyncio.create_subprocess_exec(*command, env=settings, **streams)
+
+
+def _full_name(service: str) -> str:
+    """Return the service with its argument, and the + that also an empty one has."""
+    return service if "+" in service else f"{service}+"
+
+
+def _found(full_name: str) -> Path | None:
     if not sandbox.active():
         return None  # the machine's own are none of the tests'
-    for path in (PLACE / full_name, PLACE / name):
-        mode = path.stat().st_mode if path.exists() else 0
-        if stat.S_ISSOCK(mode):
-            return await _serve_by_socket(call, path, full_name)
-        if stat.S_ISREG(mode):
-            return await _serve_by_program(call, path, full_name)
+    for name in (full_name, full_name.partition("+")[0]):
+        path = PLACE / name
+        if path.is_socket() or path.is_file():
+            return path
     return None
+
+
+def _command(path: Path, full_name: str) -> list[str]:
+    argument = full_name.partition("+")[2]
+    return [str(path), *([argument] if argument else [])]
+
+
+def _settings(full_name: str, source: str, target: tuple[str, str]) -> dict[str, str]:
+    """Return the environment of a program.
+
+    :param target: how the caller named dom0; see `_target`.
+    """
+    kind, name = target
+    return {
+        **os.environ,
+        "QREXEC_REMOTE_DOMAIN": source,
+        "QREXEC_REQUESTED_TARGET_TYPE": kind,
+        f"QREXEC_REQUESTED_TARGET{'_KEYWORD' * (kind == 'keyword')}": name,
+        "QREXEC_SERVICE_FULL_NAME": full_name,
+        "QREXEC_SERVICE_ARGUMENT": full_name.partition("+")[2],
+    }
 
 
 def _target(call: ServiceCall) -> tuple[str, str]:
@@ -88,15 +143,6 @@ async def _serve_by_socket(call: ServiceCall, path: Path, full_name: str) -> int
 
 
 async def _serve_by_program(call: ServiceCall, path: Path, full_name: str) -> int:
-    kind, target = _target(call)
-    argument = full_name.partition("+")[2]
-    settings = {
-        "QREXEC_REMOTE_DOMAIN": call.vm,
-        "QREXEC_REQUESTED_TARGET_TYPE": kind,
-        f"QREXEC_REQUESTED_TARGET{'_KEYWORD' * (kind == 'keyword')}": target,
-        "QREXEC_SERVICE_FULL_NAME": full_name,
-        "QREXEC_SERVICE_ARGUMENT": argument,
-    }
     async with contextlib.AsyncExitStack() as stack:
         with contextlib.ExitStack() as theirs:
             pairs = [socket.socketpair() for _ in range(2)]
@@ -106,13 +152,12 @@ async def _serve_by_program(call: ServiceCall, path: Path, full_name: str) -> in
             reader, other = await asyncio.open_unix_connection(sock=pairs[1][0])
             stack.callback(other.close)
             process = await asyncio.create_subprocess_exec(
-                path,
-                *([argument] if argument else []),
+                *_command(path, full_name),
                 stdin=stdin.fileno(),
                 stdout=stdout.fileno(),
                 stderr=asyncio.subprocess.PIPE,
                 cwd="/",
-                env=os.environ | settings,
+                env=_settings(full_name, call.vm, _target(call)),
                 start_new_session=True,
             )
         stack.push_async_callback(_end, process)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qubes_itests.core import dom0_services
 from qubes_itests.core.database import OwnQubesDB
 from qubes_itests.core.exc import QubesVMError, QubesVMNotHaltedError
 from qubes_itests.core.labels import Label, find_label
 from qubes_itests.core.properties import Property, stateless_property
 from qubes_itests.core.vm.base import BaseVM
+from qubes_itests.core.vm.execution import ServicesMixin
 from qubes_itests.core.vm.settings import keyboard_layout
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["AdminVM"]
 
@@ -30,7 +35,7 @@ class _Domain0:
         return 1
 
 
-class AdminVM(BaseVM):
+class AdminVM(ServicesMixin, BaseVM):
     """Dom0: it always runs, has no domain of its own here, and offers services."""
 
     label = Property[Label](
@@ -103,3 +108,35 @@ class AdminVM(BaseVM):
     async def kill(self) -> None:
         """Refuse: dom0 ends with the machine."""
         raise QubesVMError(self, "dom0 cannot be killed")
+
+    async def run_service(
+        self,
+        service: str,
+        source: Any = None,
+        user: str | None = None,
+        *,
+        autostart: bool = False,
+        gui: bool = False,
+        filter_esc: bool = False,
+        **streams: Any,
+    ) -> asyncio.subprocess.Process:
+        """Start a program of ``/etc/qubes-rpc``, as a call from `source`; no policy.
+
+        :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``.
+        :param source: the VM that calls, or its name; dom0 by default.
+        :param user: who runs it; by default whoever runs the tests.
+        :param autostart: accepted for callers of Qubes OS: dom0 always runs.
+        :param gui: what handlers of ``domain-cmd-pre-run`` are told.
+        :param filter_esc: cannot be had.
+        :param streams: as for `asyncio.create_subprocess_exec`.
+        :return: the process; it ends with 127 when there is no such program.
+        :raise OSError: the program cannot be executed.
+        """
+        del autostart
+        if filter_esc:
+            raise NotImplementedError("dom0 does not filter what its services write")
+        await self.fire_event_async(
+            "domain-cmd-pre-run", pre_event=True, start_guid=gui
+        )
+        caller = "dom0" if source is None else self.app.domains[source].name
+        return await dom0_services.start(service, caller, user, **streams)

@@ -11,19 +11,39 @@ from qubes_itests.guest.answers import LONGEST_ANSWER, answer_of
 from qubes_itests.guest.frames import Channel
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Mapping
 
     from qubes_itests.guest.agent import GuestAgent
     from qubes_itests.guest.process import GuestProcess
 
-__all__ = ["ExecutionMixin"]
+__all__ = ["ExecutionMixin", "ServicesMixin"]
 
 _OUTPUTS: Final = {"stdout": Channel.STDOUT, "stderr": Channel.STDERR}
 _NOT_CONNECTED: Final = (None, subprocess.DEVNULL)
 _PIPES: Final[dict[str, Any]] = dict.fromkeys(("stdin", *_OUTPUTS), subprocess.PIPE)
 
 
-class ExecutionMixin:
+class ServicesMixin:
+    """What a class needs that can start services, to run one to its end."""
+
+    async def run_service_for_stdio(
+        self,
+        service: str,
+        *,
+        input: bytes | None = None,  # noqa: A002 - as in Qubes OS
+        **kwargs: Any,
+    ) -> tuple[bytes, bytes]:
+        """Run a service to its end and return its output and its error output.
+
+        :param input: what it reads.
+        :raise subprocess.CalledProcessError: when it ends with another status than 0.
+        """
+        process = await self.run_service(service, **(_PIPES | kwargs))  # type: ignore[attr-defined]
+        return await _communicate(process, service, input)
+
+
+class ExecutionMixin(ServicesMixin):
     """What a VM class needs to run commands and services in its guest.
 
     `stdin`, `stdout` and `stderr` are as for `asyncio.create_subprocess_exec`:
@@ -35,13 +55,17 @@ class ExecutionMixin:
     agent: GuestAgent | None
     name: str
 
-    async def _agent(self, *, autostart: bool) -> GuestAgent:
+    async def _agent(self, *, autostart: bool, gui: bool) -> GuestAgent:
         if autostart:
             await self.start()  # type: ignore[attr-defined]
         if self.is_paused():  # type: ignore[attr-defined]
             raise QubesVMNotRunningError(self)
         # handlers of a start may call it already
-        return self.agent or self.running_agent()  # type: ignore[attr-defined]
+        agent = self.agent or self.running_agent()  # type: ignore[attr-defined]
+        await self.fire_event_async(  # type: ignore[attr-defined]
+            "domain-cmd-pre-run", pre_event=True, start_guid=gui
+        )
+        return agent
 
     async def run(
         self,
@@ -58,14 +82,13 @@ class ExecutionMixin:
         :param command: as for ``sh -c``.
         :param user: who runs it; by default the VM's `default_user`.
         :param autostart: start the VM if it is halted.
-        :param gui: accepted for callers of Qubes OS; there is no GUI here.
+        :param gui: what handlers of ``domain-cmd-pre-run`` are told; there is no GUI.
         :param environment: added to what the user's login gives.
         :return: a process, as `asyncio.create_subprocess_exec` returns one.
         :raise QubesVMNotRunningError: when the VM is halted or paused.
         """
-        del gui
         _check_streams(streams)
-        agent = await self._agent(autostart=autostart)
+        agent = await self._agent(autostart=autostart, gui=gui)
         process = await agent.spawn(command, user=user, environment=environment or {})
         return _connect(process, streams)
 
@@ -86,13 +109,13 @@ class ExecutionMixin:
         :param source: the VM that calls, or its name; dom0 by default.
         :param user: who runs it; by default the service's own choice.
         :param autostart: start the VM if it is halted.
-        :param gui: accepted for callers of Qubes OS.
-        :param filter_esc: accepted likewise.
+        :param gui: as for `run`.
+        :param filter_esc: accepted for callers of Qubes OS.
         :return: a process, as `run` returns one.
         """
-        del gui, filter_esc
+        del filter_esc
         _check_streams(streams)
-        agent = await self._agent(autostart=autostart)
+        agent = await self._agent(autostart=autostart, gui=gui)
         process = await agent.spawn_service(
             service, source=str(source) if source is not None else "dom0", user=user
         )
@@ -112,17 +135,6 @@ class ExecutionMixin:
         """
         process = await self.run(command, **(_PIPES | kwargs))
         return await _communicate(process, command, input)
-
-    async def run_service_for_stdio(
-        self,
-        service: str,
-        *,
-        input: bytes | None = None,  # noqa: A002 - as in Qubes OS
-        **kwargs: Any,
-    ) -> tuple[bytes, bytes]:
-        """Run a service to its end; as `run_for_stdio`."""
-        process = await self.run_service(service, **(_PIPES | kwargs))
-        return await _communicate(process, service, input)
 
     async def ask(
         self,
@@ -175,10 +187,12 @@ class ExecutionMixin:
 
 
 async def _communicate(
-    process: GuestProcess,
+    process: GuestProcess | asyncio.subprocess.Process,
     command: str,
     data: bytes | None,
 ) -> tuple[bytes, bytes]:
+    if data is None and process.stdin is not None:
+        data = b""  # a process of the host reads on until it is given something
     stdout, stderr = await process.communicate(data)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, stdout, stderr)

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import random
 import resource
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,24 @@ def test_socket_is_a_service_of_dom0(dom0, pair, run):
 
     told = b"test.Socket+ work keyword adminvm|data"
     assert run(serve()) == (told, None)
+
+
+def test_program_of_dom0_is_called_by_the_core(app, dom0, pair, run):
+    """As extensions call what their packages have put there."""
+    admin, events = app.domains["dom0"], []
+    admin.add_handler(
+        "domain-cmd-pre-run", lambda _vm, _event, start_guid: events.append(start_guid)
+    )
+    script = "echo $QREXEC_REMOTE_DOMAIN $1 $(id -un); cat; echo e>&2"
+    install(dom0 / "test.Told", script)
+    stdio = run(admin.run_service_for_stdio("test.Told+a", input=b"data"))
+    assert stdio == (b"dom0 a root\ndata", b"e\n")
+    service = admin.run_service("test.Told", pair[0], "nobody", gui=True, stdout=-1)
+    assert run(run(service).communicate()) == (b"work nobody\n", None)
+    with pytest.raises(subprocess.CalledProcessError, match="127") as caught:
+        run(admin.run_service_for_stdio("test.None+a"))
+    assert caught.value.stderr == b"dom0 has no program /etc/qubes-rpc/test.None+a\n"
+    assert events == [False, True, False]
 
 
 def test_what_cannot_serve_in_dom0_is_refused(dom0, pair, run):
