@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.guest.exc import GuestGoneError
 from qubes_itests.host import sandbox
@@ -36,14 +36,6 @@ _CHUNK: Final = 65_536
 _REST: Final = 2.0
 #: Of a program's stderr so many bytes are logged.
 _LOGGED: Final = 4096
-
-
-class _Ends(NamedTuple):
-    """What a service writes to us and reads from us, and what to close of the first."""
-
-    output: asyncio.StreamReader
-    input: asyncio.StreamWriter
-    hang_up: asyncio.StreamWriter
 
 
 async def serve(call: ServiceCall) -> int | None:
@@ -129,28 +121,21 @@ def _target(call: ServiceCall) -> tuple[str, str]:
 
 
 async def _serve_by_socket(call: ServiceCall, path: Path, full_name: str) -> int:
-    reader, writer = await asyncio.open_unix_connection(path)
-    ends = _Ends(reader, writer, writer)
-    try:
-        words = (full_name, call.vm, *_target(call))
-        ends.input.write(" ".join(words).encode() + b"\0")
+    words = (full_name, call.vm, *_target(call))
+    with socket.socket(socket.AF_UNIX) as ours:
+        ours.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(ours, str(path))
         async with asyncio.TaskGroup() as group:
-            group.create_task(_pass_input(call, ends))
-            group.create_task(_pass_output(call, ends))
-    finally:
-        ends.input.close()
+            group.create_task(_pass_input(call, ours, " ".join(words).encode() + b"\0"))
+            group.create_task(_pass_output(call, ours))
     return 0
 
 
 async def _serve_by_program(call: ServiceCall, path: Path, full_name: str) -> int:
-    async with contextlib.AsyncExitStack() as stack:
+    with contextlib.ExitStack() as ours:
         with contextlib.ExitStack() as theirs:
-            pairs = [socket.socketpair() for _ in range(2)]
-            stdin, stdout = (theirs.enter_context(pair[1]) for pair in pairs)
-            _, writer = await asyncio.open_unix_connection(sock=pairs[0][0])
-            stack.callback(writer.close)
-            reader, other = await asyncio.open_unix_connection(sock=pairs[1][0])
-            stack.callback(other.close)
+            input_, stdin = _connected_pair(ours, theirs)
+            output, stdout = _connected_pair(ours, theirs)
             process = await asyncio.create_subprocess_exec(
                 *_command(path, full_name),
                 stdin=stdin.fileno(),
@@ -160,27 +145,30 @@ async def _serve_by_program(call: ServiceCall, path: Path, full_name: str) -> in
                 env=_settings(full_name, call.vm, _target(call)),
                 start_new_session=True,
             )
-        stack.push_async_callback(_end, process)
-        return await _until_end(call, _Ends(reader, writer, other), process)
+        tasks = [
+            asyncio.ensure_future(_pass_input(call, input_)),
+            asyncio.ensure_future(_pass_output(call, output)),
+            asyncio.ensure_future(_log_stderr(call, process)),
+        ]
+        try:
+            status = await process.wait()
+            call.stdin.stop()
+            await asyncio.wait(tasks[1:], timeout=_REST)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            await _end(process)
+        return status
 
 
-async def _until_end(
-    call: ServiceCall, ends: _Ends, process: asyncio.subprocess.Process
-) -> int:
-    tasks = [
-        asyncio.ensure_future(_pass_input(call, ends)),
-        asyncio.ensure_future(_pass_output(call, ends)),
-        asyncio.ensure_future(_log_stderr(call, process)),
-    ]
-    try:
-        status = await process.wait()
-        call.stdin.stop()
-        await asyncio.wait(tasks[1:], timeout=_REST)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-    return status
+def _connected_pair(
+    ours: contextlib.ExitStack, theirs: contextlib.ExitStack
+) -> tuple[socket.socket, socket.socket]:
+    """Return our end, for the loop, and that of the program."""
+    pair = socket.socketpair()
+    ours.enter_context(pair[0]).setblocking(False)
+    return pair[0], theirs.enter_context(pair[1])
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
@@ -190,24 +178,36 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
-async def _pass_input(call: ServiceCall, ends: _Ends) -> None:
+async def _pass_input(
+    call: ServiceCall, service: socket.socket, first: bytes = b""
+) -> None:
+    loop = asyncio.get_running_loop()
     try:
+        await loop.sock_sendall(service, first)
         while data := await call.stdin.read(_CHUNK):
-            ends.input.write(data)
-            await ends.input.drain()
-        ends.input.write_eof()
-    except (ConnectionError, GuestGoneError, OSError):
+            await loop.sock_sendall(service, data)
+        service.shutdown(socket.SHUT_WR)
+    except (GuestGoneError, OSError):
         call.stdin.stop()
 
 
-async def _pass_output(call: ServiceCall, ends: _Ends) -> None:
+async def _pass_output(call: ServiceCall, service: socket.socket) -> None:
     try:
-        while data := await ends.output.read(_CHUNK):
+        while data := await _received(service):
             call.stdout.write(data)
             await call.stdout.drain()
         call.stdout.write_eof()
     except (ConnectionError, GuestGoneError, RuntimeError):
-        ends.hang_up.close()  # nobody reads it any more
+        service.shutdown(socket.SHUT_RD)  # nobody reads it any more
+
+
+async def _received(service: socket.socket) -> bytes:
+    # not by a StreamReader, which drops what has come when it is told of a reset: a
+    # service that ends before it has read all causes one, behind all that it has sent
+    try:
+        return await asyncio.get_running_loop().sock_recv(service, _CHUNK)
+    except ConnectionResetError:
+        return b""
 
 
 async def _log_stderr(call: ServiceCall, process: asyncio.subprocess.Process) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import random
 import resource
+import socket
 import subprocess
 from pathlib import Path
 
@@ -310,6 +311,21 @@ def test_program_of_dom0_is_called_by_the_core(app, dom0, pair, run):
         run(admin.run_service_for_stdio("test.None+a"))
     assert caught.value.stderr == b"dom0 has no program /etc/qubes-rpc/test.None+a\n"
     assert events == [False, True, False]
+
+
+def test_socket_of_dom0_that_reads_nothing_is_heard(dom0, pair, run):
+    script = "cat /dev/zero; echo stopped >&$SAVED_FD_1; cat >&$SAVED_FD_1"
+    command = f"qrexec-client-vm @adminvm test.Socket /bin/sh -c '{script}'"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.settimeout(60)
+        listener.bind(str(dom0 / "test.Socket"))
+        listener.listen()
+        process = run(pair[0].run(command, stdout=-1))
+        with listener.accept()[0] as service:
+            service.shutdown(socket.SHUT_RD)
+            assert run(process.stdout.readline()) == b"stopped\n"
+            service.sendall(b"heard")
+        assert run(process.stdout.read()) == b"heard"
 
 
 def test_what_cannot_serve_in_dom0_is_refused(dom0, pair, run):
