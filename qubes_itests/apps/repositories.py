@@ -31,7 +31,7 @@ class Repositories:
         """Return the file or directory that a word names.
 
         :param word: a path in the own directory, or ``NAME:PATH`` in that of another
-            repository: a named one, or one that lies beside the own.
+            repository: a named one, or one that lies beside the own or a named one.
         :raise ValueError: there is none, or it is outside of the repository.
         """
         other = _OTHER.fullmatch(word)
@@ -45,11 +45,13 @@ class Repositories:
         return real
 
     def _other(self, name: str) -> Path:
-        beside = self.own.parent / name
-        found = self.named.get(name, beside)
-        if not found.is_dir():
-            raise ValueError(
-                f"there is no repository {name!r}: neither --repository nor --app names"
-                f" a directory that is called so, and there is no {beside}"
-            )
-        return found
+        parents = (place.parent for place in (self.own, *self.named.values()))
+        beside = list(dict.fromkeys(parent / name for parent in parents))
+        for found in [self.named[name]] if name in self.named else beside:
+            if found.is_dir():
+                return found
+        places = ", ".join(map(str, beside))
+        raise ValueError(
+            f"there is no repository {name!r}: neither --repository nor --app names a"
+            f" directory that is called so, and there is no {places}"
+        )

@@ -32,8 +32,9 @@ STAGE_ONE: Final = (
 
 #: What it loads of kernels that have it. With the first a kernel that panics tells
 #: QEMU; of others a panic is told from a reboot as long as no program runs. The second
-#: makes the checksums of ext4, which asks for what makes them, not for this module.
-STAGE_ONE_IF_THERE: Final = ("pvpanic_mmio", "crc32c_generic")
+#: makes the checksums of ext4, which asks for what makes them, not for this module. The
+#: third is a filesystem that systemd mounts at each boot; here it takes no time then.
+STAGE_ONE_IF_THERE: Final = ("pvpanic_mmio", "crc32c_generic", "configfs")
 
 _FILE: Final = re.compile(r"(.+)\.ko(?:\.(xz|zst|gz))?")
 # In the section .modinfo every setting is a string between NULs.

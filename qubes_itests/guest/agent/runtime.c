@@ -71,8 +71,21 @@ static void load_modules(void)
 		send_text(LOG, "not all modules that modules-load.d names are loaded");
 }
 
+/* Interfaces of the kernel that are filesystems: those that it has. */
+static void mount_interfaces(void)
+{
+	static const char *const places[][2] = {
+		{"mqueue", "/dev/mqueue"}, {"debugfs", "/sys/kernel/debug"},
+		{"tracefs", "/sys/kernel/tracing"}, {"configfs", "/sys/kernel/config"},
+		{"fusectl", "/sys/fs/fuse/connections"}};
+
+	for (size_t i = 0; i < sizeof places / sizeof *places; i++)
+		mount_kernel(places[i][0], places[i][1], NULL);
+}
+
 void make_runtime(void)
 {
 	nftw(MADE, copy_one, 16, FTW_PHYS);
 	load_modules();
+	mount_interfaces();
 }

@@ -57,6 +57,12 @@ def test_the_kernel_has_its_modules(sh):
     assert sh("modinfo -F license snd_dummy") == "GPL"
 
 
+def test_interfaces_of_the_kernel_are_mounted(sh):
+    places = "/dev/mqueue /sys/kernel/config /sys/kernel/debug /sys/kernel/tracing"
+    assert sh(f"stat -f -c %T {places}") == "mqueue\nconfigfs\ndebugfs\ntracefs"
+    sh("modprobe libcomposite && mkdir /sys/kernel/config/usb_gadget/g1")
+
+
 def test_modules_of_modules_load_d_are_loaded(sh):
     assert sh("cat /sys/module/dummy/initstate") == "live"
 

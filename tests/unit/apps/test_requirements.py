@@ -8,7 +8,7 @@ from qubes_itests.apps.requirements import Requirements, check_requirement
 
 @pytest.fixture
 def places(tmp_path):
-    for name in ("app/src", "beside/part", "elsewhere/named"):
+    for name in ("app/src", "beside/part", "elsewhere/named", "elsewhere/next/part"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "app/file").touch()
     (tmp_path / "app/out").symlink_to(tmp_path / "beside")
@@ -45,12 +45,14 @@ def test_words_that_require_nothing(word):
         ("beside:../app", "is not in"),
         ("beside:/etc", "is not in"),
         ("beside:nothing", "no file or directory"),
+        ("next:nothing", "no file or directory"),
         ("other:part", "there is no repository 'other'"),
         ("beside2:part", "there is no repository 'beside2'"),
     ],
 )
 def test_files_are_in_the_repository_that_is_named(places, word, error):
     assert places.find("file").name == "file"
-    assert places.find("beside:part").name == "part"
+    assert places.find("beside:part").parent.name == "beside"
+    assert places.find("next:part").parent.name == "next"
     with pytest.raises(ValueError, match=error):
         places.find(word)

@@ -8,6 +8,7 @@ from subprocess import DEVNULL, PIPE, STDOUT
 import pytest
 import pytest_asyncio
 
+from qubes_itests.core.events import Emitter
 from qubes_itests.core.exc import QubesValueError
 from qubes_itests.core.vm.execution import ExecutionMixin
 
@@ -16,12 +17,13 @@ pytestmark = pytest.mark.asyncio
 COMMAND = "cat; echo out; echo err >&2"
 
 
-class OverAgent(ExecutionMixin):
+class OverAgent(ExecutionMixin, Emitter):
     """What of a VM runs commands."""
 
     name = "work"
 
     def __init__(self, agent):
+        super().__init__()
         self.agent = agent
 
     def is_paused(self):
