@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from qubes_itests.guest.template import Template
+    from qubes_itests.guest.image.template import Template
     from qubes_itests.host.cache import Cache
     from qubes_itests.host.kernel import Kernel
     from qubes_itests.hypervisor.contract import Hypervisor

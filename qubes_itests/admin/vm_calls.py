@@ -16,8 +16,8 @@ from qubes_itests.limited_log import LimitedLog
 
 if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
-    from qubes_itests.guest.calls import ServiceCall
-    from qubes_itests.guest.streams import GuestWriter
+    from qubes_itests.guest.link.calls import ServiceCall
+    from qubes_itests.guest.link.streams import GuestWriter
 
 __all__ = ["handle_vm_call", "offer_to_vms"]
 

@@ -7,13 +7,13 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.exc import DeadlineError, HarnessError
-from qubes_itests.guest.answers import answer_of
+from qubes_itests.guest.link.answers import answer_of
 from qubes_itests.qmemman.sizes import KIB, MIB, mib
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from qubes_itests.guest.process import GuestProcess
+    from qubes_itests.guest.link.process import GuestProcess
 
 __all__ = ["GuestMemory", "GuestMemoryError"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from qubes_itests.balancing.guest_memory import GuestMemory
 from qubes_itests.core.exc import QubesVMStartError
 from qubes_itests.qmemman.exc import MemoryRefusedError
-from qubes_itests.qmemman.scenario import World
+from qubes_itests.qmemman.simulation.scenario import World
 from qubes_itests.qmemman.sizes import MIB, mib
 from qubes_itests.qmemman.state import DOM0
 

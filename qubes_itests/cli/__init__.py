@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qubes_itests.cli.arguments import parse
-from qubes_itests.configuration import load
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.run.settings import load
 from qubes_storage.exc import QubesException
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qubes_itests.cli.arguments import Command
-    from qubes_itests.configuration import Settings
+    from qubes_itests.run.settings import Settings
 
 __all__ = ["command_line"]
 
@@ -42,7 +42,7 @@ def command_line(arguments: Sequence[str]) -> int:
         if command.in_sandbox:
             _enter_sandbox(command, settings, arguments)
         elif command.shows_tests and settings.app:
-            from qubes_itests.preparation import prepare_listing  # noqa: PLC0415
+            from qubes_itests.run.preparation import prepare_listing  # noqa: PLC0415
 
             settings = prepare_listing(settings)
         return int(module.execute(command, settings))
@@ -66,7 +66,7 @@ def _prepare(command: Command, settings: Settings) -> None:
 
     # first: what follows may take minutes, and mounts images
     require_ready(Cache())
-    from qubes_itests.preparation import prepare  # noqa: PLC0415
+    from qubes_itests.run.preparation import prepare  # noqa: PLC0415
 
     prepare(settings, [command.target] if command.name == "shell" else ())
 

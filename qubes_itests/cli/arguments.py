@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
 from qubes_itests import __version__
-from qubes_itests.configuration import convert
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.run.settings import convert
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

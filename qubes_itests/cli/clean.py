@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from qubes_itests.cli.arguments import Command
-    from qubes_itests.configuration import Settings
     from qubes_itests.host.cache import Entry
+    from qubes_itests.run.settings import Settings
 
 __all__ = ["execute"]
 

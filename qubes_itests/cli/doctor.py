@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qubes_itests.cli.arguments import Command
-    from qubes_itests.configuration import Settings
     from qubes_itests.host.preflight import Check
+    from qubes_itests.run.settings import Settings
 
 __all__ = ["execute"]
 

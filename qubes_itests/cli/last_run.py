@@ -11,7 +11,7 @@ from qubes_itests.report.failures import COMMAND, last_run
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
-    from qubes_itests.configuration import Settings
+    from qubes_itests.run.settings import Settings
 
 __all__ = ["execute"]
 

@@ -7,12 +7,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from qubes_itests.exit_codes import ExitCode
-from qubes_itests.installed import named_plugins, test_ids
+from qubes_itests.run.plugins import named_plugins, test_ids
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
-    from qubes_itests.configuration import Settings
     from qubes_itests.discovery import Plugin
+    from qubes_itests.run.settings import Settings
 
 __all__ = ["execute"]
 

@@ -18,7 +18,7 @@ from qubes_itests.qmemman import live, plot, timeline
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
-    from qubes_itests.configuration import Settings
+    from qubes_itests.run.settings import Settings
 
 __all__ = ["execute"]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from qubes_itests.cli.arguments import Command
-    from qubes_itests.configuration import Settings
+    from qubes_itests.run.settings import Settings
     from qubes_itests.serve.place import Place
 
 __all__ = ["execute"]

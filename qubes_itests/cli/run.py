@@ -11,7 +11,7 @@ import qubes_itests
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
-    from qubes_itests.configuration import Settings
+    from qubes_itests.run.settings import Settings
 
 __all__ = ["check", "execute"]
 

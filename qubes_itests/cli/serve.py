@@ -11,7 +11,7 @@ from qubes_itests.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
-    from qubes_itests.configuration import Settings
+    from qubes_itests.run.settings import Settings
     from qubes_itests.serve.daemon import Serving
 
 __all__ = ["execute"]
@@ -21,7 +21,7 @@ def execute(command: Command, settings: Settings) -> int:
     """Serve until told to end, or print how to call who serves."""
     if command.print_env:
         return _print_environment()
-    from qubes_itests.derived import plugins_for  # noqa: PLC0415 - only in the sandbox
+    from qubes_itests.run.app_templates import plugins_for  # noqa: PLC0415 - only in the sandbox
     from qubes_itests.serve.daemon import serving, wait_for_end  # noqa: PLC0415
 
     directory = Path(command.directory) if command.directory else None

@@ -11,8 +11,8 @@ from qubes_itests.shell import open_shell, require_terminal
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
-    from qubes_itests.configuration import Settings
-    from qubes_itests.testbed import Testbed
+    from qubes_itests.run.settings import Settings
+    from qubes_itests.run.testbed import Testbed
 
 __all__ = ["check", "execute"]
 
@@ -24,8 +24,8 @@ def check(_command: Command, _settings: Settings) -> None:
 
 def execute(command: Command, settings: Settings) -> int:
     """Start the VM, open the shell; the exit status is the shell's."""
-    from qubes_itests.derived import plugins_for  # noqa: PLC0415 - only in the sandbox
-    from qubes_itests.run_context import RunContext  # noqa: PLC0415
+    from qubes_itests.run.app_templates import plugins_for  # noqa: PLC0415 - only in the sandbox
+    from qubes_itests.run.context import RunContext  # noqa: PLC0415
 
     context = RunContext(settings, plugins_for(settings))
     try:

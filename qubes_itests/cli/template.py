@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qubes_itests.assembly import offers
-from qubes_itests.configuration import ConfigurationError
-from qubes_itests.derived import plugins_for
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.kernel import find_kernel
-from qubes_itests.preparation import build_templates
+from qubes_itests.run.app_templates import plugins_for
+from qubes_itests.run.hooks import offers
+from qubes_itests.run.preparation import build_templates
+from qubes_itests.run.settings import ConfigurationError
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
-    from qubes_itests.configuration import Settings
+    from qubes_itests.run.settings import Settings
 
 __all__ = ["execute"]
 

@@ -8,9 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Self
 
 from qubes_itests.core import config
-from qubes_itests.core.autostart import start_autostart
-from qubes_itests.core.block import BlockDeviceExtension
-from qubes_itests.core.cloning import clone_vm
+from qubes_itests.core.device.block import BlockDeviceExtension
 from qubes_itests.core.domains import VMCollection
 from qubes_itests.core.events import handler
 from qubes_itests.core.exc import (
@@ -20,19 +18,21 @@ from qubes_itests.core.exc import (
 )
 from qubes_itests.core.host import QubesHost, VMMConnection
 from qubes_itests.core.labels import LABELS, Label, find_label
-from qubes_itests.core.making import making
 from qubes_itests.core.policy import Policy
 from qubes_itests.core.pools import PoolsMixin
 from qubes_itests.core.properties import Property, VMProperty
-from qubes_itests.core.rules import Rules
 from qubes_itests.core.store.file import StoreFile
 from qubes_itests.core.store.opening import open_store
 from qubes_itests.core.store.saving import state_of, write_state
 from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.core.vm.appvm import AppVM
+from qubes_itests.core.vm.autostart import start_autostart
+from qubes_itests.core.vm.cloning import clone_vm
 from qubes_itests.core.vm.dispvm import DispVM
+from qubes_itests.core.vm.making import making
 from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.core.vm.remotevm import RemoteVM
+from qubes_itests.core.vm.rules import Rules
 from qubes_itests.core.vm.settings import check_for_dispvms, kernel_name, positive
 from qubes_itests.core.vm.standalonevm import StandaloneVM
 from qubes_itests.core.vm.templatevm import TemplateVM
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from qubes_itests.core.qrexec import HostService
     from qubes_itests.core.store.journal import Journal
     from qubes_itests.core.vm.base import BaseVM
-    from qubes_itests.guest.template import Template
-    from qubes_itests.guest.warm import WarmStarts
+    from qubes_itests.guest.image.template import Template
+    from qubes_itests.guest.start.warm import WarmStarts
     from qubes_itests.hypervisor.contract import Hypervisor
     from qubes_itests.qmemman.client import Client
     from qubes_storage.pool import Pool
@@ -374,7 +374,7 @@ class Qubes(PoolsMixin):
         return found
 
     async def clone_vm(self, source: QubesVM, name: str, **options: Any) -> Any:
-        """Make a copy of a halted VM; see `qubes_itests.core.cloning.clone_vm`."""
+        """Make a copy of a halted VM; see `qubes_itests.core.vm.cloning.clone_vm`."""
         return await clone_vm(self, source, name, **options)
 
     async def start_autostart(self) -> dict[str, Exception]:

@@ -22,7 +22,7 @@ from qubes_itests.limited_log import LimitedLog
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
-    from qubes_itests.guest.calls import ServiceCall
+    from qubes_itests.guest.link.calls import ServiceCall
 
 __all__ = ["PLACE", "serve", "start"]
 

@@ -10,13 +10,13 @@ from qubes_itests.core import dom0_services
 from qubes_itests.core.exc import QubesException
 from qubes_itests.core.policy import evaluate
 from qubes_itests.exc import HarnessError
-from qubes_itests.guest.relay import relay
+from qubes_itests.guest.link.relay import relay
 from qubes_itests.limited_log import LimitedLog
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from qubes_itests.core.policy import Decision
-    from qubes_itests.guest.calls import ServiceCall
+    from qubes_itests.guest.link.calls import ServiceCall
 
 __all__ = ["HostService", "handle_call"]
 

@@ -53,7 +53,7 @@ class PluginExtensions:
         for extension in self._kept:
             extension.register()
         if self._devices:
-            from qubes_itests.core.devices import DEVICE_CLASSES  # noqa: PLC0415
+            from qubes_itests.core.device.collections import DEVICE_CLASSES  # noqa: PLC0415
 
             self._added = [n for n in self._devices if n not in DEVICE_CLASSES]
             DEVICE_CLASSES.extend(self._added)
@@ -63,7 +63,7 @@ class PluginExtensions:
     def leave(self) -> None:
         """Have them called no more, nor any other that is not the core's own."""
         if self._added:
-            from qubes_itests.core.devices import DEVICE_CLASSES  # noqa: PLC0415
+            from qubes_itests.core.device.collections import DEVICE_CLASSES  # noqa: PLC0415
 
             for name in self._added:
                 DEVICE_CLASSES.remove(name)

@@ -12,20 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qubes_itests import configuration
-from qubes_itests.configuration import DEFAULT_TIMEOUT, ConfigurationError, Settings
-from qubes_itests.derived import TemplateProblemError, plugins_for
 from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.hookspec import PROJECT
 from qubes_itests.host import sandbox
-from qubes_itests.prepared import Prepared
 from qubes_itests.pytest_plugin import header, resandbox, worker
 from qubes_itests.pytest_plugin.collection import PluginNode
 from qubes_itests.pytest_plugin.deadline import Deadline
 from qubes_itests.pytest_plugin.debugger import PostponedCleanUps
 from qubes_itests.pytest_plugin.watch import FailureWatch
 from qubes_itests.pytest_plugin.worker import Worker
-from qubes_itests.run_context import RunContext
+from qubes_itests.run.app_templates import TemplateProblemError, plugins_for
+from qubes_itests.run.context import RunContext
+from qubes_itests.run.result import Prepared
+from qubes_itests.run.settings import (
+    DEFAULT_TIMEOUT,
+    ConfigurationError,
+    Settings,
+    convert,
+    load,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -175,7 +180,7 @@ def _settings(config: pytest.Config) -> Settings:
             value = config.getoption(f"itests_{name}", None)
             if value is not None:
                 option = f"{_PREFIX}{name.replace('_', '-')}"
-                given[name] = configuration.convert(name, value, option)
-        return configuration.load(config.invocation_params.dir, os.environ, given)
+                given[name] = convert(name, value, option)
+        return load(config.invocation_params.dir, os.environ, given)
     except ConfigurationError as error:
         raise pytest.UsageError(str(error)) from None

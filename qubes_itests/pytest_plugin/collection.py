@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qubes_itests.installed import PROBLEM, named_plugins
-from qubes_itests.prepared import Prepared
 from qubes_itests.report.failures import COMMAND
+from qubes_itests.run.plugins import PROBLEM, named_plugins
+from qubes_itests.run.result import Prepared
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

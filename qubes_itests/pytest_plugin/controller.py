@@ -20,12 +20,12 @@ from execnet.gateway_io import popen_bootstrapline
 from xdist.dsession import Interrupted
 from xdist.workermanage import parse_tx_spec_config
 
-from qubes_itests import configuration
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host import memory, sandbox
 from qubes_itests.host.exc import TooManyWorkersError
 from qubes_itests.pytest_plugin.groups import GroupScheduling
 from qubes_itests.pytest_plugin.worker import KEY
+from qubes_itests.run.settings import plain
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
     from qubes_itests.pytest_plugin.watch import FailureWatch
-    from qubes_itests.run_context import RunContext
+    from qubes_itests.run.context import RunContext
 
 __all__ = ["Controller", "most_workers"]
 
@@ -134,7 +134,7 @@ class Controller:
         """Tell a worker what it is told on no command line."""
         self._nodes.append(node)
         place = _place(node.gateway.spec)
-        told = configuration.plain(self._context.settings)
+        told = plain(self._context.settings)
         if not place:
             told["host_memory"] = self._share
         node.workerinput[KEY] = {

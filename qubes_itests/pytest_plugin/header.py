@@ -6,7 +6,6 @@ import os
 from typing import TYPE_CHECKING
 
 from qubes_itests.core.policy.directory import find_error
-from qubes_itests.derived import policy_of
 from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.host import sandbox
@@ -14,11 +13,12 @@ from qubes_itests.host.kernel import find_kernel
 from qubes_itests.hypervisor.kvm import kvm_usable
 from qubes_itests.pytest_plugin.worker import ROLE, distributes, is_worker
 from qubes_itests.report.names import one_line
+from qubes_itests.run.app_templates import policy_of
 
 if TYPE_CHECKING:
     import pytest
 
-    from qubes_itests.run_context import RunContext
+    from qubes_itests.run.context import RunContext
 
 __all__ = ["all_lines"]
 

@@ -24,8 +24,8 @@ from qubes_itests.report.progress import Progress, StartTimes
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
 
-    from qubes_itests.configuration import Settings
     from qubes_itests.pytest_plugin.watch import FailureWatch
+    from qubes_itests.run.settings import Settings
 
 __all__ = ["Job", "JobParts", "pytest_arguments"]
 

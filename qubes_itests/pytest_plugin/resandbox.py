@@ -10,10 +10,10 @@ import pytest
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.host import sandbox
-from qubes_itests.preparation import prepare
+from qubes_itests.run.preparation import prepare
 
 if TYPE_CHECKING:
-    from qubes_itests.configuration import Settings
+    from qubes_itests.run.settings import Settings
 
 __all__ = ["enter", "wanted"]
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qubes_itests.configuration import Keep
-from qubes_itests.prepared import Prepared
 from qubes_itests.pytest_plugin.worker import is_remote
 from qubes_itests.report import failures
 from qubes_itests.report.artifacts import Artifacts
 from qubes_itests.report.failures import Failure
 from qubes_itests.report.guest_logs import GuestLogs, panic_words
 from qubes_itests.report.safe_report import make_safe
+from qubes_itests.run.result import Prepared
+from qubes_itests.run.settings import Keep
 from qubes_itests.shell import open_shell
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qubes_itests.pytest_plugin.deadline import Deadline
-    from qubes_itests.run_context import RunContext
-    from qubes_itests.testbed import Testbed
+    from qubes_itests.run.context import RunContext
+    from qubes_itests.run.testbed import Testbed
 
 __all__ = ["FailureWatch"]
 

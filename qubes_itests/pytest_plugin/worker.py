@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qubes_itests.configuration import Settings, convert
 from qubes_itests.host import memory, sandbox
+from qubes_itests.run.settings import Settings, convert
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from qubes_itests.pytest_plugin.watch import FailureWatch
-    from qubes_itests.run_context import RunContext
+    from qubes_itests.run.context import RunContext
 
 __all__ = [
     "KEY",

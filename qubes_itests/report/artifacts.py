@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import pluggy
 
-    from qubes_itests.testbed import Testbed
+    from qubes_itests.run.testbed import Testbed
 
 __all__ = ["Artifacts", "tail"]
 

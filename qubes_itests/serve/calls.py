@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qubes_itests.core.app import Qubes
-    from qubes_itests.guest.process import GuestProcess
+    from qubes_itests.guest.link.process import GuestProcess
 
 __all__ = ["CallServer"]
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.admin.server import AdminServer
 from qubes_itests.admin.vm_calls import offer_to_vms
-from qubes_itests.assembly import open_testbed
 from qubes_itests.core.exc import QubesException
-from qubes_itests.derived import policy_of
 from qubes_itests.exc import HarnessError
 from qubes_itests.host import sandbox
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.rundir import RunDirectory, short_name
 from qubes_itests.portal import Portal
+from qubes_itests.run.app_templates import policy_of
+from qubes_itests.run.testbed import open_testbed
 from qubes_itests.serve.calls import CallServer
 from qubes_itests.serve.environment import offer_programs
 from qubes_itests.serve.place import Place
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     import pluggy
 
-    from qubes_itests.configuration import Settings
     from qubes_itests.core.app import Qubes
+    from qubes_itests.run.settings import Settings
 
 __all__ = ["Serving", "serving", "wait_for_end"]
 

@@ -7,10 +7,10 @@ import statistics
 import sys
 import time
 
-from qubes_itests.bundled import registry
-from qubes_itests.configuration import Settings
 from qubes_itests.host import sandbox
-from qubes_itests.run_context import RunContext
+from qubes_itests.run.context import RunContext
+from qubes_itests.run.hooks import registry
+from qubes_itests.run.settings import Settings
 
 
 @contextlib.contextmanager

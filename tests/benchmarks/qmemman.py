@@ -13,9 +13,9 @@ import sys
 
 from bench import heading, row, seconds
 
-from qubes_itests.qmemman import traces
 from qubes_itests.qmemman.decision import decide_balance
-from qubes_itests.qmemman.replay import replay
+from qubes_itests.qmemman.simulation import traces
+from qubes_itests.qmemman.simulation.replay import replay
 from qubes_itests.qmemman.state import DomainMemory
 
 MIB = 1024**2

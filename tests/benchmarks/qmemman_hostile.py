@@ -24,7 +24,7 @@ from bench import heading, row
 from qubes_itests.qmemman.balancer import Balancer
 from qubes_itests.qmemman.client import Client
 from qubes_itests.qmemman.server import Server
-from qubes_itests.qmemman.simulated import SimulatedMachine
+from qubes_itests.qmemman.simulation.machine import SimulatedMachine
 
 MIB = 1024**2
 ACTS, AT_ONCE = 10_000, 50

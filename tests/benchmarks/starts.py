@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench import app_on, heading, row, seconds, testbed
 
-from qubes_itests.guest.cpio import Archive
+from qubes_itests.guest.image.cpio import Archive
 from qubes_itests.hypervisor.domain_xml import KERNEL_OPTIONS, Machine
 
 INIT = r"""

@@ -8,8 +8,8 @@ import struct
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qubes_itests.guest.agent import GuestAgent
-from qubes_itests.guest.frames import HEADER, FrameType, encode
+from qubes_itests.guest.link.agent import GuestAgent
+from qubes_itests.guest.link.frames import HEADER, FrameType, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qubes_itests.guest import debian
+from qubes_itests.guest.image import debian
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -16,7 +16,7 @@ from subprocess import PIPE
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qubes_itests.guest.exc import GuestGoneError
-from qubes_itests.guest.frames import WINDOW
+from qubes_itests.guest.link.frames import WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from qubes.tests.extra import ExtraTestCase
 
-from qubes_itests.guest.cpio import Archive
-from qubes_itests.guest.initramfs import build_initramfs
+from qubes_itests.guest.image.cpio import Archive
+from qubes_itests.guest.image.initramfs import build_initramfs
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.filesystem import FilesystemType, LoopFilesystem
 from qubes_itests.host.kernel import find_kernel
-from qubes_itests.testbed import current
+from qubes_itests.run.testbed import current
 from qubes_storage.reflink import ReflinkPool
 
 MIB = 1 << 20

@@ -8,7 +8,7 @@ import contextlib
 from qubes_itests.qmemman.balancer import Balancer
 from qubes_itests.qmemman.client import Client
 from qubes_itests.qmemman.server import Server
-from qubes_itests.qmemman.simulated import SimulatedMachine
+from qubes_itests.qmemman.simulation.machine import SimulatedMachine
 
 MIB = 1024**2
 

@@ -8,8 +8,9 @@ from contextlib import closing
 import pytest
 from memory_machine import MIB, trial
 
-from qubes_itests.qmemman import timeline, virtual_time
+from qubes_itests.qmemman import timeline
 from qubes_itests.qmemman.exc import MemoryRefusedError
+from qubes_itests.qmemman.simulation import virtual_time
 
 
 def record_refusal(directory):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from scripted_hypervisor import ScriptedHypervisor
 
 from qubes_itests.core.app import Qubes
-from qubes_itests.guest.template import Template
+from qubes_itests.guest.image.template import Template
 from qubes_storage.reflink import ReflinkPool
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING, Any
 
-from qubes_itests.guest.frames import HEADER, ExitKind, FrameType, encode
+from qubes_itests.guest.link.frames import HEADER, ExitKind, FrameType, encode
 from qubes_itests.hypervisor.contract import (
     Domain,
     DomainSpec,

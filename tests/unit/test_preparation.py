@@ -4,12 +4,12 @@ import os
 
 import pytest
 
-from qubes_itests import preparation
-from qubes_itests.configuration import ConfigurationError, Settings
 from qubes_itests.guest.exc import ImageError
 from qubes_itests.host.exc import NoNetworkError
-from qubes_itests.installed import named_plugins
-from qubes_itests.prepared import Prepared
+from qubes_itests.run import preparation
+from qubes_itests.run.plugins import named_plugins
+from qubes_itests.run.result import Prepared
+from qubes_itests.run.settings import ConfigurationError, Settings
 
 SECTION = "[qubes_itests:template:mine]\nbase = tiny\n"
 
@@ -46,7 +46,7 @@ def offered(monkeypatch):
             return found | {"other": act("other"), "tiny": act("tiny")}
         return found | {"far": act("far", NoNetworkError("far", "no route"))}
 
-    monkeypatch.setattr("qubes_itests.assembly.offers", offer)
+    monkeypatch.setattr("qubes_itests.run.hooks.offers", offer)
     monkeypatch.setattr("qubes_itests.host.kernel.find_kernel", lambda _cache: None)
     return acts
 

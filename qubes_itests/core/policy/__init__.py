@@ -4,13 +4,13 @@ The language is that of the files in ``/etc/qubes/policy.d``: `docs/policy.md` s
 """
 
 from qubes_itests.core.policy.decision import AskHandler, Decision, Question
-from qubes_itests.core.policy.exc import (
+from qubes_itests.core.policy.policy import Policy, evaluate
+from qubes_itests.core.policy.policy_errors import (
     PolicyError,
     PolicyFileError,
     PolicySyntaxError,
     RequestError,
 )
-from qubes_itests.core.policy.policy import Policy, evaluate
 from qubes_itests.core.policy.rule import Action, Origin, Rule
 
 __all__ = [

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qubes_itests.core.policy.exc import RequestError
+from qubes_itests.core.policy.policy_errors import RequestError
 from qubes_itests.core.policy.request import Destination
 from qubes_itests.core.policy.rule import Action, Rule
 from qubes_itests.core.policy.targets import choices

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qubes_itests.core.policy.exc import PolicyFileError
 from qubes_itests.core.policy.files import PolicyFiles
+from qubes_itests.core.policy.policy_errors import PolicyFileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from qubes_itests.core.policy.exc import PolicyError
+from qubes_itests.core.policy.policy_errors import PolicyError
 from qubes_itests.core.policy.reader import Reader, Stamp, stamp_of
 
 if TYPE_CHECKING:

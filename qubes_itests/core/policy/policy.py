@@ -7,8 +7,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from qubes_itests.core.policy.decision import Decision, decide, denied
-from qubes_itests.core.policy.exc import PolicyFileError, RequestError
 from qubes_itests.core.policy.files import PolicyFiles
+from qubes_itests.core.policy.policy_errors import PolicyFileError, RequestError
 from qubes_itests.core.policy.request import Request, shown
 from qubes_itests.core.policy.rule import Rule
 from qubes_itests.limited_log import LimitedLog
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.policy.decision import AskHandler
-    from qubes_itests.core.policy.exc import PolicyError
+    from qubes_itests.core.policy.policy_errors import PolicyError
     from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["Policy", "evaluate"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.core.exc import QubesValueError
-from qubes_itests.core.policy.exc import PolicyFileError, PolicySyntaxError
+from qubes_itests.core.policy.policy_errors import PolicyFileError, PolicySyntaxError
 from qubes_itests.core.policy.rule import Origin, Rule, check_service
 
 if TYPE_CHECKING:

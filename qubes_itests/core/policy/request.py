@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import QubesValueError
-from qubes_itests.core.policy.exc import RequestError
+from qubes_itests.core.policy.policy_errors import RequestError
 from qubes_itests.core.policy.tokens import REQUESTED, Kind, Token
 from qubes_itests.untrusted_text import safe_text
 

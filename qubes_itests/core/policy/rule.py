@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
 from qubes_itests.core.exc import QubesValueError
-from qubes_itests.core.policy.exc import PolicySyntaxError
+from qubes_itests.core.policy.policy_errors import PolicySyntaxError
 from qubes_itests.core.policy.tokens import REDIRECT, SOURCE, TARGET, Kind, Token
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qubes_itests.core.policy.exc import RequestError
+from qubes_itests.core.policy.policy_errors import RequestError
 from qubes_itests.core.policy.request import Destination
 from qubes_itests.core.policy.rule import Action
 from qubes_itests.core.policy.tokens import Kind, Token

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NoReturn
 from xml.parsers import expat
 
-from qubes_itests.core.store.exc import StoreFormatError
+from qubes_itests.core.store.store_errors import StoreFormatError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

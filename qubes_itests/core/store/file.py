@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.core.store.durable import fsync_directory, write_durably
-from qubes_itests.core.store.exc import (
+from qubes_itests.core.store.journal import Journal
+from qubes_itests.core.store.store_errors import (
     StoreChangedError,
     StoreLockedError,
     StoreMissingError,
 )
-from qubes_itests.core.store.journal import Journal
 
 if TYPE_CHECKING:
     from collections.abc import Callable

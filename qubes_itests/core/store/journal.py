@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from qubes_itests.core.store.durable import fsync_directory, write_durably
-from qubes_itests.core.store.exc import StoreError
+from qubes_itests.core.store.store_errors import StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -14,8 +14,8 @@ import logging
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from qubes_itests.core.exc import QubesException, QubesPropertyValueError
-from qubes_itests.core.store.exc import StoreFormatError
 from qubes_itests.core.store.older import ELSEWHERE, modernise
+from qubes_itests.core.store.store_errors import StoreFormatError
 from qubes_itests.core.store.vms import load_extras
 from qubes_storage.drivers import pool_class
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from qubes_itests.core.exc import QubesException
 from qubes_itests.core.store.collection import no_collection
 from qubes_itests.core.store.document import parse
-from qubes_itests.core.store.exc import StoreError
 from qubes_itests.core.store.loading import Loading
 from qubes_itests.core.store.recovery import recover
+from qubes_itests.core.store.store_errors import StoreError
 from qubes_storage.exc import StoragePoolException
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import QubesValueError
-from qubes_itests.core.firewall import Firewall
+from qubes_itests.core.network.firewall import Firewall
 from qubes_itests.core.properties import Property
 from qubes_itests.core.store.collection import no_collection
 from qubes_itests.core.store.document import Element, storable, to_bytes
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qubes_itests.core.app import Qubes
-    from qubes_itests.core.device_assignment import DeviceAssignment
+    from qubes_itests.core.device.assignment import DeviceAssignment
     from qubes_itests.core.properties import PropertyHolder
     from qubes_itests.core.store.file import StoreFile
     from qubes_itests.core.vm.base import BaseVM

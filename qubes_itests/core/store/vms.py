@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.core.device_assignment import AssignmentMode, DeviceAssignment
-from qubes_itests.core.device_protocol import ANY, Port, VirtualDevice
+from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
+from qubes_itests.core.device.port import ANY, Port, VirtualDevice
 
 if TYPE_CHECKING:
     from qubes_itests.core.store.document import Element

@@ -8,14 +8,14 @@ import uuid as uuid_module
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core import config
-from qubes_itests.core.devices import DeviceManager
+from qubes_itests.core.device.collections import DeviceManager
 from qubes_itests.core.events import Emitter, handler
 from qubes_itests.core.exc import QubesValueError, QubesVMError, QubesVMInUseError
-from qubes_itests.core.features import Features, Tags
-from qubes_itests.core.firewall import Firewall
 from qubes_itests.core.labels import Label, find_label
 from qubes_itests.core.log import get_vm_logger
+from qubes_itests.core.network.firewall import Firewall
 from qubes_itests.core.properties import Property, PropertyHolder, stateless_property
+from qubes_itests.core.vm.features import Features, Tags
 
 if TYPE_CHECKING:
     import logging
@@ -100,7 +100,7 @@ class BaseVM(PropertyHolder):
         self.app = app
         self.features = Features(self)
         self.tags = Tags(self)
-        #: Its devices, by class; see `qubes_itests.core.devices`.
+        #: Its devices, by class; see `qubes_itests.core.device.collections`.
         self.devices = DeviceManager(self, BaseVM.check_whole)
         self.firewall = Firewall()
         #: What its user wrote about it.

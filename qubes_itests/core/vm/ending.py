@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.storage import Storage
-    from qubes_itests.guest.agent import GuestAgent
+    from qubes_itests.guest.link.agent import GuestAgent
     from qubes_itests.hypervisor.contract import Domain
 
 __all__ = ["STARTS", "EndMixin"]

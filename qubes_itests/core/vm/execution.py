@@ -7,15 +7,15 @@ import subprocess
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import QubesValueError, QubesVMNotRunningError
-from qubes_itests.guest.answers import LONGEST_ANSWER, answer_of
-from qubes_itests.guest.frames import Channel
+from qubes_itests.guest.link.answers import LONGEST_ANSWER, answer_of
+from qubes_itests.guest.link.frames import Channel
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Mapping
 
-    from qubes_itests.guest.agent import GuestAgent
-    from qubes_itests.guest.process import GuestProcess
+    from qubes_itests.guest.link.agent import GuestAgent
+    from qubes_itests.guest.link.process import GuestProcess
 
 __all__ = ["ExecutionMixin", "ServicesMixin"]
 

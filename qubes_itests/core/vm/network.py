@@ -11,8 +11,7 @@ from qubes_itests.core.exc import (
     QubesVMInUseError,
     QubesVMNotStartedError,
 )
-from qubes_itests.core.properties import Property, VMProperty, stateless_property
-from qubes_itests.core.vm.addresses import (
+from qubes_itests.core.network.addresses import (
     DNS,
     NETMASK,
     check_mac,
@@ -21,6 +20,7 @@ from qubes_itests.core.vm.addresses import (
     ipv6_of,
     upstream,
 )
+from qubes_itests.core.properties import Property, VMProperty, stateless_property
 from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["NetMixin"]

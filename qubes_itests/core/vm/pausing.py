@@ -19,7 +19,7 @@ from qubes_itests.hypervisor.exc import StateError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from qubes_itests.guest.agent import GuestAgent
+    from qubes_itests.guest.link.agent import GuestAgent
     from qubes_itests.hypervisor.contract import Domain
 
 __all__ = ["STARTED", "PauseMixin"]

@@ -19,16 +19,16 @@ from qubes_itests.core.properties import stateless_property
 from qubes_itests.core.vm.ending import STARTS, EndMixin
 from qubes_itests.core.vm.pausing import STARTED
 from qubes_itests.core.vm.step import Step
-from qubes_itests.guest.boot import boot
+from qubes_itests.guest.start.boot import boot
 from qubes_itests.hypervisor.contract import DomainState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from qubes_itests.guest.agent import GuestAgent
-    from qubes_itests.guest.identity import Identity
-    from qubes_itests.guest.template import Template
+    from qubes_itests.guest.image.template import Template
+    from qubes_itests.guest.link.agent import GuestAgent
+    from qubes_itests.guest.start.identity import Identity
     from qubes_itests.hypervisor.contract import Domain, DomainSpec
 
 __all__ = ["PowerMixin"]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qubes_itests.core.database import QubesDB
 from qubes_itests.core.exc import (
     QubesVMError,
     QubesVMNotHaltedError,
 )
+from qubes_itests.core.network.wiring import WiringMixin
 from qubes_itests.core.storage import Storage, in_pool
 from qubes_itests.core.vm.bootmode import BootModeMixin
+from qubes_itests.core.vm.database import QubesDB
 from qubes_itests.core.vm.execution import ExecutionMixin
 from qubes_itests.core.vm.power import PowerMixin
 from qubes_itests.core.vm.settings import SettingsMixin
-from qubes_itests.core.vm.wiring import WiringMixin
-from qubes_itests.guest.identity import Identity
+from qubes_itests.guest.start.identity import Identity
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.qmemman.client import memory_for_start
 from qubes_storage.uninterrupted import to_its_end
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qubes_itests.core.app import Qubes
-    from qubes_itests.guest.template import Template
+    from qubes_itests.guest.image.template import Template
     from qubes_storage.volume import Volume
 
 __all__ = ["QubesVM"]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 from raw_guest import BOOT_TIMEOUT, RawGuest, make_disks
 
-from qubes_itests.guest.initramfs import build_initramfs
-from qubes_itests.guest.modules import STAGE_ONE
-from qubes_itests.guest.tiny import build_agent, build_tiny
+from qubes_itests.guest.image.initramfs import build_initramfs
+from qubes_itests.guest.image.modules import STAGE_ONE
+from qubes_itests.guest.image.tiny import build_agent, build_tiny
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.kernel import find_kernel
 

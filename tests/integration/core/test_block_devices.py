@@ -5,9 +5,9 @@ import subprocess
 import pytest
 
 from qubes_itests.core import exc
-from qubes_itests.core.block_images import expose, withdraw
-from qubes_itests.core.device_assignment import AssignmentMode, DeviceAssignment
-from qubes_itests.core.device_protocol import Port
+from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
+from qubes_itests.core.device.block_images import expose, withdraw
+from qubes_itests.core.device.port import Port
 from qubes_itests.exc import DeadlineError
 
 MIB = 1024**2

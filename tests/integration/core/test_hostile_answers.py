@@ -14,9 +14,10 @@ import pytest
 from qubes_itests.admin.dispatch import Dispatcher
 from qubes_itests.admin.methods import METHODS
 from qubes_itests.admin.protocol import Request
-from qubes_itests.compat_core2 import VMWrapper, case
+from qubes_itests.compat_core2 import VMWrapper
 from qubes_itests.exc import DeadlineError
 from qubes_itests.guest.exc import GuestError
+from qubes_itests.testcase import case
 
 MIB = 1024**2
 #: Seconds that the guest has to answer.

@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from qubes_itests.core.store.exc import StoreMissingError
 from qubes_itests.core.store.file import StoreFile
-from qubes_itests.host.faultdisk import CrashStateError
+from qubes_itests.core.store.store_errors import StoreMissingError
+from qubes_itests.faultdisk import CrashStateError
 
 SAVES = 15
 STATES = 60

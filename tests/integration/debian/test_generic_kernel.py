@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from qubes_itests.assembly import offers
-from qubes_itests.configuration import Settings
-from qubes_itests.derived import plugins_for
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.kernel import find_kernel
+from qubes_itests.run.app_templates import plugins_for
+from qubes_itests.run.hooks import offers
+from qubes_itests.run.settings import Settings
 
 _SPEC = Path(__file__).parents[2] / "support/generic-kernel/setup.cfg"
 _NAME = "debian-12-generic"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from qubes_itests.bundled import registry
 from qubes_itests.report.artifacts import Artifacts
 from qubes_itests.report.journal import read_journal
+from qubes_itests.run.hooks import registry
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qubes_itests.guest.agent import Identity
-from qubes_itests.guest.boot import boot
+from qubes_itests.guest.link.agent import Identity
+from qubes_itests.guest.start.boot import boot
 from qubes_itests.host.command import run
 from qubes_itests.hypervisor.contract import Disk, DomainSpec
 

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from qubes_itests.guest.exc import GuestGoneError
-from qubes_itests.guest.relay import relay
+from qubes_itests.guest.link.relay import relay
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qubes_itests.guest.exc import BootError
-from qubes_itests.guest.warm import WarmStarts
+from qubes_itests.guest.start.warm import WarmStarts
 from qubes_itests.host.cache import Cache
 from qubes_itests.hypervisor.contract import DomainState, LifecycleEvent
 

@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 
+from qubes_itests.faultdisk import CrashStateError
 from qubes_itests.host import cache as cache_module
 from qubes_itests.host.cache import Cache
-from qubes_itests.host.faultdisk import CrashStateError
 
 ENTRIES = 8
 STATES = 40

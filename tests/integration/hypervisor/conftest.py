@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from qubes_itests.assembly import offers
-from qubes_itests.bundled import registry
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.kernel import find_kernel
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.hypervisor.qemu import QemuHypervisor
+from qubes_itests.run.hooks import offers, registry
 
 MODULES = """
 virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio-rng

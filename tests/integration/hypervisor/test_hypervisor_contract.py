@@ -9,11 +9,10 @@ import uuid
 import pytest
 import pytest_asyncio
 
-from qubes_itests.assembly import offers
-from qubes_itests.bundled import registry
 from qubes_itests.exc import DeadlineError
 from qubes_itests.hypervisor.contract import Disk, DomainState, LifecycleEvent
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
+from qubes_itests.run.hooks import offers, registry
 
 STARTED, STOPPED = LifecycleEvent.STARTED, LifecycleEvent.STOPPED
 PAUSED, RESUMED = LifecycleEvent.PAUSED, LifecycleEvent.RESUMED

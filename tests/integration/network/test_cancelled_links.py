@@ -7,7 +7,7 @@ import pytest
 from cancelling import cancelled_everywhere
 from network_devices import links
 
-from qubes_itests.core.vm.links import Downlink, Uplink
+from qubes_itests.core.network.links import Downlink, Uplink
 from qubes_itests.exc import HarnessError
 from qubes_itests.host.bridge import Bridge
 from qubes_storage.uninterrupted import to_its_end
@@ -76,7 +76,7 @@ def test_a_net_vm_that_is_not_plugged_in_has_left_nothing(run, devices, monkeypa
         await asyncio.sleep(0)
         raise HarnessError("the guest does not")
 
-    monkeypatch.setattr("qubes_itests.core.vm.links.set_up_downlink", forward)
+    monkeypatch.setattr("qubes_itests.core.network.links.set_up_downlink", forward)
 
     async def check():
         assert devices() == set()

@@ -4,7 +4,7 @@ import unittest
 
 import pytest
 
-from qubes_itests.compat_core2 import ExtraTestCase
+from qubes_itests.testcase import ExtraTestCase
 
 
 def use_network(case):

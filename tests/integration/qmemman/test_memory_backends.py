@@ -14,7 +14,7 @@ from qubes_itests.hypervisor.balloons import LibvirtMemory
 from qubes_itests.qmemman.budget import MemoryBudget
 from qubes_itests.qmemman.contract import Order
 from qubes_itests.qmemman.exc import DomainGoneError
-from qubes_itests.qmemman.simulated import SimulatedMachine
+from qubes_itests.qmemman.simulation.machine import SimulatedMachine
 from qubes_itests.qmemman.state import DOM0, parse_report
 
 MIB = 1 << 20

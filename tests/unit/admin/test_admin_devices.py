@@ -3,8 +3,8 @@
 import pytest
 from admin_client import AdminError
 
-from qubes_itests.core.device_info import DeviceInfo
-from qubes_itests.core.device_protocol import Port
+from qubes_itests.core.device.info import DeviceInfo
+from qubes_itests.core.device.port import Port
 
 DEVICE = "dom0+sda:0000:0000::?******"
 

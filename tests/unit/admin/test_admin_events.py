@@ -7,7 +7,8 @@ import socket
 import pytest
 from admin_client import AdminError, frame, wait_until
 
-from qubes_itests.admin import methods_events, streams
+from qubes_itests.admin import streams
+from qubes_itests.admin.methods import events as methods_events
 from qubes_itests.admin.usage import Usage
 
 

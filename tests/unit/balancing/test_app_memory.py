@@ -10,17 +10,18 @@ from uuid import uuid4
 import pytest
 
 from qubes_itests.balancing.app_memory import AppMemory, counts, machine
-from qubes_itests.configuration import LEAST_MEMORY_BUDGET
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.exc import QubesVMStartError
 from qubes_itests.core.vm import power
 from qubes_itests.exc import DeadlineError
 from qubes_itests.hypervisor.contract import DomainSpec
-from qubes_itests.qmemman import timeline, virtual_time
+from qubes_itests.qmemman import timeline
 from qubes_itests.qmemman.client import memory_for_start
 from qubes_itests.qmemman.exc import BudgetError
-from qubes_itests.qmemman.simulated import SimulatedMachine
+from qubes_itests.qmemman.simulation import virtual_time
+from qubes_itests.qmemman.simulation.machine import SimulatedMachine
 from qubes_itests.qmemman.sizes import MIB
+from qubes_itests.run.settings import LEAST_MEMORY_BUDGET
 from qubes_storage.reflink import ReflinkPool
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qubes_itests.cli.arguments import parse
-from qubes_itests.configuration import ConfigurationError, Keep
+from qubes_itests.run.settings import ConfigurationError, Keep
 
 
 def test_no_words_mean_the_main_job_in_a_sandbox():

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qubes_itests.configuration import (
+from qubes_itests.exit_codes import ExitCode
+from qubes_itests.run.settings import (
     ConfigurationError,
     Keep,
     Settings,
@@ -17,7 +18,6 @@ from qubes_itests.configuration import (
     own_timeout,
     plain,
 )
-from qubes_itests.exit_codes import ExitCode
 
 
 def test_defaults_hold_where_nothing_is_said(tmp_path):

@@ -9,10 +9,10 @@ import uuid
 
 import pytest
 
-from qubes_itests import testbed as testbed_module
 from qubes_itests.core.exc import QubesVMInUseError, QubesVMNotRunningError
 from qubes_itests.core.policy import Policy
 from qubes_itests.portal import Portal
+from qubes_itests.run import testbed as testbed_module
 
 
 @pytest.fixture(autouse=True)

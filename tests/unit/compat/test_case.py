@@ -8,18 +8,18 @@ import warnings
 
 import pytest
 
-from qubes_itests import testbed as testbed_module
-from qubes_itests.compat_core2 import (
+from qubes_itests.core.exc import (
+    QubesVMInUseError,
+    QubesVMNotRunningError,
+    QubesVMShutdownTimeoutError,
+)
+from qubes_itests.run import testbed as testbed_module
+from qubes_itests.testcase import (
     ExtraTestCase,
     LeakError,
     expectedFailureIfTemplate,
     leaks,
     skipIfTemplate,
-)
-from qubes_itests.core.exc import (
-    QubesVMInUseError,
-    QubesVMNotRunningError,
-    QubesVMShutdownTimeoutError,
 )
 
 KEPT = []

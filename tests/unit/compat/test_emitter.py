@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from qubes_itests.compat_core2 import QubesTestCase, TestEmitter
 from qubes_itests.core.events import handler
+from qubes_itests.testcase import QubesTestCase, TestEmitter
 
 
 class Stand(TestEmitter):

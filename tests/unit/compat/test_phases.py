@@ -4,7 +4,7 @@ import unittest
 
 import pytest
 
-from qubes_itests.compat_core2.phases import TimedTestCase
+from qubes_itests.testcase.phases import TimedTestCase
 
 
 class Timed(TimedTestCase):

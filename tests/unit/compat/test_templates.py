@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from qubes_itests.compat_core2 import (
+from qubes_itests.testcase import (
     create_testcases_for_templates,
     maybe_create_testcases_on_import,
     templates,

@@ -6,10 +6,10 @@ from collections import defaultdict
 
 import pytest
 
-from qubes_itests.core import device_changes
-from qubes_itests.core.device_assignment import AssignmentMode, DeviceAssignment
-from qubes_itests.core.device_info import DeviceInfo
-from qubes_itests.core.device_protocol import Port, VirtualDevice
+from qubes_itests.core.device import changes
+from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
+from qubes_itests.core.device.info import DeviceInfo
+from qubes_itests.core.device.port import Port, VirtualDevice
 from qubes_itests.core.exc import QubesVMNotFoundError
 
 pytestmark = pytest.mark.asyncio
@@ -108,8 +108,8 @@ def assign(vm, port, device_id="*", mode="auto-attach"):
 
 
 async def change(keys, backend, now, *, path="/keys"):
-    device_changes.device_list_change(keys, now, backend, path, KeyDevice)
-    await asyncio.gather(*device_changes._tasks)
+    changes.device_list_change(keys, now, backend, path, KeyDevice)
+    await asyncio.gather(*changes._tasks)
 
 
 async def test_what_changes_is_told_to_those_it_concerns(vms, keys):
@@ -171,7 +171,7 @@ async def test_of_several_vms_the_user_chooses_one(vms, keys, answer, given):
     assign(work, Port(backend, "1", "key"))
     assign(other, Port(backend, "1", "key"), mode="ask-to-attach")
     agent = unittest.mock.AsyncMock(side_effect=[answer])
-    with unittest.mock.patch.object(device_changes, "call_socket_service", agent):
+    with unittest.mock.patch.object(changes, "call_socket_service", agent):
         await change(keys, backend, {"1": None})
     assert keys.given == given
     (_, service, _, question, _), _ = agent.call_args
@@ -193,8 +193,8 @@ async def test_a_vm_that_ends_has_no_devices_of_others(vms, keys):
     keys.devices_cache["sys-key"] = {"1": work, "2": other, "3": None}
     keys.devices_cache["work"] = {"1": work}
     keys.devices_cache["gone"] = {"1": work}
-    device_changes.detach_attached_devices_on_shutdown(keys, work, KeyDevice)
-    await asyncio.gather(*device_changes._tasks)
+    changes.detach_attached_devices_on_shutdown(keys, work, KeyDevice)
+    await asyncio.gather(*changes._tasks)
     assert keys.devices_cache["sys-key"] == {"1": None, "2": other, "3": None}
     assert work.events == [("device-detach:key", "sys-key:1")]
     assert other.events == []

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qubes_itests.core import device_serialization
-from qubes_itests.core.device_assignment import AssignmentMode, DeviceAssignment
-from qubes_itests.core.device_info import DeviceInfo, UnknownDevice
-from qubes_itests.core.device_interface import DeviceCategory, DeviceInterface
-from qubes_itests.core.device_protocol import Port, VirtualDevice
+from qubes_itests.core.device import serialization
+from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
+from qubes_itests.core.device.info import DeviceInfo, UnknownDevice
+from qubes_itests.core.device.interface import DeviceCategory, DeviceInterface
+from qubes_itests.core.device.port import Port, VirtualDevice
 from qubes_itests.core.exc import (
     ProtocolError,
     QubesValueError,
@@ -58,20 +58,20 @@ def plain_keys(found):
 @given(st.dictionaries(keys, values).map(plain_keys), st.dictionaries(keys, values))
 def test_what_is_packed_is_unpacked(properties, options):
     """Whatever is in the values: quotation marks, what looks like another pair."""
-    packed = device_serialization.pack(properties, options)
-    assert device_serialization.unpack(packed) == (properties, options)
+    packed = serialization.pack(properties, options)
+    assert serialization.unpack(packed) == (properties, options)
 
 
 @given(st.lists(st.sampled_from("a _='\\\"\n\x00é"), max_size=25).map("".join))
 def test_what_unpacks_packs_to_the_same_but_for_spaces(text):
     """Nothing is taken that could also mean something else."""
     try:
-        found = device_serialization.unpack(text.encode())
+        found = serialization.unpack(text.encode())
     except ProtocolError:
         return
-    again = device_serialization.pack(*found).decode()
+    again = serialization.pack(*found).decode()
     assert sorted(again.replace(" ", "")) == sorted(text.replace(" ", ""))
-    assert device_serialization.unpack(again.encode()) == found
+    assert serialization.unpack(again.encode()) == found
 
 
 @pytest.mark.parametrize(
@@ -93,13 +93,13 @@ def test_what_unpacks_packs_to_the_same_but_for_spaces(text):
 )
 def test_what_is_not_written_is_not_read(sent):
     with pytest.raises(ProtocolError):
-        device_serialization.unpack(sent)
+        serialization.unpack(sent)
 
 
 @pytest.mark.parametrize("pair", [("a b", "c"), ("", "c"), ("a", "é"), ("a", "b\\")])
 def test_what_cannot_be_sent(pair):
     with pytest.raises(ProtocolError):
-        device_serialization.pack(dict([pair]))
+        serialization.pack(dict([pair]))
 
 
 def test_the_bytes_are_those_of_qubes():

@@ -9,8 +9,8 @@ from scripted_app import make_app, make_vm
 
 from qubes_itests.core import exc
 from qubes_itests.core.app import Qubes
-from qubes_itests.core.device_assignment import DeviceAssignment
-from qubes_itests.core.device_protocol import Port, VirtualDevice
+from qubes_itests.core.device.assignment import DeviceAssignment
+from qubes_itests.core.device.port import Port, VirtualDevice
 from qubes_itests.core.store.file import StoreFile
 from qubes_itests.core.vm.dispvm import DispVM
 from qubes_storage.exc import StoragePoolException

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from qubes_itests.core.firewall import Firewall, FirewallRuleError, parse_rule
+from qubes_itests.core.network.firewall import Firewall, FirewallRuleError, parse_rule
 
 
 @pytest.mark.parametrize(

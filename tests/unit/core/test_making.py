@@ -12,8 +12,8 @@ import pytest
 
 from qubes_itests.core import exc
 from qubes_itests.core.app import Qubes
-from qubes_itests.core.store.exc import StoreError
-from qubes_itests.host.faultdisk import failing_call
+from qubes_itests.core.store.store_errors import StoreError
+from qubes_itests.faultdisk import failing_call
 from qubes_storage.exc import (
     PoolError,
     StoragePoolException,

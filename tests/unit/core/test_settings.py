@@ -3,8 +3,8 @@
 import pytest
 
 from qubes_itests.core import exc
-from qubes_itests.core.device_assignment import DeviceAssignment
-from qubes_itests.core.device_protocol import Port, VirtualDevice
+from qubes_itests.core.device.assignment import DeviceAssignment
+from qubes_itests.core.device.port import Port, VirtualDevice
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import threading
 import pytest
 
 from qubes_itests.core.store import file as file_module
-from qubes_itests.core.store.exc import (
+from qubes_itests.core.store.file import StoreFile
+from qubes_itests.core.store.store_errors import (
     StoreChangedError,
     StoreLockedError,
     StoreMissingError,
 )
-from qubes_itests.core.store.file import StoreFile
 
 KILLS = 100
 LONGEST_LIFE = 0.02

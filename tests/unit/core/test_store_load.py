@@ -9,7 +9,7 @@ import pytest
 from documented import blocks
 
 from qubes_itests.core import exc
-from qubes_itests.core.store.exc import StoreFormatError
+from qubes_itests.core.store.store_errors import StoreFormatError
 from qubes_itests.core.vm.standalonevm import StandaloneVM
 
 UUID = "2fcfc1f4-b2fe-4361-931a-c5294b35edfa"

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from qubes_itests.core import exc
 from qubes_itests.core.app import VM_CLASSES, Qubes
-from qubes_itests.core.device_assignment import DeviceAssignment
-from qubes_itests.core.device_protocol import Port, VirtualDevice
-from qubes_itests.core.store.exc import StoreChangedError
+from qubes_itests.core.device.assignment import DeviceAssignment
+from qubes_itests.core.device.port import Port, VirtualDevice
+from qubes_itests.core.store.store_errors import StoreChangedError
 from qubes_storage.reflink import ReflinkPool
 
 KILLS = 40

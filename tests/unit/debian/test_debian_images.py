@@ -4,14 +4,14 @@ import os
 
 import pytest
 
-from qubes_itests.bundled import Bundled
 from qubes_itests.exit_codes import ExitCode
-from qubes_itests.guest.debian import RELEASES
-from qubes_itests.guest.debian.accounts import with_lines
-from qubes_itests.guest.debian.base import find_base
-from qubes_itests.guest.debian.image import install_files
 from qubes_itests.guest.exc import NotFetchedError
+from qubes_itests.guest.image.debian import RELEASES
+from qubes_itests.guest.image.debian.accounts import with_lines
+from qubes_itests.guest.image.debian.base import find_base
+from qubes_itests.guest.image.debian.image import install_files
 from qubes_itests.host.cache import Cache
+from qubes_itests.run.hooks import Bundled
 
 
 @pytest.fixture

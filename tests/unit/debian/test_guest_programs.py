@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qubes_itests.guest.debian.image import LINKS
+from qubes_itests.guest.image.debian.image import LINKS
 
 HEADER = struct.Struct("<IIQIIII")
 FILE, DIRECTORY, LINK = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755, stat.S_IFLNK

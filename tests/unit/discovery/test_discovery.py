@@ -11,7 +11,7 @@ import unittest
 import pytest
 
 from qubes_itests import import_alias
-from qubes_itests.core.devices import DEVICE_CLASSES
+from qubes_itests.core.device.collections import DEVICE_CLASSES
 from qubes_itests.core.ext import registered_extensions
 from qubes_itests.core.vm.base import BaseVM
 from qubes_itests.discovery import (

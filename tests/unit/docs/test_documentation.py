@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.util
 import re
 
@@ -20,15 +21,18 @@ REFERENCE = {
 #: Packages of which every module is for others to use.
 PUBLIC = (
     "qubes_itests/balancing",
-    "qubes_itests/compat_core2",
     "qubes_itests/conformance",
     "qubes_itests/core",
+    "qubes_itests/core/device",
+    "qubes_itests/core/network",
     "qubes_itests/core/policy",
     "qubes_itests/core/store",
     "qubes_itests/core/vm",
     "qubes_itests/fixtures",
     "qubes_itests/portal",
     "qubes_itests/qmemman",
+    "qubes_itests/qmemman/simulation",
+    "qubes_itests/testcase",
     "storage/qubes_storage",
 )
 
@@ -86,6 +90,17 @@ def test_each_test_that_shows_a_promise_is_there():
     for name in set(re.findall(r"`(tests/[^`]+)`", text)):
         has_tests = "def test_" in (ROOT / name).read_text()
         assert has_tests or name.startswith("tests/benchmarks/"), name
+
+
+def test_the_table_of_layers_has_those_of_the_contract():
+    """And no others."""
+    contract = configparser.ConfigParser()
+    contract.read(ROOT / "setup.cfg")
+    layers = contract["importlinter:contract:layers"]["layers"]
+    section = page("docs/concepts.md").partition("## Layers")[2].partition("\n## ")[0]
+    names = re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE)
+    in_table = {name for cell in names for name in re.findall(r"`(\w+)`", cell)}
+    assert in_table - {"qubes_storage"} == set(re.findall(r"\w+", layers))
 
 
 @pytest.mark.parametrize("package", PUBLIC)

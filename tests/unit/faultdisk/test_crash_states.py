@@ -8,20 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qubes_itests.host.faultdisk import sparse
-from qubes_itests.host.faultdisk.crash import (
+from qubes_itests.faultdisk import sparse
+from qubes_itests.faultdisk.crash import (
     CrashState,
     choose_states,
     flushed_before,
     survivors,
 )
-from qubes_itests.host.faultdisk.operations import (
-    SECTOR,
-    Kind,
-    Operation,
-    read_journal,
-)
-from qubes_itests.host.faultdisk.recording import Recording
+from qubes_itests.faultdisk.operations import SECTOR, Kind, Operation, read_journal
+from qubes_itests.faultdisk.recording import Recording
 from qubes_itests.host.filesystem import FilesystemType
 
 SECTORS = 16

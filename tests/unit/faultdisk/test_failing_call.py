@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from qubes_itests.host.faultdisk import failing_call
+from qubes_itests.faultdisk import failing_call
 
 
 def work(directory):

@@ -8,7 +8,7 @@ import pytest_asyncio
 from agent_process import AgentProcess, build
 from guest_peer import SocketDomain, connect_pair
 
-from qubes_itests.guest.agent import GuestAgent
+from qubes_itests.guest.link.agent import GuestAgent
 
 
 @pytest_asyncio.fixture

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from qubes_itests.guest.relay import relay
+from qubes_itests.guest.link.relay import relay
 
 pytestmark = pytest.mark.asyncio
 

@@ -7,16 +7,16 @@ import pytest
 from guest_peer import Peer, SocketDomain
 
 from qubes_itests.exc import DeadlineError
-from qubes_itests.guest.agent import GuestAgent, Identity
-from qubes_itests.guest.agentlog import LIMIT, AgentLog
 from qubes_itests.guest.exc import (
     GuestGoneError,
     GuestRefusedError,
     ProtocolViolation,
     TooManyStreamsError,
 )
-from qubes_itests.guest.frames import FIRST_GUEST_STREAM, STREAMS_MAX
-from qubes_itests.guest.frames import FrameType as F
+from qubes_itests.guest.link.agent import GuestAgent, Identity
+from qubes_itests.guest.link.agent_log import LIMIT, AgentLog
+from qubes_itests.guest.link.frames import FIRST_GUEST_STREAM, STREAMS_MAX
+from qubes_itests.guest.link.frames import FrameType as F
 
 pytestmark = pytest.mark.asyncio
 

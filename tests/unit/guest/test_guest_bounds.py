@@ -6,16 +6,16 @@ import struct
 
 import pytest
 
-from qubes_itests.guest import connection
 from qubes_itests.guest.exc import ProtocolViolation
-from qubes_itests.guest.frames import (
+from qubes_itests.guest.link import connection
+from qubes_itests.guest.link.frames import (
     CREDIT_LIMIT,
     FIRST_GUEST_STREAM,
     STREAMS_MAX,
     WINDOW,
     encode,
 )
-from qubes_itests.guest.frames import FrameType as F
+from qubes_itests.guest.link.frames import FrameType as F
 
 pytestmark = pytest.mark.asyncio
 

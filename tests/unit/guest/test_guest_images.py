@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from qubes_itests.guest.console import console_tail
-from qubes_itests.guest.cpio import Archive
 from qubes_itests.guest.exc import ImageError
-from qubes_itests.guest.ext4 import root_directory
-from qubes_itests.guest.initramfs import build_initramfs
-from qubes_itests.guest.modules import ModuleTree
-from qubes_itests.guest.rootfs import fill_rootfs
+from qubes_itests.guest.image.cpio import Archive
+from qubes_itests.guest.image.ext4 import root_directory
+from qubes_itests.guest.image.initramfs import build_initramfs
+from qubes_itests.guest.image.modules import ModuleTree
+from qubes_itests.guest.image.rootfs import fill_rootfs
+from qubes_itests.guest.start.console import console_tail
 
 
 def make_module(directory, name, depends="", suffix=""):

@@ -5,8 +5,8 @@ import struct
 
 import pytest
 
-from qubes_itests.guest.frames import PAYLOAD_MAX, WINDOW
-from qubes_itests.guest.frames import FrameType as F
+from qubes_itests.guest.link.frames import PAYLOAD_MAX, WINDOW
+from qubes_itests.guest.link.frames import FrameType as F
 
 pytestmark = pytest.mark.asyncio
 

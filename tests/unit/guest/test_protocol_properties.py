@@ -6,9 +6,9 @@ import struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qubes_itests.guest.events import Received
 from qubes_itests.guest.exc import ProtocolViolation
-from qubes_itests.guest.frames import (
+from qubes_itests.guest.link.events import Received
+from qubes_itests.guest.link.frames import (
     FIRST_GUEST_STREAM,
     HEADER,
     PAYLOAD_MAX,
@@ -18,7 +18,7 @@ from qubes_itests.guest.frames import (
     FrameType,
     encode,
 )
-from qubes_itests.guest.protocol import HostProtocol
+from qubes_itests.guest.link.protocol import HostProtocol
 
 KINDS = [int(kind) for kind in FrameType]
 STREAMS = [0, 1, 2, 3, 4, FIRST_GUEST_STREAM, FIRST_GUEST_STREAM + 1, 0xFFFFFFFF]

@@ -4,7 +4,8 @@ import struct
 
 import pytest
 
-from qubes_itests.guest.events import (
+from qubes_itests.guest.exc import ProtocolViolation
+from qubes_itests.guest.link.events import (
     Called,
     Credited,
     Done,
@@ -15,8 +16,7 @@ from qubes_itests.guest.events import (
     ReceivedEof,
     Stopped,
 )
-from qubes_itests.guest.exc import ProtocolViolation
-from qubes_itests.guest.frames import (
+from qubes_itests.guest.link.frames import (
     FIRST_GUEST_STREAM,
     HEADER,
     PAYLOAD_MAX,
@@ -26,7 +26,7 @@ from qubes_itests.guest.frames import (
     FrameType,
     encode,
 )
-from qubes_itests.guest.protocol import HostProtocol
+from qubes_itests.guest.link.protocol import HostProtocol
 
 F = FrameType
 CALL = b"target\0qubes.Ping\0user\0"

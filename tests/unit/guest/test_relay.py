@@ -5,11 +5,11 @@ import struct
 
 import pytest
 
-from qubes_itests.guest.calls import ServiceCall
 from qubes_itests.guest.exc import GuestGoneError
-from qubes_itests.guest.frames import FIRST_GUEST_STREAM, PAYLOAD_MAX, WINDOW
-from qubes_itests.guest.frames import FrameType as F
-from qubes_itests.guest.relay import relay
+from qubes_itests.guest.link.calls import ServiceCall
+from qubes_itests.guest.link.frames import FIRST_GUEST_STREAM, PAYLOAD_MAX, WINDOW
+from qubes_itests.guest.link.frames import FrameType as F
+from qubes_itests.guest.link.relay import relay
 
 pytestmark = pytest.mark.asyncio
 

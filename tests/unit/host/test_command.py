@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qubes_itests.exc import DeadlineError
-from qubes_itests.guest.rootfs import find_tool
+from qubes_itests.guest.image.rootfs import find_tool
 from qubes_itests.host.command import CommandError, run
 from qubes_itests.host.exc import MissingToolError
 from qubes_itests.host.packages import find_program

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qubes_itests.guest.modules import ModuleTree
+from qubes_itests.guest.image.modules import ModuleTree
 from qubes_itests.host import packages
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.exc import NoKernelError, NoNetworkError

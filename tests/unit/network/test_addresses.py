@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qubes_itests.core import config
-from qubes_itests.core.vm.addresses import (
+from qubes_itests.core.network.addresses import (
     DOWNLINK_MAC,
     check_mac,
     default_mac,

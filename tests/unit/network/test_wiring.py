@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from qubes_itests.core import exc
-from qubes_itests.core.vm.addresses import DOWNLINK_MAC
+from qubes_itests.core.network.addresses import DOWNLINK_MAC
 from qubes_itests.exc import DeadlineError
 from qubes_itests.hypervisor.exc import AttachedError
 

@@ -8,10 +8,10 @@ import os
 import pytest
 from memory_machine import MIB, trial
 
-from qubes_itests.qmemman import virtual_time
 from qubes_itests.qmemman.balancer import Balancer
 from qubes_itests.qmemman.exc import BudgetError, DomainGoneError, MemoryRefusedError
-from qubes_itests.qmemman.simulated import SimulatedMachine
+from qubes_itests.qmemman.simulation import virtual_time
+from qubes_itests.qmemman.simulation.machine import SimulatedMachine
 
 
 def simulate(program):

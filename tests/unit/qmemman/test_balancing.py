@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from memory_machine import MIB, trial
 
-from qubes_itests.qmemman import virtual_time
 from qubes_itests.qmemman.exc import BudgetError, MemoryRefusedError
-from qubes_itests.qmemman.simulated import SimulatedMachine
+from qubes_itests.qmemman.simulation import virtual_time
+from qubes_itests.qmemman.simulation.machine import SimulatedMachine
 from qubes_itests.qmemman.timeline import Recorder
 
 

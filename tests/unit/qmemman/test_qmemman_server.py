@@ -13,7 +13,6 @@ import hostility
 import pytest
 from memory_machine import MIB, trial
 
-from qubes_itests.qmemman import virtual_time
 from qubes_itests.qmemman.client import Client, memory_for_start
 from qubes_itests.qmemman.config_file import read_policy
 from qubes_itests.qmemman.exc import (
@@ -24,6 +23,7 @@ from qubes_itests.qmemman.exc import (
 from qubes_itests.qmemman.policy import DEFAULT_POLICY
 from qubes_itests.qmemman.protocol import Balloon, SetMemory, parse_request
 from qubes_itests.qmemman.server import Server
+from qubes_itests.qmemman.simulation import virtual_time
 from qubes_itests.qmemman.sizes import KIB
 
 

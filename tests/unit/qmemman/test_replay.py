@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from memory_recording import record_refusal
 
-from qubes_itests.qmemman import timeline, traces
-from qubes_itests.qmemman.replay import replay
-from qubes_itests.qmemman.traces import Trace
+from qubes_itests.qmemman import timeline
+from qubes_itests.qmemman.simulation import traces
+from qubes_itests.qmemman.simulation.replay import replay
+from qubes_itests.qmemman.simulation.traces import Trace
 
 MIB = 1024**2
 

@@ -7,8 +7,8 @@ from memory_machine import trial
 from memory_scenarios import DOM0, DOM0_USED, SCENARIOS, TOTAL
 
 from qubes_itests.exc import DeadlineError
-from qubes_itests.qmemman import virtual_time
-from qubes_itests.qmemman.scenario import SimulatedWorld
+from qubes_itests.qmemman.simulation import virtual_time
+from qubes_itests.qmemman.simulation.scenario import SimulatedWorld
 
 
 def _run(scenario, directory):

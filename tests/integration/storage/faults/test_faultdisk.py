@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from qubes_itests.faultdisk import CrashStateError, FaultDisk, Kind
+from qubes_itests.faultdisk.exc import FaultDiskError, NoFuseError
 from qubes_itests.host.command import run
-from qubes_itests.host.faultdisk import CrashStateError, FaultDisk, Kind
-from qubes_itests.host.faultdisk.exc import FaultDiskError, NoFuseError
 
 MIB = 1024**2
 
@@ -174,7 +174,7 @@ def test_nothing_of_a_disk_survives_who_made_it(tmpfs):
     """The process is killed with a disk in use; its server unmounts and ends."""
     program = (
         "import os, pathlib, signal, sys\n"
-        "from qubes_itests.host.faultdisk import FaultDisk\n"
+        "from qubes_itests.faultdisk import FaultDisk\n"
         "place = pathlib.Path(sys.argv[1])\n"
         "image = place / 'image'\n"
         "image.write_bytes(bytes(1 << 20))\n"

@@ -14,7 +14,7 @@ import pool_scenario
 import pytest
 from pool_scenario import SIZE, Scenario
 
-from qubes_itests.host.faultdisk import failing_call
+from qubes_itests.faultdisk import failing_call
 from qubes_storage import pool_class
 from qubes_storage.exc import OutOfSpaceError, VolumeStateError
 

@@ -10,7 +10,7 @@ from functools import partial
 import pool_scenario
 import pytest
 
-from qubes_itests.host.faultdisk import CrashStateError
+from qubes_itests.faultdisk import CrashStateError
 from qubes_storage import pool_class
 
 #: On each filesystem twice as many.

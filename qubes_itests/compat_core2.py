@@ -1,0 +1,371 @@
+"""VMs of the core for synchronous code: what hides asyncio from tests.
+
+Tests are ordinary code in a thread of its own and may block; the VMs live on in the
+event loop's thread.  A `VMWrapper` stands for one VM there, a `ProcessWrapper` for one
+process in a VM: what the core has as coroutines, they have as plain calls.
+
+Part of the old interface of Qubes OS is synchronous, part of it returns coroutines, and
+plugins do not agree on which is which: ``p.wait()`` and
+``loop.run_until_complete(p.wait())`` are both written. So results are there when a call
+returns, and can be awaited all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator
+
+__all__ = ["Done", "ExitStatus", "ProcessWrapper", "VMWrapper", "unwrapped"]
+
+#: Exit status when the VM went away before a command had ended.
+_GONE = 255
+
+
+class VMWrapper:
+    """A VM, for synchronous code; what is not here is the VM's own.
+
+    Properties are read and set on the VM.  It is equal to the VM, and has its hash and
+    its string.  Coroutine methods that are not listed here stay coroutine methods:
+    `create_on_disk`, `clone_disk_files`, `remove_from_disk` …
+
+    :param vm: the VM.
+    :param loop: the loop that it lives in; by default the current one.
+    """
+
+    _vm: Any
+    _loop: asyncio.AbstractEventLoop
+
+    def __init__(self, vm: Any, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self._vm = unwrapped(vm)
+        self._loop = loop or asyncio.get_event_loop()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_vm", "_loop"):  # a copy that is being made has neither yet
+            raise AttributeError(name)
+        return getattr(self._vm, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._vm, name, unwrapped(value))
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._vm, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._vm)})
+
+    def __str__(self) -> str:
+        return str(self._vm)
+
+    def __repr__(self) -> str:
+        return f"<VMWrapper of {self._vm!r}>"
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._vm == unwrapped(other))
+
+    def __lt__(self, other: object) -> bool:
+        return bool(self._vm < unwrapped(other))
+
+    def __hash__(self) -> int:
+        return hash(self._vm)
+
+    def start(
+        self,
+        start_guid: bool = True,  # noqa: FBT001, FBT002 - as in Qubes OS
+    ) -> VMWrapper:
+        """Start the VM and return this; nothing if it runs.
+
+        :raise QubesVMStartError: names the step that failed.
+        """
+        self._loop.run_until_complete(self._vm.start(start_guid=start_guid))
+        return self
+
+    def shutdown(self, **options: Any) -> VMWrapper:
+        """Ask the guest to power off, and return this.
+
+        :param options: ``wait=True`` returns when it is off; ``timeout=`` in seconds;
+            ``force=True``.
+        :raise QubesVMNotStartedError: when it does not run.
+        """
+        self._loop.run_until_complete(self._vm.shutdown(**options))
+        return self
+
+    def kill(self) -> Done:
+        """Stop the VM at once; the result may be awaited and need not be."""
+        return self._end(self._vm.kill)
+
+    def pause(self) -> Done:
+        """Stop its virtual CPUs; the result may be awaited and need not be."""
+        return self._end(self._vm.pause)
+
+    def unpause(self) -> Done:
+        """Let its virtual CPUs run; the result may be awaited and need not be."""
+        return self._end(self._vm.unpause)
+
+    def _end(self, method: Any) -> Done:
+        self._loop.run_until_complete(method())
+        return Done()
+
+    def clone_properties(self, src: Any, *args: Any, **kwargs: Any) -> None:
+        """Set this VM's properties to those of another."""
+        self._vm.clone_properties(unwrapped(src), *args, **kwargs)
+
+    def clone_disk_files(self, src: Any, **kwargs: Any) -> Any:
+        """Return a coroutine that copies the volumes of another VM."""
+        return self._vm.clone_disk_files(unwrapped(src), **kwargs)
+
+    def run(
+        self,
+        command: str,
+        wait: bool = False,  # noqa: FBT001, FBT002 - as in Qubes OS
+        user: str | None = None,
+        passio_popen: bool = False,  # noqa: FBT001, FBT002
+        passio_stderr: bool = False,  # noqa: FBT001, FBT002
+        **_gui: Any,
+    ) -> int | ProcessWrapper | None:
+        """Run a command in the VM.
+
+        :param command: for the user's shell.
+        :param wait: wait for it and return its exit status, whatever that is.
+        :param user: who runs it; by default the VM's `default_user`.
+        :param passio_popen: return the process, with stdin and stdout.
+        :param passio_stderr: with stderr too.
+        :param _gui: ``gui=`` and the like are accepted; there is no GUI.
+        :return: with neither `wait` nor `passio_popen` nothing: the command goes on.
+        :raise QubesVMNotRunningError: when the VM does not run.
+        """
+        if wait:
+            return self._status(lambda: self._vm.run(command, user=user))
+        streams = _streams(piped=passio_popen, stderr=passio_stderr)
+        starting = self._vm.run(command, user=user, **streams)
+        process = self._loop.run_until_complete(starting)
+        return self._wrapped(process, streams)
+
+    def run_service(  # noqa: PLR0917 - as in Qubes OS
+        self,
+        service: str,
+        wait: bool = True,  # noqa: FBT001, FBT002 - as in Qubes OS
+        input: str | bytes | None = None,  # noqa: A002
+        user: str | None = None,
+        passio_popen: bool = False,  # noqa: FBT001, FBT002
+        passio_stderr: bool = False,  # noqa: FBT001, FBT002
+        source: Any = None,
+        **_gui: Any,
+    ) -> int | ProcessWrapper | None:
+        """Run a qrexec service in the VM, as a call from dom0.
+
+        :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``.
+        :param wait: wait for it and return its exit status, unless `passio_popen`.
+        :param input: what it reads; text is sent as UTF-8.
+        :param user: who runs it; by default the service's own choice.
+        :param passio_popen: return the process, with stdin and stdout.
+        :param passio_stderr: with stderr too.
+        :param source: the VM that calls; dom0 by default.
+        :return: as `run`.
+        """
+        data = input.encode() if isinstance(input, str) else input
+        options = {"source": unwrapped(source), "user": user}
+        streams = _streams(piped=passio_popen, stderr=passio_stderr)
+        if data:
+            streams["stdin"] = subprocess.PIPE
+
+        def start() -> Any:
+            return self._vm.run_service(service, **options, **streams)
+
+        if wait and not passio_popen:
+            return self._status(start, data)
+        process = self._loop.run_until_complete(start())
+        self._loop.run_until_complete(_feed(process, data, end=not passio_popen))
+        return self._wrapped(process, streams)
+
+    def _status(self, start: Callable[[], Any], data: bytes | None = None) -> int:
+        async def ended() -> int:
+            process = await start()
+            # one that ends before it has read all is no error of the caller
+            with contextlib.suppress(BrokenPipeError):
+                await _feed(process, data, end=True)
+            return int(await process.wait())
+
+        try:
+            return self._loop.run_until_complete(ended())
+        except ConnectionError:
+            # the command may have been what ended the VM: `poweroff`
+            return _GONE
+
+    def _wrapped(self, process: Any, streams: dict[str, int]) -> ProcessWrapper | None:
+        if "stdout" not in streams:
+            return None
+        return ProcessWrapper(process, self._loop, stderr="stderr" in streams)
+
+
+def unwrapped(value: Any) -> Any:
+    """Return the VM of a wrapper, and anything else as it is."""
+    return value._vm if isinstance(value, VMWrapper) else value  # noqa: SLF001
+
+
+def _streams(*, piped: bool, stderr: bool) -> dict[str, int]:
+    if not piped:
+        return {}
+    names = ("stdin", "stdout", "stderr") if stderr else ("stdin", "stdout")
+    return dict.fromkeys(names, subprocess.PIPE)
+
+
+async def _feed(process: Any, data: bytes | None, *, end: bool) -> None:
+    if data:
+        process.stdin.write(data)
+        await process.stdin.drain()
+        if end:
+            process.stdin.write_eof()
+
+
+class ProcessWrapper:
+    """A process in a VM, for synchronous code; what is not here is the process's own.
+
+    So `returncode` is None until it has ended, and `stdout.read()` is a coroutine.
+
+    :param proc: as `asyncio.create_subprocess_exec` returns one.
+    :param loop: the loop that it lives in; by default the current one.
+    :param stderr: whether the caller reads its error output.
+    """
+
+    _proc: Any
+    _loop: asyncio.AbstractEventLoop
+
+    def __init__(
+        self,
+        proc: Any,
+        loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        stderr: bool = True,
+    ) -> None:
+        self._proc = proc
+        self._loop = loop or asyncio.get_event_loop()
+        self._stderr = stderr
+        self._stdin = _InputWrapper(proc.stdin, self._loop)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._proc, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._proc, name, value)
+
+    def __repr__(self) -> str:
+        return f"<ProcessWrapper of {self._proc!r}>"
+
+    @property
+    def stdin(self) -> Any:
+        """Its input: `write`, and then `flush` or `drain`; `close` sends EOF."""
+        return self._stdin
+
+    @property
+    def stderr(self) -> Any:
+        """Its error output, None unless it was asked for."""
+        return self._proc.stderr if self._stderr else None
+
+    def communicate(
+        self,
+        input: bytes | None = None,  # noqa: A002 - as in subprocess
+    ) -> tuple[bytes, bytes | None]:
+        """Send `input` and EOF, read its output to the end, wait for it.
+
+        :return: stdout and stderr; None for a stderr that was not asked for.
+        """
+        return self._loop.run_until_complete(self._communicate(input))
+
+    async def _communicate(self, data: bytes | None) -> tuple[bytes, bytes | None]:
+        # not None: that would leave its input open
+        stdout, stderr = await self._proc.communicate(data or b"")
+        return stdout, stderr if self._stderr else None
+
+    def wait(self) -> ExitStatus:
+        """Wait until it has ended, and return its exit status."""
+        return ExitStatus(self._loop.run_until_complete(self._proc.wait()))
+
+    def terminate(self) -> None:
+        """Send SIGTERM; nothing if it has ended."""
+        self._signal(self._proc.terminate)
+
+    def kill(self) -> None:
+        """Send SIGKILL; nothing if it has ended."""
+        self._signal(self._proc.kill)
+
+    def send_signal(self, signal: int) -> None:
+        """Send a signal; nothing if it has ended."""
+        self._signal(lambda: self._proc.send_signal(signal))
+
+    def _signal(self, send: Callable[[], None]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            _in_loop(self._loop, send)
+
+
+class _InputWrapper:
+    """The input of a process, for synchronous code."""
+
+    def __init__(self, stdin: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._stdin = stdin
+        self._loop = loop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stdin, name)
+
+    def write(self, data: bytes) -> None:
+        """Hand over what the process shall read; `flush` waits until it is sent."""
+        _in_loop(self._loop, lambda: self._stdin.write(data))
+
+    def writelines(self, lines: list[bytes]) -> None:
+        """Write several."""
+        self.write(b"".join(lines))
+
+    def flush(self) -> None:
+        """Wait until what was written is on its way to the process."""
+        self._loop.run_until_complete(self._stdin.drain())
+
+    def drain(self) -> Awaitable[None]:
+        """Do what `flush` does, for whoever awaits it; it need not be awaited."""
+        if self._loop.is_running():
+            return self._stdin.drain()  # type: ignore[no-any-return]
+        return self._loop.create_task(self._stdin.drain())
+
+    def write_eof(self) -> None:
+        """Let the process read to the end of its input."""
+        _in_loop(self._loop, self._stdin.write_eof)
+
+    def close(self) -> None:
+        """Let the process read to the end of its input."""
+        _in_loop(self._loop, self._stdin.close)
+
+
+def _in_loop(loop: asyncio.AbstractEventLoop, function: Callable[[], Any]) -> Any:
+    """Call a function that does not block in the thread of the loop."""
+
+    async def call() -> Any:
+        return function()
+
+    return function() if loop.is_running() else loop.run_until_complete(call())
+
+
+class Done:
+    """The end of something that returns nothing."""
+
+    def __await__(self) -> Generator[None]:
+        yield from ()
+
+
+class ExitStatus(int):
+    """An exit status; awaiting it gives the same number."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[None, None, int]:
+        yield from ()
+        return int(self)

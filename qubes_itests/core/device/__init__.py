@@ -1,0 +1,1 @@
+"""Devices: what VMs expose, have, and are to have."""

@@ -1,0 +1,222 @@
+"""What is known of a device."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.core.device.interface import DeviceInterface
+from qubes_itests.core.device.port import ANY, Port, VirtualDevice
+from qubes_itests.core.device.serialization import pack, unpack
+from qubes_itests.core.exc import ProtocolError, QubesException
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["DeviceInfo", "UnknownDevice"]
+
+log = logging.getLogger("qubes.devices")
+
+_UNKNOWN: Final = "unknown"
+_DESCRIPTIONS: Final = ("vendor", "product", "manufacturer", "name", "serial")
+#: The device_id of a device that says nothing of itself.
+_NO_DEVICE: Final = "0000:0000::?******"
+
+
+class DeviceInfo(VirtualDevice):
+    """A device, and what is known of it.
+
+    Subclasses override properties by what they find out when they are asked.
+
+    :param port: where it is.
+    :param vendor: as a database of vendors has it.
+    :param product: as a database of products has it.
+    :param manufacturer: as it says itself.
+    :param name: as it says itself.
+    :param serial: as it says itself.
+    :param interfaces: what it is.
+    :param parent: the device that it is a part of, or its port.
+    :param attachment: the VM that has it now.
+    :param device_id: what it says of itself.
+    :param data: what devices of its class have besides.
+    """
+
+    def __init__(
+        self,
+        port: Port,
+        *,
+        vendor: str | None = None,
+        product: str | None = None,
+        manufacturer: str | None = None,
+        name: str | None = None,
+        serial: str | None = None,
+        interfaces: Iterable[DeviceInterface] | None = None,
+        parent: Port | VirtualDevice | None = None,
+        attachment: Any = None,
+        device_id: str | None = None,
+        **data: str,
+    ) -> None:
+        super().__init__(port, device_id)
+        # With these names subclasses fill in what they find out later.
+        self._vendor = vendor
+        self._product = product
+        self._manufacturer = manufacturer
+        self._name = name
+        self._serial = serial
+        self._interfaces: list[DeviceInterface] | None = list(interfaces or ()) or None
+        self._parent = parent
+        self._attachment = attachment
+        self.data = data
+
+    @property
+    def device_id(self) -> str:
+        """What the device says of itself."""
+        return self._device_id or _NO_DEVICE
+
+    @property
+    def vendor(self) -> str:
+        """As a database of vendors has it, ``unknown`` if it has not."""
+        return self._vendor or _UNKNOWN
+
+    @property
+    def product(self) -> str:
+        """As a database of products has it, ``unknown`` if it has not."""
+        return self._product or _UNKNOWN
+
+    @property
+    def manufacturer(self) -> str:
+        """As the device says itself, ``unknown`` if it does not."""
+        return self._manufacturer or _UNKNOWN
+
+    @property
+    def name(self) -> str:
+        """As the device says itself, ``unknown`` if it does not."""
+        return self._name or _UNKNOWN
+
+    @property
+    def serial(self) -> str:
+        """As the device says itself, ``unknown`` if it does not."""
+        return self._serial or _UNKNOWN
+
+    @property
+    def interfaces(self) -> list[DeviceInterface]:
+        """What it is: one interface at least."""
+        return self._interfaces or [DeviceInterface.unknown()]
+
+    @property
+    def parent_device(self) -> Port | VirtualDevice | None:
+        """What it is a part of, None for nothing."""
+        return self._parent
+
+    @property
+    def attachment(self) -> Any:
+        """The VM that has it now, None for none."""
+        return self._attachment
+
+    @property
+    def subdevices(self) -> list[DeviceInfo]:
+        """The devices that are parts of this one, of the same class."""
+        exposed = self.backend_domain.devices[self.devclass]
+        return [
+            dev
+            for dev in exposed
+            if dev.parent_device is not None
+            and (dev.parent_device.devclass, dev.parent_device.port_id)
+            == (self.devclass, self.port_id)
+        ]
+
+    @property
+    def description(self) -> str:
+        """A short text for users: what kind, whose, which."""
+        known = [getattr(self, field) for field in ("product", "name", "serial")]
+        which = next((text for text in known if text != _UNKNOWN), None)
+        whose = next(
+            (t for t in (self.vendor, self.manufacturer) if t != _UNKNOWN),
+            "unknown vendor",
+        )
+        kind = next(
+            (i.category.name for i in self.interfaces if i.category.name != "Other"),
+            str(self.interfaces[0]),
+        )
+        return f"{kind}: {whose} {which or f'unknown {self.devclass} device'}"
+
+    def serialize(self) -> bytes:
+        """Return it as it is sent over the Admin API."""
+        properties: dict[str, str | None] = dict(self.basic_properties)
+        described = {field: getattr(self, field) for field in _DESCRIPTIONS}
+        properties |= {k: v for k, v in described.items() if v != _UNKNOWN}
+        if self.attachment is not None:
+            properties["attachment"] = self.attachment.name
+        properties["interfaces"] = "".join(map(repr, self.interfaces))
+        if self.parent_device is not None:
+            properties["parent_port_id"] = self.parent_device.port_id
+            properties["parent_devclass"] = self.parent_device.devclass
+        return pack(properties, self.data)
+
+    @classmethod
+    def deserialize(
+        cls,
+        serialization: bytes,
+        expected_backend_domain: Any,
+        expected_devclass: str | None = None,
+    ) -> DeviceInfo:
+        """Read a line of ``admin.vm.device.CLASS.Available``.
+
+        What it says of itself is not trusted: a device of which nothing can be made is
+        an unknown one.
+
+        :param serialization: the port, a blank, and what `serialize` wrote.
+        :param expected_backend_domain: the VM that was asked.
+        :param expected_devclass: the class that was asked for, None for any.
+        :raise QubesValueError: when not even the port can be.
+        """
+        head, _, rest = serialization.partition(b" ")
+        port_id, _, device_id = head.decode("ascii", "replace").partition(":")
+        port = Port(expected_backend_domain, port_id, expected_devclass)
+        expected = VirtualDevice(port, device_id or None)
+        try:
+            return cls._from_said(rest, expected)
+        except (
+            ProtocolError,
+            QubesException,
+            ValueError,
+            LookupError,
+            TypeError,
+        ) as error:
+            log.warning("what is said of %s is not valid: %s", expected, error)
+            return UnknownDevice.from_device(expected)
+
+    @classmethod
+    def _from_said(cls, serialization: bytes, expected: VirtualDevice) -> DeviceInfo:
+        properties, data = unpack(serialization)
+        device = expected.accept(properties)
+        options: dict[str, Any] = {
+            field: properties.pop(field)
+            for field in _DESCRIPTIONS
+            if field in properties
+        }
+        if attachment := properties.pop("attachment", ""):
+            options["attachment"] = device.backend_domain.app.domains[attachment]
+        encoded = properties.pop("interfaces", "")
+        options["interfaces"] = DeviceInterface.from_str_bulk(encoded)
+        if "parent_port_id" in properties:
+            options["parent"] = Port(
+                device.backend_domain,
+                properties.pop("parent_port_id"),
+                properties.pop("parent_devclass", None),
+            )
+        if properties:
+            raise ProtocolError(f"a device has no {', '.join(sorted(properties))}")
+        info = cls(device.port, device_id=device.device_id, **options)
+        info.data = data
+        return info
+
+
+class UnknownDevice(DeviceInfo):
+    """A device that is not there, or of which nothing can be known now."""
+
+    @classmethod
+    def from_device(cls, device: VirtualDevice) -> UnknownDevice:
+        """Return the unknown device of a port."""
+        known = None if device.device_id == ANY else device.device_id
+        return cls(device.port, device_id=known)

@@ -1,0 +1,1 @@
+"""The network of VMs: addresses, interfaces, routes and firewall rules."""

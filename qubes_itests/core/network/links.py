@@ -1,0 +1,193 @@
+"""The two ends of the wire between a running VM and its running net VM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from qubes_itests.core.network.addresses import DOWNLINK_MAC
+from qubes_itests.exc import HarnessError
+from qubes_itests.guest.start.network import change_routes, set_up_downlink
+from qubes_itests.host.bridge import Bridge, Tap
+from qubes_itests.hypervisor.contract import Interface
+from qubes_storage.uninterrupted import to_its_end
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from ipaddress import IPv4Address
+    from typing import Any
+
+    from qubes_itests.guest.link.agent import GuestAgent
+    from qubes_itests.hypervisor.contract import Domain
+
+__all__ = ["Downlink", "Routes", "Uplink", "routes_to"]
+
+#: By destination the client that leads there; None for the client itself.
+Routes = dict["IPv4Address", "IPv4Address | None"]
+
+_T = TypeVar("_T", Bridge, Tap)
+
+
+class Downlink:
+    """What a net VM has for its clients, for one run: a bridge, and its way into it.
+
+    :param owner: the net VM.
+    :param domain: its domain in this run.
+    :param agent: its agent in this run.
+    :param bridge: what its clients are plugged into.
+    """
+
+    def __init__(
+        self, owner: Any, domain: Domain, agent: GuestAgent, bridge: Bridge
+    ) -> None:
+        self.owner = owner
+        self.domain = domain
+        self.agent = agent
+        self.bridge = bridge
+        self.closed = False
+        #: Who has an address: hardware and IPv4 addresses, and names of VMs.
+        self.taken: dict[str, str] = {}
+        self._tap: Tap | None = None
+        self._routes: Routes = {}
+        self._changing = asyncio.Lock()
+
+    @classmethod
+    async def open(
+        cls, owner: Any, domain: Domain, agent: GuestAgent, address: IPv4Address
+    ) -> Self:
+        """Make the bridge, plug the net VM in, and have its guest forward.
+
+        :param address: the net VM's own; the rest as for the class.
+        :raise HarnessError: one of these failed; the bridge is gone again.
+        """
+        bridge = await _made(Bridge.create)
+        downlink = cls(owner, domain, agent, bridge)
+        try:
+            await downlink._plug_in(address)
+        except BaseException:
+            await to_its_end(downlink._give_up())
+            raise
+        return downlink
+
+    async def _plug_in(self, address: IPv4Address) -> None:
+        self._tap = await _made(Tap.create, self.bridge, DOWNLINK_MAC)
+        interface = Interface(DOWNLINK_MAC, tap=self._tap.name)
+        await to_its_end(self.domain.attach_interface(interface))
+        await set_up_downlink(self.agent, mac=DOWNLINK_MAC, address=address)
+
+    async def _give_up(self) -> None:
+        with contextlib.suppress(HarnessError):
+            await self.domain.detach_interface(DOWNLINK_MAC)
+        await self.close()
+
+    async def route(self, wanted: Callable[[], Routes]) -> None:
+        """Have the guest's routes be these.
+
+        :param wanted: called when it is this change's turn.
+        :raise HarnessError: the guest did not do it.
+        """
+        async with self._changing:
+            routes = wanted()
+            if self.closed or routes == self._routes:
+                return
+            added = dict(routes.items() - self._routes.items())
+            removed = self._routes.keys() - routes.keys()
+            await change_routes(self.agent, added, removed)
+            self._routes = routes
+
+    async def close(self) -> None:
+        """Remove the bridge, once the net VM has ended: all clients are cut off."""
+        self.closed = True
+        if self._tap is not None:
+            await asyncio.to_thread(self._tap.remove)
+        await asyncio.to_thread(self.bridge.remove)
+
+
+class Uplink:
+    """A client's way into the bridge of its net VM, from attaching to detaching.
+
+    :param downlink: of the net VM.
+    :param mac: hardware address of the client's interface.
+    :param address: the client's.
+    :param behind: those of the VMs behind it.
+    :param tap: what it is plugged into.
+    """
+
+    def __init__(
+        self,
+        downlink: Downlink,
+        mac: str,
+        address: IPv4Address,
+        behind: Sequence[IPv4Address],
+        tap: Tap,
+    ) -> None:
+        self.downlink = downlink
+        self.mac = mac
+        self.address = address
+        self.is_cut = False
+        self._behind = tuple(behind)
+        self._tap = tap
+
+    @classmethod
+    async def open(
+        cls,
+        domain: Domain,
+        downlink: Downlink,
+        mac: str,
+        address: IPv4Address,
+        behind: Sequence[IPv4Address],
+    ) -> Self:
+        """Plug a client in.
+
+        :param domain: the client's; the rest as for the class.
+        :raise HarnessError: it does not work; nothing is left of it.
+        """
+        tap = await _made(Tap.create, downlink.bridge, mac, (address, *behind))
+        try:
+            await to_its_end(
+                domain.attach_interface(Interface(mac, tap=tap.name)),
+                undo=lambda _attached: domain.detach_interface(mac),
+            )
+        except BaseException:
+            await to_its_end(asyncio.to_thread(tap.remove))
+            raise
+        return cls(downlink, mac, address, behind, tap)
+
+    async def filter(self, behind: Sequence[IPv4Address]) -> None:
+        """Let through what comes from the client or from behind it, and nothing else.
+
+        :param behind: the addresses of the VMs that are behind it now.
+        """
+        if tuple(behind) != self._behind:
+            self._behind = tuple(behind)
+            sources = (self.address, *behind)
+            await asyncio.to_thread(self._tap.filter, self.mac, sources)
+
+    async def cut(self) -> None:
+        """End all traffic, whatever the guest does."""
+        self.is_cut = True
+        await asyncio.to_thread(self._tap.cut)
+
+    async def remove(self) -> None:
+        """Remove the tap, once the client has let go of it or has ended."""
+        await asyncio.to_thread(self._tap.remove)
+
+
+def routes_to(clients: Mapping[IPv4Address, Sequence[IPv4Address]]) -> Routes:
+    """Return a net VM's routes.
+
+    :param clients: by the address of each client, those of the VMs behind it.
+    """
+    routes: Routes = {}
+    for client, behind in clients.items():
+        routes |= dict.fromkeys(behind, client)
+    return routes | dict.fromkeys(clients)
+
+
+async def _made(create: Callable[..., _T], *arguments: object) -> _T:
+    """Make something in a thread; who is cancelled meanwhile leaves nothing."""
+    return await to_its_end(
+        asyncio.to_thread(create, *arguments),
+        undo=lambda made: asyncio.to_thread(made.remove),
+    )

@@ -1,0 +1,70 @@
+"""Clone a VM: its settings, its devices, its disks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.core.exc import QubesVMError
+from qubes_itests.core.vm.making import making
+
+if TYPE_CHECKING:
+    from qubes_itests.core.app import Qubes
+    from qubes_itests.core.vm.qubesvm import QubesVM
+
+__all__ = ["clone_vm"]
+
+#: Tags that tell where a VM comes from: the copy comes from elsewhere.
+_OF_ORIGIN: Final = "created-by-"
+
+
+async def clone_vm(
+    app: Qubes,
+    source: QubesVM,
+    name: str,
+    *,
+    cls: str | type[QubesVM] | None = None,
+    pool: str | None = None,
+    **properties: Any,
+) -> Any:
+    """Make a VM as a copy of another one, which must be halted.
+
+    It has the other's properties, features, tags, assigned devices, firewall rules,
+    notes and volumes.
+
+    :param source: the VM to copy.
+    :param name: of the copy.
+    :param cls: its class, by default that of `source`.
+    :param pool: for its volumes but snapshots; by default those of `source`.
+    :param properties: others than `source` has.
+    :return: the copy.
+    :raise QubesVMError: for dom0.
+    :raise VolumeExistsError: when one of its volumes is there already.
+    """
+    if source.klass == "AdminVM":
+        raise QubesVMError(source, f"{source} cannot be cloned: there is one only")
+    vm_class = type(source) if cls is None else app.get_vm_class(cls)
+    base = getattr(source, "template", None)
+    if base is not None and hasattr(vm_class, "template"):
+        properties.setdefault("template", base)
+    vm = app.add_new_vm(vm_class, name=name, label=source.label, **properties)
+    async with making(vm):
+        _clone_settings(vm, source, given=set(properties))
+        await _clone_assignments(vm, source)
+        await vm.clone_disk_files(source, pool=pool)
+    return vm
+
+
+def _clone_settings(vm: Any, source: Any, given: set[str]) -> None:
+    both = {p.name for p in vm.property_list() if p.clone}
+    both &= {p.name for p in source.property_list()}
+    vm.clone_properties(source, sorted(both - given - {"label", "template"}))
+    vm.features.update(source.features)
+    vm.tags.update(t for t in source.tags if _OF_ORIGIN not in t)
+    vm.firewall.rules = source.firewall.rules
+    vm.notes = source.notes
+
+
+async def _clone_assignments(vm: Any, source: Any) -> None:
+    for devclass, devices in list(source.devices.items()):
+        for assignment in devices.get_assigned_devices():
+            await vm.devices[devclass].assign(assignment)

@@ -1,0 +1,80 @@
+"""The errors of disks that fail on purpose.
+
+::
+
+    EnvironmentNotReadyError
+     +-- NoFuseError          the machine has no FUSE
+    HarnessError
+     +-- FaultDiskError       the process behind a disk does not do as it is told
+     +-- CrashStateError      something does not survive a power cut
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qubes_itests.exc import EnvironmentNotReadyError, HarnessError
+
+if TYPE_CHECKING:
+    from qubes_itests.faultdisk.crash import CrashState
+
+__all__ = ["CrashStateError", "FaultDiskError", "NoFuseError"]
+
+
+class NoFuseError(EnvironmentNotReadyError):
+    """The machine has no FUSE.
+
+    :param reason: what was tried and how it failed.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"Files cannot be served through FUSE ({reason}).",
+            "Load the driver with: modprobe fuse; install libfuse3-3; a container"
+            " must be given /dev/fuse and the right to mount.",
+        )
+        self.reason = reason
+
+
+class FaultDiskError(HarnessError):
+    """The process behind a disk does not do as it is told.
+
+    :param reason: what was asked of it, and what became of that.
+    :param log: the end of what the process wrote to its standard error.
+    """
+
+    def __init__(self, reason: str, log: str = "") -> None:
+        super().__init__(f"{reason}: {log or '(its process was silent)'}")
+        self.reason = reason
+        self.log = log
+
+
+class CrashStateError(HarnessError):
+    """Something does not survive a power cut.
+
+    :param state: what the disk holds after it.
+    :param step: what failed: "mount", "check" or the name of the checking program.
+    :param reason: the error's own words.
+    :param checked: how many states were examined, this one included.
+    :param replay: the command that examines just this state again; may be empty.
+    """
+
+    def __init__(
+        self,
+        state: CrashState,
+        step: str,
+        reason: str,
+        *,
+        checked: int = 1,
+        replay: str = "",
+    ) -> None:
+        again = f"\nexamine it again with: {replay}" if replay else ""
+        super().__init__(
+            f"{step} fails after a power cut ({state}; state {checked} of those"
+            f" examined): {reason}{again}"
+        )
+        self.state = state
+        self.step = step
+        self.reason = reason
+        self.checked = checked
+        self.replay = replay

@@ -1,0 +1,238 @@
+"""The process behind a disk: serves one file through FUSE and records what happens.
+
+It is started by `FaultDisk`, takes orders as lines of JSON on a socket, and ends when
+the other end of that is closed, however that comes about.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import socket
+import stat
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mfusepy
+
+from qubes_itests.faultdisk.operations import Kind, Operation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["FILE_NAME", "Disk", "main"]
+
+#: Name of the one file there is.
+FILE_NAME = "disk"
+
+_MNT_DETACH = 2
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
+_DIRECTORY = {"st_mode": stat.S_IFDIR | 0o700, "st_nlink": 2}
+
+
+@dataclass
+class _Fault:
+    """An operation that fails: `left` more are let through, then `times` fail."""
+
+    operation: str
+    left: int
+    times: int | None
+    error: int
+
+    def strikes(self, operation: str) -> bool:
+        if self.operation not in {operation, "any"} or self.times == 0:
+            return False
+        if self.left:
+            self.left -= 1
+            return False
+        if self.times is not None:
+            self.times -= 1
+        return True
+
+
+class Disk:
+    """What is on the disk, what is recorded of it, and which faults it has.
+
+    :param image: the file with the content, opened for reading and writing.
+    :param journal: where operations are recorded.
+    """
+
+    def __init__(self, image: int, journal: Path) -> None:
+        self._image = image
+        self._journal = journal.open("wb", buffering=0)
+        self._lock = threading.Lock()
+        self._faults: list[_Fault] = []
+        self._lying = False
+        self._power = True
+        self._counts = {"read": 0, "write": 0, "flush": 0, "failed": 0}
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return os.fstat(self._image).st_size
+
+    def read(self, length: int, offset: int) -> bytes:
+        """Return what is there; fails as told."""
+        with self._lock:
+            self._pass("read")
+            return os.pread(self._image, length, offset)
+
+    def write(self, operation: Operation) -> None:
+        """Write or zero, and record it; fails as told."""
+        with self._lock:
+            self._pass("write")
+            if operation.kind is Kind.ZERO:
+                self._punch(operation)
+            else:
+                os.pwrite(self._image, operation.data, operation.offset)
+            self._journal.write(operation.encode())
+
+    def flush(self) -> None:
+        """Record a flush, or a lie; fails as told."""
+        with self._lock:
+            self._pass("flush")
+            kind = Kind.LIE if self._lying else Kind.FLUSH
+            self._journal.write(Operation(kind).encode())
+
+    def obey(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Carry out an order and return the answer."""
+        with self._lock:
+            handler: Callable[..., dict[str, Any]]
+            handler = getattr(self, f"_order_{order.pop('order')}")
+            return handler(**order)
+
+    def _order_note(self, text: str) -> dict[str, Any]:
+        if self._power:
+            self._journal.write(Operation.note(text.encode()).encode())
+        return {}
+
+    def _order_fail(self, **fault: Any) -> dict[str, Any]:
+        self._faults.append(_Fault(**fault))
+        return {}
+
+    def _order_mend(self) -> dict[str, Any]:
+        self._faults.clear()
+        self._lying = False
+        return {}
+
+    def _order_lie(self) -> dict[str, Any]:
+        self._lying = True
+        return {}
+
+    def _order_cut(self) -> dict[str, Any]:
+        self._power = False
+        return {}
+
+    def _order_counts(self) -> dict[str, Any]:
+        return dict(self._counts)
+
+    def _pass(self, operation: str) -> None:
+        self._counts[operation] += 1
+        # All of them: each counts what happens from when it was asked for.
+        struck = [fault for fault in self._faults if fault.strikes(operation)]
+        if struck or not self._power:
+            self._counts["failed"] += 1
+            code = struck[0].error if self._power else errno.EIO
+            raise OSError(code, os.strerror(code))
+
+    def _punch(self, operation: Operation) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        offset = ctypes.c_int64(operation.offset), ctypes.c_int64(operation.length)
+        if libc.fallocate(self._image, _KEEP_SIZE | _PUNCH_HOLE, *offset):
+            raise OSError(ctypes.get_errno(), "fallocate")
+
+
+class _Files(mfusepy.Operations):  # type: ignore[misc]
+    """One directory with one file."""
+
+    use_ns = True
+
+    def __init__(self, disk: Disk, ready: Callable[[], None]) -> None:
+        self._disk = disk
+        self._ready = ready
+
+    def init(self, path: str) -> None:  # noqa: ARG002
+        self._ready()
+
+    def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:  # noqa: ARG002
+        if path == "/":
+            return dict(_DIRECTORY)
+        if path != f"/{FILE_NAME}":
+            raise OSError(errno.ENOENT, path)
+        mode = stat.S_IFREG | 0o600
+        return {"st_mode": mode, "st_nlink": 1, "st_size": self._disk.size}
+
+    def open(self, path: str, flags: int) -> int:  # noqa: ARG002
+        return 0
+
+    def read(self, path: str, size: int, offset: int, fh: int) -> bytes:  # noqa: ARG002
+        return self._disk.read(size, offset)
+
+    def write(self, path: str, data: bytes, offset: int, fh: int) -> int:  # noqa: ARG002
+        self._disk.write(Operation.write(offset, bytes(data)))
+        return len(data)
+
+    def fsync(self, path: str, datasync: int, fh: int) -> int:  # noqa: ARG002
+        self._disk.flush()
+        return 0
+
+    def fallocate(
+        self,
+        path: str,  # noqa: ARG002
+        mode: int,
+        offset: int,
+        size: int,
+        fh: int,  # noqa: ARG002
+    ) -> int:
+        if not mode & (_PUNCH_HOLE | _ZERO_RANGE):
+            raise OSError(errno.EOPNOTSUPP, "fallocate")
+        self._disk.write(Operation(Kind.ZERO, offset, size))
+        return 0
+
+
+def main(argv: list[str]) -> None:
+    """Serve until the socket is closed.
+
+    :param argv: mount point, image, journal, number of the socket's descriptor.
+    """
+    mount_point, image, journal, control = argv
+    disk = Disk(os.open(image, os.O_RDWR | os.O_CLOEXEC), Path(journal))
+    channel = socket.socket(fileno=int(control))
+    listener = threading.Thread(target=_listen, args=(channel, disk, mount_point))
+    listener.daemon = True
+
+    def ready() -> None:
+        channel.sendall(b"{}\n")
+        listener.start()
+
+    mfusepy.FUSE(
+        _Files(disk, ready),
+        mount_point,
+        foreground=True,
+        nothreads=True,
+        # Nothing may stay in the page cache: what the loop device sends is recorded.
+        direct_io=True,
+        fsname="qubes-itests-faultdisk",
+    )
+
+
+def _listen(channel: socket.socket, disk: Disk, mount_point: str) -> None:
+    with channel.makefile("rb") as orders:
+        for line in orders:
+            try:
+                answer = disk.obey(json.loads(line))
+            except Exception as error:  # noqa: BLE001 - it is told to who asked
+                answer = {"error": repr(error)}
+            channel.sendall(json.dumps(answer).encode() + b"\n")
+    # Nobody is left who could give orders: the test or the whole run is over.
+    ctypes.CDLL(None).umount2(os.fsencode(mount_point), _MNT_DETACH)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Images of guests: kernels, initramfs and root filesystems."""

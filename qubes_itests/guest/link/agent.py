@@ -1,0 +1,227 @@
+"""The agent of a running guest, as the host sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from qubes_itests.exc import DeadlineError
+from qubes_itests.guest.exc import (
+    GuestGoneError,
+    GuestRefusedError,
+    ProtocolViolation,
+)
+from qubes_itests.guest.link.agent_log import AgentLog
+from qubes_itests.guest.link.connection import AgentConnection
+from qubes_itests.guest.link.frames import FrameType, pack_strings
+from qubes_itests.guest.start.console import console_tail
+from qubes_itests.guest.start.identity import Identity
+from qubes_itests.untrusted_text import safe_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from qubes_itests.guest.link.calls import CallHandler
+    from qubes_itests.guest.link.process import GuestProcess
+    from qubes_itests.hypervisor.contract import Domain
+
+__all__ = ["GuestAgent", "Identity"]
+
+_logger = logging.getLogger("qubes_itests.guest")
+
+_NO_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType({})
+_CLOCK: Final = struct.Struct("<Q")
+#: What a guest is asked about disks, in words.
+_STATES: Final = {"there": "there", "gone": "gone"}
+#: Seconds between two looks at a disk, which most often is as it should be at once.
+_FIRST_PAUSE: Final = 0.01
+_LONGEST_PAUSE: Final = 0.3
+_POWER_OFF: Final = b"\0"
+_REBOOT: Final = b"\1"
+
+
+class GuestAgent:
+    """The connection to the agent of one guest; get it from `connect`.
+
+    When the connection ends, whatever is pending on this VM raises the error that ended
+    it, and so does every later call: `GuestGoneError`, or `ProtocolViolation` when the
+    guest broke the protocol.
+    """
+
+    def __init__(self, domain: Domain, connection: AgentConnection) -> None:
+        self.domain = domain
+        self.vm = domain.spec.name
+        self._connection = connection
+
+    @classmethod
+    async def connect(
+        cls,
+        domain: Domain,
+        *,
+        timeout: float,
+        on_call: CallHandler | None = None,
+        log: Path | None = None,
+    ) -> GuestAgent:
+        """Open the channel of a running domain and wait for its agent.
+
+        :param domain: its guest may still be booting.
+        :param timeout: seconds.
+        :param on_call: run as a task for each call of the guest; None refuses them.
+        :param log: file for what the agent has to tell.
+        :raise DeadlineError: the agent did not answer in time.
+        :raise GuestGoneError: the guest stopped, or broke the protocol.
+        """
+        agent_log = AgentLog(log)
+        connection = AgentConnection(domain.spec.name, on_call, agent_log)
+        agent = cls(domain, connection)
+        try:
+            async with asyncio.timeout(timeout):
+                await domain.open_channel(lambda: connection, timeout=timeout)
+                await connection.hello()
+        except BaseException as error:
+            await agent.close()
+            agent_log.close()
+            if isinstance(error, TimeoutError) and not isinstance(error, DeadlineError):
+                raise agent._late("answer of the agent", timeout) from None
+            raise
+        return agent
+
+    async def enter(
+        self,
+        identity: Identity,
+        *,
+        timeout: float,
+    ) -> None:
+        """Let the guest become this VM: stage two of its start.
+
+        What it says meanwhile is a warning: it goes on without something, as with a
+        filesystem that does not grow.
+
+        :param identity: who it is.
+        :param timeout: seconds, of which the guest is told.
+        :raise GuestRefusedError: the guest could not, with its reason.
+        :raise DeadlineError: it did not answer in time.
+        """
+        payload = identity.payload(timeout)
+        self._connection.log.listener = self._warn
+        try:
+            async with asyncio.timeout(timeout):
+                await self._connection.request(FrameType.ENTER, payload, "enter")
+        except TimeoutError:
+            raise self._late("answer to ENTER", timeout) from None
+        finally:
+            self._connection.log.listener = None
+
+    async def spawn(
+        self,
+        command: str,
+        *,
+        user: str | None = None,
+        environment: Mapping[str, str] = _NO_ENVIRONMENT,
+    ) -> GuestProcess:
+        """Start a command; returns at once.
+
+        :param command: as for ``sh -c``.
+        :param user: who runs it; None for the VM's default user.
+        :param environment: added to that of the user.
+        :raise TooManyStreamsError: too many run at once.
+        :raise ValueError: a string cannot be sent, for its length or a NUL.
+        """
+        settings = (f"{name}={value}" for name, value in environment.items())
+        return self._connection.spawn("command", user or "", command, "", *settings)
+
+    async def spawn_service(
+        self, service: str, *, source: str, user: str | None = None
+    ) -> GuestProcess:
+        """Start a qrexec service; returns at once.
+
+        :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``.
+        :param source: name of the domain that calls.
+        :param user: who runs it; None leaves it to the service's configuration.
+        :raise TooManyStreamsError: too many run at once.
+        """
+        return self._connection.spawn("service", user or "", service, source)
+
+    async def write_db(self, path: str, value: str) -> None:
+        """Set an entry of the guest's qubesdb."""
+        payload = pack_strings((path, value))
+        await self._connection.request(FrameType.DB_WRITE, payload, f"write {path}")
+
+    async def remove_db(self, path: str) -> None:
+        """Remove an entry of the guest's qubesdb."""
+        payload = pack_strings((path,))
+        await self._connection.request(FrameType.DB_REMOVE, payload, f"remove {path}")
+
+    async def set_clock(self, nanoseconds: int, *, timeout: float) -> None:
+        """Set the guest's clock.
+
+        :param nanoseconds: since the epoch.
+        :param timeout: seconds.
+        :raise GuestRefusedError: the guest did not.
+        :raise DeadlineError: it did not answer in time.
+        """
+        payload = _CLOCK.pack(nanoseconds)
+        try:
+            async with asyncio.timeout(timeout):
+                await self._connection.request(
+                    FrameType.CLOCK, payload, "set its clock"
+                )
+        except TimeoutError:
+            raise self._late("answer to CLOCK", timeout) from None
+
+    async def wait_for_disk(self, name: str, state: str, *, timeout: float) -> None:
+        """Wait until the guest has a disk as the host has it: it learns of it later.
+
+        :param name: ``xvda`` …
+        :param state: ``there``, ``gone``, or the least size in bytes.
+        :param timeout: seconds.
+        :raise DeadlineError: it was not so in time; says what was the case instead.
+        """
+        payload = pack_strings((name, state))
+        said, pause = "", _FIRST_PAUSE
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    try:
+                        await self._connection.request(FrameType.DISK, payload, "look")
+                    except GuestRefusedError as error:
+                        said = error.reason
+                    else:
+                        return
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+        except TimeoutError:
+            what = f"disk {name} of VM {self.vm} to be {_STATES.get(state, 'resized')}"
+            raise DeadlineError(what, timeout, said or "no answer") from None
+
+    async def power_off(self) -> None:
+        """Ask the guest to end everything and power off; returns at once."""
+        self._connection.power_off(_POWER_OFF)
+
+    async def reboot(self) -> None:
+        """Ask the guest to end everything and reboot; returns at once."""
+        self._connection.power_off(_REBOOT)
+
+    async def close(self) -> None:
+        """End the connection; what is pending fails. A second call does nothing."""
+        self._connection.abort(GuestGoneError(self.vm, "the host closed it"))
+        await self._connection.tasks_done()
+
+    async def wait_closed(self) -> Exception | None:
+        """Wait until the connection has ended.
+
+        :return: the breach of protocol that ended it, if one did.
+        """
+        error = await asyncio.shield(self._connection.closed)
+        return error if isinstance(error, ProtocolViolation) else None
+
+    def _warn(self, line: str) -> None:
+        _logger.warning("VM %s starts with a problem: %s", self.vm, safe_text(line))
+
+    def _late(self, what: str, timeout: float) -> DeadlineError:
+        tail = console_tail(self.domain)
+        return DeadlineError(f"{what} of VM {self.vm}", timeout, tail)

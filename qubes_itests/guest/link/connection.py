@@ -1,0 +1,373 @@
+"""One connection to a guest's agent: the protocol, fed by a transport of asyncio.
+
+What a guest may cost is bounded here. *Memory*: DATA waits while more than a window
+lies in the transport, and nothing more is heard of a guest that makes us answer without
+reading the answers. *Time*: what has come is acted upon for a few milliseconds, then
+all others have their turn; each call that is refused holds up its VM a little.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.guest.exc import (
+    GuestGoneError,
+    GuestRefusedError,
+    ProtocolViolation,
+    TooManyStreamsError,
+)
+from qubes_itests.guest.link.calls import CallHandler, ServiceCall, refusal
+from qubes_itests.guest.link.events import (
+    Called,
+    Credited,
+    Done,
+    Ended,
+    Event,
+    Failed,
+    Logged,
+    Ready,
+    Received,
+    ReceivedEof,
+    Stopped,
+)
+from qubes_itests.guest.link.frames import (
+    HEADER,
+    PAYLOAD_MAX,
+    STREAMS_MAX,
+    WINDOW,
+    ExitKind,
+    FrameType,
+    encode,
+)
+from qubes_itests.guest.link.process import GuestProcess
+from qubes_itests.guest.link.protocol import HostProtocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from qubes_itests.guest.link.agent_log import AgentLog
+    from qubes_itests.guest.link.streams import GuestWriter
+
+__all__ = ["AgentConnection"]
+
+log = logging.getLogger("qubes_itests.guest")
+
+_REFUSED: Final = 126
+#: Seconds until HELLO is sent again for the first time.
+_HELLO_INTERVAL: Final = 0.2
+#: Bytes in the transport above which no DATA is added, and at which it goes on.
+_HIGH_WATER: Final = WINDOW
+_LOW_WATER: Final = WINDOW // 4
+#: Bytes in the transport above which nothing is heard of the guest. An agent that does
+#: not read before we do (its own buffer is full) must never be met by this, or both
+#: would wait for ever. To the high water come the DATA that one stream may send at
+#: once, which is a window, a SPAWN for each stream, and the small frames of all, less
+#: than another window.
+_TOO_MUCH: Final = 3 * WINDOW + STREAMS_MAX * (HEADER.size + PAYLOAD_MAX)
+#: Seconds for which frames are acted upon, and then not, while others have their turn.
+_STEP: Final = 0.002
+#: Calls begun in such a step: what each begins is done in the next turn of the loop.
+_CALLS_A_STEP: Final = 8
+#: Seconds for which a refused call keeps us from listening to its VM.
+_REFUSAL: Final = 0.005
+
+
+class AgentConnection(asyncio.Protocol):
+    """The link that all streams of one guest share.
+
+    :param vm: name of the VM, for errors.
+    :param on_call: what to do with calls of the guest; None refuses them all.
+    :param agent_log: takes the agent's LOG lines.
+    """
+
+    def __init__(
+        self, vm: str, on_call: CallHandler | None, agent_log: AgentLog
+    ) -> None:
+        self.vm = vm
+        self.protocol = HostProtocol()
+        self.log = agent_log
+        loop = asyncio.get_running_loop()
+        #: Done with the error that ended the connection.
+        self.closed: asyncio.Future[GuestGoneError] = loop.create_future()
+        self._on_call = on_call
+        self._transport: asyncio.Transport | None = None
+        self._streams: dict[int, GuestProcess | ServiceCall] = {}
+        self._turn = asyncio.Lock()
+        self._answer: asyncio.Future[Event] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = loop
+        #: Whether more lies in the transport than should.
+        self._crowded = False
+        #: Who has something to write when there is room again, in this order.
+        self._blocked: dict[GuestWriter, None] = {}
+        #: What has come and was not acted upon.
+        self._frames: Iterator[Event | None] = iter(())
+        self._next_step: asyncio.Handle | None = None
+        self._quiet_until = 0.0
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for mypy
+        self._transport = transport
+        transport.set_write_buffer_limits(_HIGH_WATER, _LOW_WATER)
+
+    def data_received(self, data: bytes) -> None:
+        """Act on bytes of the guest, for one step; nothing is read before the last."""
+        self._frames = self.protocol.receive(data)
+        self._go_on()
+
+    def pause_writing(self) -> None:
+        """Have writers wait."""
+        self._crowded = True
+
+    def resume_writing(self) -> None:
+        """Have writers go on, in turn, until it is too much again."""
+        self._crowded = False
+        while self._blocked and not self._crowded:
+            writer = next(iter(self._blocked))
+            del self._blocked[writer]
+            writer.flush()
+        if self._next_step is None:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        self._next_step = None
+        if self.closed.done() or self._transport is None:
+            return
+        try:
+            wait = self._act(self._transport)
+        except ProtocolViolation as violation:
+            self.abort(ProtocolViolation(self.vm, violation.rule, violation.evidence))
+            return
+        if wait is None:
+            self._transport.resume_reading()
+            return
+        if self.closed.done():
+            return
+        self._transport.pause_reading()
+        if wait < math.inf:
+            self._next_step = self._loop.call_later(wait, self._go_on)
+
+    def _act(self, transport: asyncio.Transport) -> float | None:
+        """Act on frames; return the seconds until more may be done, None if all is.
+
+        Infinity: when the guest has read some of what we sent, see `resume_writing`.
+        """
+        now = self._loop.time()
+        end, calls = now + _STEP, 0
+        while now <= end and calls < _CALLS_A_STEP and not self.closed.done():
+            if now < self._quiet_until:
+                return self._quiet_until - now
+            if self._crowded and transport.get_write_buffer_size() > _TOO_MUCH:
+                return math.inf
+            try:
+                event = next(self._frames)
+            except StopIteration:
+                return None
+            if event is not None:
+                self._handlers[type(event)](self, event)
+                calls += type(event) is Called
+            now = self._loop.time()
+        return _STEP
+
+    def eof_received(self) -> None:
+        """Let the transport close; `connection_lost` follows."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fail what was pending."""
+        reason = f"{exc}" if exc else "the VM closed it, or has stopped"
+        self._end(GuestGoneError(self.vm, reason))
+
+    # for streams
+
+    def send(self, data: bytes) -> None:
+        """Hand bytes to the transport; dropped when the connection has ended."""
+        if data and self._transport is not None and not self.closed.done():
+            self._transport.write(data)
+
+    def has_room(self, writer: GuestWriter) -> bool:
+        """Tell whether DATA may be sent now; if not, `writer.flush` is called later."""
+        if self._crowded:
+            self._blocked[writer] = None
+        return not self._crowded
+
+    def forget(self, stream: int) -> None:
+        """Drop a call that has ended."""
+        self._streams.pop(stream, None)
+
+    def hold_up(self) -> None:
+        """Take note that a call was refused: its VM shall not make us do so all day."""
+        self._quiet_until = max(self._quiet_until, self._loop.time()) + _REFUSAL
+
+    # for the agent
+
+    async def hello(self) -> None:
+        """Begin the protocol; return when the agent is ready."""
+        self._require_open()
+        asking = asyncio.ensure_future(self._ask(self.protocol.hello()))
+        try:
+            interval = _HELLO_INTERVAL
+            while not (await asyncio.wait([asking], timeout=interval))[0]:
+                # A guest that was saved and restored may get HELLO before it is told
+                # that the port is connected, and then drops it.
+                self.send(self.protocol.hello())
+                interval *= 2
+            await asking
+        finally:
+            asking.cancel()
+
+    async def request(self, kind: FrameType, payload: bytes, what: str) -> None:
+        """Make a request and wait for its answer.
+
+        :param kind: type of the frame.
+        :param payload: its payload.
+        :param what: the request in words, for the error.
+        :raise GuestRefusedError: the agent answered FAILED.
+        """
+        async with self._turn:
+            if self._answer is not None:
+                # whoever asked may have given up: that answer is not for us
+                await asyncio.wait([self._answer])
+            self._require_open()
+            frame = self.protocol.request(kind, payload)
+            event = await self._ask(frame)
+        if isinstance(event, Failed):
+            raise GuestRefusedError(self.vm, what, event.reason)
+
+    async def _ask(self, frame: bytes) -> Event:
+        self._require_open()
+        self._answer = asyncio.get_running_loop().create_future()
+        self.send(frame)
+        return await asyncio.shield(self._answer)
+
+    def spawn(self, *strings: str) -> GuestProcess:
+        """Open a stream for a command or service."""
+        self._require_open()
+        if not self.protocol.may_spawn():
+            raise TooManyStreamsError(self.vm, STREAMS_MAX)
+        number, frame = self.protocol.spawn(*strings)
+        process = GuestProcess(self, number, self.vm, strings[2])
+        self._streams[number] = process
+        self.send(frame)
+        return process
+
+    def power_off(self, payload: bytes) -> None:
+        """Send POWER_OFF, which has no answer."""
+        self._require_open()
+        self.send(encode(FrameType.POWER_OFF, payload=payload))
+
+    def abort(self, error: GuestGoneError) -> None:
+        """End the connection with an error."""
+        self._end(error)
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def tasks_done(self) -> None:
+        """Wait until the handlers of calls have been cancelled and have ended."""
+        tasks = self._tasks - {asyncio.current_task()}
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _require_open(self) -> None:
+        if self.closed.done():
+            raise self.closed.result()
+
+    def _end(self, error: GuestGoneError) -> None:
+        if self.closed.done():
+            return
+        self.closed.set_result(error)
+        self._frames = iter(())
+        # who keeps a process of it keeps this connection, and shall not keep the VM
+        self._on_call = None
+        if self._next_step is not None:
+            self._next_step.cancel()
+        self._blocked.clear()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(error)
+            self._answer.exception()  # who asked may have gone
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.lose(error)
+        for task in self._tasks:
+            task.cancel()
+        self.log.write(str(error))
+        self.log.close()
+
+    # events
+
+    def _on_answer(self, event: Event) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(event)
+
+    def _on_log(self, event: Logged) -> None:
+        self.log.write(event.line)
+
+    def _on_data(self, event: Received) -> None:
+        self._streams[event.stream].reader(event.channel).feed_data(event.data)
+
+    def _on_eof(self, event: ReceivedEof) -> None:
+        self._streams[event.stream].reader(event.channel).feed_eof()
+
+    def _on_stop(self, event: Stopped) -> None:
+        error = BrokenPipeError(f"VM {self.vm} stopped reading")
+        self._streams[event.stream].writer().break_off(error)
+
+    def _on_credit(self, event: Credited) -> None:
+        self._streams[event.stream].writer().flush()
+
+    def _on_exit(self, event: Ended) -> None:
+        process = self._streams.pop(event.stream)
+        assert isinstance(process, GuestProcess)  # noqa: S101 - the protocol's rule
+        process.end(event)
+
+    def _on_called(self, event: Called) -> None:
+        reason = refusal(event)
+        if not reason and len(self._tasks) >= STREAMS_MAX:
+            # calls may have ended whose handlers are still cleaning up
+            reason = "too many calls of this VM are being served"
+        if reason or self._on_call is None:
+            reason = reason or "this VM may not call services"
+            frame = self.protocol.exit(
+                event.stream, ExitKind.NOT_STARTED, _REFUSED, reason
+            )
+            self.send(frame)
+            self.hold_up()
+            return
+        call = ServiceCall(self, event, self.vm)
+        self._streams[event.stream] = call
+        task = asyncio.ensure_future(self._serve(self._on_call, call))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, on_call: CallHandler, call: ServiceCall) -> None:
+        try:
+            await on_call(call)
+        except GuestGoneError as error:
+            # as text, here and below: who keeps the record would keep the VM
+            log.info("%s ended: %s", repr(call), str(error))
+            await call.refuse("the service went away")
+        except Exception:
+            log.exception("%s failed", repr(call))
+            await call.refuse("the host failed to serve it")
+        else:
+            if not call.ended:
+                log.error("%s was not ended by its handler", repr(call))
+                await call.refuse("the host did not serve it")
+
+    _handlers: Final[dict[type, Callable[..., Any]]] = {
+        Ready: _on_answer,
+        Done: _on_answer,
+        Failed: _on_answer,
+        Logged: _on_log,
+        Received: _on_data,
+        ReceivedEof: _on_eof,
+        Stopped: _on_stop,
+        Credited: _on_credit,
+        Ended: _on_exit,
+        Called: _on_called,
+    }

@@ -1,0 +1,1 @@
+"""The start of a guest: cold or warm, and who it is."""

@@ -1,0 +1,197 @@
+"""Start a VM: its domain, its guest, and who it is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Final
+
+from qubes_itests.exc import DeadlineError, HarnessError
+from qubes_itests.guest.exc import BootError, GuestGoneError, ProtocolViolation
+from qubes_itests.guest.link.agent import GuestAgent
+from qubes_itests.guest.start.console import console_tail
+from qubes_itests.hypervisor.contract import DomainState
+from qubes_itests.hypervisor.exc import SavedStateError
+from qubes_storage.exc import system_reason
+from qubes_storage.uninterrupted import to_its_end
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from qubes_itests.guest.link.calls import CallHandler
+    from qubes_itests.guest.start.identity import Identity
+    from qubes_itests.guest.start.warm import WarmStarts
+    from qubes_itests.hypervisor.contract import Domain, DomainSpec, Hypervisor
+
+__all__ = ["boot"]
+
+_logger = logging.getLogger("qubes_itests.guest")
+
+#: A guest from a saved state that is silent for this part of the time that is left will
+#: not speak any more; in the rest it can boot.
+_WARM_PART: Final = 1 / 4
+
+#: Seconds between the end of a connection and that of the guest which caused it.
+_STOP_TIMEOUT: Final = 2.0
+_ENDS: Final = {DomainState.CRASHED: "crashed", DomainState.HALTED: "stopped"}
+
+
+async def boot(
+    hypervisor: Hypervisor,
+    spec: DomainSpec,
+    identity: Identity,
+    *,
+    timeout: float,
+    warm: WarmStarts | None = None,
+    on_call: CallHandler | None = None,
+    log: Path | None = None,
+    on_domain_start: Callable[[], Awaitable[None]] | None = None,
+) -> tuple[Domain, GuestAgent | None]:
+    """Start a VM to the point where it runs commands.
+
+    One without a kernel boots from its disk, and is started when its domain is: there
+    is no agent of ours in it.
+
+    :param hypervisor: where its domain is defined.
+    :param spec: the domain, with all its disks and interfaces.
+    :param identity: who the VM is.
+    :param timeout: seconds for everything, the making of a saved state included.
+    :param warm: saved states to start from; None boots.
+    :param on_call: run as a task for each call that comes out of the guest.
+    :param log: file for the agent log.
+    :param on_domain_start: awaited when the domain runs, before its guest answers.
+    :raise BootError: it did not start; names the step, and everything is undone.
+    """
+    start = _Start(spec, identity, on_call, log, on_domain_start)
+    try:
+        async with asyncio.timeout(timeout):
+            return await start.run(hypervisor, warm, timeout)
+    except BaseException as error:
+        expected = isinstance(error, (HarnessError, TimeoutError, OSError, ValueError))
+        reason = await start.reason(error, timeout) if expected else ""
+        console = await to_its_end(start.undo())
+        if expected:
+            raise BootError(spec.name, start.step, reason, console) from error
+        raise
+
+
+class _Start:
+    """One start under way: what was done so far, to be undone."""
+
+    def __init__(
+        self,
+        spec: DomainSpec,
+        identity: Identity,
+        on_call: CallHandler | None,
+        agent_log: Path | None,
+        on_domain_start: Callable[[], Awaitable[None]] | None,
+    ) -> None:
+        self.step = "define its domain"
+        self._spec = spec
+        self._identity = identity
+        self._on_call = on_call
+        self._log = agent_log
+        self._on_domain_start = on_domain_start
+        self._domain: Domain | None = None
+        self._agent: GuestAgent | None = None
+
+    async def run(
+        self, hypervisor: Hypervisor, warm: WarmStarts | None, timeout: float
+    ) -> tuple[Domain, GuestAgent | None]:
+        end = asyncio.get_running_loop().time() + timeout
+        domain = self._domain = await hypervisor.define(self._spec)
+        agent = warm and await self._start_warm(domain, warm, end)
+        if not agent:
+            self.step = "start its domain"
+            await domain.start()
+            await self._announce()
+            if self._spec.kernel is None:
+                return domain, None
+            agent = await self._connect(domain, _left(end))
+        self.step = "enter its root"
+        # From now on programs run in there, and write to the console what they like.
+        domain.distrust_console()
+        await agent.enter(self._identity, timeout=_left(end))
+        return domain, agent
+
+    async def _start_warm(
+        self, domain: Domain, warm: WarmStarts, end: float
+    ) -> GuestAgent | None:
+        self.step = "find a saved state"
+        # Half of the time: a guest that never speaks is then booted where all can see.
+        state = await warm.state_for(self._spec, _left(end) / 2)
+        if state is None:
+            return None
+        self.step = "start from a saved state"
+        try:
+            await domain.start(saved_state=state)
+            await self._announce()
+            return await self._connect_and_attach(domain, _WARM_PART * _left(end))
+        except (SavedStateError, DeadlineError, GuestGoneError) as error:
+            _logger.warning("VM %s boots instead: %s", self._spec.name, error)
+            await domain.destroy()
+            await warm.discard(self._spec)
+            return None
+
+    async def _announce(self) -> None:
+        if self._on_domain_start is not None:
+            await self._on_domain_start()
+
+    async def _connect_and_attach(self, domain: Domain, limit: float) -> GuestAgent:
+        connecting = asyncio.ensure_future(self._connect(domain, limit))
+        try:
+            for disk in self._spec.disks:
+                await domain.attach_disk(disk)
+            for interface in self._spec.interfaces:
+                await domain.attach_interface(interface)
+        except BaseException:
+            connecting.cancel()
+            await asyncio.wait([connecting])
+            raise
+        return await connecting
+
+    async def _connect(self, domain: Domain, limit: float) -> GuestAgent:
+        self.step = "reach its agent"
+        self._agent = await GuestAgent.connect(
+            domain, timeout=limit, on_call=self._on_call, log=self._log
+        )
+        return self._agent
+
+    async def reason(self, error: BaseException, timeout: float) -> str:
+        """Return why it failed, for a sentence that names VM and step."""
+        if isinstance(error, DeadlineError):
+            return f"no {error.waited_for} within {error.timeout:.0f} s"
+        if isinstance(error, TimeoutError):
+            return f"not done within {timeout:.0f} s"
+        if isinstance(error, GuestGoneError):
+            return await self._why_gone(error)
+        if isinstance(error, OSError):
+            return system_reason(error)
+        return str(error).removeprefix(f"VM {self._spec.name}: ")
+
+    async def _why_gone(self, error: GuestGoneError) -> str:
+        """Tell a guest that ended from a connection that did."""
+        if self._domain is not None and not isinstance(error, ProtocolViolation):
+            with contextlib.suppress(HarnessError):
+                state = await self._domain.wait_stopped(_STOP_TIMEOUT)
+                return f"the guest {_ENDS.get(state, 'stopped')}"
+        return error.reason
+
+    async def undo(self) -> str:
+        """Undo what was done; return the end of the console."""
+        if self._agent is not None:
+            await self._agent.close()
+        if self._domain is None:
+            return ""
+        with contextlib.suppress(HarnessError):
+            await self._domain.destroy()
+        console = console_tail(self._domain)
+        with contextlib.suppress(HarnessError):
+            await self._domain.undefine()
+        return console
+
+
+def _left(end: float) -> float:
+    return max(0.1, end - asyncio.get_running_loop().time())

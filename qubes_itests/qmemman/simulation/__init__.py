@@ -1,0 +1,1 @@
+"""Simulated machines, and what happens to the memory on them."""

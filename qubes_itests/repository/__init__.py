@@ -1,0 +1,25 @@
+"""Apps: repositories that say what their tests need in a guest, and bring the tests.
+
+A repository declares templates in its setup.cfg or pyproject.toml (`read_specs`), of
+which `derive` makes layers over those that there are. Its plugin is installed into an
+environment of its own (`install`).
+"""
+
+from __future__ import annotations
+
+from qubes_itests.repository.derive import Derived, derive
+from qubes_itests.repository.environment import Environment, install
+from qubes_itests.repository.project import Project, find_projects
+from qubes_itests.repository.spec import TemplateSpec, read_spec_file, read_specs
+
+__all__ = [
+    "Derived",
+    "Environment",
+    "Project",
+    "TemplateSpec",
+    "derive",
+    "find_projects",
+    "install",
+    "read_spec_file",
+    "read_specs",
+]

@@ -1,0 +1,275 @@
+"""The templates that apps derive, offered beside those that there are."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.exc import HarnessError
+from qubes_itests.guest.exc import ImageError
+from qubes_itests.guest.image.layer import build_layers, fetch_packages
+from qubes_itests.hookspec import hookimpl
+from qubes_itests.host.exc import NoKernelError
+from qubes_itests.host.kernel import GENERIC, fetch, find_kernel
+from qubes_itests.repository import derive, read_spec_file, read_specs
+from qubes_itests.repository.exc import SpecError
+from qubes_itests.run.hooks import offers, registry
+from qubes_itests.run.result import Prepared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    import pluggy
+
+    from qubes_itests.core.policy.directory import PolicyFile
+    from qubes_itests.guest.image.template import Template
+    from qubes_itests.host.cache import Cache
+    from qubes_itests.host.kernel import Kernel
+    from qubes_itests.repository import Derived, TemplateSpec
+    from qubes_itests.run.settings import Settings
+
+__all__ = [
+    "AppTemplates",
+    "TemplateProblemError",
+    "Wishes",
+    "named_directories",
+    "plugins_for",
+    "policy_of",
+    "wishes_of",
+]
+
+_PLUGIN: Final = "apps"
+
+
+class TemplateProblemError(HarnessError):
+    """A template could not be made ready before the run; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the apps of a run say of templates.
+
+    :param specs: in the order of the apps, after those of files.
+    :param problems: for each app that says what makes no sense, what that is.
+    :param of_apps: for each other app what it says: its own specs, else those of files.
+    """
+
+    specs: tuple[TemplateSpec, ...] = ()
+    problems: Mapping[str, str] = field(default_factory=dict)
+    of_apps: Mapping[str, tuple[TemplateSpec, ...]] = field(default_factory=dict)
+
+    def templates(self, app: str) -> tuple[str, ...]:
+        """Return the names of the templates that an app's tests run on; () for any."""
+        return _names(self.of_apps[app])
+
+    def plugin(self, app: str) -> tuple[str, ...]:
+        """Return where an app says that its tests are; () for where they are found."""
+        return _each_once(spec.plugin for spec in self.of_apps[app])
+
+    def requires(self, app: str) -> tuple[str, ...]:
+        """Return what an app says that its tests need on this machine."""
+        return _each_once(spec.requires for spec in self.of_apps[app])
+
+    @property
+    def policy(self) -> tuple[PolicyFile, ...]:
+        """The files of policy, each once."""
+        return tuple(dict.fromkeys(f for spec in self.specs for f in spec.policy))
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """Names of the templates that are derived, each once."""
+        return _names(self.specs)
+
+    def run_on(self, default: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of all templates that tests run on.
+
+        :param default: for apps that want none in particular.
+        """
+        names = (self.templates(app) or default for app in self.of_apps)
+        return _each_once(names) or self.derived or tuple(default)
+
+
+def _each_once(lists: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word for words in lists for word in words))
+
+
+def _names(specs: Iterable[TemplateSpec]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(spec.name for spec in specs))
+
+
+def wishes_of(settings: Settings) -> Wishes:
+    """Read what the apps and the files that a run was told of say.
+
+    :raise SpecError: a file makes no sense; an app's problem is the app's.
+    """
+    named = named_directories(settings)
+    files = [
+        spec for path in settings.template_spec for spec in read_spec_file(path, named)
+    ]
+    specs, problems, of_apps = list(files), {}, {}
+    for app in settings.app:
+        try:
+            own = read_specs(app, named)
+            _check_policy(own, specs)
+        except SpecError as error:
+            problems[app.name] = str(error)
+        else:
+            specs += own
+            of_apps[app.name] = tuple(own or files)
+    return Wishes(tuple(specs), problems, of_apps)
+
+
+def named_directories(settings: Settings) -> dict[str, Path]:
+    """Return the directories that the words of an app may name, by their names."""
+    return {path.name: path for path in (*settings.app, *settings.repository)}
+
+
+def _check_policy(
+    specs: Iterable[TemplateSpec], others: Iterable[TemplateSpec]
+) -> None:
+    """Raise SpecError if two apps bring different files of policy by one name.
+
+    On a system with both they would be in each other's way, too.
+    """
+    taken = {
+        name: (path, spec)
+        for spec in others
+        for file in spec.policy
+        for name, path in file.parts()
+    }
+    for spec in specs:
+        for file in spec.policy:
+            for name, path in file.parts():
+                before, other = taken.get(name, (path, spec))
+                if before.read_bytes() != path.read_bytes():
+                    raise SpecError(
+                        spec.source,
+                        f"policy: {path.name} is another file than that of"
+                        f" {other.source}, and a run has one of a name",
+                    )
+
+
+def policy_of(settings: Settings) -> tuple[PolicyFile, ...]:
+    """Return the files of policy that hold for all tests of a run, the default aside.
+
+    Those of the settings come last, and so replace those of apps.
+    """
+    from qubes_itests.core.policy.directory import PolicyFile  # noqa: PLC0415
+
+    of_apps: tuple[PolicyFile, ...] = ()
+    if settings.app or settings.template_spec:
+        of_apps = wishes_of(settings).policy
+    return (*of_apps, *map(PolicyFile, settings.policy))
+
+
+def plugins_for(
+    settings: Settings, say: Callable[[str], None] = lambda _text: None
+) -> pluggy.PluginManager:
+    """Return all that offers templates and the like: bundled, installed, apps.
+
+    :param say: is told what is going on while a template is built.
+    """
+    plugins = registry()
+    if settings.app or settings.template_spec:
+        wanted = derive(wishes_of(settings).specs)
+        own = AppTemplates(wanted, plugins, settings.artifacts, say)
+        plugins.register(own, _PLUGIN)
+    return plugins
+
+
+class AppTemplates:
+    """Derives templates from those that other plugins offer.
+
+    :param wanted: what is derived, by name.
+    :param plugins: the others, as they are now.
+    :param logs: a directory for what the building of a template said when it failed.
+    :param say: is told what is going on.
+    """
+
+    def __init__(
+        self,
+        wanted: Mapping[str, Derived | SpecError],
+        plugins: pluggy.PluginManager,
+        logs: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        self._wanted = wanted
+        self._bases: Mapping[str, Any] = offers(plugins, "templates")
+        self._downloads: Mapping[str, Any] = offers(plugins, "downloads")
+        self._logs = logs
+        self._say = say
+
+    @hookimpl
+    def qubes_itests_templates(
+        self,
+    ) -> Mapping[str, Callable[[Cache, Kernel], Template]]:
+        """Return what builds them; without a network, if they were fetched."""
+        return {name: functools.partial(self._build, name) for name in self._wanted}
+
+    @hookimpl
+    def qubes_itests_downloads(
+        self,
+    ) -> Mapping[str, Callable[[Cache, Callable[[str], None]], object]]:
+        """Return what fetches their packages, and their bases'."""
+        return {name: functools.partial(self._fetch, name) for name in self._wanted}
+
+    def _derived(self, name: str) -> Derived:
+        wanted = self._wanted[name]
+        if isinstance(wanted, SpecError):
+            raise ImageError(f"template {name}", str(wanted))
+        if wanted.base not in self._bases:
+            known = ", ".join(self._bases)
+            raise ImageError(
+                f"template {name}",
+                f"there is no template {wanted.base!r} to lie over; there are: {known}",
+            )
+        return wanted
+
+    def _fetch(self, name: str, cache: Cache, say: Callable[[str], None]) -> None:
+        derived = self._derived(name)
+        if derived.base in self._downloads:
+            self._downloads[derived.base](cache, say)
+        if derived.kernel == GENERIC:
+            _fetch_generic(cache, say)
+        base = self._bases[derived.base](cache, find_kernel(cache))
+        self._archives(derived, base, cache, say)
+
+    def _archives(
+        self,
+        derived: Derived,
+        base: Template,
+        cache: Cache,
+        say: Callable[[str], None],
+    ) -> Path | None:
+        if not derived.packages:
+            return None
+        names = derived.packages
+        return fetch_packages(cache, derived.name, base.root_image, names, say)
+
+    def _build(self, name: str, cache: Cache, kernel: Kernel) -> Template:
+        if problem := Prepared.told().templates.get(name):
+            raise TemplateProblemError(problem)
+        derived = self._derived(name)
+        generic = find_kernel(cache, GENERIC) if derived.kernel == GENERIC else None
+        base: Template = self._bases[derived.base](cache, generic or kernel)
+        archives = self._archives(derived, base, cache, self._say)
+        layers = derived.layers(base.root_image, archives, generic)
+        log = self._logs / f"template-{name}.log"
+        return dataclasses.replace(
+            base,
+            name=name,
+            root_image=build_layers(cache, layers, log, self._say),
+            init=derived.init or base.init,
+        )
+
+
+def _fetch_generic(cache: Cache, say: Callable[[str], None]) -> None:
+    """Fetch the generic kernel unless there is one; a run does not ask for newer."""
+    try:
+        find_kernel(cache, GENERIC)
+    except NoKernelError:
+        say("fetching the generic kernel")
+        fetch(cache, GENERIC)

@@ -1,0 +1,123 @@
+"""What one run has: its directory, event loop and testbed, made when first needed."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from qubes_itests.exc import HarnessError
+from qubes_itests.host import sandbox
+from qubes_itests.host.cache import Cache
+
+if TYPE_CHECKING:
+    import asyncio
+    from pathlib import Path
+
+    import pluggy
+
+    from qubes_itests.portal import Portal
+    from qubes_itests.run.settings import Settings
+    from qubes_itests.run.testbed import Testbed
+
+__all__ = ["RunContext"]
+
+
+class RunContext:
+    """The parts of a run.
+
+    :param settings: its options.
+    :param plugins: who answers the hooks of `qubes_itests.hookspec`.
+    :param part: the directory of the run that this one is a part of, and a name in it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        plugins: pluggy.PluginManager,
+        part: tuple[Path, str] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.plugins = plugins
+        self._part = part
+        self._exit = ExitStack()
+        self._portal: Portal | None = None
+        self._testbed: Testbed | None = None
+
+    @functools.cached_property
+    def cache(self) -> Cache:
+        """What outlives the run."""
+        return Cache()
+
+    @functools.cached_property
+    def place(self) -> Path:
+        """A directory that goes with the run, as other sandboxes see it too.
+
+        :raise NoSandboxError: outside a sandbox.
+        """
+        from qubes_itests.host import rundir  # noqa: PLC0415
+
+        sandbox.require()
+        if self._part is not None:
+            return self._exit.enter_context(rundir.part(*self._part))
+        return self._exit.enter_context(rundir.RunDirectory(self.cache)).path
+
+    @functools.cached_property
+    def directory(self) -> Path:
+        """The same directory by a short name.
+
+        :raise NoSandboxError: outside a sandbox.
+        """
+        from qubes_itests.host.rundir import short_name  # noqa: PLC0415
+
+        return self._exit.enter_context(short_name(self.place))
+
+    @functools.cached_property
+    def portal(self) -> Portal:
+        """The thread with the event loop."""
+        from qubes_itests.portal import Portal  # noqa: PLC0415 - asyncio is 60 ms
+
+        self._portal = self._exit.enter_context(Portal())
+        return self._portal
+
+    @functools.cached_property
+    def testbed(self) -> Testbed:
+        """Hypervisor, pool and templates.
+
+        :raise EnvironmentNotReadyError: when the machine lacks something.
+        """
+        from qubes_itests.run.app_templates import policy_of  # noqa: PLC0415
+        from qubes_itests.run.testbed import open_testbed  # noqa: PLC0415
+
+        opened = open_testbed(
+            *(self.portal, self.cache, self.directory, self.settings, self.plugins),
+            policy=policy_of(self.settings),
+        )
+        self._testbed = self._exit.enter_context(opened)
+        return self._testbed
+
+    @property
+    def opened_testbed(self) -> Testbed | None:
+        """The testbed if the run has needed one so far."""
+        return self._testbed
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop if the run has needed one so far."""
+        return None if self._portal is None else self._portal.loop
+
+    def close(self) -> list[str]:
+        """Undo everything that was made, in reverse; a second call does nothing.
+
+        :return: what could not be undone, or had been left: a sentence each.
+        """
+        left: list[str] = []
+        if self._testbed is not None:
+            testbed, self._testbed = self._testbed, None
+            for app in testbed.apps:
+                left += testbed.portal.run(testbed.close_app(app))
+        try:
+            self._exit.close()
+        except (HarnessError, OSError) as error:
+            left.append(str(error))
+        return left

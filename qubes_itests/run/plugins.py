@@ -1,0 +1,104 @@
+"""The test plugins of this environment, with the ids of their tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import unittest
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from qubes_itests import import_alias
+from qubes_itests.discovery import GROUP, Plugin, Selection, discover
+from qubes_itests.discovery.result import Problem
+from qubes_itests.discovery.selection import TEMPLATES
+from qubes_itests.run.result import Prepared
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from qubes_itests.discovery import TestClass
+
+__all__ = ["PROBLEM", "named_plugins", "test_ids"]
+
+#: Name of the test that fails when something is wrong with a plugin itself.
+PROBLEM = "plugin"
+
+
+def named_plugins(templates: Sequence[str]) -> list[tuple[str, Plugin]]:
+    """Load the plugins that this environment includes.
+
+    An entry point's name may stand in both groups: ``NAME@once`` is then the one
+    whose tests do not depend on the template.
+
+    :param templates: for the classes that are run once per template.
+    :return: each with the name that the ids of its tests begin with.
+    """
+    import_alias.install()
+    # The settings know that variable already; what they say is final.
+    environment = {k: v for k, v in os.environ.items() if k != TEMPLATES}
+    plugins = _chosen(Selection.from_environment(environment, templates))
+    count = Counter(_node_name(plugin.name) for plugin in plugins)
+    taken: Counter[str] = Counter()
+    result = []
+    for plugin in plugins:
+        name = _node_name(plugin.name)
+        if count[name] > 1 and plugin.group == GROUP:
+            name += "@once"
+        taken[name] += 1
+        # Two distributions may use one name; who lists them sees it and renames one.
+        result.append((name + "+" * (taken[name] - 1), plugin))
+    return result
+
+
+def _chosen(selection: Selection) -> list[Plugin]:
+    """Return the plugins of a selection; of apps theirs, if there are apps."""
+    prepared = Prepared.told()
+    if prepared.entries is None:
+        return discover(selection)
+    if selection.include is None:
+        only = frozenset(prepared.entries)
+        selection = dataclasses.replace(selection, include=only)
+    found = discover(selection) if selection.include else []
+    found = [_limited(p, prepared.entries.get(p.name)) for p in found]
+    broken = (
+        Plugin(name=app, group=GROUP, problems=(Problem(text),))
+        for app, text in prepared.apps.items()
+    )
+    return [*found, *broken]
+
+
+def _limited(plugin: Plugin, templates: tuple[str, ...] | None) -> Plugin:
+    """Return a plugin without the classes for templates that its app does not want."""
+    classes = tuple(
+        entry
+        for entry in plugin.classes
+        if None in (templates, entry.template) or entry.template in (templates or ())
+    )
+    return dataclasses.replace(plugin, classes=classes)
+
+
+def test_ids(name: str, plugin: Plugin) -> Iterator[tuple[str, str | None]]:
+    """Yield the ids of a plugin's tests, each with its template.
+
+    :param name: what the ids begin with.
+    """
+    if plugin.problems:
+        yield f"{name}::{PROBLEM}", None
+    for entry in plugin.classes:
+        for method in _methods(entry):
+            yield f"{name}::{entry.name}::{method}", entry.template
+
+
+def _methods(entry: TestClass) -> list[str]:
+    cls = entry.cls
+    if inspect.isabstract(cls) or not getattr(cls, "__test__", True):
+        return []
+    found = unittest.TestLoader().getTestCaseNames(cls)
+    return [name for name in found if getattr(getattr(cls, name), "__test__", True)]
+
+
+def _node_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.@+-]", "_", name) or "_"

@@ -1,0 +1,241 @@
+"""What is made ready before a run: afterwards there is no network.
+
+Templates are fetched and built, apps installed. What concerns one app or one derived
+template alone is no end of the run: its tests fail, and say why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Final
+
+from qubes_itests.run.result import Prepared
+from qubes_itests.run.settings import ConfigurationError, own_timeout
+from qubes_itests.untrusted_text import safe_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from qubes_itests.host.cache import Cache
+    from qubes_itests.repository import Environment
+    from qubes_itests.run.app_templates import Wishes
+    from qubes_itests.run.settings import Settings
+
+__all__ = ["build_templates", "prepare", "prepare_apps", "prepare_listing"]
+
+#: Seconds between two lines where there is no terminal.
+_PLAIN_INTERVAL: Final = 10.0
+_WIDTH: Final = 78
+
+
+def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
+    """Make ready what the run needs, and tell it by the environment.
+
+    Blocking; what goes on is told on standard error. What is there already takes a
+    few milliseconds.
+
+    :param names: of templates; by default those of the settings, or of the apps.
+    :raise EnvironmentNotReadyError: a template that no app derives cannot be fetched.
+    :raise ImageError: such a one does not build.
+    """
+    if not (settings.app or settings.template_spec):
+        build_templates(settings, names or settings.templates)
+        return
+    from qubes_itests.run.app_templates import wishes_of  # noqa: PLC0415 - only if it is used
+
+    wishes = wishes_of(settings)
+    run_on = wishes.run_on(settings.templates)
+    if not settings.template:
+        os.environ["QUBES_ITESTS_TEMPLATE"] = " ".join(run_on)
+    names = names or settings.template or run_on
+    problems = build_templates(settings, names, derived=set(wishes.derived))
+    prepared = prepare_apps(settings, wishes)
+    words = tuple(word for pair in _told_again(settings) for word in pair)
+    dataclasses.replace(prepared, templates=problems, words=words).tell()
+
+
+def _told_again(settings: Settings) -> Iterable[tuple[str, str]]:
+    """Yield the options without which a run of apps cannot be repeated."""
+    for option in (
+        "app",
+        "template_spec",
+        "plugin",
+        "requires",
+        "repository",
+        "policy",
+    ):
+        for value in getattr(settings, option):
+            yield f"--{option.replace('_', '-')}", str(value)
+
+
+def prepare_listing(settings: Settings) -> Settings:
+    """Install the tests of apps; return the settings with which they are to be seen."""
+    from qubes_itests.run.app_templates import wishes_of  # noqa: PLC0415 - only if it is used
+
+    wishes = wishes_of(settings)
+    prepare_apps(settings, wishes)
+    template = settings.template or wishes.run_on(settings.templates)
+    return dataclasses.replace(settings, template=template)
+
+
+def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
+    """Install the tests of the apps, and have this process and its children find them.
+
+    :param wishes: what the apps say.
+    """
+    if not settings.app:
+        return Prepared()
+    from qubes_itests.host.cache import Cache  # noqa: PLC0415
+    from qubes_itests.host.sandbox import interruptible  # noqa: PLC0415
+    from qubes_itests.repository.exc import InstallError  # noqa: PLC0415
+
+    cache, found, wrong = Cache(), [], dict(wishes.problems)
+    timeouts: dict[str, float] = {}
+    for app in settings.app:
+        if not app.is_dir():
+            raise ConfigurationError("--app", f"there is no directory {app}")
+        if app.name not in wrong:
+            try:
+                with interruptible():
+                    installed = _install(cache, app, settings, wishes)
+                if (limit := own_timeout(app)) is not None:
+                    timeouts |= dict.fromkeys(installed.entries, limit)
+                found.append(installed)
+            except (InstallError, ConfigurationError, ValueError, OSError) as error:
+                wrong[app.name] = str(error)
+        if app.name in wrong:
+            # a selection of tests may leave out the one that fails because of it
+            first = safe_text(wrong[app.name].partition("\n")[0])
+            sys.stderr.write(f"app {safe_text(app.name)}: {first}\n")
+    _use(environment.packages for environment in found)
+    entries: dict[str, tuple[str, ...]] = {}
+    for environment in found:
+        own = () if settings.template else wishes.templates(environment.app.name)
+        for name in environment.entries:
+            entries[name] = (*entries.get(name, ()), *(own or settings.templates))
+    prepared = Prepared(entries, wrong, timeouts=timeouts)
+    prepared.tell()
+    return prepared
+
+
+def _install(
+    cache: Cache, app: Path, settings: Settings, wishes: Wishes
+) -> Environment:
+    from qubes_itests.repository import find_projects, install  # noqa: PLC0415
+    from qubes_itests.repository.neighbours import Repositories  # noqa: PLC0415
+    from qubes_itests.repository.requirements import Requirements  # noqa: PLC0415
+    from qubes_itests.run.app_templates import named_directories  # noqa: PLC0415
+
+    progress = _Progress()
+    progress.begin(f"app {app.name}")
+    try:
+        projects = find_projects(app, settings.plugin or wishes.plugin(app.name))
+        words = (*wishes.requires(app.name), *settings.requires)
+        requires = Requirements.sort(
+            words, Repositories(app, named_directories(settings))
+        )
+        made = install(cache, app, projects, progress.say, requires)
+        progress.good = True
+        return made
+    finally:
+        progress.end()
+
+
+def _use(paths: Iterable[Path]) -> None:
+    """Add directories to the path of imports, here and in what we start."""
+    new = [str(path) for path in paths]
+    sys.path[:0] = new
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*new, *([before] if before else [])])
+
+
+def build_templates(
+    settings: Settings, names: Sequence[str], derived: Iterable[str] = ()
+) -> dict[str, str]:
+    """Fetch and build those templates that need a network or another template.
+
+    :param names: unknown ones are left to who uses them.
+    :param derived: names of those whose failure is no end of the run.
+    :return: why those could not be built, by name.
+    """
+    if set(names) <= {"tiny"} - set(derived):
+        return {}  # the usual case need not load what follows
+    from qubes_itests.guest.exc import ImageError  # noqa: PLC0415
+    from qubes_itests.host.cache import Cache  # noqa: PLC0415
+    from qubes_itests.host.kernel import find_kernel  # noqa: PLC0415
+    from qubes_itests.host.sandbox import interruptible  # noqa: PLC0415
+    from qubes_itests.run.app_templates import plugins_for  # noqa: PLC0415
+    from qubes_itests.run.hooks import offers  # noqa: PLC0415
+
+    cache, problems, progress = Cache(), {}, _Progress()
+    plugins = plugins_for(settings, progress.say)
+    downloads, builds = offers(plugins, "downloads"), offers(plugins, "templates")
+    for name in names:
+        if name not in downloads:
+            continue
+        progress.begin(f"template {name}")
+        try:
+            with interruptible():
+                downloads[name](cache, progress.say)
+                progress.say("making its image", quiet=True)
+                builds[name](cache, find_kernel(cache))
+        except ImageError as error:
+            if name not in derived:
+                raise
+            problems[name] = str(error)
+        else:
+            progress.good = True
+        finally:
+            progress.end()
+    return problems
+
+
+class _Progress:
+    """One line that changes on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self.begin("")
+
+    def begin(self, what: str) -> None:
+        """Begin with something else.
+
+        :param what: a noun phrase.
+        """
+        self._what = what
+        self._begin = time.monotonic()
+        self._last = float("-inf")
+        self._drawn = False
+        #: Whether it has come to a good end.
+        self.good = False
+
+    def say(self, phrase: str, *, quiet: bool = False) -> None:
+        """Show what goes on.
+
+        :param quiet: show it only if something was shown before.
+        """
+        now = time.monotonic()
+        if quiet and not self._drawn:
+            return
+        if not self._terminal and now - self._last < _PLAIN_INTERVAL:
+            return
+        self._last, self._drawn = now, True
+        seconds = now - self._begin
+        line = f"{self._what}: {phrase} ({seconds:.0f} s)"
+        if self._terminal:
+            sys.stderr.write(f"\r{line[:_WIDTH]}\033[K")
+        else:
+            sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Leave a line that says how long it took, if there was something to see."""
+        if self._drawn:
+            start = "\r\033[K" if self._terminal else ""
+            seconds = time.monotonic() - self._begin
+            how = "ready in" if self.good else "failed after"
+            sys.stderr.write(f"{start}{self._what}: {how} {seconds:.0f} s\n")

@@ -1,0 +1,142 @@
+"""Test classes for each template, and what decides whether a test can run.
+
+For suites that make their classes themselves, as those of Qubes OS's core do.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import unittest
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from types import ModuleType
+
+__all__ = [
+    "create_testcases_for_templates",
+    "expectedFailureIfTemplate",
+    "expects_failure",
+    "in_dom0",
+    "list_templates",
+    "maybe_create_testcases_on_import",
+    "skipIfTemplate",
+    "skipUnlessDom0",
+    "skipUnlessEnv",
+    "skipUnlessGit",
+    "skipped_template",
+]
+
+#: Here tests always have the part of dom0.
+in_dom0: Final = True
+
+#: Names of templates; set while plugins load.
+_TEMPLATES: Final = "QUBES_TEST_TEMPLATES"
+
+
+def list_templates() -> tuple[str, ...]:
+    """Return the names of the templates that the run is about.
+
+    :raise NoTestbedError: outside a run, unless QUBES_TEST_TEMPLATES names them.
+    """
+    if named := os.environ.get(_TEMPLATES, "").split():
+        return tuple(dict.fromkeys(named))
+    from qubes_itests.run import testbed  # noqa: PLC0415 - `list` has no need of it
+
+    return testbed.current().run_templates
+
+
+def create_testcases_for_templates(
+    name: str, *bases: type, module: ModuleType, **attributes: Any
+) -> Iterator[str]:
+    """Make a class per template, in a module; one that is there already stays.
+
+    Suites do this twice: on import, and when they are asked for their tests.
+
+    :param name: what the classes are called; ``_TEMPLATE`` is added.
+    :param bases: their base classes.
+    :param module: that they become part of.
+    :param attributes: that they have beside `template`.
+    :return: yields their full names, as `unittest.TestLoader.loadTestsFromNames` takes.
+    """
+    for template in list_templates():
+        full = f"{name}_{template}"
+        if not hasattr(module, full):
+            body = {"template": template, "__module__": module.__name__, **attributes}
+            setattr(module, full, type(full, bases, body))
+        yield f"{module.__name__}.{full}"
+
+
+def maybe_create_testcases_on_import(create: Callable[[], Iterable[str]]) -> None:
+    """Call a function that makes classes when the templates are known already."""
+    if os.environ.get(_TEMPLATES) or os.environ.get("QUBES_TEST_LOAD_ALL"):
+        list(create())
+
+
+def skipIfTemplate(*templates: str) -> Callable[[Any], Any]:  # noqa: N802 - as in Qubes OS
+    """Return a decorator that skips a test, or a class, on some templates.
+
+    :param templates: parts of their names.
+    """
+
+    def mark(test_item: Any) -> Any:
+        test_item.skipped_templates = templates
+        return test_item
+
+    return mark
+
+
+def expectedFailureIfTemplate(  # noqa: N802 - as in Qubes OS
+    templates: str | Iterable[str],
+) -> Callable[[Any], Any]:
+    """Return a decorator that expects a test to fail on some templates.
+
+    :param templates: a text, or several; a template whose name is in one is meant.
+    """
+
+    def mark(test_item: Any) -> Any:
+        named = [templates] if isinstance(templates, str) else list(templates)
+        test_item.failing_templates = named
+        return test_item
+
+    return mark
+
+
+def skipped_template(case: Any, method: Any) -> str | None:
+    """Return what `skipIfTemplate` said of a test, if its template is such a one."""
+    named = (
+        *getattr(case, "skipped_templates", ()),
+        *getattr(method, "skipped_templates", ()),
+    )
+    return next((part for part in named if part in (case.template or "")), None)
+
+
+def expects_failure(case: Any, method: Any) -> bool:
+    """Tell whether `expectedFailureIfTemplate` said so of a test and its template."""
+    named = getattr(method, "failing_templates", ())
+    return case.template is not None and any(case.template in text for text in named)
+
+
+def skipUnlessDom0(test_item: Any) -> Any:  # noqa: N802 - as in Qubes OS
+    """Return the test as it is: everything that dom0 has to have is here."""
+    return unittest.skipUnless(in_dom0, "outside dom0")(test_item)
+
+
+def skipUnlessGit(test_item: Any) -> Any:  # noqa: N802 - as in Qubes OS
+    """Skip the test outside a git working tree."""
+    return unittest.skipUnless(_in_git(), "outside a git working tree")(test_item)
+
+
+def skipUnlessEnv(varname: str) -> Callable[[Any], Any]:  # noqa: N802 - as in Qubes OS
+    """Return a decorator that skips tests where a variable is not set, or empty."""
+    return unittest.skipUnless(os.environ.get(varname), f"{varname} is not set")
+
+
+def _in_git() -> bool:
+    command = ["git", "rev-parse", "--is-inside-work-tree"]  # where the run began
+    try:
+        found = subprocess.run(command, capture_output=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return found.stdout.strip() == b"true"
