@@ -232,6 +232,18 @@ class VolumeMachine(RuleBasedStateMachine):
         if not model.importing:
             model.started, model.dirty, model.origin = False, None, None
 
+    @rule(name=names, content=contents, times=st.integers(1, 3))
+    def use(self, name, content, times):
+        """Use a volume from start to stop; single steps seldom get there."""
+        if self.model[name].committed is None:
+            self.create(name)
+        for time in range(times):
+            self.start(name)
+            self.write(name, content ^ time)
+            self.stop(name)
+            # now, for the number of an inode may come back with the next commit
+            self.volumes_agree_with_their_models()
+
     # contents
 
     @rule(name=names, keep=keeps)

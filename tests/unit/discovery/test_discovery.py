@@ -312,7 +312,7 @@ def test_a_plugin_may_make_its_classes_per_template_itself(install, monkeypatch)
         """
         import sys
         import unittest
-        from qubes_itests.compat_core2 import create_testcases_for_templates
+        from qubes_itests.testcase import create_testcases_for_templates
 
         class Mixin:
             def test_one(self):

@@ -49,11 +49,11 @@ def test_the_classes_are_our_own():
     from qubes.ext import Extension, handler
     from qubes.vm import BaseVM
 
-    from qubes_itests import compat_core2
+    from qubes_itests import testcase
     from qubes_itests.core import app, exc, ext
     from qubes_itests.core.vm import appvm, base
 
-    assert qubes.tests.extra.ExtraTestCase is compat_core2.ExtraTestCase
+    assert qubes.tests.extra.ExtraTestCase is testcase.ExtraTestCase
     assert qubes.vm.appvm.AppVM is appvm.AppVM
     assert qubes.exc.QubesException is exc.QubesException
     assert (Qubes, BaseVM) == (app.Qubes, base.BaseVM)
