@@ -29,6 +29,7 @@ from qubes_itests.core.vm.appvm import AppVM
 from qubes_itests.core.vm.autostart import start_autostart
 from qubes_itests.core.vm.cloning import clone_vm
 from qubes_itests.core.vm.dispvm import DispVM
+from qubes_itests.core.vm.features_request import CoreFeatures, request_features
 from qubes_itests.core.vm.making import making
 from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.core.vm.remotevm import RemoteVM
@@ -200,10 +201,13 @@ class Qubes(PoolsMixin):
         self.volumes_going: set[tuple[str, str]] = set()
         self.policy = Policy(directory=directory / "policy.d")
         #: Services of dom0 that VMs may call, by name.
-        self.host_services: dict[str, HostService] = {}
+        self.host_services: dict[str, HostService] = {
+            "qubes.FeaturesRequest": request_features
+        }
         #: What went wrong where nobody was there to be told; empty if all is well.
         self.problems: list[str] = []
         BlockDeviceExtension()
+        CoreFeatures()
         Rules()
         self.domains = VMCollection(self)
         self.domains.add(AdminVM(self))

@@ -13,6 +13,7 @@ from qubes_itests.host.packages import find_program
 
 __all__ = [
     "AGENT_LINKS",
+    "SHARED",
     "TOOLS",
     "fill_rootfs",
     "find_tool",
@@ -114,6 +115,16 @@ _SCRIPTS: Final = {
         'done\nexec "$@"\n'
     ),
 }
+_DEBIAN: Final = Path(__file__).parent / "debian" / "root"
+#: Programs that guests of Debian have as well.
+SHARED: Final = tuple(
+    _DEBIAN / name
+    for name in (
+        "etc/qubes-rpc/qubes.PostInstall",
+        "etc/qubes/post-install.d/90-qubes.sh",
+        "usr/bin/qvm-features-request",
+    )
+)
 #: Applets that the agent or a script above takes the place of.
 _NOT_APPLETS: Final = frozenset({"busybox", "init", "linuxrc", "sulogin"})
 
@@ -168,6 +179,9 @@ def fill_rootfs(directory: Path, agent: Path) -> None:
         write_file(directory / name, text.encode(), 0o644)
     for name, text in _SCRIPTS.items():
         write_file(directory / name, b"#!/bin/sh\n" + text.encode(), 0o755)
+    for path in SHARED:
+        place = path.relative_to(_DEBIAN)
+        write_file(directory / place, path.read_bytes(), 0o755)
     write_file(directory / "usr/lib/qubes/agent", agent.read_bytes(), 0o755)
     for name in ("busybox", *TOOLS):
         _copy_program(find_tool(name), directory)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from qubes_itests.guest.exc import ImageError
 from qubes_itests.guest.image.ext4 import make_root_image, root_directory
 from qubes_itests.guest.image.initramfs import build_initramfs
-from qubes_itests.guest.image.rootfs import TOOLS, fill_rootfs, find_tool
+from qubes_itests.guest.image.rootfs import SHARED, TOOLS, fill_rootfs, find_tool
 from qubes_itests.guest.image.template import Template
 from qubes_itests.host.cache import Cache, digest
 from qubes_itests.host.command import CommandError, run
@@ -41,6 +41,7 @@ def build_tiny(cache: Cache, kernel: Kernel) -> Template:
         agent,
         *(find_tool(name) for name in ("busybox", *TOOLS)),
         *(_HERE / f"{name}.py" for name in _BUILDERS),
+        *SHARED,
     )
     place = cache.entry("tiny", key, lambda where: _build(where, agent))
     return Template(

@@ -334,3 +334,30 @@ def test_what_cannot_serve_in_dom0_is_refused(dom0, pair, run):
     (dom0 / "test.Folder").symlink_to("/")
     for name, status in {"NoProgram": 126, "Folder": 127, "None": 127}.items():
         assert call(run, pair[0], f"qrexec-client-vm dom0 test.{name}")[0] == status
+
+
+def test_features_that_a_guest_asks_for(app, run, sh):
+    """By what packages do after an installation; what no feature may be is refused."""
+    vm = app.add_new_vm("StandaloneVM", name="alone", label="red", kernel="tiny")
+    run(vm.clone_disk_files(app.domains["tiny"]))
+    told, saved = [], []
+    vm.add_handler("features-request", lambda *_, **kwargs: told.append(kwargs))
+    app.add_handler("app-saved", lambda *_, **__: saved.append(1))
+    run(vm.start())
+    script = "/etc/qubes/post-install.d/50-test.sh"
+    line = 'qvm-features-request boot-mode.kernelopts.one="a=b c" supported-rpc.x.Y=1'
+    sh(vm, f"printf '#!/bin/sh\\n%s\\n' '{line}' > {script}; chmod +x {script}")
+    run(vm.run_service_for_stdio("qubes.PostInstall", user="root"))
+    asked = {"boot-mode.kernelopts.one": "a=b c", "supported-rpc.x.Y": "1"}
+    (features,) = (one.pop("untrusted_features") for one in told)
+    assert features.items() >= asked.items()
+    assert (told, bool(saved)) == ([{}], True)
+    assert dict(vm.features).items() >= asked.items() | {
+        ("qrexec", "1"),
+        ("os", "Linux"),
+    }
+    sh(vm, "qvm-features-request boot-mode.active=one 'other=$(id)'")
+    command = "qvm-features-request --commit; echo $?"
+    assert sh(vm, command, user="user") == "1"
+    assert len(told) == 1
+    assert "boot-mode.active" not in vm.features

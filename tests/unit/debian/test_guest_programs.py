@@ -529,3 +529,39 @@ def test_applications_are_listed_as_menus_want_them(tmp_path, persistence):
         "sub-app.desktop:Exec=qubes-desktop-run sub-app.desktop\n\n"
     )
     assert done.stdout.decode() == (shown if persistence == "full" else "")
+
+
+def ask_for_features(directory, *words):
+    """Run the program, and return its status and the commands that it has run."""
+    for name in ("qubesdb-write", "qrexec-client-vm"):
+        program = directory / name
+        program.write_text(f'#!/bin/sh\necho "{name} $*" >> {directory}/log\n')
+        program.chmod(0o755)
+    (directory / "log").touch()
+    path = {"PATH": f"{directory}:{os.environ['PATH']}"}
+    done = guest_scripts.run("usr/bin/qvm-features-request", words, b"", path)
+    return done.returncode, (directory / "log").read_text().splitlines()
+
+
+def test_features_are_noted_and_asked_for_when_that_is_said(tmp_path):
+    noted = ["qubesdb-write -- /features-request/a.b x=y z"]
+    assert ask_for_features(tmp_path, "a.b=x=y z") == (0, noted)
+    noted += ["qubesdb-write -- /features-request/c "]
+    noted += ["qrexec-client-vm dom0 qubes.FeaturesRequest"]
+    assert ask_for_features(tmp_path, "--commit", "c=") == (0, noted)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "commands"),
+    [
+        (["a=1", "b"], 2, 0),
+        (["a=1", "=b"], 2, 0),
+        (["a=1", "--none"], 2, 0),
+        (["--help"], 0, 0),
+        (["n" * 50 + "=1", "a=1", "--commit"], 1, 2),
+    ],
+)
+def test_what_cannot_be_asked_for_is_told(tmp_path, words, status, commands):
+    """What is misused does nothing; a name that is too long is left out."""
+    done, log = ask_for_features(tmp_path, *words)
+    assert (done, len(log)) == (status, commands)

@@ -62,7 +62,10 @@ LINKS: Final = {
         )
     },
 }
-_EXECUTABLE: Final = ("etc/qubes-rpc", "usr/bin", "usr/lib/qubes", "usr/sbin")
+_EXECUTABLE: Final = (
+    *("etc/qubes-rpc", "etc/qubes/post-install.d"),
+    *("usr/bin", "usr/lib/qubes", "usr/sbin"),
+)
 _DIRECTORIES: Final = (
     *("dev", "proc", "sys", "run", "rw", "home/user", "usr/lib/qubes"),
     # whose files are names of users whose sessions begin with the system
