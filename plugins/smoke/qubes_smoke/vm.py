@@ -246,7 +246,8 @@ class TC_30_Disposable(SmokeTestCase):
                 self.assertEqual(process.returncode, 0, stderr)
                 self.assertRegex(stdout.decode(), "^disp[0-9]+\n$")
                 self.wait_gone()
-            self.assertEqual(self.call(target).wait(), 126)
+            with self.qrexec_policy("qubes.VMShell", self.vm, target, allow=False):
+                self.assertEqual(self.call(target).wait(), 126)
 
     def test_010_no_default(self):
         self.app.default_dispvm = None
