@@ -7,10 +7,12 @@ import contextlib
 from typing import TYPE_CHECKING, Final, Generic, Self, TypeVar
 
 from qubes_itests.exc import DeadlineError
+from qubes_itests.qmemman import plot, timeline
 from qubes_itests.qmemman.balancer import Balancer
 from qubes_itests.qmemman.budget import MemoryBudget
 from qubes_itests.qmemman.client import Client
 from qubes_itests.qmemman.contract import MemoryBackend
+from qubes_itests.qmemman.exc import TimelineError
 from qubes_itests.qmemman.policy import DEFAULT_POLICY, Policy
 from qubes_itests.qmemman.server import Server
 from qubes_itests.qmemman.sizes import MIB, mib
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from qubes_itests.hypervisor.contract import Domain
     from qubes_itests.qmemman.state import DomainMemory
 
-__all__ = ["AppMemory", "counts", "machine"]
+__all__ = ["AppMemory", "counts", "machine", "timeline_files"]
 
 AnyBackend = TypeVar("AnyBackend", bound=MemoryBackend)
 
@@ -151,3 +153,18 @@ class AppMemory(Generic[AnyBackend]):
                 + "".join(f", {mark}" for mark in said)
             )
         return "\n".join(lines)
+
+
+def timeline_files(app: Qubes, limit: int) -> dict[str, bytes]:
+    """Return the timeline of an app's memory and its picture, by their file names.
+
+    Nothing where there is no timeline, or one that cannot be read.
+
+    :param limit: bytes of the timeline's end that count.
+    """
+    path, files = app.directory / TIMELINE, dict[str, bytes]()
+    with contextlib.suppress(OSError, TimelineError):
+        files[path.name] = timeline.tail(path, limit)
+        picture = plot.draw(timeline.read(path, limit))
+        files[f"{path.stem}.svg"] = picture.encode()
+    return files

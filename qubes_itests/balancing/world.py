@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from qubes_itests.balancing.app_memory import AppMemory
+    from qubes_itests.balancing.balloons import LibvirtMemory
     from qubes_itests.core.app import Qubes
-    from qubes_itests.hypervisor.balloons import LibvirtMemory
 
 __all__ = ["VMWorld", "oom_killed"]
 

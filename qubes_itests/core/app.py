@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from qubes_itests.core.qrexec import HostService
     from qubes_itests.core.store.journal import Journal
     from qubes_itests.core.vm.base import BaseVM
+    from qubes_itests.core.vm.start_memory import MemorySource
     from qubes_itests.guest.image.template import Template
     from qubes_itests.guest.start.warm import WarmStarts
     from qubes_itests.hypervisor.contract import Hypervisor
-    from qubes_itests.qmemman.client import Client
     from qubes_storage.pool import Pool
 
 __all__ = ["VM_CLASSES", "Qubes"]
@@ -196,7 +196,7 @@ class Qubes(PoolsMixin):
         self.host = QubesHost()
         self.vmm = VMMConnection(hypervisor)
         #: Asked for memory by each start; None where memory is not balanced.
-        self.qmemman: Client | None = None
+        self.qmemman: MemorySource | None = None
         self.pools: dict[str, Pool] = {}
         self.volumes_going: set[tuple[str, str]] = set()
         self.policy = Policy(directory=directory / "policy.d")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qubes_itests.balancing.app_memory import timeline_files
 from qubes_itests.pytest_plugin.worker import is_remote
 from qubes_itests.report import failures
-from qubes_itests.report.artifacts import Artifacts
+from qubes_itests.report.artifacts import LOG_LIMIT, Artifacts
 from qubes_itests.report.failures import Failure
 from qubes_itests.report.guest_logs import GuestLogs, panic_words
 from qubes_itests.report.safe_report import make_safe
@@ -107,7 +108,7 @@ class FailureWatch:
             return
         test = report.nodeid
         # From another machine they come with the report.
-        self._artifacts.unpack(test, vars(report).pop(_FILES, {}))
+        self._artifacts.add(test, vars(report).pop(_FILES, {}))
         self._artifacts.text(test, "failure.txt", report.longreprtext)
         self._keep_logs(test)
         if is_remote(self._config):
@@ -158,6 +159,8 @@ class FailureWatch:
             return
         self._seen = item.nodeid
         self._artifacts.collect(item.nodeid, testbed, self._context.plugins.hook)
+        for app in testbed.apps:
+            self._artifacts.add(item.nodeid, timeline_files(app, LOG_LIMIT))
         self._keep_logs(item.nodeid)
         if self._settings.keep is not Keep.NEVER:
             self._artifacts.keep_disks(item.nodeid, testbed)

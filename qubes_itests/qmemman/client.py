@@ -10,38 +10,15 @@ from typing import TYPE_CHECKING
 from qubes_itests.exc import DeadlineError
 from qubes_itests.qmemman import protocol
 from qubes_itests.qmemman.exc import MemoryRefusedError, UnavailableError
-from qubes_itests.qmemman.sizes import KIB, MIB
+from qubes_itests.qmemman.sizes import MIB
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-__all__ = ["Client", "memory_for_start"]
+__all__ = ["Client"]
 
 _LONGEST_STATUS = 64 * MIB
-_BASE_OVERHEAD = 4 * MIB
-_VCPU_OVERHEAD = 3 * MIB // 2
-#: Bytes of page tables per MiB of maximum memory, where the guest has its own.
-_TABLES = 8 * KIB
-
-
-def memory_for_start(
-    memory: int, *, vcpus: int, maxmem: int = 0, virt_mode: str = "pvh"
-) -> int:
-    """Return what a VM's start asks for, in bytes.
-
-    Its initial memory counts, not `maxmem`: what is populated on demand is the
-    hypervisor's affair.
-
-    :param memory: initial memory, MiB.
-    :param vcpus: number of virtual CPUs.
-    :param maxmem: what it may grow to, MiB; 0 when it is not balanced.
-    :param virt_mode: ``pvh``, ``hvm`` or ``pv``.
-    """
-    overhead = _BASE_OVERHEAD + vcpus * _VCPU_OVERHEAD
-    if virt_mode != "pv":
-        overhead += max(memory, maxmem) * _TABLES
-    return memory * MIB + overhead
 
 
 class Client:

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qubes_itests.host.command import run
-from qubes_itests.qmemman import plot, timeline
-from qubes_itests.qmemman.exc import TimelineError
 from qubes_itests.report.journal import read_journal
 from qubes_itests.report.names import file_name
 from qubes_itests.untrusted_text import safe_text
@@ -26,10 +24,10 @@ if TYPE_CHECKING:
 
     from qubes_itests.run.testbed import Testbed
 
-__all__ = ["Artifacts", "tail"]
+__all__ = ["LOG_LIMIT", "Artifacts", "tail"]
 
 #: Bytes of one log that are kept: its end, where the cause is.
-_LOG_LIMIT = 1 << 20
+LOG_LIMIT = 1 << 20
 _TREE_LIMIT = 2000
 _COPY_TIMEOUT = 300.0
 
@@ -60,7 +58,7 @@ class Artifacts:
 
     def text(self, test: str, name: str, text: str) -> None:
         """Keep a text, or its end if it is long."""
-        self._write_safe(test, name, text.encode("utf-8", "replace")[-_LOG_LIMIT:])
+        self._write_safe(test, name, text.encode("utf-8", "replace")[-LOG_LIMIT:])
 
     def collect(self, test: str, testbed: Testbed, hook: pluggy.HookRelay) -> None:
         """Keep what is to be seen of the VMs of a test, while they are there.
@@ -74,7 +72,6 @@ class Artifacts:
                     if journal := read_journal(testbed.portal, vm):
                         name = f"{file_name(vm.name)}.journal.txt"
                         self._write_safe(test, name, journal)
-            self._collect_memory(test, app.directory / timeline.TIMELINE)
         if testbed.apps:
             tree = "\n".join(_tree(testbed.parts.pool_directory))
             self.text(test, "storage-tree.txt", tree + "\n")
@@ -94,21 +91,21 @@ class Artifacts:
         for path in logs:
             name = f"{file_name(path.parent.name)}.{file_name(path.stem)}.log"
             with contextlib.suppress(OSError):
-                self._write_safe(test, name, tail(path, _LOG_LIMIT))
+                self._write_safe(test, name, tail(path, LOG_LIMIT))
 
     def pack(self, test: str) -> dict[str, bytes]:
         """Return what a test left, by name, and drop it here; disks stay."""
         directory = self.directory(test)
         paths = [path for path in directory.iterdir() if path.is_file()]
-        files = {path.name: tail(path, _LOG_LIMIT) for path in paths}
+        files = {path.name: tail(path, LOG_LIMIT) for path in paths}
         for path in paths:
             path.unlink()
         with contextlib.suppress(OSError):  # disks
             directory.rmdir()
         return files
 
-    def unpack(self, test: str, files: Mapping[str, bytes]) -> None:
-        """Keep what `pack` returned elsewhere."""
+    def add(self, test: str, files: Mapping[str, bytes]) -> None:
+        """Keep more files, by name: what `pack` returned elsewhere, for one."""
         for name, data in files.items():
             self._write(test, Path(name).name, data)
 
@@ -119,13 +116,6 @@ class Artifacts:
         directory = self.directory(test)
         directory.mkdir(parents=True, exist_ok=True)
         hook.qubes_itests_artifacts(test=test, vm=vm, directory=directory)
-
-    def _collect_memory(self, test: str, path: Path) -> None:
-        """Keep a timeline of qmemman, if there is one, and draw it."""
-        with contextlib.suppress(OSError, TimelineError):
-            self._write(test, path.name, timeline.tail(path, _LOG_LIMIT))
-            picture = plot.draw(timeline.read(path, _LOG_LIMIT))
-            self._write(test, f"{path.stem}.svg", picture.encode())
 
     def _write_safe(self, test: str, name: str, data: bytes) -> None:
         """Write a text that may be a guest's."""

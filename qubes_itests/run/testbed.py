@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from qubes_itests.admin.vm_calls import offer_to_vms
 from qubes_itests.balancing.app_memory import AppMemory, counts, machine
+from qubes_itests.balancing.balloons import LibvirtMemory
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.policy.directory import fill
 from qubes_itests.core.storage import copy_image
@@ -24,7 +25,6 @@ from qubes_itests.exc import HarnessError
 from qubes_itests.guest.start.warm import WarmStarts
 from qubes_itests.host import memory
 from qubes_itests.host.kernel import find_kernel
-from qubes_itests.hypervisor.balloons import LibvirtMemory
 from qubes_itests.hypervisor.contract import LifecycleEvent
 from qubes_itests.run.hooks import offer, offers
 from qubes_storage.image_pool import ImagePool

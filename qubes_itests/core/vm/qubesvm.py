@@ -15,9 +15,9 @@ from qubes_itests.core.vm.database import QubesDB
 from qubes_itests.core.vm.execution import ExecutionMixin
 from qubes_itests.core.vm.power import PowerMixin
 from qubes_itests.core.vm.settings import SettingsMixin
+from qubes_itests.core.vm.start_memory import memory_for_start
 from qubes_itests.guest.start.identity import Identity
 from qubes_itests.hypervisor.contract import DomainSpec
-from qubes_itests.qmemman.client import memory_for_start
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:

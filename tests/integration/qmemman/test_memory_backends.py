@@ -10,7 +10,7 @@ import pytest
 from memory_scenarios import KIND
 
 from qubes_itests.balancing.app_memory import counts
-from qubes_itests.hypervisor.balloons import LibvirtMemory
+from qubes_itests.balancing.balloons import LibvirtMemory
 from qubes_itests.qmemman.budget import MemoryBudget
 from qubes_itests.qmemman.contract import Order
 from qubes_itests.qmemman.exc import DomainGoneError

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from memory_scenarios import KIND
 
-from qubes_itests.qmemman.client import memory_for_start
+from qubes_itests.core.vm.start_memory import memory_for_start
 from qubes_itests.qmemman.exc import BudgetError, MemoryRefusedError
 from qubes_itests.qmemman.policy import DEFAULT_POLICY
 

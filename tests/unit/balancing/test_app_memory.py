@@ -13,10 +13,10 @@ from qubes_itests.balancing.app_memory import AppMemory, counts, machine
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.exc import QubesVMStartError
 from qubes_itests.core.vm import power
+from qubes_itests.core.vm.start_memory import memory_for_start
 from qubes_itests.exc import DeadlineError
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.qmemman import timeline
-from qubes_itests.qmemman.client import memory_for_start
 from qubes_itests.qmemman.exc import BudgetError
 from qubes_itests.qmemman.simulation import virtual_time
 from qubes_itests.qmemman.simulation.machine import SimulatedMachine

@@ -14,7 +14,7 @@ def test_they_are_moved_but_for_disks(tmp_path):
     disk.mkdir(parents=True)
     (disk / "root.img").write_text("bytes")
     for test in ("a::b", "c::d"):
-        here.unpack(test, there.pack(test))
+        here.add(test, there.pack(test))
     assert here.files("a::b") == ("failure.txt", "vm.console.log")
     assert (here.directory("a::b") / "vm.console.log").read_text() == "boot"
     assert there.files("a::b") == ("disks/",)
@@ -23,6 +23,6 @@ def test_they_are_moved_but_for_disks(tmp_path):
 
 def test_none_leaves_its_directory(tmp_path):
     artifacts = Artifacts(tmp_path / "here")
-    artifacts.unpack("a::b", {"../../outside": b"x"})
+    artifacts.add("a::b", {"../../outside": b"x"})
     assert artifacts.files("a::b") == ("outside",)
     assert [path.name for path in tmp_path.iterdir()] == ["here"]

@@ -13,7 +13,8 @@ import hostility
 import pytest
 from memory_machine import MIB, trial
 
-from qubes_itests.qmemman.client import Client, memory_for_start
+from qubes_itests.core.vm.start_memory import memory_for_start
+from qubes_itests.qmemman.client import Client
 from qubes_itests.qmemman.config_file import read_policy
 from qubes_itests.qmemman.exc import (
     AlreadyRunningError,

@@ -11,9 +11,9 @@ import itertools
 import logging
 from typing import TYPE_CHECKING
 
+from qubes_itests.balancing.guest_balloon import BalloonedGuest
 from qubes_itests.hypervisor.contract import DomainState, LifecycleEvent
 from qubes_itests.hypervisor.exc import HypervisorError
-from qubes_itests.hypervisor.guest_balloon import BalloonedGuest
 from qubes_itests.qmemman.budget import BudgetedDom0, MemoryBudget
 from qubes_itests.qmemman.contract import (
     DomainReading,
