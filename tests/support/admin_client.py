@@ -46,7 +46,7 @@ def parse(reply):
 class Event:
     subject: str
     name: str
-    values: dict = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
 
 
 class Client:

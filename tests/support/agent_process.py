@@ -74,7 +74,7 @@ class AgentProcess:
             [name, *arguments],
             executable=self.program,
             env=self.environment | dict(environment or {}),
-            stdin=stdin,
+            stdin=stdin if isinstance(stdin, int) else stdin.fileno(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )

@@ -28,6 +28,7 @@ class _Cancelled(Awaitable[Any]):
 
     def __await__(self) -> Generator[Any, Any, Any]:
         task, steps = asyncio.current_task(), self._awaited.__await__()
+        assert task is not None
         step = functools.partial(next, steps)
         while True:
             try:

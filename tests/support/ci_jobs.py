@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from documented import ROOT
@@ -50,9 +50,9 @@ class Done:
     ran: list[str] = field(default_factory=list)
     summary: str = ""
 
-    def run(self, script: str, shell: list[str], **options: object) -> bool:
+    def run(self, script: str, shell: list[str], **options: Any) -> bool:
         """Run a script as one step; return whether it succeeded."""
-        done = subprocess.run(
+        done: subprocess.CompletedProcess[str] = subprocess.run(
             [*shell, "-c", script],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -115,7 +115,9 @@ class GitHubJob:
                     done.failed = True
         return done
 
-    def _step(self, step: dict, variables: dict, done: Done) -> bool:
+    def _step(
+        self, step: dict[str, Any], variables: dict[str, str], done: Done
+    ) -> bool:
         files = {}
         for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY", "GITHUB_ENV"):
             files[name] = self.workspace / f".{name}"
@@ -132,8 +134,9 @@ class GitHubJob:
         done.summary += files["GITHUB_STEP_SUMMARY"].read_text()
         lines = files["GITHUB_OUTPUT"].read_text().splitlines()
         if "id" in step:
-            pairs = (line.split("=", 1) for line in lines)
-            self._outputs.setdefault(step["id"], {}).update(pairs)
+            pairs = (line.partition("=") for line in lines)
+            outputs = self._outputs.setdefault(step["id"], {})
+            outputs.update((name, value) for name, _, value in pairs)
         return well
 
     def _filled(self, text: str) -> str:

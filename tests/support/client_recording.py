@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from admin_client import read_events
 
@@ -104,8 +104,8 @@ class Recorder:
 
     def __init__(self, server: Served, directory: Path, names: Names) -> None:
         self.server, self.directory, self.names = server, directory, names
-        self.steps = []
-        self._calls = []
+        self.steps: list[dict[str, Any]] = []
+        self._calls: list[tuple[float, dict[str, str]]] = []
         self._proxy: socketserver.ThreadingUnixStreamServer
 
     @property
@@ -194,8 +194,9 @@ def _handler(recorder):
                 upstream.sendall(request.encode("latin-1"))
                 upstream.shutdown(socket.SHUT_WR)
                 if request.startswith(_STREAMS):
-                    words = {"target": self.wait_gone, "args": (upstream,)}
-                    threading.Thread(**words, daemon=True).start()
+                    threading.Thread(
+                        target=self.wait_gone, args=(upstream,), daemon=True
+                    ).start()
                 while part := upstream.recv(65536):
                     call["reply"] += part.decode("latin-1")
                     with contextlib.suppress(OSError):
@@ -223,10 +224,12 @@ class Replay:
     :param steps: the recording.
     """
 
-    def __init__(self, server: Served, steps: list[dict], names: Names) -> None:
+    def __init__(
+        self, server: Served, steps: list[dict[str, Any]], names: Names
+    ) -> None:
         self.server, self.names = server, names
         self._steps = iter(steps)
-        self._messages = {}
+        self._messages: dict[str, str] = {}
 
     def run(self, words, data):
         """Do what a tool did; return what it would print, and its exit status."""

@@ -54,7 +54,7 @@ def compile_program() -> bytes:
     source = Path(__file__).with_suffix(".c")
     with tempfile.TemporaryDirectory() as directory:
         program = Path(directory) / "hostile"
-        command = ["gcc", "-O2", "-static", "-s", "-o", program, source]
+        command = ["gcc", "-O2", "-static", "-s", "-o", str(program), str(source)]
         subprocess.run(command, check=True)
         return program.read_bytes()
 
@@ -118,7 +118,8 @@ async def _drain(process: Any) -> None:
 
 async def _trues(vm: Any, seconds: float) -> list[float]:
     """Run `true` again and again; return the seconds that each took."""
-    taken, end = [], time.perf_counter() + seconds
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(taken) < 3:
         start = time.perf_counter()
         await vm.run_for_stdio("true")

@@ -43,7 +43,7 @@ def record(vm: Any, random: Random) -> list[str]:
         if event in LETTERS and not event.startswith("domain-pre-shut"):
             pending.append(event)
         try:
-            for _ in range(random.randrange(4)):
+            for _step in range(random.randrange(4)):
                 await asyncio.sleep(0)
         finally:  # a start that is killed
             seen.append(event)

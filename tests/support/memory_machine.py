@@ -21,6 +21,7 @@ class Trial:
         self.balancer = Balancer(self.machine, **options)
         self.path = directory / "qmemman.sock"
         self.client = Client(self.path)
+        self.server = Server(self.balancer, self.path)
 
     async def start(self, name, memory, maximum, used):
         """Start a guest as a VM starts; sizes in MiB."""
@@ -47,6 +48,6 @@ class Trial:
 async def trial(directory, total=4000, dom0=1000, dom0_used=300, **options):
     """Yield a machine whose daemon runs; sizes in MiB."""
     made = Trial(directory, total, dom0, **options)
-    async with Server(made.balancer, made.path) as made.server:
+    async with made.server:
         made.machine.dom0.use(dom0_used * MIB)
         yield made

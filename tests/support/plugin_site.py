@@ -93,7 +93,7 @@ class PluginSite:
         return subprocess.run(
             command,
             cwd=self.work,
-            env=self.environment | variables,
+            env={**self.environment, **variables},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -16,6 +16,7 @@ import re
 import struct
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from qubes_storage.reflink import ReflinkPool
 
@@ -82,7 +83,7 @@ class Scenario:
         self._runner = asyncio.Runner()
         self.pool = pool_class(name="crash", dir_path=directory / "pool")
         self.wait_for(self.pool.setup())
-        self.volumes = {}
+        self.volumes: dict[str, Any] = {}
         #: Those whose VM has flushed nothing since its start.
         self.fresh = set()
         self._add("template", "vm-templates", "root", revisions_to_keep=2, **_SAVED)

@@ -63,7 +63,7 @@ class RawGuest:
             command += ["-drive", self._drive(name, image)]
             command += ["-device", self._device(name)]
         self.opened: list[socket.socket | TextIO] = []
-        self.process = subprocess.Popen(command)
+        self.process = subprocess.Popen([str(word) for word in command])
         try:
             self.wire = Wire(self._connect("agent"))
             self.qmp = self._connect("qmp")

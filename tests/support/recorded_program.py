@@ -27,6 +27,12 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _frame: process.send_signal(number))
 
 
+assert process.stdin is not None
+assert process.stdout is not None
+assert process.stderr is not None
+stdin = process.stdin
+
+
 def copy(name, source, target):
     while data := os.read(source, 65536):
         recorded[name] += data
@@ -36,10 +42,10 @@ def copy(name, source, target):
 
 def feed():
     try:
-        copy("stdin", 0, process.stdin.fileno())
+        copy("stdin", 0, stdin.fileno())
     except OSError:
         return  # it reads no more
-    process.stdin.close()
+    stdin.close()
 
 
 threading.Thread(target=feed, daemon=True).start()

@@ -55,6 +55,7 @@ class Served:
         self.end()
 
     def _lines(self) -> Iterator[str]:
+        assert self.process.stdout is not None
         for line in self.process.stdout:
             self.said.append(line)
             yield line
@@ -68,6 +69,7 @@ class Served:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 raise
+            assert self.process.stdout is not None
             self.said += self.process.stdout
             self.process.stdout.close()
         return self.process.returncode
@@ -91,7 +93,9 @@ class Served:
         program = self.socket.with_name("bin") / "qrexec-client"
         return [str(program), *(w if isinstance(w, bytes) else str(w) for w in words)]
 
-    def run(self, *words: object, data: bytes = b"", timeout: float = 90):
+    def run(
+        self, *words: object, data: bytes = b"", timeout: float = 90
+    ) -> subprocess.CompletedProcess[bytes]:
         """Run ``qrexec-client`` to its end."""
         return subprocess.run(
             self.command(*words),

@@ -1,0 +1,1 @@
+"""Tests of what every Qubes VM must be able to do."""

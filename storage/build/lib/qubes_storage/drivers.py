@@ -1,0 +1,56 @@
+"""Finding storage drivers: the entry points of the group ``qubes.storage``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from importlib.metadata import entry_points
+from types import MappingProxyType
+from typing import TYPE_CHECKING, cast
+
+from qubes_storage.exc import DriverNotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qubes_storage.pool import Pool
+
+__all__ = ["GROUP", "driver_names", "driver_parameters", "pool_class"]
+
+#: The entry point group; each entry is a subclass of `Pool` under its driver's name.
+GROUP = "qubes.storage"
+
+
+def driver_names() -> tuple[str, ...]:
+    """Return the names of the installed drivers."""
+    return tuple(sorted(entry_points(group=GROUP).names))
+
+
+def pool_class(driver: str) -> type[Pool]:
+    """Return the pool class of a driver.
+
+    :raise DriverNotFoundError: when no such driver is installed.
+    """
+    for entry in entry_points(group=GROUP, name=driver):
+        return cast("type[Pool]", entry.load())
+    raise DriverNotFoundError(driver, driver_names())
+
+
+@functools.cache
+def driver_parameters(driver: str) -> Mapping[str, bool]:
+    """Return the options of a driver, and whether each has to be given.
+
+    Those of its base classes are among them; `name`, which all have, is not.
+
+    :raise DriverNotFoundError: when no such driver is installed.
+    """
+    found: dict[str, bool] = {}
+    for cls in pool_class(driver).__mro__:
+        if cls is object or "__init__" not in vars(cls):
+            continue
+        for parameter in inspect.signature(cls).parameters.values():
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                required = parameter.default is inspect.Parameter.empty
+                found.setdefault(parameter.name, required)
+    found.pop("name", None)
+    return MappingProxyType(found)

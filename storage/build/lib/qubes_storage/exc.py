@@ -1,0 +1,177 @@
+"""The errors of storage.
+
+::
+
+    QubesException, the base of what may be shown to users
+     +-- StoragePoolException
+          +-- PoolError                     one pool; has `pool`, `reason`
+          |    +-- ReflinkNotSupportedError   its filesystem cannot share extents
+          +-- DriverNotFoundError           no driver of that name is installed
+          +-- InvalidVolumeConfigError      a volume's configuration makes no sense
+          |    +-- InvalidVidError            a volume id that no volume can have
+          +-- VolumeError                   one volume; has pool, vid, action, reason
+               +-- VolumeNotFoundError        no such volume, or it has no image
+               +-- VolumeExistsError          there is one already
+               +-- VolumeStateError           it is started, dirty, importing, or not so
+               +-- VolumeBusyError            another process works on it
+               +-- RevisionNotFoundError      it has no such revision
+               +-- InvalidSizeError           a size it cannot have
+               +-- ImportSizeError            the import is not as long as declared
+               +-- ImageTypeError             something else is where an image should be
+               +-- OutOfSpaceError            the pool's filesystem is full
+               +-- VolumeIOError              the system refused something else
+
+When an operation on a volume raises, the volume is as it was before, and the
+operation can be repeated once its cause is gone.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DriverNotFoundError",
+    "ImageTypeError",
+    "ImportSizeError",
+    "InvalidSizeError",
+    "InvalidVidError",
+    "InvalidVolumeConfigError",
+    "OutOfSpaceError",
+    "PoolError",
+    "QubesException",
+    "ReflinkNotSupportedError",
+    "RevisionNotFoundError",
+    "StoragePoolException",
+    "VolumeBusyError",
+    "VolumeError",
+    "VolumeExistsError",
+    "VolumeIOError",
+    "VolumeNotFoundError",
+    "VolumeStateError",
+    "system_reason",
+]
+
+
+class QubesException(Exception):  # noqa: N818 - the name Qubes gives it
+    """The base of all errors of Qubes OS that may be shown to users.
+
+    Those of storage are some of them, and what handles the others handles these.  Who
+    has more of them derives them from this class.
+    """
+
+
+class StoragePoolException(QubesException):
+    """The base of everything that storage raises on purpose."""
+
+
+class PoolError(StoragePoolException):
+    """Something is wrong with a pool.
+
+    :param pool: name of the pool.
+    :param reason: what is wrong, and what to do.
+    """
+
+    def __init__(self, pool: str, reason: str) -> None:
+        super().__init__(f"pool {pool!r}: {reason}")
+        self.pool = pool
+        self.reason = reason
+
+
+class ReflinkNotSupportedError(PoolError):
+    """The filesystem of a pool cannot share extents between files."""
+
+
+class DriverNotFoundError(StoragePoolException):
+    """No storage driver of that name is installed.
+
+    :param driver: the name that was asked for.
+    :param known: names of the drivers that are installed.
+    """
+
+    def __init__(self, driver: str, known: tuple[str, ...]) -> None:
+        super().__init__(
+            f"no storage driver {driver!r}; installed: {', '.join(known) or 'none'}"
+        )
+        self.driver = driver
+        self.known = known
+
+
+class InvalidVolumeConfigError(StoragePoolException, ValueError):
+    """The configuration of a volume makes no sense.
+
+    :param subject: the volume id, or as much of it as is known.
+    :param reason: what is wrong with it.
+    """
+
+    def __init__(self, subject: str, reason: str) -> None:
+        super().__init__(f"volume {subject!r}: {reason}")
+        self.subject = subject
+        self.reason = reason
+
+
+class InvalidVidError(InvalidVolumeConfigError):
+    """A volume id that no volume can have."""
+
+
+class VolumeError(StoragePoolException):
+    """An operation on a volume failed and left the volume as it was.
+
+    :param pool: name of its pool.
+    :param vid: id of the volume.
+    :param action: the operation, as in "start".
+    :param reason: why it failed.
+    """
+
+    def __init__(self, pool: str, vid: str, action: str, reason: str) -> None:
+        super().__init__(f"cannot {action} volume {vid!r} of pool {pool!r}: {reason}")
+        self.pool = pool
+        self.vid = vid
+        self.action = action
+        self.reason = reason
+
+
+class VolumeNotFoundError(VolumeError, LookupError):
+    """There is no such volume, or it has no image yet."""
+
+
+class VolumeExistsError(VolumeError):
+    """There is a volume of that id already."""
+
+
+class VolumeStateError(VolumeError):
+    """The volume is in another state than the operation needs."""
+
+
+class VolumeBusyError(VolumeError):
+    """Another process works on the volume and does not come to an end."""
+
+
+class RevisionNotFoundError(VolumeError, LookupError):
+    """The volume has no such revision."""
+
+
+class InvalidSizeError(VolumeError, ValueError):
+    """The volume cannot have that size."""
+
+
+class ImportSizeError(VolumeError):
+    """The imported data is shorter or longer than was declared."""
+
+
+class ImageTypeError(VolumeError):
+    """A symbolic link, FIFO, directory or device is where an image should be."""
+
+
+class OutOfSpaceError(VolumeError):
+    """The filesystem (or the quota) of the pool is full."""
+
+
+class VolumeIOError(VolumeError):
+    """The operating system refused something else."""
+
+
+def system_reason(error: OSError) -> str:
+    """Return what the operating system says of a call, and about which file."""
+    reason = error.strerror or str(error)
+    names = [
+        str(each) for each in (error.filename, error.filename2) if each is not None
+    ]
+    return f"{reason}: {' and '.join(names)}" if names else reason
