@@ -72,7 +72,7 @@ async def _import(volume: Any, image: Path) -> None:
     # not before: the command line begins without asyncio
     import asyncio  # noqa: PLC0415
 
-    from qubes_storage.transfer import Import  # noqa: PLC0415
+    from qubes_storage import Import  # noqa: PLC0415
     from qubes_storage.uninterrupted import to_its_end  # noqa: PLC0415
 
     size = await asyncio.to_thread(lambda: image.stat().st_size)

@@ -27,13 +27,13 @@ from qubes_itests.core.store.journal import MAKE, REMOVE
 from qubes_itests.host.exc import CommandError
 from qubes_itests.host.filesystem import make_ext4
 from qubes_itests.hypervisor.contract import Disk
+from qubes_storage import Import, exporting
 from qubes_storage.exc import (
     InvalidSizeError,
     StoragePoolException,
     VolumeExistsError,
 )
 from qubes_storage.ficlone import clone_or_copy
-from qubes_storage.transfer import Import, exporting
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typing import Self
 
 from qubes_itests.host import sandbox
 from qubes_itests.host.exc import NoLoopDevicesError
+from qubes_storage.loop import loop_devices_over
 
 __all__ = ["LoopDevice", "loop_devices_over", "require_loop_devices"]
 
@@ -69,26 +70,6 @@ def _node(number: int) -> Path:
         reason = f"/dev/{path.name} does not appear, and cannot be made"
         raise NoLoopDevicesError(f"{reason}: {error.strerror}") from error
     return path
-
-
-def loop_devices_over(image: Path) -> tuple[Path, ...]:
-    """Return the loop devices of this machine that are over a file.
-
-    :param image: the file; it may have been deleted since.
-    """
-    return tuple(
-        Path("/dev") / device.name
-        for device in sorted(Path("/sys/block").glob("loop*"))
-        if _backing_file(device) == str(image.resolve())
-    )
-
-
-def _backing_file(device: Path) -> str | None:
-    # Without a file there is no such attribute, and the device may go away meanwhile.
-    with contextlib.suppress(OSError):
-        name = (device / "loop" / "backing_file").read_text().rstrip("\n")
-        return name.removesuffix(" (deleted)")
-    return None
 
 
 class LoopDevice:

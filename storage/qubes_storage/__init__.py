@@ -5,8 +5,7 @@ from __future__ import annotations
 from qubes_storage.drivers import driver_names, pool_class
 from qubes_storage.exc import StoragePoolException
 from qubes_storage.pool import Pool, VolumeOwner
-from qubes_storage.transfer import Import, exporting
-from qubes_storage.volume import BlockDevice, Volume
+from qubes_storage.volume import BlockDevice, Import, Volume, exporting
 
 __all__ = [
     "BlockDevice",

@@ -8,20 +8,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qubes_storage import ficlone, files, lock, tree
-from qubes_storage.background import Background
-from qubes_storage.claims import Claims
+from qubes_storage import ficlone, files, locks
 from qubes_storage.exc import PoolError, system_reason
 from qubes_storage.image_volume import ImageVolume
-from qubes_storage.layout import VolumeFiles
-from qubes_storage.operation import Operations
+from qubes_storage.layout import find_volumes
+from qubes_storage.operation import Background, Operations
 from qubes_storage.pool import Pool
-from qubes_storage.use import VolumeUse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from qubes_storage.image_content import ImageContent
     from qubes_storage.volume import Volume
 
 __all__ = ["ImagePool"]
@@ -64,8 +60,8 @@ class ImagePool(Pool):
         self.dir_path = Path(dir_path).absolute()
         self.background = Background()
         self.operations = Operations(self.dir_path, self.background)
-        self._claims = Claims(self.dir_path)
-        self._states: dict[str, VolumeUse] = {}
+        self._claims = locks.Claims(self.dir_path)
+        self._states: dict[str, locks.VolumeUse] = {}
 
     @property
     def config(self) -> dict[str, object]:
@@ -129,7 +125,7 @@ class ImagePool(Pool):
     async def find_volumes(self) -> list[str]:
         """Return the ids of the volumes that have an image, whoever made them."""
         try:
-            found = await asyncio.to_thread(lambda: [*tree.find_volumes(self.dir_path)])
+            found = await asyncio.to_thread(lambda: [*find_volumes(self.dir_path)])
         except OSError as error:
             reason = f"cannot read it: {system_reason(error)}"
             raise PoolError(self.name, reason) from error
@@ -163,76 +159,40 @@ class ImagePool(Pool):
             del self._volumes[volume.vid]
         self._states.pop(volume.vid, None)
 
-    def state(self, vid: str) -> VolumeUse:
+    def state(self, vid: str) -> locks.VolumeUse:
         """Return what this process knows of the use of the volume `vid`."""
         if vid not in self._states:
-            use = VolumeUse(self.name, vid, self._claims)
+            use = locks.VolumeUse(self.name, vid, self._claims)
+            # Of two threads that come first the same one must win for both.
             return self._states.setdefault(vid, use)
         return self._states[vid]
-
-    def copy(self, source: int, target: int) -> bool:
-        """Copy between file descriptors; the target is empty.
-
-        :return: whether they share extents now.
-        :raise OSError: as the operating system says.
-        """
-        ficlone.copy_sparse(source, target)
-        return False
-
-    def clean_up_after(self, volume: ImageContent) -> None:
-        """Do in the background what an operation on a volume left to be done."""
-        self._remove_given_up(volume.files)
-
-    def _remove_given_up(self, volume_files: VolumeFiles) -> None:
-        def remove(_go_on: object) -> None:
-            for path in volume_files.given_up():
-                files.remove(path)
-
-        if volume_files.given_up():
-            self.background.soon(f"remove {volume_files.clean}", remove)
 
     def _make_volume(self, **config: Any) -> ImageVolume:
         return self.volume_class(pool=self, **config)
 
     def _setup(self) -> list[str]:
-        lock_file = self.dir_path / lock.LOCK_FILE
         with contextlib.ExitStack() as undo:
             for path in reversed((self.dir_path, *self.dir_path.parents)):
                 if not path.exists():
                     undo.callback(_remove_if_empty, path)
             files.make_directories(self.dir_path)
-            if lock.mark_if_empty(self.dir_path):
-                undo.callback(files.remove, lock_file)
-            is_ours = lock.is_marked(self.dir_path)
+            if locks.mark_if_empty(self.dir_path):
+                undo.callback(files.remove, self.dir_path / locks.LOCK_FILE)
+            is_ours = locks.is_marked(self.dir_path)
             if is_ours:
                 ficlone.remove_leftovers(self.dir_path)
             self._check()
-            found = self._scan(clean_up=is_ours)
+            found = list(find_volumes(self.dir_path))
+            for volume in found:
+                if volume.has_leftovers and is_ours:
+                    name = volume.vid.rpartition("/")[2]
+                    self._make_volume(vid=volume.vid, name=name).tidy()
             undo.pop_all()
-        return found
+        return [volume.vid for volume in found if volume.has_image]
 
     def _check(self) -> None:
         with files.scratch_file(self.dir_path / ".check"):
             pass  # it can be written
-
-    def _scan(self, *, clean_up: bool) -> list[str]:
-        found = list(tree.find_volumes(self.dir_path))
-        for volume in found:
-            if volume.has_leftovers and clean_up:
-                self._give_up_leftovers(volume.vid)
-        return [volume.vid for volume in found if volume.has_image]
-
-    def _give_up_leftovers(self, vid: str) -> None:
-        volume_files = VolumeFiles.of(self.dir_path, vid)
-        # Who holds the lock is at work, and looks for leftovers by himself.
-        with (
-            contextlib.suppress(TimeoutError),
-            lock.hold(self.dir_path, write=[vid], timeout=0),
-        ):
-            if not self.state(vid).is_used():
-                for path in volume_files.leftovers():
-                    files.give_up(path)
-        self._remove_given_up(volume_files)
 
     def _statvfs(self) -> os.statvfs_result | None:
         try:

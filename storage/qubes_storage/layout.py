@@ -1,4 +1,4 @@
-"""The names of a volume's files, and the volume ids they come from.
+"""The layout of a pool's directory: the names of files, revisions, commits.
 
 The files of the volume ``appvms/foo/private`` are, in ``appvms/foo`` of its pool::
 
@@ -12,10 +12,17 @@ The files of the volume ``appvms/foo/private`` are, in ``appvms/foo`` of its poo
     private…~0123abcd                       in the making, or left of a crash
     private…~0123abcd.removed               only waits for its removal
     private-cow.img, private-cow.img.old    left of a driver that had the tree before
+
+A committed image is never written again, whoever has its name.  So a revision is made
+by a hard link and a commit by a rename, in this order.  There is a committed image at
+any time (rename(2) replaces atomically), and what a crash leaves in between can be
+told: the latest revision *is* the committed image then.  The other way round, a crash
+in between would lose the former image.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import re
@@ -26,20 +33,29 @@ from qubes_storage import files
 from qubes_storage.exc import InvalidVidError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["ParsedName", "Revision", "VolumeFiles", "check_vid", "parse_name"]
+__all__ = [
+    "FoundVolume",
+    "ParsedName",
+    "Revision",
+    "VolumeFiles",
+    "check_vid",
+    "find_volumes",
+    "parse_name",
+]
 
 _SUFFIXES = ("-dirty", "-precache", "-import", "-origin", "-cow")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\Z", re.ASCII)
 _MAX_PART = 128  # leaves room for what is appended, within the 255 bytes of a name
 _PARTS = 3
-_TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
-_REVISION = re.compile(rf"\.(?P<number>[1-9]\d{{0,17}})@(?P<time>{_TIME})\Z", re.ASCII)
-_OLD_REVISION = re.compile(rf"@(?P<time>{_TIME})\Z", re.ASCII)
+_TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d"
+_FORMER = rf"(?:\.(?P<number>[1-9]\d{{0,17}}))?@(?P<time>{_TIME})Z"
+_REVISION = re.compile(rf"{_FORMER}\Z", re.ASCII)
 _NAME = re.compile(
     rf"(?P<volume>[A-Za-z0-9_][A-Za-z0-9_.+-]*?)(?P<kind>{'|'.join(_SUFFIXES)})?\.img"
-    rf"(?P<former>(?:\.[1-9]\d{{0,17}})?@{_TIME}|(?<=-cow\.img)\.old)?"
+    rf"(?P<former>{_FORMER}|(?<=-cow\.img)\.old)?"
     r"(?P<left>~[0-9a-f]{8}(?:\.removed)?)?\Z",
     re.ASCII,
 )
@@ -81,23 +97,19 @@ def check_vid(vid: object) -> str:
     if len(parts) != _PARTS:
         raise InvalidVidError(vid, "its id must be of the form prefix/vm/volume")
     for part in parts:
-        _check_part(vid, part)
+        if len(part) > _MAX_PART:
+            reason = f"a part of its id is longer than {_MAX_PART} characters"
+            raise InvalidVidError(vid, reason)
+        if not _PART.match(part):
+            reason = (
+                f"{part!r} in its id must be letters, digits and _.+- only,"
+                " and start with one of the first three"
+            )
+            raise InvalidVidError(vid, reason)
     if parts[-1].endswith(_SUFFIXES):
         reason = f"its name must not end in {' or '.join(_SUFFIXES)}"
         raise InvalidVidError(vid, reason)
     return vid
-
-
-def _check_part(vid: str, part: str) -> None:
-    if len(part) > _MAX_PART:
-        reason = f"a part of its id is longer than {_MAX_PART} characters"
-        raise InvalidVidError(vid, reason)
-    if not _PART.match(part):
-        reason = (
-            f"{part!r} in its id must be letters, digits and _.+- only,"
-            " and start with one of the first three"
-        )
-        raise InvalidVidError(vid, reason)
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -170,24 +182,88 @@ class VolumeFiles:
         return self.directory / f"{self.clean.name}{revision.suffix}"
 
     def revisions(self) -> list[Revision]:
-        """Return the revisions there are, oldest first.
+        """Return the revisions, oldest first.
 
         :raise OSError: when the directory cannot be read.
         """
-        prefix = self.clean.name
-        found = (
-            _parse_revision(name[len(prefix) :])
-            for name in self._names()
-            if name.startswith(prefix)
-        )
-        return sorted(revision for revision in found if revision)
+        linked = self.linked_revisions()
+        return linked[:-1] if self._is_committed(linked) else linked
 
-    def next_revision(self) -> Revision:
-        """Return the revision that the present committed image would become."""
-        numbers = [revision.number for revision in self.revisions()]
-        written = self.clean.stat().st_mtime
-        time = dt.datetime.fromtimestamp(int(written), dt.UTC)
-        return Revision(max(numbers, default=0) + 1, time.strftime("%Y-%m-%dT%H:%M:%S"))
+    def linked_revisions(self) -> list[Revision]:
+        """Return all that have a revision's name, that of an interrupted commit too.
+
+        :raise OSError: when the directory cannot be read.
+        """
+        found = []
+        for name in self._names():
+            if name.startswith(self.clean.name):
+                suffix = name.removeprefix(self.clean.name)
+                if match := _REVISION.match(suffix):
+                    found.append(Revision(int(match["number"] or 0), match["time"]))
+        return sorted(found)
+
+    def commit(self, image: Path, keep: int) -> None:
+        """Make `image`, which is on the disk under another name, the committed one.
+
+        Blocking, and to be called under the volume's lock.  The image's contents come
+        first, by an fsync of its caller: a rename orders nothing, and a name that gets
+        to the disk before them would make an empty file the committed image.
+
+        :param keep: how many revisions are left afterwards, the present one included.
+        :raise OSError: the present image is still the committed one then.
+        """
+        self._keep_present(keep)
+        files.rename(image, self.clean)
+        self._prune(keep)
+
+    def revert(self, revision: Revision, keep: int) -> None:
+        """Make a revision the committed image; as `commit`.
+
+        :param keep: as for `commit`.
+        :raise OSError: the present image is still the committed one then.
+        """
+        image = self.revision(revision)
+        if files.same_image(image, self.clean):
+            return
+        self._keep_present(keep)
+        files.replace_with_link(image, self.clean)
+        self._prune(keep)
+
+    def _keep_present(self, keep: int) -> None:
+        # A clone of the present image must not survive it as that of the next one: it
+        # is told by size and time, and those of the next may be the same.
+        files.give_up(self.precache)
+        if files.stat_image(self.clean) is None:
+            return
+        if keep < 1:
+            # The rename over its last name would free it there and then, which takes
+            # as long as to clone it.
+            files.link(self.clean, files.given_up_name(self.clean))
+            return
+        linked = self.linked_revisions()
+        if not self._is_committed(linked):
+            written = self.clean.stat().st_mtime
+            time = dt.datetime.fromtimestamp(int(written), dt.UTC)
+            number = max((revision.number for revision in linked), default=0) + 1
+            new = Revision(number, time.strftime("%Y-%m-%dT%H:%M:%S"))
+            # No fsync of its own: the filesystems log what happens to a directory in
+            # order, so a power cut leaves neither, the link (as a crash does), or both.
+            files.link(self.clean, self.revision(new))
+
+    def _is_committed(self, revisions: list[Revision]) -> bool:
+        # The latest revision is the committed image itself only if a crash came
+        # between the link and the rename.
+        return bool(revisions) and files.same_image(
+            self.revision(revisions[-1]), self.clean
+        )
+
+    def _prune(self, keep: int) -> None:
+        # All is committed: a surplus revision is no reason to say it failed.
+        with contextlib.suppress(OSError):
+            revisions = self.revisions()
+            surplus = len(revisions) - max(0, keep)
+            for revision in revisions[: max(0, surplus)]:
+                files.give_up(self.revision(revision))
 
     def leftovers(self) -> list[Path]:
         """Return the files that interrupted operations, or another driver, left."""
@@ -215,9 +291,45 @@ class VolumeFiles:
             return []
 
 
-def _parse_revision(suffix: str) -> Revision | None:
-    if match := _REVISION.match(suffix):
-        return Revision(int(match["number"]), match["time"][:-1])
-    if match := _OLD_REVISION.match(suffix):
-        return Revision(0, match["time"][:-1])
-    return None
+@dataclass(frozen=True, slots=True)
+class FoundVolume:
+    """A volume that has files.
+
+    :param vid: its id.
+    :param has_image: whether it has an image, and not only leftovers.
+    :param has_leftovers: whether something of it is left to be removed.
+    """
+
+    vid: str
+    has_image: bool
+    has_leftovers: bool
+
+
+def find_volumes(directory: Path) -> Iterator[FoundVolume]:
+    """Yield the volumes that have files in a pool's directory.
+
+    :raise OSError: when a directory cannot be read.
+    """
+    for prefix in _directories(directory):
+        for vm in _directories(prefix.path):
+            yield from _volumes(f"{prefix.name}/{vm.name}", vm.path)
+
+
+def _directories(path: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    with os.scandir(path) as entries:
+        return [entry for entry in entries if entry.is_dir()]
+
+
+def _volumes(vm: str, path: str) -> Iterator[FoundVolume]:
+    images: set[str] = set()
+    left: set[str] = set()
+    for name in os.listdir(path):  # noqa: PTH208 - 10,000 of them, for their names
+        if parsed := parse_name(name):
+            if parsed.is_image:
+                images.add(parsed.volume)
+            if parsed.is_left:
+                left.add(parsed.volume)
+    for volume in sorted(images | left):
+        with contextlib.suppress(InvalidVidError):
+            vid = check_vid(f"{vm}/{volume}")
+            yield FoundVolume(vid, volume in images, volume in left)

@@ -1,4 +1,4 @@
-"""Telling loop devices that the file under them has grown."""
+"""Loop devices over an image: which there are, and that they take up its new size."""
 
 from __future__ import annotations
 
@@ -6,14 +6,25 @@ import contextlib
 import fcntl
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-__all__ = ["update_loop_devices"]
+__all__ = ["loop_devices_over", "update_loop_devices"]
 
 _LOOP_SET_CAPACITY = 0x4C07
+
+
+def loop_devices_over(image: Path) -> tuple[Path, ...]:
+    """Return the loop devices of this machine that are over a file.
+
+    :param image: the file; it may have been deleted since.
+    """
+    found = []
+    for device in sorted(Path("/sys/block").glob("loop*")):
+        # Without a file there is no such attribute, and it may go away meanwhile.
+        with contextlib.suppress(OSError):
+            name = (device / "loop" / "backing_file").read_text().rstrip("\n")
+            if name.removesuffix(" (deleted)") == str(image.resolve()):
+                found.append(Path("/dev") / device.name)
+    return tuple(found)
 
 
 def update_loop_devices(image: Path) -> None:
@@ -21,17 +32,9 @@ def update_loop_devices(image: Path) -> None:
 
     :raise OSError: when a device refuses.
     """
-    for device in _loop_devices(image):
+    for device in loop_devices_over(image):
         fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.ioctl(fd, _LOOP_SET_CAPACITY)
         finally:
             os.close(fd)
-
-
-def _loop_devices(image: Path) -> Iterator[Path]:
-    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
-        # A device may go away while we look.
-        with contextlib.suppress(OSError):
-            if entry.read_text().rstrip("\n") == str(image.resolve()):
-                yield Path("/dev") / entry.parts[3]

@@ -1,15 +1,28 @@
-"""One blocking operation on a volume: in a thread, locked, with typed errors."""
+"""Work on the volumes of a pool: operations, and jobs that nobody waits for.
+
+An operation blocks, so it has a thread; its order is: the volume's turn (among the
+tasks of this event loop), the background held up, the volume's lock (among all threads
+and processes), then perhaps the lock of its source.
+
+Jobs in the background remove what was given up and prepare clones, one after another in
+a thread that ends when there is nothing left to do.  None is ever needed: a process may
+die in the middle of one, and the next does it again.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
+import logging
+import math
+import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from qubes_storage import lock
 from qubes_storage.exc import (
     ImageTypeError,
     InvalidSizeError,
@@ -19,16 +32,18 @@ from qubes_storage.exc import (
     VolumeIOError,
     system_reason,
 )
+from qubes_storage.locks import LOCK_TIMEOUT, hold
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from qubes_storage.background import Background
     from qubes_storage.volume import Volume
 
-__all__ = ["Operations", "typed_errors"]
+__all__ = ["IDLE", "Background", "Operations", "typed_errors"]
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -56,11 +71,12 @@ class Operations:
         self,
         directory: Path,
         background: Background,
-        lock_timeout: float = lock.LOCK_TIMEOUT,
+        lock_timeout: float = LOCK_TIMEOUT,
     ) -> None:
         self._directory = directory
         self._background = background
         self.lock_timeout = lock_timeout
+        #: Weak: a turn that nobody has or waits for is forgotten.
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock]
         self._turns = weakref.WeakValueDictionary()
 
@@ -77,44 +93,34 @@ class Operations:
         # The file lock alone would do; this spares threads that only wait.
         turn = self._turns.setdefault(volume.vid, asyncio.Lock())
         async with turn:
-            # The thread goes on, and who comes next must find its work complete.
-            return await to_its_end(
-                _in_thread(lambda: self._run(volume, action, function))
-            )
+            # A thread cannot be cancelled, and who comes next must find its work done.
+            return await to_its_end(self._in_thread(volume, action, function))
 
-    @contextlib.contextmanager
-    def reading(self, volume: Volume) -> Iterator[None]:
+    async def _in_thread(
+        self, volume: Volume, action: str, function: Callable[[], Result]
+    ) -> Result:
+        def work() -> Result:
+            with self._background.operation(), typed_errors(volume, action):
+                # Not made here: it may be on a disk that is not mounted.
+                if not self._directory.is_dir():
+                    reason = "the pool's directory is absent"
+                    raise FileNotFoundError(errno.ENOENT, reason, str(self._directory))
+                with hold(self._directory, volume.vid, timeout=self.lock_timeout):
+                    return function()
+
+        # The event loop's own threads are few: long operations would delay others.
+        executor = ThreadPoolExecutor(1, "qubes_storage_operation")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, work)
+        finally:
+            executor.shutdown(wait=False)
+
+    def reading(self, volume: Volume) -> contextlib.AbstractContextManager[None]:
         """Keep others from changing a volume; for as short a time as possible.
 
         :raise TimeoutError: when somebody works on it and does not come to an end.
         """
-        with lock.hold(self._directory, read=[volume.vid], timeout=self.lock_timeout):
-            yield
-
-    def _run(
-        self, volume: Volume, action: str, function: Callable[[], Result]
-    ) -> Result:
-        with self._background.operation(), typed_errors(volume, action):
-            self._check_directory()
-            with lock.hold(
-                self._directory, write=[volume.vid], timeout=self.lock_timeout
-            ):
-                return function()
-
-    def _check_directory(self) -> None:
-        # Not made here: it may be on a disk that is not mounted.
-        if not self._directory.is_dir():
-            reason = "the pool's directory is absent"
-            raise FileNotFoundError(errno.ENOENT, reason, str(self._directory))
-
-
-async def _in_thread(function: Callable[[], Result]) -> Result:
-    # The event loop's own threads are few: long operations would delay others.
-    executor = ThreadPoolExecutor(1, "qubes_storage_operation")
-    try:
-        return await asyncio.get_running_loop().run_in_executor(executor, function)
-    finally:
-        executor.shutdown(wait=False)
+        return hold(self._directory, volume.vid, shared=True, timeout=self.lock_timeout)
 
 
 @contextlib.contextmanager
@@ -130,3 +136,125 @@ def typed_errors(volume: Volume, action: str) -> Iterator[None]:
         raise kind(
             volume.pool.name, volume.vid, action, system_reason(error)
         ) from error
+
+
+#: Seconds without any operation after which a pool counts as idle.
+IDLE = 1.0
+
+Job: TypeAlias = "Callable[[Callable[[], bool]], object]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A job, since when it waits, and whether it waits until the pool is idle."""
+
+    job: Job
+    since: float
+    idle: bool
+
+
+class Background:
+    """The background jobs of one pool.
+
+    A job is called with a function that tells whether to go on; a job that takes long
+    asks it now and then, and is held up in it while an operation is under way.
+
+    :param idle: seconds without operations that `when_idle` waits for.
+    """
+
+    def __init__(self, idle: float = IDLE) -> None:
+        self.idle = idle
+        self._changed = threading.Condition()
+        self._jobs: dict[str, _Waiting] = {}
+        self._thread: threading.Thread | None = None
+        self._operations = 0
+        self._last_operation = 0.0
+        self._settling = 0
+        self._closing = False
+
+    @contextlib.contextmanager
+    def operation(self) -> Iterator[None]:
+        """Hold up the jobs for the duration of an operation."""
+        with self._changed:
+            self._operations += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._operations -= 1
+                self._last_operation = time.monotonic()
+                self._changed.notify_all()
+
+    def soon(self, key: str, job: Job) -> None:
+        """Run a job next, instead of one of the same key that still waits."""
+        self._add(key, _Waiting(job, time.monotonic(), idle=False))
+
+    def when_idle(self, key: str, job: Job) -> None:
+        """Run a job when the pool has been idle for a while."""
+        self._add(key, _Waiting(job, time.monotonic(), idle=True))
+
+    def settle(self) -> None:
+        """Wait until all jobs are done, idle or not."""
+        with self._changed:
+            self._settling += 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._is_working())
+            self._settling -= 1
+
+    def close(self) -> None:
+        """Drop all jobs; wait for the present one to give up."""
+        with self._changed:
+            self._jobs.clear()
+            self._closing = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._is_working())
+            self._closing = False
+
+    def _add(self, key: str, waiting: _Waiting) -> None:
+        with self._changed:
+            if self._closing:
+                return
+            self._jobs[key] = waiting
+            if not self._is_working():
+                self._thread = threading.Thread(
+                    target=self._work, name="qubes_storage", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify_all()
+
+    def _is_working(self) -> bool:
+        # Not alive: this process is a fork of the one that had it. fork(2) copies the
+        # calling thread only.
+        return self._thread is not None and self._thread.is_alive()
+
+    def _work(self) -> None:
+        while job := self._next():
+            try:
+                job(self._go_on)
+            except Exception as error:  # noqa: BLE001 - the next job may do better
+                log.info("left for later: %s", error)
+
+    def _next(self) -> Job | None:
+        with self._changed:
+            while self._jobs:
+                key = min(self._jobs, key=self._due)
+                wait = self._due(key) - time.monotonic()
+                if wait <= 0 or self._settling:
+                    return self._jobs.pop(key).job
+                self._changed.wait(None if self._operations else wait)
+            self._thread = None
+            self._changed.notify_all()
+            return None
+
+    def _due(self, key: str) -> float:
+        waiting = self._jobs[key]
+        if not waiting.idle:
+            return waiting.since
+        if self._operations:
+            return math.inf
+        return max(waiting.since, self._last_operation) + self.idle
+
+    def _go_on(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or not self._operations)
+            return not self._closing

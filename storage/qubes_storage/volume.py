@@ -17,24 +17,30 @@ no             no             no     *read-only*: its image never changes but by
 
 The attributes `size`, `usage`, `revisions`, `is_dirty` and `is_outdated` look at a few
 names in one directory and block for microseconds; everything else is a coroutine.
+
+What begins an import or an export makes a claim that only its end drops.  So nobody but
+drivers calls `Volume.import_data` and `Volume.export` by themselves: `Import` and
+`exporting` begin and end together, and who is cancelled leaves nothing to be ended.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from qubes_storage.exc import InvalidSizeError, InvalidVolumeConfigError
 from qubes_storage.layout import check_vid
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
 
     from qubes_storage.pool import Pool
 
-__all__ = ["MAX_SIZE", "BlockDevice", "Volume"]
+__all__ = ["MAX_SIZE", "BlockDevice", "Import", "Volume", "exporting"]
 
 #: The largest size of a volume, bytes: what a signed 64-bit offset can address, but for
 #: a margin that hypervisors take (QEMU opens nothing larger: BDRV_MAX_LENGTH).
@@ -238,7 +244,7 @@ class Volume(abc.ABC):
     async def export(self) -> Path:
         """Return the committed image, to be read only, until `export_end`.
 
-        For drivers to implement; `qubes_storage.transfer.exporting` begins and ends it.
+        For drivers to implement; `exporting` begins and ends it.
 
         :raise VolumeStateError: when this kind of volume has none, or has none now.
         :raise VolumeNotFoundError: when it has no image yet.
@@ -255,7 +261,7 @@ class Volume(abc.ABC):
     async def import_data(self, size: int | None = None) -> Path:
         """Begin to replace the content: return a file of `size` bytes to write to.
 
-        For drivers to implement; `qubes_storage.transfer.Import` begins and ends it.
+        For drivers to implement; `Import` begins and ends it.
 
         :param size: bytes; None for the present size.
         :raise VolumeStateError: when it is started or dirty, when an import is under
@@ -332,3 +338,60 @@ def check_revisions_to_keep(subject: str, value: object) -> int:
         reason = f"revisions_to_keep is a number from -1, not {value!r}"
         raise InvalidVolumeConfigError(subject, reason)
     return value
+
+
+class Import:
+    """An async context manager that replaces the content of a volume.
+
+    Entered, it gives the file to be written to.  What was written is committed if the
+    body ends well; if it raises, or is cancelled at whatever point, all of it is
+    dropped.  A thread that writes to the file has to end before the body does.
+
+    :param volume: of any driver.
+    :param size: bytes; None for the present size.
+    """
+
+    def __init__(self, volume: Volume, size: int | None = None) -> None:
+        self.volume = volume
+        self.size = size
+        #: Whether the volume has the new content.
+        self.committed = False
+
+    async def __aenter__(self) -> Path:
+        """Begin.
+
+        :raise VolumeError: as `Volume.import_data`.
+        """
+        return await to_its_end(
+            self.volume.import_data(self.size),
+            undo=lambda _path: self.volume.import_data_end(success=False),
+        )
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, *_error: object
+    ) -> None:
+        """Commit what was written, or drop it.
+
+        :raise VolumeError: as `Volume.import_data_end`.
+        """
+        success = kind is None
+
+        async def end() -> None:
+            await self.volume.import_data_end(success)
+            self.committed = success
+
+        await to_its_end(end())
+
+
+@contextlib.asynccontextmanager
+async def exporting(volume: Volume) -> AsyncIterator[Path]:
+    """Give the committed image of a volume, to be read only, as long as it is entered.
+
+    :param volume: of any driver.
+    :raise VolumeError: as `Volume.export`.
+    """
+    path = await to_its_end(volume.export(), undo=volume.export_end)
+    try:
+        yield path
+    finally:
+        await to_its_end(volume.export_end(path))

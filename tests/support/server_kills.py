@@ -13,7 +13,7 @@ from admin_client import AdminError, EmptyReplyError
 from conditions import wait_until
 from served import Served
 
-from qubes_storage.tree import find_volumes
+from qubes_storage.layout import find_volumes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,8 +7,8 @@ import pytest
 from cancelling import cancelled_everywhere
 
 from qubes_itests.core.exc import QubesVMStorageError
+from qubes_storage import Import
 from qubes_storage.exc import InvalidSizeError
-from qubes_storage.transfer import Import
 from qubes_storage.uninterrupted import to_its_end
 
 MIB = 1 << 20
@@ -100,7 +100,7 @@ async def test_changes_that_a_crash_has_left_are_gone_on_with(app, template):
     vm = await empty(app, template, name="work")
     await vm.volumes["private"].start()
     vm.volumes["private"].path.write_bytes(b"x" * 8 * MIB)
-    vm.volumes["private"]._use.end()  # as a process that was killed
+    vm.volumes["private"].use.end()  # as a process that was killed
     assert await started(vm) == b"x" * 8 * MIB
 
 

@@ -511,7 +511,7 @@ def test_orphans_are_found_taken_over_and_removed(app):
 @pytest.mark.parametrize("first", ["removed", "taken over"])
 def test_an_orphan_is_removed_or_taken_over_but_not_both(app, monkeypatch, first):
     """Whoever comes first: a VM is not left without the volume that it relies on."""
-    removes = ImageVolume._remove
+    removes = ImageVolume._remove_all
 
     async def scenario():
         pool = app.pools["default"]
@@ -525,7 +525,7 @@ def test_an_orphan_is_removed_or_taken_over_but_not_both(app, monkeypatch, first
             assert slow.wait(30)
             removes(volume)
 
-        monkeypatch.setattr(ImageVolume, "_remove", remove)
+        monkeypatch.setattr(ImageVolume, "_remove_all", remove)
         if first == "removed":
             removing = asyncio.ensure_future(
                 app.remove_orphan(pool, "appvms/lost/private")

@@ -92,8 +92,7 @@ class Shop:
     def kept(self, volume):
         """Return the first byte of each revision, oldest first."""
         files = volume.files
-        kept = [r for r in files.revisions() if r.id in volume.revisions]
-        return b"".join(self.read(files.revision(revision)) for revision in kept)
+        return b"".join(self.read(files.revision(each)) for each in files.revisions())
 
     def tree(self):
         """Return the files there are once nothing goes on in the background."""

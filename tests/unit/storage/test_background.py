@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from qubes_storage import preparation
-from qubes_storage.background import Background
+from qubes_storage import ficlone
 from qubes_storage.files import GIVEN_UP
+from qubes_storage.operation import Background
 
 
 @pytest.fixture
@@ -79,14 +79,6 @@ def test_closing_interrupts_the_job_and_drops_the_others(background):
     assert seen == ["interrupted"]
 
 
-def test_a_cancelled_job_does_not_run(background):
-    done = []
-    background.when_idle("a", lambda _: done.append("a"))
-    background.cancel("a")
-    background.settle()
-    assert done == []
-
-
 @pytest.fixture
 def saved(shop):
     volume = shop.volume()
@@ -120,7 +112,7 @@ def test_no_file_is_removed_while_somebody_waits(shop, saved, monkeypatch):
 def test_an_abandoned_clone_leaves_nothing(shop, saved):
     before = shop.tree()
     shop.pool.shares_extents = True  # as on btrfs: a slice at a time
-    preparation.prepare(saved, lambda: False)
+    saved._prepare(lambda: False)
     assert shop.tree() == before
 
 
@@ -128,14 +120,14 @@ def test_a_clone_of_what_is_not_committed_any_more_is_not_taken(
     shop, saved, monkeypatch
 ):
     """A commit came in between."""
-    real = preparation._clone
+    real = ficlone.copy_sparse
 
     def meanwhile(*arguments):
         real(*arguments)
         monkeypatch.undo()
         shop.session(saved, b"3")
 
-    monkeypatch.setattr(preparation, "_clone", meanwhile)
+    monkeypatch.setattr(ficlone, "copy_sparse", meanwhile)
     shop.run(saved.prepare())
     assert not saved.files.precache.exists()
     shop.run(saved.start())
@@ -144,14 +136,14 @@ def test_a_clone_of_what_is_not_committed_any_more_is_not_taken(
 
 def test_a_clone_in_the_making_does_not_keep_a_start_waiting(shop, saved, monkeypatch):
     """The start takes its name away, makes its own clone, and goes on."""
-    real = preparation._clone
+    real = ficlone.copy_sparse
 
     def meanwhile(*arguments):
         real(*arguments)
         monkeypatch.undo()
         shop.run(saved.start())
 
-    monkeypatch.setattr(preparation, "_clone", meanwhile)
+    monkeypatch.setattr(ficlone, "copy_sparse", meanwhile)
     shop.run(saved.prepare())
     assert shop.read(saved.path) == b"2"
     assert not saved.files.precache.exists()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qubes_storage.claims import Claims
 from qubes_storage.exc import VolumeStateError
+from qubes_storage.locks import Claims
 from qubes_storage.reflink import ReflinkPool
 
 

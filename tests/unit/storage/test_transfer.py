@@ -7,8 +7,8 @@ import asyncio
 import pytest
 from cancelling import cancelled_everywhere
 
+from qubes_storage import Import, exporting
 from qubes_storage.exc import VolumeStateError
-from qubes_storage.transfer import Import, exporting
 from qubes_storage.uninterrupted import to_its_end
 
 SIZE = 64 * 1024

@@ -184,7 +184,7 @@ def test_a_commit_that_is_done_twice_makes_one_revision(shop):
     shop.run(volume.create())
     shop.run(volume.start())
     shop.write(volume.path, b"1")
-    volume._history._keep_present(volume.revisions_to_keep)
+    volume.files._keep_present(volume.revisions_to_keep)
     shop.reopen()
     volume = shop.volume(revisions_to_keep=5)
     assert list(volume.revisions) == []

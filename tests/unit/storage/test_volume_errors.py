@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import resource
@@ -11,7 +12,7 @@ import threading
 
 import pytest
 
-from qubes_storage import ficlone, lock
+from qubes_storage import ficlone, locks
 from qubes_storage.exc import (
     ImageTypeError,
     InvalidSizeError,
@@ -144,7 +145,7 @@ def test_a_limit_of_the_system_leaves_the_old_state(shop):
 def test_a_volume_that_another_process_works_on_is_busy(shop):
     volume = shop.volume()
     shop.pool.operations.lock_timeout = 0.05
-    with lock.hold(shop.directory, write=[volume.vid]), pytest.raises(VolumeBusyError):
+    with locks.hold(shop.directory, volume.vid), pytest.raises(VolumeBusyError):
         shop.run(volume.create())
     shop.run(volume.create())
 
@@ -154,7 +155,9 @@ async def test_operations_that_wait_delay_no_other(tmp_path, shop_class):
     """However many wait for another process, there is a thread for the next."""
     shop = await asyncio.to_thread(shop_class, tmp_path / "pool")
     waiting = [shop.volume(vm=f"work{number}") for number in range(50)]
-    with lock.hold(shop.directory, write=[volume.vid for volume in waiting]):
+    with contextlib.ExitStack() as held:
+        for volume in waiting:
+            held.enter_context(locks.hold(shop.directory, volume.vid))
         tasks = [asyncio.ensure_future(volume.create()) for volume in waiting]
         await asyncio.wait_for(shop.volume().create(), 10)
         assert not [task for task in tasks if task.done()]
@@ -172,14 +175,14 @@ async def test_the_clone_of_a_snapshot_delays_no_commit_of_its_source(
     await template.start()
     shop.write(template.path, b"2")
     copying, go_on = threading.Event(), threading.Event()
-    real = shop.pool.copy
+    real = snapshot.copy
 
     def slowly(*arguments):
         copying.set()
         assert go_on.wait(10)
         return real(*arguments)
 
-    monkeypatch.setattr(shop.pool, "copy", slowly)
+    monkeypatch.setattr(snapshot, "copy", slowly)
     starting = asyncio.ensure_future(snapshot.start())
     assert await asyncio.to_thread(copying.wait, 10)
     await asyncio.wait_for(template.stop(), 10)
@@ -193,14 +196,14 @@ def test_a_lock_goes_with_the_process_that_held_it(shop):
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
-        with lock.hold(shop.directory, write=["a/b/c"]):
+        with locks.hold(shop.directory, "a/b/c"):
             os.write(writer, b"held")
             signal.pause()
     try:
         assert os.read(reader, 4) == b"held"
         with (
             pytest.raises(TimeoutError),
-            lock.hold(shop.directory, read=["a/b/c"], timeout=0.05),
+            locks.hold(shop.directory, "a/b/c", shared=True, timeout=0.05),
         ):
             pass
     finally:
@@ -208,18 +211,21 @@ def test_a_lock_goes_with_the_process_that_held_it(shop):
         os.waitpid(pid, 0)
         os.close(reader)
         os.close(writer)
-    with lock.hold(shop.directory, write=["a/b/c"], timeout=0):
+    with locks.hold(shop.directory, "a/b/c", timeout=0):
         pass
 
 
 def test_readers_share_a_lock_and_writers_do_not(shop):
-    with lock.hold(shop.directory, read=["a/b/c"], write=["a/b/d"]):
-        with lock.hold(shop.directory, read=["a/b/c"], timeout=0):
+    with (
+        locks.hold(shop.directory, "a/b/c", shared=True),
+        locks.hold(shop.directory, "a/b/d"),
+    ):
+        with locks.hold(shop.directory, "a/b/c", shared=True, timeout=0):
             pass
-        for kind in ("read", "write"):
+        for shared in (True, False):
             with (
                 pytest.raises(TimeoutError),
-                lock.hold(shop.directory, **{kind: ["a/b/d"]}, timeout=0),
+                locks.hold(shop.directory, "a/b/d", shared=shared, timeout=0),
             ):
                 pass
 

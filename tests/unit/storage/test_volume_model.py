@@ -7,7 +7,7 @@ from volume_machine import run_machine
 
 from qubes_storage import StoragePoolException
 from qubes_storage.file import FilePool
-from qubes_storage.history import History
+from qubes_storage.layout import VolumeFiles
 from qubes_storage.reflink import ReflinkPool, ReflinkVolume
 
 
@@ -24,16 +24,20 @@ def test_volumes_behave_like_their_model(tmp_path, driver, options):
 
 
 def _resize_in_place(monkeypatch):
-    monkeypatch.setattr(
-        ReflinkVolume,
-        "_resize_committed",
-        lambda volume, size: os.truncate(volume._committed_image("resize"), size),
-    )
+    copy = ReflinkVolume._copy
+
+    def copy_or_resize(volume, source, target, *, size=None, **options):
+        if size is None:
+            copy(volume, source, target, **options)
+        else:
+            os.truncate(target, size)
+
+    monkeypatch.setattr(ReflinkVolume, "_copy", copy_or_resize)
 
 
 def _keep_one_too_few(monkeypatch):
-    prune = History._prune
-    monkeypatch.setattr(History, "_prune", lambda self, keep: prune(self, keep - 1))
+    prune = VolumeFiles._prune
+    monkeypatch.setattr(VolumeFiles, "_prune", lambda self, keep: prune(self, keep - 1))
 
 
 @pytest.mark.parametrize("sabotage", [_resize_in_place, _keep_one_too_few])
