@@ -84,7 +84,8 @@ class PoolsMixin(PropertyHolder):
         :param options: of that pool: what its driver takes.
         :raise DriverNotFoundError: when there is no such driver.
         :raise QubesValueError: for options that it does not take, or a name in use.
-        :raise PoolError: when it cannot be set up, or somebody else owns what is in it.
+        :raise StoragePoolException: when it cannot be set up, or somebody else owns
+            what is in it.
         """
         if name is None:
             raise QubesValueError("a pool is added by itself, or with a name")
@@ -156,7 +157,7 @@ class PoolsMixin(PropertyHolder):
         Those that are being removed are none any more: no VM may take them over.
 
         :param besides: a VM that does not count.
-        :raise PoolError: when the pool cannot be read.
+        :raise StoragePoolException: when the pool cannot be read.
         """
         found = await pool.find_volumes()
         owned = self.owned_volumes(besides=besides) | self.volumes_going

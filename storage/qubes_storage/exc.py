@@ -3,47 +3,34 @@
 ::
 
     QubesException, the base of what may be shown to users
-     +-- StoragePoolException
-          +-- PoolError                     one pool; has `pool`, `reason`
-          |    +-- ReflinkNotSupportedError   its filesystem cannot share extents
+     +-- StoragePoolException               has no more to say than its text
           +-- DriverNotFoundError           no driver of that name is installed
-          +-- InvalidVolumeConfigError      a volume's configuration makes no sense
-          |    +-- InvalidVidError            a volume id that no volume can have
+          +-- InvalidVolumeConfigError      of a volume: it makes no sense
           +-- VolumeError                   one volume; has pool, vid, action, reason
                +-- VolumeNotFoundError        no such volume, or it has no image
                +-- VolumeExistsError          there is one already
                +-- VolumeStateError           it is started, dirty, importing, or not so
-               +-- VolumeBusyError            another process works on it
                +-- RevisionNotFoundError      it has no such revision
                +-- InvalidSizeError           a size it cannot have
                +-- ImportSizeError            the import is not as long as declared
-               +-- ImageTypeError             something else is where an image should be
-               +-- OutOfSpaceError            the pool's filesystem is full
-               +-- VolumeIOError              the system refused something else
 
 When an operation on a volume raises, the volume is as it was before, and the
-operation can be repeated once its cause is gone.
+operation can be repeated once its cause is gone.  What the operating system refused is
+a `VolumeError` whose ``__cause__`` is the OSError.
 """
 
 from __future__ import annotations
 
 __all__ = [
     "DriverNotFoundError",
-    "ImageTypeError",
     "ImportSizeError",
     "InvalidSizeError",
-    "InvalidVidError",
     "InvalidVolumeConfigError",
-    "OutOfSpaceError",
-    "PoolError",
     "QubesException",
-    "ReflinkNotSupportedError",
     "RevisionNotFoundError",
     "StoragePoolException",
-    "VolumeBusyError",
     "VolumeError",
     "VolumeExistsError",
-    "VolumeIOError",
     "VolumeNotFoundError",
     "VolumeStateError",
     "system_reason",
@@ -60,23 +47,6 @@ class QubesException(Exception):  # noqa: N818 - the name Qubes gives it
 
 class StoragePoolException(QubesException):
     """The base of everything that storage raises on purpose."""
-
-
-class PoolError(StoragePoolException):
-    """Something is wrong with a pool.
-
-    :param pool: name of the pool.
-    :param reason: what is wrong, and what to do.
-    """
-
-    def __init__(self, pool: str, reason: str) -> None:
-        super().__init__(f"pool {pool!r}: {reason}")
-        self.pool = pool
-        self.reason = reason
-
-
-class ReflinkNotSupportedError(PoolError):
-    """The filesystem of a pool cannot share extents between files."""
 
 
 class DriverNotFoundError(StoragePoolException):
@@ -105,10 +75,6 @@ class InvalidVolumeConfigError(StoragePoolException, ValueError):
         super().__init__(f"volume {subject!r}: {reason}")
         self.subject = subject
         self.reason = reason
-
-
-class InvalidVidError(InvalidVolumeConfigError):
-    """A volume id that no volume can have."""
 
 
 class VolumeError(StoragePoolException):
@@ -140,10 +106,6 @@ class VolumeStateError(VolumeError):
     """The volume is in another state than the operation needs."""
 
 
-class VolumeBusyError(VolumeError):
-    """Another process works on the volume and does not come to an end."""
-
-
 class RevisionNotFoundError(VolumeError, LookupError):
     """The volume has no such revision."""
 
@@ -154,18 +116,6 @@ class InvalidSizeError(VolumeError, ValueError):
 
 class ImportSizeError(VolumeError):
     """The imported data is shorter or longer than was declared."""
-
-
-class ImageTypeError(VolumeError):
-    """A symbolic link, FIFO, directory or device is where an image should be."""
-
-
-class OutOfSpaceError(VolumeError):
-    """The filesystem (or the quota) of the pool is full."""
-
-
-class VolumeIOError(VolumeError):
-    """The operating system refused something else."""
 
 
 def system_reason(error: OSError) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qubes_storage import ficlone, files, locks
-from qubes_storage.exc import PoolError, system_reason
+from qubes_storage.exc import StoragePoolException, system_reason
 from qubes_storage.image_volume import ImageVolume
 from qubes_storage.layout import find_volumes
 from qubes_storage.operation import Background, Operations
@@ -56,7 +56,9 @@ class ImagePool(Pool):
             ephemeral_volatile=ephemeral_volatile,
         )
         if not isinstance(dir_path, str | os.PathLike) or not os.fspath(dir_path):
-            raise PoolError(name, f"dir_path must be a directory, not {dir_path!r}")
+            raise StoragePoolException(
+                f"pool {name!r}: dir_path must be a directory, not {dir_path!r}"
+            )
         self.dir_path = Path(dir_path).absolute()
         self.background = Background()
         self.operations = Operations(self.dir_path, self.background)
@@ -87,14 +89,15 @@ class ImagePool(Pool):
         directory was made by a pool or was empty when one got it.  In any other nothing
         is removed: its files may only look like ours.
 
-        :raise PoolError: when the directory cannot be made, read or written; if it was
-            made it is gone again then.
+        :raise StoragePoolException: when the directory cannot be made, read or written;
+            if it was made it is gone again then.
         """
         try:
             found = await asyncio.to_thread(self._setup)
         except OSError as error:
-            reason = f"cannot set it up: {system_reason(error)}"
-            raise PoolError(self.name, reason) from error
+            raise StoragePoolException(
+                f"pool {self.name!r}: cannot set it up: {system_reason(error)}"
+            ) from error
         for vid in found:
             if vid not in self._volumes:
                 self._make_found(vid)
@@ -102,21 +105,22 @@ class ImagePool(Pool):
     async def claim(self) -> None:
         """Keep other owners of the directory out; see `Pool.claim`.
 
-        :raise PoolError: when another owner has it, in this process or in another.
+        :raise StoragePoolException: when another owner has it, in this process or in
+            another.
         """
         if self._claims.is_held(_OWNED):
             return
         try:
             taken = await asyncio.to_thread(self._claims.take, _OWNED)
         except OSError as error:
-            reason = f"cannot claim it: {system_reason(error)}"
-            raise PoolError(self.name, reason) from error
+            raise StoragePoolException(
+                f"pool {self.name!r}: cannot claim it: {system_reason(error)}"
+            ) from error
         if not taken:
-            reason = (
-                f"{self.dir_path} is in use by another server: end that one, or give"
-                " the pool a directory of its own"
+            raise StoragePoolException(
+                f"pool {self.name!r}: {self.dir_path} is in use by another server: end"
+                " that one, or give the pool a directory of its own"
             )
-            raise PoolError(self.name, reason)
 
     def unclaim(self) -> None:
         """Undo `claim`; no error when there was none."""
@@ -127,8 +131,9 @@ class ImagePool(Pool):
         try:
             found = await asyncio.to_thread(lambda: [*find_volumes(self.dir_path)])
         except OSError as error:
-            reason = f"cannot read it: {system_reason(error)}"
-            raise PoolError(self.name, reason) from error
+            raise StoragePoolException(
+                f"pool {self.name!r}: cannot read it: {system_reason(error)}"
+            ) from error
         return [volume.vid for volume in found if volume.has_image]
 
     async def settled(self) -> None:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qubes_storage import files
-from qubes_storage.exc import InvalidVidError
+from qubes_storage.exc import InvalidVolumeConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,26 +89,28 @@ def parse_name(name: str) -> ParsedName | None:
 def check_vid(vid: object) -> str:
     """Return a volume id that has the form ``prefix/vm/volume``.
 
-    :raise InvalidVidError: with the reason, for anything else.
+    :raise InvalidVolumeConfigError: with the reason, for anything else.
     """
     if not isinstance(vid, str):
-        raise InvalidVidError(repr(vid), "its id must be a string")
+        raise InvalidVolumeConfigError(repr(vid), "its id must be a string")
     parts = vid.split("/")
     if len(parts) != _PARTS:
-        raise InvalidVidError(vid, "its id must be of the form prefix/vm/volume")
+        raise InvalidVolumeConfigError(
+            vid, "its id must be of the form prefix/vm/volume"
+        )
     for part in parts:
         if len(part) > _MAX_PART:
             reason = f"a part of its id is longer than {_MAX_PART} characters"
-            raise InvalidVidError(vid, reason)
+            raise InvalidVolumeConfigError(vid, reason)
         if not _PART.match(part):
             reason = (
                 f"{part!r} in its id must be letters, digits and _.+- only,"
                 " and start with one of the first three"
             )
-            raise InvalidVidError(vid, reason)
+            raise InvalidVolumeConfigError(vid, reason)
     if parts[-1].endswith(_SUFFIXES):
         reason = f"its name must not end in {' or '.join(_SUFFIXES)}"
-        raise InvalidVidError(vid, reason)
+        raise InvalidVolumeConfigError(vid, reason)
     return vid
 
 
@@ -330,6 +332,6 @@ def _volumes(vm: str, path: str) -> Iterator[FoundVolume]:
             if parsed.is_left:
                 left.add(parsed.volume)
     for volume in sorted(images | left):
-        with contextlib.suppress(InvalidVidError):
+        with contextlib.suppress(InvalidVolumeConfigError):
             vid = check_vid(f"{vm}/{volume}")
             yield FoundVolume(vid, volume in images, volume in left)

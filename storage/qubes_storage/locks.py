@@ -29,7 +29,7 @@ import time
 from typing import TYPE_CHECKING
 
 from qubes_storage import files
-from qubes_storage.exc import VolumeIOError, VolumeStateError
+from qubes_storage.exc import VolumeError, VolumeStateError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -283,14 +283,14 @@ class VolumeUse:
     def refuse_if_lost(self, action: str) -> None:
         """Raise when what a VM wrote may be lost: a second fsync would not tell.
 
-        :raise VolumeIOError: until it is started again, or removed.
+        :raise VolumeError: until it is started again, or removed.
         """
         if self._loss is not None:
             reason = (
                 f"what its VM wrote may be lost ({self._loss}); start it again to go on"
                 " with what is there, or remove it"
             )
-            raise VolumeIOError(self.pool, self.vid, action, reason)
+            raise VolumeError(self.pool, self.vid, action, reason)
 
     def go_on(self) -> None:
         """Note that the volume is started."""

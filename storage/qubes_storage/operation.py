@@ -23,15 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from qubes_storage.exc import (
-    ImageTypeError,
-    InvalidSizeError,
-    OutOfSpaceError,
-    VolumeBusyError,
-    VolumeError,
-    VolumeIOError,
-    system_reason,
-)
+from qubes_storage.exc import InvalidSizeError, VolumeError, system_reason
 from qubes_storage.locks import LOCK_TIMEOUT, hold
 from qubes_storage.uninterrupted import to_its_end
 
@@ -46,14 +38,6 @@ __all__ = ["IDLE", "Background", "Operations", "typed_errors"]
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-_ERRORS: dict[int | None, type[VolumeError]] = {
-    errno.ENOSPC: OutOfSpaceError,
-    errno.EDQUOT: OutOfSpaceError,
-    errno.EFBIG: InvalidSizeError,
-    errno.ELOOP: ImageTypeError,
-    errno.EMEDIUMTYPE: ImageTypeError,
-}
 
 
 class Operations:
@@ -88,7 +72,7 @@ class Operations:
         Once begun it is brought to its end: a cancellation counts only afterwards.
 
         :param action: a verb for the error, as in "start".
-        :raise VolumeError: of the class that tells what went wrong.
+        :raise VolumeError: as `function` does, or in place of its OSError.
         """
         # The file lock alone would do; this spares threads that only wait.
         turn = self._turns.setdefault(volume.vid, asyncio.Lock())
@@ -125,14 +109,14 @@ class Operations:
 
 @contextlib.contextmanager
 def typed_errors(volume: Volume, action: str) -> Iterator[None]:
-    """Turn an operating system's error into one of ours."""
+    """Turn an error of the operating system into one of ours, and be its cause."""
     try:
         yield
     except TimeoutError as error:
         reason = "another process works on it and does not come to an end"
-        raise VolumeBusyError(volume.pool.name, volume.vid, action, reason) from error
+        raise VolumeError(volume.pool.name, volume.vid, action, reason) from error
     except OSError as error:
-        kind = _ERRORS.get(error.errno, VolumeIOError)
+        kind = InvalidSizeError if error.errno == errno.EFBIG else VolumeError
         raise kind(
             volume.pool.name, volume.vid, action, system_reason(error)
         ) from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from qubes_storage.exc import (
     InvalidVolumeConfigError,
-    PoolError,
+    StoragePoolException,
     VolumeNotFoundError,
 )
 from qubes_storage.layout import check_vid
@@ -55,7 +55,7 @@ class Pool(abc.ABC):
     :param name: name of the pool.
     :param revisions_to_keep: what its volumes have unless configured otherwise.
     :param ephemeral_volatile: whether volatile volumes must not outlive their stop.
-    :raise PoolError: for a value that makes no sense.
+    :raise StoragePoolException: for a value that makes no sense.
     """
 
     #: Name of the driver: its entry point in the group ``qubes.storage``.
@@ -122,7 +122,7 @@ class Pool(abc.ABC):
     async def setup(self) -> None:
         """Make the pool ready for use; no error when it is.
 
-        :raise PoolError: when it cannot be.
+        :raise StoragePoolException: when it cannot be.
         """
 
     async def claim(self) -> None:  # noqa: B027 - a driver need not have it
@@ -132,7 +132,7 @@ class Pool(abc.ABC):
         share its pools with another.  Who only uses volumes needs no claim.  A driver
         that cannot tell who uses its storage does nothing here.
 
-        :raise PoolError: when another owner has it.
+        :raise StoragePoolException: when another owner has it.
         """
 
     def unclaim(self) -> None:  # noqa: B027 - as above
@@ -143,7 +143,7 @@ class Pool(abc.ABC):
 
         A driver that `setup` does not find volumes with knows those of `init_volume`.
 
-        :raise PoolError: when the pool cannot be read.
+        :raise StoragePoolException: when the pool cannot be read.
         """
         return list(self._volumes)
 
@@ -236,7 +236,7 @@ def _make_vid(vm: VolumeOwner | None, config: Mapping[str, Any]) -> str:
 def parse_bool(pool: str, option: str, value: bool | str) -> bool:  # noqa: FBT001
     """Return the value of a pool's option that is yes or no.
 
-    :raise PoolError: for anything else.
+    :raise StoragePoolException: for anything else.
     """
     words = {"yes": True, "true": True, "1": True, "no": False, "false": False}
     if isinstance(value, bool):
@@ -244,14 +244,18 @@ def parse_bool(pool: str, option: str, value: bool | str) -> bool:  # noqa: FBT0
     try:
         return {**words, "0": False}[value.lower()]
     except (KeyError, AttributeError):
-        raise PoolError(pool, f"{option} is yes or no, not {value!r}") from None
+        raise StoragePoolException(
+            f"pool {pool!r}: {option} is yes or no, not {value!r}"
+        ) from None
 
 
 def _check_name(name: object) -> str:
     if isinstance(name, str) and _NAME.match(name):
         return name
-    reason = "its name must be 1 to 128 letters, digits and _.+-, not starting with .+-"
-    raise PoolError(str(name), reason)
+    raise StoragePoolException(
+        f"pool {str(name)!r}: its name must be 1 to 128 letters, digits and _.+-,"
+        " not starting with .+-"
+    )
 
 
 def _parse_revisions_to_keep(pool: str, value: object) -> int:
@@ -259,4 +263,4 @@ def _parse_revisions_to_keep(pool: str, value: object) -> int:
     try:
         return check_revisions_to_keep(pool, number)
     except InvalidVolumeConfigError as error:
-        raise PoolError(pool, error.reason) from None
+        raise StoragePoolException(f"pool {pool!r}: {error.reason}") from None

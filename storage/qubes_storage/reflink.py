@@ -17,7 +17,7 @@ import os
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qubes_storage import ficlone, files
-from qubes_storage.exc import ReflinkNotSupportedError
+from qubes_storage.exc import StoragePoolException
 from qubes_storage.image_pool import ImagePool
 from qubes_storage.image_volume import ImageVolume
 from qubes_storage.locks import hold
@@ -149,12 +149,11 @@ class ReflinkPool(ImagePool):
     def _check(self) -> None:
         self.shares_extents = ficlone.supports_reflink(self.dir_path)
         if self.setup_check and not self.shares_extents:
-            reason = (
-                f"files in {self.dir_path} cannot share extents (no reflinks): move it"
-                " to btrfs, or to XFS made with reflink=1; or set setup_check=no to"
-                " have images copied instead"
+            raise StoragePoolException(
+                f"pool {self.name!r}: files in {self.dir_path} cannot share extents (no"
+                " reflinks): move it to btrfs, or to XFS made with reflink=1; or set"
+                " setup_check=no to have images copied instead"
             )
-            raise ReflinkNotSupportedError(self.name, reason)
 
 
 def _is_clone_of(clone: os.stat_result | None, image: os.stat_result) -> bool:

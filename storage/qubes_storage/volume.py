@@ -237,7 +237,7 @@ class Volume(abc.ABC):
         """Check that a start would find what it needs.
 
         :raise VolumeNotFoundError: when it, or its source, has no image.
-        :raise ImageTypeError: when something else is in its place.
+        :raise VolumeError: when something else is in its place.
         """
 
     @abc.abstractmethod

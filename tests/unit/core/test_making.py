@@ -15,7 +15,6 @@ from qubes_itests.core.app import Qubes
 from qubes_itests.core.store.store_errors import StoreError
 from qubes_itests.faultdisk import failing_call
 from qubes_storage.exc import (
-    PoolError,
     StoragePoolException,
     VolumeError,
     VolumeExistsError,
@@ -565,7 +564,7 @@ def test_what_was_taken_over_survives_a_creation_that_fails(app, monkeypatch):
 def test_a_pool_has_one_owner(app, tmp_path):
     pool = ReflinkPool(name="second", dir_path=tmp_path / "pool", setup_check=False)
     before = contents(app)
-    with pytest.raises(PoolError, match="is in use by another server"):
+    with pytest.raises(StoragePoolException, match="is in use by another server"):
         asyncio.run(app.add_pool(pool))
     assert list(app.pools) == ["default"]
     other = tmp_path / "other"
@@ -589,7 +588,7 @@ def test_a_pool_that_is_not_ready_keeps_no_other_from_being_owned(app, tmp_path)
     (tmp_path / "disk").write_text("no directory")
     loaded = load(tmp_path)
     assert "pool away is not ready" in loaded.problems[0]
-    with pytest.raises(PoolError, match="in use by another server"):
+    with pytest.raises(StoragePoolException, match="in use by another server"):
         asyncio.run(
             loaded.add_pool(driver="file", name="x", dir_path=tmp_path / "pool")
         )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qubes_storage.exc import InvalidVidError
+from qubes_storage.exc import InvalidVolumeConfigError
 from qubes_storage.layout import VolumeFiles, check_vid
 
 
@@ -50,7 +50,7 @@ def test_ordinary_ids_are_accepted(vid):
     ],
 )
 def test_what_is_no_id_is_refused(vid):
-    with pytest.raises(InvalidVidError):
+    with pytest.raises(InvalidVolumeConfigError):
         check_vid(vid)
 
 
@@ -60,7 +60,7 @@ def test_an_accepted_id_never_leaves_its_pool(vid):
     """Whatever the text, its files lie two directories below the pool."""
     try:
         check_vid(vid)
-    except InvalidVidError:
+    except InvalidVolumeConfigError:
         return
     path = f"/pool/{vid}"
     assert os.path.normpath(path) == path
@@ -77,7 +77,7 @@ def test_no_two_volumes_share_a_file(one, other, tmp_path_factory):
     try:
         for name in (one, other):
             check_vid(f"appvms/work/{name}")
-    except InvalidVidError:
+    except InvalidVolumeConfigError:
         return
     if one == other:
         return
@@ -96,6 +96,6 @@ def test_no_two_volumes_share_a_file(one, other, tmp_path_factory):
 @pytest.mark.parametrize("part", ["name", "dir_path_prefix"])
 def test_a_bad_name_of_a_vm_makes_no_volume(shop, name, part):
     vm = SimpleNamespace(**{"name": "work", "dir_path_prefix": "appvms", part: name})
-    with pytest.raises(InvalidVidError):
+    with pytest.raises(InvalidVolumeConfigError):
         shop.pool.init_volume(vm, {"name": "private", "save_on_stop": True})
     assert not shop.pool.list_volumes()

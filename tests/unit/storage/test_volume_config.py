@@ -7,7 +7,7 @@ from qubes_storage.exc import (
     DriverNotFoundError,
     InvalidSizeError,
     InvalidVolumeConfigError,
-    PoolError,
+    StoragePoolException,
     VolumeNotFoundError,
 )
 from qubes_storage.reflink import ReflinkPool
@@ -81,7 +81,7 @@ def test_a_pool_is_made_again_from_its_configuration(shop):
 
 @pytest.mark.parametrize("value", ["maybe", "", None, 1])
 def test_setup_check_is_yes_or_no(tmp_path, value):
-    with pytest.raises(PoolError, match="yes or no"):
+    with pytest.raises(StoragePoolException, match="yes or no"):
         ReflinkPool(name="p", dir_path=tmp_path, setup_check=value)
 
 

@@ -16,7 +16,7 @@ from pool_scenario import SIZE, Scenario
 
 from qubes_itests.faultdisk import failing_call
 from qubes_storage import pool_class
-from qubes_storage.exc import OutOfSpaceError, VolumeStateError
+from qubes_storage.exc import VolumeError, VolumeStateError
 
 MOST_CALLS = 60
 
@@ -138,7 +138,7 @@ def test_no_space_at_each_step(name, place):
 def failure(case, scenario):
     try:
         case.act(scenario)
-    except OutOfSpaceError as error:
+    except VolumeError as error:
         return error
     return None
 
