@@ -5,6 +5,13 @@ A file that takes a while to make is made under a temporary name in the same dir
 shows the old file or the new one; what is left of an interrupted operation can be told
 by its name.
 
+What is durable gets to the disk in this order: the contents (fsync of the file), the
+name (rename, atomic), then the directory (fsync of it).  A rename does not wait for the
+contents of its file, and fsync(2) of a file says nothing of its name: "for that an
+explicit fsync() on a file descriptor for the directory is also needed".  Without the
+first, a power cut can leave a name for an empty file; without the last, the old file
+after the caller was told of the new one.
+
 To remove a large file takes as long as to clone it, so where somebody waits it is only
 given up: renamed to ``NAME~``, eight hex digits and ``.removed``.  No one uses a file
 of such a name, and anyone may remove it at any time.
@@ -116,7 +123,8 @@ def open_image(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 
     :raise OSError: EMEDIUMTYPE when something else is there.
     """
-    # O_NONBLOCK: a FIFO without a writer must not hang us before we can refuse it.
+    # Looked at before, as to open a device may do something to it, and after, as it may
+    # be another one by then. O_NONBLOCK: a FIFO without a writer must not hang us.
     stat_image(path)
     fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -162,7 +170,11 @@ def scratch_file(path: Path) -> Iterator[int]:
 
 
 def fsync(path: Path) -> None:
-    """Bring a file's content, or a directory's names, to the disk."""
+    """Bring a file's content, or a directory's names, to the disk.
+
+    :raise OSError: also for a write-back that failed before, if nobody was told yet: a
+        new descriptor sees that (errseq_sample() in the kernel's lib/errseq.c).
+    """
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -186,7 +198,8 @@ def link(source: Path, target: Path) -> None:
 
 def replace_with_link(source: Path, target: Path, *, durable: bool = True) -> None:
     """Make `target` a second name of `source`, replacing it in one step."""
-    # rename(2) of two names of one file does nothing and would leave the temporary.
+    # rename(2) of two names of one file does nothing, successfully, and would leave the
+    # temporary. link(2) cannot replace a name, hence the detour.
     if same_image(source, target):
         return
     temporary = _temporary_name(target)
@@ -226,6 +239,8 @@ def give_up(path: Path) -> bool:
     """
     if stat_image(path) is None:
         return False
+    # A power cut may bring the name back, but whoever uses it knows by then that it is
+    # of no use: all that is given up is so anew at the next start, or surplus.
     rename(path, given_up_name(path), durable=False)
     return True
 

@@ -70,8 +70,19 @@ class Pool(abc.ABC):
         revisions_to_keep: int | str = 1,
         ephemeral_volatile: bool | str = False,
     ) -> None:
-        self.name = _check_name(name)
-        self.revisions_to_keep = _parse_revisions_to_keep(name, revisions_to_keep)
+        if not isinstance(name, str) or not _NAME.match(name):
+            raise StoragePoolException(
+                f"pool {str(name)!r}: its name must be 1 to 128 letters, digits and"
+                " _.+-, not starting with .+-"
+            )
+        self.name = name
+        keep: object = revisions_to_keep
+        if isinstance(keep, str) and _NUMBER.match(keep):
+            keep = int(keep)
+        try:
+            self.revisions_to_keep = check_revisions_to_keep(name, keep)
+        except InvalidVolumeConfigError as error:
+            raise StoragePoolException(f"pool {name!r}: {error.reason}") from None
         self.ephemeral_volatile = parse_bool(
             name, "ephemeral_volatile", ephemeral_volatile
         )
@@ -172,7 +183,14 @@ class Pool(abc.ABC):
         :raise VolumeNotFoundError: for a source that this pool does not know.
         """
         config = dict(volume_config)
-        config["vid"] = check_vid(config.get("vid") or _make_vid(vm, config))
+        vid = config.get("vid")
+        if not vid:
+            name = config.get("name")
+            if vm is None:
+                reason = "neither a VM nor a vid is given"
+                raise InvalidVolumeConfigError(str(name), reason)
+            vid = f"{vm.dir_path_prefix}/{vm.name}/{name}"
+        config["vid"] = check_vid(vid)
         self._check_keys(config)
         config.pop("pool", None)
         if isinstance(config.get("source"), str):
@@ -226,13 +244,6 @@ class Pool(abc.ABC):
             raise InvalidVolumeConfigError(vid, reason)
 
 
-def _make_vid(vm: VolumeOwner | None, config: Mapping[str, Any]) -> str:
-    name = config.get("name")
-    if vm is None:
-        raise InvalidVolumeConfigError(str(name), "neither a VM nor a vid is given")
-    return f"{vm.dir_path_prefix}/{vm.name}/{name}"
-
-
 def parse_bool(pool: str, option: str, value: bool | str) -> bool:  # noqa: FBT001
     """Return the value of a pool's option that is yes or no.
 
@@ -247,20 +258,3 @@ def parse_bool(pool: str, option: str, value: bool | str) -> bool:  # noqa: FBT0
         raise StoragePoolException(
             f"pool {pool!r}: {option} is yes or no, not {value!r}"
         ) from None
-
-
-def _check_name(name: object) -> str:
-    if isinstance(name, str) and _NAME.match(name):
-        return name
-    raise StoragePoolException(
-        f"pool {str(name)!r}: its name must be 1 to 128 letters, digits and _.+-,"
-        " not starting with .+-"
-    )
-
-
-def _parse_revisions_to_keep(pool: str, value: object) -> int:
-    number = int(value) if isinstance(value, str) and _NUMBER.match(value) else value
-    try:
-        return check_revisions_to_keep(pool, number)
-    except InvalidVolumeConfigError as error:
-        raise StoragePoolException(f"pool {pool!r}: {error.reason}") from None
