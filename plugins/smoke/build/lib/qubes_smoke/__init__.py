@@ -1,1 +1,0 @@
-"""Tests of what every Qubes VM must be able to do."""
