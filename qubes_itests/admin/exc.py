@@ -4,22 +4,16 @@
 
     HarnessError
      +-- FramingError            what a client sent is no request; nobody is answered
-     +-- AlreadyServedError      another server has the socket
      +-- ProtocolError           a field that cannot be     (`qubes_itests.core.exc`)
      +-- PermissionDenied        a request that may not be  (`qubes_itests.core.exc`)
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qubes_itests.core.exc import PermissionDenied, ProtocolError
 from qubes_itests.exc import HarnessError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-__all__ = ["AlreadyServedError", "FramingError", "PermissionDenied", "ProtocolError"]
+__all__ = ["FramingError", "PermissionDenied", "ProtocolError"]
 
 
 class FramingError(HarnessError):
@@ -31,14 +25,3 @@ class FramingError(HarnessError):
     def __init__(self, reason: str) -> None:
         super().__init__(f"no request of the Admin API: {reason}")
         self.reason = reason
-
-
-class AlreadyServedError(HarnessError):
-    """Another server answers on the socket.
-
-    :param path: of the socket.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(f"{path} is served already; stop that server, or use another")
-        self.path = path

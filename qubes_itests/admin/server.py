@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Final, Self
 
 from qubes_itests.admin.connection import Connection
 from qubes_itests.admin.dispatch import Dispatcher, error_name
-from qubes_itests.admin.exc import AlreadyServedError, PermissionDenied
+from qubes_itests.admin.exc import PermissionDenied
 from qubes_itests.admin.hangups import Hangups
 from qubes_itests.admin.methods import METHODS
 from qubes_itests.admin.protocol import encode_exception
+from qubes_itests.exc import HarnessError
 from qubes_itests.limited_log import LimitedLog
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class AdminServer:
     async def __aenter__(self) -> Self:
         """Take the socket and begin.
 
-        :raise AlreadyServedError: when another server answers on it.
+        :raise HarnessError: when another server answers on it.
         """
         async with contextlib.AsyncExitStack() as stack:
             listening = _listen(self.path)
@@ -179,4 +180,4 @@ def _remove_stale(path: Path) -> None:
             if path.is_socket():
                 path.unlink(missing_ok=True)
             return
-    raise AlreadyServedError(path)
+    raise HarnessError(f"{path} is served already; stop that server, or use another")

@@ -7,10 +7,8 @@
      |    +-- ProtocolViolation  its agent broke the protocol, and was cut off
      +-- GuestRefusedError       its agent could not carry out a request
      +-- BootError               it did not start; everything is undone
-     +-- TooManyStreamsError     too many commands at once
     ImageError                   a guest image could not be built
      +-- LayerError              what an app adds to a template could not be
-     +-- PackagesError           packages for a template could not be fetched
     EnvironmentNotReadyError
      +-- NotFetchedError         the packages of a template are not in the cache
 """
@@ -34,9 +32,7 @@ __all__ = [
     "ImageError",
     "LayerError",
     "NotFetchedError",
-    "PackagesError",
     "ProtocolViolation",
-    "TooManyStreamsError",
 ]
 
 
@@ -91,20 +87,6 @@ class GuestRefusedError(GuestError):
         super().__init__(vm, f"its agent could not {request}: {reason}")
         self.request = request
         self.reason = reason
-
-
-class TooManyStreamsError(GuestError):
-    """As many commands run in a guest as the protocol allows.
-
-    :param vm: name of the VM.
-    :param limit: how many that is.
-    """
-
-    def __init__(self, vm: str, limit: int) -> None:
-        super().__init__(
-            vm, f"{limit} commands run at once already; wait for some to end"
-        )
-        self.limit = limit
 
 
 class BootError(GuestError):
@@ -168,20 +150,6 @@ class LayerError(ImageError):
         self.why = reason
         self.output = output
         self.log = log
-
-
-class PackagesError(ImageError):
-    """Packages for a template could not be fetched.
-
-    :param template: its name.
-    :param reason: apt's own words.
-    """
-
-    def __init__(self, template: str, reason: str) -> None:
-        super().__init__(
-            f"template {template}", f"its packages could not be fetched: {reason}"
-        )
-        self.template = template
 
 
 class NotFetchedError(EnvironmentNotReadyError):

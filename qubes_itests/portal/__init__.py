@@ -9,13 +9,11 @@
 
 from __future__ import annotations
 
-from .exc import LoopThreadError, PortalClosedError, RefusedLoopCallError
+from .exc import PortalError
 from .thread import BackgroundFailure, Portal
 
 __all__ = [
     "BackgroundFailure",
-    "LoopThreadError",
     "Portal",
-    "PortalClosedError",
-    "RefusedLoopCallError",
+    "PortalError",
 ]

@@ -17,9 +17,9 @@ import functools
 import inspect
 import threading
 from asyncio import Handle, isfuture  # by their names here: see `waiting`
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
-from .exc import LoopThreadError, PortalClosedError, RefusedLoopCallError
+from .exc import PortalError
 from .waiting import wait_in_thread
 
 if TYPE_CHECKING:
@@ -28,6 +28,20 @@ if TYPE_CHECKING:
 __all__ = ["PortalLoop"]
 
 _T = TypeVar("_T")
+
+_OWN_THREAD: Final = (
+    "was called on the event loop's own thread, where waiting for it would stop the"
+    " loop for ever; await the coroutine instead, or call from another thread"
+    " (asyncio.to_thread)"
+)
+_CLOSED: Final = (
+    "was called while the portal's event loop does not run; use it inside"
+    " `with Portal()`"
+)
+_SHARED: Final = (
+    "cannot work here: the event loop runs in a thread of its own and is shared with"
+    " the virtual machines;"
+)
 
 #: Seconds that a call handed over to the loop's thread may take; it only schedules.
 _HANDOVER_TIMEOUT = 60.0
@@ -64,12 +78,12 @@ class PortalLoop(asyncio.SelectorEventLoop):
         """Call `function` in the loop's thread and return what it returns.
 
         :param call: what the caller of this called, for errors.
-        :raise PortalClosedError: when the loop does not run.
+        :raise PortalError: when the loop does not run.
         """
         if self.in_own_thread():
             return function()
         if self.thread_id is None:
-            raise PortalClosedError(call)
+            raise PortalError(call, _CLOSED)
         outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
         super().call_soon_threadsafe(_settle, outcome, function)
         return outcome.result(_HANDOVER_TIMEOUT)
@@ -79,7 +93,7 @@ class PortalLoop(asyncio.SelectorEventLoop):
     def run_until_complete(self, future: Awaitable[_T]) -> _T:  # type: ignore[override]
         """Let the loop's thread finish `future`; return its result, or raise its error.
 
-        :raise LoopThreadError: in the loop's own thread.
+        :raise PortalError: in the loop's own thread.
         :raise TypeError: for what cannot be awaited.
         :raise ValueError: for a future of another loop.
         """
@@ -97,10 +111,10 @@ class PortalLoop(asyncio.SelectorEventLoop):
             raise TypeError(f"{call} needs a coroutine or a future, not {awaitable!r}")
         if self.in_own_thread():
             _dispose(awaitable)
-            raise LoopThreadError(call)
+            raise PortalError(call, _OWN_THREAD)
         if self.thread_id is None:
             _dispose(awaitable)
-            raise PortalClosedError(call)
+            raise PortalError(call, _CLOSED)
         if isfuture(awaitable) and awaitable.get_loop() is not self:
             raise ValueError(f"{awaitable!r} belongs to another event loop")
 
@@ -123,7 +137,7 @@ class PortalLoop(asyncio.SelectorEventLoop):
         super().close()
 
     def _refuse(self, call: str, advice: str) -> NoReturn:
-        raise RefusedLoopCallError(call, advice)
+        raise PortalError(call, f"{_SHARED} {advice}")
 
     # -- scheduling ----------------------------------------------------------
 

@@ -73,8 +73,7 @@ class Portal:
 
         :param timeout: seconds after which it is cancelled; None for no limit.
         :raise DeadlineError: when it was not done in time.
-        :raise LoopThreadError: when called on the loop's own thread.
-        :raise PortalClosedError: outside the context.
+        :raise PortalError: on the loop's own thread, or outside the context.
         """
         return self.loop.wait_for(coro, timeout, "portal.run()")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qubes_itests.exc import DeadlineError
 from qubes_itests.qmemman import protocol
-from qubes_itests.qmemman.exc import MemoryRefusedError, UnavailableError
+from qubes_itests.qmemman.exc import MemoryRefusedError, QmemmanError
 from qubes_itests.qmemman.sizes import MIB
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Client:
         the first VMs would find no memory.
 
         :raise MemoryRefusedError: when they cannot be freed.
-        :raise UnavailableError: when there is no daemon, or it does not understand.
+        :raise QmemmanError: when there is no daemon, or it does not understand.
         :raise DeadlineError: when no answer comes in time.
         """
         await self._ask(protocol.READY, "report of dom0's memory usage")
@@ -51,17 +51,17 @@ class Client:
                 # still connected, so the daemon's last refusal is this one
                 raise await self._refusal(amount)
             if answer != protocol.OK:
-                raise UnavailableError(self.path, f"it answered {answer!r}")
+                raise self._silent(f"it answered {answer!r}")
             yield
 
     async def status(self) -> dict[str, object]:
         """Return the daemon's view of all memory.
 
-        :raise UnavailableError: when there is no daemon.
+        :raise QmemmanError: when there is no daemon.
         """
         status = json.loads(await self._ask(protocol.STATUS, "status of qmemman"))
         if not isinstance(status, dict):
-            raise UnavailableError(self.path, "its status is not understood")
+            raise self._silent("its status is not understood")
         return status
 
     async def _refusal(self, amount: int) -> MemoryRefusedError:
@@ -69,6 +69,11 @@ class Client:
         if not isinstance(refusal, dict):
             return MemoryRefusedError(amount, None, {})
         return MemoryRefusedError(amount, refusal["obtainable"], refusal["holders"])
+
+    def _silent(self, reason: str) -> QmemmanError:
+        return QmemmanError(
+            f"no answer from qmemman at {self.path}: {reason}; is it running?"
+        )
 
     async def _ask(self, line: bytes, what: str) -> bytes:
         async with self._connection() as (reader, writer):
@@ -82,9 +87,9 @@ class Client:
         except TimeoutError as error:
             raise DeadlineError(what, self.timeout) from error
         except (OSError, ValueError) as error:
-            raise UnavailableError(self.path, str(error)) from error
+            raise self._silent(str(error)) from error
         if not line.endswith(b"\n"):
-            raise UnavailableError(self.path, "it closed the connection")
+            raise self._silent("it closed the connection")
         return line
 
     @contextlib.asynccontextmanager
@@ -96,7 +101,7 @@ class Client:
                 self.path, limit=_LONGEST_STATUS
             )
         except OSError as error:
-            raise UnavailableError(self.path, str(error)) from error
+            raise self._silent(str(error)) from error
         try:
             yield reader, writer
         finally:

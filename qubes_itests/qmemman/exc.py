@@ -4,10 +4,7 @@
 
     HarnessError
      +-- QmemmanError
-          +-- ConfigurationFileError   a key or value of the configuration is wrong
           +-- BudgetError              the machine is smaller than its dom0
-          +-- AlreadyRunningError      another daemon serves the socket
-          +-- UnavailableError         no daemon answers on the socket
           +-- MemoryRefusedError       there is not enough memory for a VM
           +-- DomainGoneError          a domain ended while it was dealt with
           +-- TimelineError            a file is no timeline
@@ -25,14 +22,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
-    "AlreadyRunningError",
     "BudgetError",
-    "ConfigurationFileError",
     "DomainGoneError",
     "MemoryRefusedError",
     "QmemmanError",
     "TimelineError",
-    "UnavailableError",
 ]
 
 _MOST_HOLDERS = 10
@@ -40,19 +34,6 @@ _MOST_HOLDERS = 10
 
 class QmemmanError(HarnessError):
     """The base of all errors of memory balancing."""
-
-
-class ConfigurationFileError(QmemmanError):
-    """A configuration file says something that cannot be followed.
-
-    :param path: the file.
-    :param problem: what is wrong and what is expected.
-    """
-
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
-        self.path = path
-        self.problem = problem
 
 
 class BudgetError(QmemmanError):
@@ -76,34 +57,6 @@ class BudgetError(QmemmanError):
         self.total = total
         self.dom0 = dom0
         self.dom0_used = dom0_used
-
-
-class AlreadyRunningError(QmemmanError):
-    """Another daemon serves this socket.
-
-    :param socket: its path.
-    """
-
-    def __init__(self, socket: Path) -> None:
-        super().__init__(
-            f"another qmemman serves {socket}: stop it, or choose another socket"
-        )
-        self.socket = socket
-
-
-class UnavailableError(QmemmanError):
-    """No daemon answers, so nobody can say whether there is memory.
-
-    :param socket: where it should have answered.
-    :param reason: what happened instead.
-    """
-
-    def __init__(self, socket: Path, reason: str) -> None:
-        super().__init__(
-            f"no answer from qmemman at {socket}: {reason}; is it running?"
-        )
-        self.socket = socket
-        self.reason = reason
 
 
 class MemoryRefusedError(QmemmanError):

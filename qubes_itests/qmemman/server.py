@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qubes_itests.qmemman import protocol
 from qubes_itests.qmemman.algorithm import preferred_memory
-from qubes_itests.qmemman.exc import AlreadyRunningError
+from qubes_itests.qmemman.exc import QmemmanError
 from qubes_itests.qmemman.state import DOM0
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Server:
     async def __aenter__(self) -> Server:  # noqa: PYI034 - subclasses add nothing
         """Take the socket, read the machine, and begin.
 
-        :raise AlreadyRunningError: when another daemon serves the socket.
+        :raise QmemmanError: when another daemon serves the socket.
         :raise BudgetError: when the machine cannot hold its dom0.
         """
         async with contextlib.AsyncExitStack() as stack:
@@ -214,7 +214,9 @@ def _take(path: Path, stack: contextlib.ExitStack | contextlib.AsyncExitStack) -
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise AlreadyRunningError(path) from error
+        raise QmemmanError(
+            f"another qmemman serves {path}: stop it, or choose another socket"
+        ) from error
     path.unlink(missing_ok=True)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.host import rundir
-from qubes_itests.serve.exc import NoServerError
+from qubes_itests.serve.exc import ServeError
 from qubes_itests.serve.wire import connectable
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = ["VARIABLE", "Place", "find"]
 
 #: Names the directory of the server to call.
 VARIABLE: Final = "QUBES_ITESTS_SERVE"
+_BEGIN: Final = "begin with `python -m qubes_itests serve`."
 
 _NAME: Final = "serve"
 
@@ -89,19 +90,19 @@ def find(
     :param admin_socket: of the Admin API, if it was named.
     :param environment: may name the directory of one that lives; else the newest
         server is taken.
-    :raise NoServerError: when there is none.
+    :raise ServeError: when there is none.
     """
     if admin_socket is not None:
         place = Place(admin_socket.absolute().parent)
         if not place.answers():
-            raise NoServerError(place.admin_socket)
+            raise ServeError(f"Nothing serves on {place.admin_socket}: {_BEGIN}")
         return place
     # a shell may have the variables of a server that has ended since
     if (name := environment.get(VARIABLE, "")) and Place(Path(name)).answers():
         return Place(Path(name))
     found = [(path.stat().st_mtime, path) for path in _sockets(cache)]
     if not found:
-        raise NoServerError
+        raise ServeError(f"Nothing serves: {_BEGIN}")
     return Place(max(found)[1].parent)
 
 

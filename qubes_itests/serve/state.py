@@ -16,7 +16,7 @@ from qubes_itests.host.filesystem import (
     unmount,
 )
 from qubes_itests.host.loop import loop_devices_over
-from qubes_itests.serve.exc import DirectoryInUseError
+from qubes_itests.serve.exc import ServeError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +62,7 @@ class State:
     def __enter__(self) -> Self:
         """Mount; filesystems that are not there yet are made.
 
-        :raise DirectoryInUseError: when another server has it.
+        :raise ServeError: when another server has it.
         :raise CommandError: when one cannot be made or mounted.
         :raise OSError: when the directory cannot be used.
         """
@@ -85,7 +85,10 @@ class State:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise DirectoryInUseError(self.directory) from None
+            raise ServeError(
+                f"{self.directory} is in use by another `serve`: end that one, or give"
+                " this one another --directory."
+            ) from None
         return descriptor
 
     def _mount(self, name: str, size: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.serve.environment import HOOK, variables
-from qubes_itests.serve.exc import ClientMissingError, UnknownToolError
+from qubes_itests.serve.exc import ServeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,15 +53,19 @@ def run_tool(place: Place, name: str, arguments: Sequence[str]) -> int:
     :param place: the server that it is to call.
     :param name: as on the command line of Qubes OS; ``qvm-`` may be left out.
     :param arguments: what follows the name.
-    :raise ClientMissingError: when the client is not installed.
-    :raise UnknownToolError: when it has no such tool.
+    :raise ServeError: when the client is not installed, or has no such tool.
     """
     tools = installed_tools()
     if not tools:
-        raise ClientMissingError(sys.executable)
+        raise ServeError(
+            f"{sys.executable} has no module qubesadmin: the client tools are not on"
+            " the package index. Clone the git repository qubes-core-admin-client of"
+            f" Qubes OS, and install it: {sys.executable} -m pip install"
+            " ./qubes-core-admin-client"
+        )
     found = next((each for each in (name, f"qvm-{name}") if each in tools), None)
     if found is None:
-        raise UnknownToolError(name, tools)
+        raise ServeError(f"There is no tool {name!r}; there are: {', '.join(tools)}.")
     os.environ.update(variables(place))
     runpy.run_path(str(HOOK / "sitecustomize.py"))
     module = _OTHER_NAMES.get(found, found).replace("-", "_")

@@ -128,7 +128,7 @@ class GuestAgent:
         :param command: as for ``sh -c``.
         :param user: who runs it; None for the VM's default user.
         :param environment: added to that of the user.
-        :raise TooManyStreamsError: too many run at once.
+        :raise GuestError: too many run at once.
         :raise ValueError: a string cannot be sent, for its length or a NUL.
         """
         settings = (f"{name}={value}" for name, value in environment.items())
@@ -142,7 +142,7 @@ class GuestAgent:
         :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``.
         :param source: name of the domain that calls.
         :param user: who runs it; None leaves it to the service's configuration.
-        :raise TooManyStreamsError: too many run at once.
+        :raise GuestError: too many run at once.
         """
         return self._connection.spawn("service", user or "", service, source)
 

@@ -14,10 +14,10 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.guest.exc import (
+    GuestError,
     GuestGoneError,
     GuestRefusedError,
     ProtocolViolation,
-    TooManyStreamsError,
 )
 from qubes_itests.guest.link.calls import CallHandler, ServiceCall, refusal
 from qubes_itests.guest.link.events import (
@@ -249,7 +249,10 @@ class AgentConnection(asyncio.Protocol):
         """Open a stream for a command or service."""
         self._require_open()
         if not self.protocol.may_spawn():
-            raise TooManyStreamsError(self.vm, STREAMS_MAX)
+            raise GuestError(
+                self.vm,
+                f"{STREAMS_MAX} commands run at once already; wait for some to end",
+            )
         number, frame = self.protocol.spawn(*strings)
         process = GuestProcess(self, number, self.vm, strings[2])
         self._streams[number] = process

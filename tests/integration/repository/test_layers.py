@@ -8,7 +8,7 @@ import textwrap
 import pytest
 from conditions import wait_until
 
-from qubes_itests.guest.exc import PackagesError
+from qubes_itests.guest.exc import ImageError
 from qubes_itests.guest.image.layer import Copy, Step, fetch_packages
 from qubes_itests.guest.image.layer.root_files import read_image_file
 from qubes_itests.host.loop import loop_devices_over
@@ -143,7 +143,7 @@ def test_a_guest_has_no_identity_of_its_own(bench):
 
 
 def test_a_base_without_packages_is_told(bench):
-    with pytest.raises(PackagesError, match=r"tiny, the mini template.*no packages"):
+    with pytest.raises(ImageError, match=r"tiny, the mini template.*no packages"):
         fetch_packages(bench.cache, "mine", bench.base, ("make",), bench.said.append)
 
 
@@ -151,7 +151,7 @@ def test_an_image_that_is_none_is_told(bench, tmp_path):
     bench.base = tmp_path / "odd.img"
     bench.base.write_bytes(b"x" * 4096)
     assert "wrong fs type" in str(bench.fails(":"))
-    with pytest.raises(PackagesError, match="of an unknown kind"):
+    with pytest.raises(ImageError, match="of an unknown kind"):
         fetch_packages(bench.cache, "mine", bench.base, ("make",), bench.said.append)
 
 

@@ -25,8 +25,8 @@ from admin_client import (
 from qubes_itests.admin import connection
 from qubes_itests.admin import server as server_module
 from qubes_itests.admin.dispatch import METHODS, Destination, Method
-from qubes_itests.admin.exc import AlreadyServedError
 from qubes_itests.admin.server import AdminServer
+from qubes_itests.exc import HarnessError
 
 
 def dropped(client, data):
@@ -227,7 +227,7 @@ def test_many_clients_at_once_are_all_answered(client):
 def test_a_second_server_is_refused_and_a_dead_socket_replaced(
     server, app, run, tmp_path
 ):
-    with pytest.raises(AlreadyServedError):
+    with pytest.raises(HarnessError, match="is served already"):
         run(AdminServer(app, server.path).__aenter__())
     dead = tmp_path / "dead.sock"
     with socket.socket(socket.AF_UNIX) as left:

@@ -8,7 +8,7 @@ import pytest
 
 from qubes_itests.compat_core2 import ProcessWrapper, VMWrapper
 from qubes_itests.core.exc import QubesVMNotRunningError
-from qubes_itests.portal import LoopThreadError
+from qubes_itests.portal import PortalError
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_from_the_loops_thread_it_raises(started, portal):
 
     async def call_all():
         for call in calls:
-            with pytest.raises(LoopThreadError):
+            with pytest.raises(PortalError):
                 call()
 
     portal.run(call_all(), timeout=10)

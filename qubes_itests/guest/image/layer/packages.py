@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qubes_itests.guest.exc import PackagesError
+from qubes_itests.guest.exc import ImageError
 from qubes_itests.guest.image.layer.root_files import read_image_file, release_of
 from qubes_itests.host.apt import acquire_options
 from qubes_itests.host.cache import Cache, digest
@@ -48,7 +48,7 @@ def fetch_packages(
     :param base: the root image, of Debian.
     :param names: of packages, checked.
     :param say: is told what is going on.
-    :raise PackagesError: the image is not of Debian, a package does not exist, or the
+    :raise ImageError: the image is not of Debian, a package does not exist, or the
         archive cannot be reached; with what apt says.
     """
     key = digest(image_key(cache, base), *names, Path(__file__))
@@ -79,9 +79,7 @@ class _Fetch:
         sources = read_image_file(self._base, "/etc/apt/sources.list")
         if status is None or not sources:
             release = release_of(self._base).get("PRETTY_NAME", "of an unknown kind")
-            raise PackagesError(
-                self._template, f"its base is {release}, which has no packages of apt"
-            )
+            raise self._error(f"its base is {release}, which has no packages of apt")
         for name in ("state/lists/partial", "cache/archives/partial"):
             (self._scratch / name).mkdir(parents=True)
         (self._scratch / "status").write_text(status)
@@ -119,13 +117,18 @@ class _Fetch:
         }
         return "".join(f'{name} "{value}";\n' for name, value in values.items())
 
+    def _error(self, reason: str) -> ImageError:
+        return ImageError(
+            f"template {self._template}", f"its packages could not be fetched: {reason}"
+        )
+
     def _apt(self, *words: str) -> None:
         environment = f"APT_CONFIG={PLACE / 'apt.conf'}"
         command = ["env", environment, "apt-get", "-q", "-y", *words]
         try:
             run(confined(self._scratch, command), timeout=_TIMEOUT)
         except CommandError as error:
-            raise PackagesError(self._template, error.stderr) from error
+            raise self._error(error.stderr) from error
 
 
 def _signed(sources: str) -> str:
