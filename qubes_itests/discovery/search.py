@@ -123,7 +123,7 @@ def _members(
     except (KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # noqa: BLE001 - a plugin may raise what it likes
-        problems.append(_failed(step, error))
+        problems.append(_failed(entry, step, error))
 
 
 @contextlib.contextmanager
@@ -140,12 +140,22 @@ def _templates_named(templates: Sequence[str]) -> Iterator[None]:
             os.environ[TEMPLATES] = before
 
 
-def _failed(step: str, error: BaseException) -> Problem:
+def _failed(
+    entry: importlib.metadata.EntryPoint, step: str, error: BaseException
+) -> Problem:
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if not _is_machinery(frame.filename)]
     lines = traceback.format_exception_only(error)
+    hint = ""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        missing, own = error.name.partition(".")[0], entry.module.partition(".")[0]
+        if missing not in {own, "qubes"}:
+            hint = (
+                "; what brings it is named by --requires, or by requires in the app's"
+                " section"
+            )
     return Problem(
-        f"{step}: {type(error).__name__}: {error}",
+        f"{step}: {type(error).__name__}: {error}{hint}",
         "".join([*traceback.format_list(theirs), *lines]).rstrip(),
     )
 

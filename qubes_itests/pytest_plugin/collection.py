@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 import types
 from typing import TYPE_CHECKING, Any
@@ -153,6 +154,8 @@ def _meant(word: str, ids: Sequence[str]) -> list[str]:
         return [problem]
     known = {"::".join(name.split("::")[:n]) for name in ids for n in (1, 2, 3)}
     close = difflib.get_close_matches(word, sorted(known), n=1)
+    if os.path.isdir(word):  # noqa: PTH112 - Path raises for what is too long
+        close = [f"--app {word}"]
     hint = f" Did you mean {close[0]}?" if close else ""
     raise pytest.UsageError(
         f"no test's id begins with {word!r}.{hint}"

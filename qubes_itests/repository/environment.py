@@ -152,7 +152,7 @@ def _make(
     ours = "".join(f"import site; site.addsitedir({p!r})\n" for p in _our_packages())
     (_packages(place) / "beside.pth").write_text(ours)
     if requires.packages:
-        _pip(place, app, None, ["--", *requires.packages])
+        _pip(place, app, None, requires.packages)
     for project in map(Project, requires.projects):
         _pip(place, app, project)
     # their tests are not the app's
@@ -177,7 +177,7 @@ def _pip(
     if project is not None and project.directory.resolve().is_relative_to(PLACE.parent):
         shown = Path("/mnt") / PLACE.name
     quiet = ["--disable-pip-version-check", "--progress-bar=off", "--no-input"]
-    what, wanted = "what its tests require", list(packages)
+    what, wanted = f"{' '.join(packages)}, which its tests require", list(packages)
     directory, script = str(shown / scratch.name / "empty"), ""
     if project is not None:
         what = directory = str(project.directory)
@@ -189,7 +189,7 @@ def _pip(
     command: list[str | Path] = [
         *("sh", "-ec", _IN_TREE, "sh", str(shown / scratch.name), directory, script),
         *("env", *_pip_environment(app, shown / scratch.name / "tmp")),
-        *(*pip, "install", *quiet, "--no-warn-script-location", *wanted),
+        *(*pip, "install", *quiet, "--no-warn-script-location", "--", *wanted),
     ]
     try:
         run(confined(place, command, shown), timeout=_TIMEOUT)

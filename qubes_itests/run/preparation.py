@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.run.result import Prepared
-from qubes_itests.run.settings import ConfigurationError, own_timeout
+from qubes_itests.run.settings import ConfigurationError, Settings, own_timeout
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
@@ -23,13 +23,18 @@ if TYPE_CHECKING:
     from qubes_itests.host.cache import Cache
     from qubes_itests.repository import Environment
     from qubes_itests.run.app_templates import Wishes
-    from qubes_itests.run.settings import Settings
 
 __all__ = ["build_templates", "prepare", "prepare_apps", "prepare_listing"]
 
 #: Seconds between two lines where there is no terminal.
 _PLAIN_INTERVAL: Final = 10.0
 _WIDTH: Final = 78
+_DEFAULTS: Final = Settings()
+#: Of the settings those that decide which tests there are and how they go.
+_TOLD_AGAIN: Final = (
+    *("app", "template", "template_spec", "plugin", "requires", "repository", "policy"),
+    *("timeout", "start_timeout", "hypervisor", "filesystem", "memory_budget"),
+)
 
 
 def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
@@ -42,8 +47,11 @@ def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
     :raise EnvironmentNotReadyError: a template that no app derives cannot be fetched.
     :raise ImageError: such a one does not build.
     """
+    words = tuple(word for pair in _told_again(settings) for word in pair)
     if not (settings.app or settings.template_spec):
         build_templates(settings, names or settings.templates)
+        if words:
+            Prepared(words=words).tell()
         return
     from qubes_itests.run.app_templates import wishes_of  # noqa: PLC0415 - only if it is used
 
@@ -54,22 +62,16 @@ def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
     names = names or settings.template or run_on
     problems = build_templates(settings, names, derived=set(wishes.derived))
     prepared = prepare_apps(settings, wishes)
-    words = tuple(word for pair in _told_again(settings) for word in pair)
     dataclasses.replace(prepared, templates=problems, words=words).tell()
 
 
 def _told_again(settings: Settings) -> Iterable[tuple[str, str]]:
-    """Yield the options without which a run of apps cannot be repeated."""
-    for option in (
-        "app",
-        "template_spec",
-        "plugin",
-        "requires",
-        "repository",
-        "policy",
-    ):
-        for value in getattr(settings, option):
-            yield f"--{option.replace('_', '-')}", str(value)
+    """Yield the options without which a test is not found again, or is another."""
+    for option in _TOLD_AGAIN:
+        value, default = getattr(settings, option), getattr(_DEFAULTS, option)
+        if value != default:
+            for one in value if isinstance(value, tuple) else (value,):
+                yield f"--{option.replace('_', '-')}", str(one)
 
 
 def prepare_listing(settings: Settings) -> Settings:

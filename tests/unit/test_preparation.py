@@ -73,6 +73,13 @@ def test_the_usual_run_prepares_nothing(offered):
 
 
 @pytest.mark.usefixtures("offered")
+def test_a_run_is_repeated_on_the_same_templates_and_with_the_same_limits():
+    preparation.prepare(Settings(template=("new", "other"), timeout=9, keep="failed"))
+    words = Prepared.told().words
+    assert words == ("--template", "new", "--template", "other", "--timeout", "9")
+
+
+@pytest.mark.usefixtures("offered")
 def test_a_template_that_nobody_derives_ends_the_run(tmp_path):
     settings = Settings(template=("far",), app=(app(tmp_path, "one", ""),))
     with pytest.raises(NoNetworkError):

@@ -94,6 +94,7 @@ def test_a_selector_that_means_nothing_is_wrong_usage(site):
     assert done.returncode == 4
     assert "Did you mean alpha::TC_One?" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "Did you mean --app .?" in site.run("--collect-only", ".").stderr
 
 
 def test_another_suite_in_the_directory_does_not_leak_in(site):

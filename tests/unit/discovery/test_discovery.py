@@ -137,7 +137,17 @@ def test_a_module_that_is_not_there(install):
     plugin = find(info)
     assert plugin.module is None
     assert "ModuleNotFoundError" in plugin.problems[0].summary
+    assert "--requires" not in plugin.problems[0].summary
     assert "importlib" not in plugin.problems[0].detail
+
+
+def test_who_misses_a_library_is_told_how_to_name_it(install):
+    name = install("import no_such_library.part\n" + textwrap.dedent(GOOD))
+    (problem,) = find(name).problems
+    assert problem.summary.endswith(
+        "No module named 'no_such_library'; what brings it is named by --requires, or"
+        " by requires in the app's section"
+    )
 
 
 def test_a_traceback_shows_the_plugin_only(install):

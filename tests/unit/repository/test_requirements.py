@@ -1,6 +1,9 @@
 """What tests of apps need here, and where the files are that apps name."""
 
+import importlib.metadata
+
 import pytest
+from packaging.requirements import Requirement
 
 from qubes_itests.repository.neighbours import Repositories
 from qubes_itests.repository.requirements import Requirements, check_requirement
@@ -56,3 +59,9 @@ def test_files_are_in_the_repository_that_is_named(places, word, error):
     assert places.find("next:part").parent.name == "next"
     with pytest.raises(ValueError, match=error):
         places.find(word)
+
+
+def test_what_the_core_of_qubes_os_brings_to_dom0_is_there_for_all_plugins():
+    words = map(Requirement, importlib.metadata.requires("qubes-itests"))
+    there = {word.name for word in words if word.marker is None}
+    assert {"docutils", "jinja2", "lxml", "pyyaml", "setuptools"} <= there
