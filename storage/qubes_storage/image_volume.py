@@ -212,8 +212,10 @@ class ImageVolume(Volume):
         :raise VolumeStateError: while it is started.
         """
         self.use.refuse_if_started("remove")
-        # Without its committed image it is gone, whatever a crash leaves beside.
+        # First what tells that it exists: without these it is gone, whatever a crash or
+        # a power cut leaves beside. The uncommitted one has all that the other has.
         files.remove(self.files.clean)
+        files.remove(self.files.dirty)
         self._remove_all()
         with contextlib.suppress(OSError):
             self.files.directory.rmdir()
@@ -224,7 +226,7 @@ class ImageVolume(Volume):
     def _remove_all(self) -> None:
         for revision in self.files.linked_revisions():
             files.remove(self.files.revision(revision))
-        for path in (self.files.dirty, self.files.precache, self.files.origin):
+        for path in (self.files.precache, self.files.origin):
             files.remove(path)
         for path in (*self.files.leftovers(), *self.files.given_up()):
             files.remove(path)
@@ -364,8 +366,7 @@ class ImageVolume(Volume):
         self._check_importable()
         if not size:
             raise InvalidSizeError(*self._about("import"), "the size must not be 0")
-        files.make_directories(self.files.directory)
-        self._give_up_leftovers()
+        self._make_way()
         with files.new_file(self.files.imported, durable=False) as image:
             os.ftruncate(image, size)
         self.use.begin("import")
@@ -405,8 +406,7 @@ class ImageVolume(Volume):
     @_operation("import")
     def _import_image(self, image: Path) -> None:
         self._check_importable()
-        files.make_directories(self.files.directory)
-        self._give_up_leftovers()
+        self._make_way()
         self._copy(image, self.files.imported, durable=True)
         try:
             self.files.commit(self.files.imported, self.revisions_to_keep)
@@ -417,6 +417,14 @@ class ImageVolume(Volume):
         if not self.keeps_image:
             raise VolumeStateError(*self._about("import"), "it keeps no image")
         self._refuse_unless_idle("import")
+
+    def _make_way(self) -> None:
+        files.make_directories(self.files.directory)
+        self._give_up_leftovers()
+        if not self.files.has_image():
+            # Of one of this name whose removal was interrupted, perhaps another VM's.
+            for revision in self.files.linked_revisions():
+                files.give_up(self.files.revision(revision))
 
     @_operation("resize")
     def resize(self, size: int) -> Self:

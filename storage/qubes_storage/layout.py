@@ -188,8 +188,15 @@ class VolumeFiles:
 
         :raise OSError: when the directory cannot be read.
         """
+        if not self.has_image():
+            return []  # what is there was left of an interrupted removal
         linked = self.linked_revisions()
         return linked[:-1] if self._is_committed(linked) else linked
+
+    def has_image(self) -> bool:
+        """Tell whether the volume exists: it has a committed image, or is running."""
+        images = (self.clean, self.dirty)
+        return any(files.stat_image(path) is not None for path in images)
 
     def linked_revisions(self) -> list[Revision]:
         """Return all that have a revision's name, that of an interrupted commit too.

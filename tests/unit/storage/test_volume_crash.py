@@ -96,6 +96,7 @@ def state(shop):
     """Return content, size and revisions; a surplus one goes at the next commit."""
     volume = shop.volume(revisions_to_keep=2)
     if not volume.files.clean.exists():
+        assert not volume.revisions
         return None
     return shop.committed(volume), volume.size, shop.kept(volume)[-2:]
 
@@ -140,6 +141,20 @@ def test_a_crash_during_import(shop):
 def test_a_crash_during_removal(shop):
     states = Crash(shop, lambda s, v: s.run(v.remove())).states(observe=state)
     assert unique(states) == [(b"2", shop.SIZE, b"\x001"), None]
+
+
+def test_an_interrupted_removal_leaves_nothing_to_the_next_volume(shop):
+    """Not even to one that begins with an import: it may be another VM's."""
+    volume = shop.volume()
+    shop.run(volume.create())
+    shop.session(volume, b"1")
+    volume.files.clean.unlink()
+    assert not volume.revisions
+    path = shop.run(volume.import_data(512))
+    shop.write(path, b"2")
+    shop.run(volume.import_data_end(success=True))
+    assert not volume.revisions
+    assert shop.tree() == {"appvms/work/private.img"}
 
 
 def test_a_crash_from_start_to_stop(shop):
