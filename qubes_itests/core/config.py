@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Final, TypedDict
 
 __all__ = [
+    "Defaults",
+    "backup_profile_dir",
     "defaults",
     "dispvm_prefix",
+    "max_default_label",
     "max_dispid",
     "max_qid",
+    "qmemman_avail_mem_file",
     "qubes_base_dir",
+    "qubes_ipv6_prefix",
+    "suspend_timeout",
     "system_path",
     "vm_name_length",
 ]
@@ -17,10 +23,13 @@ __all__ = [
 _GIB: Final = 1024**3
 
 #: The highest number that a VM may have; its two bytes are a part of its IP address.
-max_qid: Final = 65_000
+max_qid: Final = 10_000
 
-#: The highest number in the name of a disposable VM.
-max_dispid: Final = 9999
+#: The numbers in the names of disposable VMs are below this one.
+max_dispid: Final = 10_000
+
+#: The highest number of a label that is always there.
+max_default_label: Final = 8
 
 #: What comes before that number.
 dispvm_prefix: Final = "disp"
@@ -31,14 +40,28 @@ vm_name_length: Final = 31
 #: Where Qubes OS keeps its state. Nothing of this core is there.
 qubes_base_dir: Final = "/var/lib/qubes"
 
+#: The first half of IPv6 addresses of VMs; see `.vm.addresses`.
+qubes_ipv6_prefix: Final = "fd09:24ef:4179:0000"
+
+#: Seconds in which a guest has to get ready to be suspended, in Qubes OS.
+suspend_timeout: Final = 60
+
+#: Files of Qubes OS that nothing here reads or writes.
+backup_profile_dir: Final = "/etc/qubes/backup"
+qmemman_avail_mem_file: Final = "/var/run/qubes/qmemman-avail-mem"
+
 #: Names below that directory, and of programs, in Qubes OS.
 system_path: Final[dict[str, str]] = {
+    "dom0_services_dir": "/var/run/qubes-service",
     "qrexec_client_path": "/usr/bin/qrexec-client",
     "qrexec_daemon_path": "/usr/sbin/qrexec-daemon",
+    "qrexec_rpc_multiplexer": "/usr/lib/qubes/qubes-rpc-multiplexer",
     "qubes_appvms_dir": "appvms",
+    "qubes_icon_dir": "/usr/share/icons/hicolor/128x128/devices",
     "qubes_kernels_base_dir": "vm-kernels",
     "qubes_store_filename": "qubes.xml",
     "qubes_templates_dir": "vm-templates",
+    "qubesdb_daemon_path": "/usr/sbin/qubesdb-daemon",
 }
 
 
@@ -51,6 +74,7 @@ class Defaults(TypedDict):
     vcpus: int
     kernelopts: str
     kernelopts_pcidevs: str
+    kernelopts_common: str
     qrexec_timeout: int
     shutdown_timeout: int
     root_img_size: int
@@ -67,6 +91,7 @@ defaults: Final[Defaults] = {
     "vcpus": 2,
     "kernelopts": "swiotlb=2048",
     "kernelopts_pcidevs": "",
+    "kernelopts_common": "",
     "qrexec_timeout": 60,
     "shutdown_timeout": 60,
     "root_img_size": 10 * _GIB,

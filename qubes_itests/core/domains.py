@@ -185,11 +185,11 @@ class VMCollection:
         taken = {getattr(vm, "dispid", None) for vm in self} | set(self._last_dispids)
         free = [
             number
-            for number in range(1, config.max_dispid + 1)
+            for number in range(1, config.max_dispid)
             if number not in taken
             and f"{config.dispvm_prefix}{number}" not in self._by_name
         ]
         if not free:
-            raise LookupError(f"all {config.max_dispid} numbers are taken")
+            raise LookupError(f"all numbers below {config.max_dispid} are taken")
         self._last_dispids.append(secrets.choice(free))
         return self._last_dispids[-1]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from qubes_itests.qmemman import algorithm
+from qubes_itests.qmemman.policy import DEFAULT_POLICY
 from qubes_itests.qmemman.state import DomainMemory, parse_report
 
 if TYPE_CHECKING:
@@ -14,16 +15,39 @@ if TYPE_CHECKING:
     from qubes_itests.qmemman.algorithm import Target
 
 __all__ = [
+    "CACHE_FACTOR",
+    "DOM0_MEM_BOOST",
+    "MIN_PREFMEM",
+    "REQ_SAFETY_NET_FACTOR",
     "DomainState",
     "balance",
     "balance_when_enough_mem",
     "balance_when_low_on_mem",
     "balloon",
+    "mem_info",
     "needed_mem",
     "pref_mem",
     "refresh_meminfo_for_domain",
     "sanitize_and_parse_meminfo",
 ]
+
+#: See `qubes_itests.qmemman.policy.Policy`; sizes in bytes.
+CACHE_FACTOR: Final = DEFAULT_POLICY.cache_margin_factor
+MIN_PREFMEM: Final = DEFAULT_POLICY.vm_min_mem
+DOM0_MEM_BOOST: Final = DEFAULT_POLICY.dom0_mem_boost
+REQ_SAFETY_NET_FACTOR: Final = DEFAULT_POLICY.request_factor
+
+
+class MemInfo(TypedDict):
+    """What a decision is based on, sizes in bytes; donors and acceptors by number."""
+
+    dom_dict: Mapping[str, DomainState]
+    total_available_mem: int
+    xen_free_mem: int
+    total_mem_pref: int
+    total_mem_pref_acceptors: int
+    donors: list[str]
+    acceptors: list[str]
 
 
 @dataclass
@@ -86,6 +110,27 @@ def needed_mem(dom: DomainState) -> int:
 def balloon(mem_size: int, dom_dict: Mapping[str, DomainState]) -> list[Target]:
     """Return what donors shall go down to, so that `mem_size` bytes become free."""
     return algorithm.balloon(mem_size, _memories(dom_dict.values()))
+
+
+def mem_info(xen_free_mem: int, dom_dict: Mapping[str, DomainState]) -> MemInfo:
+    """Return what `balance` would base its decision on.
+
+    :param xen_free_mem: bytes beyond what is to be kept.
+    """
+    found = algorithm.preferences(_memories(dom_dict.values()))
+    donors = [
+        d.domid for d, preferred in found.each if algorithm.is_donor(d, preferred)
+    ]
+    acceptors = {d.domid: pref for d, pref in found.each if d.domid not in donors}
+    return {
+        "dom_dict": dom_dict,
+        "total_available_mem": found.available(xen_free_mem),
+        "xen_free_mem": xen_free_mem,
+        "total_mem_pref": found.total,
+        "total_mem_pref_acceptors": sum(acceptors.values()),
+        "donors": donors,
+        "acceptors": list(acceptors),
+    }
 
 
 def balance(xen_free_mem: int, dom_dict: Mapping[str, DomainState]) -> list[Target]:

@@ -59,10 +59,15 @@ ALIASES: Final[dict[str, tuple[str, ...]]] = {
     "qubes.qmemman.algo": tuple(
         f"qubes_itests.import_alias.qmemman:{name}"
         for name in (
+            "CACHE_FACTOR",
+            "DOM0_MEM_BOOST",
+            "MIN_PREFMEM",
+            "REQ_SAFETY_NET_FACTOR",
             "balance",
             "balance_when_enough_mem",
             "balance_when_low_on_mem",
             "balloon",
+            "mem_info",
             "needed_mem",
             "pref_mem",
             "refresh_meminfo_for_domain",

@@ -24,6 +24,7 @@ __all__ = [
     "balance_when_low_on_memory",
     "balloon",
     "clear_outdated_markers",
+    "is_donor",
     "is_significant",
     "needed_memory",
     "preferences",
@@ -198,7 +199,7 @@ def balance_when_low_on_memory(
     donors, acceptors = [], []
     acceptors_total = 0
     for domain, preferred in found.each:
-        if preferred < domain.actual or domain.actual >= domain.maximum:
+        if is_donor(domain, preferred):
             if domain.actual - preferred >= policy.smallest_donation:
                 free -= domain.actual - preferred
                 donors.append((domain.domid, preferred))
@@ -212,6 +213,11 @@ def balance_when_low_on_memory(
         target = min(int(policy.rounding * exact), domain.maximum)
         donors.append((domain.domid, target))
     return donors
+
+
+def is_donor(domain: DomainMemory, preferred: int) -> bool:
+    """Return whether a domain holds more than it prefers, or can take no more."""
+    return preferred < domain.actual or domain.actual >= domain.maximum
 
 
 def is_significant(

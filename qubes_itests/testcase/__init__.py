@@ -15,7 +15,9 @@ from qubes_itests.testcase.case import (
     SystemTestCase,
 )
 from qubes_itests.testcase.emitter import TestEmitter
+from qubes_itests.testcase.entry_points import substitute_entry_points
 from qubes_itests.testcase.exc import LeakError
+from qubes_itests.testcase.pausing import wait_on_fail
 from qubes_itests.testcase.templates import (
     create_testcases_for_templates,
     expectedFailureIfTemplate,
@@ -47,4 +49,6 @@ __all__ = [
     "skipUnlessDom0",
     "skipUnlessEnv",
     "skipUnlessGit",
+    "substitute_entry_points",
+    "wait_on_fail",
 ]

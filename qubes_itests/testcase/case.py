@@ -99,6 +99,11 @@ class QubesTestCase(EventAssertions, TimedTestCase):
             self.__unittest_expecting_failure__ = True
         return super().run(cast("unittest.TestResult", self._outcomes))
 
+    @staticmethod
+    def make_vm_name(name: str, class_teardown: bool = False) -> str:  # noqa: FBT001, FBT002
+        """Return the name of a VM of this test."""
+        return (CLSVMPREFIX if class_teardown else VMPREFIX) + name
+
     def assertNotRaises(  # noqa: N802 - as in Qubes OS
         self,
         excClass: type[BaseException],  # noqa: N803 - as in Qubes OS
@@ -194,11 +199,6 @@ class SystemTestCase(QubesTestCase):
             )
             self.app.default_netvm = self.loop.run_until_complete(making)
 
-    @staticmethod
-    def make_vm_name(name: str, class_teardown: bool = False) -> str:  # noqa: FBT001, FBT002
-        """Return the name of a VM of this test."""
-        return (CLSVMPREFIX if class_teardown else VMPREFIX) + name
-
     def remove_vms(self, vms: Iterable[Any]) -> None:
         """Kill VMs and remove them, those last that others of them use.
 
@@ -249,6 +249,44 @@ class SystemTestCase(QubesTestCase):
         """Start a VM, and wait for its session; see `wait_for_session`."""
         await unwrapped(vm).start()
         await self.wait_for_session(vm)
+
+    async def wait_for_window_coro(
+        self,
+        title: str,
+        search_class: bool = False,  # noqa: FBT001, FBT002 - as in Qubes OS
+        include_tray: bool = True,  # noqa: FBT001, FBT002
+        timeout: float = 30,
+        show: bool = True,  # noqa: FBT001, FBT002
+    ) -> None:
+        """Wait for a window, with no hope: there is no display here.
+
+        So the test fails at once.
+
+        :param title: of the window.
+        :param show: if False, wait until there is none, which holds at once.
+        """
+        del search_class, include_tray, timeout
+        if show:
+            self.fail(f"there is no window {title!r}: nothing here has a display")
+
+    async def wait_for_window_hide_coro(
+        self,
+        title: str,
+        winid: object,
+        timeout: float = 30,
+    ) -> None:
+        """Wait until a window is gone, which holds at once; see above."""
+        del winid
+        await self.wait_for_window_coro(title, timeout=timeout, show=False)
+
+    def wait_for_window(self, *args: Any, **kwargs: Any) -> None:
+        """Block as long as `wait_for_window_coro` takes."""
+        self.loop.run_until_complete(self.wait_for_window_coro(*args, **kwargs))
+
+    def enter_keys_in_window(self, title: str, keys: Iterable[str]) -> None:
+        """Wait for a window and press keys in it; see `wait_for_window_coro`."""
+        del keys
+        self.wait_for_window(title)
 
     def shutdown_and_wait(
         self,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import inspect
-from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
@@ -23,7 +23,7 @@ GROUP = "qubes.storage"
 
 def driver_names() -> tuple[str, ...]:
     """Return the names of the installed drivers."""
-    return tuple(sorted(entry_points(group=GROUP).names))
+    return tuple(sorted(importlib.metadata.entry_points(group=GROUP).names))
 
 
 def pool_class(driver: str) -> type[Pool]:
@@ -31,7 +31,7 @@ def pool_class(driver: str) -> type[Pool]:
 
     :raise DriverNotFoundError: when no such driver is installed.
     """
-    for entry in entry_points(group=GROUP, name=driver):
+    for entry in importlib.metadata.entry_points(group=GROUP, name=driver):
         return cast("type[Pool]", entry.load())
     raise DriverNotFoundError(driver, driver_names())
 

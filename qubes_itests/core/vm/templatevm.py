@@ -31,7 +31,6 @@ class TemplateVM(OfferedBootModeMixin, QubesVM):
             "rw": True,
             "source": None,
             "size": config.defaults["private_img_size"],
-            "revisions_to_keep": 0,
         },
         "volatile": {
             "snap_on_start": False,

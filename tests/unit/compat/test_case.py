@@ -417,3 +417,20 @@ def test_a_paused_vm_is_shut_down_with_force_only():
 
     assert run(body, refuses=True).wasSuccessful()
     assert "QubesVMNotRunningError not raised" in failure(body, refuses=False)
+
+
+@pytest.mark.usefixtures("bed")
+def test_a_window_is_not_waited_for():
+    """There is no display: one that is to come fails, one that is to go is gone."""
+
+    def body(self):
+        self.wait_for_window("work", show=False)
+        self.loop.run_until_complete(self.wait_for_window_hide_coro("work", "0x1"))
+        for wait in (
+            lambda: self.wait_for_window("work", search_class=True, timeout=1),
+            lambda: self.enter_keys_in_window("work", ["Return"]),
+        ):
+            with self.assertRaisesRegex(AssertionError, "no window 'work': .* display"):
+                wait()
+
+    assert run(body).wasSuccessful()

@@ -28,6 +28,15 @@ async def test_a_volume_by_itself_and_by_name(app, template):
     assert work.storage.get_disk_utilization() == used
 
 
+async def test_volumes_keep_as_many_revisions_as_their_pool(app):
+    """Those of templates too."""
+    app.default_pool.revisions_to_keep = 4
+    fresh = app.add_new_vm("TemplateVM", name="fresh", label="black")
+    assert {v.revisions_to_keep for v in fresh.volumes.values() if v.save_on_stop} == {
+        4
+    }
+
+
 async def test_volumes_are_stopped_in_the_order_in_which_they_are_set(app, template):
     work = await made(app, template, "work")
     before = work.volumes

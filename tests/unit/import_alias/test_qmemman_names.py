@@ -78,3 +78,21 @@ def test_balance_is_that_of_the_algorithm(domains, free):
 def test_who_is_not_named_is_left_alone(domains):
     given = names.balance_when_low_on_mem(domains, 0, 0, ["1"], ["5"])
     assert {domid for domid, _ in given} <= {"1", "5"}
+
+
+def test_what_a_decision_is_based_on(domains):
+    """By the numbers of Qubes OS' policy, which have its names too."""
+    domains["1"].no_progress = True
+    preferred = {domid: names.pref_mem(domains[domid]) for domid in ("0", "2", "5")}
+    assert names.mem_info(50 * MIB, domains) == {
+        "dom_dict": domains,
+        "total_available_mem": 50 * MIB
+        - sum(names.needed_mem(domains[domid]) for domid in preferred),
+        "xen_free_mem": 50 * MIB,
+        "total_mem_pref": sum(preferred.values()),
+        "total_mem_pref_acceptors": preferred["5"],
+        "donors": ["0", "2"],
+        "acceptors": ["5"],
+    }
+    assert (names.CACHE_FACTOR, names.REQ_SAFETY_NET_FACTOR) == (1.3, 1.05)
+    assert (names.MIN_PREFMEM, names.DOM0_MEM_BOOST) == (200 * MIB, 350 * MIB)
