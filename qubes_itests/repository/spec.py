@@ -27,6 +27,8 @@ _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,30}")
 #: Debian policy 5.6.1, with an architecture or a version behind the name.
 _PACKAGE: Final = re.compile(r"[a-z0-9][a-z0-9+.-]+(?::[a-z0-9-]+)?(?:=[\w.+:~-]+)?")
 _INITS: Final = ("agent", "systemd")
+#: Of an app.
+_FILES: Final = ("setup.cfg", "pyproject.toml")
 #: What Qubes OS reads in policy.d, and of what files are in its older format.
 _POLICY: Final = re.compile(r"[0-9a-z_-][0-9a-z_.-]*\.policy")
 _SERVICE: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(?:\+[A-Za-z0-9_.+-]*)?")
@@ -36,7 +38,7 @@ _SERVICE: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(?:\+[A-Za-z0-9_.+-]*
 class TemplateSpec:
     """What one app wants of one template.
 
-    :param app: name of the app: that of its directory.
+    :param app: name of the app: that of its directory, or of a file outside of it.
     :param source: the file and the section, for errors.
     :param name: of the template.
     :param base: name of the one below it; the same name for the one that it replaces.
@@ -76,7 +78,7 @@ def read_specs(
     :param repositories: others that files may be named in, by their names.
     :raise SpecError: a section makes no sense, or one template has two.
     """
-    files = [directory / name for name in ("setup.cfg", "pyproject.toml")]
+    files = [directory / name for name in _FILES]
     found = [read_spec_file(f, repositories) for f in files if f.is_file()]
     specs = [spec for of_file in found for spec in of_file]
     names = [spec.name for spec in specs]
@@ -150,7 +152,8 @@ def _spec(
             values[field] = convert(value, place)
     except ValueError as error:
         raise SpecError(source, str(error)) from None
-    return TemplateSpec(app=place.own.name, source=source, name=name, **values)
+    app = place.own.name if path.name in _FILES else path.name
+    return TemplateSpec(app=app, source=source, name=name, **values)
 
 
 def _lines(value: object) -> list[str]:

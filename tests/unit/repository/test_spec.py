@@ -202,6 +202,7 @@ def test_a_repository_is_where_the_command_line_says(tmp_path):
     (tmp_path / "a.cfg").write_text(spec)
     (found,) = read_spec_file(tmp_path / "a.cfg", {"name": place})
     assert found.copies == (Copy(place, "/opt"),)
+    assert found.app == "a.cfg"
 
 
 @pytest.mark.parametrize(
