@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qubes_itests.exc import HarnessError
-from qubes_itests.shell import open_shell, require_terminal
+from qubes_itests.shell import WAY_OUT, open_shell, require_terminal
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
@@ -49,8 +49,8 @@ def _open(testbed: Testbed, target: str, template: str) -> int:
     for name, image in (disks or {}).items():
         run(_import(vm.volumes[name], image))
     run(vm.start())
-    print(f"A root shell in a VM made from {target}; exit ends the VM.")  # noqa: T201
-    return open_shell(testbed.portal, vm)
+    print(f"A root shell in a VM made from {target}; exit ends the VM. {WAY_OUT}.")  # noqa: T201
+    return open_shell(testbed.portal, vm.running_agent())
 
 
 def _unknown(target: str, testbed: Testbed) -> HarnessError:

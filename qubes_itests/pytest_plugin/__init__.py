@@ -97,6 +97,8 @@ def pytest_configure(config: pytest.Config) -> None:
     watch = FailureWatch(config, context)
     config.pluginmanager.register(watch, "qubes_itests-failures")
     _register_role(config, context, watch)
+    if settings.shell_on_failure and not config.option.collectonly:
+        watch.require_terminal()
     if config.getoption("usepdb"):
         config.pluginmanager.register(PostponedCleanUps(), "qubes_itests-debugger")
     deadline = Deadline(functools.partial(_time_limit, settings), lambda: context.loop)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from qubes_itests.balancing.app_memory import timeline_files
+from qubes_itests.exc import HarnessError
 from qubes_itests.pytest_plugin.worker import is_remote
 from qubes_itests.report import failures
 from qubes_itests.report.artifacts import LOG_LIMIT, Artifacts
@@ -17,13 +18,15 @@ from qubes_itests.report.guest_logs import GuestLogs, panic_words
 from qubes_itests.report.safe_report import make_safe
 from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import Keep
-from qubes_itests.shell import open_shell
+from qubes_itests.shell import WAY_OUT, open_shell, require_terminal
+from qubes_storage.exc import QubesException
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator
     from pathlib import Path
 
     from qubes_itests.pytest_plugin.deadline import Deadline
+    from qubes_itests.report.progress import Progress
     from qubes_itests.run.context import RunContext
     from qubes_itests.run.testbed import Testbed
 
@@ -167,15 +170,56 @@ class FailureWatch:
         if self._settings.shell_on_failure:
             self._open_shell(item, testbed)
 
-    def _open_shell(self, item: pytest.Item, testbed: Testbed) -> None:
-        """Let a person look at the VMs of a failed test, one after the other."""
+    def require_terminal(self) -> None:
+        """Refuse `--shell-on-failure` where nobody could use it.
+
+        :raise pytest.UsageError: there is no terminal.
+        """
+        with self._uncaptured():
+            try:
+                require_terminal("--shell-on-failure")
+            except HarnessError as error:
+                raise pytest.UsageError(str(error)) from None
+
+    @contextlib.contextmanager
+    def _uncaptured(self) -> Iterator[None]:
+        """Have pytest's own terminal as input and output again, for a while."""
         capture = self._config.pluginmanager.get_plugin("capturemanager")
-        clock = self.deadline.suspended() if self.deadline else nullcontext()
-        with capture.global_and_fixture_disabled() if capture else nullcontext(), clock:
+        if capture is None:
+            yield
+            return
+        with capture.global_and_fixture_disabled():
+            # That is the outputs; the input, too, was another one from the beginning.
+            capture.suspend_global_capture(in_=True)
+            try:
+                yield
+            finally:
+                # There is no way to resume the input alone.
+                capture.resume_global_capture()
+                capture.suspend_global_capture(in_=False)
+
+    def _open_shell(self, item: pytest.Item, testbed: Testbed) -> None:
+        """Let a person look at the VMs of a failed test, one after the other.
+
+        The run goes on whatever becomes of that.
+        """
+        plugins = self._config.pluginmanager
+        progress: Progress | None = plugins.get_plugin("qubes_itests-progress")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._uncaptured())
+            if self.deadline:
+                stack.enter_context(self.deadline.suspended())
+            if progress:
+                stack.enter_context(progress.silent())
             for vm in [vm for app in testbed.apps for vm in app.domains]:
-                if vm.klass != "AdminVM" and vm.is_running():
-                    print(  # noqa: T201
-                        f"\n{item.nodeid} failed. A root shell in {vm.name};"
-                        " exit goes on with the run."
-                    )
-                    open_shell(testbed.portal, vm)
+                if vm.klass == "AdminVM" or not vm.is_running():
+                    continue
+                print(  # noqa: T201
+                    f"\n{item.nodeid} failed. A root shell in {vm.name};"
+                    f" exit goes on with the run. {WAY_OUT}.",
+                    flush=True,
+                )
+                try:
+                    open_shell(testbed.portal, vm.running_agent())
+                except (HarnessError, QubesException, OSError) as error:
+                    print(f"No shell in {vm.name}: {error}", flush=True)  # noqa: T201

@@ -116,15 +116,24 @@ class Heartbeat:
 
     def _draw(self, stop: threading.Event) -> None:
         from rich.console import Console  # noqa: PLC0415 - 50 ms that a CI run saves
-        from rich.status import Status  # noqa: PLC0415
+        from rich.live import Live  # noqa: PLC0415
+        from rich.spinner import Spinner  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415
 
         console = Console(file=self._output, force_terminal=True, highlight=False)
-        with Status("", console=console) as status:
+        spinner = Spinner("dots", style="status.spinner")
+        # sys.stdout is pytest's, which replaces it to capture: what is put there from
+        # this thread meanwhile would stay when pytest believes to have its own back.
+        with Live(
+            spinner,
+            console=console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ):
             while not stop.wait(_TERMINAL_INTERVAL):
                 said = "\n".join(self._lines())
-                text = Text(said, no_wrap=True, overflow="ellipsis")
-                status.update(text)
+                spinner.update(text=Text(said, no_wrap=True, overflow="ellipsis"))
 
 
 def duration(seconds: float) -> str:

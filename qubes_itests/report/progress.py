@@ -12,6 +12,7 @@ from qubes_itests.report.names import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from contextlib import AbstractContextManager
 
 __all__ = ["Progress"]
 
@@ -130,6 +131,14 @@ class Progress:
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """Say no more of it."""
         self._heartbeat.end(str(nodeid))
+
+    def pytest_enter_pdb(self) -> None:
+        """Leave the terminal to the debugger, for the rest of what runs now."""
+        self._heartbeat.stop()
+
+    def silent(self) -> AbstractContextManager[None]:
+        """Leave the terminal to somebody else for a while."""
+        return self._heartbeat.silent()
 
     def pytest_unconfigure(self) -> None:
         """Give the output back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .session import NoTerminalError, open_shell, require_terminal
+from .session import WAY_OUT, open_shell
+from .terminal import NoTerminalError, require_terminal
 
-__all__ = ["NoTerminalError", "open_shell", "require_terminal"]
+__all__ = ["WAY_OUT", "NoTerminalError", "open_shell", "require_terminal"]

@@ -39,7 +39,7 @@ enum {
 
 enum frame_type {
 	HELLO = 0x01, ENTER, DB_WRITE, DB_REMOVE, POWER_OFF, CLOCK, DISK,
-	SPAWN = 0x10, CALL, DATA, END_OF_FILE, STOP, CREDIT, SIGNAL, EXIT,
+	SPAWN = 0x10, CALL, DATA, END_OF_FILE, STOP, CREDIT, SIGNAL, EXIT, RESIZE,
 	READY = 0x81, DONE, FAILED, LOG,
 };
 
@@ -62,7 +62,7 @@ _Static_assert(offsetof(struct frame, length) == 2, "the length is misplaced");
 _Static_assert(offsetof(struct frame, stream) == 4, "the stream is misplaced");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire is little-endian");
 _Static_assert(PAYLOAD_MAX <= UINT16_MAX, "a payload is longer than its length can tell");
-_Static_assert(EXIT == 0x17 && LOG == 0x84, "types are not numbered as in the protocol");
+_Static_assert(RESIZE == 0x18 && LOG == 0x84, "types are not numbered as in the protocol");
 
 /* main.c */
 extern bool testing;            /* an ordinary process of the host, not init */
@@ -106,6 +106,11 @@ const char *call_open(struct strings request, const char *user, pid_t caller,
                       const int fds[CALL_FDS]); /* NULL, or why not */
 void stream_use_stdin(pid_t pid, pid_t sender, uid_t uid); /* for output, from now on */
 
+/* terminal.c */
+int terminal_open(const char *size, int *slave); /* the master, or -1 */
+bool terminal_resize(int master, unsigned int columns, unsigned int rows);
+bool terminal_empty(int master); /* nothing that was written is still to be read */
+
 /* calls.c: where qrexec-client-vm asks for them. */
 int calls_listen(void);
 void calls_ready(int socket);
@@ -132,7 +137,7 @@ int service_connect(struct service *service, const char *name, struct failure *f
 extern char default_user[NAME_LIMIT];
 struct passwd *find_user(const char *name, uid_t uid); /* name NULL: by uid */
 pid_t spawn(struct strings request, const struct service *service, const int stdio[3],
-            uid_t *uid, struct failure *failure); /* service NULL: a command */
+            uid_t *uid, struct failure *failure); /* service NULL: none */
 
 /* listener.c */
 #define USE_STDIN "use-stdin"

@@ -148,6 +148,7 @@ static const char *take_frame(const struct frame *frame, const uint8_t *payload)
 		[CREDIT] = {ON_STREAM, 4, 4, false},
 		[SIGNAL] = {ON_STREAM, 1, 1, false},
 		[EXIT] = {ON_STREAM, 2, 2 + TEXT_MAX, false},
+		[RESIZE] = {ON_STREAM, 4, 4, false},
 	};
 	uint8_t type = frame->type;
 	const char *end = (const char *)payload + frame->length;

@@ -2,6 +2,7 @@
 #include "agent.h"
 
 #include <grp.h>
+#include <sys/ioctl.h>
 
 #define PATH_VALUE "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #define SERVICE_SHELL "/usr/lib/qubes/sh"
@@ -110,6 +111,9 @@ static int become(const struct passwd *user, const gid_t *groups, size_t group_c
 		/* Its own, so that it may open /dev/stdout. */
 		if (dup2(stdio[i], i) != i || fchown(i, user->pw_uid, user->pw_gid) != 0)
 			return errno;
+	/* To be signalled by its keys, and hung up with it. */
+	if (isatty(STDIN_FILENO) && ioctl(STDIN_FILENO, TIOCSCTTY, 0) != 0)
+		return errno;
 	if (geteuid() == 0 && (setgroups(group_count, groups) != 0 ||
 	                       setgid(user->pw_gid) != 0 || setuid(user->pw_uid) != 0))
 		return errno;
@@ -150,9 +154,10 @@ pid_t spawn(struct strings request, const struct service *service, const int std
 	const char *kind = next_string(&request), *name = next_string(&request),
 	           *line = next_string(&request), *source = next_string(&request), *variable;
 	const char *argv[6] = {shell_name, "-c", line}, *shell;
+	bool terminal = strcmp(kind, "terminal") == 0;
 	struct passwd *user;
 
-	if (!source || (!service && strcmp(kind, "command") != 0))
+	if (!source || (!service && !terminal && strcmp(kind, "command") != 0))
 		return fail(failure, REFUSED, "no valid request for a ", kind);
 	if (service && *service->user)
 		name = service->user;
@@ -162,6 +167,8 @@ pid_t spawn(struct strings request, const struct service *service, const int std
 	set_login_environment(user);
 	if (service)
 		use_service(argv, service, line, source, listener_of(user));
+	if (terminal && !*line)
+		argv[1] = NULL;
 	*uid = user->pw_uid;
 	while ((variable = next_string(&request)))
 		if (strchr(variable, '=') > variable)

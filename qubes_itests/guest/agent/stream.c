@@ -1,4 +1,4 @@
-/* Streams: commands and services that the host runs here, calls that go out.
+/* Streams: commands, services and terminals that the host runs here, calls that go out.
  *
  * A stream has up to three channels, numbered as in the protocol: sinks, which the
  * agent writes for the host, and sources, which it reads for the host. */
@@ -15,6 +15,7 @@ enum {
 	/* Twice of what is held at most: that can always be moved to the front. */
 	SPACE = 2 * (WINDOW + DESCRIPTOR_MAX),
 	NO_PROCESS = -1,
+	TERMINAL_HOLDS = 65536 + 4096, /* at most: what the kernel has room for */
 };
 static const uint32_t first_guest = 0x80000000u;
 
@@ -44,6 +45,7 @@ struct stream {
 	pid_t pid;  /* 0: a call; NO_PROCESS: not started, or a socket serves */
 	int status; /* a call's client waits there */
 	bool ended;
+	bool terminal; /* its input and its output are one, and have one end */
 	bool ends_with[2]; /* a socket's stream, with its input or its output */
 	int spare;         /* of a sink that was shut: its socket, which may still be read */
 	uid_t uid;         /* whose service it is */
@@ -114,6 +116,12 @@ static void source_end(struct channel *source)
 	tell(source, END_OF_FILE, NULL, 0);
 }
 
+static bool source_drained(const struct channel *source)
+{
+	return source->stream->ended &&
+	       (source->last == 0 || (source->stream->terminal && terminal_empty(source->fd)));
+}
+
 static void source_ready(struct channel *source)
 {
 	bool ended = source->stream->ended;
@@ -130,7 +138,7 @@ static void source_ready(struct channel *source)
 		source->credit -= (uint32_t)length;
 		source->last -= ended ? (int)length : 0;
 	}
-	if (length > 0 ? ended && source->last == 0
+	if (length > 0 ? source_drained(source)
 	               : length == 0 || (errno != EAGAIN && errno != EINTR)) {
 		if (length < 0)
 			note_error(source->stream);
@@ -143,7 +151,11 @@ static void source_drain(struct channel *source)
 {
 	if (source->fd < 0)
 		return;
-	if (ioctl(source->fd, FIONREAD, &source->last) != 0 || source->last == 0)
+	if (source->stream->terminal)
+		source->last = TERMINAL_HOLDS;
+	else if (ioctl(source->fd, FIONREAD, &source->last) != 0)
+		source->last = 0;
+	if (source_drained(source))
 		source_end(source);
 }
 
@@ -269,13 +281,31 @@ static bool stdio_open(bool service, int ours[CHANNELS], int theirs[CHANNELS])
 	return true;
 }
 
+/* A terminal's input and output are both its master; it has no third channel. */
+static bool terminal_stdio(const char *size, int ours[CHANNELS], int theirs[CHANNELS])
+{
+	ours[0] = terminal_open(size, &theirs[0]);
+	if (ours[0] < 0)
+		return false;
+	ours[1] = fcntl(ours[0], F_DUPFD_CLOEXEC, 0);
+	theirs[1] = fcntl(theirs[0], F_DUPFD_CLOEXEC, 0);
+	theirs[2] = fcntl(theirs[0], F_DUPFD_CLOEXEC, 0);
+	return ours[1] >= 0 && theirs[1] >= 0 && theirs[2] >= 0;
+}
+
+/* service NULL: a command; on a terminal of that size, unless that is NULL. */
 static void process_open(struct stream *stream, struct strings request,
-                         const struct service *service)
+                         const struct service *service, const char *size)
 {
 	int ours[CHANNELS] = {-1, -1, -1}, theirs[CHANNELS] = {-1, -1, -1};
-	struct failure failure = {REFUSED, "there are no more descriptors"};
+	struct failure failure = {REFUSED, ""};
 
-	if (stdio_open(service != NULL, ours, theirs))
+	stream->terminal = size != NULL;
+	if (size ? !terminal_stdio(size, ours, theirs)
+	         : !stdio_open(service != NULL, ours, theirs))
+		snprintf(failure.text, sizeof failure.text, "it gets no %s: %s",
+		         size ? "terminal" : "input and output", strerror(errno));
+	else
 		stream->pid = spawn(request, service, theirs, &stream->uid, &failure);
 	for (int i = 0; i < CHANNELS; i++) {
 		close(theirs[i]);
@@ -333,6 +363,21 @@ static void server_check(struct stream *stream)
 		stream_end(stream, EXITED, 0, "");
 }
 
+/* When the host has closed the input, or either side the output, a terminal is hung up:
+ * the kernel sends SIGHUP to its session when nobody holds the master any more. An input
+ * that nobody in the guest has open says nothing: there may be output yet to be sent. */
+static void terminal_check(struct stream *stream)
+{
+	struct channel *sink = &stream->channels[0], *source = &stream->channels[1];
+
+	if (!stream->terminal || stream->ended)
+		return;
+	if (sink->fd < 0 && sink->finished && source->fd >= 0)
+		source_end(source);
+	if (source->fd < 0 && sink->fd >= 0)
+		sink_stop(sink);
+}
+
 static void command_open(uint32_t id, struct strings request)
 {
 	static struct service service;
@@ -353,11 +398,12 @@ static void command_open(uint32_t id, struct strings request)
 	name = next_string(&rest);
 	source = next_string(&rest);
 	if (!source || strcmp(kind, "service") != 0)
-		process_open(stream, request, NULL);
+		process_open(stream, request, NULL,
+		             source && strcmp(kind, "terminal") == 0 ? source : NULL);
 	else if (!service_find(name, &service, &failure))
 		stream_end(stream, NOT_STARTED, failure.value, failure.text);
 	else if (service.kind == PROGRAM)
-		process_open(stream, request, &service);
+		process_open(stream, request, &service, NULL);
 	else
 		server_open(stream, &service, name, source);
 }
@@ -395,7 +441,8 @@ void stream_use_stdin(pid_t pid, pid_t sender, uid_t uid)
 		struct channel *sink = &stream->channels[call], *source = &stream->channels[!call];
 		int fd = stream->spare;
 
-		if (stream->ended || stream->pid == NO_PROCESS || source->fd < 0 ||
+		if (stream->ended || stream->terminal || stream->pid == NO_PROCESS ||
+		    source->fd < 0 ||
 		    (call ? pid != stream->caller || pid != sender
 		          : stream->pid != session || (uid != 0 && uid != stream->uid)))
 			continue;
@@ -425,6 +472,20 @@ void stream_reaped(pid_t pid, int status)
 	}
 }
 
+/* What runs in the foreground of a terminal has a process group of its own. */
+static void stream_signal(const struct stream *stream, int number)
+{
+	pid_t foreground;
+
+	if (stream->pid <= 0 || stream->ended)
+		return;
+	/* Asked first: who is killed leaves the foreground. */
+	foreground = stream->terminal ? tcgetpgrp(stream->channels[1].fd) : -1;
+	kill(-stream->pid, number);
+	if (foreground > 0 && foreground != stream->pid)
+		kill(-foreground, number);
+}
+
 static void stream_free(struct stream *stream)
 {
 	for (int i = 0; i < CHANNELS; i++)
@@ -451,6 +512,7 @@ bool streams_sweep(void)
 		if (!port_room())
 			return false;
 		server_check(stream);
+		terminal_check(stream);
 		if (!stream->ended || stream->channels[1].fd >= 0 || stream->channels[2].fd >= 0) {
 			link = &stream->next;
 			continue;
@@ -469,8 +531,7 @@ void streams_reset(void)
 		struct stream *stream = streams;
 
 		streams = stream->next;
-		if (stream->pid > 0 && !stream->ended)
-			kill(-stream->pid, SIGKILL);
+		stream_signal(stream, SIGKILL);
 		if (stream->pid == 0 && !stream->ended)
 			stream_end(stream, NOT_STARTED, REFUSED, "the host has disconnected");
 		stream_free(stream);
@@ -579,13 +640,18 @@ const char *stream_frame(const struct frame *frame, const uint8_t *payload)
 	} else if (frame->type == SIGNAL) {
 		if (stream->pid == 0 || payload[0] > 64)
 			return "there is no such signal, or nothing to be signalled";
-		if (stream->pid > 0 && !stream->ended)
-			kill(-stream->pid, payload[0]);
+		stream_signal(stream, payload[0]);
 		/* Nothing here can be killed but the connection. */
 		if (stream->pid == NO_PROCESS) {
 			channel_close(&stream->channels[0]);
 			channel_close(&stream->channels[1]);
 		}
+	} else if (frame->type == RESIZE) {
+		uint16_t size[2];
+
+		memcpy(size, payload, sizeof size);
+		if (!stream->terminal || !terminal_resize(stream->channels[1].fd, size[0], size[1]))
+			return "that is no terminal, or no size of one";
 	} else {
 		return frame->channel < CHANNELS
 		       ? channel_frame(&stream->channels[frame->channel], frame, payload)

@@ -17,6 +17,7 @@ from qubes_itests.guest.exc import (
 from qubes_itests.guest.link.agent_log import AgentLog
 from qubes_itests.guest.link.connection import AgentConnection
 from qubes_itests.guest.link.frames import FrameType, pack_strings
+from qubes_itests.guest.link.process import GuestProcess, GuestTerminal
 from qubes_itests.guest.start.console import console_tail
 from qubes_itests.guest.start.identity import Identity
 from qubes_itests.untrusted_text import safe_text
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qubes_itests.guest.link.calls import CallHandler
-    from qubes_itests.guest.link.process import GuestProcess
     from qubes_itests.hypervisor.contract import Domain
 
 __all__ = ["GuestAgent", "Identity"]
@@ -132,7 +132,34 @@ class GuestAgent:
         :raise ValueError: a string cannot be sent, for its length or a NUL.
         """
         settings = (f"{name}={value}" for name, value in environment.items())
-        return self._connection.spawn("command", user or "", command, "", *settings)
+        return self._connection.spawn(
+            GuestProcess, "command", user or "", command, "", *settings
+        )
+
+    async def open_terminal(
+        self,
+        command: str = "",
+        *,
+        columns: int,
+        rows: int,
+        user: str | None = None,
+        environment: Mapping[str, str] = _NO_ENVIRONMENT,
+    ) -> GuestTerminal:
+        """Start a command on a terminal of its own; returns at once.
+
+        :param command: as for ``sh -c``; by default it is the user's shell, as a login.
+        :param columns: of the terminal, from 1 to 65,535.
+        :param rows: likewise.
+        :param user: who runs it; None for the VM's default user.
+        :param environment: added to that of the user; TERM belongs there.
+        :raise TooManyStreamsError: too many run at once.
+        :raise ValueError: a string cannot be sent, for its length or a NUL.
+        """
+        settings = (f"{name}={value}" for name, value in environment.items())
+        size = f"{columns}x{rows}"
+        return self._connection.spawn(
+            GuestTerminal, "terminal", user or "", command, size, *settings
+        )
 
     async def spawn_service(
         self, service: str, *, source: str, user: str | None = None
@@ -144,7 +171,9 @@ class GuestAgent:
         :param user: who runs it; None leaves it to the service's configuration.
         :raise GuestError: too many run at once.
         """
-        return self._connection.spawn("service", user or "", service, source)
+        return self._connection.spawn(
+            GuestProcess, "service", user or "", service, source
+        )
 
     async def write_db(self, path: str, value: str) -> None:
         """Set an entry of the guest's qubesdb."""

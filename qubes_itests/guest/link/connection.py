@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from qubes_itests.guest.exc import (
     GuestError,
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from qubes_itests.guest.link.streams import GuestWriter
 
 __all__ = ["AgentConnection"]
+
+_P = TypeVar("_P", bound=GuestProcess)
 
 log = logging.getLogger("qubes_itests.guest")
 
@@ -245,8 +247,12 @@ class AgentConnection(asyncio.Protocol):
         self.send(frame)
         return await asyncio.shield(self._answer)
 
-    def spawn(self, *strings: str) -> GuestProcess:
-        """Open a stream for a command or service."""
+    def spawn(self, kind: type[_P], *strings: str) -> _P:
+        """Open a stream for a command, a service or a terminal.
+
+        :param kind: of what is returned.
+        :param strings: the payload of SPAWN.
+        """
         self._require_open()
         if not self.protocol.may_spawn():
             raise GuestError(
@@ -254,7 +260,7 @@ class AgentConnection(asyncio.Protocol):
                 f"{STREAMS_MAX} commands run at once already; wait for some to end",
             )
         number, frame = self.protocol.spawn(*strings)
-        process = GuestProcess(self, number, self.vm, strings[2])
+        process = kind(self, number, self.vm, strings[2])
         self._streams[number] = process
         self.send(frame)
         return process

@@ -71,11 +71,14 @@ class InputDescriptor(_Descriptor):
                 writer.write_eof()
 
     async def _read(self) -> bytes:
-        await self._ready(self._loop.add_reader, self._loop.remove_reader)
-        try:
-            return os.read(self._own, _CHUNK)
-        except OSError:
-            return b""  # as a terminal that has gone says it
+        while True:
+            await self._ready(self._loop.add_reader, self._loop.remove_reader)
+            try:
+                return os.read(self._own, _CHUNK)
+            except BlockingIOError:
+                continue  # of the caller's making; somebody else was faster
+            except OSError:
+                return b""  # as a terminal that has gone says it
 
 
 class OutputDescriptor(_Descriptor):
@@ -95,6 +98,8 @@ class OutputDescriptor(_Descriptor):
             try:
                 # so much a pipe that is ready has room for
                 data = data[os.write(self._own, data[: select.PIPE_BUF]) :]
+            except BlockingIOError:
+                continue
             except OSError:
                 return
 

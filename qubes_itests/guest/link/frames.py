@@ -61,6 +61,7 @@ class FrameType(enum.IntEnum):
     CREDIT = 0x15
     SIGNAL = 0x16
     EXIT = 0x17
+    RESIZE = 0x18
     READY = 0x81
     DONE = 0x82
     FAILED = 0x83

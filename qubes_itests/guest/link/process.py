@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qubes_itests.guest.link.events import Ended
     from qubes_itests.guest.link.streams import Link
 
-__all__ = ["GuestProcess"]
+__all__ = ["GuestProcess", "GuestTerminal"]
 
 #: What `returncode` says when the guest went away before the process ended.
 _GONE: Final = 255
@@ -243,6 +243,22 @@ class GuestProcess:
         for reader in self._readers.values():
             reader.lose(error)
         self._ended.set()
+
+
+class GuestTerminal(GuestProcess):
+    """A command in a guest on a terminal, which are its stdin and its stdout.
+
+    Whatever it writes comes by `stdout`. To close `stdin`, or to stop reading, hangs
+    the terminal up. It comes from `GuestAgent.open_terminal`.
+    """
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Give the terminal another size; does nothing when the command has ended.
+
+        :raise ValueError: for a size that no terminal has.
+        """
+        if self._link.protocol.is_open(self._stream) and not self._ended.is_set():
+            self._link.send(self._link.protocol.resize(self._stream, columns, rows))
 
 
 def _see(done: asyncio.Task[None]) -> None:

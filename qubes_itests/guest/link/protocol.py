@@ -56,6 +56,9 @@ _SIGNAL_MAX: Final = 64
 _NOT_STARTED_VALUES: Final = (126, 127)
 _HELLO: Final = struct.Struct("<H16s")
 _U32: Final = struct.Struct("<I")
+#: Columns, or rows, of a terminal.
+_LONGEST_SIDE: Final = 0xFFFF
+_SIZE: Final = struct.Struct("<HH")
 
 
 @dataclass(slots=True)
@@ -381,6 +384,12 @@ class HostProtocol:
     def signal(self, stream: int, number: int) -> bytes:
         """Send a signal to a command's process group."""
         return encode(FrameType.SIGNAL, stream, payload=bytes([number]))
+
+    def resize(self, stream: int, columns: int, rows: int) -> bytes:
+        """Say that a terminal has another size; each of them is at least 1."""
+        if not (min(columns, rows) >= 1 and max(columns, rows) <= _LONGEST_SIDE):
+            raise ValueError(f"no terminal has {columns} columns and {rows} rows")
+        return encode(FrameType.RESIZE, stream, payload=_SIZE.pack(columns, rows))
 
     def exit(self, stream: int, kind: ExitKind, value: int, text: str = "") -> bytes:
         """End a call of the guest."""

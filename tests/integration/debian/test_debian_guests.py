@@ -1,8 +1,17 @@
 """Guests of Debian, with our init and with systemd: what plugins find in them."""
 
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import struct
 import subprocess
+import termios
 
 import pytest
+
+from qubes_itests.shell import open_shell
 
 #: For what only systemd offers.
 only_systemd = pytest.mark.parametrize("pair", ["systemd"], indirect=True)
@@ -43,6 +52,32 @@ def test_the_database_knows_the_vm(pair, sh):
     assert sh(pair.work, "qubesdb-read /name; qubesdb-read /qubes-base-template") == (
         "work\ndebian-12"
     )
+
+
+def test_a_shell_has_a_terminal(pair, testbed):
+    """Whatever the image has: the agent brings it."""
+    typist, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 30, 100, 0, 0))
+    modes = termios.tcgetattr(terminal)
+    os.write(typist, b"stty size; tty; id -un; echo e''nd; exit 7\n")
+    before = [os.dup(number) for number in (0, 1)]
+    try:
+        for number in (0, 1):
+            os.dup2(terminal, number)
+        status = open_shell(testbed.portal, pair.work.running_agent())
+        restored = termios.tcgetattr(terminal)
+    finally:
+        for number, own in enumerate(before):
+            os.dup2(own, number)
+            os.close(own)
+        os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO is the end
+        while data := os.read(typist, 65536):
+            shown += data
+    os.close(typist)
+    assert (status, restored) == (7, modes)
+    assert re.search(rb"30 100\r\n/dev/pts/\d+\r\nroot\r\nend\r\n", shown)
 
 
 def test_files_are_copied_to_another_vm(pair, sh):

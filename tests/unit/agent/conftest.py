@@ -1,4 +1,4 @@
-"""Fixtures: the agent's sanitized build, compiled once, and a fresh process of it."""
+"""Fixtures: a fresh process of the agent's sanitized build."""
 
 from __future__ import annotations
 
@@ -6,21 +6,13 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
-from agent_process import AgentProcess, build
+from agent_process import AgentProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from agent_wire import Wire
-
-
-@pytest.fixture(scope="session")
-def agent_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the sanitized build of the agent."""
-    directory = tmp_path_factory.mktemp("agent")
-    build("sanitized", directory)
-    return directory / "agent-sanitized"
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from agent_wire import (
     FAILED,
     HELLO,
     POWER_OFF,
+    RESIZE,
     SIGNAL,
     SPAWN,
     STOP,
@@ -65,6 +66,8 @@ BROKEN = {
     "STOP of channel 3": SLEEP + frame(STOP, 3, 1),
     "SIGNAL without a number": SLEEP + frame(SIGNAL, 0, 1),
     "SIGNAL 65": SLEEP + frame(SIGNAL, 0, 1, b"\x41"),
+    "RESIZE of a command": SLEEP + frame(RESIZE, 0, 1, b"\1\0\1\0"),
+    "RESIZE too short": SLEEP + frame(RESIZE, 0, 1, b"\1\0\1"),
     "EXIT of a command": SLEEP + frame(EXIT, 0, 1, b"\0\0"),
 }
 
@@ -86,7 +89,7 @@ def test_types_that_are_not_the_hosts_are_unknown(
 ) -> None:
     """Each of them, on the control stream as on one that is open, empty or not."""
     ours = {HELLO, ENTER, DB_WRITE, DB_REMOVE, POWER_OFF, CLOCK, DISK}
-    ours |= {SPAWN, DATA, EOF, STOP, CREDIT, SIGNAL, EXIT}
+    ours |= {SPAWN, DATA, EOF, STOP, CREDIT, SIGNAL, EXIT, RESIZE}
     with agent.start() as wire:
         for kind in sorted(set(range(256)) - ours):
             wire.hello()
@@ -142,16 +145,16 @@ COMMANDS = st.sampled_from(
 OTHER_TYPES = st.integers(0, 255).filter(lambda kind: kind != POWER_OFF)
 SPAWNS = st.builds(
     lambda number, kind, line, rest: frame(
-        SPAWN, 0, number, strings(kind, "", line, "dom0", *rest)
+        SPAWN, 0, number, strings(kind, "", line, "80x24", *rest)
     ),
     st.integers(1, 6),
-    st.sampled_from(["command", "service", "x"]),
+    st.sampled_from(["command", "service", "terminal", "x"]),
     COMMANDS | st.text("ab+./-\n", max_size=6),
     st.lists(st.text("A=b", max_size=4), max_size=3),
 )
 FRAMES = st.builds(
     frame,
-    OTHER_TYPES | st.sampled_from([DATA, EOF, STOP, CREDIT, SIGNAL, EXIT]),
+    OTHER_TYPES | st.sampled_from([DATA, EOF, STOP, CREDIT, SIGNAL, EXIT, RESIZE]),
     st.integers(0, 3),
     st.sampled_from([0, 1, 2, 3, 0x80000001]),
     st.binary(max_size=40) | st.sampled_from([b"\0\0\1\0", bytes(3000)]),

@@ -3,9 +3,8 @@
 import asyncio
 import socket
 
-import pytest
 import pytest_asyncio
-from agent_process import AgentProcess, build
+from agent_process import AgentProcess
 from guest_peer import SocketDomain, connect_pair
 
 from qubes_itests.guest.link.agent import GuestAgent
@@ -25,13 +24,6 @@ async def connect(tmp_path):
     for agent, peer in opened:
         await agent.close()
         peer.close()
-
-
-@pytest.fixture(scope="session")
-def agent_program(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("agent")
-    build("sanitized", directory)
-    return directory / "agent-sanitized"
 
 
 @pytest_asyncio.fixture

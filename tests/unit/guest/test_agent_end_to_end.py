@@ -31,6 +31,28 @@ async def test_no_such_user(real):
     assert b"nobody-here" in stderr
 
 
+async def test_a_terminal_has_the_size_that_it_is_given(real):
+    agent, _ = await real()
+    script = "trap 'stty size; exit 4' WINCH; stty size; while :; do sleep 0.02; done"
+    terminal = await agent.open_terminal(
+        script, columns=80, rows=24, environment={"TERM": "vt220"}
+    )
+    assert await terminal.stdout.readline() == b"24 80\r\n"
+    terminal.resize(65535, 1)
+    assert await terminal.stdout.readline() == b"1 65535\r\n"
+    assert await terminal.wait() == 4
+    terminal.resize(80, 24)
+    with pytest.raises(ValueError, match="no terminal has"):
+        (await agent.open_terminal(columns=80, rows=24)).resize(0, 0)
+
+
+async def test_a_terminal_goes_with_who_looks_at_it(real):
+    agent, _ = await real()
+    terminal = await agent.open_terminal("exec sleep 60", columns=80, rows=24)
+    terminal.hang_up()
+    assert await terminal.wait() == -signal.SIGHUP
+
+
 async def test_signals_reach_the_command(real):
     agent, _ = await real()
     process = await agent.spawn("echo ready; exec sleep 60")

@@ -99,7 +99,7 @@ def test_failure_carries_the_reason_without_what_steers_a_terminal(protocol):
     assert event == Failed(r"no disk\x1b[2J\nFAKE: 1 passed")
 
 
-@pytest.mark.parametrize("kind", [0, F.HELLO, F.SPAWN, F.SIGNAL, 0x55, 0xFF])
+@pytest.mark.parametrize("kind", [0, F.HELLO, F.SPAWN, F.SIGNAL, F.RESIZE, 0x55])
 def test_unknown_types_and_those_of_the_host(protocol, kind):
     header = HEADER.pack(kind, 0, 0, 0)
     assert "types listed" in broken_by(protocol, header)
@@ -319,6 +319,9 @@ def test_the_host_keeps_the_rules_too(protocol, stream):
         protocol.spawn("command", "", "echo \0", "")
     with pytest.raises(ValueError, match="more than"):
         protocol.spawn("command", "", "x" * PAYLOAD_MAX, "")
+    for size in [(0, 24), (80, 0), (0x10000, 24), (80, 0x10000), (-1, 24)]:
+        with pytest.raises(ValueError, match="no terminal has"):
+            protocol.resize(stream, *size)
     protocol.eof(stream, 0)
     with pytest.raises(ValueError, match="EOF"):
         protocol.data(stream, 0, memoryview(b"x"))

@@ -1,0 +1,55 @@
+"""A shell in a guest that is an ordinary process: ``shell_program.py AGENT ROOT``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from pathlib import Path
+
+from agent_process import AgentProcess
+from guest_peer import SocketDomain
+
+from qubes_itests.guest.link.agent import GuestAgent
+from qubes_itests.host import sandbox
+from qubes_itests.portal import Portal
+from qubes_itests.shell import open_shell
+
+
+async def connect(root: AgentProcess) -> GuestAgent:
+    ours, theirs = socket.socketpair()
+    process = await asyncio.create_subprocess_exec(
+        root.program,
+        str(theirs.fileno()),
+        pass_fds=[theirs.fileno()],
+        env=root.environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        # as a guest: the keys of the terminal are none of its own
+        start_new_session=True,
+    )
+    theirs.close()
+    (root.root / "pid").write_text(str(process.pid))
+    domain = SocketDomain("guest", ours, root.root / "console")
+    return await GuestAgent.connect(domain, timeout=20)  # type: ignore[arg-type]
+
+
+def main(program: str, directory: str) -> int:
+    root = AgentProcess(Path(program), Path(directory))
+    uid, gid = os.getuid(), os.getgid()
+    name = os.environ.get("USER_OF_GUEST", "root")
+    root.file("etc/passwd", f"{name}:x:{uid}:{gid}::{root.home}:/bin/sh\n")
+    with Portal() as portal:
+        agent = portal.run(connect(root))
+        try:
+            return open_shell(portal, agent)
+        finally:
+            portal.run(agent.close())
+
+
+if __name__ == "__main__":
+    with sandbox.interruptible():
+        try:
+            sys.exit(main(*sys.argv[1:]))
+        except KeyboardInterrupt:
+            sys.exit(2)
