@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -29,7 +29,7 @@ class TerminalUser:
 
     def __init__(
         self,
-        command: Sequence[str],
+        command: list[str],
         directory: Path,
         environment: Mapping[str, str],
         timeout: float = 100.0,

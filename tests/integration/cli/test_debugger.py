@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+from terminal_user import TerminalUser
+
 PLUGIN = """
     from qubes.tests.extra import ExtraTestCase
 
@@ -84,3 +86,20 @@ def test_what_fails_on_the_way_out_is_told(site):
         "clean-up first added True",
         "clean-up first added True",
     ]
+
+
+def test_the_prompt_is_alone_on_the_terminal(site):
+    """No live line is drawn over it, though output is captured."""
+    site.install("debugged", PLUGIN)
+    words = ("--hypervisor=test", "--pdb", "debugged::TC_VM::test_bad")
+    command = [sys.executable, "-m", "qubes_itests", *words]
+    user = TerminalUser(command, site.work, site.environment, site.timeout)
+    try:
+        user.read_until("(Pdb) ")
+        user.type("import threading; [t.name for t in threading.enumerate()]\r")
+        user.read_until("\n['MainThread'")
+        assert "heartbeat" not in user.read_until("(Pdb) ")
+        user.type("c\r")
+        assert user.finish() == 1
+    finally:
+        user.close()

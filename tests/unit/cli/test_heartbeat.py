@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import threading
+
+from conditions import wait_until
 
 from qubes_itests.report.heartbeat import Heartbeat
 
@@ -34,3 +37,21 @@ def test_it_is_silent_while_others_write_and_then_goes_on():
     assert heartbeat._lines()[-1].endswith("  words")
     heartbeat.stop()
     assert beating() == []
+
+
+def test_it_leaves_the_streams_of_python_alone_while_it_draws():
+    """They are pytest's, which captures what a test writes there."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    output = Terminal()
+    streams = sys.stdout, sys.stderr
+    heartbeat = Heartbeat(output, lambda: "words")
+    heartbeat.start("one")
+    try:
+        wait_until(lambda: "words" in output.getvalue(), "live line")
+        assert (sys.stdout, sys.stderr) == streams
+    finally:
+        heartbeat.stop()
