@@ -171,7 +171,9 @@ class LibvirtMemory(MemoryBackend):
             async with asyncio.timeout(_STATE_TIMEOUT):
                 state = await domain.state()
         except (TimeoutError, HypervisorError) as error:
-            _log.debug("domain %s does not tell its state: %s", domain.spec.name, error)
+            _log.debug(
+                "domain %s does not tell its state: %s", domain.spec.name, str(error)
+            )
             return
         if state in (DomainState.RUNNING, DomainState.PAUSED):
             self._add(domain, paused=state is DomainState.PAUSED)

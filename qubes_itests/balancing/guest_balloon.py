@@ -133,7 +133,7 @@ class BalloonedGuest:
             except StateError:
                 pass  # it is starting or has ended: the event says which
             except HypervisorError as error:
-                _log.info("%s", error)
+                _log.info("%s", str(error))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._interval()):
                     await self._news.wait()

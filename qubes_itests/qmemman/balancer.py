@@ -322,7 +322,7 @@ class Balancer:
             self.domains.pop(domid, None)
         except (OSError, HarnessError) as error:
             called = self._called(domid)
-            _log.warning("%s cannot be told its target: %r", called, error)
+            _log.warning("%s cannot be told its target: %s", called, repr(error))
 
     async def _pause(self) -> None:
         await asyncio.sleep(self.policy.step)
@@ -342,7 +342,7 @@ class Balancer:
             try:
                 self._recorder.record(self, event, targets, amount)
             except OSError as error:  # a full disk is no reason to stop balancing
-                _log.warning("the timeline is not written: %s", error)
+                _log.warning("the timeline is not written: %s", str(error))
 
     async def _publish(self) -> None:
         if self._available_file is not None:

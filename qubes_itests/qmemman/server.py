@@ -116,7 +116,7 @@ class Server:
                 await self._converse(reader, writer)
         except (OSError, ValueError, TimeoutError) as error:
             # ValueError: a line beyond the limit
-            _log.debug("a client is dropped: %s", error)
+            _log.debug("a client is dropped: %s", str(error))
         except asyncio.CancelledError:
             pass  # the daemon ends
         except Exception:  # noqa: BLE001 - one request must not spoil the others

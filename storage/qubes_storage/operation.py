@@ -216,7 +216,7 @@ class Background:
             try:
                 job(self._go_on)
             except Exception as error:  # noqa: BLE001 - the next job may do better
-                log.info("left for later: %s", error)
+                log.info("left for later: %s", str(error))
 
     def _next(self) -> Job | None:
         with self._changed:

@@ -212,7 +212,7 @@ async def confirm_device_attachment(
     try:
         answer = await call_socket_service("dom0", _AGENT, "dom0", params, SOCKET_PATH)
     except Exception as error:  # noqa: BLE001 - who answers is anybody's
-        log.warning("nobody was asked who gets %s: %s", device.port, error)
+        log.warning("nobody was asked who gets %s: %s", str(device.port), str(error))
         return ""
     name = answer.removeprefix(_ALLOW)
     return name if answer.startswith(_ALLOW) and name in names else ""

@@ -183,7 +183,9 @@ class DeviceInfo(VirtualDevice):
             LookupError,
             TypeError,
         ) as error:
-            log.warning("what is said of %s is not valid: %s", expected, error)
+            log.warning(
+                "what is said of %s is not valid: %s", str(expected), str(error)
+            )
             return UnknownDevice.from_device(expected)
 
     @classmethod

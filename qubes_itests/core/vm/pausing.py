@@ -135,7 +135,9 @@ class PauseMixin:
         try:
             await agent.set_clock(time.time_ns(), timeout=_CLOCK_TIMEOUT)
         except HarnessError as error:
-            log.warning("VM %s goes on with a clock that is late: %s", self.name, error)
+            log.warning(
+                "VM %s goes on with a clock that is late: %s", self.name, str(error)
+            )
 
     async def _tell(self, service: str) -> None:
         """Call a service that the guest may have or not have."""

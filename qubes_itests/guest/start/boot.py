@@ -130,7 +130,7 @@ class _Start:
             await self._announce()
             return await self._connect_and_attach(domain, _WARM_PART * _left(end))
         except (SavedStateError, DeadlineError, GuestGoneError) as error:
-            _logger.warning("VM %s boots instead: %s", self._spec.name, error)
+            _logger.warning("VM %s boots instead: %s", self._spec.name, str(error))
             await domain.destroy()
             await warm.discard(self._spec)
             return None

@@ -88,7 +88,7 @@ class WarmStarts:
         try:
             place = await asyncio.to_thread(self._cache.entry, _KIND, key, build)
         except (HarnessError, OSError) as error:
-            log.warning("no warm starts for %s: %s", spec.name, error)
+            log.warning("no warm starts for %s: %s", spec.name, str(error))
             return None
         return place / _FILE
 
