@@ -8,12 +8,14 @@ import dataclasses
 import functools
 import itertools
 import logging
+import os
 import tempfile
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
+from qubes_itests.admin.server import AdminServer
 from qubes_itests.admin.vm_calls import offer_to_vms
 from qubes_itests.balancing.app_memory import AppMemory, counts, machine
 from qubes_itests.balancing.balloons import LibvirtMemory
@@ -26,6 +28,7 @@ from qubes_itests.guest.start.warm import WarmStarts
 from qubes_itests.host import memory
 from qubes_itests.host.kernel import find_kernel
 from qubes_itests.hypervisor.contract import LifecycleEvent
+from qubes_itests.run.client_tools import write_tools
 from qubes_itests.run.hooks import offer, offers
 from qubes_storage.image_pool import ImagePool
 from qubes_storage.reflink import ReflinkPool
@@ -49,6 +52,8 @@ log = logging.getLogger("qubes_itests.run.testbed")
 
 T = TypeVar("T")
 
+#: Where Qubes OS has the Admin API; /run is the sandbox's own.
+ADMIN_SOCKET: Final = Path("/run/qubesd.sock")
 #: As Qubes OS calls it where its own filesystem has reflinks.
 POOL_NAME: Final = "varlibqubes"
 #: Bytes of the filesystem with the VMs' disks; its image is sparse.
@@ -137,6 +142,8 @@ class Testbed:
         self._numbers = itertools.count(1)
         self._templates: dict[str, Template] = {}
         self._apps: list[Qubes] = []
+        #: Who serves the Admin API of an app.
+        self._servers: dict[Qubes, AdminServer] = {}
         #: What undoes the balancing of an app's memory.
         self._balancing: dict[Qubes, AsyncExitStack] = {}
         self._exit = ExitStack()
@@ -289,6 +296,23 @@ class Testbed:
         if app.default_template is None:
             app.default_template = vm
 
+    async def serve(self, app: Qubes) -> None:
+        """Serve the Admin API of an app where Qubes OS does, until it is closed.
+
+        If the client of Qubes OS is installed, its tools are in the PATH from then on.
+
+        :raise AlreadyServedError: when that of another app is.
+        """
+        server = AdminServer(app, ADMIN_SOCKET)
+        self._servers[app] = await server.__aenter__()
+        tools = self.parts.run_directory / "tools"
+        if not tools.exists():
+            tools.mkdir()
+            if await asyncio.to_thread(write_tools, tools, ADMIN_SOCKET):
+                path = os.environ.get("PATH", os.defpath)
+                os.environ["PATH"] = f"{tools}{os.pathsep}{path}"
+                self._exit.callback(os.environ.__setitem__, "PATH", path)
+
     async def balance_memory(
         self, app: Qubes, budget: MemoryBudget
     ) -> AppMemory[LibvirtMemory]:
@@ -319,6 +343,8 @@ class Testbed:
 
         :return: what went wrong, one sentence each; empty if all is well.
         """
+        if app in self._servers:
+            await self._servers.pop(app).__aexit__()
         if app.store is None:
             _forget_removed_pools(app)
         await app.close()

@@ -25,7 +25,6 @@ from qubes_itests.serve.calls import CallServer
 from qubes_itests.serve.environment import offer_programs
 from qubes_itests.serve.place import Place
 from qubes_itests.serve.state import State
-from qubes_itests.serve.tools import installed_tools
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def serving(
         portal.run(_report_orphans(app))
         # the app's directory is the sandbox's own
         (app.directory / "block").symlink_to(state.block)
-        offer_programs(place, installed_tools(), state.block)
+        offer_programs(place, state.block)
         # by its short name, for the paths of sockets are limited
         sockets = portal.run(_open_sockets(app, Place.of_run(short)))
         stack.callback(lambda: portal.run(sockets.aclose()))

@@ -8,50 +8,41 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qubes_itests.run.client_tools import write_program, write_tools
 from qubes_itests.serve.imports import METHODS
 from qubes_itests.serve.place import VARIABLE, Place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
 __all__ = ["HOOK", "exports", "offer_programs", "variables"]
 
 _HERE: Final = Path(__file__).parent
 #: A folder for PYTHONPATH: what is in it points the client to the server.
 HOOK: Final = _HERE / "hook"
-_EXECUTABLE: Final = 0o755
 
 
-def offer_programs(place: Place, tools: Sequence[str], block: Path) -> None:
+def offer_programs(place: Place, block: Path) -> None:
     """Write the programs that the client tools call, and those tools.
 
     :param place: where; its directory is there, and empty.
-    :param tools: the names of the tools that there are.
     :param block: the folder of dom0's block devices.
     """
     for directory in (place.programs, place.services, place.dom0_programs):
         directory.mkdir()
     program = [sys.executable, "-I", "-S", _HERE / "program.py"]
     program += [place.relay_socket, place.services]
-    _write(place.programs / "qrexec-client", [*program, "qrexec-client"])
+    write_program(place.programs / "qrexec-client", [*program, "qrexec-client"])
     for name in METHODS:
-        _write(place.services / name, [*program, name])
+        write_program(place.services / name, [*program, name])
     # a service of dom0 runs on the machine of whoever calls it, as that user
-    _write(place.services / "qubes.VMShell", ["/bin/bash", "-s", "--"])
+    write_program(place.services / "qubes.VMShell", ["/bin/bash", "-s", "--"])
     # the tools ask root for what the server's user may do by itself
-    _write(place.dom0_programs / "sudo", ["env"])
-    _write(place.dom0_programs / "losetup", [*program, "losetup", block])
-    qvm = [sys.executable, "-m", "qubes_itests", "qvm", "--socket", place.admin_socket]
-    for name in tools:
-        _write(place.programs / name, [*qvm, name])
+    write_program(place.dom0_programs / "sudo", ["env"])
+    write_program(place.dom0_programs / "losetup", [*program, "losetup", block])
+    write_tools(place.programs, place.admin_socket)
     # a clone has no menus that would have to be made: there is no desktop
-    _write(place.programs / "qvm-appmenus", ["true"])
-
-
-def _write(path: Path, command: Sequence[object]) -> None:
-    words = " ".join(shlex.quote(str(word)) for word in command)
-    path.write_text(f'#!/bin/sh\nexec {words} "$@"\n', encoding="utf-8")
-    path.chmod(_EXECUTABLE)
+    write_program(place.programs / "qvm-appmenus", ["true"])
 
 
 def variables(

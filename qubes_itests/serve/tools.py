@@ -1,17 +1,16 @@
-"""The client tools of Qubes OS: which there are, and running one."""
+"""Running a client tool of Qubes OS."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
-import importlib.util
 import inspect
 import os
 import runpy
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from qubes_itests.run.client_tools import OTHER_NAMES, PACKAGE, installed_tools
 from qubes_itests.serve.environment import HOOK, variables
 from qubes_itests.serve.exc import ServeError
 
@@ -20,31 +19,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.serve.place import Place
 
-__all__ = ["installed_tools", "run_tool"]
-
-_PACKAGE: Final = "qubesadmin"
-_PREFIXES: Final = ("qvm_", "qubes_")
-#: Tools that are another one, told by the name that it is called by.
-_OTHER_NAMES: Final = {
-    "qvm-block": "qvm-device",
-    "qvm-pci": "qvm-device",
-    "qvm-usb": "qvm-device",
-}
-
-
-def installed_tools() -> list[str]:
-    """Return the names of the tools that are installed; none if the client is not."""
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        return []
-    folder = Path(next(iter(spec.submodule_search_locations))) / "tools"
-    names = {
-        path.stem.replace("_", "-")
-        for path in folder.glob("*.py")
-        if path.stem.startswith(_PREFIXES)
-    }
-    names |= {alias for alias, name in _OTHER_NAMES.items() if name in names}
-    return sorted(names)
+__all__ = ["run_tool"]
 
 
 def run_tool(place: Place, name: str, arguments: Sequence[str]) -> int:
@@ -68,9 +43,9 @@ def run_tool(place: Place, name: str, arguments: Sequence[str]) -> int:
         raise ServeError(f"There is no tool {name!r}; there are: {', '.join(tools)}.")
     os.environ.update(variables(place))
     runpy.run_path(str(HOOK / "sitecustomize.py"))
-    module = _OTHER_NAMES.get(found, found).replace("-", "_")
+    module = OTHER_NAMES.get(found, found).replace("-", "_")
     sys.argv = [found, *arguments]
-    status = importlib.import_module(f"{_PACKAGE}.tools.{module}").main()
+    status = importlib.import_module(f"{PACKAGE}.tools.{module}").main()
     if inspect.iscoroutine(status):
         status = asyncio.run(status)
     return status if isinstance(status, int) else 0

@@ -169,6 +169,7 @@ class SystemTestCase(QubesTestCase):
         template = self.template or self._testbed.run_templates[0]
         self.app = self.loop.run_until_complete(self._testbed.make_app(template))
         self.addCleanup(self._close_app, self.app)
+        self.loop.run_until_complete(self._testbed.serve(self.app))
         self.app.add_handler("domain-add", self._leaks.vm_added)
 
     def _close_app(self, app: Qubes) -> None:

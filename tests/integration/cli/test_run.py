@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 import xml.etree.ElementTree as ET
 
 from plugin_site import FOR_TEMPLATE, ONCE
@@ -297,4 +298,49 @@ LIMITS = """
 def test_a_run_says_how_long_starts_may_take(site):
     site.install("limits", LIMITS)
     done = site.run(*NO_GUESTS, "--start-timeout=77", "limits")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+CLIENT = {
+    "__init__": "from qubesadmin import app, config",
+    "app": "class QubesLocal: pass",
+    "config": "",
+    "tools/__init__": "",
+    "tools/qvm_list": """
+        import socket, sys
+        from qubesadmin import config
+        def main():
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(config.QUBESD_SOCKET)
+                client.sendall(sys.argv[1].encode() + b" dom0 name dom0\\0")
+                client.shutdown(socket.SHUT_WR)
+                print(client.makefile().read())
+    """,
+}
+
+
+def test_tools_of_the_client_call_the_app_of_the_test(site):
+    """Where the client is installed; each test has an app of its own."""
+    for name, text in CLIENT.items():
+        path = site.site / "qubesadmin" / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    plugin = """
+        import subprocess
+        import qubes.tests
+        class TC_Tools(qubes.tests.SystemTestCase):
+            def names(self, name):
+                self.app.add_new_vm("AppVM", name=name, label="red")
+                command = ["qvm-list", "admin.vm.List+"]
+                said = subprocess.run(command, capture_output=True, text=True)
+                return {line.split()[0] for line in said.stdout.splitlines()[:-1]}
+            def test_0(self):
+                self.assertEqual(self.names("one"), {"0\\0dom0", "one", "tiny"})
+            def test_1(self):
+                self.assertEqual(self.names("two"), {"0\\0dom0", "two", "tiny"})
+        def list_tests():
+            return [TC_Tools]
+    """
+    site.install("tools", plugin)
+    done = site.run(*NO_GUESTS, "tools")
     assert done.returncode == 0, done.stdout + done.stderr

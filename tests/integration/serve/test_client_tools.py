@@ -18,9 +18,9 @@ import pytest
 from client_recording import MismatchError, Names, Recorder, Replay
 from conditions import wait_until
 
+from qubes_itests.run.client_tools import installed_tools
 from qubes_itests.serve.environment import variables
 from qubes_itests.serve.place import Place
-from qubes_itests.serve.tools import installed_tools
 
 RECORDED = Path(__file__).parent / "recorded"
 #: Set where the tools are to be recorded: to what tells the client's version closer.

@@ -174,6 +174,9 @@ class FakeTestbed:
     async def make_app(self, template):
         return FakeApp(template)
 
+    async def serve(self, app):
+        pass
+
     async def close_app(self, app):
         self.closed += 1
         app.domains.clear()
