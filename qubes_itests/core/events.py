@@ -19,6 +19,8 @@ from types import GeneratorType
 from typing import Any, ClassVar, Final, TypeVar
 from weakref import WeakKeyDictionary
 
+from qubes_itests.core.event_names import check_pattern
+
 __all__ = ["Emitter", "handler"]
 
 Handler = Callable[..., Any]
@@ -40,7 +42,11 @@ def handler(*events: str) -> Callable[[_F], _F]:
 
     :param events: names, which may have the wildcards of the shell: ``*`` for all
         events, ``property-set:*`` for all with that beginning.
+    :raise ValueError: when none of the events that are declared matches; see
+        `qubes_itests.core.event_names`.
     """
+    for event in events:
+        check_pattern(event)
 
     def mark(function: _F) -> _F:
         function.ha_events = events  # type: ignore[attr-defined]

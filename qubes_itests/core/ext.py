@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qubes_itests.core import events as events_
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -24,10 +26,12 @@ def handler(
     :param events: names, as in `qubes_itests.core.events.handler`.
     :param vm: the class of VMs it listens to; by default all of them.
     :param system: whether it listens to the app instead.
+    :raise ValueError: as that one does.
     """
+    listens = events_.handler(*events)
 
     def mark(function: _F) -> _F:
-        function.ha_events = events  # type: ignore[attr-defined]
+        listens(function)
         function.ha_vm = vm  # type: ignore[attr-defined]
         function.ha_system = system  # type: ignore[attr-defined]
         return function

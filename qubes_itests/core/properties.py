@@ -199,11 +199,11 @@ class Property(Generic[T]):
         if self.setter is Property.forbidden:
             self._checked(instance, self.DEFAULT)
         kwargs = {"name": self.name, **self._old(instance)}
-        for event in ("property-pre-reset", "property-pre-del"):
-            instance.fire_event(f"{event}:{self.name}", pre_event=True, **kwargs)
+        instance.fire_event(f"property-pre-reset:{self.name}", pre_event=True, **kwargs)
+        instance.fire_event(f"property-pre-del:{self.name}", pre_event=True, **kwargs)
         instance._values.pop(self.name, None)  # noqa: SLF001
-        for event in ("property-reset", "property-del"):
-            instance.fire_event(f"{event}:{self.name}", **kwargs)
+        instance.fire_event(f"property-reset:{self.name}", **kwargs)
+        instance.fire_event(f"property-del:{self.name}", **kwargs)
 
     def saved(self, instance: PropertyHolder) -> str:
         """Return the text that the store keeps of the present value.

@@ -41,7 +41,7 @@ HANDLERS = {
     "of_set": _yielding("property-set:*"),
     "of_memory": _returning("property-set:memory"),
     "of_two": _yielding("property-set:memory", "property-reset:memory"),
-    **{f"other{n}": _returning(f"domain-event-{n}:*") for n in range(45)},
+    **{f"other{n}": _returning(f"domain-feature-set:{n}*") for n in range(45)},
 }
 Subject = type("Subject", (Emitter,), HANDLERS)
 

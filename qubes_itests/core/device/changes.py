@@ -78,8 +78,12 @@ def device_list_change(
         vm.fire_event(f"device-added:{devclass}", device=device(port_id))
     for port_id, frontend in attached.items():
         # the options are not known: somebody else has attached it
-        event, found = f"device-attach:{devclass}", device(port_id)
-        _later(frontend.fire_event_async(event, device=found, options={}))
+        found = device(port_id)
+        _later(
+            frontend.fire_event_async(
+                f"device-attach:{devclass}", device=found, options={}
+            )
+        )
     ext.devices_cache[vm.name] = dict(current_devices)
     wanted = _wanted(vm.app, devclass, added - attached.keys())
     _later(resolve_conflicts_and_attach(ext, wanted))

@@ -108,22 +108,19 @@ class DeviceCollection:
             raise DeviceAlreadyAttached(
                 f"{self.devclass} device {device.port} is attached to {having} already"
             )
-        await self._announce("attach", device, dict(assignment.options))
+        options = dict(assignment.options)
+        await self._vm.fire_event_async(
+            f"device-pre-attach:{self.devclass}",
+            pre_event=True,
+            device=device,
+            options=options,
+        )
+        await self._vm.fire_event_async(
+            f"device-attach:{self.devclass}", device=device, options=options
+        )
 
     def _exposed_by(self, device: VirtualDevice) -> list[DeviceInfo]:
         return list(device.backend_domain.devices[self.devclass])
-
-    async def _announce(
-        self, action: str, device: VirtualDevice, options: dict[str, str]
-    ) -> None:
-        """Fire the event that may veto, then the one that tells what has happened."""
-        for event, pre_event in ((f"pre-{action}", True), (action, False)):
-            await self._vm.fire_event_async(
-                f"device-{event}:{self.devclass}",
-                pre_event=pre_event,
-                device=device,
-                options=options,
-            )
 
     async def detach(self, port: Port | VirtualDevice | DeviceAssignment) -> None:
         """Take a device from the VM.
@@ -147,10 +144,10 @@ class DeviceCollection:
                     f"{self.devclass} device {where} is required by VM {self._vm},"
                     " which runs: shut it down, or unassign the device first",
                 )
-        for event, pre_event in (("pre-detach", True), ("detach", False)):
-            await self._vm.fire_event_async(
-                f"device-{event}:{self.devclass}", pre_event=pre_event, port=where
-            )
+        await self._vm.fire_event_async(
+            f"device-pre-detach:{self.devclass}", pre_event=True, port=where
+        )
+        await self._vm.fire_event_async(f"device-detach:{self.devclass}", port=where)
 
     async def assign(self, assignment: DeviceAssignment) -> None:
         """Have the VM get a device at each of its starts; nothing is attached now.

@@ -6,8 +6,11 @@ from collections import Counter
 
 import pytest
 
+from qubes_itests.core.event_names import declare
 from qubes_itests.core.events import handler
 from qubes_itests.testcase import QubesTestCase, TestEmitter
+
+declare("asked")
 
 
 class Stand(TestEmitter):

@@ -3,7 +3,10 @@
 import pytest
 
 from qubes_itests.core import events
+from qubes_itests.core.event_names import declare
 from qubes_itests.core.events import Emitter, handler
+
+declare("start", "stop", "feature:*")
 
 
 class Base(Emitter):

@@ -5,9 +5,11 @@ import fnmatch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qubes_itests.core.event_names import declare
 from qubes_itests.core.events import Emitter, handler
 
 EVENTS = ("a", "a:b", "a:bc", "b", "b:", "c:d")
+declare(*EVENTS)
 PATTERNS = (*EVENTS, "*", "a*", "a:*", "b:*", "?", "c:?", "[ab]")
 
 level = st.lists(

@@ -2,9 +2,12 @@
 
 import pytest
 
+from qubes_itests.core.event_names import declare
 from qubes_itests.core.ext import Extension, handler, registered_extensions
 from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.core.vm.templatevm import TemplateVM
+
+declare("test-extension-vm", "test-extension-app", "test-extension-slow:*")
 
 
 class Listener(Extension):

@@ -398,12 +398,12 @@ EXTENSIONS = """
     from qubes.ext import Extension, handler
 
     class Installed(Extension):
-        @handler("made-event")
+        @handler("firewall-changed")
         def on_event(self, vm, event):
             return "installed"
 
     class Other(Extension):
-        @handler("made-event")
+        @handler("firewall-changed")
         def on_event(self, vm, event):
             return "other"
 
@@ -437,13 +437,13 @@ def test_extensions_are_there_while_their_plugin_is_tested(install):
     name = install(EXTENSIONS, more=MORE)
     plugin = find(name)
     assert plugin.problems == ()
-    assert heard("made-event") == []
+    assert heard("firewall-changed") == []
     for _ in range(2):
         plugin.extensions.enter()
-        assert heard("made-event") == ["other", "installed"]
+        assert heard("firewall-changed") == ["other", "installed"]
         assert "made" in DEVICE_CLASSES
         plugin.extensions.leave()
-        assert heard("made-event") == []
+        assert heard("firewall-changed") == []
         assert "made" not in DEVICE_CLASSES
     assert registered_extensions() == core
 
@@ -453,10 +453,10 @@ def test_extensions_of_one_plugin_are_none_of_another(install):
     first, second = install(EXTENSIONS, more=MORE), install(GOOD)
     plugins = {plugin.name: plugin for plugin in discover(BOTH)}
     plugins[second].extensions.enter()
-    assert heard("made-event") == []
+    assert heard("firewall-changed") == []
     plugins[second].extensions.leave()
     plugins[first].extensions.enter()
-    assert heard("made-event") == ["other", "installed"]
+    assert heard("firewall-changed") == ["other", "installed"]
     plugins[first].extensions.leave()
 
 
@@ -467,5 +467,5 @@ def test_an_extension_that_cannot_be_made_is_told_and_leaves_nothing(install):
     with pytest.raises(AttributeError, match="Missing"):
         plugin.extensions.enter()
     plugin.extensions.leave()
-    assert heard("made-event") == []
+    assert heard("firewall-changed") == []
     assert "made" not in DEVICE_CLASSES
