@@ -1,4 +1,4 @@
-"""What the policy says of a call, by the first rule that speaks of it."""
+"""What the policy says of a call, by the first rule that matches it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def denied(
 def decide(
     request: Request, rule: Rule, rules: Sequence[Rule], ask: AskHandler | None
 ) -> Decision:
-    """Return what becomes of a call by the rule that speaks of it.
+    """Return what becomes of a call by the rule that matches it.
 
     :param rules: the whole policy: who is asked may choose from what it allows.
     :param ask: answers questions, None if nobody is there.

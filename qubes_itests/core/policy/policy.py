@@ -138,7 +138,7 @@ class Policy:
         for rule in (*added, *loaded.rules):
             if rule.matches(request):
                 return decide(request, rule, (*added, *loaded.rules), ask)
-        reason = "no rule of the policy speaks of it"
+        reason = "no rule of the policy matches it"
         if loaded.error is not None:
             reason = f"the policy's files cannot be used: {loaded.error}"
         return denied(reason, requested=request.destination.requested)

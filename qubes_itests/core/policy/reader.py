@@ -204,7 +204,7 @@ class Reader:
     def _add(self, text: str, origin: Origin) -> None:
         rule = Rule.parse(text, origin, strict=False)
         if doubt := rule.doubt:
-            log.warning("%s: %s: it speaks of nothing", rule.shown, doubt)
+            log.warning("%s: %s: it matches nothing", rule.shown, doubt)
         self.rules.append(rule)
 
     def _lines(self, path: Path) -> Iterator[_Line]:

@@ -65,7 +65,7 @@ class Destination:
         return cls(token)
 
     def is_meant_by(self, token: Token) -> bool:
-        """Tell whether a rule's target speaks of it."""
+        """Tell whether a rule's target matches it."""
         match token.kind:
             case Kind.WILDCARD:
                 return True
@@ -151,11 +151,11 @@ class Request:
         return cls(app, found[1], found[2] or "+", source, destination)
 
     def asks_for(self, token: Token) -> bool:
-        """Tell whether a rule's target speaks of what is asked for."""
+        """Tell whether a rule's target matches what is asked for."""
         return self.destination.is_meant_by(token)
 
     def comes_from(self, token: Token) -> bool:
-        """Tell whether a rule's source speaks of the VM that calls."""
+        """Tell whether a rule's source matches the VM that calls."""
         is_admin = self.source.klass == "AdminVM"
         match token.kind:
             case Kind.WILDCARD:

@@ -25,7 +25,7 @@ _FIELDS: Final = 5
 
 
 class Action(enum.StrEnum):
-    """What a rule does with the calls that it speaks of."""
+    """What a rule does with the calls that it matches."""
 
     ALLOW = "allow"
     DENY = "deny"
@@ -156,11 +156,11 @@ class Rule:
         return next((t.doubt for t in tokens if t is not None and t.doubt), "")
 
     def matches(self, request: Request) -> bool:
-        """Tell whether it speaks of this call."""
+        """Tell whether it matches this call."""
         return self.matches_but_target(request) and request.asks_for(self.target)
 
     def matches_but_target(self, request: Request) -> bool:
-        """Tell whether it speaks of this service, argument and source."""
+        """Tell whether it matches this service, argument and source."""
         return (
             self.service in ("*", request.service)
             and self.argument in ("*", request.argument)

@@ -72,7 +72,7 @@ class Token:
 
         :param allowed: what may stand here.
         :param strict: whether a name has to be one that a VM, a tag or a class can
-            have.  In files of Qubes OS any is good, and speaks of nothing.
+            have.  In files of Qubes OS any is good, and matches nothing.
         :raise QubesValueError: when it is no such word; the message says why.
         """
         token = cls._read(word)

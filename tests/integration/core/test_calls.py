@@ -174,7 +174,7 @@ def policy_file(app):
 
 
 def test_policy_file_is_obeyed_and_its_changes_too(pair, run, policy_file, caplog):
-    """A file redirects, sets the user, and speaks of one argument; then it denies."""
+    """A file redirects, sets the user, and matches one argument; then it denies."""
     caplog.set_level(logging.INFO, "qubes.policy")
     work, vault = pair
     path = policy_file("test.Who +x work @default allow target=vault user=root\n")

@@ -1,4 +1,4 @@
-"""qrexec policy: the first rule that speaks of a call decides, and none denies."""
+"""qrexec policy: the first rule that matches a call decides, and none denies."""
 
 import logging
 import re
@@ -78,7 +78,7 @@ def test_service_and_argument(vms, head, services):
     ],
 )
 def test_sources(vms, word, callers):
-    """A rule speaks of these callers, and of no others."""
+    """A rule matches these callers, and of no others."""
     lines = [f"* * {word} vault allow"]
     asked = ("work", "tiny", "dom0")
     assert {s for s in asked if decide(vms, lines, source=s).allowed} == callers
@@ -130,7 +130,7 @@ DVM = DISPVM | {"@dispvm:dvm"}
     ],
 )
 def test_targets(vms, word, requests):
-    """A rule speaks of these requests, and of no others."""
+    """A rule matches these requests, and of no others."""
     lines = [f"* * work {word} deny"]
     assert {t for t in REQUESTED if decide(vms, lines, target=t).rule} == requests
 
@@ -312,7 +312,7 @@ def test_handler_that_fails_denies(vms):
 
 
 def test_choices_are_what_the_rules_reach(vms, monkeypatch):
-    """A keyword stands for all VMs that it speaks of, the caller not among them."""
+    """A keyword stands for all VMs that it matches, the caller not among them."""
     expected = {
         "*": {"tiny", "vault", "other", "dvm", "dvm2", "@adminvm"}
         | {"@dispvm:dvm", "@dispvm:dvm2"},

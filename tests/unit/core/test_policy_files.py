@@ -289,7 +289,7 @@ def test_directory_that_is_not_there(vms, tmp_path):
     policy = Policy(directory=tmp_path / "gone")
     policy.refresh()
     assert policy.error is None
-    assert decide(policy, vms).reason == "no rule of the policy speaks of it"
+    assert decide(policy, vms).reason == "no rule of the policy matches it"
 
 
 def test_empty_directory_is_warned_of(load, directory, caplog):
