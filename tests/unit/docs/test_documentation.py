@@ -103,6 +103,22 @@ def test_the_table_of_layers_has_those_of_the_contract():
     assert in_table - {"qubes_storage"} == set(re.findall(r"\w+", layers))
 
 
+def test_each_step_of_a_start_is_explained():
+    text = page("docs/troubleshooting.md")
+    (table,) = re.findall(r"^\| it could not .*?\n\n", text, re.DOTALL | re.MULTILINE)
+    explained = {
+        step.strip()
+        for row in table.strip().splitlines()[2:]
+        for step in row.split("|")[1].split(",")
+    }
+    sources = [*ROOT.glob("qubes_itests/core/vm/*.py")]
+    sources += ROOT.glob("qubes_itests/guest/start/*.py")
+    pattern = r'(?:with step\(|self\.step = )"([^"]+)"'
+    steps = {s for path in sources for s in re.findall(pattern, path.read_text())}
+    assert len(steps) > 5
+    assert explained == steps
+
+
 @pytest.mark.parametrize("package", PUBLIC)
 def test_the_reference_has_all_modules(package):
     folder = ROOT / package
