@@ -4,72 +4,59 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import os
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Iterator,
-    Mapping,
-)
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import (
     QubesValueError,
-    QubesVMError,
     QubesVMInUseError,
     QubesVMNotHaltedError,
     QubesVMStorageError,
 )
-from qubes_itests.core.store.journal import MAKE, REMOVE
+from qubes_itests.core.store.journal import MAKE, REMOVE, note
+from qubes_itests.core.volume_content import (
+    WITH_FILESYSTEM,
+    check_size,
+    import_filesystem,
+    import_image,
+    is_empty,
+    kept_by,
+)
 from qubes_itests.host.exc import CommandError
-from qubes_itests.host.filesystem import make_ext4
 from qubes_itests.hypervisor.contract import Disk
 from qubes_storage import Import, exporting
-from qubes_storage.exc import (
-    InvalidSizeError,
-    StoragePoolException,
-    VolumeExistsError,
-)
-from qubes_storage.ficlone import clone_or_copy
+from qubes_storage.exc import StoragePoolException, VolumeExistsError
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
+    from collections.abc import (
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Collection,
+        Iterable,
+        Iterator,
+        Mapping,
+    )
     from pathlib import Path
+    from typing import TypeAlias
 
     from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_storage.pool import Pool
     from qubes_storage.volume import Volume
 
-__all__ = ["Storage", "copy_image", "in_pool", "kept_by"]
+    VolumeAction: TypeAlias = Callable[[Volume], Awaitable[object]]
 
-#: What the guest calls the standard volumes; others follow from xvde on.
-_DISK_NAMES: Final = {
-    "root": "xvda",
-    "private": "xvdb",
-    "volatile": "xvdc",
-    "kernel": "xvdd",
-}
-_FIRST_EXTRA: Final = ord("e")
-_LAST_EXTRA: Final = ord("z")
+__all__ = ["Storage", "in_pool"]
+
+#: What the guest calls xvda, xvdb, xvdc and xvdd; others follow, up to xvdz.
+_STANDARD: Final = ("root", "private", "volatile", "kernel")
+_MOST_VOLUMES: Final = 25
 
 #: Has the guest enlarge the filesystem of a volume; the volume's name is its input.
 _RESIZE_SERVICE: Final = "qubes.ResizeDisk"
-_WITH_FILESYSTEM: Final = ("root", "private")
-#: To what size a guest enlarges its filesystem, bytes. An emulated one takes 20 s for
-#: each TiB, at the next start if not now: larger ones would not start in time any more,
-#: and beyond some PiB ext4 does not go at all.
-_LARGEST_FILESYSTEM: Final = 1 << 40
 
 #: The number of revisions to keep that stands for not even a snapshot.
 _NO_SNAPSHOTS: Final = -1
-
-#: What of an image is looked at in one go, bytes.
-_PART: Final = 1 << 16
-
-VolumeAction = Callable[["Volume"], Awaitable[object]]
 
 
 class Storage:
@@ -87,27 +74,18 @@ class Storage:
         self._made: list[Volume] = []
         self._changes = 0
 
-    def init_volumes(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        """Bind the VM's volumes; nothing is made on disk.
-
-        :param configs: for each volume's name what the pool's `init_volume` takes, and
-            ``pool``.
-        """
-        for name, config in configs.items():
-            self.init_volume(name, config)
-
     def init_volume(self, name: str, config: Mapping[str, Any]) -> Volume:
         """Bind one volume, and return it; nothing is made on disk.
 
         :param name: what the volume is called in the VM.
-        :param config: as for `init_volumes`.
+        :param config: what the pool's `init_volume` takes, and ``pool``.
         :raise QubesPoolNotFoundError: when there is no such pool.
         """
         settings = dict(config)
         app = self.vm.app
         named = settings.pop("pool", None) or app.default_pool_of(name)
         pool = app.get_pool("" if named is None else named)
-        if len(self.volumes) >= _LAST_EXTRA - ord("a"):
+        if len(self.volumes) >= _MOST_VOLUMES:
             raise QubesValueError(f"VM {self.vm} has as many volumes as disk names")
         volume = pool.init_volume(self.vm, {**settings, "name": name})
         self.volumes[name] = volume
@@ -132,10 +110,8 @@ class Storage:
 
     def disk_name(self, volume: str) -> str:
         """Return what the guest calls a volume under /dev."""
-        if volume in _DISK_NAMES:
-            return _DISK_NAMES[volume]
-        extra = [name for name in self.volumes if name not in _DISK_NAMES]
-        return f"xvd{chr(_FIRST_EXTRA + extra.index(volume))}"
+        extra = [name for name in self.volumes if name not in _STANDARD]
+        return f"xvd{chr(ord('a') + [*_STANDARD, *extra].index(volume))}"
 
     def disks(self) -> Iterator[Disk]:
         """Yield the disks of the started volumes."""
@@ -154,32 +130,22 @@ class Storage:
         :raise VolumeExistsError: when one is there already; it names the file.
         """
         images = images or {}
-        adopted = await self._adoptable() if adopt else set()
 
         async def make(volume: Volume) -> None:
             if volume.name in images:
-                image = images[volume.name]
-                await _import(volume, lambda path: copy_image(image, path))
+                await import_image(volume, images[volume.name])
             elif volume.name == "private" and volume.save_on_stop:
-                size = volume.size
-                await _import(volume, lambda path: make_ext4(path, size, "private"))
+                await import_filesystem(volume)
             else:
                 await volume.create()
 
-        async def make_or_say(volume: Volume) -> None:
-            try:
-                await make(volume)
-            except (CommandError, OSError) as error:
-                raise QubesVMStorageError(self.vm, volume, _said(error)) from error
-
-        await self._make(make_or_say, besides=adopted)
+        await self._make(make, besides=await self._adoptable() if adopt else ())
 
     async def _adoptable(self) -> set[Volume]:
         keeping = [v for v in self.volumes.values() if v.keeps_image]
-        pools = {volume.pool for volume in keeping}
         orphans = {
             (pool, vid)
-            for pool in pools
+            for pool in {volume.pool for volume in keeping}
             for vid in await self.vm.app.find_orphans(pool, besides=self.vm)
         }
         return {volume for volume in keeping if (volume.pool, volume.vid) in orphans}
@@ -188,16 +154,16 @@ class Storage:
         """Make all volumes but some, or none; what is there already stays as it is."""
         wanted = [v for v in self.volumes.values() if v not in besides]
         for volume in wanted:
-            _check_size(volume, "create", volume.size)
+            check_size(volume, "create", volume.size)
             await volume.check_absent()
-        if self.vm.app.journal is not None:
-            await self._note(MAKE, wanted)
+        await note(MAKE, self.vm, wanted)
 
         async def make_and_note(volume: Volume) -> None:
             # it was absent, so what a failure leaves is ours too
             self._made.append(volume)
             try:
-                await make(volume)
+                with self._naming(volume):
+                    await make(volume)
             except VolumeExistsError:
                 # meanwhile somebody else has made it
                 self._made.remove(volume)
@@ -211,21 +177,18 @@ class Storage:
             raise
         self.is_made = True
 
-    async def _note(self, action: str, volumes: list[Volume]) -> None:
-        journal = self.vm.app.journal
-        assert journal is not None  # noqa: S101 - its callers have looked
-        work = asyncio.to_thread(journal.begin, action, self.vm, volumes)
+    @contextlib.contextmanager
+    def _naming(self, volume: Volume) -> Iterator[None]:
+        """Have what a tool or the system says raised with the volume that it is of."""
         try:
-            await to_its_end(work)
-        except asyncio.CancelledError:
-            journal.discard(self.vm.uuid)
-            raise
+            yield
+        except CommandError as error:
+            # tools warn first and say last what ended them
+            reason = error.stderr.strip().rpartition("\n")[2] or str(error)
+            raise QubesVMStorageError(self.vm, volume, reason) from error
         except OSError as error:
-            raise QubesVMError(
-                self.vm,
-                f"VM {self.vm} cannot be {action}d: no note of that can be written in"
-                f" {journal.directory}: {error.strerror}",
-            ) from error
+            reason = error.strerror or str(error)
+            raise QubesVMStorageError(self.vm, volume, reason) from error
 
     async def undo(self, *, keep_note: bool = False) -> None:
         """Remove the volumes that this object has made, and no others.
@@ -235,21 +198,18 @@ class Storage:
 
         :param keep_note: until the next save, as the store may have the VM.
         """
-        failed = False
-        while self._made:
-            volume = self._made.pop()
-            try:
-                await volume.remove()
-            except Exception as error:  # noqa: BLE001 - there is an error to be raised
-                failed = True
-                self.vm.app.problems.append(f"a volume of {self.vm} is left: {error}")
+        made, self._made = self._made[::-1], []
+        failures = await _each(made, lambda volume: volume.remove())
+        for error in failures:
+            self.vm.app.problems.append(f"a volume of {self.vm} is left: {error}")
         self.is_made = False
         journal = self.vm.app.journal
-        if journal is not None and not failed:
-            if keep_note:
-                journal.settle(self.vm.uuid)
-            else:
-                await asyncio.to_thread(journal.discard, self.vm.uuid)
+        if journal is None or failures:
+            return
+        if keep_note:
+            journal.settle(self.vm.uuid)
+        else:
+            await asyncio.to_thread(journal.discard, self.vm.uuid)
 
     async def remove(self) -> None:
         """Remove all volumes, each of them even if another cannot be removed.
@@ -261,33 +221,23 @@ class Storage:
         if not self.is_made:
             self.unbind()
             return
-        journal = self.vm.app.journal
-        if journal is not None:
-            await self._note(REMOVE, list(self.volumes.values()))
-        failures: list[Exception] = []
-        for volume in self.volumes.values():
-            try:
-                await volume.remove()
-            except Exception as error:  # noqa: BLE001 - raised below
-                failures.append(error)
+        await note(REMOVE, self.vm, list(self.volumes.values()))
+        failures = await _each(self.volumes.values(), lambda volume: volume.remove())
         if failures:
-            if journal is not None and await self._may_be_whole():
+            try:
+                whole = await self.is_whole()
+            except StoragePoolException:
+                whole = True  # as when a disk went away, with all that is on it
+            if self.vm.app.journal is not None and whole:
                 # who was told that the VM stays may go on to use it
-                await asyncio.to_thread(journal.discard, self.vm.uuid)
+                await asyncio.to_thread(self.vm.app.journal.discard, self.vm.uuid)
             raise failures[0]
         self.is_made = False
         self._made.clear()
 
-    async def _may_be_whole(self) -> bool:
-        try:
-            return await self.is_whole()
-        except StoragePoolException:
-            return True  # as when a disk went away, with all that is on it
-
     async def is_whole(self) -> bool:
         """Tell whether all volumes that keep something are there."""
-        kept = [volume for volume in self.volumes.values() if volume.keeps_image]
-        for volume in kept:
+        for volume in [v for v in self.volumes.values() if v.keeps_image]:
             if volume.vid not in await volume.pool.find_volumes():
                 return False
         return True
@@ -320,7 +270,14 @@ class Storage:
         A private volume that is empty gets a filesystem, as a new one does.
         """
         await self._fill_empty()
-        await self._all(lambda v: v.start(), undo=lambda v: v.stop())
+        started: list[Volume] = []
+        try:
+            for volume in self.volumes.values():
+                await to_its_end(volume.start(), undo=lambda begun: begun.stop())
+                started.append(volume)
+        except BaseException:
+            await to_its_end(_each(started[::-1], lambda volume: volume.stop()))
+            raise
 
     async def _fill_empty(self) -> None:
         """Make a filesystem in an empty private volume, as one that was cleared is.
@@ -333,25 +290,17 @@ class Storage:
         volume = kept_by(self.volumes["private"])
         if not volume.save_on_stop or volume.is_dirty():
             return
-        try:
+        with self._naming(volume):
             async with exporting(volume) as image:
-                empty = await to_its_end(asyncio.to_thread(_is_empty, image))
+                empty = await to_its_end(asyncio.to_thread(is_empty, image))
             if empty:
-                size = volume.size
-                await _import(volume, lambda path: make_ext4(path, size, "private"))
-        except (CommandError, OSError) as error:
-            raise QubesVMStorageError(self.vm, volume, _said(error)) from error
+                await import_filesystem(volume)
 
     async def stop(self) -> None:
         """Commit, or drop, what the VM wrote; every volume even if another fails."""
-        failure: BaseException | None = None
-        for volume in self.volumes.values():
-            try:
-                await volume.stop()
-            except Exception as error:  # noqa: BLE001 - raised below
-                failure = failure or error
-        if failure is not None:
-            raise failure
+        failures = await _each(self.volumes.values(), lambda volume: volume.stop())
+        if failures:
+            raise failures[0]
 
     @property
     def outdated_volumes(self) -> list[Volume]:
@@ -368,12 +317,11 @@ class Storage:
         :param size: bytes.
         :raise VolumeError: nothing has changed then.
         :raise subprocess.CalledProcessError: the volume and the disk have their new
-            size, and the guest could not enlarge its filesystem.
-        :raise DeadlineError: likewise; it did not within the VM's `qrexec_timeout`.
-        :raise GuestError: likewise; it wrote without end, or went away.
+            size, and the guest could not enlarge its filesystem; DeadlineError when it
+            did not in the VM's `qrexec_timeout`, GuestError when it went away.
         """
         volume = self.get_volume(volume)
-        _check_size(volume, "resize", size)
+        check_size(volume, "resize", size)
         with self.changing():
             await volume.resize(size)
         if self.vm.domain is None or not self.vm.is_running():
@@ -384,7 +332,7 @@ class Storage:
             return
         timeout = self.vm.qrexec_timeout
         await self.vm.running_agent().wait_for_disk(disk, str(size), timeout=timeout)
-        if volume.name in _WITH_FILESYSTEM:
+        if volume.name in WITH_FILESYSTEM:
             await self.vm.ask_service(
                 _RESIZE_SERVICE,
                 f"enlarge the filesystem of its volume {volume.name}",
@@ -404,7 +352,7 @@ class Storage:
         """
         if not self.vm.is_halted():
             raise QubesVMNotHaltedError(self.vm)
-        _check_size(volume, "import", size)
+        check_size(volume, "import", size)
         transfer, begun = Import(volume, size), False
         try:
             with self.changing():
@@ -422,25 +370,21 @@ class Storage:
                     success=transfer.committed,
                 )
 
-    async def export(self, volume: Volume | str) -> Path:
-        """Return the committed image of a volume, to be read only, until `export_end`.
+    # For suites of the core; `exporting` and `importing` begin and end together.
 
-        For suites of the core: `exporting` begins and ends it, whatever happens.
-        """
+    async def export(self, volume: Volume | str) -> Path:
+        """Return a volume's committed image, to be read only, until `export_end`."""
         return await self.get_volume(volume).export()
 
     async def export_end(self, volume: Volume | str, export_path: Path) -> None:
-        """End what `export` began.
-
-        :param export_path: what that has returned.
-        """
+        """End what `export` began, which has returned `export_path`."""
         await self.get_volume(volume).export_end(export_path)
 
     async def import_data(self, volume: Volume | str, size: int | None) -> Path:
-        """Begin to replace the content of a volume; `importing` does all of it.
+        """Begin to replace the content of a volume, until `import_data_end`.
 
         :param size: bytes; None for the present size.
-        :return: the file to be written to, until `import_data_end`.
+        :return: the file to be written to.
         """
         return await self.get_volume(volume).import_data(size)
 
@@ -449,10 +393,7 @@ class Storage:
         volume: Volume | str,
         success: bool,  # noqa: FBT001 - as in Qubes OS
     ) -> None:
-        """End what `import_data` began.
-
-        :param success: whether to commit the new content, or to drop it.
-        """
+        """End what `import_data` began: commit the new content, or drop it."""
         await self.get_volume(volume).import_data_end(success)
 
     async def import_volume(self, dst_volume: Volume, src_volume: Volume) -> Volume:
@@ -464,7 +405,7 @@ class Storage:
         :param src_volume: any one.
         :return: the first.
         """
-        _check_size(dst_volume, "import", src_volume.size)
+        check_size(dst_volume, "import", src_volume.size)
         with self.changing():
             done = await dst_volume.import_volume(src_volume)
         await self.vm.fire_event_async(
@@ -500,7 +441,8 @@ class Storage:
 
     async def verify(self) -> bool:
         """Raise what the first volume that is not in order raises; True if none is."""
-        await self._all(lambda v: v.verify())
+        for volume in self.volumes.values():
+            await volume.verify()
         self.vm.fire_event("domain-verify-files")
         return True
 
@@ -533,51 +475,6 @@ class Storage:
 
         await self._make(copy)
 
-    async def _all(
-        self, action: VolumeAction, undo: VolumeAction | None = None
-    ) -> None:
-        done: list[Volume] = []
-
-        async def act(volume: Volume) -> None:
-            await action(volume)
-            done.append(volume)
-
-        try:
-            for volume in self.volumes.values():
-                await to_its_end(act(volume))
-        except BaseException:
-            if undo is not None:
-                await to_its_end(_undo(done, undo))
-            raise
-
-
-def kept_by(volume: Volume) -> Volume:
-    """Return the volume whose committed image a start of this one begins with.
-
-    A snapshot that keeps nothing of its own begins with what its source does.
-    """
-    while volume.source is not None and not volume.save_on_stop:
-        volume = volume.source
-    return volume
-
-
-def _check_size(volume: Volume, action: str, size: int) -> None:
-    """Raise InvalidSizeError for one to which a guest enlarges no filesystem."""
-    if volume.name in _WITH_FILESYSTEM and size > _LARGEST_FILESYSTEM:
-        raise InvalidSizeError(
-            volume.pool.name,
-            volume.vid,
-            action,
-            f"its filesystem grows to {_LARGEST_FILESYSTEM} bytes at most (1 TiB),"
-            f" not to {size}",
-        )
-
-
-async def _undo(done: list[Volume], undo: VolumeAction) -> None:
-    for volume in reversed(done):
-        with contextlib.suppress(Exception):
-            await undo(volume)
-
 
 def in_pool(config: Mapping[str, Any], pool: str | None) -> dict[str, Any]:
     """Return a volume's configuration with another pool, where it can have another.
@@ -591,41 +488,12 @@ def in_pool(config: Mapping[str, Any], pool: str | None) -> dict[str, Any]:
     return {**config, "pool": str(pool)}
 
 
-def _said(error: CommandError | OSError) -> str:
-    if isinstance(error, CommandError):
-        # tools warn first and say last what ended them
-        return error.stderr.strip().rpartition("\n")[2] or str(error)
-    return error.strerror or str(error)
-
-
-async def _import(volume: Volume, fill: Callable[[Path], None]) -> None:
-    # not created first: the empty image would become a revision
-    async with Import(volume, volume.size) as path:
-        await to_its_end(asyncio.to_thread(fill, path))
-
-
-def _is_empty(image: Path) -> bool:
-    """Tell whether a file has nothing but zeroes in it; holes take no time."""
-    with image.open("rb", buffering=0) as file:
-        size, place = file.seek(0, os.SEEK_END), 0
-        while place < size:
-            try:
-                place = file.seek(place, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:
-                    return True  # the rest is a hole
-                raise
-            part = os.pread(file.fileno(), _PART, place)
-            if part.strip(b"\0"):
-                return False
-            place += len(part)
-    return True
-
-
-def copy_image(source: Path, target: Path) -> None:
-    """Give an existing file the contents of another, by reflink where that works.
-
-    :raise OSError: as the operating system says.
-    """
-    with source.open("rb") as reader, target.open("r+b") as writer:
-        clone_or_copy(reader.fileno(), writer.fileno())
+async def _each(volumes: Iterable[Volume], action: VolumeAction) -> list[Exception]:
+    """Do something to each volume, whatever that says of others; return failures."""
+    failures: list[Exception] = []
+    for volume in list(volumes):
+        try:
+            await action(volume)
+        except Exception as error:  # noqa: BLE001 - for the caller to raise
+            failures.append(error)
+    return failures

@@ -21,8 +21,8 @@ from qubes_itests.balancing.app_memory import AppMemory, counts, machine
 from qubes_itests.balancing.balloons import LibvirtMemory
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.policy.directory import fill
-from qubes_itests.core.storage import copy_image
 from qubes_itests.core.store.recovery import recover
+from qubes_itests.core.volume_content import copy_image
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.start.warm import WarmStarts
 from qubes_itests.host import memory

@@ -200,7 +200,7 @@ async def others(pool, volume, rounds):
 
     async def background():
         volume.files.precache.unlink(missing_ok=True)
-        pool.clean_up_after(volume)
+        volume.clean_up()
         await pool.settled()
 
     for _ in range(rounds):

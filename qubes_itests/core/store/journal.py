@@ -8,6 +8,7 @@ finds a note when the app is loaded knows what to undo, or to finish: see `recov
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import secrets
@@ -16,8 +17,10 @@ import uuid as uuid_module
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from qubes_itests.core.exc import QubesVMError
 from qubes_itests.core.store.durable import fsync_directory, write_durably
 from qubes_itests.core.store.store_errors import StoreError
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from qubes_itests.core.vm.base import BaseVM
     from qubes_storage.volume import Volume
 
-__all__ = ["MAKE", "REMOVE", "Journal", "Note"]
+__all__ = ["MAKE", "REMOVE", "Journal", "Note", "note"]
 
 MAKE: Final = "make"
 REMOVE: Final = "remove"
@@ -167,3 +170,28 @@ class Journal:
 
     def _of(self, uuid: uuid_module.UUID) -> set[Path]:
         return {path for path, note in self._open.items() if note.uuid == uuid}
+
+
+async def note(action: str, vm: BaseVM, volumes: Iterable[Volume]) -> None:
+    """Note in the journal of a VM's app, if it has one, what is about to be done.
+
+    :param action: `MAKE` or `REMOVE`.
+    :param vm: to which VM.
+    :param volumes: with which of its volumes.
+    :raise QubesVMError: when the note cannot be written; there is none then, as when
+        this is cancelled.
+    """
+    journal = vm.app.journal
+    if journal is None:
+        return
+    try:
+        await to_its_end(asyncio.to_thread(journal.begin, action, vm, volumes))
+    except asyncio.CancelledError:
+        journal.discard(vm.uuid)
+        raise
+    except OSError as error:
+        raise QubesVMError(
+            vm,
+            f"VM {vm} cannot be {action}d: no note of that can be written in"
+            f" {journal.directory}: {error.strerror}",
+        ) from error

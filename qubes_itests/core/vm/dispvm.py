@@ -14,10 +14,10 @@ from qubes_itests.core.exc import (
     QubesVMNotStartedError,
 )
 from qubes_itests.core.properties import Property, VMProperty, to_bool
-from qubes_itests.core.storage import kept_by
 from qubes_itests.core.vm.appvm import AppVM
 from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.core.vm.settings import check_for_dispvms
+from qubes_itests.core.volume_content import kept_by
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -39,7 +39,7 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, BootModeMixin, SettingsMi
     :param properties: first values of its properties.
     """
 
-    #: The volumes of the class, by name; see `Storage.init_volumes`.
+    #: The volumes of the class, by name; see `Storage.init_volume`.
     volume_config: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(

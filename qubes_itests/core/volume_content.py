@@ -1,0 +1,106 @@
+"""What the volumes of a VM begin with: images, filesystems, and how large those get."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Final
+
+from qubes_itests.host.filesystem import make_ext4
+from qubes_storage import Import
+from qubes_storage.exc import InvalidSizeError
+from qubes_storage.ficlone import clone_or_copy, data_extents
+from qubes_storage.uninterrupted import to_its_end
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from qubes_storage.volume import Volume
+
+__all__ = [
+    "WITH_FILESYSTEM",
+    "check_size",
+    "copy_image",
+    "import_filesystem",
+    "import_image",
+    "is_empty",
+    "kept_by",
+]
+
+#: The volumes whose filesystem a guest enlarges with them.
+WITH_FILESYSTEM: Final = ("root", "private")
+#: To what size a guest enlarges its filesystem, bytes. An emulated one takes 20 s for
+#: each TiB, at the next start if not now: larger ones would not start in time any more,
+#: and beyond some PiB ext4 does not go at all.
+_LARGEST_FILESYSTEM: Final = 1 << 40
+
+#: What of an image is looked at in one go, bytes.
+_PART: Final = 1 << 16
+
+
+def check_size(volume: Volume, action: str, size: int) -> None:
+    """Raise InvalidSizeError for one to which a guest enlarges no filesystem."""
+    if volume.name in WITH_FILESYSTEM and size > _LARGEST_FILESYSTEM:
+        raise InvalidSizeError(
+            volume.pool.name,
+            volume.vid,
+            action,
+            f"its filesystem grows to {_LARGEST_FILESYSTEM} bytes at most (1 TiB),"
+            f" not to {size}",
+        )
+
+
+def kept_by(volume: Volume) -> Volume:
+    """Return the volume whose committed image a start of this one begins with.
+
+    A snapshot that keeps nothing of its own begins with what its source does.
+    """
+    while volume.source is not None and not volume.save_on_stop:
+        volume = volume.source
+    return volume
+
+
+async def import_image(volume: Volume, image: Path) -> None:
+    """Have a volume begin with a copy of a raw image.
+
+    :raise OSError: as the operating system says.
+    """
+    await _import(volume, lambda path: copy_image(image, path))
+
+
+async def import_filesystem(volume: Volume) -> None:
+    """Have a volume begin with an empty ext4 of its size and name.
+
+    :raise CommandError: when mke2fs fails.
+    """
+    size = volume.size
+    await _import(volume, lambda path: make_ext4(path, size, volume.name))
+
+
+async def _import(volume: Volume, fill: Callable[[Path], None]) -> None:
+    # not created first: the empty image would become a revision
+    async with Import(volume, volume.size) as path:
+        await to_its_end(asyncio.to_thread(fill, path))
+
+
+def is_empty(image: Path) -> bool:
+    """Tell whether a file has nothing but zeroes in it; holes take no time. Blocking.
+
+    :raise OSError: as the operating system says.
+    """
+    with image.open("rb", buffering=0) as file:
+        return not any(
+            os.pread(file.fileno(), min(_PART, end - place), place).strip(b"\0")
+            for start, end in data_extents(file.fileno())
+            for place in range(start, end, _PART)
+        )
+
+
+def copy_image(source: Path, target: Path) -> None:
+    """Give an existing file the contents of another, by reflink where that works.
+
+    :raise OSError: as the operating system says.
+    """
+    with source.open("rb") as reader, target.open("r+b") as writer:
+        clone_or_copy(reader.fileno(), writer.fileno())
