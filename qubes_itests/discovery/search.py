@@ -149,11 +149,11 @@ def _failed(
     hint = ""
     if isinstance(error, ModuleNotFoundError) and error.name:
         missing, own = error.name.partition(".")[0], entry.module.partition(".")[0]
-        if missing not in {own, "qubes"}:
-            hint = (
-                "; what brings it is named by --requires, or by requires in the app's"
-                " section"
-            )
+        if missing == own:
+            hint = "; where the app's tests are is said by --plugin, or by plugin"
+        elif missing != "qubes":
+            hint = "; what brings it is named by --requires, or by requires"
+        hint += " in the app's section" if hint else ""
     return Problem(
         f"{step}: {type(error).__name__}: {error}{hint}",
         "".join([*traceback.format_list(theirs), *lines]).rstrip(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import pytest
 
@@ -119,9 +119,21 @@ class Job:
         terminal = config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None:
             failures.show(found, failures.COMMAND, terminal.write_line)
+            if config.stash[SETTINGS].app and set(filter(None, terminal.stats)) == {
+                "skipped"
+            }:
+                terminal.write_line(_ALL_SKIPPED)
             for _, text in trouble:
                 terminal.write_line(text)
         return result
+
+
+#: Of the tests of apps: they skip what is not installed, and that looks like success.
+_ALL_SKIPPED: Final = (
+    "\nAll tests were skipped: nothing is tested. What they need in their VMs is said"
+    "\nby a section [qubes_itests:template:NAME] in the app's setup.cfg, or in a file"
+    "\nthat --template-spec names."
+)
 
 
 def _role(config: pytest.Config) -> Any:

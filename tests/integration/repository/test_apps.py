@@ -88,6 +88,12 @@ def test_an_app_is_installed_layered_and_tested_and_stays_as_it_is(apps):
     assert files(app) == before
 
 
+def test_an_app_whose_tests_are_all_skipped_is_told_how_to_say_what_they_need(apps):
+    tests = TESTS.replace("(vm,)", "self.skipTest('not installed')  #")
+    app = apps.make("bare", spec="", tests=tests)
+    assert "All tests were skipped: nothing is tested." in apps.run(app).stdout
+
+
 def test_what_has_not_changed_is_not_made_again(apps):
     app = apps.make("cached")
     assert "cached: installing" in apps.run(app, words=["--collect-only"]).stderr

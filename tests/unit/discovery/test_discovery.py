@@ -137,7 +137,10 @@ def test_a_module_that_is_not_there(install):
     plugin = find(info)
     assert plugin.module is None
     assert "ModuleNotFoundError" in plugin.problems[0].summary
-    assert "--requires" not in plugin.problems[0].summary
+    assert plugin.problems[0].summary.endswith(
+        "; where the app's tests are is said by --plugin, or by plugin in the app's"
+        " section"
+    )
     assert "importlib" not in plugin.problems[0].detail
 
 
