@@ -13,12 +13,13 @@ import re
 import traceback
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from qubes_itests.admin.dispatch import EXPECTED_ERRORS
 from qubes_itests.admin.hangups import Hangups
 from qubes_itests.core.exc import QubesVMNotRunningError
 from qubes_itests.guest.exc import GuestGoneError
+from qubes_itests.guest.link.process import GuestTerminal
 from qubes_itests.serve.exc import BadCallError
 from qubes_itests.serve.imports import import_volume
 from qubes_itests.serve.wire import (
@@ -27,9 +28,11 @@ from qubes_itests.serve.wire import (
     HEADER,
     IMPORT,
     LONGEST,
+    RESIZE,
     STDERR,
     STDIN,
     STDOUT,
+    TERMINAL,
     frame,
 )
 
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qubes_itests.core.app import Qubes
+    from qubes_itests.guest.link.agent import GuestAgent
     from qubes_itests.guest.link.process import GuestProcess
 
 __all__ = ["CallServer"]
@@ -205,16 +209,29 @@ class Answer:
             reply = await import_volume(self._app, vm, volume, method, self._stdin())
             await self._send(STDOUT, reply)
             return 0
-        raise BadCallError("neither a call nor an import")
+        if kind == TERMINAL and len(fields) == 3:  # noqa: PLR2004
+            return await self._terminal(*fields)
+        raise BadCallError("neither a call, nor an import, nor a terminal")
 
-    async def _call(self, name: str, text: str, flags: str) -> int:
-        wanted = Wanted.parse(text)
+    def _running(self, name: str) -> GuestAgent:
         vm = self._app.domains.get(_key(name))
         if not hasattr(vm, "running_agent"):
             raise BadCallError(f"there is no VM {name!r} that runs commands")
         if not vm.is_running():
             raise QubesVMNotRunningError(vm)
-        process = await _spawn(vm, wanted)
+        agent: GuestAgent = vm.running_agent()
+        return agent
+
+    async def _terminal(self, name: str, size: str, kind: str) -> int:
+        columns, rows = _size(size)
+        terminal = await self._running(name).open_terminal(
+            columns=columns, rows=rows, user="root", environment={"TERM": kind}
+        )
+        return await self._relay(terminal)
+
+    async def _call(self, name: str, text: str, flags: str) -> int:
+        wanted = Wanted.parse(text)
+        process = await _spawn(self._running(name), wanted)
         words = flags.split()
         if "detach" in words:
             process.hang_up()
@@ -241,7 +258,7 @@ class Answer:
 
     async def _feed(self, process: GuestProcess) -> None:
         try:
-            async for data in self._stdin():
+            async for data in self._stdin(process):
                 process.stdin.write(data)
                 await process.stdin.drain()
         except (BrokenPipeError, GuestGoneError):
@@ -254,9 +271,12 @@ class Answer:
         while data := await reader.read(LONGEST):
             await self._send(kind, data)
 
-    async def _stdin(self) -> AsyncIterator[bytes]:
+    async def _stdin(self, process: GuestProcess | None = None) -> AsyncIterator[bytes]:
         while True:
             kind, data = await self._frame()
+            if kind == RESIZE and isinstance(process, GuestTerminal):
+                process.resize(*_size(data.decode(errors="replace")))
+                continue
             if kind != STDIN:
                 raise BadCallError(f"a frame of kind {kind} where input was expected")
             if not data:
@@ -291,20 +311,30 @@ def _key(name: str) -> str | uuid.UUID:
         return name
 
 
-async def _spawn(vm: Any, wanted: Wanted) -> GuestProcess:
-    agent = vm.running_agent()
-    spawned: GuestProcess
+def _size(text: str) -> tuple[int, int]:
+    """Read ``COLUMNSxROWS``.
+
+    :raise BadCallError: when it is not that.
+    """
+    match = re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", text)
+    if match is None:
+        raise BadCallError(f"expected a size such as 80x24, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+async def _spawn(agent: GuestAgent, wanted: Wanted) -> GuestProcess:
     if wanted.service:
-        spawned = await agent.spawn_service(
+        return await agent.spawn_service(
             wanted.service, source="dom0", user=wanted.user
         )
-    else:
-        spawned = await agent.spawn(wanted.command, user=wanted.user)
-    return spawned
+    return await agent.spawn(wanted.command, user=wanted.user)
 
 
 async def _end(process: GuestProcess) -> None:
     """End a process that nobody listens to, as a terminal that goes away does."""
+    if isinstance(process, GuestTerminal):
+        process.leave()
+        return
     process.hang_up()
     with contextlib.suppress(ProcessLookupError, GuestGoneError):
         process.terminate()

@@ -15,15 +15,17 @@ from qubes_itests.serve.place import VARIABLE, Place
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["HOOK", "exports", "offer_programs", "variables"]
+__all__ = ["CONSOLE", "HOOK", "exports", "offer_programs", "variables"]
 
 _HERE: Final = Path(__file__).parent
 #: A folder for PYTHONPATH: what is in it points the client to the server.
 HOOK: Final = _HERE / "hook"
+#: A tool that is ours: the client's connects to a console of Xen.
+CONSOLE: Final = "qvm-console"
 
 
 def offer_programs(place: Place, block: Path) -> None:
-    """Write the programs that the client tools call, and those tools.
+    """Write the programs that the client tools call, those tools, and `CONSOLE`.
 
     :param place: where; its directory is there, and empty.
     :param block: the folder of dom0's block devices.
@@ -41,6 +43,8 @@ def offer_programs(place: Place, block: Path) -> None:
     write_program(place.dom0_programs / "sudo", ["env"])
     write_program(place.dom0_programs / "losetup", [*program, "losetup", block])
     write_tools(place.programs, place.admin_socket)
+    qvm = [sys.executable, "-m", "qubes_itests", "qvm", "--socket", place.admin_socket]
+    write_program(place.programs / CONSOLE, [*qvm, CONSOLE])
     # a clone has no menus that would have to be made: there is no desktop
     write_program(place.programs / "qvm-appmenus", ["true"])
 

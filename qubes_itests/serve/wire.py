@@ -1,8 +1,8 @@
 """What goes between the daemon and the programs that the client tools call.
 
-Frames: each is a kind, a length and so many bytes.  A program sends one `CALL` or
-`IMPORT`, then `STDIN`, the last one empty; the daemon sends `STDOUT` and `STDERR`, then
-`EXIT`.
+Frames: each is a kind, a length and so many bytes.  A program sends one `CALL`,
+`IMPORT` or `TERMINAL`, then `STDIN`, the last one empty, and for a terminal `RESIZE`
+among them; the daemon sends `STDOUT` and `STDERR`, then `EXIT`.
 This module uses the standard library alone, for it is a part of those programs too.
 """
 
@@ -15,9 +15,11 @@ __all__ = [
     "HEADER",
     "IMPORT",
     "LONGEST",
+    "RESIZE",
     "STDERR",
     "STDIN",
     "STDOUT",
+    "TERMINAL",
     "connectable",
     "frame",
 ]
@@ -36,6 +38,10 @@ STDOUT = 4
 STDERR = 5
 #: The exit status, as text.
 EXIT = 6
+#: VM, size (`80x24`) and type of a terminal on which a root shell runs, likewise.
+TERMINAL = 7
+#: Its new size, in the same form.
+RESIZE = 8
 
 
 def frame(kind: int, data: bytes = b"") -> bytes:

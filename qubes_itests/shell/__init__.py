@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from .session import WAY_OUT, open_shell
+from .session import WAY_OUT, open_session, open_shell
 from .terminal import NoTerminalError, require_terminal
 
-__all__ = ["WAY_OUT", "NoTerminalError", "open_shell", "require_terminal"]
+__all__ = [
+    "WAY_OUT",
+    "NoTerminalError",
+    "open_session",
+    "open_shell",
+    "require_terminal",
+]

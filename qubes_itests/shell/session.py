@@ -6,19 +6,21 @@ import asyncio
 import contextlib
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from qubes_itests.guest.exc import GuestGoneError
 from qubes_itests.guest.link.descriptors import OutputDescriptor
 from qubes_itests.shell.terminal import raw_terminal, size
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from qubes_itests.guest.link.agent import GuestAgent
-    from qubes_itests.guest.link.process import GuestTerminal
+    from qubes_itests.guest.link.descriptors import Readable
     from qubes_itests.portal import Portal
     from qubes_itests.shell.terminal import RawTerminal
 
-__all__ = ["WAY_OUT", "Keys", "open_shell"]
+__all__ = ["WAY_OUT", "Keyboard", "Keys", "Terminal", "open_session", "open_shell"]
 
 #: What to tell whoever gets a shell, in words that go on a sentence.
 WAY_OUT = "~. at the beginning of a line leaves it if it is stuck"
@@ -31,13 +33,67 @@ _CHUNK = 4096
 _BACKLOG = 1 << 20
 
 
-def open_shell(portal: Portal, agent: GuestAgent) -> int:
-    """Let the person at the terminal use a root shell in a VM. In the main thread.
+class Keyboard(Protocol):
+    """Where keys go."""
 
-    The guest's bytes go to the terminal as they are, as those of any shell do.
+    @property
+    def backlog(self) -> int:
+        """How many bytes wait to be taken by the guest."""
+
+    def write(self, data: bytes, /) -> None:
+        """Send bytes, now or as the guest takes them."""
+
+
+class Terminal(Protocol):
+    """What a session needs of a terminal in a guest, as `GuestTerminal` has it."""
+
+    @property
+    def stdin(self) -> Keyboard:
+        """Where keys go."""
+
+    @property
+    def stdout(self) -> Readable:
+        """What is shown."""
+
+    @property
+    def failure(self) -> str:
+        """Why nothing was started, if that is so."""
+
+    async def wait(self) -> int:
+        """Return the exit status when the shell has ended and all was read."""
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Give it another size."""
+
+    def leave(self) -> None:
+        """End what runs on it, if it has not ended."""
+
+
+def open_shell(portal: Portal, agent: GuestAgent) -> int:
+    """Let the person at the terminal use a root shell in a VM; see `open_session`.
 
     :param portal: runs the agent's loop.
     :param agent: of a running VM.
+    """
+
+    def opened(columns: int, rows: int, name: str) -> Awaitable[Terminal]:
+        environment = {"TERM": name}
+        return agent.open_terminal(
+            columns=columns, rows=rows, user="root", environment=environment
+        )
+
+    return open_session(portal, opened)
+
+
+def open_session(
+    portal: Portal, opened: Callable[[int, int, str], Awaitable[Terminal]]
+) -> int:
+    """Let the person at the terminal use one of a guest. In the main thread.
+
+    The guest's bytes go to the terminal as they are, as those of any shell do.
+
+    :param portal: runs the loop.
+    :param opened: opens the guest's; given columns, rows, and the terminal's type.
     :return: the shell's exit status, 128 + N when signal N killed it; 255 when it was
         left, or the guest went away.
     :raise OSError: the terminal has gone.
@@ -45,7 +101,7 @@ def open_shell(portal: Portal, agent: GuestAgent) -> int:
     session = _Session(portal)
     try:
         with raw_terminal(session.resized) as terminal:
-            status = portal.run(session.run(agent, terminal))
+            status = portal.run(session.run(opened, terminal))
     except GuestGoneError as error:
         status, session.said = _LOST, str(error)
     if session.said:
@@ -87,47 +143,43 @@ class _Session:
         self.said = ""
         self._portal = portal
         self._keys = Keys()
-        self._process: GuestTerminal | None = None
+        self._guest: Terminal | None = None
 
     def resized(self) -> None:
         """Pass the terminal's new size on. From a signal handler."""
         self._portal.loop.call_soon_threadsafe(self._resize)
 
     def _resize(self) -> None:
-        if self._process is not None:
-            self._process.resize(*size())
+        if self._guest is not None:
+            self._guest.resize(*size())
 
-    async def run(self, agent: GuestAgent, terminal: RawTerminal) -> int:
+    async def run(
+        self,
+        opened: Callable[[int, int, str], Awaitable[Terminal]],
+        terminal: RawTerminal,
+    ) -> int:
         """Return the shell's exit status when it has ended, or was left."""
-        columns, rows = size()
-        environment = {"TERM": _terminal_type()}
-        process = await agent.open_terminal(
-            columns=columns, rows=rows, user="root", environment=environment
-        )
-        self._process = process
+        guest = self._guest = await opened(*size(), _terminal_type())
         loop = asyncio.get_running_loop()
         left: asyncio.Future[int] = loop.create_future()
-        ended = loop.create_task(_show(process, terminal))
-        loop.add_reader(terminal.input, self._typed, process, terminal, left)
+        ended = loop.create_task(_show(guest, terminal))
+        loop.add_reader(terminal.input, self._typed, guest, terminal, left)
         try:
             await asyncio.wait({ended, left}, return_when=asyncio.FIRST_COMPLETED)
             if left.done():
                 return left.result()
-            self.said = process.failure
+            self.said = guest.failure
             return ended.result()
         finally:
             loop.remove_reader(terminal.input)
-            if process.returncode is None:
-                # in this order: a terminal that is hung up has no foreground to kill
-                process.kill()
-                process.hang_up()
+            guest.leave()
             # Nothing of it may be shown when the terminal is no longer raw.
             ended.cancel()
             await asyncio.gather(ended, return_exceptions=True)
 
     def _typed(
         self,
-        process: GuestTerminal,
+        guest: Terminal,
         terminal: RawTerminal,
         left: asyncio.Future[int],
     ) -> None:
@@ -143,16 +195,16 @@ class _Session:
         if leave or not data:
             self.said = "The shell was left." if leave else "The terminal has gone."
             left.set_result(_LOST)
-        elif process.stdin.backlog + len(keys) <= _BACKLOG:
-            process.stdin.write(keys)
+        elif guest.stdin.backlog + len(keys) <= _BACKLOG:
+            guest.stdin.write(keys)
         else:
             with contextlib.suppress(OSError):
                 os.write(terminal.output, b"\a")
 
 
-async def _show(process: GuestTerminal, terminal: RawTerminal) -> int:
-    await OutputDescriptor(terminal.output).take(process.stdout)
-    return await process.wait()
+async def _show(guest: Terminal, terminal: RawTerminal) -> int:
+    await OutputDescriptor(terminal.output).take(guest.stdout)
+    return await guest.wait()
 
 
 def _terminal_type() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from qubes_itests.guest.exc import GuestGoneError
 
@@ -18,9 +18,16 @@ if TYPE_CHECKING:
 
     from qubes_itests.guest.link.streams import GuestWriter
 
-__all__ = ["InputDescriptor", "MergedReader", "OutputDescriptor"]
+__all__ = ["InputDescriptor", "MergedReader", "OutputDescriptor", "Readable"]
 
 _CHUNK: Final = 65_536
+
+
+class Readable(Protocol):
+    """What a descriptor takes bytes from: a stream's reader, to begin with."""
+
+    async def read(self, n: int, /) -> bytes:
+        """Return some bytes, at most so many; none at the end."""
 
 
 class _Descriptor:
@@ -84,7 +91,7 @@ class InputDescriptor(_Descriptor):
 class OutputDescriptor(_Descriptor):
     """Where what a process of a guest writes goes."""
 
-    async def take(self, reader: asyncio.StreamReader) -> None:
+    async def take(self, reader: Readable) -> None:
         """Write what comes until its end; what nobody takes any more is dropped."""
         try:
             while data := await reader.read(_CHUNK):

@@ -252,6 +252,13 @@ class GuestTerminal(GuestProcess):
     the terminal up. It comes from `GuestAgent.open_terminal`.
     """
 
+    def leave(self) -> None:
+        """Kill what runs on it, if it has not ended, and hang it up."""
+        if self.returncode is None:
+            # in this order: a terminal that is hung up has no foreground to kill
+            self.kill()
+            self.hang_up()
+
     def resize(self, columns: int, rows: int) -> None:
         """Give the terminal another size; does nothing when the command has ended.
 

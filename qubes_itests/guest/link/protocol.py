@@ -93,10 +93,10 @@ class _Frame:
         return f"{self.type.name}{where}"
 
 
-def _command_stream() -> _Stream:
+def _command_stream(*outputs: Channel) -> _Stream:
     return _Stream(
         runs_in_guest=True,
-        from_guest={Channel.STDOUT: _FromGuest(), Channel.STDERR: _FromGuest()},
+        from_guest={output: _FromGuest() for output in outputs},
         to_guest={Channel.STDIN: _ToGuest()},
     )
 
@@ -301,7 +301,7 @@ class HostProtocol:
             return None
         if frame.channel not in stream.from_guest:
             raise ProtocolViolation(
-                "", "the host writes this channel, not the guest", str(frame)
+                "", "the guest does not write this channel", str(frame)
             )
         return stream.from_guest[frame.channel]
 
@@ -344,7 +344,8 @@ class HostProtocol:
         number = self._next_host_stream
         frame = encode(FrameType.SPAWN, number, payload=pack_strings(strings))
         self._next_host_stream += 1
-        self._streams[number] = _command_stream()
+        errors = () if strings[0] == "terminal" else (Channel.STDERR,)
+        self._streams[number] = _command_stream(Channel.STDOUT, *errors)
         return number, frame
 
     def may_spawn(self) -> bool:

@@ -10,7 +10,16 @@ from admin_client import AdminError, parse, wait_until
 from qubes_itests.core.exc import PermissionDenied
 from qubes_itests.serve import calls
 from qubes_itests.serve.calls import CallServer
-from qubes_itests.serve.wire import CALL, EXIT, HEADER, IMPORT, STDERR, STDIN, frame
+from qubes_itests.serve.wire import (
+    CALL,
+    EXIT,
+    HEADER,
+    IMPORT,
+    STDERR,
+    STDIN,
+    TERMINAL,
+    frame,
+)
 
 
 @pytest.fixture
@@ -70,6 +79,21 @@ def test_who_says_nothing_is_told_and_dropped(call, monkeypatch, caplog):
         assert b"no request within 0.05 seconds" in answer[STDERR]
         assert answer[EXIT] == b"126"
     assert [r.message for r in caplog.records if r.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "told"),
+    [
+        (b"work\x0080x\0vt220", b"126", b"expected a size such as 80x24, got '80x'"),
+        (b"nobody\x0080x24\0vt220", b"126", b"no VM 'nobody' that runs commands"),
+        (b"work\x0080x24\0vt220", b"255", b"not running"),
+        (b"work\x0080x24", b"126", b"nor a terminal"),
+    ],
+)
+def test_a_terminal_that_is_not_opened_says_why(call, fields, status, told):
+    answer = call(frame(TERMINAL, fields))
+    assert told in answer[STDERR]
+    assert answer[EXIT] == status
 
 
 def test_calls_beyond_a_number_are_refused_and_the_others_go_on(

@@ -192,7 +192,9 @@ def test_streams_that_were_never_opened(protocol, kind, number):
 @pytest.mark.parametrize("kind", [F.DATA, F.EOF])
 def test_writing_to_a_channel_of_the_host(protocol, stream, kind, channel):
     payload = b"x" if kind == F.DATA else b""
-    assert "host writes" in broken_by(protocol, encode(kind, stream, channel, payload))
+    assert "does not write" in broken_by(
+        protocol, encode(kind, stream, channel, payload)
+    )
 
 
 @pytest.mark.parametrize("channel", [1, 2])
@@ -310,6 +312,14 @@ def test_too_many_calls_at_once(protocol):
 def test_a_call_has_three_strings(protocol, payload):
     frame = encode(F.CALL, FIRST_GUEST_STREAM, payload=payload)
     assert "3 strings" in broken_by(protocol, frame)
+
+
+def test_a_terminal_has_one_output(protocol):
+    stream, _ = protocol.spawn("terminal", "", "", "80x24")
+    (event,) = protocol.receive(encode(F.DATA, stream, 1, b"x"))
+    assert event.channel == 1
+    frame = encode(F.DATA, stream, 2, b"x")
+    assert "does not write this channel" in broken_by(protocol, frame)
 
 
 def test_the_host_keeps_the_rules_too(protocol, stream):
