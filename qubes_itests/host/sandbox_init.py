@@ -17,6 +17,7 @@ import fcntl
 import os
 import select
 import signal
+import stat
 import struct
 import sys
 
@@ -207,28 +208,43 @@ def have_services() -> None:
 def have_run() -> None:
     """Have a /run in here: what the machine has in its own, and what dom0 has besides.
 
-    Sockets of dom0 are made there, which a run has for itself. Where no udev runs, it
-    knows of no device: there is an empty database, for who looks up what is in it.
+    A run has the sockets of dom0 for itself: those of a Qubes system, or of a run that
+    this one is within, are not seen. Where no udev runs, it knows of no device: there
+    is an empty database, for who looks up what is in it.
     """
     found = []
     for entry in os.scandir("/run"):
-        descriptor = os.open(entry.path, os.O_PATH | os.O_NOFOLLOW)
-        link = os.readlink(entry.path) if entry.is_symlink() else None  # noqa: PTH115
-        found.append((entry.path, descriptor, link, entry.is_dir()))
+        if entry.name.startswith("qubesd."):
+            continue
+        try:
+            descriptor = os.open(entry.path, os.O_PATH | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # it is gone meanwhile
+        found.append((entry.path, descriptor))
     mount("none", "/run", "tmpfs", MS_NOSUID | MS_NODEV)
     os.chmod("/run", 0o755)  # noqa: PTH101, S103
-    for path, descriptor, link, is_directory in found:
-        if link is not None:
-            os.symlink(link, path)  # noqa: PTH211
-        elif is_directory:
-            os.mkdir(path)  # noqa: PTH102
-        else:
-            os.close(os.open(path, os.O_CREAT))
-        if link is None:
-            mount(f"/proc/self/fd/{descriptor}", path, None, MS_BIND | MS_REC)
+    for path, descriptor in found:
+        show(descriptor, path)
         os.close(descriptor)
     if not os.path.isdir("/run/udev"):  # noqa: PTH112
         os.makedirs(DEVICES)  # noqa: PTH103
+
+
+def show(descriptor: int, path: str) -> None:
+    """Have what was opened without a mode at a path where nothing is."""
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISLNK(mode):
+        os.symlink(os.readlink("", dir_fd=descriptor), path)  # noqa: PTH211
+        return
+    if stat.S_ISDIR(mode):
+        os.mkdir(path)  # noqa: PTH102
+    else:
+        os.close(os.open(path, os.O_CREAT))
+    source = f"/proc/self/fd/{descriptor}".encode()
+    flags = ctypes.c_ulong(MS_BIND | MS_REC)
+    result = libc.mount(source, path.encode(), None, flags, None)
+    if os.fstat(descriptor).st_nlink > 0:  # else it is gone meanwhile
+        check(result, f"mount {path}")
 
 
 def mounts_below(place: str) -> list[tuple[str, int]]:

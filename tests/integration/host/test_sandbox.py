@@ -76,7 +76,10 @@ def test_services_of_dom0_are_its_own():
 
 
 def test_what_is_put_into_run_ends_with_the_sandbox():
-    """What the machine has there is there: files, sockets, links, and mounts."""
+    """What the machine has there is there: files, sockets, links, and mounts.
+
+    But for sockets of a dom0, as of a run that this one is within: it has its own.
+    """
     outside = """
         import os, socket, subprocess, sys
         from pathlib import Path
@@ -86,6 +89,7 @@ def test_what_is_put_into_run_ends_with_the_sandbox():
         subprocess.run(["mount", "-t", "tmpfs", "none", "/run/folder/below"])
         Path("/run/folder/below/file").touch()
         os.symlink("folder", "/run/link")
+        Path("/run/qubesd.sock").touch()
         with socket.socket(socket.AF_UNIX) as server:
             server.bind("/run/socket")
             server.listen()
@@ -106,7 +110,7 @@ def test_what_is_put_into_run_ends_with_the_sandbox():
     assert done.stdout.splitlines() == [
         "folder link mount socket udev []",
         "folder ['file']",
-        "folder link mount socket",
+        "folder link mount qubesd.sock socket",
     ], done.stderr
 
 
