@@ -229,7 +229,7 @@ class Storage:
             except StoragePoolException:
                 whole = True  # as when a disk went away, with all that is on it
             if self.vm.app.journal is not None and whole:
-                # who was told that the VM stays may go on to use it
+                # the caller learns that the VM stays, and may go on to use it
                 await asyncio.to_thread(self.vm.app.journal.discard, self.vm.uuid)
             raise failures[0]
         self.is_made = False

@@ -1,4 +1,4 @@
-"""Finding storage drivers: the entry points of the group ``qubes.storage``."""
+"""Installed storage drivers: the entry points of the group ``qubes.storage``."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Copying a file by sharing its extents, or else sparsely.
+"""Copies of files that share their extents, or else their holes.
 
 FICLONE (ioctl_ficlone(2)) makes one file share another's extents: no data is copied,
 and the first write to either unshares what it touches.  btrfs and XFS have it.  Both
 calls of it are in this module, and what their callers rely on is:
 
-- A clone is of one moment, whoever writes meanwhile ("clones are atomic with regards to
-  concurrent writes").  Nobody writes to a committed image anyway.
+- A clone is of one moment, even while somebody writes ("clones are atomic with
+  regards to concurrent writes").  Nobody writes to a committed image anyway.
 - It is not on the disk when the call returns; an fsync of the target brings it there.
 - The target grows extent by extent and has its size in step with them, also on the
   disk.  So a clone that a crash or a power cut left incomplete is *shorter* than its
-  source, and can be told without reading it.  The tests of power cuts hold btrfs and
+  source, and is recognised without reading it.  The tests of power cuts hold btrfs and
   XFS to that; a copy has no such sign, and needs its fsync before it gets its name.
 """
 

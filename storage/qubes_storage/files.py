@@ -2,7 +2,7 @@
 
 A file that takes a while to make is made under a temporary name in the same directory
 (``NAME~`` and eight hex digits) and renamed.  Whatever happens in between, the name
-shows the old file or the new one; what is left of an interrupted operation can be told
+shows the old file or the new one; what an interrupted operation leaves is recognised
 by its name.
 
 What is durable gets to the disk in this order: the contents (fsync of the file), the
@@ -239,8 +239,8 @@ def give_up(path: Path) -> bool:
     """
     if stat_image(path) is None:
         return False
-    # A power cut may bring the name back, but whoever uses it knows by then that it is
-    # of no use: all that is given up is so anew at the next start, or surplus.
+    # Without an fsync: if a power cut brings the name back, no harm is done. The next
+    # start gives it up anew, or it is a revision more than was to be kept.
     rename(path, given_up_name(path), durable=False)
     return True
 

@@ -127,7 +127,7 @@ class ImagePool(Pool):
         self._claims.drop(_OWNED)
 
     async def find_volumes(self) -> list[str]:
-        """Return the ids of the volumes that have an image, whoever made them."""
+        """Return the ids of the volumes that have an image, no matter who made them."""
         try:
             found = await asyncio.to_thread(lambda: [*find_volumes(self.dir_path)])
         except OSError as error:

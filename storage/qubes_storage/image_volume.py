@@ -1,17 +1,16 @@
 """Volumes whose images are plain files: their life, contents, sizes and revisions.
 
-Methods of the contract are coroutines.  What they do blocks, in a thread and under the
-volume's lock: see `qubes_storage.operation`.
+Those of its methods that are an `operation` are coroutines to their callers.  What is
+written here blocks, in a thread and under the volume's lock.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import logging
 import os
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from qubes_storage import ficlone, files
 from qubes_storage.exc import (
@@ -26,11 +25,11 @@ from qubes_storage.exc import (
 from qubes_storage.layout import VolumeFiles
 from qubes_storage.locks import hold
 from qubes_storage.loop import update_loop_devices
-from qubes_storage.operation import typed_errors
+from qubes_storage.operation import operation, typed_errors
 from qubes_storage.volume import Volume, exporting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from qubes_storage.image_pool import ImagePool
@@ -39,45 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["ImageVolume"]
 
 log = logging.getLogger(__name__)
-
-_Volume = TypeVar("_Volume", bound="ImageVolume")
-_Result = TypeVar("_Result")
-_Arguments = ParamSpec("_Arguments")
-
-
-def _operation(
-    action: str, *, changes: bool = True
-) -> Callable[
-    [Callable[Concatenate[_Volume, _Arguments], _Result]],
-    Callable[Concatenate[_Volume, _Arguments], Coroutine[Any, Any, _Result]],
-]:
-    """Make a coroutine of a method that blocks and needs the volume's lock.
-
-    :param action: a verb for errors, as in "start".
-    :param changes: whether it is refused while another process has the volume started,
-        or imports into it.
-    """
-
-    def decorate(
-        method: Callable[Concatenate[_Volume, _Arguments], _Result],
-    ) -> Callable[Concatenate[_Volume, _Arguments], Coroutine[Any, Any, _Result]]:
-        @functools.wraps(method)
-        async def coroutine(
-            volume: _Volume, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs
-        ) -> _Result:
-            def work() -> _Result:
-                if changes:
-                    volume.use.refuse_if_used_elsewhere(action)
-                result = method(volume, *args, **kwargs)
-                if changes:
-                    volume.clean_up()
-                return result
-
-            return await volume.pool.operations.run(volume, action, work)
-
-        return coroutine
-
-    return decorate
 
 
 class ImageVolume(Volume):
@@ -170,7 +130,7 @@ class ImageVolume(Volume):
 
     # From creation to removal
 
-    @_operation("create", changes=False)
+    @operation("create", changes=False)
     def check_absent(self) -> Self:
         """Check that the volume has no image.
 
@@ -179,7 +139,7 @@ class ImageVolume(Volume):
         self._check_absent()
         return self
 
-    @_operation("create")
+    @operation("create")
     def create(self) -> Self:
         """Make an empty image of the configured size, if it keeps one.
 
@@ -205,7 +165,7 @@ class ImageVolume(Volume):
                 raise VolumeExistsError(*self._about("create"), reason)
         self.use.refuse_if_importing("create")
 
-    @_operation("remove")
+    @operation("remove")
     def remove(self) -> Self:
         """Remove the volume with its revisions; no error when it is gone already.
 
@@ -234,7 +194,7 @@ class ImageVolume(Volume):
             # Or the next volume of this name would find an image after a power cut.
             files.fsync(self.files.directory)
 
-    @_operation("start")
+    @operation("start")
     def start(self) -> Self:
         """Provide `path` for a VM that is about to start.
 
@@ -301,7 +261,7 @@ class ImageVolume(Volume):
         """Make what a VM writes to out of its committed image; blocking."""
         self._copy(image, self.files.dirty)
 
-    @_operation("stop")
+    @operation("stop")
     def stop(self) -> Self:
         """Commit or drop what a VM wrote; no error when it is not started."""
         self.use.refuse_if_lost("stop")
@@ -335,7 +295,7 @@ class ImageVolume(Volume):
                 self.use.lose(system_reason(error))
             raise
 
-    @_operation("verify", changes=False)
+    @operation("verify", changes=False)
     def verify(self) -> Self:
         """Check that a start would find what it needs."""
         if self.snap_on_start:
@@ -346,7 +306,7 @@ class ImageVolume(Volume):
 
     # Contents, size and revisions
 
-    @_operation("export", changes=False)
+    @operation("export", changes=False)
     def export(self) -> Path:
         """Return the committed image, to be read only, until `export_end`."""
         if not self.keeps_image:
@@ -359,7 +319,7 @@ class ImageVolume(Volume):
         """End what `export` began."""
         self.use.end_export()
 
-    @_operation("import")
+    @operation("import")
     def import_data(self, size: int | None = None) -> Path:
         """Begin to replace the content: return a file of `size` bytes to write to."""
         size = self.size if size is None else self._check_size("import", size)
@@ -373,7 +333,7 @@ class ImageVolume(Volume):
         self.use.import_size = size
         return self.files.imported
 
-    @_operation("import")
+    @operation("import")
     def import_data_end(self, success: bool) -> None:  # noqa: FBT001 - the contract
         """Commit the new content, or drop it.
 
@@ -403,7 +363,7 @@ class ImageVolume(Volume):
                 await self._import_image(image)
         return self
 
-    @_operation("import")
+    @operation("import")
     def _import_image(self, image: Path) -> None:
         self._check_importable()
         self._make_way()
@@ -426,7 +386,7 @@ class ImageVolume(Volume):
             for revision in self.files.linked_revisions():
                 files.give_up(self.files.revision(revision))
 
-    @_operation("resize")
+    @operation("resize")
     def resize(self, size: int) -> Self:
         """Enlarge the volume, also while a VM runs; loop devices over it follow.
 
@@ -460,7 +420,7 @@ class ImageVolume(Volume):
         self._size = size
         return self
 
-    @_operation("revert")
+    @operation("revert")
     def revert(self, revision: str | None = None) -> Self:
         """Make a revision the committed image; the present one becomes a revision.
 
@@ -529,7 +489,7 @@ class ImageVolume(Volume):
 
     def tidy(self) -> None:
         """Give up what an interrupted operation left, unless one goes on; blocking."""
-        # Who holds the lock is at work, and looks for leftovers by himself.
+        # An operation that holds the lock looks for leftovers itself.
         with (
             contextlib.suppress(TimeoutError),
             hold(self.pool.dir_path, self.vid, timeout=0),

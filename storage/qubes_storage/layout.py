@@ -13,7 +13,7 @@ The files of the volume ``appvms/foo/private`` are, in ``appvms/foo`` of its poo
     private…~0123abcd.removed               only waits for its removal
     private-cow.img, private-cow.img.old    left of a driver that had the tree before
 
-A committed image is never written again, whoever has its name.  So a revision is made
+A committed image is never written again, under any of its names.  So a revision is made
 by a hard link and a commit by a rename, in this order.  There is a committed image at
 any time (rename(2) replaces atomically), and what a crash leaves in between can be
 told: the latest revision *is* the committed image then.  The other way round, a crash
@@ -240,7 +240,7 @@ class VolumeFiles:
 
     def _keep_present(self, keep: int) -> None:
         # A clone of the present image must not survive it as that of the next one: it
-        # is told by size and time, and those of the next may be the same.
+        # is recognised by size and time, and those of the next may be the same.
         files.give_up(self.precache)
         if files.stat_image(self.clean) is None:
             return

@@ -63,8 +63,8 @@ def hold(
 ) -> Iterator[None]:
     """Hold the lock of a volume of the pool in `directory`.
 
-    Who holds one may wait for that of its source too.  Sources make no circle, and who
-    reads a source waits for nothing more, so nobody waits for himself.
+    The start of a snapshot waits for the lock of its source while it holds its own, and
+    nothing waits the other way round.  Sources form no circle, so no deadlock either.
 
     :param vid: id of the volume.
     :param shared: whether others may read it meanwhile; else nobody does anything.

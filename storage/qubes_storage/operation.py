@@ -1,4 +1,4 @@
-"""Work on the volumes of a pool: operations, and jobs that nobody waits for.
+"""Operations on the volumes of a pool, and jobs that nobody waits for.
 
 An operation blocks, so it has a thread; its order is: the volume's turn (among the
 tasks of this event loop), the background held up, the volume's lock (among all threads
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import math
 import threading
@@ -21,23 +22,26 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from qubes_storage.exc import InvalidSizeError, VolumeError, system_reason
 from qubes_storage.locks import LOCK_TIMEOUT, hold
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
     from pathlib import Path
 
+    from qubes_storage.image_volume import ImageVolume
     from qubes_storage.volume import Volume
 
-__all__ = ["IDLE", "Background", "Operations", "typed_errors"]
+__all__ = ["IDLE", "Background", "Operations", "operation", "typed_errors"]
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+_ImageVolume = TypeVar("_ImageVolume", bound="ImageVolume")
+_Arguments = ParamSpec("_Arguments")
 
 
 class Operations:
@@ -77,7 +81,7 @@ class Operations:
         # The file lock alone would do; this spares threads that only wait.
         turn = self._turns.setdefault(volume.vid, asyncio.Lock())
         async with turn:
-            # A thread cannot be cancelled, and who comes next must find its work done.
+            # A thread cannot be cancelled, and what comes next must find its work done.
             return await to_its_end(self._in_thread(volume, action, function))
 
     async def _in_thread(
@@ -105,6 +109,41 @@ class Operations:
         :raise TimeoutError: when somebody works on it and does not come to an end.
         """
         return hold(self._directory, volume.vid, shared=True, timeout=self.lock_timeout)
+
+
+def operation(
+    action: str, *, changes: bool = True
+) -> Callable[
+    [Callable[Concatenate[_ImageVolume, _Arguments], Result]],
+    Callable[Concatenate[_ImageVolume, _Arguments], Coroutine[Any, Any, Result]],
+]:
+    """Make a coroutine of a method that blocks and needs the volume's lock.
+
+    :param action: a verb for errors, as in "start".
+    :param changes: whether it is refused while another process has the volume started,
+        or imports into it.
+    """
+
+    def decorate(
+        method: Callable[Concatenate[_ImageVolume, _Arguments], Result],
+    ) -> Callable[Concatenate[_ImageVolume, _Arguments], Coroutine[Any, Any, Result]]:
+        @functools.wraps(method)
+        async def coroutine(
+            volume: _ImageVolume, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs
+        ) -> Result:
+            def work() -> Result:
+                if changes:
+                    volume.use.refuse_if_used_elsewhere(action)
+                result = method(volume, *args, **kwargs)
+                if changes:
+                    volume.clean_up()
+                return result
+
+            return await volume.pool.operations.run(volume, action, work)
+
+        return coroutine
+
+    return decorate
 
 
 @contextlib.contextmanager

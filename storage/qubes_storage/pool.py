@@ -140,7 +140,7 @@ class Pool(abc.ABC):
         """Keep other owners out until `unclaim`, `destroy`, or the end of this process.
 
         An owner, as a server, makes and removes volumes by what it knows, and cannot
-        share its pools with another.  Who only uses volumes needs no claim.  A driver
+        share its pools with another.  Using volumes needs no claim.  A driver
         that cannot tell who uses its storage does nothing here.
 
         :raise StoragePoolException: when another owner has it.
@@ -150,7 +150,7 @@ class Pool(abc.ABC):
         """Undo `claim`; no error when there was none."""
 
     async def find_volumes(self) -> list[str]:
-        """Return the ids of the volumes that have an image, whoever made them.
+        """Return the ids of the volumes that have an image, no matter who made them.
 
         A driver that `setup` does not find volumes with knows those of `init_volume`.
 

@@ -1,4 +1,4 @@
-"""Bring to its end what must not be left half done, whoever gives up meanwhile."""
+"""Work that is brought to its end, even if its caller is cancelled meanwhile."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ async def _undone(undoing: Awaitable[object]) -> None:
     try:
         await to_its_end(undoing)
     except Exception:
-        # who was cancelled is to learn of that, and of nothing else
+        # the cancelled caller is to learn of that, and of nothing else
         log.exception("what was acquired could not be given back")

@@ -20,7 +20,7 @@ names in one directory and block for microseconds; everything else is a coroutin
 
 What begins an import or an export makes a claim that only its end drops.  So nobody but
 drivers calls `Volume.import_data` and `Volume.export` by themselves: `Import` and
-`exporting` begin and end together, and who is cancelled leaves nothing to be ended.
+`exporting` begin and end together, and a cancelled caller leaves nothing to be ended.
 """
 
 from __future__ import annotations
