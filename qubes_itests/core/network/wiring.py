@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ipaddress import IPv4Address
 
     from qubes_itests.core.network.links import Routes
+    from qubes_itests.core.vm.life import Life
     from qubes_itests.guest.link.agent import GuestAgent
     from qubes_itests.hypervisor.contract import Domain
 
@@ -44,8 +45,7 @@ class WiringMixin(NetMixin):
     attached, an `Uplink` into that of its net VM.
     """
 
-    domain: Domain | None
-    agent: GuestAgent | None
+    life: Life
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.uplink: Uplink | None = None
@@ -70,7 +70,7 @@ class WiringMixin(NetMixin):
             addresses.
         :raise HarnessError: for what else fails: the host, the hypervisor, a guest.
         """
-        self.running_agent()  # type: ignore[attr-defined]
+        self.life.running_agent()
         netvm = self.netvm
         if netvm is None:
             raise QubesVMError(self, f"VM {self} has no net VM: set its property netvm")
@@ -86,7 +86,7 @@ class WiringMixin(NetMixin):
         :raise HarnessError: when its guest does not let go of the interface, which is
             connected to nothing then.
         """
-        self.running_agent()  # type: ignore[attr-defined]
+        self.life.running_agent()
         async with self._rewiring:
             if self.uplink is None:
                 raise QubesVMError(self, f"VM {self} is not attached to a net VM")
@@ -115,7 +115,7 @@ class WiringMixin(NetMixin):
     async def on_spawn_net(self, _event: str, **_kwargs: Any) -> None:
         """Plug it in; what its guest or the net VM's cannot do fails no start."""
         self._loop = asyncio.get_running_loop()
-        if self.agent is None:
+        if self.life.agent is None:
             if self.netvm is not None or self.provides_network:
                 log.warning(
                     "VM %s starts without a network, which an agent sets up", self.name
@@ -220,12 +220,12 @@ class WiringMixin(NetMixin):
 
     def is_live(self) -> bool:
         """Tell whether there is a guest to talk to, or was a moment ago."""
-        return self.agent is not None and self.domain is not None
+        return self.life.agent is not None and self.life.domain is not None
 
     def _live(self) -> tuple[Domain, GuestAgent]:
-        if self.domain is None or self.agent is None:
+        if self.life.domain is None or self.life.agent is None:
             raise QubesVMNotRunningError(self)
-        return self.domain, self.agent
+        return self.life.domain, self.life.agent
 
     async def _rewire(self) -> None:
         """Have the interface be what the property `netvm` says."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Mapping
 
+    from qubes_itests.core.vm.life import Life
     from qubes_itests.guest.link.agent import GuestAgent
     from qubes_itests.guest.link.process import GuestProcess
 
@@ -52,16 +53,16 @@ class ExecutionMixin(ServicesMixin):
     DEVNULL or None the guest sees an empty input, and its output is dropped.
     """
 
-    agent: GuestAgent | None
+    life: Life
     name: str
 
     async def _agent(self, *, autostart: bool, gui: bool) -> GuestAgent:
         if autostart:
             await self.start()  # type: ignore[attr-defined]
-        if self.is_paused():  # type: ignore[attr-defined]
+        if self.life.is_paused:
             raise QubesVMNotRunningError(self)
         # handlers of a start may call it already
-        agent = self.agent or self.running_agent()  # type: ignore[attr-defined]
+        agent = self.life.agent or self.life.running_agent()
         await self.fire_event_async(  # type: ignore[attr-defined]
             "domain-cmd-pre-run", pre_event=True, start_guid=gui
         )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from qubes_itests.core.exc import (
     QubesVMError,
+    QubesVMNotFoundError,
     QubesVMNotHaltedError,
 )
 from qubes_itests.core.network.wiring import WiringMixin
+from qubes_itests.core.properties import stateless_property
 from qubes_itests.core.storage import Storage, in_pool
 from qubes_itests.core.vm.bootmode import BootModeMixin
 from qubes_itests.core.vm.database import QubesDB
 from qubes_itests.core.vm.execution import ExecutionMixin
-from qubes_itests.core.vm.power import PowerMixin
+from qubes_itests.core.vm.life import Life, PowerState
 from qubes_itests.core.vm.settings import SettingsMixin
 from qubes_itests.core.vm.start_memory import memory_for_start
 from qubes_itests.guest.start.identity import Identity
@@ -26,12 +28,16 @@ if TYPE_CHECKING:
 
     from qubes_itests.core.app import Qubes
     from qubes_itests.guest.image.template import Template
+    from qubes_itests.guest.link.agent import GuestAgent
+    from qubes_itests.hypervisor.contract import Domain
     from qubes_storage.volume import Volume
 
 __all__ = ["QubesVM"]
 
+_PROHIBIT: Final = "prohibit-start"
 
-class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
+
+class QubesVM(ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
     """A VM that can be started.
 
     :param app: the app that it belongs to.
@@ -49,6 +55,8 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, BootModeMixin, SettingsMi
         volume_config: Mapping[str, Mapping[str, Any]] | None = None,
         **properties: Any,
     ) -> None:
+        #: Its runs. There first, for handlers of properties ask whether it runs.
+        self.life = Life(self)
         super().__init__(app, **properties)
         self.storage = Storage(self)
         self._volume_changes = dict(volume_config or {})
@@ -79,7 +87,199 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, BootModeMixin, SettingsMi
     def volumes(self, volumes: dict[str, Volume]) -> None:
         self.storage.volumes = volumes
 
-    # what the life cycle asks
+    # its life; see `Life`
+
+    @stateless_property
+    def xid(self) -> int:
+        """Return the number of its domain, new in each run; -1 when it is halted."""
+        return self.life.xid if self.is_running() else -1
+
+    @stateless_property
+    def start_time(self) -> int | None:
+        """When it was last started, whole seconds since the epoch; None: never."""
+        began = self.life.started_at
+        return None if began is None else int(began)
+
+    @property
+    def domain(self) -> Domain | None:
+        """The domain of the present or the last run."""
+        return self.life.domain
+
+    @property
+    def agent(self) -> GuestAgent | None:
+        """The agent of the present run; None for a guest without one."""
+        return self.life.agent
+
+    @property
+    def libvirt_domain(self) -> object | None:
+        """The object of libvirt for its domain; None while libvirt knows of none."""
+        return None if self.domain is None else self.domain.native
+
+    @property
+    def directory(self) -> Path:
+        """Where this VM's console log, sockets and agent log are."""
+        return self.app.directory / "vms" / self.name
+
+    def get_power_state(self) -> str:
+        """Return the state as `qvm-ls` shows it.
+
+        ``Halted``, ``Transient`` (starting), ``Running``, ``Paused``, ``Suspended`` or
+        ``Halting``.
+        """
+        return self.life.state.value
+
+    def is_running(self) -> bool:
+        """Tell whether there is a domain: starting, running, paused or halting."""
+        return self.life.state is not PowerState.HALTED
+
+    def is_halted(self) -> bool:
+        """Tell whether there is none."""
+        return self.life.state is PowerState.HALTED
+
+    def is_paused(self) -> bool:
+        """Tell whether its virtual CPUs stand still."""
+        return self.life.is_paused
+
+    def is_starting(self) -> bool:
+        """Tell whether a start is under way, other than the one that asks."""
+        return self.life.is_starting
+
+    def running_domain(self) -> Domain:
+        """Return the domain; QubesVMNotRunningError when it is not started."""
+        return self.life.running_domain()
+
+    def running_agent(self) -> GuestAgent:
+        """Return the agent.
+
+        :raise QubesVMNotRunningError: when the VM is not started.
+        :raise QubesVMError: when it has none, for it booted from its own disk.
+        """
+        return self.life.running_agent()
+
+    async def start(
+        self,
+        start_guid: bool = True,  # noqa: FBT001, FBT002 - as in Qubes OS
+        notify_function: object = None,
+        mem_required: int | None = None,
+    ) -> Self:
+        """Start the VM; any number of calls at once are one start.
+
+        :param start_guid: passed on in the events; there is no GUI here.
+        :param notify_function: accepted for callers of Qubes OS, and not called.
+        :param mem_required: bytes to ask of qmemman, if it runs; by default what
+            `memory` and the hypervisor's overhead come to.
+        :return: the VM.
+        :raise QubesVMStartError: names the step that failed; all is undone.
+        :raise QubesVMError: when it may not be started; what handlers of
+            `domain-pre-start` raise.
+        """
+        del notify_function
+        await self.life.start(start_guid=start_guid, memory=mem_required)
+        return self
+
+    async def shutdown(
+        self,
+        force: bool = False,  # noqa: FBT001, FBT002 - as in Qubes OS
+        wait: bool = False,  # noqa: FBT001, FBT002
+        timeout: float | None = None,
+    ) -> Self:
+        """Ask the guest to power off; without an agent by the machine's power button.
+
+        :param force: do it even if running VMs have it as their net VM, or if it is
+            paused, as it is unpaused for this; handlers of `domain-pre-shutdown` are
+            told, and need not object then.
+        :param wait: return when all of the run has ended.
+        :param timeout: seconds to wait; by default the VM's `shutdown_timeout`.
+        :raise QubesVMNotStartedError: when it is halted.
+        :raise QubesVMInUseError: when running VMs need it, and `force` is not set.
+        :raise QubesVMNotRunningError: when it is paused, and `force` is not set.
+        :raise QubesVMShutdownTimeoutError: when it runs still; it goes on running.
+        """
+        limit = float(timeout or self.shutdown_timeout)
+        await self.life.shutdown(force=force, wait=wait, timeout=limit)
+        return self
+
+    async def restart(
+        self,
+        force: bool = False,  # noqa: FBT001, FBT002 - as for `shutdown`
+        timeout: float | None = None,
+    ) -> Self:
+        """Shut the VM down, wait for that, and start it again.
+
+        :param force: as for `shutdown`.
+        :param timeout: likewise.
+        """
+        await self.shutdown(force=force, wait=True, timeout=timeout)
+        return await self.start()
+
+    async def kill(self) -> None:
+        """Stop the VM at once, as pulling the plug does; a start under way fails.
+
+        :raise QubesVMNotStartedError: when it is halted.
+        """
+        await self.life.kill(float(self.shutdown_timeout))
+
+    async def wait_ended(self, timeout: float) -> None:
+        """Wait until the end of the present run is dealt with; at once if halted.
+
+        :param timeout: seconds; then TimeoutError.
+        """
+        await self.life.wait_ended(timeout)
+
+    async def pause(self) -> None:
+        """Stop its virtual CPUs; QubesVMNotStartedError when it is halted."""
+        await self.life.pause()
+
+    async def unpause(self) -> None:
+        """Let its virtual CPUs run, and set its clock, which stood still as well.
+
+        :raise QubesVMNotPausedError: when they run, or it is halted.
+        """
+        await self.life.unpause()
+
+    async def suspend(self) -> None:
+        """Let the guest get ready for a long pause, and pause it.
+
+        :raise QubesVMNotStartedError: when it is halted.
+        """
+        await self.life.suspend()
+
+    async def resume(self) -> None:
+        """Wake it up from `suspend`; a VM that is only paused is unpaused.
+
+        :raise QubesVMNotPausedError: when it is neither suspended nor paused.
+        """
+        await self.life.resume()
+
+    # what its life asks
+
+    def check_startable(self) -> None:
+        """Raise when it must not be started."""
+        if self not in self.app.domains:
+            raise QubesVMNotFoundError(self.name)
+        self.check_whole()
+        if reason := self.features.get(_PROHIBIT):
+            raise QubesVMError(
+                self,
+                f"VM {self} must not be started: {reason} (feature {_PROHIBIT!r})",
+            )
+
+    async def start_failed(self) -> None:
+        """Act on a start that failed, after all of it is undone; for subclasses."""
+
+    def note_problem(self, error: Exception) -> None:
+        """Remember what went wrong where nobody was there to be told."""
+        self.log.error("VM %s: %s", self.name, str(error))
+        self.app.problems.append(f"VM {self}: {error}")
+
+    def is_set_here_or_in_template(self, name: str) -> bool:
+        """Tell whether a property is set in the VM, or in one that it is made from."""
+        vm: QubesVM | None = self
+        while vm is not None:
+            if not vm.property_is_default(name):
+                return True
+            vm = getattr(vm, "template", None)
+        return False
 
     def boot_files(self) -> Template | None:
         """Return kernel and initramfs; None for an HVM that boots from its disk.
@@ -130,11 +330,9 @@ class QubesVM(PowerMixin, ExecutionMixin, WiringMixin, BootModeMixin, SettingsMi
         machine one in thirty came to a stand while it started.  Who sets the property
         means it.
         """
-        vm: Any = self
-        while vm is not None and vm.property_is_default("vcpus"):
-            vm = getattr(vm, "template", None)
         emulated = self.app.hypervisor.slowness > 1
-        return 1 if emulated and vm is None else self.vcpus
+        chosen = self.is_set_here_or_in_template("vcpus")
+        return 1 if emulated and not chosen else self.vcpus
 
     def start_memory(self) -> int:
         """Return what a start asks of qmemman, in bytes."""

@@ -176,9 +176,6 @@ def check_for_dispvms(_holder: object, vm: Any) -> None:
 class SettingsMixin(BaseVM):
     """The settings of a VM that has a domain."""
 
-    #: Seconds since the epoch at which the present or the last run began.
-    started_at: float | None = None
-
     memory = Property[int](
         "memory",
         type=int,
@@ -309,11 +306,6 @@ class SettingsMixin(BaseVM):
         for vm in self.app.domains:
             if getattr(vm, "template", None) is self and vm.property_is_default(name):
                 vm.fire_event(f"property-reset:{name}", name=name)
-
-    @stateless_property
-    def start_time(self) -> int | None:
-        """When it was last started, whole seconds since the epoch; None: never."""
-        return None if self.started_at is None else int(self.started_at)
 
     @stateless_property
     def updateable(self) -> bool:

@@ -13,7 +13,7 @@ from qubes_itests.guest.exc import BootError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from qubes_itests.core.vm.power import PowerMixin
+    from qubes_itests.core.vm.qubesvm import QubesVM
 
 __all__ = ["Step"]
 
@@ -26,7 +26,7 @@ class Step:
     :param vm: the VM that starts.
     """
 
-    def __init__(self, vm: PowerMixin) -> None:
+    def __init__(self, vm: QubesVM) -> None:
         self.vm = vm
         #: In words that follow "could not"; empty before the first.
         self.name = ""
@@ -46,7 +46,7 @@ class Step:
         """
         if not isinstance(error, BaseException):
             return
-        self.vm.halted_by_failure()
+        self.vm.life.halted_by_failure()
         named = self._named(error)
         try:
             await self.vm.fire_event_async(

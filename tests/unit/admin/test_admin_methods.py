@@ -299,7 +299,7 @@ def test_times_are_whole_seconds_and_set_as_they_are_read(client, app):
     get, name = "admin.vm.property.Get", "backup_timestamp"
     for time in ("start_time", name):
         assert client.call(get, "work", time) == b"default=True type=int "
-    app.domains["work"].started_at = 1700000000.9
+    app.domains["work"].life.started_at = 1700000000.9
     assert client.call(get, "work", "start_time") == b"default=True type=int 1700000000"
     client.call("admin.vm.property.Set", "work", name, b"1700000001")
     read = client.call(get, "work", name)

@@ -12,7 +12,7 @@ import pytest
 from qubes_itests.balancing.app_memory import AppMemory, counts, machine
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.exc import QubesVMStartError
-from qubes_itests.core.vm import power
+from qubes_itests.core.vm import life
 from qubes_itests.core.vm.start_memory import memory_for_start
 from qubes_itests.exc import DeadlineError
 from qubes_itests.hypervisor.contract import DomainSpec
@@ -56,7 +56,7 @@ class Place:
         self.memory = AppMemory(self.app, self.machine)
         self.booted = []
         self.boot_error = None
-        monkeypatch.setattr(power, "boot", self.boot)
+        monkeypatch.setattr(life, "boot", self.boot)
 
     async def boot(self, _hypervisor, spec, _identity, *, on_domain_start, **_options):
         self.booted.append(spec.name)

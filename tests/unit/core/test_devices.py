@@ -13,6 +13,7 @@ from qubes_itests.core.device.collections import DeviceManager
 from qubes_itests.core.device.info import UnknownDevice
 from qubes_itests.core.device.port import Port, VirtualDevice
 from qubes_itests.core.events import Emitter
+from qubes_itests.core.vm.life import PowerState
 from qubes_itests.hypervisor.exc import HypervisorError
 
 MIB = 1024**2
@@ -47,7 +48,7 @@ class Domain:
 
 def _running(app, template, name):
     vm = app.add_new_vm("AppVM", name=name, label="red", template=template)
-    vm.domain, vm._power = Domain(), "Running"
+    vm.life.domain, vm.life.state = Domain(), PowerState.RUNNING
     return vm
 
 

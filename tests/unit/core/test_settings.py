@@ -214,7 +214,7 @@ def test_start_time_is_read_only_and_known_to_the_list_of_properties(work):
     names = {prop.name: prop.type_name for prop in work.property_list()}
     assert names["start_time"] == names["backup_timestamp"] == "int"
     assert work.start_time is None
-    work.started_at = 1700000000.7
+    work.life.started_at = 1700000000.7
     assert work.start_time == 1700000000
     with pytest.raises(exc.QubesPropertyValueError, match="cannot be set"):
         work.start_time = 1
@@ -257,13 +257,13 @@ def machine(monkeypatch):
 
 
 def test_a_start_may_take_longer_where_guests_are_slow(app, work, machine):
-    assert work.start_deadline() == 60
+    assert work.life.start_deadline() == 60
     machine(5)
-    assert work.start_deadline() == 60 * 2.5
+    assert work.life.start_deadline() == 60 * 2.5
     app.hypervisor.slowness = 2.0
-    assert work.start_deadline() == 60 * 2.5 * 2
+    assert work.life.start_deadline() == 60 * 2.5 * 2
     machine(1000)
-    assert work.start_deadline() == 60 * 4 * 2
+    assert work.life.start_deadline() == 60 * 4 * 2
 
 
 def test_a_time_for_a_start_that_somebody_has_set_is_exact(
@@ -271,10 +271,10 @@ def test_a_time_for_a_start_that_somebody_has_set_is_exact(
 ):
     machine(1000)
     app.default_qrexec_timeout = 50
-    assert work.start_deadline() == 50
+    assert work.life.start_deadline() == 50
     template.qrexec_timeout = 40
-    assert work.start_deadline() == 40
+    assert work.life.start_deadline() == 40
     work.qrexec_timeout = 60
-    assert work.start_deadline() == 60
+    assert work.life.start_deadline() == 60
     del work.qrexec_timeout, template.qrexec_timeout, app.default_qrexec_timeout
-    assert work.start_deadline() == 240
+    assert work.life.start_deadline() == 240

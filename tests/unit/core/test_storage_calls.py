@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from qubes_itests.core import exc
+from qubes_itests.core.vm.life import PowerState
 
 pytestmark = pytest.mark.asyncio
 
@@ -76,17 +77,17 @@ async def test_snapshots_are_not_taken_away_from_who_runs(app, template):
     with pytest.raises(exc.QubesValueError, match="from -1, not -2"):
         work.storage.set_revisions_to_keep("private", -2)
     for running in (work, disposable):
-        running._power = "Running"
+        running.life.state = PowerState.RUNNING
         work.storage.set_revisions_to_keep("private", 3)
         with pytest.raises(exc.QubesVMNotHaltedError, match=f"VM {running}"):
             work.storage.set_revisions_to_keep("private", -1)
-        running._power = "Halted"
+        running.life.state = PowerState.HALTED
     assert work.volumes["private"].revisions_to_keep == 3
     work.storage.set_revisions_to_keep("private", -1)
-    work._power = "Running"
+    work.life.state = PowerState.RUNNING
     with pytest.raises(exc.QubesVMNotHaltedError):
         work.storage.set_revisions_to_keep("private", 0)
-    work._power = "Halted"
+    work.life.state = PowerState.HALTED
 
 
 async def test_pools_by_themselves_and_by_name(app, template, tmp_path):

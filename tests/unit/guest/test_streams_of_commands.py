@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 from subprocess import DEVNULL, PIPE, STDOUT
+from types import SimpleNamespace
 
 import pytest
 import pytest_asyncio
@@ -24,10 +25,7 @@ class OverAgent(ExecutionMixin, Emitter):
 
     def __init__(self, agent):
         super().__init__()
-        self.agent = agent
-
-    def is_paused(self):
-        return False
+        self.life = SimpleNamespace(agent=agent, is_paused=False)
 
 
 @pytest_asyncio.fixture
