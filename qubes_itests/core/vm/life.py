@@ -515,9 +515,7 @@ class Life:
         try:
             await agent.set_clock(time.time_ns(), timeout=_CLOCK_TIMEOUT)
         except HarnessError as error:
-            log.warning(
-                "VM %s goes on with a clock that is late: %s", name, str(error)
-            )
+            log.warning("VM %s goes on with a clock that is late: %s", name, str(error))
 
     async def _tell(self, service: str) -> None:
         """Call a service that the guest may have or not have."""

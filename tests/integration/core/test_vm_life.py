@@ -49,6 +49,7 @@ def test_a_run_from_start_to_shutdown(app, vm, run, sh, events):
         "domain-pre-start",
         "domain-spawn",
         "domain-start",
+        *["domain-cmd-pre-run"] * 3,
         "domain-pre-shutdown",
         "domain-stopped",
         "domain-shutdown",
