@@ -25,7 +25,10 @@ from qubes_itests.host import packages
 _ROOT = Path(__file__).parents[3]
 _NOBODY = 65534
 #: What `run-tests` checks with, by name.
-CHECKS = ("ruff", "mypy", "lint-imports", "shellcheck", "check-jsonschema", "zizmor")
+CHECKS = (
+    *("ruff", "mypy", "lint-imports", "shellcheck", "towncrier", "check-jsonschema"),
+    "zizmor",
+)
 
 _BACKEND = """
 import zipfile
@@ -417,7 +420,7 @@ def test_a_failed_check_fails_the_run_and_the_others_still_run(ready):
     for name in CHECKS:
         tool = ready.python.with_name(name)
         status = int(name == "mypy")
-        tool.write_text(f"#!/bin/sh\necho {name} ran\nexit {status}\n")
+        tool.write_text(f"#!/bin/sh\necho {name} ran >&2\nexit {status}\n")
         tool.chmod(0o755)
     done = ready.run("run-tests", "--fast", env={"GITHUB_ACTIONS": "true"})
     ran = re.findall(r"(\S+) ran", done.stdout)
