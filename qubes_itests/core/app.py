@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from qubes_itests.core import config
@@ -12,6 +13,7 @@ from qubes_itests.core.device.block import BlockDeviceExtension
 from qubes_itests.core.domains import VMCollection
 from qubes_itests.core.events import handler
 from qubes_itests.core.exc import (
+    QubesException,
     QubesNoTemplateError,
     QubesValueError,
     QubesVMNotStartedError,
@@ -22,7 +24,7 @@ from qubes_itests.core.policy import Policy
 from qubes_itests.core.pools import PoolsMixin
 from qubes_itests.core.properties import Property, VMProperty
 from qubes_itests.core.store.file import StoreFile
-from qubes_itests.core.store.opening import open_store
+from qubes_itests.core.store.opening import load_store, open_store
 from qubes_itests.core.store.saving import state_of, write_state
 from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.core.vm.appvm import AppVM
@@ -41,7 +43,6 @@ from qubes_itests.core.vm.templatevm import TemplateVM
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Mapping
-    from pathlib import Path
 
     from qubes_itests.core.qrexec import HostService
     from qubes_itests.core.store.journal import Journal
@@ -81,11 +82,19 @@ def _check_network(_app: object, vm: Any) -> None:
 class Qubes(PoolsMixin):
     """A Qubes system: the VMs, and all that they share.
 
-    :param hypervisor: runs the VMs.
-    :param directory: an existing directory for what the VMs leave: consoles, sockets.
+    :param store: the file that `save` writes and `load` reads; None to keep nothing.
+    :param load: whether to load it at once, which blocks; False for a new one.
+    :param offline_mode: whether to do without a hypervisor: then no VM can start.
+    :param lock: whether to keep other writers out, when it is loaded.
+    :param hypervisor: runs the VMs; None for offline mode. The app of a test has that
+        of its run.
+    :param directory: an existing directory for what the VMs leave: consoles, sockets;
+        by default that of the store, or the current one.
     :param kernels: what VMs may boot, by name.
     :param warm_starts: saved states to start from, None to start cold.
-    :param store: the file that `save` writes and `load` reads; None to keep nothing.
+    :param properties: of the app.
+    :raise StoreError: says what is wrong with the store, and where.
+    :raise QubesValueError: without a hypervisor, where there is to be one.
     """
 
     default_template = VMProperty["TemplateVM | None"](
@@ -177,24 +186,29 @@ class Qubes(PoolsMixin):
 
     def __init__(
         self,
+        store: str | os.PathLike[str] | None = None,
+        load: bool = True,  # noqa: FBT001, FBT002 - as in Qubes OS
+        offline_mode: bool | None = None,  # noqa: FBT001
+        lock: bool = False,  # noqa: FBT001, FBT002
         *,
-        hypervisor: Hypervisor,
-        directory: Path,
+        hypervisor: Hypervisor | None = None,
+        directory: Path | None = None,
         kernels: Mapping[str, Template] | None = None,
         warm_starts: WarmStarts | None = None,
-        store: str | os.PathLike[str] | None = None,
+        **properties: Any,
     ) -> None:
         super().__init__()
         self.store = None if store is None else StoreFile(store)
         #: While true, what properties refer to may not be there yet.
-        self.loading = False
-        self.hypervisor = hypervisor
+        self.loading = True
+        self.vmm = VMMConnection(hypervisor, offline_mode=offline_mode)
+        if directory is None:
+            directory = Path.cwd() if self.store is None else self.store.path.parent
         self.directory = directory
         self.kernels = dict(kernels or {})
         self.warm_starts = warm_starts
         #: The machine that the VMs are on.
         self.host = QubesHost()
-        self.vmm = VMMConnection(hypervisor)
         #: Asked for memory by each start; None where memory is not balanced.
         self.qmemman: MemorySource | None = None
         self.pools: dict[str, Pool] = {}
@@ -211,28 +225,63 @@ class Qubes(PoolsMixin):
         Rules()
         self.domains = VMCollection(self)
         self.domains.add(AdminVM(self))
+        for name, value in properties.items():
+            self.property_get_def(name)
+            setattr(self, name, value)
+        self.loading = False
+        if load and self.store is not None:
+            self.load(lock=lock)
         self.events_enabled = True
 
     def __str__(self) -> str:
         return "the app"
 
     @classmethod
-    async def load(
+    async def open(
         cls, store: str | os.PathLike[str], *, lock: bool = False, **options: Any
     ) -> Self:
-        """Return an app with the state that another one has saved.
+        """Return an app with the state that another one has saved, its pools set up.
 
         :param store: the file.
         :param lock: whether to keep other writers out until `close`.
         :param options: the other parameters of the class.
         :raise StoreError: says what is wrong with the file, and where.
         """
-        app = cls(store=store, **options)
-        assert app.store is not None  # noqa: S101 - the line above
-        app.events_enabled, app.loading = False, True
-        app.domains["dom0"].events_enabled = False
-        await open_store(app, app.store, lock=lock)
+        app = cls(store, load=False, **options)
+        await open_store(app, lock=lock)
         return app
+
+    @classmethod
+    def create_empty_store(
+        cls, store: str | os.PathLike[str], *args: Any, **options: Any
+    ) -> Self:
+        """Return a new app, with dom0 alone, that is saved.
+
+        :param store: the file, which is not there yet.
+        :param options: the other parameters of the class.
+        :raise QubesException: when it is.
+        """
+        app = cls(store, False, *args, **options)
+        if Path(store).exists():
+            raise QubesException(f"there is a {store} already")
+        app.save(lock=bool(options.get("lock")))
+        return app
+
+    def load(self, lock: bool = False) -> None:  # noqa: FBT001, FBT002 - as in Qubes OS
+        """Give a new app the state of its store; this blocks.
+
+        Pools are set up neither here nor when it is made; `open` does that too.
+
+        :param lock: whether to keep other writers out until `close`.
+        :raise StoreError: says what is wrong with the file, and where; the app is of no
+            use then.
+        """
+        load_store(self, lock=lock)
+
+    @property
+    def hypervisor(self) -> Hypervisor:
+        """What runs the VMs; QubesException in offline mode."""
+        return self.vmm.hypervisor
 
     @handler("property-pre-set:default_netvm")
     def on_default_netvm_pre_set(
@@ -416,12 +465,10 @@ class Qubes(PoolsMixin):
 
         return write
 
-    async def close(self) -> None:
+    async def kill_all(self) -> None:
         """Kill the VMs that run and wait until the ends of their runs are dealt with.
 
         One that cannot be killed is noted in `problems`; the others are killed still.
-        Then extensions forget the app (``qubes-close``); the store and the pools are
-        left to other writers.
         """
         for vm in self.domains:
             if not isinstance(vm, QubesVM):
@@ -436,6 +483,12 @@ class Qubes(PoolsMixin):
                 self.problems.append(f"VM {vm} could not be killed: {error}")
             with contextlib.suppress(TimeoutError):
                 await vm.wait_ended(vm.shutdown_timeout)
+
+    def close(self) -> None:
+        """Have extensions forget the app, whose VMs do not run any more.
+
+        The store and the pools are left to other writers.
+        """
         try:
             self.fire_event("qubes-close")
         except Exception as error:  # noqa: BLE001 - an extension's; the caller is told

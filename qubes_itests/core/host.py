@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from qubes_itests.core.exc import QubesException, QubesValueError
+
 if TYPE_CHECKING:
     from qubes_itests.hypervisor.contract import Hypervisor
 
@@ -34,21 +36,44 @@ class QubesHost:
 class VMMConnection:
     """The connection to the hypervisor.
 
-    :param hypervisor: of the app.
+    :param hypervisor: of the app; None where there is none.
+    :param offline_mode: whether to do without it; None: if there is none.
+    :raise QubesValueError: when there is none to be connected with.
     """
 
-    #: Whether there is none, as where a core is set up only.
-    offline_mode = False
     #: Whether it is Xen.
     is_xen = False
 
-    def __init__(self, hypervisor: Hypervisor) -> None:
-        self._hypervisor = hypervisor
+    def __init__(
+        self, hypervisor: Hypervisor | None, *, offline_mode: bool | None = None
+    ) -> None:
+        if hypervisor is None and offline_mode is False:
+            raise QubesValueError(
+                "an app of your own has no hypervisor: self.app of a test has one"
+            )
+        self._hypervisor = None if offline_mode else hypervisor
+
+    @property
+    def offline_mode(self) -> bool:
+        """Whether there is none, as where a core is set up or looked at only."""
+        return self._hypervisor is None
+
+    @property
+    def hypervisor(self) -> Hypervisor:
+        """What runs VMs.
+
+        :raise QubesException: in offline mode.
+        """
+        if self._hypervisor is None:
+            raise QubesException("the app is in offline mode: no VM of it can run")
+        return self._hypervisor
 
     @property
     def libvirt_conn(self) -> object | None:
         """The object of libvirt itself; None for a back end that does without libvirt.
 
         What is done by it is seen by the core, as it is on Qubes OS.
+
+        :raise QubesException: in offline mode.
         """
-        return self._hypervisor.native
+        return self.hypervisor.native

@@ -242,10 +242,10 @@ class Testbed:
         """
         shared = await self._shared(next(self._numbers), templates)
         if await asyncio.to_thread(store.exists):
-            app = await Qubes.load(store, lock=True, **shared)
+            app = await Qubes.open(store, lock=True, **shared)
             self._apps.append(app)
         else:
-            app = Qubes(store=store, **shared)
+            app = Qubes(store, load=False, **shared)
             self._apps.append(app)
             await self._fill(app, self.parts.pool_directory / POOL_NAME)
             await app.save_async()
@@ -347,7 +347,8 @@ class Testbed:
             await self._servers.pop(app).__aexit__()
         if app.store is None:
             _forget_removed_pools(app)
-        await app.close()
+        await app.kill_all()
+        app.close()
         await self._end_balancing(app)
         self._apps.remove(app)
         if app.store is None:

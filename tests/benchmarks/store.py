@@ -24,7 +24,7 @@ LARGE = 5000
 
 def filled(directory, count):
     """Return an app with that many VMs, with what VMs of a real system have."""
-    app = Qubes(hypervisor=None, directory=directory, store=directory / "qubes.xml")
+    app = Qubes(directory / "qubes.xml", load=False)
     pool = ReflinkPool(name="default", dir_path=directory / "pool", setup_check=False)
     asyncio.run(app.add_pool(pool))
     for number in range(count - len(app.domains)):
@@ -56,7 +56,7 @@ def fill(vm, number):
 
 def load(app):
     """Load what an app has saved."""
-    return asyncio.run(Qubes.load(app.store.path, hypervisor=None, directory=Path()))
+    return asyncio.run(Qubes.open(app.store.path, hypervisor=None, directory=Path()))
 
 
 def look_up(app, kind):

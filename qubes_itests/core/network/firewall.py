@@ -5,14 +5,14 @@ from __future__ import annotations
 import ipaddress
 import re
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from qubes_itests.core.exc import QubesValueError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["Firewall", "FirewallRuleError", "parse_rule"]
+__all__ = ["Firewall", "FirewallRuleError", "Rule", "parse_rule"]
 
 _HOST: Final = re.compile(r"[a-z0-9_][a-z0-9._-]{0,252}")
 _PORTS: Final = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
@@ -162,6 +162,65 @@ def _check_together(text: str, words: dict[str, str]) -> None:
         raise FirewallRuleError(text, "it has two hosts on one side")
 
 
+def _part(*keys: str) -> property:
+    def find(rule: Rule) -> str | None:
+        options, _, comment = rule.partition(" comment=")
+        words = dict(option.split("=", 1) for option in options.split())
+        if comment:
+            words["comment"] = comment
+        return next((words[key] for key in keys if key in words), None)
+
+    return property(find)
+
+
+class Rule(str):
+    """A rule in its canonical form; its parts are attributes, None where it has none.
+
+    :param xml: None.
+    :param parts: by name; `dsthost` is an address, a network, or a name.
+    :raise FirewallRuleError: when it is none.
+    """
+
+    __slots__ = ()
+
+    action = _part("action")
+    proto = _part("proto")
+    dsthost = _part("dst4", "dst6", "dsthost")
+    dstports = _part("dstports")
+    icmptype = _part("icmptype")
+    specialtarget = _part("specialtarget")
+    expire = _part("expire")
+    comment = _part("comment")
+
+    def __new__(cls, xml: None = None, **parts: object) -> Self:
+        """Put it together from its parts."""
+        del xml
+        given = {key: str(part) for key, part in parts.items() if part is not None}
+        # a comment goes behind all others, and is the only one that may have spaces
+        given["comment"] = given.pop("comment", "")
+        text = " ".join(f"{key}={part}" for key, part in given.items() if part)
+        for key, part in given.items():
+            if key != "comment" and len(part.split()) != 1:
+                raise FirewallRuleError(text, f"{key}={part!r} is not one word")
+        return cls.from_api_string(text)
+
+    @classmethod
+    def from_api_string(cls, untrusted_rule: str) -> Self:
+        """Return the rule that a text is, as the Admin API has it."""
+        return str.__new__(cls, parse_rule(untrusted_rule))
+
+    @property
+    def api_rule(self) -> str | None:
+        """The text for the Admin API; None when it has expired."""
+        return None if _is_expired(self, time.time()) else str(self)
+
+    @property
+    def rule(self) -> str | None:
+        """The text for who enforces it, which has neither end nor comment."""
+        options = (self.api_rule or "").partition(" comment=")[0]
+        return re.sub(r" expire=\d+", "", options) or None
+
+
 def _is_expired(rule: str, now: float) -> bool:
     # a comment has no =
     end = re.search(r" expire=(\d+)", rule)
@@ -169,18 +228,48 @@ def _is_expired(rule: str, now: float) -> bool:
 
 
 class Firewall:
-    """The rules of one VM; what none of them matches is dropped."""
+    """The rules of one VM; what none of them matches is dropped.
 
-    def __init__(self) -> None:
-        self._rules = ["action=accept"]
+    :param vm: whose rules they are.
+    """
+
+    #: What there is as long as nobody sets others.
+    DEFAULT: ClassVar = (Rule(action="accept"),)
+    #: What becomes of what no rule matches.
+    policy: Final = "drop"
+
+    def __init__(self, vm: Any) -> None:
+        self._vm = vm
+        self._rules: list[str] = list(self.DEFAULT)
 
     @property
-    def rules(self) -> tuple[str, ...]:
-        """The rules, in order, in their canonical form; those that expired are gone."""
+    def rules(self) -> list[str]:
+        """The rules, in order, in their canonical form; those that expired are gone.
+
+        :raise FirewallRuleError: when the list was given what is none.
+        """
         now = time.time()
-        self._rules = [rule for rule in self._rules if not _is_expired(rule, now)]
-        return tuple(self._rules)
+        rules = [rule for rule in self._rules if not _is_expired(rule, now)]
+        self._rules[:] = map(_rule, rules)
+        return self._rules
 
     @rules.setter
     def rules(self, rules: Iterable[str]) -> None:
-        self._rules = [parse_rule(rule) for rule in rules]
+        self._rules = [_rule(rule) for rule in rules]
+
+    def load_defaults(self) -> None:
+        """Allow everything."""
+        self.rules = self.DEFAULT
+
+    def clone(self, other: Firewall) -> None:
+        """Have the rules of another VM."""
+        self.rules = other.rules
+
+    def save(self) -> None:
+        """Save the app, and tell whoever enforces the rules: ``firewall-changed``."""
+        self._vm.app.save()
+        self._vm.fire_event("firewall-changed")
+
+
+def _rule(rule: str) -> Rule:
+    return rule if isinstance(rule, Rule) else Rule.from_api_string(rule)

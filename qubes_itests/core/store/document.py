@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Element", "check_text", "parse", "storable", "to_bytes"]
 
-#: A VM takes about 2,000 bytes and 50 elements; there are 65,000 VMs at the most.
+#: A VM takes about 2,000 bytes and 50 elements; there are 10,000 VMs at the most.
 _MOST_BYTES: Final = 256 * 1024**2
 _MOST_ELEMENTS: Final = 5_000_000
 _MOST_DEPTH: Final = 16

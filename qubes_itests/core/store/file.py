@@ -56,6 +56,12 @@ class StoreFile:
         self._writing = threading.Lock()
         self._issued = self._written = 0
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
     @property
     def is_locked(self) -> bool:
         """Whether this app keeps other writers out."""

@@ -19,12 +19,31 @@ if TYPE_CHECKING:
     from qubes_itests.core.store.file import StoreFile
     from qubes_storage.pool import Pool
 
-__all__ = ["open_store"]
+__all__ = ["load_store", "open_store"]
 
 log = logging.getLogger("qubes.store")
 
 
-async def open_store(app: Qubes, store: StoreFile, *, lock: bool = False) -> None:
+def load_store(app: Qubes, *, lock: bool = False) -> None:
+    """Give a new app the state of its store, and do no more; this blocks.
+
+    :param lock: whether to keep other writers out until the app is closed.
+    :raise StoreError: says what is wrong with the file; the app is of no use then.
+    """
+    store = _begin(app)
+    data = store.read(lock=lock)
+    try:
+        with no_collection():
+            Loading(app, parse(data, store.path), store.path).run()
+    except BaseException:
+        store.release()
+        raise
+    _enable_events(app)
+    for vm in app.domains:
+        vm.fire_event("domain-load")
+
+
+async def open_store(app: Qubes, *, lock: bool = False) -> None:
     """Give a new app the state of its store; ``domain-load`` is fired on each VM.
 
     Disposable VMs that should have been removed when they ended are removed, unless
@@ -35,6 +54,7 @@ async def open_store(app: Qubes, store: StoreFile, *, lock: bool = False) -> Non
     :raise StoreError: says what is wrong with the file, or which of its pools another
         owner has; the app is of no use then.
     """
+    store = _begin(app)
     data = await asyncio.to_thread(store.read, lock=lock)
     try:
         with no_collection():
@@ -56,6 +76,14 @@ async def open_store(app: Qubes, store: StoreFile, *, lock: bool = False) -> Non
             await _remove(app, vm)
         else:
             vm.fire_event("domain-load")
+
+
+def _begin(app: Qubes) -> StoreFile:
+    if app.store is None:
+        raise QubesException("the app has no store to be loaded from")
+    app.events_enabled, app.loading = False, True
+    app.domains["dom0"].events_enabled = False
+    return app.store
 
 
 def _enable_events(app: Qubes) -> None:

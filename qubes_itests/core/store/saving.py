@@ -76,7 +76,7 @@ def _domain(vm: BaseVM) -> Element:
         tags.add("tag", name=tag)
     for devclass, devices in sorted(vm.devices.items()):
         _add_devices(domain, devclass, sorted(devices.get_assigned_devices()))
-    if vm.firewall.rules != Firewall().rules:
+    if vm.firewall.rules != list(Firewall.DEFAULT):
         firewall = domain.add("firewall")
         for rule in vm.firewall.rules:
             firewall.add("rule", rule)

@@ -45,7 +45,8 @@ class StoreMissingError(StoreError):
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            path, f"there is no {path}: the first save of Qubes(store=…) makes one"
+            path,
+            f"there is no {path}: the first save of Qubes(store, load=False) makes one",
         )
 
 

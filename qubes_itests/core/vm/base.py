@@ -102,7 +102,7 @@ class BaseVM(PropertyHolder):
         self.tags = Tags(self)
         #: Its devices, by class; see `qubes_itests.core.device.collections`.
         self.devices = DeviceManager(self, BaseVM.check_whole)
-        self.firewall = Firewall()
+        self.firewall = Firewall(self)
         #: What its user wrote about it.
         self.notes = ""
         #: What is done to it as a whole, its volumes included: ``made``, ``removed``;

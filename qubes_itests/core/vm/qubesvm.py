@@ -257,6 +257,8 @@ class QubesVM(ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
         """Raise when it must not be started."""
         if self not in self.app.domains:
             raise QubesVMNotFoundError(self.name)
+        if self.app.vmm.offline_mode:
+            raise QubesVMError(self, f"VM {self} cannot start: its app is offline")
         self.check_whole()
         if reason := self.features.get(_PROHIBIT):
             raise QubesVMError(

@@ -55,11 +55,7 @@ class SavingQubes(Qubes):
 @pytest.fixture
 def app(tmp_path, run):
     async def make():
-        app = SavingQubes(
-            hypervisor=NoHypervisor(),
-            directory=tmp_path,
-            store=tmp_path / "qubes.xml",
-        )
+        app = SavingQubes(tmp_path / "qubes.xml", load=False, hypervisor=NoHypervisor())
         pool = ReflinkPool(
             name="default", dir_path=tmp_path / "pool", setup_check=False
         )

@@ -40,7 +40,7 @@ def test_firewall_rules_are_stored_and_shown(client, app):
 def test_a_rule_that_cannot_be_leaves_all_as_they_were(client, app, payload, kind):
     error = refusal(client, "admin.vm.firewall.Set", "work", payload=payload)
     assert error.kind == kind
-    assert app.domains["work"].firewall.rules == ("action=accept",)
+    assert app.domains["work"].firewall.rules == ["action=accept"]
     assert app.saved == 0
 
 

@@ -94,7 +94,8 @@ def place(test):
             made = Place(tmp_path, monkeypatch)
             async with made.memory:
                 await test(made)
-                await made.app.close()
+                await made.app.kill_all()
+                made.app.close()
 
         virtual_time.run(program())
 
@@ -221,7 +222,8 @@ def test_closing_undoes_all_but_the_timeline(tmp_path, monkeypatch):
         made.machine.dom0.order(500 * MIB)
         await asyncio.sleep(2)
         await made.vm("free", memory=400).start()
-        await made.app.close()
+        await made.app.kill_all()
+        made.app.close()
 
     virtual_time.run(program())
 
@@ -262,7 +264,8 @@ def test_the_least_budget_has_room_for_a_vm(tmp_path, monkeypatch):
             await made.vm("work").start()
             with pytest.raises(QubesVMStartError, match="not enough memory"):
                 await made.vm("more").start()
-            await made.app.close()
+            await made.app.kill_all()
+            made.app.close()
 
     virtual_time.run(program())
     with pytest.raises(BudgetError):

@@ -28,9 +28,7 @@ def app(tmp_path):
 @pytest.fixture
 def stored(tmp_path):
     """Make an app that is saved to the file `qubes.xml`, with nothing in it."""
-    return Qubes(
-        hypervisor=NoHypervisor(), directory=tmp_path, store=tmp_path / "qubes.xml"
-    )
+    return Qubes(tmp_path / "qubes.xml", load=False, hypervisor=NoHypervisor())
 
 
 @pytest.fixture
@@ -42,7 +40,7 @@ def load(tmp_path):
         if text is not None:
             path.write_text(text.replace("{directory}", str(tmp_path / "pool")))
         options = {"hypervisor": NoHypervisor(), "directory": tmp_path} | options
-        return asyncio.run(Qubes.load(path, **options))
+        return asyncio.run(Qubes.open(path, **options))
 
     return load
 

@@ -402,7 +402,7 @@ async def test_devices_are_cloned_and_keep_who_provides_them(app):
     (cloned,) = copy.devices["block"].get_assigned_devices()
     assert (cloned.virtual_device, cloned.frontend_domain) == (device, copy)
     assert dict(cloned.options) == {"read-only": "yes"}
-    assert (copy.notes, copy.firewall.rules) == ("mine", ("action=drop",))
+    assert (copy.notes, copy.firewall.rules) == ("mine", ["action=drop"])
     with pytest.raises(exc.QubesVMInUseError, match=r"work \(block device .*copy"):
         del app.domains[provider]
 
@@ -483,7 +483,8 @@ async def test_autostart(app):
     assert net.is_running()
     assert app.domains["two"].is_running()
     assert idle.is_halted()
-    await app.close()
+    await app.kill_all()
+    app.close()
 
 
 @pytest.mark.asyncio
@@ -504,7 +505,7 @@ async def test_named_ones_are_kept_in_the_store_and_others_are_not(app, base, tm
     left = await DispVM.from_appvm(base)
     app.add_new_vm("RemoteVM", name="far", label="red", relayvm=base, remote_name="x")
     app.save(lock=False)
-    loaded = await Qubes.load(
+    loaded = await Qubes.open(
         tmp_path / "qubes.xml",
         hypervisor=app.hypervisor,
         directory=tmp_path,

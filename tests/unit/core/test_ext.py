@@ -94,9 +94,9 @@ async def test_extensions_hear_that_an_app_is_closed(app):
     holder = Holder()
     holder.devices_cache["work"] = {"1": app}
     try:
-        await app.close()
+        app.close()
         assert (dict(holder.devices_cache), app.problems) == ({}, [])
-        await app.close()
+        app.close()
         assert len(app.problems) == 1
         assert "nothing was held" in app.problems.pop()
     finally:

@@ -39,9 +39,7 @@ class NoHypervisor:
 
 
 def new_app(directory):
-    return Qubes(
-        hypervisor=NoHypervisor(), directory=directory, store=directory / "qubes.xml"
-    )
+    return Qubes(directory / "qubes.xml", load=False, hypervisor=NoHypervisor())
 
 
 async def make(app, cls="AppVM", name="work", **options):
@@ -70,14 +68,15 @@ def app(tmp_path):
 
 
 async def end(app):
-    await app.close()
+    await app.kill_all()
+    app.close()
     for pool in app.pools.values():
         await pool.destroy()
 
 
 def load(directory):
     return asyncio.run(
-        Qubes.load(
+        Qubes.open(
             directory / "qubes.xml",
             lock=True,
             hypervisor=NoHypervisor(),

@@ -45,7 +45,8 @@ class Population(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "app"):
-            self.runner.run(self.app.close())
+            self.runner.run(self.app.kill_all())
+            self.app.close()
         self.runner.close()
         shutil.rmtree(self.directory)
 

@@ -48,7 +48,7 @@ DEVICE = st.tuples(
 
 
 def with_pool(directory):
-    app = Qubes(hypervisor=None, directory=directory, store=directory / "qubes.xml")
+    app = Qubes(directory / "qubes.xml", load=False)
     pool = ReflinkPool(name="default", dir_path=directory / "pool", setup_check=False)
     asyncio.run(app.add_pool(pool))
     return app
@@ -57,7 +57,7 @@ def with_pool(directory):
 def load(app, **options):
     path = app.store.path
     return asyncio.run(
-        Qubes.load(path, hypervisor=None, directory=path.parent, **options)
+        Qubes.open(path, hypervisor=None, directory=path.parent, **options)
     )
 
 
@@ -208,7 +208,7 @@ async def test_save_async_keeps_the_order_of_changes(app):
         saves.append(app.save_async(lock=False))
     await asyncio.gather(*saves)
     options = {"hypervisor": None, "directory": app.directory}
-    loaded = await Qubes.load(app.store.path, **options)
+    loaded = await Qubes.open(app.store.path, **options)
     assert loaded.domains["work"].memory == 309
 
 
@@ -217,7 +217,7 @@ def test_listeners_are_told_once_it_is_saved(app):
     app.add_handler("app-saved", lambda *_args: seen.append(app.store.path.exists()))
     app.save()
     assert seen == [True]
-    asyncio.run(app.close())
+    app.close()
     load(app, lock=True).store.release()
 
 
