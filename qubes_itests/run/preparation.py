@@ -104,7 +104,8 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
             try:
                 with interruptible():
                     installed = _install(cache, app, settings, wishes)
-                if (limit := own_timeout(app)) is not None:
+                limit = own_timeout(app, settings.template_spec)
+                if limit is not None:
                     timeouts |= dict.fromkeys(installed.entries, limit)
                 found.append(installed)
             except (InstallError, ConfigurationError, ValueError, OSError) as error:

@@ -21,7 +21,7 @@ from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 __all__ = [
     "DEFAULT_TIMEOUT",
@@ -152,13 +152,16 @@ def load(
 _PATH_LISTS = ("app", "template_spec", "policy", "repository")
 
 
-def own_timeout(directory: Path) -> float | None:
+def own_timeout(directory: Path, others: Iterable[Path] = ()) -> float | None:
     """Return the time that the files in an app's directory give each of its tests.
 
-    :return: seconds; 0 for no limit, None where the files do not say.
+    :param others: files that say it where those do not.
+    :return: seconds; 0 for no limit, None where no file says it.
     :raise ConfigurationError: for an unknown key or a bad value.
     """
-    return cast("float | None", _from_files(directory).get("timeout"))
+    tables = (_from_files(directory), *(_from_file(path) or {} for path in others))
+    limits = (table["timeout"] for table in tables if "timeout" in table)
+    return cast("float | None", next(limits, None))
 
 
 def plain(settings: Settings) -> dict[str, object]:
@@ -190,16 +193,19 @@ def convert(name: str, value: object, source: str) -> object:
 
 
 def _from_files(directory: Path) -> dict[str, object]:
-    for name, read in (("pyproject.toml", _read_toml), ("setup.cfg", _read_cfg)):
-        try:
-            table = read(directory / name)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise ConfigurationError(name, error.strerror or str(error)) from None
-        if table is not None:
-            return dict(_converted(table, name))
-    return {}
+    tables = (_from_file(directory / name) for name in ("pyproject.toml", "setup.cfg"))
+    return next((table for table in tables if table is not None), {})
+
+
+def _from_file(path: Path) -> dict[str, object] | None:
+    read = _read_toml if path.suffix == ".toml" else _read_cfg
+    try:
+        table = read(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigurationError(path.name, error.strerror or str(error)) from None
+    return None if table is None else dict(_converted(table, path.name))
 
 
 def _converted(table: Mapping[str, object], source: str) -> list[tuple[str, object]]:

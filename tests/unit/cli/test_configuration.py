@@ -143,3 +143,16 @@ def test_no_machine_gives_such_memory(value):
     with pytest.raises(ConfigurationError, match="--host-memory"):
         convert("host_memory", value, "--host-memory")
     assert convert("host_memory", "3000", "--host-memory") == 3000
+
+
+def test_a_file_of_sections_says_the_time_of_tests_where_an_app_does_not(tmp_path):
+    other, another = tmp_path / "other.cfg", tmp_path / "another.toml"
+    other.write_text("[qubes_itests:template:x]\nbase = tiny\n")
+    another.write_text("[tool.qubes_itests]\ntimeout = 900\n")
+    assert own_timeout(tmp_path, [other]) is None
+    assert own_timeout(tmp_path, [other, another]) == 900
+    (tmp_path / "setup.cfg").write_text("[qubes_itests]\ntimeout = 0\n")
+    assert own_timeout(tmp_path, [another]) == 0
+    other.write_text("[qubes_itests]\ntimeuot = 9\n")
+    with pytest.raises(ConfigurationError, match="unknown key 'timeuot'"):
+        own_timeout(tmp_path, [other])
