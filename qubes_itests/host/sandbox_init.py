@@ -20,10 +20,11 @@ import signal
 import stat
 import struct
 import sys
+import termios
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 NO_SANDBOX = 13
 NOT_FOUND = 127
@@ -75,6 +76,7 @@ def main(mark: str, command: list[str]) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     waited_for = FORWARDED | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
+    modes = terminal_modes()
     check(libc.unshare(CLONE_NEWPID), "make a PID namespace")
     alive, outer = os.pipe()
     child = os.fork()
@@ -83,7 +85,27 @@ def main(mark: str, command: list[str]) -> NoReturn:
         die_with_parent(alive)
         run_init(mark, command, mask)
     os.close(alive)
-    sys.exit(supervise(child))
+    status = supervise(child)
+    # What is killed while it has a terminal in another mode cannot put that right.
+    if modes is not None and modes != terminal_modes() and in_foreground():
+        termios.tcsetattr(0, termios.TCSANOW, modes)
+    sys.exit(status)
+
+
+def terminal_modes() -> list[Any] | None:
+    """Return the modes of the terminal that is the input, if one is."""
+    try:
+        return termios.tcgetattr(0)
+    except termios.error:
+        return None
+
+
+def in_foreground() -> bool:
+    """Return whether the terminal is ours to change: else that would stop us."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
 
 
 def die_with_parent(alive: int) -> None:

@@ -388,6 +388,36 @@ def test_control_c_on_the_terminal_ends_the_run_in_order():
     assert process.returncode == 2
 
 
+def test_a_terminal_has_its_modes_again_when_what_changed_them_is_killed():
+    master, terminal = pty.openpty()
+    modes = termios.tcgetattr(terminal)
+
+    def take_terminal():
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    with _start(
+        """
+        import os, signal, tty
+        from qubes_itests.host import sandbox
+        sandbox.reexec()
+        tty.setraw(0)
+        print("ready", flush=True)
+        os.read(0, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+        stdin=terminal,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    ) as process:
+        assert termios.tcgetattr(terminal) != modes
+        os.write(master, b"x")
+        process.communicate(timeout=_WAIT)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert termios.tcgetattr(terminal) == modes
+    os.close(terminal)
+    os.close(master)
+
+
 def test_what_is_started_to_ignore_a_signal_ignores_it_alone():
     """As below nohup: the run goes on, and its children begin with the default."""
     with _start(

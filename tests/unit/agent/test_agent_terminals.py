@@ -116,7 +116,7 @@ def test_no_size_or_no_terminal_breaks_the_protocol(
 ) -> None:
     with agent.start() as wire:
         wire.hello()
-        stream = wire.spawn("exec sleep 60", kind=kind, source="80x24")
+        stream = wire.spawn("exec sleep 1000", kind=kind, source="80x24")
         resize(wire, stream, *size)
         assert "no terminal, or no size" in wire.expect(FAILED).payload.decode()
     assert (agent.process.returncode, agent.stderr) == (0, "")
@@ -131,7 +131,7 @@ def test_a_late_size_is_ignored(wire: Wire) -> None:
 
 def test_the_interrupt_key_reaches_the_foreground(wire: Wire) -> None:
     stream = terminal(wire, "")
-    wire.write(stream, b"sh -c 'echo rea''dy; exec sleep 60'\r")
+    wire.write(stream, b"sh -c 'echo rea''dy; exec sleep 1000'\r")
     read_until(wire, stream, b"ready")
     wire.write(stream, b"\x03")
     wire.write(stream, b"exit $?\r")
@@ -156,7 +156,7 @@ def test_erasing_takes_a_character_not_a_byte(wire: Wire) -> None:
 @pytest.mark.parametrize("size", [3_000, 200_000])
 def test_all_output_comes_before_the_exit(wire: Wire, size: int) -> None:
     """Also what was on its way in the kernel, and though a child has it open yet."""
-    script = f"stty -opost; sleep 60 & head -c {size} /dev/zero; exit 5"
+    script = f"stty -opost; sleep 1000 & head -c {size} /dev/zero; exit 5"
     result = wire.finish(terminal(wire, script), timeout=5)
     assert (len(result.stdout), result.value) == (size, 5)
 
@@ -197,7 +197,7 @@ def test_a_host_that_goes_hangs_it_up(wire: Wire, kind: int) -> None:
 
 def test_a_guest_that_closes_it_is_a_host_that_reads_an_end(wire: Wire) -> None:
     """The session goes with its terminal, if it does not look after itself."""
-    stream = terminal(wire, "printf last; exec <&- >&- 2>&-; sleep 60; exit 3")
+    stream = terminal(wire, "printf last; exec <&- >&- 2>&-; sleep 1000; exit 3")
     assert read_until(wire, stream, b"last") == b"last"
     assert wire.expect(EOF, stream).channel == 1
     assert wire.expect(EXIT, stream).payload == bytes([1, signal.SIGHUP])
@@ -206,7 +206,7 @@ def test_a_guest_that_closes_it_is_a_host_that_reads_an_end(wire: Wire) -> None:
 def test_a_signal_reaches_the_foreground_too(wire: Wire) -> None:
     """It is a process group of its own, which a shell that is killed leaves behind."""
     stream = terminal(wire, "")
-    wire.write(stream, b"sh -c 'trap \"\" HUP; echo pid $$; exec sleep 60'\r")
+    wire.write(stream, b"sh -c 'trap \"\" HUP; echo pid $$; exec sleep 1000'\r")
     got = b""
     while not (words := [w for w in got.split() if w.isdigit()]):
         got += wire.expect(DATA, stream).payload
@@ -217,7 +217,7 @@ def test_a_signal_reaches_the_foreground_too(wire: Wire) -> None:
 
 
 def test_hello_ends_the_terminals_of_an_earlier_connection(wire: Wire) -> None:
-    stream = terminal(wire, "echo $$; trap '' HUP; exec sleep 60")
+    stream = terminal(wire, "echo $$; trap '' HUP; exec sleep 1000")
     pid = int(read_until(wire, stream, b"\n"))
     wire.hello()
     wire.last_stream = 0
@@ -226,7 +226,7 @@ def test_hello_ends_the_terminals_of_an_earlier_connection(wire: Wire) -> None:
 
 def test_input_that_nobody_reads_costs_a_window(wire: Wire) -> None:
     """What the kernel takes comes back as credit, what waits in the agent does not."""
-    stream = terminal(wire, "stty raw -echo; echo ready; sleep 60")
+    stream = terminal(wire, "stty raw -echo; echo ready; sleep 1000")
     read_until(wire, stream, b"ready")
     wire.write(stream, bytes(WINDOW))
     assert wire.run("echo on").stdout == b"on\n"

@@ -134,7 +134,7 @@ def test_a_stuck_guest_is_left_though_it_takes_no_more_keys(user, guest):
 
 
 def test_what_ran_in_a_shell_that_is_left_ends(user):
-    user.type('sh -c \'trap "" HUP; echo p""id $$; exec sleep 60\'\r')
+    user.type('sh -c \'trap "" HUP; echo p""id $$; exec sleep 1000\'\r')
     user.read_until("pid ")
     pid = int(user.read_until("\r\n"))
     user.type("\r~.")
