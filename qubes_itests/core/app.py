@@ -434,7 +434,7 @@ class Qubes(PoolsMixin):
         """Start the VMs that start with the system; return why some did not."""
         return await start_autostart(self)
 
-    def save(self, *, lock: bool = True) -> None:
+    def save(self, lock: bool = True) -> None:  # noqa: FBT001, FBT002 - as in Qubes OS
         """Write the state to the store, all of it or nothing, and tell listeners.
 
         Without a store they are told all the same: the app lives as long as its run.

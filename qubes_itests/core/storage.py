@@ -74,14 +74,14 @@ class Storage:
         self._made: list[Volume] = []
         self._changes = 0
 
-    def init_volume(self, name: str, config: Mapping[str, Any]) -> Volume:
+    def init_volume(self, name: str, volume_config: Mapping[str, Any]) -> Volume:
         """Bind one volume, and return it; nothing is made on disk.
 
         :param name: what the volume is called in the VM.
-        :param config: what the pool's `init_volume` takes, and ``pool``.
+        :param volume_config: what the pool's `init_volume` takes, and ``pool``.
         :raise QubesPoolNotFoundError: when there is no such pool.
         """
-        settings = dict(config)
+        settings = dict(volume_config)
         app = self.vm.app
         named = settings.pop("pool", None) or app.default_pool_of(name)
         pool = app.get_pool("" if named is None else named)
@@ -91,9 +91,11 @@ class Storage:
         self.volumes[name] = volume
         return volume
 
-    def get_volume(self, volume: Volume | str) -> Volume:
+    def get_volume(self, volume_or_name: Volume | str) -> Volume:
         """Return a volume by itself or its name; KeyError if there is none of that."""
-        return self.volumes[volume] if isinstance(volume, str) else volume
+        if isinstance(volume_or_name, str):
+            return self.volumes[volume_or_name]
+        return volume_or_name
 
     def unbind(self) -> None:
         """Forget the volumes; nothing happens on disk."""

@@ -251,6 +251,11 @@ class SystemTestCase(QubesTestCase):
         await unwrapped(vm).start()
         await self.wait_for_session(vm)
 
+    @staticmethod
+    def set_hvm(vm: Any) -> None:
+        """Have a VM start in the mode `hvm`."""
+        vm.virt_mode = "hvm"
+
     async def wait_for_window_coro(
         self,
         title: str,

@@ -68,10 +68,12 @@ def create_testcases_for_templates(
         yield f"{module.__name__}.{full}"
 
 
-def maybe_create_testcases_on_import(create: Callable[[], Iterable[str]]) -> None:
+def maybe_create_testcases_on_import(
+    create_testcases_gen: Callable[[], Iterable[str]],
+) -> None:
     """Call a function that makes classes when the templates are known already."""
     if os.environ.get(_TEMPLATES) or os.environ.get("QUBES_TEST_LOAD_ALL"):
-        list(create())
+        list(create_testcases_gen())
 
 
 def skipIfTemplate(*templates: str) -> Callable[[Any], Any]:  # noqa: N802 - as in Qubes OS

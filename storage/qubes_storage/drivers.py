@@ -37,15 +37,16 @@ def pool_class(driver: str) -> type[Pool]:
 
 
 @functools.cache
-def driver_parameters(driver: str) -> Mapping[str, bool]:
+def driver_parameters(name: str) -> Mapping[str, bool]:
     """Return the options of a driver, and whether each has to be given.
 
-    Those of its base classes are among them; `name`, which all have, is not.
+    Those of its base classes are among them; that of its name, which all have, is not.
 
+    :param name: the driver's.
     :raise DriverNotFoundError: when no such driver is installed.
     """
     found: dict[str, bool] = {}
-    for cls in pool_class(driver).__mro__:
+    for cls in pool_class(name).__mro__:
         if cls is object or "__init__" not in vars(cls):
             continue
         for parameter in inspect.signature(cls).parameters.values():

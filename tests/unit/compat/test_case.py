@@ -434,3 +434,13 @@ def test_a_window_is_not_waited_for():
                 wait()
 
     assert run(body).wasSuccessful()
+
+
+@pytest.mark.usefixtures("bed")
+def test_set_hvm():
+    def body(self):
+        (vm,) = self.create_vms(["one"])
+        self.set_hvm(vm)
+        self.assertEqual(vm.virt_mode, "hvm")
+
+    assert run(body).wasSuccessful()

@@ -37,7 +37,7 @@ def test_it_is_loaded_when_it_is_made(path):
     app.add_handler("property-set:clockvm", lambda *_args, **_kwargs: seen.append(1))
     app.clockvm = "tiny"
     assert seen == [1]
-    app.save(lock=False)
+    app.save(False)
     assert Qubes(path, True, True).clockvm.name == "tiny"
     app.close()
 

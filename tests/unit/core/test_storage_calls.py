@@ -21,7 +21,11 @@ async def test_a_volume_by_itself_and_by_name(app, template):
     work = await made(app, template, "work")
     private = work.volumes["private"]
     assert work.storage.get_volume("private") is private
-    assert work.storage.get_volume(private) is private
+    assert work.storage.get_volume(volume_or_name=private) is private
+    fresh = {"rw": True, "save_on_stop": True, "size": 4096}
+    added = work.storage.init_volume(name="more", volume_config=fresh)
+    assert work.volumes["more"] is added
+    await added.create()
     with pytest.raises(KeyError):
         work.storage.get_volume("none")
     assert await work.storage.verify()
