@@ -40,7 +40,7 @@ def command_line(arguments: Sequence[str]) -> int:
         if check := getattr(module, "check", None):
             check(command, settings)
         if command.in_sandbox:
-            _enter_sandbox(command, settings, arguments)
+            _enter_sandbox(command, settings)
         elif command.shows_tests and settings.app:
             from qubes_itests.run.preparation import prepare_listing  # noqa: PLC0415
 
@@ -71,13 +71,11 @@ def _prepare(command: Command, settings: Settings) -> None:
     prepare(settings, [command.target] if command.name == "shell" else ())
 
 
-def _enter_sandbox(
-    command: Command, settings: Settings, arguments: Sequence[str]
-) -> None:
+def _enter_sandbox(command: Command, settings: Settings) -> None:
     from qubes_itests.host import sandbox  # noqa: PLC0415 - only where it is used
 
     if not sandbox.active():
         _prepare(command, settings)
     # -P: what lies in the current directory must not be taken for a module
     safe = ["-P"] if sys.flags.safe_path else []
-    sandbox.reexec([sys.executable, *safe, "-m", "qubes_itests", *arguments])
+    sandbox.reexec([sys.executable, *safe, "-m", "qubes_itests", *command.arguments])

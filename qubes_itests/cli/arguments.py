@@ -3,70 +3,74 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from qubes_itests import __version__
 from qubes_itests.exit_codes import ExitCode
-from qubes_itests.run.settings import convert
+from qubes_itests.run.options import PYTEST, option, options
+from qubes_itests.run.settings import OPTIONS, convert
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
-__all__ = ["Command", "parse"]
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+    import pytest
 
 
-#: Options of pytest whose value is the next word: that word names no sub-command.
-_PYTEST_VALUES = _words("""
-    -c -k -m -n -o -p -r -W --basetemp --capture --color --confcutdir --config-file
-    --deselect --dist --durations --durations-min --ignore --ignore-glob --import-mode
-    --junit-prefix --junit-xml --junitprefix --junitxml --last-failed-no-failures
-    --lfnf --log-cli-level --log-file --log-level --maxfail --numprocesses
-    --override-ini --pastebin --pdbcls --pythonwarnings --report-chars --rootdir
-    --show-capture --tb --verbosity --tx --px --maxprocesses --max-worker-restart
-    --maxschedchunk --testrunuid
-""")
-_OWN_VALUES = _words("""
-    --keep --artifacts --timeout --seed --template --hypervisor --filesystem
-    --memory-budget --host-memory --directory --socket --app --template-spec
-    --start-timeout --plugin --requires --policy --repository
-""")
+__all__ = ["Command", "parse", "resembled"]
+
+
+class _SubCommand(NamedTuple):
+    """A sub-command.
+
+    :param module: of this package, which carries it out.
+    :param meaning: what it does: a phrase that begins with a verb.
+    :param words: what it takes besides options: a field of `Command`, how many as
+        argparse says it, what stands for it in the help, and the help.
+    """
+
+    module: str
+    meaning: str
+    words: tuple[tuple[str, str | None, str, str], ...] = ()
+
+
+# fmt: off
+_COMMANDS = {
+    "run": _SubCommand("run", "run the tests of all installed plugins (the default)"),
+    "list": _SubCommand("listing", "list the tests without running them"),
+    "doctor": _SubCommand("doctor", "check what this machine needs to run tests"),
+    "shell": _SubCommand(
+        "shell", "open a shell in a fresh VM made from a template",
+        (("target", None, "VM-or-template", "a template, or a kept VM's folder"),)),
+    "clean": _SubCommand("clean", "remove what killed runs left behind"),
+    "report": _SubCommand("last_run", "show the failures of the last run again"),
+    "memory": _SubCommand(
+        "memory", "show who holds the memory, live, or plot it as an SVG",
+        (("words", "*", "[plot] [FILE]", "a timeline: memory.jsonl"),)),
+    "serve": _SubCommand(
+        "serve", "run the core as a daemon with the Admin API on a socket"),
+    "qvm": _SubCommand(
+        "qvm", "run a client tool of Qubes OS against the newest `serve`",
+        (("tool", None, "TOOL", "its name: qvm-ls, qvm-create and so on"),
+         ("words", argparse.REMAINDER, "...", "the arguments of the tool"))),
+    "orphans": _SubCommand(
+        "orphans", "list, take over or remove volumes of `serve` that no VM has",
+        (("words", "*", "[remove POOL:VOLUME... | adopt NAME CLASS [TEMPLATE]]",
+          "what to do; without words they are listed"),)),
+    "template": _SubCommand(
+        "template", "build a template before the first run that needs it, or list them",
+        (("words", "+", "list | build NAME...", "what to do"),)),
+}
+# fmt: on
 #: With these pytest runs no test.
-_NO_TESTS = _words("""
-    --collect-only --co --fixtures --funcargs --fixtures-per-test --markers
-    --setup-plan
-""")
-_MODULES = {
-    "run": "run",
-    "list": "listing",
-    "doctor": "doctor",
-    "shell": "shell",
-    "clean": "clean",
-    "report": "last_run",
-    "memory": "memory",
-    "serve": "serve",
-    "qvm": "qvm",
-    "orphans": "orphans",
-    "template": "template",
-}
-_HELP = {
-    "run": "run the tests of all installed plugins (the default)",
-    "list": "list the tests without running them",
-    "doctor": "check what this machine needs to run tests",
-    "shell": "open a shell in a fresh VM made from a template",
-    "clean": "remove what killed runs left behind",
-    "report": "show the failures of the last run again",
-    "memory": "show who holds the memory, live, or plot it as an SVG",
-    "serve": "run the core as a daemon with the Admin API on a socket",
-    "qvm": "run a client tool of Qubes OS against the newest `serve`",
-    "orphans": "list, take over or remove volumes of `serve` that no VM has",
-    "template": "build a template before the first run that needs it, or list them",
-}
+_NO_TESTS = frozenset(
+    {
+        *("--collect-only", "--co", "--fixtures", "--funcargs", "--fixtures-per-test"),
+        *("--markers", "--setup-plan"),
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,38 +78,47 @@ class Command:
     """What is to be done.
 
     :param name: the sub-command.
+    :param arguments: the same command line, beginning with the sub-command.
+    :param misspelt: of `run`: its first word, if it resembles a sub-command.
     :param given: the settings that were given, converted.
     :param rest: for `run` what pytest gets.
-    :param json: print JSON.
     :param target: of `shell`: a template, or the directory of a kept VM.
-    :param cache: of `clean`: remove the cache too.
+    :param tool: of `qvm`: its name.
     :param words: of `memory`: ``plot`` or not, and a timeline; of `qvm` what follows
         the tool; of `template` ``list``, or ``build`` and names; of `orphans` what to
         do to which, or nothing.
-    :param output: of `memory plot`: the file to write.
-    :param directory: of `serve`: where its state is kept; empty to forget it.
-    :param print_env: of `serve`: print how to call the one that runs.
-    :param socket: of `qvm` and `orphans`: that of the server; empty for the newest.
-    :param tool: of `qvm`: its name.
     """
 
     name: str
+    arguments: tuple[str, ...] = ()
+    misspelt: str = ""
     given: Mapping[str, object] = field(default_factory=dict)
     rest: tuple[str, ...] = ()
-    json: bool = False
     target: str = ""
-    cache: bool = False
-    words: tuple[str, ...] = ()
-    output: str = ""
-    directory: str = ""
-    print_env: bool = False
-    socket: str = ""
     tool: str = ""
+    words: tuple[str, ...] = ()
+    # fmt: off
+    json: bool = option(False, None, "", "list doctor", "print JSON, not text")
+    cache: bool = option(
+        False, None, "", "clean", "also remove images and saved states")
+    output: str = option(
+        "", None, "SVG", "memory",
+        "write the picture to the file SVG (default: named as the timeline)",
+        short="-o")
+    directory: str = option(
+        "", None, "DIR", "serve", "keep the VMs in DIR until the next time")
+    print_env: bool = option(
+        False, None, "", "serve",
+        "print the environment in which client tools call the newest server, and end")
+    socket: str = option(
+        "", None, "PATH", "qvm orphans",
+        "call the server with the socket PATH (default: the newest)")
+    # fmt: on
 
     @property
     def module(self) -> str:
         """The module of this package that carries it out."""
-        return _MODULES[self.name]
+        return _COMMANDS[self.name].module
 
     @property
     def shows_tests(self) -> bool:
@@ -122,37 +135,117 @@ class Command:
         return self.name == "shell"
 
 
+_ALL = (*OPTIONS.values(), *options(Command))
+
+
 def parse(arguments: Sequence[str]) -> Command:
     """Return what the arguments ask for; exits for ``--help`` and wrong usage.
 
     :raise ConfigurationError: for an option with a bad value.
     """
-    name, others = _split_name(arguments)
+    name, misspelt, others = "run", "", list(arguments)
+    if (position := _first_word(arguments)) is not None:
+        if others[position] in _COMMANDS:
+            name = others.pop(position)
+        else:
+            misspelt = others[position]
     parser = _parser(name)
     known, rest = parser.parse_known_args(others)
+    values = {key: value for key, value in vars(known).items() if value is not None}
+    for made in _ALL:
+        if made.name in values and name not in made.commands:
+            takers = " and ".join(f"`{n}`" for n in made.commands if n != PYTEST)
+            given = made.spellings()[0]
+            parser.error(f"`{name}` does not take {given}, which is for {takers}")
     if rest and name != "run":
         parser.error(f"`{name}` does not take {' '.join(rest)}")
-    values = vars(known)
-    given = {
-        key: convert(key, values.pop(key), f"--{key.replace('_', '-')}")
-        for key in list(values)
-        if key not in Command.__dataclass_fields__
+    settings = {
+        key: convert(key, values.pop(key), made.spellings()[0])
+        for key, made in OPTIONS.items()
+        if key in values
     }
-    values["words"] = tuple(values.get("words", ()))
-    return Command(name=name, given=given, rest=tuple(rest), **values)
+    return Command(
+        name=name,
+        arguments=(name, *others),
+        misspelt=misspelt,
+        given=settings,
+        rest=tuple(rest),
+        words=tuple(values.pop("words", ())),
+        **values,
+    )
 
 
-def _split_name(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    takes_value = False
-    for position, word in enumerate(arguments):
+def _first_word(arguments: Sequence[str]) -> int | None:
+    """Return where the first word is that is no option and no value of one.
+
+    None if there is none, or it neither is nor resembles the name of a sub-command.
+    """
+    takes_value = {s: bool(o.metavar) for o in _ALL for s in o.spellings()}
+    takes_value |= dict.fromkeys(("-h", "--help", "-V", "--version"), False)
+    #: What only pytest can tell the meaning of.
+    foreign: list[str] = []
+    remaining = iter(enumerate(arguments))
+    for position, word in remaining:
+        name, equals, _ = word.partition("=")
         if word == "--":
-            break
-        if not takes_value and not word.startswith("-"):
-            if word not in _MODULES:
-                break
-            return word, [*arguments[:position], *arguments[position + 1 :]]
-        takes_value = word in _PYTEST_VALUES or word in _OWN_VALUES
-    return "run", list(arguments)
+            return None
+        if name in takes_value:
+            if takes_value[name] and not equals:
+                next(remaining, None)
+        elif word.startswith("-"):
+            foreign.append(word)
+        elif not foreign:
+            return position if resembled(word) else None
+        else:
+            foreign.append(word)
+            if resembled(word) and (found := _words_to_pytest(foreign)):
+                return position if found == [word] else None
+    return None
+
+
+def resembled(word: str) -> str:
+    """Return the sub-command that has such a name or a similar one, or ""."""
+    if word in _COMMANDS or not word.isalpha():
+        return word if word in _COMMANDS else ""
+    import difflib  # noqa: PLC0415 - only where it is used
+
+    return "".join(difflib.get_close_matches(word, _COMMANDS, n=1))
+
+
+class _Answer(Exception):  # noqa: N818 - it is no error
+    """Ends pytest before it begins: its argument is what was to be found out."""
+
+
+def _words_to_pytest(arguments: Sequence[str]) -> list[str]:
+    """Return those arguments that are neither options of pytest nor their values.
+
+    Only pytest and its plugins know which of their options take a value, and loading
+    them takes a third of a second. So this is for command lines where a word that may
+    be a sub-command comes after an option that is not ours.
+    """
+    import contextlib  # noqa: PLC0415 - see above
+    import io  # noqa: PLC0415
+
+    import pytest  # noqa: PLC0415
+
+    class Question:
+        # A wrapper, to be before plugins that begin their work here (pytest-cov does).
+        @pytest.hookimpl(wrapper=True, tryfirst=True)
+        def pytest_load_initial_conftests(
+            self, parser: pytest.Parser
+        ) -> Generator[None]:
+            raise _Answer(parser.parse_known_args(arguments).file_or_dir)
+            yield
+
+    # As for the tests themselves, no file of another suite has a say in this.
+    apart = ("-c", os.devnull, "--rootdir", os.curdir, "--noconftest")
+    try:
+        # What pytest does not understand it says when it runs the tests.
+        with contextlib.redirect_stderr(io.StringIO()):
+            pytest.main([*apart, *arguments], [Question()])
+    except _Answer as answer:
+        return list(answer.args[0])
+    return []
 
 
 class _Parser(argparse.ArgumentParser):
@@ -163,126 +256,47 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
+    command, usage = _COMMANDS[name], "[run] [options] [pytest options] [selectors]"
+    if name != "run":
+        usage = " ".join([name, "[options]", *(words[2] for words in command.words)])
     parser = _Parser(
         prog="qubes-itests" if name == "run" else f"qubes-itests {name}",
         description="Run Qubes OS integration tests against real VMs."
         if name == "run"
-        else _HELP[name][0].upper() + _HELP[name][1:] + ".",
+        else f"{command.meaning[0].upper()}{command.meaning[1:]}.",
         epilog=_epilog() if name == "run" else None,
-        usage=_usage(name),
+        usage=f"qubes-itests {usage}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    _add_settings(parser)
-    if name in ("list", "doctor"):
-        parser.add_argument("--json", action="store_true", help="print JSON")
-    elif name == "shell":
-        parser.add_argument(
-            "target", metavar="VM-or-template", help="a template, or a kept VM's folder"
-        )
-    elif name == "memory":
-        parser.add_argument(
-            "words", metavar="[plot] FILE", nargs="*", help="a timeline: memory.jsonl"
-        )
-        parser.add_argument("--output", "-o", metavar="SVG", help="what plot writes")
-    elif name == "template":
-        parser.add_argument(
-            "words", metavar="list | build NAME", nargs="+", help="what to do"
-        )
-    elif name == "serve":
-        _add_serving(parser)
-    elif name == "qvm":
-        _add_tool(parser)
-    elif name == "orphans":
-        _add_socket(parser)
-        parser.add_argument(
-            "words",
-            metavar="remove POOL:VOLUME | adopt NAME CLASS TEMPLATE",
-            nargs="*",
-            help="what to do; without words they are listed",
-        )
-    elif name == "clean":
-        parser.add_argument(
-            "--cache", action="store_true", help="also remove images and saved states"
-        )
-    elif name == "run":
-        parser.add_argument(
-            "--version", "-V", action="version", version=f"qubes-itests {__version__}"
-        )
+    for dest, number, metavar, meaning in command.words:
+        parser.add_argument(dest, nargs=number, metavar=metavar, help=meaning)
+    if name == "run":
+        version = f"qubes-itests {__version__}"
+        parser.add_argument("--version", "-V", action="version", version=version)
+    places = "also in [tool.qubes_itests] of pyproject.toml, and QUBES_ITESTS_*"
+    settings = None
+    for made in _ALL:
+        if name not in made.commands:
+            # what is not for a run may be an option of pytest
+            if name != "run":
+                made.offer(parser.add_argument, hidden=argparse.SUPPRESS)
+        elif made.name not in OPTIONS:
+            made.offer(parser.add_argument)
+        else:
+            settings = settings or parser.add_argument_group("settings", places)
+            made.offer(settings.add_argument)
     return parser
 
 
-def _add_serving(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--directory", metavar="DIR", help="keep the VMs there until the next time")
-    add(
-        "--print-env",
-        action="store_true",
-        help="print the environment in which client tools call the newest one",
-    )
-
-
-def _add_tool(parser: argparse.ArgumentParser) -> None:
-    _add_socket(parser)
-    add = parser.add_argument
-    add("tool", metavar="TOOL", help="qvm-ls, qvm-create …")
-    add("words", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="the tool's own")
-
-
-def _add_socket(parser: argparse.ArgumentParser) -> None:
-    help_ = "of the server to call (the newest)"
-    parser.add_argument("--socket", metavar="PATH", help=help_)
-
-
-def _usage(name: str) -> str:
-    if name == "run":
-        return "qubes-itests [run] [options] [pytest options] [selectors]"
-    words = {
-        "shell": " VM-or-template",
-        "memory": " [plot] [FILE]",
-        "qvm": " TOOL [ARGUMENTS]",
-        "orphans": " [remove POOL:VOLUME... | adopt NAME CLASS [TEMPLATE]]",
-        "template": " list | build NAME...",
-    }.get(name, "")
-    return f"qubes-itests {name} [options]{words}"
-
-
 def _epilog() -> str:
-    rows = "\n".join(f"  {name:8} {text}" for name, text in _HELP.items())
+    rows = "\n".join(f"  {name:8} {c.meaning}" for name, c in _COMMANDS.items())
     return f"""\
-sub-commands, before or after the options (--help after one tells its own):
+sub-commands, before or after the options (--help after one shows its own):
 {rows}
 
 A selector is the beginning of a test's id as `list` shows it:
   qubes-itests smoke
   qubes-itests smoke::TC_Run_tiny::test_010_run
 Options of pytest keep their meaning: -k -m -x --lf -v --junitxml=FILE ...
-and so does -n NUMBER (of workers, each with a sandbox of its own) of pytest-xdist."""
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "settings", "also in [tool.qubes_itests] of pyproject.toml, and QUBES_ITESTS_*"
-    )
-    add = group.add_argument
-    add("--keep", metavar="WHICH", help="keep VM disks of tests: never, failed, always")
-    add("--shell-on-failure", action="store_true", help="open a shell in a failed VM")
-    add("--artifacts", metavar="DIR", help="what failures leave (./itests-artifacts)")
-    add("--timeout", metavar="SECONDS", help="for each test; 0 for none (300)")
-    add("--seed", metavar="NUMBER", help="of random numbers in tests")
-    add("--template", metavar="NAME", action="append", help="to test on; repeatable")
-    add("--app", metavar="DIR", action="append", help="run the tests of that app only")
-    add("--template-spec", metavar="FILE", action="append", help="of derived templates")
-    add("--plugin", metavar="PATH", action="append", help="of an app's tests, in it")
-    add("--requires", metavar="NAME", action="append", help="what they need here")
-    add("--repository", metavar="DIR", action="append", help="to copy from by its name")
-    add("--policy", metavar="PATH", action="append", help="file or directory of policy")
-    add("--warm", action=argparse.BooleanOptionalAction, help="start from saved states")
-    add("--hypervisor", metavar="NAME", help="the back end that runs VMs (qemu)")
-    add("--filesystem", metavar="NAME", help="with the VMs' disks: btrfs or xfs")
-    add("--memory-budget", metavar="MIB", help="of the VMs' machine; 0: no limit (0)")
-    add("--host-memory", metavar="MIB", help="of this machine, for all VMs of the run")
-    add(
-        "--start-timeout", metavar="SECONDS", help="for the start of a VM; 0: as needed"
-    )
+and so does -n NUMBER of pytest-xdist: of workers, each with a sandbox of its own."""

@@ -8,6 +8,8 @@ import secrets
 from typing import TYPE_CHECKING
 
 import qubes_itests
+from qubes_itests.cli.arguments import resembled
+from qubes_itests.run.settings import ConfigurationError
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
@@ -20,11 +22,32 @@ def check(command: Command, settings: Settings) -> None:
     """Refuse what cannot work, before anything is set up.
 
     :raise NoTerminalError: for a shell without anybody to use it.
+    :raise ConfigurationError: for a misspelt sub-command.
     """
+    # tests of apps are not known before they are installed
+    if command.misspelt and not settings.app:
+        _check_spelling(command.misspelt)
     if command.in_sandbox and settings.shell_on_failure:
         from qubes_itests.shell import require_terminal  # noqa: PLC0415
 
         require_terminal("--shell-on-failure")
+
+
+def _check_spelling(word: str) -> None:
+    """Raise ConfigurationError if no test can be meant, but a sub-command may be."""
+    from importlib.metadata import entry_points  # noqa: PLC0415 - only if it is used
+
+    from qubes_itests.discovery import GROUP, GROUP_FOR_TEMPLATE  # noqa: PLC0415
+    from qubes_itests.run.plugins import node_name  # noqa: PLC0415
+
+    groups = (entry_points(group=group) for group in (GROUP, GROUP_FOR_TEMPLATE))
+    names = [node_name(entry.name) for group in groups for entry in group]
+    if not any(name.startswith(word) for name in names):
+        raise ConfigurationError(
+            word,
+            "expected a sub-command or the beginning of a test's id;"
+            f" did you mean `{resembled(word)}`?",
+        )
 
 
 def execute(command: Command, settings: Settings) -> int:

@@ -23,9 +23,11 @@ from qubes_itests.pytest_plugin.watch import FailureWatch
 from qubes_itests.pytest_plugin.worker import Worker
 from qubes_itests.run.app_templates import TemplateProblemError, plugins_for
 from qubes_itests.run.context import RunContext
+from qubes_itests.run.options import PYTEST
 from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import (
     DEFAULT_TIMEOUT,
+    OPTIONS,
     ConfigurationError,
     Settings,
     convert,
@@ -48,20 +50,9 @@ _PREFIX = "--itests-"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Offer the settings under names that other plugins do not take."""
     group = parser.getgroup("qubes_itests", "Qubes OS integration tests")
-    add = group.addoption
-    add(f"{_PREFIX}keep", metavar="WHICH", help="keep VM disks: never, failed, always")
-    add(f"{_PREFIX}shell-on-failure", action="store_true", default=None)
-    add(f"{_PREFIX}artifacts", metavar="DIR", help="what failures leave to look at")
-    add(f"{_PREFIX}timeout", metavar="SECONDS", help="for each test; 0 for none")
-    add(f"{_PREFIX}seed", metavar="NUMBER", help="of random numbers in tests")
-    add(f"{_PREFIX}template", metavar="NAME", action="append", help="to test on")
-    add(f"{_PREFIX}template-spec", metavar="FILE", action="append")
-    add(f"{_PREFIX}repository", metavar="DIR", action="append", help="to copy from")
-    add(f"{_PREFIX}policy", metavar="PATH", action="append", help="of qrexec policy")
-    add(f"{_PREFIX}memory-budget", metavar="MIB", help="of the VMs' machine; 0: any")
-    add(f"{_PREFIX}host-memory", metavar="MIB", help="of this machine, for all VMs")
-    add(f"{_PREFIX}start-timeout", metavar="SECONDS", help="for the start of a VM")
-    add(f"{_PREFIX}no-warm", action="store_false", default=None, dest="itests_warm")
+    for option in OPTIONS.values():
+        if PYTEST in option.commands:
+            option.offer(group.addoption, _PREFIX)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -178,11 +169,10 @@ def pytest_unconfigure(config: pytest.Config) -> Generator[None, Any, Any]:
 def _settings(config: pytest.Config) -> Settings:
     given = {}
     try:
-        for name in Settings.__dataclass_fields__:
+        for name, option in OPTIONS.items():
             value = config.getoption(f"itests_{name}", None)
             if value is not None:
-                option = f"{_PREFIX}{name.replace('_', '-')}"
-                given[name] = convert(name, value, option)
+                given[name] = convert(name, value, option.spellings(_PREFIX)[0])
         return load(config.invocation_params.dir, os.environ, given)
     except ConfigurationError as error:
         raise pytest.UsageError(str(error)) from None

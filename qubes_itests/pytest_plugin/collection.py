@@ -13,6 +13,7 @@ import pytest
 from qubes_itests.report.failures import COMMAND
 from qubes_itests.run.plugins import PROBLEM, named_plugins
 from qubes_itests.run.result import Prepared
+from qubes_itests.run.settings import OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -157,7 +158,11 @@ def _meant(word: str, ids: Sequence[str]) -> list[str]:
     if os.path.isdir(word):  # noqa: PTH112 - Path raises for what is too long
         close = [f"--app {word}"]
     hint = f" Did you mean {close[0]}?" if close else ""
+    told = Prepared.told().words
+    taken = {o.spellings()[0] for o in OPTIONS.values() if "list" in o.commands}
+    pairs = zip(told[::2], told[1::2], strict=True)
+    words = [text for pair in pairs if pair[0] in taken for text in pair]
     raise pytest.UsageError(
         f"no test's id begins with {word!r}.{hint}"
-        f" `{shlex.join([*COMMAND, 'list', *Prepared.told().words])}` shows all."
+        f" `{shlex.join([*COMMAND, 'list', *words])}` shows all."
     )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.discovery import TestClass
 
-__all__ = ["PROBLEM", "named_plugins", "test_ids"]
+__all__ = ["PROBLEM", "named_plugins", "node_name", "test_ids"]
 
 #: Name of the test that fails when something is wrong with a plugin itself.
 PROBLEM = "plugin"
@@ -40,11 +40,11 @@ def named_plugins(templates: Sequence[str]) -> list[tuple[str, Plugin]]:
     # The settings know that variable already; what they say is final.
     environment = {k: v for k, v in os.environ.items() if k != TEMPLATES}
     plugins = _chosen(Selection.from_environment(environment, templates))
-    count = Counter(_node_name(plugin.name) for plugin in plugins)
+    count = Counter(node_name(plugin.name) for plugin in plugins)
     taken: Counter[str] = Counter()
     result = []
     for plugin in plugins:
-        name = _node_name(plugin.name)
+        name = node_name(plugin.name)
         if count[name] > 1 and plugin.group == GROUP:
             name += "@once"
         taken[name] += 1
@@ -100,5 +100,6 @@ def _methods(entry: TestClass) -> list[str]:
     return [name for name in found if getattr(getattr(cls, name), "__test__", True)]
 
 
-def _node_name(name: str) -> str:
+def node_name(name: str) -> str:
+    """Return what the ids of an entry point's tests begin with."""
     return re.sub(r"[^A-Za-z0-9_.@+-]", "_", name) or "_"

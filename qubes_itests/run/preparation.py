@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.run.result import Prepared
-from qubes_itests.run.settings import ConfigurationError, Settings, own_timeout
+from qubes_itests.run.settings import OPTIONS, ConfigurationError, own_timeout
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from qubes_itests.host.cache import Cache
     from qubes_itests.repository import Environment
     from qubes_itests.run.app_templates import Wishes
+    from qubes_itests.run.settings import Settings
 
 __all__ = ["build_templates", "prepare", "prepare_apps", "prepare_listing"]
 
 #: Seconds between two lines where there is no terminal.
 _PLAIN_INTERVAL: Final = 10.0
 _WIDTH: Final = 78
-_DEFAULTS: Final = Settings()
 #: Of the settings those that decide which tests there are and how they go.
 _TOLD_AGAIN: Final = (
     *("app", "template", "template_spec", "plugin", "requires", "repository", "policy"),
@@ -67,11 +67,11 @@ def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
 
 def _told_again(settings: Settings) -> Iterable[tuple[str, str]]:
     """Yield the options without which a test is not found again, or is another."""
-    for option in _TOLD_AGAIN:
-        value, default = getattr(settings, option), getattr(_DEFAULTS, option)
-        if value != default:
+    for option in map(OPTIONS.__getitem__, _TOLD_AGAIN):
+        value = getattr(settings, option.name)
+        if value != option.default:
             for one in value if isinstance(value, tuple) else (value,):
-                yield f"--{option.replace('_', '-')}", str(one)
+                yield option.spellings()[0], str(one)
 
 
 def prepare_listing(settings: Settings) -> Settings:

@@ -1,8 +1,6 @@
-"""What a run is told: files, the environment and the command line, in that order.
+"""Settings of a run: from files, the environment and the command line, in that order.
 
-Each option has one name everywhere: ``keep`` in ``[tool.qubes_itests]`` of
-pyproject.toml (or ``[qubes_itests]`` of setup.cfg) in the current directory,
-``QUBES_ITESTS_KEEP`` in the environment, ``--keep`` on the command line.
+`Settings` is the table of options, and docs/options.md shows it.
 """
 
 from __future__ import annotations
@@ -13,19 +11,21 @@ import math
 import os
 import re
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.run.options import PYTEST, option, options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
 __all__ = [
     "DEFAULT_TIMEOUT",
     "LEAST_MEMORY_BUDGET",
+    "OPTIONS",
     "ConfigurationError",
     "Keep",
     "Settings",
@@ -63,61 +63,10 @@ class Keep(enum.Enum):
     ALWAYS = "always"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """The options of a run.
-
-    :param keep: of which tests the VMs' disk images are kept.
-    :param shell_on_failure: open a shell in a failed test's VM before it is removed.
-    :param artifacts: directory for what failed tests leave to look at.
-    :param timeout: seconds that one test may take; 0 for no limit, None for what the
-        test's app says, or 300.
-    :param seed: of the random numbers that tests draw; None to choose one.
-    :param template: names of the templates that tests run on; empty for the default.
-    :param warm: start VMs from saved states where that is possible.
-    :param hypervisor: name of the back end.
-    :param filesystem: name of the filesystem with the VMs' disks; it has reflinks.
-    :param memory_budget: MiB of the machine that the VMs of each test share, as
-        qmemman balances it; 0 for no such limit.
-    :param host_memory: MiB of this machine's real memory that all VMs of the run may
-        take together; 0 for 80 % of what is available, shared out among workers.
-    :param start_timeout: seconds that the start of a VM may take; 0 for 60, and more
-        where guests are emulated or the machine is busy.
-    :param app: directories of apps whose tests make up the run.
-    :param template_spec: files that say what templates apps derive.
-    :param plugin: where the tests of each app are: a folder in it, or a file in place
-        of setup.py; empty for what the app says, or where they are found.
-    :param requires: what the tests of apps need here, beside what they say.
-    :param policy: files of qrexec policy, and directories of such, for all tests.
-    :param repository: directories that files are copied from into templates, by name.
-    """
-
-    keep: Keep = Keep.NEVER
-    shell_on_failure: bool = False
-    artifacts: Path = Path("itests-artifacts")
-    timeout: float | None = None
-    seed: int | None = None
-    template: tuple[str, ...] = ()
-    warm: bool = True
-    hypervisor: str = "qemu"
-    filesystem: str = "btrfs"
-    memory_budget: int = 0
-    host_memory: int = 0
-    start_timeout: int = 0
-    app: tuple[Path, ...] = ()
-    template_spec: tuple[Path, ...] = ()
-    plugin: tuple[str, ...] = ()
-    requires: tuple[str, ...] = ()
-    policy: tuple[Path, ...] = ()
-    repository: tuple[Path, ...] = ()
-
-    @property
-    def templates(self) -> tuple[str, ...]:
-        """Names of the templates that tests run on, the default ones resolved."""
-        return self.template or _DEFAULT_TEMPLATES
-
-
-_DEFAULT_TEMPLATES = ("tiny",)
+#: The commands that run tests, and those that start VMs.
+_TESTS, _VMS = f"run {PYTEST}", "run serve shell"
+#: On which tests run where nobody says.
+_TEMPLATES = ("tiny",)
 #: Seconds.
 DEFAULT_TIMEOUT = 300.0
 #: An hour, in seconds.
@@ -128,136 +77,6 @@ _TRUTH = {
     "1": True, "yes": True, "true": True, "on": True,
     "0": False, "no": False, "false": False, "off": False,
 }  # fmt: skip
-
-
-def load(
-    directory: Path,
-    environment: Mapping[str, str] = os.environ,
-    given: Mapping[str, object] | None = None,
-) -> Settings:
-    """Return the settings that hold in a directory.
-
-    :param directory: where pyproject.toml and setup.cfg are looked for.
-    :param environment: the environment variables.
-    :param given: converted values from the command line, which win.
-    :raise ConfigurationError: for an unknown key or a bad value.
-    """
-    values: dict[str, object] = {}
-    values.update(_from_files(directory))
-    values.update(_from_environment(environment))
-    values.update(given or {})
-    return Settings(**values)  # type: ignore[arg-type]  # convert() checked them
-
-
-_PATH_LISTS = ("app", "template_spec", "policy", "repository")
-
-
-def own_timeout(directory: Path, others: Iterable[Path] = ()) -> float | None:
-    """Return the time that the files in an app's directory give each of its tests.
-
-    :param others: files that say it where those do not.
-    :return: seconds; 0 for no limit, None where no file says it.
-    :raise ConfigurationError: for an unknown key or a bad value.
-    """
-    tables = (_from_files(directory), *(_from_file(path) or {} for path in others))
-    limits = (table["timeout"] for table in tables if "timeout" in table)
-    return cast("float | None", next(limits, None))
-
-
-def plain(settings: Settings) -> dict[str, object]:
-    """Return settings in types that go to another process; `convert` reads them."""
-    values = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-    values |= {
-        "keep": settings.keep.value,
-        "artifacts": str(settings.artifacts),
-        "template": list(settings.template),
-        **{name: [str(p) for p in getattr(settings, name)] for name in _PATH_LISTS},
-        "plugin": list(settings.plugin),
-        "requires": list(settings.requires),
-    }
-    return {name: value for name, value in values.items() if value not in (None, [])}
-
-
-def convert(name: str, value: object, source: str) -> object:
-    """Return an option's value in its own type.
-
-    :param name: the option's name in `Settings`.
-    :param value: as written in a file, a variable or on the command line.
-    :param source: where it stands, for the error.
-    :raise ConfigurationError: when it does not make sense.
-    """
-    try:
-        return _CONVERTERS[name](value)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(source, f"{name}: {error}") from None
-
-
-def _from_files(directory: Path) -> dict[str, object]:
-    tables = (_from_file(directory / name) for name in ("pyproject.toml", "setup.cfg"))
-    return next((table for table in tables if table is not None), {})
-
-
-def _from_file(path: Path) -> dict[str, object] | None:
-    read = _read_toml if path.suffix == ".toml" else _read_cfg
-    try:
-        table = read(path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConfigurationError(path.name, error.strerror or str(error)) from None
-    return None if table is None else dict(_converted(table, path.name))
-
-
-def _converted(table: Mapping[str, object], source: str) -> list[tuple[str, object]]:
-    result = []
-    for key, value in table.items():
-        name = key.replace("-", "_")
-        if name not in _CONVERTERS:
-            known = ", ".join(_CONVERTERS)
-            raise ConfigurationError(
-                source, f"unknown key {key!r} for qubes_itests; known are: {known}"
-            )
-        result.append((name, convert(name, value, source)))
-    return result
-
-
-def _read_toml(path: Path) -> Mapping[str, object] | None:
-    try:
-        with path.open("rb") as file:
-            table = tomllib.load(file).get("tool", {}).get("qubes_itests")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(path.name, str(error)) from None
-    if table is not None and not isinstance(table, dict):
-        raise ConfigurationError(path.name, "tool.qubes_itests is not a table")
-    # templates of an app are tables of that name; the setting is a list
-    if table is not None and isinstance(table.get("template"), dict):
-        del table["template"]
-    return cast("Mapping[str, object] | None", table)
-
-
-def _read_cfg(path: Path) -> Mapping[str, object] | None:
-    parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read_string(path.read_text(encoding="utf-8"), path.name)
-    except (configparser.Error, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError(path.name, reason) from None
-    if "qubes_itests" not in parser:
-        return None
-    # The section, and not what a DEFAULT section would add for everybody.
-    own = set(parser["qubes_itests"]) - set(parser.defaults())
-    return {key: parser["qubes_itests"][key] for key in sorted(own)}
-
-
-def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
-    variables = {f.name: f"QUBES_ITESTS_{f.name.upper()}" for f in fields(Settings)}
-    result = {}
-    if names := environment.get("QUBES_TEST_TEMPLATES", "").strip():
-        result["template"] = convert("template", names, "QUBES_TEST_TEMPLATES")
-    for name, variable in variables.items():
-        if value := environment.get(variable, "").strip():
-            result[name] = convert(name, value, variable)
-    return result
 
 
 def _keep(value: object) -> Keep:
@@ -360,23 +179,213 @@ def _word(value: object) -> str:
     raise ValueError(f"{value!r} is not a name")
 
 
-_CONVERTERS: dict[str, Callable[[Any], object]] = {
-    "keep": _keep,
-    "shell_on_failure": _flag,
-    "artifacts": _path,
-    "timeout": _seconds,
-    "seed": _integer,
-    "template": _templates,
-    "warm": _flag,
-    "hypervisor": _word,
-    "filesystem": _word,
-    "memory_budget": _memory_budget,
-    "host_memory": _host_memory,
-    "start_timeout": _start_timeout,
-    "app": _paths,
-    "template_spec": _paths,
-    "plugin": _words,
-    "requires": _words,
-    "policy": _paths,
-    "repository": _paths,
-}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """The options of a run: the table from which all that knows of them is made.
+
+    A row has the default, how a value is read, what stands for it in the help, the
+    commands that take the option, and what it does.
+    """
+
+    # fmt: off
+    keep: Keep = option(  # noqa: RUF009 - it makes a field
+        Keep.NEVER, _keep, "WHICH", _TESTS,
+        "keep the disk images of VMs: never, always, or those of failed tests (failed)")
+    shell_on_failure: bool = option(
+        False, _flag, "", _TESTS,
+        "open a shell in a VM of a test that has failed, before the VM is removed")
+    artifacts: Path = option(  # noqa: RUF009 - it makes a field
+        Path("itests-artifacts"), _path, "DIR", f"{_VMS} template {PYTEST}",
+        "put logs and other artefacts of failed tests and templates into DIR")
+    timeout: float | None = option(
+        None, _seconds, "SECONDS", _TESTS,
+        "fail a test that takes longer than SECONDS; 0 for no limit"
+        f" (default: what its app says, or {DEFAULT_TIMEOUT:.0f})")
+    seed: int | None = option(
+        None, _integer, "NUMBER", _TESTS,
+        "seed the random numbers of tests with NUMBER; a run shows the one that it uses"
+        " (default: a new one each time)")
+    template: tuple[str, ...] = option(
+        (), _templates, "NAME", f"{_VMS} list {PYTEST}",
+        "run tests on the template NAME"
+        f" (default: as the app says, or {_TEMPLATES[0]})")
+    app: tuple[Path, ...] = option(
+        (), _paths, "DIR", f"{_VMS} list template",
+        "run only the tests of the app in DIR")
+    template_spec: tuple[Path, ...] = option(
+        (), _paths, "FILE", f"{_VMS} list template {PYTEST}",
+        "derive the templates that FILE describes")
+    plugin: tuple[str, ...] = option(
+        (), _words, "PATH", f"{_VMS} list",
+        "look for the tests of an app in PATH, a folder of the app or a file in place"
+        " of its setup.py (default: as the app says, or wherever they are)")
+    requires: tuple[str, ...] = option(
+        (), _words, "NAME", f"{_VMS} list",
+        "install NAME for the tests of apps, besides what the apps ask for")
+    repository: tuple[Path, ...] = option(
+        (), _paths, "DIR", f"{_VMS} list template {PYTEST}",
+        "let apps copy files from DIR, which they call by the last part of its name")
+    policy: tuple[Path, ...] = option(
+        (), _paths, "PATH", f"{_VMS} list {PYTEST}",
+        "add the qrexec policy in PATH, a file or a directory, to that of all tests")
+    warm: bool = option(
+        True, _flag, "", f"{_VMS} {PYTEST}",
+        "start VMs from saved states where that is possible")
+    hypervisor: str = option(
+        "qemu", _word, "NAME", _VMS,
+        "run VMs with the back end NAME")
+    filesystem: str = option(
+        "btrfs", _word, "NAME", _VMS,
+        "put the disks of VMs on the filesystem NAME, which has reflinks: btrfs or xfs")
+    memory_budget: int = option(
+        0, _memory_budget, "MIB", f"{_VMS} {PYTEST}",
+        "let the VMs of each test share a machine of MIB mebibytes, balanced by"
+        " qmemman; 0 for no such limit")
+    host_memory: int = option(
+        0, _host_memory, "MIB", f"{_VMS} {PYTEST}",
+        "let all VMs together take at most MIB mebibytes of the memory of this machine;"
+        " 0 for 80 % of what is available")
+    start_timeout: int = option(
+        0, _start_timeout, "SECONDS", f"{_VMS} {PYTEST}",
+        "give up the start of a VM after SECONDS; 0 for 60, and more where guests are"
+        " emulated or the machine is busy")
+    # fmt: on
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Names of the templates that tests run on, the default ones resolved."""
+        return self.template or _TEMPLATES
+
+
+#: The table by name.
+OPTIONS = {option.name: option for option in options(Settings)}
+_READERS = {name: option.read for name, option in OPTIONS.items() if option.read}
+
+
+def load(
+    directory: Path,
+    environment: Mapping[str, str] = os.environ,
+    given: Mapping[str, object] | None = None,
+) -> Settings:
+    """Return the settings that hold in a directory.
+
+    :param directory: where pyproject.toml and setup.cfg are looked for.
+    :param environment: the environment variables.
+    :param given: converted values from the command line, which win.
+    :raise ConfigurationError: for an unknown key or a bad value.
+    """
+    values: dict[str, object] = {}
+    values.update(_from_files(directory))
+    values.update(_from_environment(environment))
+    values.update(given or {})
+    return Settings(**values)  # type: ignore[arg-type]  # convert() checked them
+
+
+def own_timeout(directory: Path, others: Iterable[Path] = ()) -> float | None:
+    """Return the time that the files in an app's directory give each of its tests.
+
+    :param others: files that say it where those do not.
+    :return: seconds; 0 for no limit, None where no file says it.
+    :raise ConfigurationError: for an unknown key or a bad value.
+    """
+    tables = (_from_files(directory), *(_from_file(path) or {} for path in others))
+    limits = (table["timeout"] for table in tables if "timeout" in table)
+    return cast("float | None", next(limits, None))
+
+
+def plain(settings: Settings) -> dict[str, object]:
+    """Return settings in types that go to another process; `convert` reads them."""
+    values = {name: _plain(getattr(settings, name)) for name in OPTIONS}
+    return {name: value for name, value in values.items() if value not in (None, [])}
+
+
+def _plain(value: object) -> object:
+    match value:
+        case Keep():
+            return value.value
+        case Path():
+            return str(value)
+        case tuple():
+            return [_plain(item) for item in value]
+    return value
+
+
+def convert(name: str, value: object, source: str) -> object:
+    """Return an option's value in its own type.
+
+    :param name: the option's name in `Settings`.
+    :param value: as written in a file, a variable or on the command line.
+    :param source: where it stands, for the error.
+    :raise ConfigurationError: when it does not make sense.
+    """
+    try:
+        return _READERS[name](value)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(source, f"{name}: {error}") from None
+
+
+def _from_files(directory: Path) -> dict[str, object]:
+    tables = (_from_file(directory / name) for name in ("pyproject.toml", "setup.cfg"))
+    return next((table for table in tables if table is not None), {})
+
+
+def _from_file(path: Path) -> dict[str, object] | None:
+    read = _read_toml if path.suffix == ".toml" else _read_cfg
+    try:
+        table = read(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigurationError(path.name, error.strerror or str(error)) from None
+    return None if table is None else dict(_converted(table, path.name))
+
+
+def _converted(table: Mapping[str, object], source: str) -> list[tuple[str, object]]:
+    result = []
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in OPTIONS:
+            known = ", ".join(OPTIONS)
+            raise ConfigurationError(
+                source, f"unknown key {key!r} for qubes_itests; known are: {known}"
+            )
+        result.append((name, convert(name, value, source)))
+    return result
+
+
+def _read_toml(path: Path) -> Mapping[str, object] | None:
+    try:
+        with path.open("rb") as file:
+            table = tomllib.load(file).get("tool", {}).get("qubes_itests")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(path.name, str(error)) from None
+    if table is not None and not isinstance(table, dict):
+        raise ConfigurationError(path.name, "tool.qubes_itests is not a table")
+    # templates of an app are tables of that name; the setting is a list
+    if table is not None and isinstance(table.get("template"), dict):
+        del table["template"]
+    return cast("Mapping[str, object] | None", table)
+
+
+def _read_cfg(path: Path) -> Mapping[str, object] | None:
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string(path.read_text(encoding="utf-8"), path.name)
+    except (configparser.Error, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(path.name, reason) from None
+    if "qubes_itests" not in parser:
+        return None
+    # The section, and not what a DEFAULT section would add for everybody.
+    own = set(parser["qubes_itests"]) - set(parser.defaults())
+    return {key: parser["qubes_itests"][key] for key in sorted(own)}
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
+    result = {}
+    if names := environment.get("QUBES_TEST_TEMPLATES", "").strip():
+        result["template"] = convert("template", names, "QUBES_TEST_TEMPLATES")
+    for name, declared in OPTIONS.items():
+        if value := environment.get(declared.variable, "").strip():
+            result[name] = convert(name, value, declared.variable)
+    return result

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 from plugin_site import FOR_TEMPLATE, ONCE, PluginSite
 
 from qubes_itests.host.cache import Cache
+from qubes_itests.run.options import PYTEST
+from qubes_itests.run.settings import OPTIONS
 
 PLUGIN = """
     import unittest
@@ -21,6 +26,16 @@ PLUGIN = """
 
     def list_tests():
         return [TC_One]
+"""
+
+
+#: A plugin of pytest with an option that takes a value, and one that may.
+REPORTING = """
+def pytest_addoption(parser):
+    parser.addoption("--html")
+    parser.addoption("--cov", nargs="?")
+def pytest_unconfigure(config):
+    print("html", config.option.html, "cov", config.option.cov)
 """
 
 
@@ -95,6 +110,13 @@ def test_a_selector_that_means_nothing_is_wrong_usage(site):
     assert "Did you mean alpha::TC_One?" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Did you mean --app .?" in site.run("--collect-only", ".").stderr
+
+
+def test_the_list_that_is_offered_has_the_options_that_list_takes(site):
+    site.install("alpha", PLUGIN)
+    told = json.dumps({"words": ["--template", "tiny", "--timeout", "9"]})
+    done = site.run("--collect-only", "alpha::TC_Onr", QUBES_ITESTS_PREPARED=told)
+    assert "qubes_itests list --template tiny` shows all." in done.stderr
 
 
 def test_another_suite_in_the_directory_does_not_leak_in(site):
@@ -175,6 +197,52 @@ def test_clean_says_how_much_was_removed_and_what_is_left(site, tmp_path):
 def _write(path, size):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x" * size)
+
+
+def test_the_value_of_an_option_of_a_plugin_of_pytest_is_no_sub_command(site):
+    site.install("alpha", PLUGIN)
+    (site.site / "reporting.py").write_text(REPORTING)
+    site.register("reporting", "reporting", "pytest11")
+    words = ("--collect-only", "--html", "report", "--cov", "run")
+    done = site.run(*words, QUBES_TEST_EXTRA_INCLUDE="alpha")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "html report cov run" in done.stdout
+
+
+def test_a_misspelt_sub_command_is_told_before_anything_is_made_ready(site, tmp_path):
+    done = site.run("docter")
+    assert done.returncode == 4
+    assert done.stderr == (
+        "qubes-itests: docter: expected a sub-command or the beginning of a test's id;"
+        " did you mean `doctor`?\n"
+    )
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_plugin_may_have_a_name_that_resembles_a_sub_command(site):
+    site.install("doctors", PLUGIN)
+    done = site.run("--collect-only", "-q", "docto")
+    assert done.returncode == 0
+    assert "doctors::TC_One::test_1" in done.stdout
+
+
+def test_a_sub_command_after_options_of_ours_takes_no_pytest():
+    code = (
+        "import sys; from qubes_itests.cli.arguments import parse;"
+        "assert parse(['--template', 'run', '--json', 'list']).name == 'list';"
+        "assert parse(['smoke', 'list']).name == 'run';"
+        "sys.exit('pytest' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pytest_has_the_options_that_are_for_it(site):
+    done = site.run("-p", "qubes_itests", "--help", program="pytest")
+    shown = set(re.findall(r"--itests-[\w-]+", done.stdout))
+    assert {"--itests-keep", "--itests-no-warm"} <= shown
+    for option in OPTIONS.values():
+        words = set(option.spellings("--itests-"))
+        assert shown & words == (words if PYTEST in option.commands else set())
 
 
 def test_help_names_the_sub_commands(site):
