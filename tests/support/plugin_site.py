@@ -75,7 +75,8 @@ class PluginSite:
         """Run the main job as a user without rights."""
         # Compiled to nothing but a status: that user may not be able to read us.
         code = (
-            "import os, sys; from qubes_itests import __main__, cli, configuration;"
+            "import os, sys; from qubes_itests import __main__, cli;"
+            "from qubes_itests.run import options, settings;"
             "from qubes_itests.cli import arguments, run;"
             "from qubes_itests.host import cache, preflight, sandbox;"
             "os.chdir(sys.argv[-1]);"

@@ -12,6 +12,7 @@ import xml.etree.ElementTree as ET
 from plugin_site import FOR_TEMPLATE, ONCE
 
 #: Enough for tests without guests, and quick.
+AGAIN = "  run again   python -m qubes_itests"
 NO_GUESTS = ("--hypervisor", "test")
 
 PLUGIN = """
@@ -79,7 +80,7 @@ def _check_last_lines(site, output):
     assert last[position + 1 : position + 4] == [
         "  cause       AssertionError: 1 != 2 : numbers",
         "  artefacts   itests-artifacts/mixed.TC_Bad.test_fails/  (failure.txt)",
-        "  run again   python -m qubes_itests mixed::TC_Bad::test_fails",
+        f"{AGAIN} --timeout 2.0 --hypervisor test mixed::TC_Bad::test_fails",
     ]
     kept = site.work / "itests-artifacts" / "mixed.TC_Bad.test_fails" / "failure.txt"
     assert "1 != 2" in kept.read_text()
@@ -90,10 +91,7 @@ def test_what_failed_can_be_shown_and_run_again(site):
     site.run(*NO_GUESTS, "mixed::TC_Bad::test_fails", "mixed::TC_Good::test_passes")
     report = site.run("report")
     assert report.returncode == 1
-    assert (
-        "  run again   python -m qubes_itests mixed::TC_Bad::test_fails"
-        in report.stdout
-    )
+    assert f"{AGAIN} --hypervisor test mixed::TC_Bad::test_fails" in report.stdout
     again = site.run(*NO_GUESTS, "--lf", "mixed")
     assert again.returncode == 1
     assert "1 failed, 6 deselected" in again.stdout
