@@ -17,13 +17,12 @@ import contextlib
 import subprocess
 from typing import TYPE_CHECKING, Any
 
+from qubes_itests.guest.link.exit_status import GONE
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
 __all__ = ["Done", "ExitStatus", "ProcessWrapper", "VMWrapper", "unwrapped"]
-
-#: Exit status when the VM went away before a command had ended.
-_GONE = 255
 
 
 class VMWrapper:
@@ -197,7 +196,7 @@ class VMWrapper:
             return self._loop.run_until_complete(ended())
         except ConnectionError:
             # the command may have been what ended the VM: `poweroff`
-            return _GONE
+            return GONE
 
     def _wrapped(self, process: Any, streams: dict[str, int]) -> ProcessWrapper | None:
         if "stdout" not in streams:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from qubes_itests.admin.connection import CLIENT_TIMEOUT
 from qubes_itests.admin.dispatch import Dispatcher, error_name
@@ -12,6 +12,7 @@ from qubes_itests.admin.methods import METHODS
 from qubes_itests.admin.protocol import LONGEST_REQUEST, Request, encode_exception
 from qubes_itests.admin.streams import EventStream
 from qubes_itests.core.exc import QubesVMNotFoundError
+from qubes_itests.guest.link.exit_status import REFUSED
 from qubes_itests.limited_log import LimitedLog
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["handle_vm_call", "offer_to_vms"]
 
 _limited = LimitedLog(logging.getLogger("qubes.admin"))
-
-_REFUSED: Final = 126
 
 
 def offer_to_vms(app: Qubes, dispatcher: Dispatcher | None = None) -> Dispatcher:
@@ -65,7 +64,7 @@ async def handle_vm_call(dispatcher: Dispatcher, source: Any, call: ServiceCall)
             call.service,
             source.name,
         )
-        return _REFUSED
+        return REFUSED
     method, _, argument = call.service.partition("+")
     request = Request(method, argument, source.name, destination, payload)
     stream = _QrexecStream(call.stdout)

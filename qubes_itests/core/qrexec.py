@@ -10,6 +10,7 @@ from qubes_itests.core import dom0_services
 from qubes_itests.core.exc import QubesException
 from qubes_itests.core.policy import evaluate
 from qubes_itests.exc import HarnessError
+from qubes_itests.guest.link.exit_status import NOT_FOUND
 from qubes_itests.guest.link.relay import relay
 from qubes_itests.limited_log import LimitedLog
 from qubes_storage.uninterrupted import to_its_end
@@ -26,8 +27,6 @@ _limited = LimitedLog(logging.getLogger("qubes.qrexec"))
 #: and stdout it uses; it returns the exit status.
 HostService = Callable[[Any, "ServiceCall"], Awaitable[int]]
 
-_REFUSED: Final = 126
-_NOT_FOUND: Final = 127
 _DISPVM: Final = "@dispvm"
 
 #: What tells in a disposable VM's tags whose call it was made for.
@@ -125,5 +124,5 @@ async def _serve_on_host(source: Any, call: ServiceCall) -> None:
         _limited.warning(
             source.name, "%s called %s, which dom0 does not have", source.name, name
         )
-        status = _NOT_FOUND
+        status = NOT_FOUND
     await call.finish(status)

@@ -19,6 +19,7 @@ from qubes_itests.admin.dispatch import EXPECTED_ERRORS
 from qubes_itests.admin.hangups import Hangups
 from qubes_itests.core.exc import QubesVMNotRunningError
 from qubes_itests.guest.exc import GuestGoneError
+from qubes_itests.guest.link.exit_status import GONE, REFUSED
 from qubes_itests.guest.link.process import GuestTerminal
 from qubes_itests.serve.exc import BadCallError
 from qubes_itests.serve.imports import import_volume
@@ -54,8 +55,6 @@ _MODE: Final = 0o660
 _REQUEST_TIMEOUT: Final = 30.0
 #: Seconds that a command has to end when nobody listens to it any more.
 _END_TIMEOUT: Final = 5.0
-_REFUSED: Final = 126
-_GONE: Final = 255
 #: Calls at once, lest they take the descriptors of all else.
 _MOST_CALLS: Final = 512
 _COMMAND: Final = re.compile(r"(?P<user>[^:]*):(?:nogui:)?(?P<rest>.+)", re.DOTALL)
@@ -178,20 +177,20 @@ class Answer:
         try:
             status = await self._do()
         except (BadCallError, ValueError) as error:
-            status = await self._say(str(error), _REFUSED)
+            status = await self._say(str(error), REFUSED)
         except EXPECTED_ERRORS as error:
-            status = await self._say(str(error), _GONE)
+            status = await self._say(str(error), GONE)
         except ConnectionError:
             raise
         except Exception:  # noqa: BLE001 - logged, and the program told
             log.error("a call failed:\n%s", traceback.format_exc())  # noqa: TRY400
             reason = "the call failed unexpectedly; the server's log says more"
-            status = await self._say(reason, _GONE)
+            status = await self._say(reason, GONE)
         await self._send(EXIT, str(status).encode())
 
     async def refuse(self, reason: str) -> None:
         """Do nothing, and send why."""
-        status = await self._say(reason, _REFUSED)
+        status = await self._say(reason, REFUSED)
         await self._send(EXIT, str(status).encode())
 
     async def _do(self) -> int:

@@ -15,6 +15,7 @@ from qubes_itests.core.exc import (
     QubesVMNotRunningError,
     QubesVMShutdownTimeoutError,
 )
+from qubes_itests.guest.link.exit_status import NOT_FOUND
 
 from .emitter import EventAssertions
 from .exc import LeakError
@@ -51,9 +52,6 @@ NET_VM: Final = "sys-net"
 _SESSION_TIMEOUT: Final = 60.0
 #: Seconds that a guest has to write a file.
 _FILE_TIMEOUT: Final = 60.0
-
-#: Exit status of a call whose service is not there.
-_NO_SERVICE: Final = 127
 
 
 class QubesTestCase(EventAssertions, TimedTestCase):
@@ -240,7 +238,7 @@ class SystemTestCase(QubesTestCase):
                 input=vm.default_user.encode(),
             )
         except subprocess.CalledProcessError as error:
-            if error.returncode != _NO_SERVICE:
+            if error.returncode != NOT_FOUND:
                 raise AssertionError(
                     f"the session of {vm} did not begin: exit status"
                     f" {error.returncode}: {error.stderr.decode(errors='replace')}"

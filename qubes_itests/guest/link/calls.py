@@ -6,6 +6,7 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
+from qubes_itests.guest.link.exit_status import REFUSED
 from qubes_itests.guest.link.frames import Channel, ExitKind
 from qubes_itests.guest.link.streams import GuestReader, GuestWriter
 
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CallHandler", "ServiceCall", "refusal"]
 
-#: Exit statuses that qrexec gives a meaning.
-REFUSED: Final = 126
-NOT_FOUND: Final = 127
 
 #: Characters; Linux itself allows 32 for users of its own.
 _USER_MAX: Final = 255

@@ -33,6 +33,7 @@ from qubes_itests.guest.link.events import (
     ReceivedEof,
     Stopped,
 )
+from qubes_itests.guest.link.exit_status import REFUSED
 from qubes_itests.guest.link.frames import (
     HEADER,
     PAYLOAD_MAX,
@@ -57,7 +58,6 @@ _P = TypeVar("_P", bound=GuestProcess)
 
 log = logging.getLogger("qubes_itests.guest")
 
-_REFUSED: Final = 126
 #: Seconds until HELLO is sent again for the first time.
 _HELLO_INTERVAL: Final = 0.2
 #: Bytes in the transport above which no DATA is added, and at which it goes on.
@@ -342,7 +342,7 @@ class AgentConnection(asyncio.Protocol):
         if reason or self._on_call is None:
             reason = reason or "this VM may not call services"
             frame = self.protocol.exit(
-                event.stream, ExitKind.NOT_STARTED, _REFUSED, reason
+                event.stream, ExitKind.NOT_STARTED, REFUSED, reason
             )
             self.send(frame)
             self.hold_up()

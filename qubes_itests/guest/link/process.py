@@ -13,6 +13,7 @@ from qubes_itests.guest.link.descriptors import (
     MergedReader,
     OutputDescriptor,
 )
+from qubes_itests.guest.link.exit_status import GONE
 from qubes_itests.guest.link.frames import Channel, ExitKind
 from qubes_itests.guest.link.streams import GuestReader, GuestWriter
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["GuestProcess", "GuestTerminal"]
 
 #: What `returncode` says when the guest went away before the process ended.
-_GONE: Final = 255
 
 _CHUNK: Final = 65536
 
@@ -238,7 +238,7 @@ class GuestProcess:
     def lose(self, error: GuestGoneError) -> None:
         """Take note that the guest went away."""
         self._error = error
-        self._returncode = _GONE
+        self._returncode = GONE
         self.stdin.break_off(error)
         for reader in self._readers.values():
             reader.lose(error)

@@ -27,6 +27,7 @@ from qubes_itests.guest.link.events import (
     ReceivedEof,
     Stopped,
 )
+from qubes_itests.guest.link.exit_status import NOT_FOUND, REFUSED
 from qubes_itests.guest.link.frames import (
     CREDIT_LIMIT,
     FIRST_GUEST_STREAM,
@@ -53,7 +54,7 @@ __all__ = ["HostProtocol"]
 _LINE_MAX: Final = 1024
 _EXIT_TEXT_MAX: Final = 512
 _SIGNAL_MAX: Final = 64
-_NOT_STARTED_VALUES: Final = (126, 127)
+_NOT_STARTED_VALUES: Final = (REFUSED, NOT_FOUND)
 _HELLO: Final = struct.Struct("<H16s")
 _U32: Final = struct.Struct("<I")
 #: Columns, or rows, of a terminal.

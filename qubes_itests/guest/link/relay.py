@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.guest.exc import GuestGoneError
+from qubes_itests.guest.link.exit_status import GONE
 from qubes_itests.guest.link.frames import Channel
 from qubes_itests.limited_log import LimitedLog
 from qubes_itests.untrusted_text import safe_text
@@ -23,7 +24,6 @@ _limited = LimitedLog(logging.getLogger("qubes_itests.guest"))
 _CHUNK: Final = 262_144
 #: Of a service's stderr so much is logged; the rest is dropped.
 _STDERR_LOGGED: Final = 4096
-_GONE: Final = 255
 
 
 async def relay(call: ServiceCall, process: GuestProcess) -> int:
@@ -72,7 +72,7 @@ async def _until_end(
         _limited.warning(
             call.vm, "%s, called by %s, ended: %s", call.service, call.vm, str(error)
         )
-        status = _GONE
+        status = GONE
     if process.failure:
         await call.refuse(process.failure, exit_code=status)
     else:
