@@ -18,6 +18,7 @@ from qubes_itests.core.exc import (
     QubesValueError,
     QubesVMNotStartedError,
 )
+from qubes_itests.core.ext import Extensions
 from qubes_itests.core.host import QubesHost, VMMConnection
 from qubes_itests.core.labels import LABELS, Label, find_label
 from qubes_itests.core.policy import Policy
@@ -29,6 +30,7 @@ from qubes_itests.core.store.saving import state_of, write_state
 from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.core.vm.appvm import AppVM
 from qubes_itests.core.vm.autostart import start_autostart
+from qubes_itests.core.vm.base import BaseVM
 from qubes_itests.core.vm.cloning import clone_vm
 from qubes_itests.core.vm.dispvm import DispVM
 from qubes_itests.core.vm.features_request import CoreFeatures, request_features
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
 
     from qubes_itests.core.qrexec import HostService
     from qubes_itests.core.store.journal import Journal
-    from qubes_itests.core.vm.base import BaseVM
     from qubes_itests.core.vm.start_memory import MemorySource
     from qubes_itests.guest.image.template import Template
     from qubes_itests.guest.start.warm import WarmStarts
@@ -220,9 +221,11 @@ class Qubes(PoolsMixin):
         }
         #: What went wrong where nobody was there to be told; empty if all is well.
         self.problems: list[str] = []
-        BlockDeviceExtension()
-        CoreFeatures()
-        Rules()
+        #: What answers to the events of the app and its VMs, and to those of no other.
+        self.extensions = Extensions(
+            Qubes, BaseVM, (BlockDeviceExtension, CoreFeatures, Rules)
+        )
+        self.share_handlers(self.extensions.handlers)
         self.domains = VMCollection(self)
         self.domains.add(AdminVM(self))
         for name, value in properties.items():
@@ -493,6 +496,7 @@ class Qubes(PoolsMixin):
             self.fire_event("qubes-close")
         except Exception as error:  # noqa: BLE001 - an extension's; the caller is told
             self.problems.append(f"an extension did not let the app go: {error!r}")
+        self.extensions.close()
         for pool in self.pools.values():
             pool.unclaim()
         if self.store is not None:

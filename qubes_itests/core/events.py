@@ -1,6 +1,7 @@
 """Events: what happens to an object, and whom it concerns.
 
-A class lists its handlers with :func:`handler`; any class and any object may get more.
+A class lists its handlers with :func:`handler`; an object may get more, and so may
+the classes of an app's objects, from its extensions.
 Names of handlers may have wildcards.  Which functions of a class answer to an event is
 found out once per class and event name.
 
@@ -16,12 +17,12 @@ import fnmatch
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from types import GeneratorType
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
 from qubes_itests.core.event_names import check_pattern
 
-__all__ = ["Emitter", "handler"]
+__all__ = ["Emitter", "SharedHandlers", "handler"]
 
 Handler = Callable[..., Any]
 _F = TypeVar("_F", bound=Handler)
@@ -30,6 +31,7 @@ _F = TypeVar("_F", bound=Handler)
 _MOST_RESOLVED: Final = 4096
 
 _Level = tuple[tuple[str, Handler], ...]
+_Resolved = dict[tuple[str, bool], tuple[Handler, ...]]
 _declared_by_class: WeakKeyDictionary[type, _Level] = WeakKeyDictionary()
 
 
@@ -85,48 +87,68 @@ def _is_asynchronous(effect: Any) -> bool:
     return isinstance(effect, (Awaitable, AsyncGenerator))
 
 
+class SharedHandlers:
+    """Handlers that are added to classes, for the objects of one app alone."""
+
+    def __init__(self) -> None:
+        self._by_class: dict[type, list[tuple[str, Handler]]] = {}
+        self._resolved: dict[type, _Resolved] = {}
+
+    def of(self, cls: type) -> Iterable[tuple[str, Handler]]:
+        """Return those of a class itself, not those of its bases."""
+        return self._by_class.get(cls, ())
+
+    def resolved(self, cls: type) -> _Resolved:
+        """Return what the app's objects of a class remember."""
+        return self._resolved.setdefault(cls, {})
+
+    def add(self, cls: type, event: str, function: Handler) -> None:
+        """Have `function` called for an event on any object of the class, once."""
+        handlers = self._by_class.setdefault(cls, [])
+        if (event, function) not in handlers:
+            handlers.append((event, function))
+            self._forget()
+
+    def remove(self, function: Handler) -> None:
+        """Undo each `add` of a function."""
+        for handlers in self._by_class.values():
+            handlers[:] = [known for known in handlers if known[1] != function]
+        self._forget()
+
+    def _forget(self) -> None:
+        # in place: the objects have these very dictionaries
+        for resolved in self._resolved.values():
+            resolved.clear()
+
+
 class Emitter:
     """An object that events are fired on."""
 
     #: While false, no handler is called: the object is still being made.
     events_enabled: bool = False
 
-    _added_handlers: ClassVar[list[tuple[str, Handler]]] = []
-    _resolved: ClassVar[dict[tuple[str, bool], tuple[Handler, ...]]] = {}
+    _shared: SharedHandlers | None = None
+    #: The handlers of names that were fired; those who share handlers share this too.
+    _resolved: _Resolved = {}  # noqa: RUF012 - each class and each app has its own
 
     def __init__(self) -> None:
         self._instance_handlers: list[tuple[str, Handler]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._added_handlers = []
         cls._resolved = {}
 
-    @classmethod
-    def add_class_handler(cls, event: str, function: Handler) -> None:
-        """Have `function` called for an event on any object of this class, once."""
-        if (event, function) not in cls._added_handlers:
-            cls._added_handlers.append((event, function))
-            cls._forget_resolved()
+    def share_handlers(self, shared: SharedHandlers) -> None:
+        """Have those of an app called as well."""
+        self._shared = shared
+        self._resolved = shared.resolved(type(self))
 
-    @classmethod
-    def remove_class_handler(cls, event: str, function: Handler) -> None:
-        """Undo `add_class_handler`; ValueError if that was not done."""
-        cls._added_handlers.remove((event, function))
-        cls._forget_resolved()
-
-    @classmethod
-    def _forget_resolved(cls) -> None:
-        cls._resolved.clear()
-        for subclass in cls.__subclasses__():
-            subclass._forget_resolved()  # noqa: SLF001 - of this very class
-
-    @classmethod
-    def _resolve(cls, event: str, *, pre_event: bool) -> tuple[Handler, ...]:
+    def _resolve(self, event: str, *, pre_event: bool) -> tuple[Handler, ...]:
+        classes, shared = type(self).__mro__, self._shared
         return tuple(
             function
-            for base in (cls.__mro__ if pre_event else reversed(cls.__mro__))
-            for level in (_declared(base), vars(base).get("_added_handlers", ()))
+            for base in (classes if pre_event else reversed(classes))
+            for level in (_declared(base), () if shared is None else shared.of(base))
             for function in _answering(level, event)
         )
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakValueDictionary
 
 from qubes_itests.core import events as events_
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from qubes_itests.core.events import Emitter
 
-__all__ = ["Extension", "handler", "registered_extensions"]
+__all__ = ["Extension", "Extensions", "handler", "registered_extensions"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -42,6 +43,7 @@ def handler(
 class Extension:
     """The base of extensions; there is one object of each class.
 
+    To make it has the app that was made last get it, and each that is made from now on.
     A handler is called with the object that the event was fired on, the event's name,
     and the event's keywords.
     """
@@ -63,35 +65,83 @@ class Extension:
         """Undo what is left of an attachment when a device has gone by itself."""
 
     def register(self) -> None:
-        """Have the handlers called; they are already when the object is made."""
-        if self in _registered:
-            return
-        _registered.append(self)
-        for listened, event, method in self._handlers():
-            listened.add_class_handler(event, method)
+        """Have the app that was made last get it, and each that is made from now on."""
+        if self not in _registered:
+            _registered.append(self)
+        if apps := list(_open.values()):
+            apps[-1].add(self)
 
     def unregister(self) -> None:
-        """Have them called no more, until `register`."""
+        """Have no app get it, nor keep it, until `register`."""
         if self in _registered:
             _registered.remove(self)
-            for listened, event, method in self._handlers():
-                listened.remove_class_handler(event, method)
-
-    def _handlers(self) -> Iterator[tuple[type[Emitter], str, Callable[..., Any]]]:
-        # here, because the app and the VM classes import this module
-        from qubes_itests.core.app import Qubes  # noqa: PLC0415
-        from qubes_itests.core.vm.base import BaseVM  # noqa: PLC0415
-
-        for name in dir(type(self)):
-            function = getattr(type(self), name)
-            for event in getattr(function, "ha_events", ()):
-                listened = Qubes if function.ha_system else function.ha_vm or BaseVM
-                yield listened, event, getattr(self, name)
+        for extensions in list(_open.values()):
+            extensions.remove(self)
 
 
+class Extensions:
+    """The extensions of one app: they hear of that app and its VMs, and of no other.
+
+    :param app: the class of the app.
+    :param vm: the class of all VMs.
+    :param own: classes of extensions of which the app gets an object for itself alone;
+        those that are registered come after them.
+    """
+
+    def __init__(
+        self, app: type[Emitter], vm: type[Emitter], own: Iterable[type[Extension]]
+    ) -> None:
+        self._app = app
+        self._vm = vm
+        self._present: list[Extension] = []
+        #: For the app and its VMs to share.
+        self.handlers = events_.SharedHandlers()
+        for cls in own:
+            extension = object.__new__(cls)
+            extension.__init__()  # type: ignore[misc]
+            self.add(extension)
+        for extension in _registered:
+            self.add(extension)
+        _open[id(self)] = self
+
+    def __iter__(self) -> Iterator[Extension]:
+        return iter(self._present)
+
+    def add(self, extension: Extension) -> None:
+        """Have an extension hear of the app; it has one of each class at most."""
+        if any(type(present) is type(extension) for present in self._present):
+            return
+        self._present.append(extension)
+        for function in _handlers(extension):
+            listened = self._app if function.ha_system else function.ha_vm or self._vm
+            for event in function.ha_events:
+                self.handlers.add(listened, event, function)
+
+    def remove(self, extension: Extension) -> None:
+        """Undo `add`; nothing happens if that was not done."""
+        if extension in self._present:
+            self._present.remove(extension)
+            for function in _handlers(extension):
+                self.handlers.remove(function)
+
+    def close(self) -> None:
+        """Let the app get no further ones: it is closed."""
+        _open.pop(id(self), None)
+
+
+def _handlers(extension: Extension) -> Iterator[Any]:
+    for name in dir(type(extension)):
+        if hasattr(getattr(type(extension), name), "ha_events"):
+            yield getattr(extension, name)
+
+
+#: What each new app gets.
 _registered: list[Extension] = []
+#: Those of the apps that are open, in the order in which they were made; an app that
+#: nobody closes is not kept alive.
+_open: WeakValueDictionary[int, Extensions] = WeakValueDictionary()
 
 
 def registered_extensions() -> tuple[Extension, ...]:
-    """Return those whose handlers are called, in the order in which they were made."""
+    """Return those that each new app gets, in the order in which they were made."""
     return tuple(_registered)

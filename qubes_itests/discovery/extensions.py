@@ -61,7 +61,7 @@ class PluginExtensions:
             _make(entry)
 
     def leave(self) -> None:
-        """Have them called no more, nor any other that is not the core's own."""
+        """Have them called no more, nor any other; an app's own ones go on."""
         if self._added:
             from qubes_itests.core.device.collections import DEVICE_CLASSES  # noqa: PLC0415
 
@@ -71,7 +71,7 @@ class PluginExtensions:
         # to import it would take its time, and nobody has made an extension without it
         ext = sys.modules.get("qubes_itests.core.ext")
         registered = ext.registered_extensions() if ext is not None else ()
-        self._kept = [e for e in registered if not _is_of_the_core(e)]
+        self._kept = list(registered)
         for extension in self._kept:
             extension.unregister()
 
@@ -79,7 +79,3 @@ class PluginExtensions:
 def _make(entry: importlib.metadata.EntryPoint) -> None:
     made: Any = entry.load()
     made()
-
-
-def _is_of_the_core(extension: Extension) -> bool:
-    return type(extension).__module__.partition(".")[0] == "qubes_itests"

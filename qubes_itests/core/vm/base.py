@@ -110,6 +110,7 @@ class BaseVM(PropertyHolder):
         self.under_way = ""
         properties.setdefault("uuid", uuid_module.uuid4())
         Emitter.__init__(self)
+        self.share_handlers(app.extensions.handlers)
         super().__init__(**properties)
 
     @stateless_property

@@ -4,7 +4,7 @@ import pytest
 
 from qubes_itests.core import events
 from qubes_itests.core.event_names import declare
-from qubes_itests.core.events import Emitter, handler
+from qubes_itests.core.events import Emitter, SharedHandlers, handler
 
 declare("start", "stop", "feature:*")
 
@@ -89,20 +89,34 @@ def test_removed_handler_is_not_called():
     assert heard == []
 
 
-def test_class_handler_added_late_reaches_subclasses_that_were_resolved():
-    subject = Derived()
-    subject.fire_event("late")
+def sharing(*subjects):
+    """Return the handlers that these objects share."""
+    shared = SharedHandlers()
+    for subject in subjects:
+        subject.share_handlers(shared)
+    return shared
 
-    def late(vm, _event):
-        vm.seen.append("late")
 
-    Base.add_class_handler("late", late)
-    try:
-        subject.fire_event("late")
-    finally:
-        Base.remove_class_handler("late", late)
-    subject.fire_event("late")
-    assert subject.seen == ["late"]
+def test_shared_handlers_reach_subclasses_that_were_resolved():
+    """Those of the objects that share them alone, from when they are added."""
+    base, derived, other = Base(), Derived(), Derived()
+    shared = sharing(base, derived)
+
+    def late(subject, _event):
+        subject.seen.append("late")
+
+    def fire():
+        for subject in (base, derived, other):
+            subject.fire_event("late")
+        return base.seen, derived.seen, other.seen
+
+    assert fire() == ([], [], [])
+    shared.add(Base, "late", late)
+    assert fire() == (["late"], ["late"], [])
+    shared.remove(late)
+    assert fire() == (["late"], ["late"], [])
+    shared.add(Derived, "l*", late)
+    assert fire() == (["late"], ["late"] * 2, [])
 
 
 def test_coroutine_handler_in_synchronous_event_is_an_error():
@@ -130,15 +144,14 @@ async def test_async_handlers_are_awaited_in_order():
 
 
 def test_resolution_happens_once_per_class_and_event(monkeypatch):
-    subject = Derived()
+    fresh = type("Fresh", (Derived,), {})
+    subject = fresh()
     calls = []
-    resolve = Derived._resolve.__func__
+    resolve = fresh._resolve
     monkeypatch.setattr(
-        Derived,
+        fresh,
         "_resolve",
-        classmethod(
-            lambda cls, event, **kw: calls.append(event) or resolve(cls, event, **kw)
-        ),
+        lambda self, event, **kw: calls.append(event) or resolve(self, event, **kw),
     )
     for _ in range(3):
         subject.fire_event("stop")
@@ -167,15 +180,13 @@ def test_wildcards_are_those_of_the_shell():
 
 def test_added_twice_is_called_once():
     subject = Derived()
-    heard = []
+    shared, heard = sharing(subject), []
+    own, of_class = (lambda *_, n=n: heard.append(n) for n in (1, 2))
     for _ in range(2):
-        subject.add_handler("x", heard.append)
-        Derived.add_class_handler("x", print)
-    try:
-        assert Derived._added_handlers == [("x", print)]
-        assert subject._instance_handlers == [("x", heard.append)]
-    finally:
-        Derived.remove_class_handler("x", print)
+        subject.add_handler("x", own)
+        shared.add(Derived, "x", of_class)
+    subject.fire_event("x")
+    assert heard == [2, 1]
 
 
 def test_handlers_of_a_mere_mixin_are_called():
@@ -195,12 +206,9 @@ def test_handlers_of_a_mere_mixin_are_called():
 def test_defined_handlers_come_before_added_ones_of_their_class_also_before():
     """Classes go the other way round for an announcement, not those within one."""
     subject = Derived()
-    Base.add_class_handler("start", added := lambda *_: "added")
-    try:
-        assert subject.fire_event("start") == ["base", "added", "one", "two"]
-        announced = subject.fire_event("start", pre_event=True)
-    finally:
-        Base.remove_class_handler("start", added)
+    sharing(subject).add(Base, "start", lambda *_: "added")
+    assert subject.fire_event("start") == ["base", "added", "one", "two"]
+    announced = subject.fire_event("start", pre_event=True)
     assert announced == ["one", "two", "base", "added"]
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qubes_itests.core.event_names import declare
-from qubes_itests.core.events import Emitter, handler
+from qubes_itests.core.events import Emitter, SharedHandlers, handler
 
 EVENTS = ("a", "a:b", "a:bc", "b", "b:", "c:d")
 declare(*EVENTS)
@@ -64,6 +64,8 @@ class Model:
             self.classes.append(base)
             self.levels.append(known)
         self.subject = base()
+        self.shared = SharedHandlers()
+        self.subject.share_handlers(self.shared)
         self.subject.events_enabled = True
         self.levels.append([])  # the object's own
 
@@ -72,16 +74,17 @@ class Model:
         function = _function(label, (), by_yield=label[1] % 2)
         entry = (pattern, function, label)
         if where < len(self.classes):
-            cls = self.classes[where]
-            add, remove = cls.add_class_handler, cls.remove_class_handler
+            self.shared.add(self.classes[where], pattern, function)
         else:
             where = -1
-            add, remove = self.subject.add_handler, self.subject.remove_handler
-        add(pattern, function)
+            self.subject.add_handler(pattern, function)
         self.levels[where].append(entry)
 
         def undo():
-            remove(pattern, function)
+            if where < 0:
+                self.subject.remove_handler(pattern, function)
+            else:
+                self.shared.remove(function)
             self.levels[where].remove(entry)
 
         return undo

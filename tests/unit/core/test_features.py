@@ -70,14 +70,12 @@ def test_vetoes_leave_all_as_it_was(work):
 
 def test_announcements_go_from_the_vm_to_its_class(work):
     """And what has happened the other way, as all events do."""
-    told, event, cls = [], "domain-feature-*", type(work)
-    cls.add_class_handler(event, of_class := lambda *_, **__: told.append(0))
+    told, event = [], "domain-feature-*"
+    shared = work.app.extensions.handlers
+    shared.add(type(work), event, lambda *_, **__: told.append(0))
     work.add_handler(event, lambda *_, **__: told.append(1))
-    try:
-        work.features["x"] = "1"
-        del work.features["x"]
-    finally:
-        cls.remove_class_handler(event, of_class)
+    work.features["x"] = "1"
+    del work.features["x"]
     assert told == [1, 0, 0, 1] * 2
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from qubes_itests.core.events import SharedHandlers
 from qubes_itests.core.exc import QubesNoSuchPropertyError, QubesPropertyValueError
 from qubes_itests.core.properties import Property, PropertyHolder, stateless_property
 
@@ -101,17 +102,15 @@ def test_veto_leaves_the_old_value(holder):
 
 def test_announcements_go_from_the_object_to_its_class(holder):
     """And what has happened the other way, as all events do."""
-    told = []
-    Holder.add_class_handler("property-*", of_class := lambda *_, **__: told.append(0))
+    told, shared = [], SharedHandlers()
+    holder.share_handlers(shared)
+    shared.add(Holder, "property-*", lambda *_, **__: told.append(0))
     holder.add_handler("property-*", lambda *_, **__: told.append(1))
-    try:
-        holder.size = 5
-        assert told == [1, 0, 0, 1]
-        told.clear()
-        del holder.size
-        assert told == [1, 0, 1, 0, 0, 1, 0, 1]
-    finally:
-        Holder.remove_class_handler("property-*", of_class)
+    holder.size = 5
+    assert told == [1, 0, 0, 1]
+    told.clear()
+    del holder.size
+    assert told == [1, 0, 1, 0, 0, 1, 0, 1]
 
 
 def test_deleting_resets(holder):

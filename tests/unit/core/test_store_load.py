@@ -9,6 +9,7 @@ import pytest
 from documented import blocks
 
 from qubes_itests.core import exc
+from qubes_itests.core.ext import Extension, handler
 from qubes_itests.core.store.store_errors import StoreFormatError
 from qubes_itests.core.vm.standalonevm import StandaloneVM
 
@@ -147,18 +148,22 @@ def test_empty_store_has_dom0(load):
     assert load("<qubes/>").domains.keys() == ["dom0"]
 
 
+class Note(Extension):
+    def __init__(self):
+        self.seen = []
+
+    @handler("*", vm=StandaloneVM)
+    def on_event(self, _vm, event, **_kwargs):
+        self.seen.append(event)
+
+
 def test_loaded_vms_are_told_and_nothing_is_new(load):
-    seen = []
-
-    def note(_vm, event, **_kwargs):
-        seen.append(event)
-
-    StandaloneVM.add_class_handler("*", note)
     try:
+        note = Note()
         app = load(document(vm("one", prop("memory", 300))))
     finally:
-        StandaloneVM.remove_class_handler("*", note)
-    assert seen == ["domain-load"]
+        note.unregister()
+    assert note.seen == ["domain-load"]
     assert app.events_enabled
     assert app.domains["dom0"].events_enabled
     assert not app.loading
