@@ -5,7 +5,6 @@ import signal
 import sys
 
 import pytest
-from leftovers import wait_for_no_leftovers
 from terminal_user import TerminalUser
 
 PLUGIN = """
@@ -69,7 +68,7 @@ def say(user, command):
     return shown.partition("\r\n")[2].removesuffix("end\r\n")
 
 
-def test_a_shell_in_a_fresh_vm(start, shared_cache):
+def test_a_shell_in_a_fresh_vm(start):
     """It has the window's size, from the first byte on and when it changes."""
     user = start("qubes_itests", "shell", "tiny")
     user.read_until("~. at the beginning of a line leaves it")
@@ -89,11 +88,10 @@ def test_a_shell_in_a_fresh_vm(start, shared_cache):
     user.type("exit 7\r")
     assert user.finish() == 7
     assert user.present_modes() == user.modes
-    assert wait_for_no_leftovers(shared_cache) == []
 
 
 @pytest.mark.parametrize("end", ["escape", "power off", "signal"])
-def test_a_terminal_is_as_before_however_a_shell_ends(start, shared_cache, end):
+def test_a_terminal_is_as_before_however_a_shell_ends(start, end):
     user = start("qubes_itests", "shell", "tiny")
     user.read_until("# ")
     assert user.present_modes() != user.modes
@@ -110,10 +108,9 @@ def test_a_terminal_is_as_before_however_a_shell_ends(start, shared_cache, end):
         user.signal(signal.SIGTERM)
     assert user.finish() == {"signal": 2}.get(end, 255)
     assert user.present_modes() == user.modes
-    assert wait_for_no_leftovers(shared_cache) == []
 
 
-def test_a_shell_after_a_failure(site, start, shared_cache):
+def test_a_shell_after_a_failure(site, start):
     """In each VM that runs, and what is later goes on as if nothing had been."""
     site.install("looked", PLUGIN)
     user = start("qubes_itests", "run", "--shell-on-failure", "looked")
@@ -131,7 +128,6 @@ def test_a_shell_after_a_failure(site, start, shared_cache):
     # what a test prints is captured, though a live line is drawn meanwhile
     assert shown.index("said before") > shown.index("Captured stdout")
     assert user.present_modes() == user.modes
-    assert wait_for_no_leftovers(shared_cache) == []
 
 
 def test_a_shell_after_a_failure_under_plain_pytest(site, start):
