@@ -23,7 +23,7 @@ from .exc import PortalError
 from .waiting import wait_in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
 __all__ = ["PortalLoop"]
 
@@ -59,6 +59,7 @@ class PortalLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         super().__init__()
         self._held: dict[int, list[Callable[[], object]]] = {}
+        self._made_elsewhere: set[asyncio.Task[Any]] = set()
         self.failures: list[dict[str, Any]] = []
 
     # -- what thread am I in -------------------------------------------------
@@ -140,6 +141,23 @@ class PortalLoop(asyncio.SelectorEventLoop):
         raise PortalError(call, f"{_SHARED} {advice}")
 
     # -- scheduling ----------------------------------------------------------
+
+    def create_task(  # type: ignore[override]
+        self, coro: Coroutine[Any, Any, _T], **options: Any
+    ) -> asyncio.Task[_T]:
+        """Make a task; in another thread, one that begins when that thread waits."""
+        task: asyncio.Task[_T] = super().create_task(coro, **options)
+        if self._foreign():
+            # Python 3.14 lists tasks by the thread that made them, and shows a running
+            # loop only its own: `asyncio.all_tasks` would miss these.
+            self._made_elsewhere.add(task)
+            task.add_done_callback(self._made_elsewhere.discard)
+        return task
+
+    def all_tasks(self) -> set[asyncio.Task[Any]]:
+        """Return the tasks that are not done, whichever threads have made them."""
+        elsewhere = tuple(self._made_elsewhere)
+        return asyncio.all_tasks(self) | {task for task in elsewhere if not task.done()}
 
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Any = None

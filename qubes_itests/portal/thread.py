@@ -131,7 +131,7 @@ class Portal:
         task.add_done_callback(lambda _: self.loop.stop())
 
     async def _cancel_all(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        tasks = self.loop.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         if tasks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import os
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qubes_itests.host.cache import descriptors_in_use
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Iterator
 
     from qubes_itests.portal import Portal
@@ -77,7 +77,7 @@ class LeakWatch:
                 )
 
     def _all_tasks(self) -> set[asyncio.Task[Any]]:
-        return self._portal.call(lambda: set(asyncio.all_tasks(self._portal.loop)))
+        return self._portal.call(self._portal.loop.all_tasks)
 
     def _leaked_tasks(self) -> list[str]:
         _until(lambda: not self._all_tasks() - self._tasks)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os.path
 import re
+import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +30,8 @@ _LEGACY_INCLUDE: Final = re.compile(r"(?:!include\s+|\$include:\s*)(\S+)")
 _LEGACY_IGNORED: Final = (".rpmsave", ".rpmnew", ".swp")
 #: Files that include each other twice over would be read without end.
 _MOST_FILES: Final = 1000
+#: Errors of a path that leads to nothing.
+_NO_FILE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 #: Directives, and how many words they take.
 _DIRECTIVES: Final = {
     "!include": 1,
@@ -237,10 +241,12 @@ def _listed(directory: Path) -> list[Path]:
 
 def _data(path: Path) -> bytes:
     try:
-        if path.is_file():
+        # Path.is_file() of Python 3.14 never says why it cannot look at a path.
+        if stat.S_ISREG(path.stat().st_mode):
             return path.read_bytes()
     except OSError as error:
-        raise PolicyFileError(path, error.strerror or str(error)) from error
+        if error.errno not in _NO_FILE:
+            raise PolicyFileError(path, error.strerror or str(error)) from error
     raise PolicyFileError(path, "it is no file")
 
 

@@ -60,6 +60,14 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def _job_done(self, _future: object) -> None:
         self._virtual.jobs -= 1
 
+    async def shutdown_default_executor(self, _timeout: float | None = None) -> None:
+        """Wait for the threads, however long.
+
+        From Python 3.12 on there is a time-out. It would be over at once: the threads
+        that are joined then end in real time, and nothing else holds this loop's.
+        """
+        await super().shutdown_default_executor()
+
 
 def run(program: Coroutine[Any, Any, _T]) -> _T:
     """Run a coroutine in virtual time, and return its result."""

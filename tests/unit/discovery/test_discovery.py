@@ -378,7 +378,7 @@ def test_what_it_looked_for_in_vain_is_said(install):
             import qubes_extension_that_is_not_there.part
         except ImportError:
             try:
-                from string import ascii_letters, nothing_of_that_kind
+                from textwrap import dedent, nothing_of_that_kind
             except ImportError:
                 pass
         def list_tests():

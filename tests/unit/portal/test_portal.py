@@ -231,6 +231,15 @@ def test_outside_its_context_it_says_so():
     portal.close()
 
 
+def test_tasks_that_another_thread_has_made_are_seen(portal):
+    task = portal.facade.create_task(asyncio.sleep(600))
+    assert task in portal.call(portal.loop.all_tasks)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        portal.facade.run_until_complete(task)
+    assert task not in portal.call(portal.loop.all_tasks)
+
+
 def test_leaving_cancels_what_runs_and_ends_the_thread():
     ended = threading.Event()
 
