@@ -43,7 +43,7 @@ def handler(
 class Extension:
     """The base of extensions; there is one object of each class.
 
-    To make it has the app that was made last get it, and each that is made from now on.
+    Making it registers it.
     A handler is called with the object that the event was fired on, the event's name,
     and the event's keywords.
     """
@@ -65,14 +65,14 @@ class Extension:
         """Undo what is left of an attachment when a device has gone by itself."""
 
     def register(self) -> None:
-        """Have the app that was made last get it, and each that is made from now on."""
+        """Add it to the app that was made last, and to each that is made later."""
         if self not in _registered:
             _registered.append(self)
         if apps := list(_open.values()):
             apps[-1].add(self)
 
     def unregister(self) -> None:
-        """Have no app get it, nor keep it, until `register`."""
+        """Remove it from all apps, and add it to no other until `register`."""
         if self in _registered:
             _registered.remove(self)
         for extensions in list(_open.values()):
@@ -80,12 +80,12 @@ class Extension:
 
 
 class Extensions:
-    """The extensions of one app: they hear of that app and its VMs, and of no other.
+    """The extensions of one app, which are called for it and its VMs alone.
 
     :param app: the class of the app.
     :param vm: the class of all VMs.
-    :param own: classes of extensions of which the app gets an object for itself alone;
-        those that are registered come after them.
+    :param own: classes of extensions of which each app has its own object; those that
+        are registered, which all apps have in common, come after them.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Extensions:
         return iter(self._present)
 
     def add(self, extension: Extension) -> None:
-        """Have an extension hear of the app; it has one of each class at most."""
+        """Have an extension called for the app, which has one of each class at most."""
         if any(type(present) is type(extension) for present in self._present):
             return
         self._present.append(extension)
@@ -125,7 +125,7 @@ class Extensions:
                 self.handlers.remove(function)
 
     def close(self) -> None:
-        """Let the app get no further ones: it is closed."""
+        """Add no more that are registered: the app is closed."""
         _open.pop(id(self), None)
 
 

@@ -131,8 +131,8 @@ def test_an_extension_of_one_app_does_not_answer_in_another(app, other):
 
 
 def test_the_last_app_is_one_that_is_open(app, other):
-    other.extensions.close()
-    other.extensions.close()
+    other.close()
+    other.close()
     listener = Listener()
     try:
         assert (fire(app, listener.heard), fire(other, listener.heard)) == (2, 0)
