@@ -226,8 +226,8 @@ class ImageVolume(Volume):
         elif self.save_on_stop:
             image = self._committed_image("start")
             # Another name of it, or a reader, still relies on its content.
-            alone = image.stat().st_nlink == 1 and not self.use.is_exported()
-            if self.revisions_to_keep < 0 and alone:
+            may = self.revisions_to_keep < 0 and image.stat().st_nlink == 1
+            if may and not self.use.is_exported():
                 # On the disk before the VM writes: else the file that it has written
                 # to could still be the committed image after a power cut.
                 files.rename(image, self.files.dirty)
