@@ -44,7 +44,10 @@ ALIASES: Final[dict[str, tuple[str, ...]]] = {
         "qubes_itests.core.exc:DeviceNotAssigned",
         "qubes_itests.core.exc:UnrecognizedDevice",
     ),
-    "qubes.events": ("qubes_itests.core.events",),
+    "qubes.events": (
+        "qubes_itests.core.events:Emitter",
+        "qubes_itests.core.events:handler",
+    ),
     "qubes.exc": ("qubes_itests.core.exc",),
     "qubes.ext": (
         "qubes_itests.core.ext:Extension",
