@@ -23,6 +23,7 @@ from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Mapping
     from pathlib import Path
 
@@ -109,6 +110,11 @@ class QubesVM(ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
     def agent(self) -> GuestAgent | None:
         """The agent of the present run; None for a guest without one."""
         return self.life.agent
+
+    @property
+    def _domain_stopped_lock(self) -> asyncio.Lock:
+        # what suites of the core wait for by this name
+        return self.life.stopped_lock
 
     @property
     def libvirt_domain(self) -> object | None:
