@@ -20,8 +20,8 @@ from qubes_itests.core.event_names import EVENTS, check_pattern, declare
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "events.md"
 ROW = re.compile(r"^\| `[a-z].*\|$", re.MULTILINE)
-#: Methods that fire; the last two fire for their only callers what these name.
-FIRE = {"fire_event", "fire_event_async", "_fire", "_announce_volumes"}
+#: Methods that fire; the last fires what its callers name.
+FIRE = {"fire_event", "fire_event_async", "_announce_volumes"}
 BY_NAME = {event.name: event for event in EVENTS}
 
 
@@ -71,6 +71,10 @@ def keys_returned(module, method):
 def calls(module):
     """Yield each call that fires, with the innermost function that it is in."""
     within = {}
+    called = {node.func for node in ast.walk(module) if isinstance(node, ast.Call)}
+    for node in ast.walk(module):
+        by_another_name = isinstance(node, ast.Attribute) and node not in called
+        assert not (by_another_name and node.attr in FIRE), ast.unparse(node)
     for function in ast.walk(module):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             for node in ast.walk(function):
