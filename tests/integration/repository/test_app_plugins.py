@@ -25,3 +25,11 @@ def test_all_tests_of_an_app_pass(site, app, count):
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.findall(rf"^PASSED +{app}::(\S+)", done.stdout, re.MULTILINE)
     assert len(passed) == count, done.stdout
+
+
+def test_all_tests_of_the_installed_plugins_pass(site):
+    """The README's command without arguments, which runs those that come with it."""
+    site.timeout = 290.0
+    done = site.run("smoke", "split-echo", QUBES_ITESTS_CACHE=str(Cache().root))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^PASSED ", done.stdout, re.MULTILINE)) > 40, done.stdout
