@@ -30,4 +30,4 @@ def test_it_is_set_up_once(monkeypatch, capsys):
         enable(logging.ERROR)
     assert (root.level, len(root.handlers)) == (logging.DEBUG, 1)
     root.debug("where")
-    assert "test_log.test_it_is_set_up_once:" in capsys.readouterr().err
+    assert "test_log_formats.test_it_is_set_up_once:" in capsys.readouterr().err
