@@ -165,7 +165,7 @@ def _descendants(pid):
 
 def pool_of(served):
     """Return the directory of the server's pool, which is mounted in its sandbox."""
-    inside = served.state.relative_to("/") / "btrfs" / "default"
+    inside = served.state.relative_to("/") / "btrfs" / "varlibqubes"
     for pid in (served.process.pid, *_descendants(served.process.pid)):
         path = Path(f"/proc/{pid}/root") / inside
         if (path / ".lock").exists():
@@ -202,7 +202,7 @@ def look(served, vms: dict[str, Known], findings: Findings) -> None:
     found = {v.vid for v in find_volumes(pool) if v.vid.startswith("appvms/")}
     findings.hollow += sorted(expected - found)
     findings.orphans += sorted(found - expected)
-    told = served.client.call("admin.pool.volume.ListOrphans", "dom0", "default")
+    told = served.client.call("admin.pool.volume.ListOrphans", "dom0", "varlibqubes")
     findings.orphans += told.decode().split()
     findings.lost += [f"{name}: not known" for name in there if _unknown(name, vms)]
     notes = served.state / "qubes.xml.journal"

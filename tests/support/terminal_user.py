@@ -83,7 +83,7 @@ class TerminalUser:
         end = time.monotonic() + self._timeout
         while (found := self.shown.find(text.encode(), self._seen)) < 0:
             ready = select.select([self._terminal], [], [], end - time.monotonic())
-            assert ready[0], f"no {text!r} in {self.shown!r}"
+            assert ready[0], f"no {text!r} at the end of {self.shown[-2000:]!r}"
             assert self._read(), f"the end, and no {text!r} in {self.shown!r}"
         before, self._seen = self._seen, found + len(text.encode())
         return self.shown[before : self._seen].decode(errors="replace")
@@ -100,7 +100,7 @@ class TerminalUser:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self._status = os.waitstatus_to_exitcode(status)
-            assert time.monotonic() < end, f"no end after {self.shown!r}"
+            assert time.monotonic() < end, f"no end after {self.shown[-2000:]!r}"
         while self._terminal >= 0 and self._read():
             pass
         return self._status

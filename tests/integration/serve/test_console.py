@@ -36,11 +36,17 @@ def test_it_is_a_shell_with_the_windows_size(start):
     user.type("trap 'stty size' WINCH; hostname; stty size; echo re''ady\r")
     assert "work\r\n30 100\r\n" in user.read_until("ready")
     user.read_until("# ")
-    user.type("head -c 400000 /dev/zero | tr '\\0' z; read line\r")
+    user.type("head -c 400000 /dev/zero | tr '\\0' z; echo do''ne; read line\r")
     user.read_until("z" * 400_000)
+    user.read_until("done")  # before, the window is that of the pipe, not the shell's
     user.resize(132, 43)
     user.read_until("43 132")
+    # a process of the job says so itself: before, the key may meet the shell alone
+    user.type("\rsh -c \"echo be''gun; exec cat\"\r")
+    user.read_until("begun")
     user.type("\x03")
+    # what is typed before the prompt may be dropped with what the key interrupts
+    user.read_until("# ")
     user.type("exit 7\r")
     assert user.finish() == 7
     assert user.present_modes() == user.modes
