@@ -99,7 +99,7 @@ def test_failure_carries_the_reason_without_what_steers_a_terminal(protocol):
     assert event == Failed(r"no disk\x1b[2J\nFAKE: 1 passed")
 
 
-@pytest.mark.parametrize("kind", [0, F.HELLO, F.SPAWN, F.SIGNAL, F.RESIZE, 0x55])
+@pytest.mark.parametrize("kind", [0, F.HELLO, F.SPAWN, F.SIGNAL, F.RESIZE, 0x55, 0xFF])
 def test_unknown_types_and_those_of_the_host(protocol, kind):
     header = HEADER.pack(kind, 0, 0, 0)
     assert "types listed" in broken_by(protocol, header)
