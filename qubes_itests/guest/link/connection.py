@@ -60,8 +60,11 @@ log = logging.getLogger("qubes_itests.guest")
 
 #: Seconds until HELLO is sent again for the first time.
 _HELLO_INTERVAL: Final = 0.2
-#: Bytes in the transport above which no DATA is added, and at which it goes on.
-_HIGH_WATER: Final = WINDOW
+#: Bytes that a step gathers before it hands them to the transport.
+_GATHERED: Final = WINDOW // 4
+#: Bytes in the transport above which no DATA is added, and at which it goes on. What a
+#: step has gathered is not in there yet, so the two together make a window.
+_HIGH_WATER: Final = WINDOW - _GATHERED
 _LOW_WATER: Final = WINDOW // 4
 #: Bytes in the transport above which nothing is heard of the guest. An agent that does
 #: not read before we do (its own buffer is full) must never be met by this, or both
@@ -101,6 +104,8 @@ class AgentConnection(asyncio.Protocol):
         self._answer: asyncio.Future[Event] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = loop
+        #: What a step has sent so far; None outside of steps.
+        self._gathered: bytearray | None = None
         #: Whether more lies in the transport than should.
         self._crowded = False
         #: Who has something to write when there is room again, in this order.
@@ -162,20 +167,25 @@ class AgentConnection(asyncio.Protocol):
         """
         now = self._loop.time()
         end, calls = now + _STEP, 0
-        while now <= end and calls < _CALLS_A_STEP and not self.closed.done():
-            if now < self._quiet_until:
-                return self._quiet_until - now
-            if self._crowded and transport.get_write_buffer_size() > _TOO_MUCH:
-                return math.inf
-            try:
-                event = next(self._frames)
-            except StopIteration:
-                return None
-            if event is not None:
-                self._handlers[type(event)](self, event)
-                calls += type(event) is Called
-            now = self._loop.time()
-        return _STEP
+        self._gathered = bytearray()
+        try:
+            while now <= end and calls < _CALLS_A_STEP and not self.closed.done():
+                if now < self._quiet_until:
+                    return self._quiet_until - now
+                if self._crowded and transport.get_write_buffer_size() > _TOO_MUCH:
+                    return math.inf
+                try:
+                    event = next(self._frames)
+                except StopIteration:
+                    return None
+                if event is not None:
+                    self._handlers[type(event)](self, event)
+                    calls += type(event) is Called
+                now = self._loop.time()
+            return _STEP
+        finally:
+            gathered, self._gathered = self._gathered, None
+            self.send(gathered)
 
     def eof_received(self) -> None:
         """Let the transport close; `connection_lost` follows."""
@@ -187,10 +197,22 @@ class AgentConnection(asyncio.Protocol):
 
     # for streams
 
-    def send(self, data: bytes) -> None:
-        """Hand bytes to the transport; dropped when the connection has ended."""
-        if data and self._transport is not None and not self.closed.done():
-            self._transport.write(data)
+    def send(self, data: bytes | bytearray) -> None:
+        """Hand bytes to the transport; dropped when the connection has ended.
+
+        What one step sends goes there together. asyncio keeps each write that has to
+        wait as a piece, and counts them all at each further one: a guest that does not
+        read, and has us answer in thousands of small frames, would cost the square.
+        """
+        if not data or self._transport is None or self.closed.done():
+            return
+        if self._gathered is not None:
+            self._gathered += data
+            if len(self._gathered) < _GATHERED:
+                return
+            # more would escape `_crowded`, by which the writers of DATA go
+            data, self._gathered = self._gathered, bytearray()
+        self._transport.write(data)
 
     def has_room(self, writer: GuestWriter) -> bool:
         """Tell whether DATA may be sent now; if not, `writer.flush` is called later."""

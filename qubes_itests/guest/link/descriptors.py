@@ -12,6 +12,7 @@ import select
 from typing import TYPE_CHECKING, Final, Protocol
 
 from qubes_itests.guest.exc import GuestGoneError
+from qubes_itests.guest.link.streams import LosableReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -128,7 +129,7 @@ class _Gate(asyncio.ReadTransport):
         self.open.set()
 
 
-class MergedReader(asyncio.StreamReader):
+class MergedReader(LosableReader):
     """What comes from several readers.
 
     :param readers: nobody else reads from them.
@@ -145,7 +146,7 @@ class MergedReader(asyncio.StreamReader):
         try:
             await asyncio.gather(*map(self._pass_on, self._sources))
         except GuestGoneError as error:
-            self.set_exception(error)
+            self.lose(error)
         else:
             self.feed_eof()
 

@@ -51,33 +51,33 @@ async def relay(call: ServiceCall, process: GuestProcess) -> int:
         )
     ]
     try:
-        return await _until_end(call, process, pumps)
+        try:
+            status = await process.wait()
+        except GuestGoneError as error:
+            # as text: who keeps the record would keep the error, and so the VMs
+            _limited.warning(
+                call.vm,
+                "%s, called by %s, ended: %s",
+                call.service,
+                call.vm,
+                str(error),
+            )
+            status = GONE
+        # EXIT of a call must be the last of it, so all that the process wrote goes
+        # first; also what came from a guest that then went away
+        await pumps[1]
+        if process.failure:
+            await call.refuse(process.failure, exit_code=status)
+        else:
+            await call.finish(status)
+        return status
     finally:
         process.hang_up()
         for pump in pumps:
             pump.cancel()
+        # cancelled pumps still use the streams of both; who ended the call may let go
+        # of them only now
         await asyncio.wait(pumps)
-
-
-async def _until_end(
-    call: ServiceCall, process: GuestProcess, pumps: list[asyncio.Task[None]]
-) -> int:
-    try:
-        status = await process.wait()
-        await pumps[1]  # all that it wrote
-    except GuestGoneError as error:
-        if error.vm == call.vm:
-            raise
-        # as text: who keeps the record would keep the error, and so the VMs
-        _limited.warning(
-            call.vm, "%s, called by %s, ended: %s", call.service, call.vm, str(error)
-        )
-        status = GONE
-    if process.failure:
-        await call.refuse(process.failure, exit_code=status)
-    else:
-        await call.finish(status)
-    return status
 
 
 async def _pump(reader: GuestReader, writer: GuestWriter) -> None:

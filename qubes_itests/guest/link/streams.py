@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.guest.link.protocol import HostProtocol
 
-__all__ = ["GuestReader", "GuestWriter", "Link"]
+__all__ = ["GuestReader", "GuestWriter", "Link", "LosableReader"]
 
 #: Where a reader stops giving back credit at once; `readline` takes lines up to it.
 _LIMIT: Final = 65_536
@@ -54,7 +54,52 @@ class _Throttle(asyncio.ReadTransport):
         self._reader.give_credit()
 
 
-class GuestReader(asyncio.StreamReader):
+class LosableReader(asyncio.StreamReader):
+    """A reader whose source may go away before its end.
+
+    What had come until then is read as always; who asks for more gets the error.
+    """
+
+    _lost: Exception | None = None
+
+    def lose(self, error: Exception) -> None:
+        """Take note that the rest will never come."""
+        # `set_exception` would not do: asyncio raises what it set before it looks into
+        # the buffer, and the last words of a guest that crashed would be gone
+        self._lost = error
+        super().feed_eof()
+
+    async def read(self, n: int = -1) -> bytes:
+        """Read as `asyncio.StreamReader` does; what was lost is no end."""
+        data = await super().read(n)
+        if self._lost is not None and n and not data:
+            raise self._lost
+        return data
+
+    async def readexactly(self, n: int) -> bytes:
+        """Read so many bytes; when fewer are left, `read` still returns those."""
+        try:
+            return await super().readexactly(n)
+        except asyncio.IncompleteReadError as left:
+            raise self._keep(left) from None
+
+    async def readuntil(self, separator: bytes = b"\n") -> bytes:  # type: ignore[override]  # a tuple, since 3.13
+        """Read up to a separator; when none is left, `read` returns what is."""
+        try:
+            return await super().readuntil(separator)
+        except asyncio.IncompleteReadError as left:
+            raise self._keep(left) from None
+
+    def _keep(self, left: asyncio.IncompleteReadError) -> Exception:
+        if self._lost is None:
+            return left
+        # asyncio has taken it out of the buffer
+        self._buffer: bytearray
+        self._buffer += left.partial
+        return self._lost
+
+
+class GuestReader(LosableReader):
     """What the guest writes on one channel.
 
     Credit goes back to the guest as the consumer takes bytes, so that the buffer holds
@@ -108,9 +153,9 @@ class GuestReader(asyncio.StreamReader):
         super().feed_eof()
 
     def lose(self, error: Exception) -> None:
-        """Take note that the rest will never come."""
+        """Take note that the rest will never come, unless its end has come."""
         if not self._complete:
-            self.set_exception(error)
+            super().lose(error)
 
     def _give(self, size: int) -> None:
         if size <= 0 or not self._link.protocol.is_open(self._address[0]):
@@ -119,7 +164,7 @@ class GuestReader(asyncio.StreamReader):
         self._link.send(self._link.protocol.give_credit(*self._address, size))
 
     def _buffered(self) -> int:
-        return len(self._buffer)  # type: ignore[attr-defined]
+        return len(self._buffer)
 
 
 class GuestWriter:

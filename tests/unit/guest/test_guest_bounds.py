@@ -183,6 +183,61 @@ async def test_a_guest_that_does_not_read_answers_is_not_listened_to(
     await until(functools.partial(listens, agent))
 
 
+@pytest.fixture
+def whole_steps(monkeypatch):
+    """Let a step take all that has come, and hold nobody up."""
+    monkeypatch.setattr(connection, "_REFUSAL", 0)
+    monkeypatch.setattr(connection, "_CALLS_A_STEP", 1 << 30)
+    monkeypatch.setattr(connection, "_STEP", 60.0)
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """Sizes of what connections hand to their transports."""
+    sizes = []
+    write = asyncio.selector_events._SelectorSocketTransport.write
+
+    def counted(transport, data):
+        sizes.append(len(data))
+        write(transport, data)
+
+    monkeypatch.setattr(
+        asyncio.selector_events._SelectorSocketTransport, "write", counted
+    )
+    return sizes
+
+
+@pytest.mark.usefixtures("whole_steps")
+async def test_a_step_makes_one_write(connect, writes):
+    """For asyncio counts all that wait at each further one."""
+    agent, peer = await connect()
+    writes.clear()
+    agent._connection.data_received(invalid_calls(0, 500))
+    assert len(writes) == 1
+    for number in range(500):
+        assert (await peer.expect(F.EXIT)).stream == FIRST_GUEST_STREAM + number
+
+
+@pytest.mark.usefixtures("whole_steps")
+async def test_what_a_step_gathers_counts_for_the_writers_of_data(connect, writes):
+    """Credit for forty streams in one step fills the transport no more than ever."""
+    agent, peer = await connect()
+    processes = [await agent.spawn("cat") for _ in range(40)]
+    for process in processes:
+        process.stdin.write(bytes(WINDOW))
+    while waiting(agent):
+        await peer.receive()
+    for process in processes:
+        process.stdin.write(bytes(CHUNK))
+    writes.clear()
+    credit = struct.pack("<I", CHUNK)
+    agent._connection.data_received(
+        b"".join(encode(F.CREDIT, process.pid, payload=credit) for process in processes)
+    )
+    assert waiting(agent) < BOUND
+    assert max(writes) < 2 * CHUNK
+
+
 async def test_handlers_that_clean_up_count_as_calls(connect):
     """Their calls have ended, but what they do has not."""
 

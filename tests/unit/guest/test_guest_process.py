@@ -5,6 +5,7 @@ import struct
 
 import pytest
 
+from qubes_itests.guest.exc import GuestGoneError
 from qubes_itests.guest.link.frames import PAYLOAD_MAX, WINDOW
 from qubes_itests.guest.link.frames import FrameType as F
 
@@ -196,3 +197,58 @@ async def test_write_after_eof(connect):
     process.stdin.close()
     with pytest.raises(RuntimeError):
         process.stdin.write(b"x")
+
+
+async def lose(peer, process, data=b"", channel=1):
+    """Have the guest write, and go away; its bytes are not read before."""
+    if data:
+        peer.send(F.DATA, process.pid, channel, data)
+    peer.close()
+    with pytest.raises(GuestGoneError):
+        await process.wait()
+
+
+async def test_what_a_guest_wrote_before_it_went_is_read_first(connect):
+    """Its last words say why, most often."""
+    process, peer, _ = await spawn(connect)
+    await lose(peer, process, b"one\ntwo\nrest")
+    assert await process.stdout.readline() == b"one\n"
+    assert await process.stdout.read(2) == b"tw"
+    assert await process.stdout.readexactly(2) == b"o\n"
+    for too_much in (process.stdout.readline(), process.stdout.readexactly(5)):
+        with pytest.raises(GuestGoneError):
+            await too_much
+    assert await process.stdout.read(100) == b"rest"
+    for again in (process.stdout.read(), process.stdout.readline()):
+        with pytest.raises(GuestGoneError):
+            await again
+
+
+async def test_who_waits_for_more_than_there_is_learns_that_the_guest_went(connect):
+    process, peer, _ = await spawn(connect)
+    waiting = [
+        asyncio.ensure_future(process.stdout.readexactly(10)),
+        asyncio.ensure_future(process.stderr.read(1)),
+    ]
+    await asyncio.sleep(0)
+    await lose(peer, process, b"some")
+    for reading in waiting:
+        with pytest.raises(GuestGoneError):
+            await reading
+
+
+async def test_communicate_has_taken_what_came_before_the_guest_went(connect):
+    process, peer, _ = await spawn(connect)
+    await lose(peer, process, b"why", channel=2)
+    with pytest.raises(GuestGoneError):
+        await process.communicate()
+    assert process.taken[1] == b"why"
+
+
+async def test_merged_outputs_are_read_before_the_guest_went(connect):
+    process, peer, _ = await spawn(connect)
+    process.merge()
+    await lose(peer, process, b"why", channel=2)
+    assert await process.stdout.read(10) == b"why"
+    with pytest.raises(GuestGoneError):
+        await process.stdout.read(10)

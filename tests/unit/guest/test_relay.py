@@ -186,6 +186,15 @@ async def test_the_targets_guest_goes_away(pair, caplog):
     assert_all_text(caplog.records)
 
 
+async def test_what_the_target_wrote_before_its_guest_went_away_arrives(pair):
+    pair = await pair()
+    pair.target.send(F.DATA, 1, 1, b"last words")
+    pair.target.close()
+    assert (await pair.source.skip_to(F.DATA)).payload == b"last words"
+    await pair.source.skip_to(F.EOF)
+    assert (await pair.source.skip_to(F.EXIT)).payload == b"\0\xff"
+
+
 async def test_a_handler_that_fails_or_forgets(connect, caplog):
     """The caller always gets a status, and the host's log says what happened."""
 
