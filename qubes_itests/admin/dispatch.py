@@ -29,7 +29,7 @@ from qubes_itests.core.exc import (
     QubesVMInvalidUUIDError,
     QubesVMNotFoundError,
 )
-from qubes_itests.core.store.shared_saves import save
+from qubes_itests.core.store.saving import save
 from qubes_itests.exc import HarnessError, InternalError
 from qubes_itests.limited_log import LimitedLog
 

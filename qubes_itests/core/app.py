@@ -25,6 +25,7 @@ from qubes_itests.core.policy import Policy
 from qubes_itests.core.pools import PoolsMixin
 from qubes_itests.core.properties import Property, VMProperty
 from qubes_itests.core.store.file import StoreFile
+from qubes_itests.core.store.journal import Journal
 from qubes_itests.core.store.opening import load_store, open_store
 from qubes_itests.core.store.saving import state_of, write_state
 from qubes_itests.core.vm.adminvm import AdminVM
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from qubes_itests.core.qrexec import HostService
-    from qubes_itests.core.store.journal import Journal
     from qubes_itests.core.vm.start_memory import MemorySource
     from qubes_itests.guest.image.template import Template
     from qubes_itests.guest.start.warm import WarmStarts
@@ -200,6 +200,8 @@ class Qubes(PoolsMixin):
     ) -> None:
         super().__init__()
         self.store = None if store is None else StoreFile(store)
+        #: What is being done to VMs, noted beside the store; None without one.
+        self.journal = None if self.store is None else Journal(self.store.path)
         #: While true, what properties refer to may not be there yet.
         self.loading = True
         self.vmm = VMMConnection(hypervisor, offline_mode=offline_mode)
@@ -322,11 +324,6 @@ class Qubes(PoolsMixin):
             and not vm.provides_network
             and vm.property_is_default("netvm")
         ]
-
-    @property
-    def journal(self) -> Journal | None:
-        """What is being done to VMs, noted beside the store; None without one."""
-        return None if self.store is None else self.store.journal
 
     @property
     def labels(self) -> Mapping[int, Label]:
@@ -457,14 +454,20 @@ class Qubes(PoolsMixin):
 
     def _prepare_save(self, *, lock: bool) -> Callable[[], None] | None:
         """Return what writes the state of now, in any thread; None without a store."""
-        if self.store is None:
+        if self.store is None or self.journal is None:
             return None
-        store, state = self.store, state_of(self)
-        version, settled = store.next_version(), store.journal.settled()
+        store, journal = self.store, self.journal
+        # State, version and notes are of one moment: what is settled while a thread
+        # writes is not in this state, and its note has to stay until the next.
+        state, version, settled = (
+            state_of(self),
+            store.next_version(),
+            journal.settled(),
+        )
 
         def write() -> None:
             write_state(store, state, version, lock=lock)
-            store.journal.drop(settled)
+            journal.drop(settled)
 
         return write
 

@@ -21,7 +21,7 @@ from qubes_itests.balancing.app_memory import AppMemory, counts, machine
 from qubes_itests.balancing.balloons import LibvirtMemory
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.policy.directory import fill
-from qubes_itests.core.store.recovery import recover
+from qubes_itests.core.store.journal import recover
 from qubes_itests.core.volume_content import copy_image
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.start.warm import WarmStarts

@@ -4,6 +4,12 @@ A new state is written beside the old one, brought to the disk, and renamed: wha
 interrupts that, the file is the old state or the new one.  Writers exclude each other
 with a lock file, and each refuses to replace a file that is not what it knows; readers
 need no lock.
+
+::
+
+    QubesException
+     +-- StoreError               has `path`
+          +-- StoreFormatError    has `line` and `column`
 """
 
 from __future__ import annotations
@@ -19,18 +25,19 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qubes_itests.core.store.durable import fsync_directory, write_durably
-from qubes_itests.core.store.journal import Journal
-from qubes_itests.core.store.store_errors import (
-    StoreChangedError,
-    StoreLockedError,
-    StoreMissingError,
-)
+from qubes_itests.core.exc import QubesException
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["LOCK_TIMEOUT", "StoreFile"]
+__all__ = [
+    "LOCK_TIMEOUT",
+    "StoreError",
+    "StoreFile",
+    "StoreFormatError",
+    "fsync_directory",
+    "write_durably",
+]
 
 log = logging.getLogger("qubes.store")
 
@@ -38,6 +45,54 @@ log = logging.getLogger("qubes.store")
 LOCK_TIMEOUT: Final = 2.0
 _POLL_INTERVAL: Final = 0.02
 _PID_LENGTH: Final = 20
+
+
+class StoreError(QubesException):
+    """A store cannot be read or written.
+
+    :param path: the file.
+    :param message: what is wrong, and what to do.
+    """
+
+    def __init__(self, path: Path, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class StoreFormatError(StoreError):
+    """The contents of the file are not valid; none of them was loaded.
+
+    :param path: the file.
+    :param line: where, from 1 on.
+    :param column: where in the line, from 1 on.
+    :param reason: what is wrong there.
+    """
+
+    def __init__(self, path: Path, line: int, column: int, reason: str) -> None:
+        super().__init__(path, f"{path}:{line}:{column}: {reason}")
+        self.line = line
+        self.column = column
+        self.reason = reason
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Make a file that is on the disk when this returns; FileExistsError if it is."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_directory(path: Path) -> None:
+    """Bring the names in a directory to the disk."""
+    # The fsync of a file says nothing about its name: after a power cut a file that was
+    # made or renamed may be missing, unless its directory has been synced as well.
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 class StoreFile:
@@ -49,11 +104,14 @@ class StoreFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
-        #: What is being done to VMs, for who comes after a crash.
-        self.journal = Journal(self.path)
+        #: Digest of what this app has read or written last; empty if there was no file.
         self._known = b""
+        #: Closes the descriptor that holds the lock; None while others may write.
         self._release: Callable[[], object] | None = None
+        # Saves write in threads of their own.  A flock belongs to an open file, which
+        # all threads share, so it excludes other processes but not other threads.
         self._writing = threading.Lock()
+        # The event loop takes states in order, and the threads may write them in any.
         self._issued = self._written = 0
 
     def __fspath__(self) -> str:
@@ -71,8 +129,8 @@ class StoreFile:
         """Return what the file holds.
 
         :param lock: whether to keep other writers out until `release`.
-        :raise StoreMissingError: when there is no file.
-        :raise StoreLockedError: when another writer has kept the lock for 2 seconds.
+        :raise StoreError: when there is no file, or another writer has kept the lock
+            for 2 seconds.
         """
         if lock:
             self._acquire()
@@ -80,7 +138,11 @@ class StoreFile:
             data = self.path.read_bytes()
         except FileNotFoundError:
             self.release()
-            raise StoreMissingError(self.path) from None
+            raise StoreError(
+                self.path,
+                f"there is no {self.path}: the first save of Qubes(store, load=False)"
+                " makes one",
+            ) from None
         self._known = _digest(data)
         return data
 
@@ -96,9 +158,8 @@ class StoreFile:
         :param version: from `next_version`, taken when the state was: one that is older
             than what another thread has written meanwhile is passed over.
         :param lock: whether to keep other writers out from now on, until `release`.
-        :raise StoreChangedError: when somebody else has changed the file, or has made
-            one where this app knew of none.
-        :raise StoreLockedError: when another writer has kept the lock for 2 seconds.
+        :raise StoreError: when another writer has changed the file, or has made one
+            where this app knew of none, or has kept the lock for 2 seconds.
         :raise OSError: as the operating system says; the file is as it was, or new.
         """
         with self._writing:
@@ -107,7 +168,6 @@ class StoreFile:
             was_locked = self.is_locked
             self._acquire()
             try:
-                self._refuse_if_changed()
                 self._replace(data)
                 self._written = version
             except BaseException:
@@ -126,28 +186,34 @@ class StoreFile:
     def _acquire(self) -> None:
         if self._release is None:
             fd = _locked(self.path)
-            # an app that is dropped without being closed must not hold it for ever
+            # An app that is dropped without being closed must not hold it for ever.
             self._release = weakref.finalize(self, os.close, fd)
 
-    def _refuse_if_changed(self) -> None:
+    def _replace(self, data: bytes) -> None:
         try:
             found = _digest(self.path.read_bytes())
         except FileNotFoundError:
             found = b""
         if found != self._known:
-            raise StoreChangedError(self.path)
-
-    def _replace(self, data: bytes) -> None:
+            raise StoreError(
+                self.path,
+                f"{self.path} was changed by another process since this app"
+                " loaded it: load it again, and repeat your changes",
+            )
         new = _beside(self.path, ".new")
         # the lock is ours, so this is what an interrupted write has left
         new.unlink(missing_ok=True)
         try:
+            # The contents have to be on the disk before they get the name: filesystems
+            # may write a rename first, and a power cut then leaves an empty file.
             write_durably(new, data)
             new.replace(self.path)
         except BaseException:
             with contextlib.suppress(OSError):
                 new.unlink(missing_ok=True)
             raise
+        # Before the sync of the directory, which may fail: readers see the new file
+        # already, and the next save must not take it for that of another writer.
         self._known = _digest(data)
         fsync_directory(self.path.parent)
         log.debug("saved %s", self.path)
@@ -164,6 +230,8 @@ def _beside(path: Path, suffix: str) -> Path:
 
 def _locked(path: Path) -> int:
     """Return a descriptor of the lock file; the lock is ours until it is closed."""
+    # The file stays when the lock is released: one process could lock a name that was
+    # just removed while another makes it anew, and both would be writers.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(_beside(path, ".lock"), flags, 0o600)
     try:
@@ -183,12 +251,11 @@ def _lock(fd: int, path: Path) -> None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise StoreLockedError(path, _holder(fd)) from None
+                said = os.pread(fd, _PID_LENGTH, 0).strip().decode("ascii", "replace")
+                who = f"process {said}" if said.isdigit() else "another process"
+                raise StoreError(
+                    path, f"{path} is in use by {who}: end that one first"
+                ) from None
         else:
             return
         time.sleep(_POLL_INTERVAL)
-
-
-def _holder(fd: int) -> int:
-    said = os.pread(fd, _PID_LENGTH, 0).strip()
-    return int(said) if said.isdigit() else 0

@@ -1,9 +1,9 @@
-"""What is being done to VMs as a whole, noted beside the store while it lasts.
+"""The journal: VMs that are being made or removed, noted beside the store.
 
 To make or remove a VM takes many files and one line in the store, and a process may end
 in between.  So before the first volume is made, or removed, a note of all of them is
-brought to the disk; it goes when a store that agrees with them has been saved.  Who
-finds a note when the app is loaded knows what to undo, or to finish: see `recovery`.
+brought to the disk; it goes when a store that agrees with them has been saved.  An app
+that finds a note when it is loaded knows what to undo, or to finish: see `recover`.
 """
 
 from __future__ import annotations
@@ -11,25 +11,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import secrets
 import threading
 import uuid as uuid_module
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from qubes_itests.core.exc import QubesVMError
-from qubes_itests.core.store.durable import fsync_directory, write_durably
-from qubes_itests.core.store.store_errors import StoreError
+from qubes_itests.core.exc import QubesException, QubesVMError
+from qubes_itests.core.store.file import StoreError, fsync_directory, write_durably
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from qubes_itests.core.app import Qubes
     from qubes_itests.core.vm.base import BaseVM
     from qubes_storage.volume import Volume
 
-__all__ = ["MAKE", "REMOVE", "Journal", "Note", "note"]
+__all__ = ["MAKE", "REMOVE", "Journal", "Note", "note", "recover"]
+
+log = logging.getLogger("qubes.store")
 
 MAKE: Final = "make"
 REMOVE: Final = "remove"
@@ -87,6 +90,7 @@ class Journal:
 
     def __init__(self, store: Path) -> None:
         self.directory = store.with_name(f"{store.name}.journal")
+        # Notes are written and dropped in threads, and settled on the event loop.
         self._mutex = threading.Lock()
         self._open: dict[Path, Note] = {}
         self._settled: set[Path] = set()
@@ -104,7 +108,8 @@ class Journal:
         if not self.directory.is_dir():
             self.directory.mkdir(mode=0o700, exist_ok=True)
             fsync_directory(self.directory.parent)
-        # names are never used again: an old note may be about to be dropped
+        # A name is never used again: the thread of a save may be about to drop an old
+        # note of the same VM, and must not take this one for it.
         path = self.directory / f"{vm.uuid}-{secrets.token_hex(4)}{_SUFFIX}"
         new = path.with_suffix(".new")
         try:
@@ -138,7 +143,7 @@ class Journal:
     def drop(self, paths: Iterable[Path]) -> None:
         """Drop notes."""
         for path in paths:
-            # one that stays is found at the next start, and nothing is left to do then
+            # A note that stays is found at the next start, and nothing is left to do.
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             with self._mutex:
@@ -162,7 +167,7 @@ class Journal:
                     " VM",
                 ) from error
         for path in self.directory.glob("*.new"):
-            # it was never relied upon
+            # `begin` did not return, so that nothing was made or removed yet.
             path.unlink(missing_ok=True)
         with self._mutex:
             self._open |= found
@@ -185,6 +190,8 @@ async def note(action: str, vm: BaseVM, volumes: Iterable[Volume]) -> None:
     if journal is None:
         return
     try:
+        # A thread cannot be cancelled.  Left to itself it would write the note after
+        # our caller has given up, and the next start would remove volumes for it.
         await to_its_end(asyncio.to_thread(journal.begin, action, vm, volumes))
     except asyncio.CancelledError:
         journal.discard(vm.uuid)
@@ -195,3 +202,45 @@ async def note(action: str, vm: BaseVM, volumes: Iterable[Volume]) -> None:
             f"VM {vm} cannot be {action}d: no note of that can be written in"
             f" {journal.directory}: {error.strerror}",
         ) from error
+
+
+async def recover(app: Qubes) -> None:
+    """Finish or undo what the notes in the journal of a newly loaded app say.
+
+    A VM whose making was noted, and is in the store with all its volumes, is whole.
+    Any other is as if it had never been: its volumes go.  A removal that was noted is
+    finished.  Nothing goes but what a note names, and never what a VM of the store has.
+    What cannot be done now is noted in `problems`, and tried again at the next start.
+
+    :raise StoreError: when a note cannot be read, or the app cannot be saved.
+    """
+    if app.journal is None:
+        return
+    notes = await asyncio.to_thread(app.journal.read)
+    for note in notes.values():
+        try:
+            await _settle(app, note)
+        except QubesException as error:
+            log.error("VM %s is neither whole nor gone: %s", note.name, str(error))  # noqa: TRY400
+            app.problems.append(f"VM {note.name} is neither whole nor gone: {error}")
+        else:
+            app.journal.settle(note.uuid)
+    if notes:
+        # Only a save drops notes; a crash before it repeats all this without harm.
+        await app.save_async()
+
+
+async def _settle(app: Qubes, note: Note) -> None:
+    vm = app.domains.get(note.uuid)
+    if vm is not None:
+        if note.action == MAKE and await vm.storage.is_whole():
+            return
+        vm.check_unused()
+        vm.storage.unbind()
+        app.domains.withdraw(vm)
+    what = "making of" if note.action == MAKE else "removal of"
+    log.warning("the %s VM %s was interrupted: its volumes go", what, note.name)
+    for pool, vid in note.volumes:
+        # The note is old if another VM has the volume by now.
+        if (pool, vid) not in app.owned_volumes():
+            await app.remove_unowned(app.get_pool(pool), vid)

@@ -13,14 +13,14 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
+from qubes_itests.core.device.port import ANY, Port, VirtualDevice
 from qubes_itests.core.exc import QubesException, QubesPropertyValueError
-from qubes_itests.core.store.older import ELSEWHERE, modernise
-from qubes_itests.core.store.store_errors import StoreFormatError
-from qubes_itests.core.store.vms import load_extras
+from qubes_itests.core.store.file import StoreFormatError
 from qubes_storage.drivers import pool_class
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from qubes_itests.core.app import Qubes
@@ -35,6 +35,17 @@ log = logging.getLogger("qubes.store")
 _VERSIONS: Final = {"3", "4"}
 _IDENTITY: Final = ("qid", "name", "uuid")
 _LAST_STAGE: Final = 4
+
+#: Names that properties of VMs once had.
+_RENAMED: Final = {"dispvm_allowed": "template_for_dispvms"}
+#: Properties that VMs of Qubes OS have and ours may not: nothing here depends on them.
+_ELSEWHERE: Final = frozenset(
+    {"gateway", "gateway6", "mac", "stubdom_mem", "stubdom_uuid"}
+)
+
+#: Attributes of volumes that are not text.
+_FLAGS: Final = ("rw", "save_on_stop", "snap_on_start", "ephemeral")
+_NUMBERS: Final = ("size", "revisions_to_keep")
 
 
 class Loading:
@@ -51,36 +62,49 @@ class Loading:
         self._path = path
         self._vms: list[tuple[BaseVM, Element]] = []
         #: Properties of VMs that may need other VMs.
-        self._references: list[tuple[BaseVM, Element]] = []
+        self._references: list[tuple[PropertyHolder, Element]] = []
         #: The elements that name a VM, by what they say: for duplicates.
         self._identities: dict[tuple[str, str], Element] = {}
 
     def run(self) -> None:
         """Load; StoreFormatError says what cannot be and where."""
-        self._check_root()
-        modernise(self._root)
-        self._load_labels()
-        self._load_pools()
+        if self._root.tag != "qubes":
+            self._refuse(
+                self._root, f"expected the element 'qubes', got {self._root.tag!r}"
+            )
+        version = self._root.attributes.get("version", "3.0")
+        if version.partition(".")[0] not in _VERSIONS:
+            self._refuse(
+                self._root,
+                f"expected version 3 or 4 of the format, got {version!r}",
+            )
+        _modernise(self._root)
+        self._load_labels_and_pools()
         for domain in self._root.grandchildren("domains", "domain"):
             self._load_vm(domain)
         self._load_app_properties()
-        self._load_references()
+        self._set_all(self._references)
+        # A volume of a VM is made from that of its template, which has to be known.
+        for vm, domain in sorted(self._vms, key=lambda item: _depth(item[0])):
+            # reading a property that has no default and is not set: AttributeError
+            if hasattr(type(vm), "template") and not hasattr(vm, "template"):
+                self._refuse(domain, f"{vm.klass} {vm} lacks a template")
+            self._load_extras(vm, domain)
         self._check_networks()
 
     @contextlib.contextmanager
-    def at(self, element: Element) -> Iterator[None]:
+    def _at(self, element: Element) -> Iterator[None]:
         """Have an error of the core or of storage say which element it is about."""
         try:
             yield
         except StoreFormatError:
             raise
         except (QubesException, ValueError, TypeError) as error:
-            self.refuse(element, str(error), error)
+            self._refuse(element, str(error), error)
 
-    def refuse(
+    def _refuse(
         self, element: Element, reason: str, cause: Exception | None = None
     ) -> NoReturn:
-        """Raise a StoreFormatError about an element."""
         raise StoreFormatError(
             self._path, element.line, element.column, reason
         ) from cause
@@ -88,133 +112,108 @@ class Loading:
     def _warn(self, element: Element, reason: str) -> None:
         log.warning("%s:%d: %s; ignored", self._path, element.line, reason)
 
-    def attribute(self, element: Element, name: str) -> str:
+    def _attribute(self, element: Element, name: str) -> str:
         """Return an attribute that has to be there and not to be empty."""
         if not element.attributes.get(name):
-            self.refuse(element, f"{element.tag!r} lacks the attribute {name!r}")
+            self._refuse(element, f"{element.tag!r} lacks the attribute {name!r}")
         return element.attributes[name]
 
-    def unique(self, elements: Iterable[Element], name: str) -> dict[str, Element]:
+    def _unique(self, elements: Iterable[Element], name: str) -> dict[str, Element]:
         """Return elements by an attribute that no two of them may share."""
         found: dict[str, Element] = {}
         for element in elements:
-            value = self.attribute(element, name)
+            value = self._attribute(element, name)
             if value in found:
-                self.refuse(
+                self._refuse(
                     element,
                     f"{element.tag} {value!r} is in line {found[value].line} already",
                 )
             found[value] = element
         return found
 
-    def _check_root(self) -> None:
-        if self._root.tag != "qubes":
-            self.refuse(self._root, f"this is a {self._root.tag!r}, not a 'qubes'")
-        version = self._root.attributes.get("version", "3.0")
-        if version.partition(".")[0] not in _VERSIONS:
-            self.refuse(self._root, f"version {version!r} of the format is not known")
-
     # stage 1
 
-    def _load_labels(self) -> None:
+    def _load_labels_and_pools(self) -> None:
         labels = self._root.grandchildren("labels", "label")
-        for element in self.unique(labels, "id").values():
+        for element in self._unique(labels, "id").values():
             try:
                 self._app.get_label(element.text)
             except QubesException as error:
                 self._warn(element, str(error))
-
-    def _load_pools(self) -> None:
-        pools = self.unique(self._root.grandchildren("pools", "pool"), "name")
+        pools = self._unique(self._root.grandchildren("pools", "pool"), "name")
         for name, element in pools.items():
             options: dict[str, Any] = dict(element.attributes)
             options.pop("driver", None)
-            with self.at(element):
-                cls = pool_class(self.attribute(element, "driver"))
+            with self._at(element):
+                cls = pool_class(self._attribute(element, "driver"))
                 self._app.pools[name] = cls(**options)
 
     # stage 2
 
     def _load_vm(self, domain: Element) -> None:
-        properties = self.unique(domain.grandchildren("properties", "property"), "name")
+        properties = self._unique(
+            domain.grandchildren("properties", "property"), "name"
+        )
         vm = self._make_vm(domain, properties)
         self._vms.append((vm, domain))
         stages = {prop.name: prop.load_stage for prop in vm.property_list()}
-        plain = []
+        plain: list[tuple[PropertyHolder, Element]] = []
         for name, element in properties.items():
             if name not in stages:
-                self._pass_over(vm, name, element)
+                if name not in _ELSEWHERE:
+                    self._refuse(element, f"{vm.klass} has no property {name!r}")
+                self._warn(element, f"property {name!r} has no meaning here")
             elif stages[name] >= _LAST_STAGE:
                 self._references.append((vm, element))
             elif name not in _IDENTITY:
                 plain.append((vm, element))
         self._set_all(plain)
 
-    def _pass_over(self, vm: BaseVM, name: str, element: Element) -> None:
-        if name not in ELSEWHERE:
-            self.refuse(element, f"{vm.klass} has no property {name!r}")
-        self._warn(element, f"property {name!r} has no meaning here")
-
     def _make_vm(self, domain: Element, properties: dict[str, Element]) -> BaseVM:
-        klass = self.attribute(domain, "class")
+        klass = self._attribute(domain, "class")
         for name in ("qid", "name"):
             if name not in properties:
-                self.refuse(domain, f"a VM without property {name!r}")
+                self._refuse(domain, f"a VM without property {name!r}")
         identity: dict[str, Any] = {
             name: self._claim(name, properties[name])
             for name in _IDENTITY
             if name in properties
         }
         if klass == "AdminVM":
-            return self._dom0(domain, identity)
-        with self.at(domain):
+            dom0: BaseVM = self._app.domains[0]
+            if (identity["qid"], identity["name"]) != ("0", dom0.name):
+                self._refuse(
+                    domain, f"the AdminVM has qid 0 and the name {dom0.name!r}"
+                )
+            return dom0
+        with self._at(domain):
             cls = self._app.get_vm_class(klass)
-        with self._at_property(domain, properties):
+        try:
             return self._app.domains.add(cls(self._app, **identity), announce=False)
+        except (QubesException, ValueError, TypeError) as error:
+            name = error.prop.name if isinstance(error, QubesPropertyValueError) else ""
+            # the check of names raises no error of a property
+            default = properties["name"] if "name" in str(error) else domain
+            self._refuse(properties.get(name, default), str(error), error)
 
     def _claim(self, name: str, element: Element) -> str:
+        """Return a VM's name, number or UUID, which no other VM may have."""
         value = element.text.strip().lower() if name == "uuid" else element.text
         first = self._identities.setdefault((name, value), element)
         if first is not element:
-            self.refuse(
+            self._refuse(
                 element, f"{name} {value!r} belongs to the VM in line {first.line}"
             )
         return value
 
-    @contextlib.contextmanager
-    def _at_property(
-        self, domain: Element, properties: dict[str, Element]
-    ) -> Iterator[None]:
-        """Have an error say which property it is about, where that is known."""
-        try:
-            yield
-        except (QubesException, ValueError, TypeError) as error:
-            name = error.prop.name if isinstance(error, QubesPropertyValueError) else ""
-            # a name that cannot be is no matter of one property to its checker
-            default = properties["name"] if "name" in str(error) else domain
-            self.refuse(properties.get(name, default), str(error), error)
-
-    def _dom0(self, domain: Element, identity: dict[str, Any]) -> BaseVM:
-        dom0: BaseVM = self._app.domains[0]
-        if (identity["qid"], identity["name"]) != ("0", dom0.name):
-            self.refuse(domain, f"the AdminVM has qid 0 and the name {dom0.name!r}")
-        return dom0
-
     # stages 3 and 4
 
     def _load_app_properties(self) -> None:
-        found = self.unique(self._root.grandchildren("properties", "property"), "name")
+        found = self._unique(self._root.grandchildren("properties", "property"), "name")
         known = {prop.name for prop in self._app.property_list()}
         for name in found.keys() - known:
             self._warn(found[name], f"the app has no property {name!r}")
         self._set_all((self._app, found[name]) for name in found if name in known)
-
-    def _load_references(self) -> None:
-        self._set_all(self._references)
-        for vm, domain in _templates_first(self._vms):
-            if _lacks_template(vm):
-                self.refuse(domain, f"{vm.klass} {vm} lacks a template")
-            load_extras(self, vm, domain)
 
     def _set_all(self, todo: Iterable[tuple[PropertyHolder, Element]]) -> None:
         """Set properties; the order in which they depend on each other is found out.
@@ -223,21 +222,87 @@ class Loading:
         """
         pending = list(todo)
         while pending:
-            refused = [
-                (holder, element, error)
-                for holder, element in pending
-                if (error := _refusal(self._set, holder, element))
-            ]
+            refused, errors = [], []
+            for holder, element in pending:
+                try:
+                    self._set(holder, element)
+                except StoreFormatError as error:
+                    refused.append((holder, element))
+                    errors.append(error)
             if len(refused) == len(pending):
-                raise refused[0][2]
-            pending = [(holder, element) for holder, element, _error in refused]
+                raise errors[0]
+            pending = refused
 
     def _set(self, holder: PropertyHolder, element: Element) -> None:
         name = element.attributes["name"]
-        with self.at(element):
+        with self._at(element):
             # nothing between the tags is None, unless the property takes strings
             is_text = holder.property_get_def(name).type is str
             setattr(holder, name, element.text if is_text else element.text or None)
+
+    def _load_extras(self, vm: BaseVM, domain: Element) -> None:
+        """Give a VM what it has besides properties: features, tags and so on."""
+        features = self._unique(domain.grandchildren("features", "feature"), "name")
+        for name, element in features.items():
+            with self._at(element):
+                vm.features[name] = element.text
+        tags = self._unique(domain.grandchildren("tags", "tag"), "name")
+        for name, element in tags.items():
+            with self._at(element):
+                vm.tags.add(name)
+        for devices in domain.find_all("devices"):
+            for element in devices.find_all("device"):
+                self._load_device(vm, self._attribute(devices, "class"), element)
+        for element in domain.find_all("firewall"):
+            with self._at(element):
+                vm.firewall.rules = [rule.text for rule in element.find_all("rule")]
+        for element in domain.find_all("notes"):
+            vm.notes = element.text
+        if hasattr(vm, "volumes"):
+            self._load_volumes(vm, domain)
+
+    def _load_device(self, vm: BaseVM, devclass: str, element: Element) -> None:
+        with self._at(element):
+            collection = vm.devices[devclass]
+            backend = self._attribute(element, "backend-domain")
+            port = Port(
+                None if backend == ANY else self._app.domains[backend],
+                self._attribute(element, "id"),
+                collection.devclass,
+            )
+            options = self._unique(element.find_all("option"), "name")
+            # there was only "required" once, yes or no
+            mode = AssignmentMode.AUTO
+            if element.attributes.get("required", "no").lower() in ("yes", "true"):
+                mode = AssignmentMode.REQUIRED
+            assignment = DeviceAssignment(
+                VirtualDevice(port, element.attributes.get("identity")),
+                vm,
+                {name: option.text for name, option in options.items()},
+                element.attributes.get("mode", mode.value),
+            )
+            if assignment in list(collection.get_assigned_devices()):
+                self._refuse(element, f"device {assignment} is assigned twice")
+            collection.load_assignment(assignment)
+
+    def _load_volumes(self, vm: Any, domain: Element) -> None:
+        elements = self._unique(domain.grandchildren("volume-config", "volume"), "name")
+        if not elements.keys() >= type(vm).volume_config.keys():
+            with self._at(domain):
+                vm.init_storage()
+        for name, element in elements.items():
+            config: dict[str, Any] = dict(element.attributes)
+            del config["name"]
+            with self._at(element):
+                for key in config.keys() & set(_NUMBERS):
+                    config[key] = int(config[key])
+                for key in config.keys() & set(_FLAGS):
+                    if config[key] not in {"True", "False"}:
+                        self._refuse(
+                            element, f"{config[key]!r} is neither True nor False"
+                        )
+                    config[key] = config[key] == "True"
+                vm.storage.init_volume(name, config)
 
     # stage 5
 
@@ -249,34 +314,49 @@ class Loading:
             while vm not in fine:
                 if vm in path:
                     names = " -> ".join(str(item) for item in [*path, vm])
-                    self.refuse(domain, f"a loop of net VMs: {names}")
+                    self._refuse(domain, f"a loop of net VMs: {names}")
                 path.append(vm)
                 vm = getattr(vm, "netvm", None)
             fine.update(path)
 
 
-def _refusal(
-    action: Callable[[PropertyHolder, Element], None],
-    holder: PropertyHolder,
-    element: Element,
-) -> StoreFormatError | None:
-    try:
-        action(holder, element)
-    except StoreFormatError as error:
-        return error
-    return None
+def _depth(vm: Any) -> int:
+    """Return how many templates a VM has above it."""
+    template = getattr(vm, "template", None)
+    return 0 if template is None else 1 + _depth(template)
 
 
-def _lacks_template(vm: BaseVM) -> bool:
-    # reading a property that has no default and is not set is an AttributeError
-    return hasattr(type(vm), "template") and not hasattr(vm, "template")
+def _modernise(root: Element) -> None:
+    """Change a document to what would be written today.
 
-
-def _templates_first(
-    vms: Iterable[tuple[BaseVM, Element]],
-) -> list[tuple[BaseVM, Element]]:
-    def depth(vm: Any) -> int:
-        template = getattr(vm, "template", None)
-        return 0 if template is None else 1 + depth(template)
-
-    return sorted(vms, key=lambda item: depth(item[0]))
+    Labels that are referred to by their ids, renamed properties, services that are not
+    features yet, VMs whose number is only in their id.
+    """
+    labels = {
+        label.attributes.get("id", ""): label.text
+        for label in root.grandchildren("labels", "label")
+    }
+    for domain in root.grandchildren("domains", "domain"):
+        known = set()
+        for element in domain.grandchildren("properties", "property"):
+            name = element.attributes.get("name", "")
+            element.attributes["name"] = _RENAMED.get(name, name)
+            known.add(name)
+            if (reference := element.attributes.pop("ref", None)) is not None:
+                element.text = labels.get(reference, reference)
+            elif name == "label":
+                element.text = labels.get(element.text, element.text)
+        for service in list(domain.grandchildren("services", "service")):
+            on = service.attributes.get("enabled", "True").lower() == "true"
+            features = next(domain.find_all("features"), None) or domain.add("features")
+            feature = features.add(
+                "feature", "1" if on else "", name=f"service.{service.text}"
+            )
+            # errors have to point to what is in the file
+            feature.line, feature.column = service.line, service.column
+        word, _, number = domain.attributes.get("id", "").partition("-")
+        if "qid" not in known and word == "domain":
+            properties = next(domain.find_all("properties"), None)
+            properties = properties or domain.add("properties")
+            qid = properties.add("property", number, name="qid")
+            qid.line, qid.column = domain.line, domain.column

@@ -1,4 +1,4 @@
-"""An app from its store: loaded whole or not at all, its pools set up, its VMs told."""
+"""An app from its store: loaded whole or not at all, with its pools set up."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from qubes_itests.core.exc import QubesException
-from qubes_itests.core.store.collection import no_collection
-from qubes_itests.core.store.document import parse
+from qubes_itests.core.store.document import no_collection, parse
+from qubes_itests.core.store.file import StoreError
+from qubes_itests.core.store.journal import recover
 from qubes_itests.core.store.loading import Loading
-from qubes_itests.core.store.recovery import recover
-from qubes_itests.core.store.store_errors import StoreError
 from qubes_storage.exc import StoragePoolException
 
 if TYPE_CHECKING:
@@ -61,7 +60,14 @@ async def open_store(app: Qubes, *, lock: bool = False) -> None:
             root = await asyncio.to_thread(parse, data, store.path)
             Loading(app, root, store.path).run()
         for pool in app.pools.values():
-            if await _set_up(app, pool) and lock:
+            try:
+                await pool.setup()
+            except StoragePoolException as error:
+                # a disk that is not plugged in must not keep the others from their use
+                log.error("pool %s is not ready: %s", pool, str(error))  # noqa: TRY400
+                app.problems.append(f"pool {pool} is not ready: {error}")
+                continue
+            if lock:
                 await _claim(store, pool)
         _enable_events(app)
         if lock:
@@ -91,16 +97,6 @@ def _enable_events(app: Qubes) -> None:
     app.events_enabled = True
     for vm in app.domains:
         vm.events_enabled = True
-
-
-async def _set_up(app: Qubes, pool: Pool) -> bool:
-    try:
-        await pool.setup()
-    except StoragePoolException as error:
-        log.error("pool %s is not ready: %s", pool, str(error))  # noqa: TRY400
-        app.problems.append(f"pool {pool} is not ready: {error}")
-        return False
-    return True
 
 
 async def _claim(store: StoreFile, pool: Pool) -> None:

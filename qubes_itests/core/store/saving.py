@@ -1,15 +1,24 @@
-"""An app's state as a document: what was set, and nothing that is a default."""
+"""The state of an app as a document, and saves of it.
+
+The document has what was set, and nothing that is a default.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
+from weakref import WeakKeyDictionary
 
 from qubes_itests.core.exc import QubesValueError
 from qubes_itests.core.network.firewall import Firewall
 from qubes_itests.core.properties import Property
-from qubes_itests.core.store.collection import no_collection
-from qubes_itests.core.store.document import Element, storable, to_bytes
+from qubes_itests.core.store.document import (
+    Element,
+    no_collection,
+    storable,
+    to_bytes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +29,7 @@ if TYPE_CHECKING:
     from qubes_itests.core.store.file import StoreFile
     from qubes_itests.core.vm.base import BaseVM
 
-__all__ = ["VERSION", "state_of", "write_state"]
+__all__ = ["VERSION", "save", "state_of", "write_state"]
 
 #: The version of the format: that of Qubes OS, whose names and structure it has.
 VERSION: Final = "3.0"
@@ -41,13 +50,9 @@ def write_state(store: StoreFile, state: Element, version: int, *, lock: bool) -
     store.write(data, version, lock=lock)
 
 
+@no_collection()
 def state_of(app: Qubes) -> Element:
     """Return the state of an app as a document."""
-    with no_collection():
-        return _state_of(app)
-
-
-def _state_of(app: Qubes) -> Element:
     root = Element("qubes", {"version": VERSION})
     labels = root.add("labels")
     for label in sorted(app.labels.values(), key=lambda label: label.index):
@@ -60,7 +65,9 @@ def _state_of(app: Qubes) -> Element:
     domains = root.add("domains")
     for vm in sorted(app.domains, key=lambda vm: vm.qid):
         if vm.under_way == "made":
-            continue  # it is in the store when its volumes are there
+            # A save may come while its volumes are being made.  It is in the store when
+            # they are there; until then the journal knows of it.
+            continue
         domains.children.append(_domain(vm))
     return root
 
@@ -75,22 +82,26 @@ def _domain(vm: BaseVM) -> Element:
     for tag in sorted(vm.tags):
         tags.add("tag", name=tag)
     for devclass, devices in sorted(vm.devices.items()):
-        _add_devices(domain, devclass, sorted(devices.get_assigned_devices()))
+        assignments = sorted(devices.get_assigned_devices())
+        if assignments:
+            _add_devices(domain, devclass, assignments)
     if vm.firewall.rules != list(Firewall.DEFAULT):
         firewall = domain.add("firewall")
         for rule in vm.firewall.rules:
             firewall.add("rule", rule)
     if vm.notes:
         domain.add("notes", storable(vm.notes))
-    _add_volumes(domain, vm)
+    if volumes := getattr(vm, "volumes", None):
+        config = domain.add("volume-config")
+        for volume in volumes.values():
+            attributes = {name: _text(value) for name, value in volume.config.items()}
+            config.add("volume", **attributes)
     return domain
 
 
 def _add_devices(
     domain: Element, devclass: str, assignments: Sequence[DeviceAssignment]
 ) -> None:
-    if not assignments:
-        return
     devices = domain.add("devices", **{"class": devclass})
     for assignment in assignments:
         attributes = {
@@ -112,15 +123,50 @@ def _add_properties(element: Element, holder: PropertyHolder) -> None:
                 properties.add("property", prop.saved(holder), name=prop.name)
 
 
-def _add_volumes(domain: Element, vm: Any) -> None:
-    volumes = getattr(vm, "volumes", None)
-    if not volumes:
-        return
-    config = domain.add("volume-config")
-    for volume in volumes.values():
-        attributes = {name: _text(value) for name, value in volume.config.items()}
-        config.add("volume", **attributes)
-
-
 def _text(value: object) -> str:
     return "" if value is None else str(value)
+
+
+class _Saves:
+    """The saves of one app: callers that come while one is under way share the next.
+
+    That one has begun too early to hold what they have changed.
+    """
+
+    def __init__(self) -> None:
+        self._current: asyncio.Task[None] | None = None
+        self._next: asyncio.Task[None] | None = None
+
+    def join(self, app: Qubes) -> asyncio.Task[None]:
+        """Return a save that has not begun yet."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._run(app, self._current))
+            # All who asked for it may be cancelled; asyncio would then complain that
+            # nobody has looked at its error.
+            self._next.add_done_callback(
+                lambda task: task.cancelled() or task.exception()
+            )
+        return self._next
+
+    async def _run(self, app: Qubes, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        self._current, self._next = self._next, None
+        try:
+            await app.save_async()
+        finally:
+            self._current = None
+
+
+#: Weak, as a save must not keep an app alive; so `join` is handed the app.
+_saves: Final[WeakKeyDictionary[Qubes, _Saves]] = WeakKeyDictionary()
+
+
+async def save(app: Qubes) -> None:
+    """Save an app; what it is now is on the disk when this returns.
+
+    :raise StoreError: when it cannot be.
+    """
+    saves = _saves.setdefault(app, _Saves())
+    # One caller that is cancelled must not cancel the save that others wait for.
+    await asyncio.shield(saves.join(app))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from qubes_itests.core.store.shared_saves import save
+from qubes_itests.core.store.saving import save
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from qubes_itests.core.store.shared_saves import save
+from qubes_itests.core.store.saving import save
 
 
 class App:

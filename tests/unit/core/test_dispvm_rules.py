@@ -12,6 +12,7 @@ from qubes_itests.core.app import Qubes
 from qubes_itests.core.device.assignment import DeviceAssignment
 from qubes_itests.core.device.port import Port, VirtualDevice
 from qubes_itests.core.store.file import StoreFile
+from qubes_itests.core.store.journal import Journal
 from qubes_itests.core.vm.dispvm import DispVM
 from qubes_storage.exc import StoragePoolException
 from qubes_storage.reflink import ReflinkPool
@@ -500,6 +501,7 @@ async def test_uuid_is_found(app, base):
 async def test_named_ones_are_kept_in_the_store_and_others_are_not(app, base, tmp_path):
     """A disposable VM that is found after a crash is removed, with its volumes."""
     app.store = StoreFile(tmp_path / "qubes.xml")
+    app.journal = Journal(app.store.path)
     named = app.add_new_vm("DispVM", name="named", template=base)
     await named.create_on_disk()
     left = await DispVM.from_appvm(base)

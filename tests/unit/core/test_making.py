@@ -12,7 +12,7 @@ import pytest
 
 from qubes_itests.core import exc
 from qubes_itests.core.app import Qubes
-from qubes_itests.core.store.store_errors import StoreError
+from qubes_itests.core.store.file import StoreError
 from qubes_itests.faultdisk import failing_call
 from qubes_storage.exc import (
     StoragePoolException,

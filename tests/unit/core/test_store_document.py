@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qubes_itests.core import exc
 from qubes_itests.core.store import document
 from qubes_itests.core.store.document import Element, check_text, parse, to_bytes
-from qubes_itests.core.store.store_errors import StoreFormatError
+from qubes_itests.core.store.file import StoreFormatError
 
 PATH = Path("qubes.xml")
 

@@ -10,7 +10,7 @@ from documented import blocks
 
 from qubes_itests.core import exc
 from qubes_itests.core.ext import Extension, handler
-from qubes_itests.core.store.store_errors import StoreFormatError
+from qubes_itests.core.store.file import StoreFormatError
 from qubes_itests.core.vm.standalonevm import StandaloneVM
 
 UUID = "2fcfc1f4-b2fe-4361-931a-c5294b35edfa"
@@ -172,7 +172,7 @@ def test_loaded_vms_are_told_and_nothing_is_new(load):
 DANGLING = "no such VM: 'gone'"
 NET = prop("provides_network", "True")
 REFUSED = {
-    "root": ("<system/>", 1, "this is a 'system', not a 'qubes'"),
+    "root": ("<system/>", 1, "expected the element 'qubes', got 'system'"),
     "version": ("<qubes version='5.0'/>", 1, "version '5.0' of the format"),
     "no driver": ("<qubes><pools>\n<pool name='x'/></pools></qubes>", 2, "'driver'"),
     "unknown driver": (

@@ -19,7 +19,7 @@ from qubes_itests.core import exc
 from qubes_itests.core.app import VM_CLASSES, Qubes
 from qubes_itests.core.device.assignment import DeviceAssignment
 from qubes_itests.core.device.port import Port, VirtualDevice
-from qubes_itests.core.store.store_errors import StoreChangedError
+from qubes_itests.core.store.file import StoreError
 from qubes_storage.reflink import ReflinkPool
 
 KILLS = 40
@@ -195,7 +195,7 @@ def test_two_apps_do_not_lose_each_others_changes(app):
     app.domains["work"].memory = 500
     app.save(lock=False)
     other.domains["work"].vcpus = 2
-    with pytest.raises(StoreChangedError):
+    with pytest.raises(StoreError, match="repeat your changes"):
         other.save()
     assert load(app).domains["work"].memory == 500
 
