@@ -173,7 +173,11 @@ DANGLING = "no such VM: 'gone'"
 NET = prop("provides_network", "True")
 REFUSED = {
     "root": ("<system/>", 1, "expected the element 'qubes', got 'system'"),
-    "version": ("<qubes version='5.0'/>", 1, "version '5.0' of the format"),
+    "version": (
+        "<qubes version='5.0'/>",
+        1,
+        "expected version 3 or 4 of the format, got '5.0'",
+    ),
     "no driver": ("<qubes><pools>\n<pool name='x'/></pools></qubes>", 2, "'driver'"),
     "unknown driver": (
         "<qubes><pools>\n<pool name='x' driver='tape'/></pools></qubes>",
