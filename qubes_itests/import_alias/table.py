@@ -26,7 +26,7 @@ ALIASES: Final[dict[str, tuple[str, ...]]] = {
     "qubes.device_protocol": (
         "qubes_itests.core.device.assignment",
         "qubes_itests.core.device.info",
-        "qubes_itests.core.device.interface",
+        "qubes_itests.core.device.info",
         "qubes_itests.core.device.port:Port",
         "qubes_itests.core.device.port:VirtualDevice",
         "qubes_itests.core.exc:ProtocolError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from qubes_itests.core.policy.directory import find_error
+from qubes_itests.core.policy.files import find_error
 from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.host import sandbox

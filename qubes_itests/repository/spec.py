@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.core.policy.directory import PolicyFile
+from qubes_itests.core.policy.files import PolicyFile
 from qubes_itests.guest.image.layer import Copy
 from qubes_itests.host.kernel import KERNELS
 from qubes_itests.repository.exc import SpecError

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import pluggy
 
-    from qubes_itests.core.policy.directory import PolicyFile
+    from qubes_itests.core.policy.files import PolicyFile
     from qubes_itests.guest.image.template import Template
     from qubes_itests.host.cache import Cache
     from qubes_itests.host.kernel import Kernel
@@ -157,7 +157,7 @@ def policy_of(settings: Settings) -> tuple[PolicyFile, ...]:
 
     Those of the settings come last, and so replace those of apps.
     """
-    from qubes_itests.core.policy.directory import PolicyFile  # noqa: PLC0415
+    from qubes_itests.core.policy.files import PolicyFile  # noqa: PLC0415
 
     of_apps: tuple[PolicyFile, ...] = ()
     if settings.app or settings.template_spec:

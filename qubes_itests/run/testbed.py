@@ -20,7 +20,7 @@ from qubes_itests.admin.vm_calls import offer_to_vms
 from qubes_itests.balancing.app_memory import AppMemory, counts, machine
 from qubes_itests.balancing.balloons import LibvirtMemory
 from qubes_itests.core.app import Qubes
-from qubes_itests.core.policy.directory import fill
+from qubes_itests.core.policy.files import fill
 from qubes_itests.core.store.journal import recover
 from qubes_itests.core.volume_content import copy_image
 from qubes_itests.exc import HarnessError
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     import pluggy
 
-    from qubes_itests.core.policy.directory import PolicyFile
+    from qubes_itests.core.policy.files import PolicyFile
     from qubes_itests.guest.image.template import Template
     from qubes_itests.host.cache import Cache
     from qubes_itests.hypervisor.contract import Domain, Hypervisor

@@ -5,8 +5,7 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, Any
 
-from qubes_itests.core.device.port import ANY, Port, VirtualDevice
-from qubes_itests.core.device.serialization import pack, unpack
+from qubes_itests.core.device.port import ANY, Port, VirtualDevice, pack, unpack
 from qubes_itests.core.exc import ProtocolError, QubesException
 from qubes_itests.core.store.document import check_text
 

@@ -19,12 +19,11 @@ are plain functions, the others may be asynchronous.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
 from qubes_itests.core.device.info import DeviceInfo, UnknownDevice
-from qubes_itests.core.device.port import Port, VirtualDevice
+from qubes_itests.core.device.port import Port, VirtualDevice, check_devclass
 from qubes_itests.core.exc import (
     DeviceAlreadyAssigned,
     DeviceAlreadyAttached,
@@ -43,8 +42,6 @@ __all__ = ["DEVICE_CLASSES", "DeviceCollection", "DeviceManager"]
 
 #: The classes of devices that there are; others may be added by extensions.
 DEVICE_CLASSES: Final = ["block", "pci"]
-
-_CLASS: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 
 def _accept(_backend: object) -> None:
@@ -93,13 +90,14 @@ class DeviceCollection:
             )
         device = assignment.device
         if isinstance(device, UnknownDevice) or not assignment.matches(device):
+            exposed = device.backend_domain.devices[self.devclass]
             raise UnrecognizedDevice(
                 f"there is no {self.devclass} device {assignment}:"
                 f" {device.backend_name} exposes"
-                f" {', '.join(d.port_id for d in self._exposed_by(device)) or 'none'}"
+                f" {', '.join(d.port_id for d in exposed) or 'none'}"
             )
         having = device.attachment
-        # an extension may know it of the frontend alone
+        # The device need not know who has it: some extensions keep that with the VM.
         if any(
             device.port == attached.port for attached in self.get_attached_devices()
         ):
@@ -118,9 +116,6 @@ class DeviceCollection:
         await self._vm.fire_event_async(
             f"device-attach:{self.devclass}", device=device, options=options
         )
-
-    def _exposed_by(self, device: VirtualDevice) -> list[DeviceInfo]:
-        return list(device.backend_domain.devices[self.devclass])
 
     async def detach(self, port: Port | VirtualDevice | DeviceAssignment) -> None:
         """Take a device from the VM.
@@ -170,7 +165,7 @@ class DeviceCollection:
             device=device,
             options=options,
         )
-        # again, here and below: a handler may have waited
+        # Again: while a handler waited, another call may have assigned the device.
         self._check_not_assigned(assignment)
         if (backend := assignment.backend_domain) is not None:
             self._check_backend(backend)
@@ -221,6 +216,7 @@ class DeviceCollection:
             device=assignment.virtual_device,
             options=dict(assignment.options),
         )
+        # Looked up again: a handler may have waited, and it may be unassigned by now.
         self._remember(self._find(device).clone(mode=mode))
         await self._vm.fire_event_async(
             f"device-assignment-changed:{self.devclass}",
@@ -289,7 +285,6 @@ class DeviceManager(dict[str, DeviceCollection]):  # its name in Qubes OS
         self._check_backend = check_backend
 
     def __missing__(self, devclass: str) -> DeviceCollection:
-        if not _CLASS.fullmatch(devclass):
-            raise QubesValueError(f"{devclass!r} is no class of devices")
+        check_devclass(devclass)
         self[devclass] = DeviceCollection(self._vm, devclass, self._check_backend)
         return self[devclass]

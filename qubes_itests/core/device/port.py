@@ -1,4 +1,4 @@
-"""Devices by name: ports of a backend, what is plugged into them, who is to have it.
+r"""Devices by name: ports of a backend, what is plugged into them, who is to have it.
 
 ::
 
@@ -8,7 +8,10 @@
           +-- UnknownDevice    one that is not there, or of a VM that does not run
     DeviceAssignment   a device for a frontend VM, with options and a mode
 
-The names and the format on the wire are those of Qubes OS 4.3.
+The names and the format on the wire are those of Qubes OS 4.3.  A device is sent as
+``key='value' key='value'``, of printable ASCII, with ``\'`` for a quotation mark.  Keys
+that begin with ``_`` are options, or data of one class of devices.  Qubes OS leaves
+some of that ambiguous, which is refused here.
 """
 
 from __future__ import annotations
@@ -17,18 +20,23 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.core.device.serialization import pack
-from qubes_itests.core.exc import QubesValueError, UnexpectedDeviceProperty
+from qubes_itests.core.exc import (
+    ProtocolError,
+    QubesValueError,
+    UnexpectedDeviceProperty,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from qubes_itests.core.vm.base import BaseVM
 
-__all__ = ["ANY", "Port", "VirtualDevice"]
+__all__ = ["ANY", "Port", "VirtualDevice", "check_devclass", "pack", "unpack"]
 
 #: Stands for any port, any device, any backend.
 ANY: Final = "*"
 
-_CLASS: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_DEVCLASS: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _PORT: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DEVICE: Final = re.compile(r"[!-&(-\[\]-~]{1,255}")
 #: Backend, port and device in an argument, which may have neither ``:`` nor ``*``.
@@ -36,6 +44,64 @@ _ARGUMENT: Final = re.compile(r"([^+]+)\+([^+:]+)\+(.+)")
 _PLACEHOLDER: Final = "_"
 #: The interface of a device of which nothing is known.
 _NO_INTERFACE: Final = "?******"
+
+_KEY: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_VALUE: Final = re.compile(r"[ -~]*")
+#: A backslash that no quotation mark follows stands for itself.
+_PAIR: Final = re.compile(
+    r"([A-Za-z0-9_.-]{1,128})='((?:[^'\\]|\\'|\\(?!'))*)'(?: +|$)"
+)
+
+
+def check_devclass(name: str) -> None:
+    """Raise QubesValueError unless a class of devices can have this name."""
+    if not _DEVCLASS.fullmatch(name):
+        raise QubesValueError(f"{name!r} is no class of devices")
+
+
+def pack(
+    properties: Mapping[str, str | None], options: Mapping[str, str] | None = None
+) -> bytes:
+    """Return properties and options as they are sent; None is left out.
+
+    :raise ProtocolError: for a key or a value that cannot be sent.
+    """
+    pairs = {key: value for key, value in properties.items() if value is not None}
+    pairs |= {f"_{key}": value for key, value in (options or {}).items()}
+    return " ".join(_pair(key, str(value)) for key, value in pairs.items()).encode()
+
+
+def _pair(key: str, value: str) -> str:
+    if not _KEY.fullmatch(key):
+        raise ProtocolError(f"{key!r} cannot be the name of a device's property")
+    # with a backslash at the end, the closing mark would be taken for part of it
+    if not _VALUE.fullmatch(value) or value.endswith("\\"):
+        raise ProtocolError(f"{key!r} of a device cannot be {value!r}")
+    quoted = value.replace("'", r"\'")
+    return f"{key}='{quoted}'"
+
+
+def unpack(serialization: bytes) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the properties and the options of what was sent.
+
+    :raise ProtocolError: for anything that `pack` does not write, duplicates included.
+    """
+    try:
+        text = serialization.decode("ascii").strip(" ")
+    except UnicodeDecodeError as error:
+        raise ProtocolError("what is said of a device is not ASCII") from error
+    found: dict[str, str] = {}
+    end = 0
+    while end < len(text):
+        pair = _PAIR.match(text, end)
+        if pair is None or not _VALUE.fullmatch(pair[2]):
+            raise ProtocolError(f"what is said of a device ends at character {end}")
+        key, end = pair[1], pair.end()
+        if key in found:
+            raise ProtocolError(f"{key!r} is said twice of a device")
+        found[key] = pair[2].replace(r"\'", "'")
+    options = {k[1:]: v for k, v in found.items() if k.startswith("_")}
+    return {k: v for k, v in found.items() if not k.startswith("_")}, options
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,8 +126,7 @@ class Port:
         object.__setattr__(self, "devclass", self.devclass or "peripheral")
         if self.port_id != ANY and not _PORT.fullmatch(str(self.port_id)):
             raise QubesValueError(f"{self.port_id!r} is no name of a port")
-        if not _CLASS.fullmatch(str(self.devclass)):
-            raise QubesValueError(f"{self.devclass!r} is no class of devices")
+        check_devclass(str(self.devclass))
 
     @property
     def backend_name(self) -> str:

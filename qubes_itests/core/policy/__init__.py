@@ -3,15 +3,21 @@
 The language is that of the files in ``/etc/qubes/policy.d``: `docs/policy.md` shows it.
 """
 
-from qubes_itests.core.policy.decision import AskHandler, Decision, Question
+from qubes_itests.core.policy.decision import (
+    AskHandler,
+    Decision,
+    Question,
+    RequestError,
+)
 from qubes_itests.core.policy.policy import Policy, evaluate
-from qubes_itests.core.policy.policy_errors import (
+from qubes_itests.core.policy.rule import (
+    Action,
+    Origin,
     PolicyError,
     PolicyFileError,
     PolicySyntaxError,
-    RequestError,
+    Rule,
 )
-from qubes_itests.core.policy.rule import Action, Origin, Rule
 
 __all__ = [
     "Action",

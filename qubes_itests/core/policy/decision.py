@@ -1,26 +1,203 @@
-"""What the policy says of a call, by the first rule that matches it."""
+"""Calls as the policy sees them, and its decisions about them."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.core.policy.policy_errors import RequestError
-from qubes_itests.core.policy.request import Destination
-from qubes_itests.core.policy.rule import Action, Rule
-from qubes_itests.core.policy.targets import choices
-from qubes_itests.core.policy.tokens import REDIRECT, Kind, Token
+from qubes_itests.core.exc import QubesValueError
+from qubes_itests.core.policy.rule import REDIRECT, REQUESTED, Action, Kind, Rule, Token
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from qubes_itests.core.policy.request import Request
+    from qubes_itests.core.app import Qubes
+    from qubes_itests.core.vm.base import BaseVM
 
-__all__ = ["AskHandler", "Decision", "Question", "decide", "denied"]
+__all__ = [
+    "AskHandler",
+    "Decision",
+    "Destination",
+    "Question",
+    "Request",
+    "RequestError",
+    "decide",
+    "denied",
+    "shown",
+]
 
 log = logging.getLogger("qubes.policy")
+
+#: A service is a file's name in the guest.
+_LONGEST_SERVICE: Final = 255
+#: As much as the protocol of qrexec has room for.
+_LONGEST_TARGET: Final = 63
+_SERVICE: Final = re.compile(r"([A-Za-z0-9_.-]+)(\+[A-Za-z0-9_.+-]*)?")
+_HARMLESS: Final = re.compile(r"[A-Za-z0-9_.+@-][A-Za-z0-9_.+@:-]{0,254}")
+_LONGEST_SHOWN: Final = 100
+
+
+class RequestError(QubesValueError):
+    """A call cannot be made as it is asked for; it is denied.
+
+    :param reason: what was asked for, and what is wrong with it.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def shown(untrusted: str) -> str:
+    """Return what a guest said so that it is safe to print on one line."""
+    if _HARMLESS.fullmatch(untrusted):
+        return untrusted
+    return safe_text(ascii(untrusted[:_LONGEST_SHOWN]))
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a call leads.
+
+    :param token: a VM, ``@adminvm``, ``@default``, ``@dispvm`` or ``@dispvm:NAME``.
+    :param vm: the VM, for a name.
+    :param base: what a disposable VM would be made from; None if there is nothing.
+    """
+
+    token: Token
+    vm: BaseVM | None = None
+    base: BaseVM | None = None
+
+    @classmethod
+    def resolve(cls, app: Qubes, source: BaseVM, token: Token) -> Destination | None:
+        """Return where a token leads, None if it names a VM that is not there.
+
+        :raise RequestError: for a disposable VM of what is no template for them.
+        """
+        if token.kind is Kind.NAME:
+            vm = app.domains.get(token.key)
+            return None if vm is None else cls(token, vm=vm)
+        if token.kind is Kind.DISPVM:
+            return cls(token, base=getattr(source, "default_dispvm", None))
+        if token.kind is Kind.DISPVM_TEMPLATE:
+            base = app.domains.get(token.key)
+            if not getattr(base, "template_for_dispvms", False):
+                raise RequestError(f"{token.value} is no template for disposable VMs")
+            return cls(token, base=base)
+        return cls(token)
+
+    def is_meant_by(self, token: Token) -> bool:
+        """Tell whether a rule's target matches it."""
+        match token.kind:
+            case Kind.WILDCARD:
+                return True
+            case Kind.ANYVM:
+                return self.token.kind is not Kind.ADMINVM
+            case Kind.DISPVM_TEMPLATE:
+                return self.base is not None and token.names(self.base)
+            case Kind.DISPVM_TAG:
+                may = getattr(self.base, "template_for_dispvms", False)
+                return self.base is not None and may and token.value in self.base.tags
+            case Kind.NAME | Kind.TAG | Kind.TYPE:
+                return self.vm is not None and _is(self.vm, token)
+            case _:
+                return token == self.token
+
+    @property
+    def name(self) -> str:
+        """How a decision names it: a VM, ``@adminvm``, ``@dispvm:NAME``; else empty."""
+        if self.vm is not None:
+            return self.vm.name
+        if self.base is not None:
+            return f"@dispvm:{self.base.name}"
+        return "@adminvm" if self.token.kind is Kind.ADMINVM else ""
+
+    @property
+    def requested(self) -> str:
+        """How the caller named it, a VM by its name."""
+        return self.vm.name if self.vm is not None else str(self.token)
+
+    def is_running(self) -> bool:
+        """Tell whether a call to it would start nothing."""
+        if self.token.kind is Kind.ADMINVM:
+            return True
+        vm: Any = self.vm
+        return vm is not None and vm.get_power_state() == "Running"
+
+
+def _is(vm: BaseVM, token: Token) -> bool:
+    match token.kind:
+        case Kind.TAG:
+            return token.value in vm.tags
+        case Kind.TYPE:
+            return token.value == vm.klass
+        case _:
+            return token.names(vm)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A call that the policy is asked about.
+
+    :param app: the app of the VMs.
+    :param service: the service's name.
+    :param argument: ``+`` and the argument, which may be empty.
+    :param source: the VM that calls.
+    :param destination: what it asked for.
+    """
+
+    app: Qubes
+    service: str
+    argument: str
+    source: BaseVM
+    destination: Destination
+
+    @classmethod
+    def check(cls, app: Qubes, service: str, source: BaseVM, target: str) -> Request:
+        """Check what a VM asks for.
+
+        :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``; not trusted.
+        :param target: not trusted; empty as ``@default``, ``$`` before a keyword as @.
+        :raise RequestError: when nobody can ask for that.
+        """
+        found = _SERVICE.fullmatch(service)
+        if found is None or len(service) > _LONGEST_SERVICE:
+            raise RequestError(f"{shown(service)} is no name of a service")
+        word = "@" + target[1:] if target.startswith("$") else target or "@default"
+        if len(word) > _LONGEST_TARGET:
+            raise RequestError(f"the target {shown(word)} is too long")
+        try:
+            token = Token.parse(word, REQUESTED)
+        except QubesValueError:
+            raise RequestError(f"{shown(word)} is no target of a call") from None
+        # a VM that is not there is answered as Qubes OS does: as if none was named
+        default = Destination(Token(Kind.DEFAULT))
+        destination = Destination.resolve(app, source, token) or default
+        return cls(app, found[1], found[2] or "+", source, destination)
+
+    def asks_for(self, token: Token) -> bool:
+        """Tell whether a rule's target matches what is asked for."""
+        return self.destination.is_meant_by(token)
+
+    def comes_from(self, token: Token) -> bool:
+        """Tell whether a rule's source matches the VM that calls."""
+        is_admin = self.source.klass == "AdminVM"
+        match token.kind:
+            case Kind.WILDCARD:
+                return True
+            case Kind.ANYVM:
+                return not is_admin
+            case Kind.ADMINVM:
+                return is_admin
+            case Kind.NAME | Kind.TAG | Kind.TYPE:
+                return _is(self.source, token)
+            case _:
+                # a disposable VM calls under its own name, not its template's
+                return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +301,14 @@ def _resolved(request: Request, token: Token) -> Destination:
 
 
 def _allow(request: Request, rule: Rule, destination: Destination) -> Decision:
-    _check_leads_somewhere(request, rule, destination)
+    if destination.token.kind is Kind.DEFAULT:
+        raise RequestError("neither the caller nor the rule names a target")
+    if not destination.name:
+        raise RequestError("the caller has no default_dispvm")
+    if destination.name == request.source.name:
+        raise RequestError("a VM cannot call itself")
+    if not rule.autostart and not destination.is_running():
+        raise RequestError(f"{destination.name} does not run, and autostart=no")
     return Decision(
         allowed=True,
         target=destination.name,
@@ -137,45 +321,29 @@ def _allow(request: Request, rule: Rule, destination: Destination) -> Decision:
     )
 
 
-def _check_leads_somewhere(
-    request: Request, rule: Rule, destination: Destination
-) -> None:
-    if destination.token.kind is Kind.DEFAULT:
-        raise RequestError("neither the caller nor the rule names a target")
-    if not destination.name:
-        raise RequestError("the caller has no default_dispvm")
-    if destination.name == request.source.name:
-        raise RequestError("a VM cannot call itself")
-    if not rule.autostart and not destination.is_running():
-        raise RequestError(f"{destination.name} does not run, and autostart=no")
-
-
 def _ask(
     request: Request, rule: Rule, rules: Sequence[Rule], ask: AskHandler | None
 ) -> Decision:
-    offered = choices(request, rule, rules)
+    offered = _choices(request, rule, rules)
     if not offered:
         raise RequestError("there is no target to choose from")
     if ask is None:
         raise RequestError("nobody is there to ask")
-    answer = _answer(ask, _question(request, rule, offered))
-    if answer not in offered:
-        raise RequestError(f"asked, and answered by {answer!r}")
-    return _allow(request, rule, _resolved(request, Token.parse(answer, REDIRECT)))
-
-
-def _question(request: Request, rule: Rule, offered: Sequence[str]) -> Question:
     default = None
     if rule.default_target is not None:
         proposed = Destination.resolve(request.app, request.source, rule.default_target)
         default = proposed.name if proposed is not None else None
-    return Question(
+    question = Question(
         service=request.service + request.argument,
         source=request.source.name,
         requested=request.destination.requested,
         targets=tuple(offered),
         default=default if default in offered else None,
     )
+    answer = _answer(ask, question)
+    if answer not in offered:
+        raise RequestError(f"asked, and answered by {answer!r}")
+    return _allow(request, rule, _resolved(request, Token.parse(answer, REDIRECT)))
 
 
 def _answer(ask: AskHandler, question: Question) -> str:
@@ -188,3 +356,66 @@ def _answer(ask: AskHandler, question: Question) -> str:
     if answer is None:
         raise RequestError("asked, and refused")
     return answer
+
+
+def _choices(request: Request, rule: Rule, rules: Sequence[Rule]) -> list[str]:
+    """Return the targets to choose from, sorted.
+
+    That is what `rule` redirects to; or else whatever the policy allows this source to
+    call, or to be asked about, for this service.
+
+    :param rule: the one that asks.
+    :param rules: the whole policy.
+    """
+    found = (
+        {d.name: d for d in _collect(request, rules)}
+        if rule.redirect is None
+        else {d.name: d for d in _expand(request, rule.redirect)}
+    )
+    return sorted(
+        name
+        for name, destination in found.items()
+        if name and name != request.source.name
+        if rule.autostart or destination.is_running()
+    )
+
+
+def _collect(request: Request, rules: Sequence[Rule]) -> Iterable[Destination]:
+    found: dict[str, Destination] = {}
+    # Of rules that name one target the first counts: so it is the last to be applied.
+    for rule in reversed(rules):
+        if not rule.matches_but_target(request):
+            continue
+        named = {d.name: d for d in _expand(request, rule.redirect or rule.target)}
+        if rule.action is Action.DENY:
+            found = {name: d for name, d in found.items() if name not in named}
+        else:
+            found |= named
+    return found.values()
+
+
+def _expand(request: Request, token: Token) -> Iterator[Destination]:
+    if token.kind in (Kind.NAME, Kind.ADMINVM, Kind.DISPVM, Kind.DISPVM_TEMPLATE):
+        yield from _resolve(request, token)
+        return
+    candidates = [*_resolve(request, Token(Kind.DISPVM))]
+    for vm in request.app.domains:
+        if vm.klass == "AdminVM":
+            candidates.append(Destination(Token(Kind.ADMINVM)))
+            continue
+        candidates.append(Destination(Token(Kind.NAME, vm.name), vm=vm))
+        if getattr(vm, "template_for_dispvms", False):
+            template = Token(Kind.DISPVM_TEMPLATE, vm.name)
+            candidates.append(Destination(template, base=vm))
+    for candidate in candidates:
+        if candidate.is_meant_by(token):
+            yield candidate
+
+
+def _resolve(request: Request, token: Token) -> Iterator[Destination]:
+    try:
+        found = Destination.resolve(request.app, request.source, token)
+    except RequestError:
+        return
+    if found is not None:
+        yield found

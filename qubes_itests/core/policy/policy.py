@@ -6,11 +6,16 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from qubes_itests.core.policy.decision import Decision, decide, denied
+from qubes_itests.core.policy.decision import (
+    Decision,
+    Request,
+    RequestError,
+    decide,
+    denied,
+    shown,
+)
 from qubes_itests.core.policy.files import PolicyFiles
-from qubes_itests.core.policy.policy_errors import PolicyFileError, RequestError
-from qubes_itests.core.policy.request import Request, shown
-from qubes_itests.core.policy.rule import Rule
+from qubes_itests.core.policy.rule import PolicyFileError, Rule
 from qubes_itests.limited_log import LimitedLog
 
 if TYPE_CHECKING:
@@ -19,7 +24,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.policy.decision import AskHandler
-    from qubes_itests.core.policy.policy_errors import PolicyError
+    from qubes_itests.core.policy.rule import PolicyError
     from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["Policy", "evaluate"]
@@ -84,7 +89,7 @@ class Policy:
             everything.
         """
         if not directory.is_dir():
-            raise PolicyFileError(directory, "it is no directory")
+            raise PolicyFileError(directory, "expected a directory")
         self._files = PolicyFiles(directory, legacy)
         self.refresh()
         if self.error is not None:

@@ -1,27 +1,201 @@
-"""One line of a policy."""
+"""Rules of a policy: its lines, and the words in them that stand for VMs.
+
+::
+
+    QubesValueError
+     +-- PolicyError                what is written cannot be used
+          +-- PolicySyntaxError     a line cannot be understood
+          +-- PolicyFileError       a file or directory cannot be read
+"""
 
 from __future__ import annotations
 
 import enum
 import re
+import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
 from qubes_itests.core.exc import QubesValueError
-from qubes_itests.core.policy.policy_errors import PolicySyntaxError
-from qubes_itests.core.policy.tokens import REDIRECT, SOURCE, TARGET, Kind, Token
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
 
-    from qubes_itests.core.policy.request import Request
+    from qubes_itests.core.policy.decision import Request
+    from qubes_itests.core.vm.base import BaseVM
 
-__all__ = ["Action", "Origin", "Rule", "check_service"]
+__all__ = [
+    "REDIRECT",
+    "REQUESTED",
+    "SOURCE",
+    "TARGET",
+    "Action",
+    "Kind",
+    "Origin",
+    "PolicyError",
+    "PolicyFileError",
+    "PolicySyntaxError",
+    "Rule",
+    "Token",
+    "check_service",
+]
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_UUID: Final = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+_UUID_PREFIX: Final = "uuid:"
+_UUID_OF_DOM0: Final = f"{_UUID_PREFIX}{uuid.UUID(int=0)}"
 
 _SERVICE: Final = re.compile(r"[A-Za-z0-9_.-]+")
 _ARGUMENT: Final = re.compile(r"\+[A-Za-z0-9_.+-]*")
 _USER: Final = re.compile(r"[A-Za-z0-9_.@\\-]+")
 _FIELDS: Final = 5
+#: Characters of a line that an error shows.
+_LONGEST_SHOWN: Final = 200
+
+
+class PolicyError(QubesValueError):
+    """A policy cannot be used; the message says where it is wrong."""
+
+
+class PolicySyntaxError(PolicyError):
+    """A line of a policy cannot be understood.
+
+    :param line: the line.
+    :param reason: what is wrong with it.
+    :param origin: the file and the line's number, None if it is in no file.
+    """
+
+    def __init__(self, line: str, reason: str, origin: Origin | None = None) -> None:
+        where = "policy line" if origin is None else f"{origin}: policy line"
+        super().__init__(f"{where} {line[:_LONGEST_SHOWN]!r}: {reason}")
+        self.line = line
+        self.reason = reason
+        self.origin = origin
+
+
+class PolicyFileError(PolicyError):
+    """A file or a directory of a policy cannot be read.
+
+    :param path: the file or directory.
+    :param reason: why it cannot be read, or is not accepted.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+
+
+class Kind(enum.Enum):
+    """What a word is; its value is how it is written, or how it begins."""
+
+    NAME = ""
+    WILDCARD = "*"
+    ANYVM = "@anyvm"
+    ADMINVM = "@adminvm"
+    DEFAULT = "@default"
+    DISPVM = "@dispvm"
+    DISPVM_TAG = "@dispvm:@tag:"
+    DISPVM_TEMPLATE = "@dispvm:"
+    TAG = "@tag:"
+    TYPE = "@type:"
+
+
+#: What may stand where.
+SOURCE: Final = frozenset(Kind) - {Kind.DEFAULT, Kind.DISPVM}
+TARGET: Final = frozenset(Kind)
+REDIRECT: Final = frozenset(
+    {Kind.NAME, Kind.ADMINVM, Kind.DISPVM, Kind.DISPVM_TEMPLATE}
+)
+REQUESTED: Final = REDIRECT | {Kind.DEFAULT}
+
+_PREFIXED: Final = (Kind.DISPVM_TAG, Kind.DISPVM_TEMPLATE, Kind.TAG, Kind.TYPE)
+_NAMES_A_VM: Final = (Kind.NAME, Kind.DISPVM_TEMPLATE)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One word.
+
+    :param kind: what it is.
+    :param value: a VM's name, or ``uuid:`` and its UUID; a tag; a class. Else empty.
+    """
+
+    kind: Kind
+    value: str = ""
+
+    def __str__(self) -> str:
+        return self.kind.value + self.value
+
+    @classmethod
+    def parse(
+        cls, word: str, allowed: Collection[Kind], *, strict: bool = True
+    ) -> Token:
+        """Read a word.
+
+        :param allowed: what may stand here.
+        :param strict: whether a name has to be one that a VM, a tag or a class can
+            have.  In files of Qubes OS any is good, and matches nothing.
+        :raise QubesValueError: when it is no such word; the message says why.
+        """
+        token = cls._read(word)
+        if token.kind not in allowed:
+            raise QubesValueError(f"{word!r} cannot stand here")
+        if strict and (reason := token.doubt):
+            raise QubesValueError(reason)
+        return token
+
+    @classmethod
+    def _read(cls, word: str) -> Token:
+        if word == "dom0":
+            return cls(Kind.ADMINVM)
+        if not word.startswith("@") and word != "*":
+            name = _read_vm(word)
+            return cls(Kind.ADMINVM) if name == _UUID_OF_DOM0 else cls(Kind.NAME, name)
+        for kind in _PREFIXED:
+            if word.startswith(kind.value):
+                value = word.removeprefix(kind.value)
+                if not value or value.startswith("@"):
+                    raise QubesValueError(
+                        f"{word!r} lacks a valid name behind {kind.value}"
+                    )
+                return cls(kind, _read_vm(value) if kind in _NAMES_A_VM else value)
+        try:
+            return cls(Kind(word))
+        except ValueError:
+            raise QubesValueError(f"there is no keyword {word!r}") from None
+
+    @property
+    def doubt(self) -> str:
+        """Why nothing can have this name; empty if something can."""
+        if not self.value or self._names_by_uuid or _NAME.fullmatch(self.value):
+            return ""
+        if self.kind not in _NAMES_A_VM:
+            return f"{str(self)!r} lacks a valid name behind {self.kind.value}"
+        if self.kind is Kind.NAME and self.value.startswith("$"):
+            return f"keywords begin with @, unlike {self.value!r}"
+        return f"{self.value!r} is no name of a VM"
+
+    @property
+    def _names_by_uuid(self) -> bool:
+        digits = self.value.removeprefix(_UUID_PREFIX)
+        named = self.kind in _NAMES_A_VM and digits != self.value
+        return named and _UUID.fullmatch(digits) is not None
+
+    def names(self, vm: BaseVM) -> bool:
+        """Tell whether its value is the VM's name, or its UUID."""
+        return self.value in (vm.name, f"{_UUID_PREFIX}{vm.uuid}")
+
+    @property
+    def key(self) -> str | uuid.UUID:
+        """What an app finds the VM by that it names."""
+        return uuid.UUID(self.value) if self._names_by_uuid else self.value
+
+
+def _read_vm(word: str) -> str:
+    if not word:
+        raise QubesValueError("a name of a VM is missing")
+    digits = word.removeprefix(_UUID_PREFIX)
+    return word.lower() if digits != word and _UUID.fullmatch(digits) else word
 
 
 class Action(enum.StrEnum):
@@ -97,7 +271,7 @@ class Rule:
         """
         words = line.split()
         if len(words) < _FIELDS:
-            reason = "it needs SERVICE ARGUMENT SOURCE TARGET ACTION"
+            reason = "expected SERVICE ARGUMENT SOURCE TARGET ACTION"
             raise PolicySyntaxError(line, reason, origin)
         try:
             return cls._from_words(words, origin, strict=strict)
@@ -111,6 +285,9 @@ class Rule:
         service, argument, source, target, action, *parameters = words
         check_service(service, argument)
         given = _parse_parameters(_parse_action(action), parameters)
+        user = given.get("user")
+        if strict and user is not None and not _USER.fullmatch(user):
+            raise QubesValueError(f"{user!r} is no name of a user")
         rule = cls(
             service,
             argument,
@@ -119,7 +296,7 @@ class Rule:
             _parse_action(action),
             redirect=_parse_redirect(given.get("target"), strict=strict),
             default_target=_parse_redirect(given.get("default_target"), strict=strict),
-            user=_parse_user(given.get("user"), strict=strict),
+            user=user or None,
             notify=_parse_choice("notify", given),
             autostart=_parse_choice("autostart", given) is not False,
             origin=origin,
@@ -130,19 +307,15 @@ class Rule:
 
     def __str__(self) -> str:
         words = [self.service, self.argument, self.source, self.target, self.action]
-        return " ".join([*map(str, words), *self._parameters()])
-
-    def _parameters(self) -> Iterable[str]:
-        if self.redirect is not None:
-            yield f"target={self.redirect}"
-        if self.default_target is not None:
-            yield f"default_target={self.default_target}"
-        if self.user is not None:
-            yield f"user={self.user}"
-        if self.notify is not None:
-            yield f"notify={'yes' if self.notify else 'no'}"
-        if not self.autostart:
-            yield "autostart=no"
+        parameters = {
+            "target": self.redirect,
+            "default_target": self.default_target,
+            "user": self.user,
+            "notify": {True: "yes", False: "no", None: None}[self.notify],
+            "autostart": None if self.autostart else "no",
+        }
+        given = (f"{k}={v}" for k, v in parameters.items() if v is not None)
+        return " ".join([*map(str, words), *given])
 
     @property
     def shown(self) -> str:
@@ -209,12 +382,6 @@ def _parse_parameters(action: Action, words: list[str]) -> dict[str, str]:
 
 def _parse_redirect(value: str | None, *, strict: bool) -> Token | None:
     return None if value is None else Token.parse(value, REDIRECT, strict=strict)
-
-
-def _parse_user(value: str | None, *, strict: bool) -> str | None:
-    if strict and value is not None and not _USER.fullmatch(value):
-        raise QubesValueError(f"{value!r} is no name of a user")
-    return value or None
 
 
 def _parse_choice(name: str, given: dict[str, str]) -> bool | None:

@@ -6,10 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qubes_itests.core.device import serialization
+from qubes_itests.core.device import port as serialization
 from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
-from qubes_itests.core.device.info import DeviceInfo, UnknownDevice
-from qubes_itests.core.device.interface import DeviceCategory, DeviceInterface
+from qubes_itests.core.device.info import (
+    DeviceCategory,
+    DeviceInfo,
+    DeviceInterface,
+    UnknownDevice,
+)
 from qubes_itests.core.device.port import Port, VirtualDevice
 from qubes_itests.core.exc import (
     ProtocolError,

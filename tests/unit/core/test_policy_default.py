@@ -3,7 +3,7 @@
 import pytest
 
 from qubes_itests.core.policy import Policy, PolicyFileError
-from qubes_itests.core.policy.directory import PolicyFile, fill, find_error
+from qubes_itests.core.policy.files import PolicyFile, fill, find_error
 
 #: For calls of `work`: what becomes of one to a new disposable VM, to another VM, to
 #: dom0, and to none in particular; a name is who answers.

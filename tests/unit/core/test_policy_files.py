@@ -200,7 +200,10 @@ def test_policy_of_qubes_4_0(load, legacy, caplog):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"{ALLOW}test.Echo * work", "30.policy:2: policy line 'test.Echo * work': it"),
+        (
+            f"{ALLOW}test.Echo * work",
+            "30.policy:2: policy line 'test.Echo * work': expected",
+        ),
         ("\n\n!inclde x", "30.policy:3: policy line '!inclde x': the directives are"),
         ("!include", "30.policy:1: policy line '!include': !include takes 1 words"),
         ("!compat-4.0 now", "!compat-4.0 takes 0 words"),
@@ -228,7 +231,7 @@ def test_errors_say_where_and_what(load, directory, text, message):
 
 
 def test_broken_file_denies_all_but_what_was_added(load, vms, directory, caplog):
-    message = "30.policy:1: policy line 'nonsense': it needs SERVICE"
+    message = "30.policy:1: policy line 'nonsense': expected SERVICE"
     policy = Policy(["test.Added * work vault allow"], directory=directory)
     with pytest.raises(PolicySyntaxError):
         load({"20.policy": ALLOW, "30.policy": "nonsense"})
@@ -284,7 +287,7 @@ def test_symbolic_link_to_itself(load, directory):
 
 
 def test_directory_that_is_not_there(vms, tmp_path):
-    with pytest.raises(PolicyFileError, match="it is no directory"):
+    with pytest.raises(PolicyFileError, match="expected a directory"):
         Policy().load_directory(tmp_path / "gone")
     policy = Policy(directory=tmp_path / "gone")
     policy.refresh()

@@ -12,7 +12,7 @@ from qubes_itests.core.policy import Origin, PolicySyntaxError, Rule
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("test.Echo * work vault", "it needs SERVICE ARGUMENT"),
+        ("test.Echo * work vault", "expected SERVICE ARGUMENT"),
         ("test.Echo arg work vault allow", "the argument is"),
         ("test.Echo +a/b work vault allow", "the argument is"),
         ("test+Echo * work vault allow", "'test\\+Echo' is no name of a service"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qubes_itests.core.policy.directory import PolicyFile
+from qubes_itests.core.policy.files import PolicyFile
 from qubes_itests.guest.image.layer import Copy
 from qubes_itests.repository import read_spec_file, read_specs
 from qubes_itests.repository.exc import SpecError
