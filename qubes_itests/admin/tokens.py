@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import uuid
 
     from qubes_itests.core.app import Qubes
-    from qubes_storage.volume import Volume
+    from qubes_itests.core.storage import Volume
 
 __all__ = ["CloneTokens"]
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qubes_itests.admin.dispatch import Call
-    from qubes_storage.pool import Pool
-    from qubes_storage.volume import Volume
+    from qubes_itests.core.pools import Pool
+    from qubes_itests.core.storage import Volume
 
 __all__ = [
     "app_property",

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qubes_itests.cli.arguments import parse
+from qubes_itests.core.exc import QubesException
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.run.settings import load
-from qubes_storage.exc import QubesException
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.shell import WAY_OUT, open_shell, require_terminal
@@ -24,7 +23,8 @@ def check(_command: Command, _settings: Settings) -> None:
 
 def execute(command: Command, settings: Settings) -> int:
     """Start the VM, open the shell; the exit status is the shell's."""
-    from qubes_itests.run.app_templates import plugins_for  # noqa: PLC0415 - only in the sandbox
+    # not before: the command line begins without what the sandbox needs
+    from qubes_itests.run.app_templates import plugins_for  # noqa: PLC0415
     from qubes_itests.run.context import RunContext  # noqa: PLC0415
 
     context = RunContext(settings, plugins_for(settings))
@@ -35,6 +35,8 @@ def execute(command: Command, settings: Settings) -> int:
 
 
 def _open(testbed: Testbed, target: str, template: str) -> int:
+    from qubes_itests.core.volume_content import import_image  # noqa: PLC0415
+
     disks = _kept_disks(target)
     if disks is None:
         template = target
@@ -47,7 +49,7 @@ def _open(testbed: Testbed, target: str, template: str) -> int:
     if disks:
         vm.kernel = template
     for name, image in (disks or {}).items():
-        run(_import(vm.volumes[name], image))
+        run(import_image(vm.volumes[name], image, image.stat().st_size))
     run(vm.start())
     print(f"A root shell in a VM made from {target}; exit ends the VM. {WAY_OUT}.")  # noqa: T201
     return open_shell(testbed.portal, vm.running_agent())
@@ -66,15 +68,3 @@ def _kept_disks(target: str) -> dict[str, Path] | None:
     images = {name: directory / f"{name}.img" for name in ("root", "private")}
     found = {name: image for name, image in images.items() if image.is_file()}
     return found if "root" in found else None
-
-
-async def _import(volume: Any, image: Path) -> None:
-    # not before: the command line begins without asyncio
-    import asyncio  # noqa: PLC0415
-
-    from qubes_storage import Import  # noqa: PLC0415
-    from qubes_storage.uninterrupted import to_its_end  # noqa: PLC0415
-
-    size = await asyncio.to_thread(lambda: image.stat().st_size)
-    async with Import(volume, size) as path:
-        await to_its_end(asyncio.to_thread(shutil.copyfile, image, path))

@@ -10,14 +10,22 @@ from qubes_itests.core.exc import (
     QubesValueError,
 )
 from qubes_itests.core.properties import Property, PropertyHolder
-from qubes_storage.drivers import pool_class
+from qubes_storage import Pool, driver_names, pool_class
+from qubes_storage.drivers import driver_parameters
 
 if TYPE_CHECKING:
     from qubes_itests.core.domains import VMCollection
     from qubes_itests.core.store.file import StoreFile
-    from qubes_storage.pool import Pool
 
-__all__ = ["PoolsMixin"]
+__all__ = ["Pool", "PoolsMixin", "driver_names", "driver_options"]
+
+
+def driver_options(driver: str) -> tuple[str, ...]:
+    """Return the names of what `PoolsMixin.add_pool` takes for a driver, sorted.
+
+    :raise DriverNotFoundError: when there is no such driver.
+    """
+    return tuple(sorted(driver_parameters(driver)))
 
 
 def _app_pool(app: PoolsMixin, prop: Property[Any], value: Any) -> Pool | None:

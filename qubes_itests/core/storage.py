@@ -20,10 +20,11 @@ from qubes_itests.core.volume_content import (
     import_image,
     is_empty,
     kept_by,
+    write_content,
 )
 from qubes_itests.host.exc import CommandError
 from qubes_itests.hypervisor.contract import Disk
-from qubes_storage import Import, exporting
+from qubes_storage import Import, Volume, exporting
 from qubes_storage.exc import StoragePoolException, VolumeExistsError
 from qubes_storage.uninterrupted import to_its_end
 
@@ -42,11 +43,10 @@ if TYPE_CHECKING:
 
     from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_storage.pool import Pool
-    from qubes_storage.volume import Volume
 
     VolumeAction: TypeAlias = Callable[[Volume], Awaitable[object]]
 
-__all__ = ["Storage", "in_pool"]
+__all__ = ["Storage", "Volume", "in_pool"]
 
 #: What the guest calls xvda, xvdb, xvdc and xvdd; others follow, up to xvdz.
 _STANDARD: Final = ("root", "private", "volatile", "kernel")
@@ -371,6 +371,17 @@ class Storage:
                     volume=volume.name,
                     success=transfer.committed,
                 )
+
+    async def import_content(
+        self, volume: Volume, size: int, content: AsyncIterator[bytes]
+    ) -> None:
+        """Replace the content of a volume by a stream of bytes, as `importing` does.
+
+        :param size: bytes that the volume has then; zeroes follow a shorter stream.
+        :param content: the stream; if it raises, the volume stays as it was.
+        """
+        async with self.importing(volume, size) as path:
+            await write_content(volume, path, content)
 
     # For suites of the core; `exporting` and `importing` begin and end together.
 

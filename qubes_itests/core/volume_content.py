@@ -10,10 +10,11 @@ from qubes_itests.host.filesystem import make_ext4
 from qubes_storage import Import
 from qubes_storage.exc import InvalidSizeError
 from qubes_storage.ficlone import clone_or_copy, data_extents
+from qubes_storage.operation import typed_errors
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from qubes_storage.volume import Volume
@@ -26,6 +27,7 @@ __all__ = [
     "import_image",
     "is_empty",
     "kept_by",
+    "write_content",
 ]
 
 #: The volumes whose filesystem a guest enlarges with them.
@@ -61,12 +63,14 @@ def kept_by(volume: Volume) -> Volume:
     return volume
 
 
-async def import_image(volume: Volume, image: Path) -> None:
+async def import_image(volume: Volume, image: Path, size: int | None = None) -> None:
     """Have a volume begin with a copy of a raw image.
 
+    :param size: bytes that the volume has then; by default those that it has now.
     :raise OSError: as the operating system says.
     """
-    await _import(volume, lambda path: copy_image(image, path))
+    size = volume.size if size is None else size
+    await _import(volume, size, lambda path: copy_image(image, path))
 
 
 async def import_filesystem(volume: Volume) -> None:
@@ -75,13 +79,46 @@ async def import_filesystem(volume: Volume) -> None:
     :raise CommandError: when mke2fs fails.
     """
     size = volume.size
-    await _import(volume, lambda path: make_ext4(path, size, volume.name))
+    await _import(volume, size, lambda path: make_ext4(path, size, volume.name))
 
 
-async def _import(volume: Volume, fill: Callable[[Path], None]) -> None:
+async def _import(volume: Volume, size: int, fill: Callable[[Path], None]) -> None:
     # not created first: the empty image would become a revision
-    async with Import(volume, volume.size) as path:
+    async with Import(volume, size) as path:
         await to_its_end(asyncio.to_thread(fill, path))
+
+
+async def write_content(
+    volume: Volume, path: Path, content: AsyncIterator[bytes]
+) -> None:
+    """Write a stream of bytes to the file of an import.
+
+    :param volume: the one that is imported into.
+    :param path: of that file, which has nothing but zeroes in it.
+    :raise VolumeError: for what the operating system says.
+    """
+    # A cancelled import closes its file and removes it, and a thread may be in the
+    # middle of a call then: a file that it opens would leak, and its write could go to
+    # another file, which has been given the number of the descriptor.
+    with typed_errors(volume, "import"):
+        file = await to_its_end(
+            asyncio.to_thread(path.open, "r+b", 0),
+            undo=lambda opened: asyncio.to_thread(opened.close),
+        )
+    with file:
+        async for data in content:
+            with typed_errors(volume, "import"):
+                await to_its_end(asyncio.to_thread(_write, file.fileno(), data))
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    if data.strip(b"\0"):
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+    else:
+        # zeroes need no room
+        os.lseek(descriptor, len(data), os.SEEK_CUR)
 
 
 def is_empty(image: Path) -> bool:

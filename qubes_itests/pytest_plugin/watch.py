@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qubes_itests.balancing.app_memory import timeline_files
+from qubes_itests.core.exc import QubesException
 from qubes_itests.exc import HarnessError
 from qubes_itests.pytest_plugin.worker import is_remote
 from qubes_itests.report import failures
@@ -19,7 +20,6 @@ from qubes_itests.report.safe_report import make_safe
 from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import Keep
 from qubes_itests.shell import WAY_OUT, open_shell, require_terminal
-from qubes_storage.exc import QubesException
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator

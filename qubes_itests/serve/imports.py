@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
 import traceback
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.admin.dispatch import EXPECTED_ERRORS, error_name, save
 from qubes_itests.admin.protocol import encode_exception, encode_reply
 from qubes_itests.core.exc import ProtocolError, QubesVMNotFoundError
-from qubes_storage.operation import typed_errors
-from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from qubes_itests.core.app import Qubes
-    from qubes_storage.volume import Volume
+    from qubes_itests.core.storage import Storage, Volume
 
 __all__ = ["METHODS", "import_volume"]
 
@@ -44,8 +39,11 @@ async def import_volume(
     :param stream: the payload.
     """
     try:
-        target = _target(app, vm, volume, method)
-        await _import(app, vm, target, _Payload(stream), method)
+        storage, target = _target(app, vm, volume, method)
+        payload = _Payload(stream)
+        size = await payload.size() if method == _WITH_SIZE else target.size
+        await storage.import_content(target, size, payload.rest(size))
+        await save(app)
     except EXPECTED_ERRORS as error:
         return encode_exception(error_name(error), str(error))
     except ConnectionError:
@@ -61,7 +59,7 @@ async def import_volume(
     return encode_reply("")
 
 
-def _target(app: Qubes, name: str, volume: str, method: str) -> Any:
+def _target(app: Qubes, name: str, volume: str, method: str) -> tuple[Storage, Volume]:
     vm = app.domains.get(name)
     if vm is None:
         raise QubesVMNotFoundError(name)
@@ -71,7 +69,7 @@ def _target(app: Qubes, name: str, volume: str, method: str) -> Any:
     app.domains["dom0"].fire_event(
         f"admin-permission:{method}", pre_event=True, dest=vm, arg=volume
     )
-    return volumes[volume]
+    return vm.storage, volumes[volume]
 
 
 class _Payload:
@@ -91,54 +89,22 @@ class _Payload:
         line, _, self._held = self._held.partition(b"\n")
         text = line.decode("ascii", "replace")
         if not text.isdecimal() or len(text) > _LONGEST_SIZE or text != str(int(text)):
-            raise ProtocolError("the first line of the payload is no number of bytes")
+            got = text[:_LONGEST_SIZE]
+            raise ProtocolError(f"expected a number of bytes and LF, got {got!r}")
         return int(text)
 
-    async def copy(self, volume: Volume, path: Path, size: int) -> None:
-        """Write the rest to a file; ProtocolError unless it is that many bytes."""
+    async def rest(self, size: int) -> AsyncIterator[bytes]:
+        """Yield what follows; ProtocolError unless it is that many bytes."""
+        data: bytes | None = self._held
         length = 0
-        with typed_errors(volume, "import"):
-            # Threads come to their ends before the file is closed and the import is:
-            # the descriptor, and the path, may be another's then.
-            file = await to_its_end(
-                asyncio.to_thread(path.open, "r+b", 0),
-                undo=lambda opened: asyncio.to_thread(opened.close),
-            )
-        with file:
-            async for data in self._rest():
-                length += len(data)
-                if length > size:
-                    break
-                with typed_errors(volume, "import"):
-                    await to_its_end(asyncio.to_thread(_write, file.fileno(), data))
+        while data is not None:
+            length += len(data)
+            if length > size:
+                break
+            yield data
+            data = await anext(self._stream, None)
         if length != size:
             word = "more" if length > size else f"{length}"
             raise ProtocolError(
                 f"the data has {word} bytes, the volume is to have {size}"
             )
-
-    async def _rest(self) -> AsyncIterator[bytes]:
-        if self._held:
-            yield self._held
-        async for data in self._stream:
-            yield data
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    if data.strip(b"\0"):
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
-    else:
-        # zeroes need no room
-        os.lseek(descriptor, len(data), os.SEEK_CUR)
-
-
-async def _import(
-    app: Qubes, name: str, volume: Any, payload: _Payload, method: str
-) -> None:
-    vm = app.domains[name]
-    size = await payload.size() if method == _WITH_SIZE else volume.size
-    async with vm.storage.importing(volume, size) as path:
-        await payload.copy(volume, path, size)
-    await save(app)

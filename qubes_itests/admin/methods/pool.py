@@ -15,12 +15,12 @@ from qubes_itests.admin.validation import (
     revisions_to_keep,
 )
 from qubes_itests.core.exc import ProtocolError, QubesException, QubesValueError
-from qubes_storage.drivers import driver_names, driver_parameters
+from qubes_itests.core.pools import driver_names, driver_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from qubes_storage.pool import Pool
+    from qubes_itests.core.pools import Pool
 
 __all__: list[str] = []
 
@@ -42,9 +42,7 @@ def list_pools(call: Call) -> str:
 def list_drivers(call: Call) -> str:
     """Return the drivers and their options, one driver a line."""
     drivers = call.permitted(driver_names())
-    return "".join(
-        f"{' '.join((name, *sorted(driver_parameters(name))))}\n" for name in drivers
-    )
+    return "".join(f"{' '.join((name, *driver_options(name)))}\n" for name in drivers)
 
 
 @_ON_DOM0("admin.pool.Info", argument=pool)
@@ -88,7 +86,7 @@ def _configuration(call: Call, data: bytes) -> dict[str, str]:
         raise ProtocolError("the payload needs name=, of letters, digits and _.-")
     if options["name"] in call.app.pools:
         raise QubesValueError(f"there is a pool {options['name']!r} already")
-    known = ("name", *sorted(driver_parameters(call.argument)))
+    known = ("name", *driver_options(call.argument))
     if unknown := sorted(set(options) - set(known)):
         raise QubesValueError(
             f"driver {call.argument} takes no {', '.join(unknown)}:"

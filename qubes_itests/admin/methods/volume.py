@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import re
 from typing import TYPE_CHECKING, Any, Final
@@ -21,13 +20,11 @@ from qubes_itests.core.exc import (
     QubesValueError,
     QubesVMNotHaltedError,
 )
-from qubes_storage.operation import typed_errors
-from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import AsyncIterator
 
-    from qubes_storage.volume import Volume
+    from qubes_itests.core.storage import Volume
 
 __all__: list[str] = []
 
@@ -157,15 +154,10 @@ async def import_content(call: Call) -> None:
 
 
 async def _replace(call: Call, length: int, content: bytes) -> None:
-    target = call.argument
-    async with call.destination.storage.importing(target, length) as path:
-        with typed_errors(target, "import"):
-            await to_its_end(asyncio.to_thread(_fill, path, content))
+    async def whole() -> AsyncIterator[bytes]:
+        yield content
 
-
-def _fill(path: Path, content: bytes) -> None:
-    with path.open("r+b") as image:
-        image.write(content)
+    await call.destination.storage.import_content(call.argument, length, whole())
 
 
 @_OF_VM(f"{_PREFIX}Set.revisions_to_keep", payload=revisions_to_keep, saves=True)

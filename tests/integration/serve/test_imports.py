@@ -44,10 +44,10 @@ def test_a_volume_takes_the_size_of_what_comes(halted):
     [
         (b"7\nsix666", "6 bytes"),
         (b"5\nsix666", "more"),
-        (b"-5\nfive5", "no number"),
-        (b"05\nfive5", "no number"),
-        (b"", "no number"),
-        (b"1" * 100, "no number"),
+        (b"-5\nfive5", "expected a number of bytes"),
+        (b"05\nfive5", "expected a number of bytes"),
+        (b"", "expected a number of bytes"),
+        (b"1" * 100, "expected a number of bytes"),
     ],
 )
 def test_wrong_sizes_change_nothing(halted, data, said):
