@@ -116,15 +116,18 @@ async def settle(vms: list[Any]) -> None:
 
 
 async def begun(vm: Any, event: str) -> None:
-    """Wait until a VM gets as far as an event, or a while."""
+    """Wait until a VM gets as far as an event, or has nothing more to do."""
     reached = asyncio.Event()
 
     def note(*_: Any, **__: Any) -> None:
         reached.set()
 
     vm.add_handler(event, note)
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(reached.wait(), 0.05)
+    for _ in range(25):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(reached.wait(), 0.002)
+        if reached.is_set() or vm.get_power_state() in {"Halted", "Running"}:
+            break
     vm.remove_handler(event, note)
 
 

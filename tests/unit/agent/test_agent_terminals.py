@@ -54,7 +54,7 @@ def ended(pid: int) -> bool:
     """Tell whether a process has ended."""
     try:
         return ") Z " in Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before or while it is read
         return True
 
 
