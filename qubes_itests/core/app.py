@@ -80,6 +80,21 @@ def _check_network(_app: object, vm: Any) -> None:
         raise ValueError(f"{vm} has not provides_network set")
 
 
+def _vm_property(
+    name: str,
+    doc: str,
+    check: Callable[[object, Any], None] | None = None,
+    default: str | None = None,
+) -> VMProperty[BaseVM | None]:
+    return VMProperty["BaseVM | None"](
+        name,
+        check=check,
+        load_stage=3,
+        default=lambda app: default and app.domains[default],
+        doc=doc,
+    )
+
+
 class Qubes(PoolsMixin):
     """A Qubes system: the VMs, and all that they share.
 
@@ -105,61 +120,42 @@ class Qubes(PoolsMixin):
         default=None,
         doc="The template of AppVMs that name none.",
     )
-    default_dispvm = VMProperty["BaseVM | None"](
+    default_dispvm = _vm_property(
         "default_dispvm",
+        "The template for disposable VMs of VMs that set none.",
         check=check_for_dispvms,
-        load_stage=3,
-        default=None,
-        doc="What disposable VMs are made from, of VMs that set none.",
     )
-    default_netvm = VMProperty["BaseVM | None"](
-        "default_netvm",
-        check=_check_network,
-        load_stage=3,
-        default=None,
-        doc="The net VM of VMs that set none.",
+    default_netvm = _vm_property(
+        "default_netvm", "The net VM of VMs that set none.", check=_check_network
     )
-    default_fw_netvm = VMProperty["BaseVM | None"](
-        "default_fw_netvm",
-        check=_check_network,
-        load_stage=3,
-        default=None,
-        doc="The net VM of net VMs that set none.",
+    default_fw_netvm = _vm_property(
+        "default_fw_netvm", "The net VM of net VMs that set none.", check=_check_network
     )
-    default_guivm = VMProperty["BaseVM | None"](
+    default_guivm = _vm_property(
         "default_guivm",
-        load_stage=3,
-        default=lambda app: app.domains["dom0"],
-        doc="Who shows the windows of VMs that set none.",
+        "The VM that shows the windows of VMs that set none.",
+        default="dom0",
     )
-    default_audiovm = VMProperty["BaseVM | None"](
+    default_audiovm = _vm_property(
         "default_audiovm",
-        load_stage=3,
-        default=lambda app: app.domains["dom0"],
-        doc="Who plays the sounds of VMs that set none.",
+        "The VM that plays the sounds of VMs that set none.",
+        default="dom0",
     )
-    management_dispvm = VMProperty["BaseVM | None"](
+    management_dispvm = _vm_property(
         "management_dispvm",
+        "The template of disposable VMs that manage others.",
         check=check_for_dispvms,
-        load_stage=3,
-        default=None,
-        doc="What disposable VMs that manage others are made from.",
     )
-    clockvm = VMProperty["BaseVM | None"](
-        "clockvm", load_stage=3, default=None, doc="Who knows the time; nobody asks."
-    )
-    updatevm = VMProperty["BaseVM | None"](
-        "updatevm",
-        load_stage=3,
-        default=None,
-        doc="Who fetches updates for templates; nobody asks.",
+    clockvm = _vm_property("clockvm", "The VM that has the time; not used here.")
+    updatevm = _vm_property(
+        "updatevm", "The VM that fetches updates for templates; not used here."
     )
     check_updates_vm = Property[bool](
         "check_updates_vm",
         type=bool,
         load_stage=3,
         default=True,
-        doc="Have VMs look for updates; none do.",
+        doc="Whether VMs look for updates; not used here.",
     )
     default_kernel = Property["str | None"](
         "default_kernel",

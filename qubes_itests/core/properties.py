@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import re
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, overload
 
 from qubes_itests.core.events import Emitter
@@ -14,13 +15,20 @@ from qubes_itests.core.exc import (
     QubesPropertyValueError,
 )
 from qubes_itests.core.labels import find_label
-from qubes_itests.core.property_values import conversion, to_bool, to_text
 from qubes_itests.core.store.document import check_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["Property", "PropertyHolder", "VMProperty", "stateless_property", "to_bool"]
+__all__ = [
+    "Property",
+    "PropertyHolder",
+    "VMProperty",
+    "stateless_property",
+    "to_bool",
+    "to_int",
+    "to_text",
+]
 
 log = logging.getLogger("qubes.property")
 
@@ -34,7 +42,54 @@ class _Mark(enum.Enum):
 
 NO_DEFAULT: Final = _Mark.NO_DEFAULT
 
+_TRUE: Final = {"1", "true", "yes", "on"}
+_FALSE: Final = {"0", "false", "no", "off"}
+_INTEGER: Final = re.compile(r"-?[0-9]{1,20}", re.ASCII)
+
 _TYPE_NAMES: Final[dict[Any, str]] = {int: "int", bool: "bool", find_label: "label"}
+
+
+def to_bool(value: object) -> bool:
+    """Read a truth value the way Qubes does: ``True``, ``"yes"``, ``"0"``, 1.
+
+    :raise ValueError: for what is neither.
+    """
+    text = str(value).strip().lower()
+    if text in _TRUE:
+        return True
+    if text in _FALSE:
+        return False
+    raise ValueError("it takes a truth value: True, False, yes, no, on, off, 1, 0")
+
+
+def to_int(value: object) -> int:
+    """Read a whole number: an int, or its decimal digits; nothing is rounded.
+
+    :raise ValueError: for anything else.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and _INTEGER.fullmatch(value):
+        return int(value)
+    raise ValueError("it takes a whole number")
+
+
+def _to_str(value: object) -> str:
+    if value is None:
+        raise ValueError("it takes text, not None")
+    return str(value)
+
+
+def to_text(value: object) -> str:
+    """Return a value as text that sets the property to it again; None is empty."""
+    return "" if value is None else str(value)
+
+
+_CONVERSIONS: Final[dict[Any, Callable[[Any], Any]]] = {
+    bool: to_bool,
+    int: to_int,
+    str: _to_str,
+}
 
 
 class Property(Generic[T]):
@@ -165,7 +220,8 @@ class Property(Generic[T]):
                 if new is None:
                     return None
             if self.type is not None and new.__class__ is not self.type:
-                new = conversion(self.type)(new)
+                convert: Callable[[Any], T] = _CONVERSIONS.get(self.type, self.type)
+                new = convert(new)
             if isinstance(new, str):
                 check_text(new)
         except QubesException:
@@ -313,7 +369,18 @@ class PropertyHolder(Emitter):
         """
         known: tuple[Property[Any], ...] | None = vars(cls).get("_properties")
         if known is None:
-            known = cls._properties = _find_properties(cls)
+            found: dict[str, Property[Any]] = {}
+            for base in reversed(cls.__mro__):
+                for name, attribute in vars(base).items():
+                    if isinstance(attribute, Property):
+                        found[name] = attribute
+                    else:
+                        # a subclass hides a property by any attribute of its name
+                        found.pop(name, None)
+            order = sorted(
+                found.values(), key=lambda p: (p.load_stage, p.order, p.name)
+            )
+            known = cls._properties = tuple(order)
         return [p for p in known if load_stage in (None, p.load_stage)]
 
     _properties: tuple[Property[Any], ...]
@@ -380,14 +447,3 @@ class PropertyHolder(Emitter):
             if prop.name in chosen and prop.name in src._values:
                 setattr(self, prop.name, src._values[prop.name])
         self.fire_event("clone-properties", src=src, proplist=proplist)
-
-
-def _find_properties(cls: type[Any]) -> tuple[Property[Any], ...]:
-    found: dict[str, Property[Any]] = {}
-    for base in reversed(cls.__mro__):
-        for name, attribute in vars(base).items():
-            if isinstance(attribute, Property):
-                found[name] = attribute
-            else:
-                found.pop(name, None)
-    return tuple(sorted(found.values(), key=lambda p: (p.load_stage, p.order, p.name)))

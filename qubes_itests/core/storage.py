@@ -141,16 +141,13 @@ class Storage:
             else:
                 await volume.create()
 
-        await self._make(make, besides=await self._adoptable() if adopt else ())
-
-    async def _adoptable(self) -> set[Volume]:
-        keeping = [v for v in self.volumes.values() if v.keeps_image]
-        orphans = {
-            (pool, vid)
-            for pool in {volume.pool for volume in keeping}
-            for vid in await self.vm.app.find_orphans(pool, besides=self.vm)
-        }
-        return {volume for volume in keeping if (volume.pool, volume.vid) in orphans}
+        there: list[Volume] = []
+        if adopt:
+            keeping = [v for v in self.volumes.values() if v.keeps_image]
+            for pool in {volume.pool for volume in keeping}:
+                orphans = await self.vm.app.find_orphans(pool, besides=self.vm)
+                there += [v for v in keeping if v.pool is pool and v.vid in orphans]
+        await self._make(make, besides=there)
 
     async def _make(self, make: VolumeAction, besides: Collection[Volume] = ()) -> None:
         """Make all volumes but some, or none; what is there already stays as it is."""
@@ -161,18 +158,20 @@ class Storage:
         await note(MAKE, self.vm, wanted)
 
         async def make_and_note(volume: Volume) -> None:
-            # it was absent, so what a failure leaves is ours too
+            # Before it is made: it was absent, so what a failure leaves is ours too.
             self._made.append(volume)
             try:
                 with self._naming(volume):
                     await make(volume)
             except VolumeExistsError:
-                # meanwhile somebody else has made it
+                # Made meanwhile by another process: `undo` must not remove it.
                 self._made.remove(volume)
                 raise
 
         try:
             for volume in wanted:
+                # A thread fills the image, and goes on when its task is cancelled.
+                # Undoing before it has ended would leave the file that it makes.
                 await to_its_end(make_and_note(volume))
         except BaseException:
             await to_its_end(self.undo())

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core import config
 from qubes_itests.core.events import handler
-from qubes_itests.core.properties import Property, VMProperty, stateless_property
-from qubes_itests.core.property_values import to_int
+from qubes_itests.core.properties import (
+    Property,
+    VMProperty,
+    stateless_property,
+    to_int,
+)
 from qubes_itests.core.vm.base import BaseVM
 
 if TYPE_CHECKING:
