@@ -17,7 +17,7 @@ import contextlib
 import subprocess
 from typing import TYPE_CHECKING, Any
 
-from qubes_itests.guest.link.exit_status import GONE
+from qubes_itests.guest.link.frames import GONE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator

@@ -12,7 +12,7 @@ from qubes_itests.admin.methods import METHODS
 from qubes_itests.admin.protocol import LONGEST_REQUEST, Request, encode_exception
 from qubes_itests.admin.streams import EventStream
 from qubes_itests.core.exc import QubesVMNotFoundError
-from qubes_itests.guest.link.exit_status import REFUSED
+from qubes_itests.guest.link.frames import REFUSED
 from qubes_itests.limited_log import LimitedLog
 
 if TYPE_CHECKING:

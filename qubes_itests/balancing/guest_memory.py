@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.exc import DeadlineError, HarnessError
-from qubes_itests.guest.link.answers import answer_of
+from qubes_itests.guest.link.process import answer_of
 from qubes_itests.qmemman.sizes import KIB, MIB, mib
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from qubes_itests.core import dom0_services
 from qubes_itests.core.exc import QubesException
 from qubes_itests.core.policy import evaluate
 from qubes_itests.exc import HarnessError
-from qubes_itests.guest.link.exit_status import NOT_FOUND
+from qubes_itests.guest.link.frames import NOT_FOUND
 from qubes_itests.guest.link.relay import relay
 from qubes_itests.limited_log import LimitedLog
 from qubes_storage.uninterrupted import to_its_end

@@ -19,7 +19,7 @@ from qubes_itests.admin.dispatch import EXPECTED_ERRORS
 from qubes_itests.admin.hangups import Hangups
 from qubes_itests.core.exc import QubesVMNotRunningError
 from qubes_itests.guest.exc import GuestGoneError
-from qubes_itests.guest.link.exit_status import GONE, REFUSED
+from qubes_itests.guest.link.frames import GONE, REFUSED
 from qubes_itests.guest.link.process import GuestTerminal
 from qubes_itests.serve.exc import BadCallError
 from qubes_itests.serve.imports import import_volume

@@ -15,7 +15,7 @@ from qubes_itests.core.exc import (
     QubesVMNotRunningError,
     QubesVMShutdownTimeoutError,
 )
-from qubes_itests.guest.link.exit_status import NOT_FOUND
+from qubes_itests.guest.link.frames import NOT_FOUND
 
 from .emitter import EventAssertions
 from .exc import LeakError

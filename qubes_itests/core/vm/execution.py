@@ -7,8 +7,8 @@ import subprocess
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import QubesValueError, QubesVMNotRunningError
-from qubes_itests.guest.link.answers import LONGEST_ANSWER, answer_of
 from qubes_itests.guest.link.frames import Channel
+from qubes_itests.guest.link.process import LONGEST_ANSWER, answer_of
 
 if TYPE_CHECKING:
     import asyncio

@@ -14,8 +14,7 @@ from qubes_itests.guest.exc import (
     GuestRefusedError,
     ProtocolViolation,
 )
-from qubes_itests.guest.link.agent_log import AgentLog
-from qubes_itests.guest.link.connection import AgentConnection
+from qubes_itests.guest.link.connection import AgentConnection, AgentLog
 from qubes_itests.guest.link.frames import FrameType, pack_strings
 from qubes_itests.guest.link.process import GuestProcess, GuestTerminal
 from qubes_itests.guest.start.console import console_tail

@@ -6,13 +6,12 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
-from qubes_itests.guest.link.exit_status import REFUSED
-from qubes_itests.guest.link.frames import Channel, ExitKind
+from qubes_itests.guest.link.frames import REFUSED, Channel, ExitKind
 from qubes_itests.guest.link.streams import GuestReader, GuestWriter
 
 if TYPE_CHECKING:
     from qubes_itests.guest.exc import GuestGoneError
-    from qubes_itests.guest.link.events import Called
+    from qubes_itests.guest.link.frames import Called
     from qubes_itests.guest.link.streams import Link
 
 __all__ = ["CallHandler", "ServiceCall", "refusal"]
@@ -74,6 +73,8 @@ class ServiceCall:
         """
         if not self.stdout.is_closing():
             self.stdout.write_eof()
+        # EXIT is the last frame of a stream: sent now, it would cut off what still
+        # waits for credit
         await self.stdout.flushed()
         value = exit_code & 0xFF if exit_code >= 0 else (128 - exit_code) & 0xFF
         self._exit(ExitKind.EXITED, value, "")
@@ -92,6 +93,7 @@ class ServiceCall:
         if not self.ended:
             frame = self._link.protocol.exit(self._stream, kind, value, text)
             self._link.send(frame)
+            # after it: the protocol ignores from here on what the guest still sends
             self._link.forget(self._stream)
         self.stdout.break_off(BrokenPipeError(f"{self!r} has ended"))
         self.stdin.feed_eof()

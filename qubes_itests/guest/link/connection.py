@@ -1,4 +1,4 @@
-"""One connection to a guest's agent: the protocol, fed by a transport of asyncio.
+"""Connection to a guest's agent: the protocol, fed by a transport of asyncio.
 
 What a guest may cost is bounded here. *Memory*: DATA waits while more than a window
 lies in the transport, and nothing more is heard of a guest that makes us answer without
@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from datetime import UTC, datetime
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 from qubes_itests.guest.exc import (
     GuestError,
@@ -20,27 +21,25 @@ from qubes_itests.guest.exc import (
     ProtocolViolation,
 )
 from qubes_itests.guest.link.calls import CallHandler, ServiceCall, refusal
-from qubes_itests.guest.link.events import (
+from qubes_itests.guest.link.frames import (
+    HEADER,
+    PAYLOAD_MAX,
+    REFUSED,
+    STREAMS_MAX,
+    WINDOW,
     Called,
     Credited,
     Done,
     Ended,
     Event,
+    ExitKind,
     Failed,
+    FrameType,
     Logged,
     Ready,
     Received,
     ReceivedEof,
     Stopped,
-)
-from qubes_itests.guest.link.exit_status import REFUSED
-from qubes_itests.guest.link.frames import (
-    HEADER,
-    PAYLOAD_MAX,
-    STREAMS_MAX,
-    WINDOW,
-    ExitKind,
-    FrameType,
     encode,
 )
 from qubes_itests.guest.link.process import GuestProcess
@@ -48,11 +47,11 @@ from qubes_itests.guest.link.protocol import HostProtocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
-    from qubes_itests.guest.link.agent_log import AgentLog
     from qubes_itests.guest.link.streams import GuestWriter
 
-__all__ = ["AgentConnection"]
+__all__ = ["AgentConnection", "AgentLog"]
 
 _P = TypeVar("_P", bound=GuestProcess)
 
@@ -78,6 +77,44 @@ _STEP: Final = 0.002
 _CALLS_A_STEP: Final = 8
 #: Seconds for which a refused call keeps us from listening to its VM.
 _REFUSAL: Final = 0.005
+#: Bytes after which a log takes no more: a guest must not fill the host's disk.
+LIMIT: Final = 1 << 20
+
+
+class AgentLog:
+    """A file of lines with their time, that stops growing at 1 MiB.
+
+    :param path: the file, made or appended to; None keeps nothing.
+    """
+
+    #: Is told each line that is kept, too.
+    listener: Callable[[str], None] | None = None
+
+    def __init__(self, path: Path | None) -> None:
+        self._file: IO[str] | None = None
+        self._room = 0
+        if path is not None:
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+            self._room = LIMIT - path.stat().st_size
+
+    def write(self, line: str) -> None:
+        """Add a line; dropped when the log is full or closed."""
+        if self._file is None or self._room <= 0:
+            return
+        time = datetime.now(UTC).isoformat(sep=" ", timespec="milliseconds")
+        entry = f"{time[:-6]} {line}\n"
+        self._room -= len(entry.encode())
+        self._file.write(entry)
+        if self.listener is not None:
+            self.listener(line)
+        if self._room <= 0:
+            self._file.write("the log is full; what follows is dropped\n")
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class AgentConnection(asyncio.Protocol):
@@ -125,6 +162,9 @@ class AgentConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Act on bytes of the guest, for one step; nothing is read before the last."""
+        # The iterator replaces the one before, which must be at its end, or frames
+        # would be lost. It is: while frames are left reading is paused, and asyncio
+        # calls this once for each time that the loop finds bytes.
         self._frames = self.protocol.receive(data)
         self._go_on()
 
@@ -135,10 +175,15 @@ class AgentConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """Have writers go on, in turn, until it is too much again."""
         self._crowded = False
+        # Each flush may have asyncio call `pause_writing` from inside, which ends this.
+        # In the order in which they began to wait: with any other one stream that has
+        # much to say would starve those behind it.
         while self._blocked and not self._crowded:
             writer = next(iter(self._blocked))
             del self._blocked[writer]
             writer.flush()
+        # A step that ended for `_TOO_MUCH` has set no time for the next. One that has
+        # waits for its time: a guest that is held up shall not shorten it by reading.
         if self._next_step is None:
             self._go_on()
 
@@ -149,6 +194,7 @@ class AgentConnection(asyncio.Protocol):
         try:
             wait = self._act(self._transport)
         except ProtocolViolation as violation:
+            # the protocol knows no VM; here the error gets the name
             self.abort(ProtocolViolation(self.vm, violation.rule, violation.evidence))
             return
         if wait is None:
@@ -156,6 +202,8 @@ class AgentConnection(asyncio.Protocol):
             return
         if self.closed.done():
             return
+        # This is the back pressure: the socket fills, then QEMU's buffer, then the
+        # guest's port, where the agent waits with what it has for us.
         self._transport.pause_reading()
         if wait < math.inf:
             self._next_step = self._loop.call_later(wait, self._go_on)
@@ -188,7 +236,10 @@ class AgentConnection(asyncio.Protocol):
             self.send(gathered)
 
     def eof_received(self) -> None:
-        """Let the transport close; `connection_lost` follows."""
+        """Let the transport close; `connection_lost` follows.
+
+        QEMU closes the socket as a whole: there is nobody left to write to.
+        """
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Fail what was pending."""
@@ -243,6 +294,7 @@ class AgentConnection(asyncio.Protocol):
                 interval *= 2
             await asking
         finally:
+            # who gives up must not leave it behind to take the answer to the next
             asking.cancel()
 
     async def request(self, kind: FrameType, payload: bytes, what: str) -> None:
@@ -253,9 +305,13 @@ class AgentConnection(asyncio.Protocol):
         :param what: the request in words, for the error.
         :raise GuestRefusedError: the agent answered FAILED.
         """
+        # One request at a time, for answers have no number: the lock is what tells
+        # which of them this one gets.
         async with self._turn:
             if self._answer is not None:
-                # whoever asked may have given up: that answer is not for us
+                # Whoever asked may have been cancelled, and the guest answers all the
+                # same. That answer is not for us: without this wait each later request
+                # would get that of the one before it.
                 await asyncio.wait([self._answer])
             self._require_open()
             frame = self.protocol.request(kind, payload)
@@ -267,6 +323,7 @@ class AgentConnection(asyncio.Protocol):
         self._require_open()
         self._answer = asyncio.get_running_loop().create_future()
         self.send(frame)
+        # shielded: the future must outlive a caller that is cancelled, see `request`
         return await asyncio.shield(self._answer)
 
     def spawn(self, kind: type[_P], *strings: str) -> _P:
@@ -300,6 +357,7 @@ class AgentConnection(asyncio.Protocol):
 
     async def tasks_done(self) -> None:
         """Wait until the handlers of calls have been cancelled and have ended."""
+        # not for the handler that closes the connection itself: it would never end
         tasks = self._tasks - {asyncio.current_task()}
         if tasks:
             await asyncio.wait(tasks)
@@ -311,6 +369,9 @@ class AgentConnection(asyncio.Protocol):
     def _end(self, error: GuestGoneError) -> None:
         if self.closed.done():
             return
+        # First of all: what follows wakes others, which may come back here, and must
+        # find the connection closed. As a result and not as an exception, of which
+        # asyncio would complain if nobody had asked for it.
         self.closed.set_result(error)
         self._frames = iter(())
         # who keeps a process of it keeps this connection, and shall not keep the VM
@@ -349,6 +410,7 @@ class AgentConnection(asyncio.Protocol):
         self._streams[event.stream].writer().break_off(error)
 
     def _on_credit(self, event: Credited) -> None:
+        # more credit: what waits for it goes out, as far as the transport has room
         self._streams[event.stream].writer().flush()
 
     def _on_exit(self, event: Ended) -> None:
@@ -369,9 +431,11 @@ class AgentConnection(asyncio.Protocol):
             self.send(frame)
             self.hold_up()
             return
+        # Known before the handler runs: DATA of it may come with the very next frame.
         call = ServiceCall(self, event, self.vm)
         self._streams[event.stream] = call
         task = asyncio.ensure_future(self._serve(self._on_call, call))
+        # the loop itself has only weak references to tasks
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -1,4 +1,4 @@
-"""Descriptors of the host as ends of a channel: pipes, sockets, terminals, files.
+"""Host descriptors as ends of a channel: pipes, sockets, terminals, files.
 
 They are never made non-blocking: that would show wherever else they are open. They are
 used when the loop says that they are ready, by so little that it does not block.
@@ -25,7 +25,7 @@ _CHUNK: Final = 65_536
 
 
 class Readable(Protocol):
-    """What a descriptor takes bytes from: a stream's reader, to begin with."""
+    """Source of the bytes for a descriptor: a stream's reader, for one."""
 
     async def read(self, n: int, /) -> bytes:
         """Return some bytes, at most so many; none at the end."""
@@ -38,6 +38,9 @@ class _Descriptor:
     """
 
     def __init__(self, descriptor: int) -> None:
+        # The caller may close its own at any time, and the kernel give the number to
+        # another file; and the loop knows descriptors by number, so one that is
+        # watched twice, by us and by the caller, would lose a watcher.
         self._own = os.dup(descriptor)
         self._loop = asyncio.get_running_loop()
 
@@ -59,6 +62,8 @@ class _Descriptor:
         try:
             await ready
         finally:
+            # also when cancelled: a number that is closed and still watched would
+            # report what another file does
             forget(self._own)
 
 
@@ -113,7 +118,7 @@ class OutputDescriptor(_Descriptor):
 
 
 class _Gate(asyncio.ReadTransport):
-    """What a `MergedReader` tells to wait."""
+    """Flow control of a `MergedReader`, for which asyncio wants a transport."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,5 +157,7 @@ class MergedReader(LosableReader):
 
     async def _pass_on(self, source: asyncio.StreamReader) -> None:
         while data := await source.read(_CHUNK):
+            # asyncio's own pause has nobody to tell but this gate; without it a slow
+            # reader of the merged output would have us collect it all here
             await self._gate.open.wait()
             self.feed_data(data)

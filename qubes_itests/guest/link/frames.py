@@ -1,10 +1,10 @@
-"""The frames of the agent protocol: numbers, layout, and what a payload may hold."""
+"""Frames of the agent protocol: numbers, layout, payloads, and what they mean."""
 
 from __future__ import annotations
 
 import enum
 import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qubes_itests.guest.exc import ProtocolViolation
 from qubes_itests.untrusted_text import safe_text
@@ -15,14 +15,28 @@ if TYPE_CHECKING:
 __all__ = [
     "CREDIT_LIMIT",
     "FIRST_GUEST_STREAM",
+    "GONE",
     "HEADER",
+    "NOT_FOUND",
     "PAYLOAD_MAX",
+    "REFUSED",
     "STREAMS_MAX",
     "VERSION",
     "WINDOW",
+    "Called",
     "Channel",
+    "Credited",
+    "Done",
+    "Ended",
+    "Event",
     "ExitKind",
+    "Failed",
     "FrameType",
+    "Logged",
+    "Ready",
+    "Received",
+    "ReceivedEof",
+    "Stopped",
     "encode",
     "encode_data",
     "pack_strings",
@@ -41,6 +55,15 @@ CREDIT_LIMIT: Final = 4 * WINDOW
 #: Streams that one side may have open at once.
 STREAMS_MAX: Final = 128
 FIRST_GUEST_STREAM: Final = 0x8000_0001
+
+# Exit statuses that qrexec itself gives a call, in place of the program's own:
+# https://www.qubes-os.org/doc/qrexec-internals/, and POSIX for what a shell returns.
+#: Policy, or the agent, does not let it start.
+REFUSED: Final = 126
+#: There is no such command, service or user.
+NOT_FOUND: Final = 127
+#: The VM went away before the program had ended.
+GONE: Final = 255
 
 
 class FrameType(enum.IntEnum):
@@ -82,6 +105,90 @@ class ExitKind(enum.IntEnum):
     EXITED = 0
     KILLED = 1
     NOT_STARTED = 2
+
+
+# What the frames of a guest mean, as `HostProtocol` says it.
+
+
+class Ready(NamedTuple):
+    """The agent answered HELLO."""
+
+
+class Done(NamedTuple):
+    """The pending request was carried out."""
+
+
+class Failed(NamedTuple):
+    """The pending request was not carried out."""
+
+    reason: str
+
+
+class Logged(NamedTuple):
+    """A line for the agent log."""
+
+    line: str
+
+
+class Called(NamedTuple):
+    """The guest opened a stream: a call that comes out of it."""
+
+    stream: int
+    target: str
+    service: str
+    user: str
+
+
+class Received(NamedTuple):
+    """Bytes of a channel; the view is valid until the next event is asked for."""
+
+    stream: int
+    channel: int
+    data: memoryview
+
+
+class ReceivedEof(NamedTuple):
+    """The guest closed a channel that it writes."""
+
+    stream: int
+    channel: int
+
+
+class Stopped(NamedTuple):
+    """The guest does not read a channel any more."""
+
+    stream: int
+    channel: int
+
+
+class Credited(NamedTuple):
+    """The guest takes more bytes on a channel."""
+
+    stream: int
+    channel: int
+
+
+class Ended(NamedTuple):
+    """What ran in the guest has ended, and its stream with it."""
+
+    stream: int
+    kind: ExitKind
+    value: int
+    text: str
+
+
+Event = (
+    Ready
+    | Done
+    | Failed
+    | Logged
+    | Called
+    | Received
+    | ReceivedEof
+    | Stopped
+    | Credited
+    | Ended
+)
 
 
 def encode(

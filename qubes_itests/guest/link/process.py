@@ -1,38 +1,44 @@
-"""A command or service that runs in a guest."""
+"""Commands, services and terminals that run in a guest, and their answers."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import reprlib
 import signal
+import subprocess
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from qubes_itests.exc import DeadlineError
 from qubes_itests.guest.exc import GuestError
 from qubes_itests.guest.link.descriptors import (
     InputDescriptor,
     MergedReader,
     OutputDescriptor,
 )
-from qubes_itests.guest.link.exit_status import GONE
-from qubes_itests.guest.link.frames import Channel, ExitKind
+from qubes_itests.guest.link.frames import GONE, Channel, ExitKind
 from qubes_itests.guest.link.streams import GuestReader, GuestWriter
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from qubes_itests.guest.exc import GuestGoneError
-    from qubes_itests.guest.link.events import Ended
+    from qubes_itests.guest.link.frames import Ended
     from qubes_itests.guest.link.streams import Link
 
-__all__ = ["GuestProcess", "GuestTerminal"]
-
-#: What `returncode` says when the guest went away before the process ended.
+__all__ = ["LONGEST_ANSWER", "Answer", "GuestProcess", "GuestTerminal", "answer_of"]
 
 _CHUNK: Final = 65536
 
 #: Bytes of each output that `communicate` takes unless it is told otherwise.  Tests
 #: collect megabytes; who wants more reads from the streams.
 _LONGEST_OUTPUT: Final = 256 << 20
+#: Bytes of each output: what is asked for here is said in a few lines.
+LONGEST_ANSWER: Final = 65_536
+#: Of what a guest said when its time was up, so many characters are shown.
+_EVIDENCE: Final = 500
 
 
 class GuestProcess:
@@ -98,6 +104,8 @@ class GuestProcess:
         :raise GuestGoneError: the guest went away before.
         """
         await self._ended.wait()
+        # EXIT follows the last byte, but what goes to a descriptor may still be on its
+        # way there; who waited expects to find it
         if self._passed_on:
             await asyncio.wait(self._passed_on)
         if self._error is not None:
@@ -120,8 +128,11 @@ class GuestProcess:
         """
         if input:
             self.stdin.write(input)
+        # what a descriptor feeds is closed at the descriptor's end, not before
         if self._feeding is None and not self.stdin.is_closing():
             self.stdin.write_eof()
+        # Both at once: read one after the other, a process that fills the second's
+        # window would wait for us, and we for the end of the first.
         stdout, stderr = await asyncio.gather(
             self._take(self.stdout, self.taken[0], limit),
             self._take(self.stderr, self.taken[1], limit),
@@ -145,7 +156,13 @@ class GuestProcess:
 
     def drop(self, channel: Channel) -> None:
         """Throw away what comes from an output; the process is not slowed down."""
-        self._take_over(self._output(channel), _read_all)
+
+        async def read_all(reader: asyncio.StreamReader) -> None:
+            # read, so that credit goes back; STOP would break the process's pipe
+            while await reader.read(_CHUNK):
+                pass
+
+        self._take_over(self._output(channel), read_all)
 
     def merge(self) -> None:
         """Have stderr come with stdout, in the order in which it arrives."""
@@ -166,11 +183,9 @@ class GuestProcess:
         """Have it read what comes from a descriptor, which the caller may close."""
         task = asyncio.ensure_future(InputDescriptor(descriptor).give(self.stdin))
 
-        def stop() -> None:
-            task.cancel()
-
         self._feeding = task
-        self.stdin.when_broken(stop)
+        # the descriptor may have nothing to read for ever: nothing else would end this
+        self.stdin.when_broken(task.cancel)
         task.add_done_callback(_see)
 
     def _output(self, channel: Channel) -> asyncio.StreamReader:
@@ -230,9 +245,12 @@ class GuestProcess:
             self.failure = event.text
             text = f"{self.vm}: {event.text}\n".encode()
             self._readers[Channel.STDERR].feed_data(text)
+        # EXIT ends the channels, with or without EOF: something in the background may
+        # hold an output open, and who reads it would wait for that
         self.stdin.break_off(BrokenPipeError(f"{self.command!r} has ended"))
         for reader in self._readers.values():
             reader.feed_eof()
+        # last, since it wakes those who look at all the above
         self._ended.set()
 
     def lose(self, error: GuestGoneError) -> None:
@@ -274,6 +292,61 @@ def _see(done: asyncio.Task[None]) -> None:
         done.exception()
 
 
-async def _read_all(reader: asyncio.StreamReader) -> None:
-    while await reader.read(_CHUNK):
-        pass
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a command or service ended, and all that it wrote.
+
+    :param status: as `GuestProcess.returncode`.
+    """
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+    def check(self, command: str) -> Answer:
+        """Return this; CalledProcessError when the status is not 0.
+
+        :param command: what the error names.
+        """
+        if self.status:
+            raise subprocess.CalledProcessError(
+                self.status, command, self.stdout, self.stderr
+            )
+        return self
+
+
+async def answer_of(
+    process: GuestProcess,
+    what: str,
+    *,
+    timeout: float,
+    input: bytes = b"",  # noqa: A002 - as `GuestProcess.communicate` has it
+    limit: int = LONGEST_ANSWER,
+) -> Answer:
+    """See a command or service through; it is killed unless it ends by itself.
+
+    :param process: just started, with both outputs to be read.
+    :param what: what the guest is to do, in words that follow "to".
+    :param timeout: seconds.
+    :param input: what it reads.
+    :param limit: bytes that it may write to each output.
+    :raise DeadlineError: it has not ended in time.
+    :raise GuestError: it wrote more than that, or the guest went away.
+    """
+    try:
+        async with asyncio.timeout(timeout):
+            stdout, stderr = await process.communicate(input, limit=limit)
+            status = await process.wait()
+    except TimeoutError:
+        said = bytes((process.taken[1] or process.taken[0])[-_EVIDENCE:])
+        raise DeadlineError(
+            f"answer of VM {process.vm}, which was to {what},",
+            timeout,
+            safe_text(said.strip(), lines=True),
+        ) from None
+    finally:
+        # also when it only left something behind that goes on writing
+        process.hang_up()
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    return Answer(status, stdout or b"", stderr or b"")

@@ -1,4 +1,4 @@
-"""The host's side of the agent protocol, without any input or output.
+"""Host's side of the agent protocol, without any input or output.
 
 `HostProtocol` takes the bytes that came from a guest and yields events; it makes the
 bytes that go to the guest. Every rule of docs/agent-protocol.md that the guest could
@@ -14,31 +14,30 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.guest.exc import ProtocolViolation
-from qubes_itests.guest.link.events import (
+from qubes_itests.guest.link.frames import (
+    CREDIT_LIMIT,
+    FIRST_GUEST_STREAM,
+    HEADER,
+    NOT_FOUND,
+    PAYLOAD_MAX,
+    REFUSED,
+    STREAMS_MAX,
+    VERSION,
+    WINDOW,
     Called,
+    Channel,
     Credited,
     Done,
     Ended,
     Event,
+    ExitKind,
     Failed,
+    FrameType,
     Logged,
     Ready,
     Received,
     ReceivedEof,
     Stopped,
-)
-from qubes_itests.guest.link.exit_status import NOT_FOUND, REFUSED
-from qubes_itests.guest.link.frames import (
-    CREDIT_LIMIT,
-    FIRST_GUEST_STREAM,
-    HEADER,
-    PAYLOAD_MAX,
-    STREAMS_MAX,
-    VERSION,
-    WINDOW,
-    Channel,
-    ExitKind,
-    FrameType,
     encode,
     encode_data,
     pack_strings,
@@ -54,7 +53,6 @@ __all__ = ["HostProtocol"]
 _LINE_MAX: Final = 1024
 _EXIT_TEXT_MAX: Final = 512
 _SIGNAL_MAX: Final = 64
-_NOT_STARTED_VALUES: Final = (REFUSED, NOT_FOUND)
 _HELLO: Final = struct.Struct("<H16s")
 _U32: Final = struct.Struct("<I")
 #: Columns, or rows, of a terminal.
@@ -92,22 +90,6 @@ class _Frame:
     def __str__(self) -> str:
         where = f" on stream {self.stream:#x}" if self.stream else ""
         return f"{self.type.name}{where}"
-
-
-def _command_stream(*outputs: Channel) -> _Stream:
-    return _Stream(
-        runs_in_guest=True,
-        from_guest={output: _FromGuest() for output in outputs},
-        to_guest={Channel.STDIN: _ToGuest()},
-    )
-
-
-def _call_stream() -> _Stream:
-    return _Stream(
-        runs_in_guest=False,
-        from_guest={Channel.STDIN: _FromGuest()},
-        to_guest={Channel.STDOUT: _ToGuest()},
-    )
 
 
 @dataclass(slots=True)
@@ -154,6 +136,7 @@ class HostProtocol:
             frame = _Frame(FrameType(kind), channel, stream, payload)
             start = after
             yield self._accept(frame)
+        # a copy, of less than a frame: a view would keep alive all that was read
         self._rest = bytes(view[start:])
 
     def _check_header(self, kind: int, length: int) -> None:
@@ -185,6 +168,8 @@ class HostProtocol:
     def _on_ready(self, frame: _Frame) -> Event | None:
         if not self._hellos:
             raise ProtocolViolation("", "READY answers HELLO, once")
+        # HELLO is repeated until READY comes; each that arrived has its own READY, and
+        # there may be more of them than we wait for
         self._hellos -= 1
         if len(frame.payload) != _HELLO.size:
             raise ProtocolViolation("", f"READY has {_HELLO.size} bytes")
@@ -225,7 +210,11 @@ class HostProtocol:
             raise ProtocolViolation("", f"at most {STREAMS_MAX} calls are open at once")
         target, service, user = unpack_strings(bytes(frame.payload), 3)
         self._next_guest_stream += 1
-        self._streams[frame.stream] = _call_stream()
+        self._streams[frame.stream] = _Stream(
+            runs_in_guest=False,
+            from_guest={Channel.STDIN: _FromGuest()},
+            to_guest={Channel.STDOUT: _ToGuest()},
+        )
         return Called(frame.stream, target, service, user)
 
     def _on_data(self, frame: _Frame) -> Event | None:
@@ -242,6 +231,8 @@ class HostProtocol:
                 "DATA is within the credit given",
                 f"{frame}: {len(frame.payload)} bytes for a credit of {channel.credit}",
             )
+        # What this allows is all that a reader has to hold, whatever the guest sends:
+        # the bound on memory is here, not in the reader.
         channel.credit -= len(frame.payload)
         return Received(frame.stream, frame.channel, frame.payload)
 
@@ -269,6 +260,7 @@ class HostProtocol:
         channel = self._to_guest(frame)
         if channel is None:
             return None
+        # bounded, or a guest would have us send gigabytes at once into the transport
         channel.credit += _U32.unpack(frame.payload)[0]
         if channel.credit > CREDIT_LIMIT:
             rule = f"a sender holds at most {CREDIT_LIMIT} bytes of credit"
@@ -287,14 +279,14 @@ class HostProtocol:
 
     def _known(self, frame: _Frame) -> _Stream | None:
         stream = self._streams.get(frame.stream)
-        if stream is None and not self._was_opened(frame.stream):
+        # One that has ended is no breach: the guest may not have known it yet when it
+        # sent this. Numbers are never used again, so such a frame cannot reach a later
+        # stream, and two counters tell those that have been from those never opened.
+        by_guest = frame.stream >= FIRST_GUEST_STREAM
+        following = self._next_guest_stream if by_guest else self._next_host_stream
+        if stream is None and frame.stream >= following:
             raise ProtocolViolation("", "a stream is opened before use", str(frame))
         return stream
-
-    def _was_opened(self, number: int) -> bool:
-        if number < FIRST_GUEST_STREAM:
-            return number < self._next_host_stream
-        return number < self._next_guest_stream
 
     def _from_guest(self, frame: _Frame) -> _FromGuest | None:
         stream = self._known(frame)
@@ -345,8 +337,14 @@ class HostProtocol:
         number = self._next_host_stream
         frame = encode(FrameType.SPAWN, number, payload=pack_strings(strings))
         self._next_host_stream += 1
-        errors = () if strings[0] == "terminal" else (Channel.STDERR,)
-        self._streams[number] = _command_stream(Channel.STDOUT, *errors)
+        outputs = [Channel.STDOUT]
+        if strings[0] != "terminal":
+            outputs.append(Channel.STDERR)
+        self._streams[number] = _Stream(
+            runs_in_guest=True,
+            from_guest={output: _FromGuest() for output in outputs},
+            to_guest={Channel.STDIN: _ToGuest()},
+        )
         return number, frame
 
     def may_spawn(self) -> bool:
@@ -379,6 +377,7 @@ class HostProtocol:
         """Let the guest send `size` more bytes on a channel."""
         state = self._streams[stream].from_guest[channel]
         if state.eof:
+            # the guest has forgotten the channel, and would send no more anyway
             return b""
         state.credit += size
         return encode(FrameType.CREDIT, stream, channel, _U32.pack(size))
@@ -414,20 +413,17 @@ def _ended(frame: _Frame) -> Ended:
     if len(payload) < 2:  # noqa: PLR2004 - kind and value
         raise ProtocolViolation("", "EXIT has a kind and a value", str(frame))
     kind, value = payload[0], payload[1]
-    if not _exit_valid(kind, value):
+    valid = (
+        kind == ExitKind.EXITED
+        or (kind == ExitKind.KILLED and 1 <= value <= _SIGNAL_MAX)
+        or (kind == ExitKind.NOT_STARTED and value in (REFUSED, NOT_FOUND))
+    )
+    if not valid:
         raise ProtocolViolation(
             "", "EXIT is of a kind and value listed", f"kind {kind}, value {value}"
         )
     text = unpack_text(payload[2:], _EXIT_TEXT_MAX)
     return Ended(frame.stream, ExitKind(kind), value, text)
-
-
-def _exit_valid(kind: int, value: int) -> bool:
-    if kind == ExitKind.KILLED:
-        return 1 <= value <= _SIGNAL_MAX
-    if kind == ExitKind.NOT_STARTED:
-        return value in _NOT_STARTED_VALUES
-    return kind == ExitKind.EXITED
 
 
 #: For each type that a guest may send: whether its channel means something, whether it

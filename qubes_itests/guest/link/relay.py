@@ -1,4 +1,4 @@
-"""Connect a call that comes out of one guest with a process in another."""
+"""Relay between a call out of one guest and a process in another."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.guest.exc import GuestGoneError
-from qubes_itests.guest.link.exit_status import GONE
-from qubes_itests.guest.link.frames import Channel
+from qubes_itests.guest.link.frames import GONE, Channel
 from qubes_itests.limited_log import LimitedLog
 from qubes_itests.untrusted_text import safe_text
 
@@ -38,7 +37,8 @@ async def relay(call: ServiceCall, process: GuestProcess) -> int:
     :param process: its streams used by nobody else.
     :return: the exit status that the caller got.
     """
-    # at once, not with the next bytes
+    # STOP goes on at once. A pump learns of it only with its next write, and the
+    # writer at the far end may wait for a reader and send nothing before.
     process.stdin.when_broken(call.stdin.stop)
     output = process.reader(Channel.STDOUT)
     call.stdout.when_broken(output.stop)
@@ -86,7 +86,9 @@ async def _pump(reader: GuestReader, writer: GuestWriter) -> None:
             writer.write(data)
             await writer.drain()
     except (BrokenPipeError, GuestGoneError):
+        # nobody takes what comes from here: its writer shall get SIGPIPE, not wait
         reader.stop()
+    # the half-close goes on alone: a filter answers only when its input has ended
     if not writer.is_closing():
         writer.write_eof()
 

@@ -1,4 +1,10 @@
-"""The two ends of a channel, as asyncio has them: a reader and a writer."""
+"""Ends of a channel, as asyncio has them: a reader and a writer.
+
+Credit is all the flow control there is. A reader gives back what its consumer has
+taken, never before, so what it holds is bounded by a window; a writer keeps what it has
+no credit for, and `drain` has who writes wait. No stream can hold up another: they
+share a transport, whose room is given out in turns (`Link.has_room`).
+"""
 
 from __future__ import annotations
 
@@ -123,9 +129,14 @@ class GuestReader(LosableReader):
     def feed_data(self, data: Iterable[SupportsIndex]) -> None:
         """Take bytes of the guest."""
         if self._stopped:
+            # It was on its way when STOP was sent. No credit for it: the guest must
+            # run out of credit, should it go on for ever.
             return
         self._owed += len(data)  # type: ignore[arg-type]  # a buffer
         super().feed_data(data)
+        # What the consumer took since the last time it shows only now: asyncio tells
+        # of it (`give_credit`) only if it had paused us, with twice `_LIMIT` in the
+        # buffer. Below that a guest still has credit, so its next DATA brings us here.
         if self._owed - self._buffered() >= _CREDIT_STEP:
             self._give(self._owed - self._buffered())
 
@@ -143,6 +154,7 @@ class GuestReader(LosableReader):
         if self._stopped:
             return
         self._stopped = True
+        # A guest that has sent EOF has closed its end, and forgotten the channel.
         if self._link.protocol.is_open(self._address[0]) and not self._complete:
             self._link.send(self._link.protocol.stop(*self._address))
         self.feed_eof()
@@ -184,9 +196,9 @@ class GuestWriter:
         self._eof_sent = False
         self._error: BaseException | None = None
         self._changed: asyncio.Future[None] | None = None
-        self._on_broken: Callable[[], None] | None = None
+        self._on_broken: Callable[[], object] | None = None
 
-    def when_broken(self, callback: Callable[[], None]) -> None:
+    def when_broken(self, callback: Callable[[], object]) -> None:
         """Have a function called when nobody reads this any more; at once if so now."""
         if self._error is not None:
             callback()
@@ -271,8 +283,12 @@ class GuestWriter:
         protocol = self._link.protocol
         if self._error is not None or not protocol.is_open(self._address[0]):
             return
+        # asked for room only with something to send: `has_room` puts who gets none in
+        # the queue
         if self._waiting and self._link.has_room(self):
             self._send_waiting(protocol)
+        # A half-close follows the last byte. EOF at once would close the channel before
+        # what waits for credit, and the guest would take the rest for a breach.
         if self._eof and not self._size and not self._eof_sent:
             self._eof_sent = True
             self._link.send(protocol.eof(*self._address))
@@ -296,8 +312,10 @@ class GuestWriter:
             self._error = error
         self._waiting.clear()
         self._size = 0
+        # nobody reads EOF either; `wait_closed` must not wait for it
         self._eof_sent = True
         self._wake()
+        # once, and cleared first: it may come back here by what it closes
         callback, self._on_broken = self._on_broken, None
         if callback is not None:
             callback()
@@ -310,4 +328,5 @@ class GuestWriter:
         while not condition() and self._error is None:
             if self._changed is None or self._changed.done():
                 self._changed = asyncio.get_running_loop().create_future()
+            # one future for all who wait; one that is cancelled leaves it to the others
             await asyncio.shield(self._changed)

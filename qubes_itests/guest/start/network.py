@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.guest.exc import GuestRefusedError
-from qubes_itests.guest.link.answers import answer_of
+from qubes_itests.guest.link.process import answer_of
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:

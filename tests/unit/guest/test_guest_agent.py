@@ -14,7 +14,7 @@ from qubes_itests.guest.exc import (
     ProtocolViolation,
 )
 from qubes_itests.guest.link.agent import GuestAgent, Identity
-from qubes_itests.guest.link.agent_log import LIMIT, AgentLog
+from qubes_itests.guest.link.connection import LIMIT, AgentLog
 from qubes_itests.guest.link.frames import FIRST_GUEST_STREAM, STREAMS_MAX
 from qubes_itests.guest.link.frames import FrameType as F
 

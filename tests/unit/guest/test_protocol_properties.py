@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qubes_itests.guest.exc import ProtocolViolation
-from qubes_itests.guest.link.events import Received
 from qubes_itests.guest.link.frames import (
     FIRST_GUEST_STREAM,
     HEADER,
@@ -16,6 +15,7 @@ from qubes_itests.guest.link.frames import (
     WINDOW,
     ExitKind,
     FrameType,
+    Received,
     encode,
 )
 from qubes_itests.guest.link.protocol import HostProtocol

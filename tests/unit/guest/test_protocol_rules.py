@@ -5,25 +5,23 @@ import struct
 import pytest
 
 from qubes_itests.guest.exc import ProtocolViolation
-from qubes_itests.guest.link.events import (
-    Called,
-    Credited,
-    Done,
-    Ended,
-    Failed,
-    Logged,
-    Ready,
-    ReceivedEof,
-    Stopped,
-)
 from qubes_itests.guest.link.frames import (
     FIRST_GUEST_STREAM,
     HEADER,
     PAYLOAD_MAX,
     STREAMS_MAX,
     WINDOW,
+    Called,
+    Credited,
+    Done,
+    Ended,
     ExitKind,
+    Failed,
     FrameType,
+    Logged,
+    Ready,
+    ReceivedEof,
+    Stopped,
     encode,
 )
 from qubes_itests.guest.link.protocol import HostProtocol
