@@ -1,4 +1,4 @@
-"""A libvirt connection for coroutines.
+"""libvirt connection for coroutines.
 
 Blocking calls run in threads, a few for each domain: a QEMU that hangs holds up calls
 of its own domain alone, and those have a deadline. libvirt's own printing of errors is
@@ -17,8 +17,6 @@ import libvirt
 from qubes_itests.hypervisor.event_loop import register_event_loop
 from qubes_itests.hypervisor.exc import (
     HypervisorError,
-    NotAttachedError,
-    NotSupportedError,
     StateError,
 )
 
@@ -39,14 +37,8 @@ _DEADLINE = 30.0
 #: Native connections that last as long as the process, by URI.
 _kept: dict[str, Any] = {}
 
-_ERRORS: dict[int, type[HypervisorError]] = {
-    libvirt.VIR_ERR_NO_SUPPORT: NotSupportedError,
-    libvirt.VIR_ERR_CONFIG_UNSUPPORTED: NotSupportedError,
-    libvirt.VIR_ERR_OPERATION_UNSUPPORTED: NotSupportedError,
-    libvirt.VIR_ERR_NO_DOMAIN: StateError,
-    libvirt.VIR_ERR_OPERATION_INVALID: StateError,
-    libvirt.VIR_ERR_DEVICE_MISSING: NotAttachedError,
-}
+#: What libvirt says of a domain that is in another state than the call needs.
+_OF_STATE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
 
 
 def translate_error(
@@ -54,7 +46,7 @@ def translate_error(
 ) -> HypervisorError:
     """Return our error for one of libvirt's, with its words and its code."""
     code = error.get_error_code()
-    kind = _ERRORS.get(code, HypervisorError)
+    kind = StateError if code in _OF_STATE else HypervisorError
     words = error.get_error_message() or str(error)
     return kind(domain, action, f"{words} (libvirt error {code})")
 
@@ -78,20 +70,18 @@ class Connection:
         :raise HypervisorError: when libvirt refuses.
         """
         libvirt.registerErrorHandler(lambda _context, _error: None, None)
+        # before the connection: libvirt gives one that was opened without an event loop
+        # no events, ever
         register_event_loop()
         if uri not in _kept:
-            native = await cls._open_native(uri)
+            try:
+                native = await asyncio.to_thread(libvirt.open, uri)
+            except libvirt.libvirtError as error:
+                raise translate_error(error, "", "connect to") from error
             if not keep:
                 return cls(native, kept=False)
             _kept[uri] = native
         return cls(_kept[uri], kept=True)
-
-    @staticmethod
-    async def _open_native(uri: str) -> Any:
-        try:
-            return await asyncio.to_thread(libvirt.open, uri)
-        except libvirt.libvirtError as error:
-            raise translate_error(error, "", "connect to") from error
 
     async def call(
         self,
@@ -112,6 +102,8 @@ class Connection:
             self.call_to_end(domain, action, function, *args, **kwargs)
         )
         try:
+            # `wait` and not `wait_for`: a thread inside libvirt cannot be stopped, and
+            # `wait_for` would wait for the end of what it has cancelled
             await asyncio.wait([calling], timeout=_DEADLINE)
             if calling.done():
                 return calling.result()
@@ -129,6 +121,8 @@ class Connection:
         **kwargs: P.kwargs,
     ) -> R:
         """Do what `call` does, however long it takes: for what must not be given up."""
+        # Threads of its own for each domain. In a pool for all, the calls of one QEMU
+        # that hangs would take every thread, and all other domains hang with it.
         threads = self._threads.get(domain)
         if threads is None:
             threads = ThreadPoolExecutor(_THREADS, f"libvirt-{domain}")
@@ -144,6 +138,7 @@ class Connection:
     def forget(self, domain: str) -> None:
         """Let a domain's threads end as soon as their calls have."""
         if (threads := self._threads.pop(domain, None)) is not None:
+            # a thread that hangs in libvirt must not keep the caller, nor the others
             threads.shutdown(wait=False)
 
     async def close(self) -> None:

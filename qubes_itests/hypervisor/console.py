@@ -1,4 +1,4 @@
-"""A guest's console in a file that cannot fill the disk."""
+"""Console of a guest, in a file that cannot fill the disk."""
 
 from __future__ import annotations
 
@@ -49,10 +49,11 @@ class Console:
 
     def open(self) -> None:
         """Make the pipes and begin to collect. Blocking."""
-        self._unlink()
+        self._unlink()  # those of a run that ended badly
         self._last, self.panicked, self.trusted = b"", False, True
         for path in self._paths:
             os.mkfifo(path, 0o600)
+        # without blocking, or it would wait for QEMU, which is started after this
         source = os.open(self._paths[1], os.O_RDONLY | os.O_NONBLOCK)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         target = os.open(self._log, flags, 0o600)
@@ -65,14 +66,13 @@ class Console:
         """Wait until all that was printed is in the log; drop the pipes. Blocking."""
         thread, self._thread = self._thread, None
         if thread is not None:
-            self._end_unopened()
+            # The thread ends with the last writer. Where QEMU never opened the pipe
+            # there was none, and it would wait for ever: be one that comes and goes.
+            with contextlib.suppress(OSError):
+                os.close(os.open(self._paths[1], os.O_WRONLY | os.O_NONBLOCK))
+            # with a time limit: a process that QEMU left behind may hold the pipe
             thread.join(timeout)
         self._unlink()
-
-    def _end_unopened(self) -> None:
-        """Be a writer that comes and goes, for a pipe that never had one."""
-        with contextlib.suppress(OSError):
-            os.close(os.open(self._paths[1], os.O_WRONLY | os.O_NONBLOCK))
 
     def _unlink(self) -> None:
         for path in self._paths:
@@ -91,16 +91,14 @@ class Console:
                 if not data:
                     return
                 if self.trusted:
-                    self._search(data)
+                    # the words may be cut between two reads
+                    recent = self._last + data
+                    self.panicked |= _PANIC in recent
+                    self._last = recent[-len(_PANIC) :]
                 target = self._append(target, data)
         finally:
             os.close(source)
             os.close(target)
-
-    def _search(self, data: bytes) -> None:
-        recent = self._last + data
-        self.panicked |= _PANIC in recent
-        self._last = recent[-len(_PANIC) :]
 
     def _append(self, target: int, data: bytes) -> int:
         with contextlib.suppress(OSError):  # a full disk must not stop the guest
@@ -121,6 +119,8 @@ class Console:
         gap = f"\n[about {self._dropped} bytes dropped]\n"
         short.write_bytes(head + gap.encode() + tail)
         short.chmod(0o600)
+        # opened before the rename, closed after: there is a whole log under its name
+        # all the time, for those who read it meanwhile
         replacement = os.open(short, os.O_WRONLY | os.O_APPEND)
         short.replace(self._log)
         os.close(target)

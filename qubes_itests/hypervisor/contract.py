@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qubes_itests.hypervisor.exc import NotSupportedError
+from qubes_itests.hypervisor.exc import HypervisorError
 
 if TYPE_CHECKING:
     import asyncio
@@ -174,9 +174,9 @@ class Domain(abc.ABC):
     async def press_power_button(self) -> None:
         """Ask a guest without an agent to power off, by ACPI; it may ignore that.
 
-        :raise NotSupportedError: when the back end cannot; not all can.
+        :raise HypervisorError: when the back end cannot; not all can.
         """
-        raise NotSupportedError(
+        raise HypervisorError(
             self.spec.name, "press the power button of", "the back end cannot"
         )
 
@@ -242,35 +242,35 @@ class Domain(abc.ABC):
     async def attach_disk(self, disk: Disk) -> None:
         """Plug a disk into the running domain.
 
-        :raise AttachedError: when a disk of that name is attached.
+        :raise HypervisorError: when a disk of that name is attached.
         """
 
     @abc.abstractmethod
     async def detach_disk(self, name: str) -> None:
         """Pull a disk out of the running domain.
 
-        :raise NotAttachedError: when there is no disk of that name.
+        :raise HypervisorError: when there is no disk of that name.
         """
 
     @abc.abstractmethod
     async def resize_disk(self, name: str, size: int) -> None:
         """Tell the guest that a disk now has `size` bytes; the image has them already.
 
-        :raise NotAttachedError: when there is no disk of that name.
+        :raise HypervisorError: when there is no disk of that name.
         """
 
     @abc.abstractmethod
     async def attach_interface(self, interface: Interface) -> None:
         """Plug a network interface into the running domain.
 
-        :raise AttachedError: when one of that address is attached.
+        :raise HypervisorError: when one of that address is attached.
         """
 
     @abc.abstractmethod
     async def detach_interface(self, mac: str) -> None:
         """Pull a network interface out of the running domain.
 
-        :raise NotAttachedError: when there is none of that address.
+        :raise HypervisorError: when there is none of that address.
         """
 
     @abc.abstractmethod

@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 import libvirt
 
 from qubes_itests.exc import DeadlineError
-from qubes_itests.hypervisor.exc import AttachedError, NotAttachedError, StateError
+from qubes_itests.hypervisor.exc import HypervisorError, StateError
 
 if TYPE_CHECKING:
     from qubes_itests.hypervisor.connection import Connection
@@ -55,18 +55,18 @@ class LiveDevices:
     async def _require(self, action: str, kind: str, key: str) -> ET.Element:
         element = await self._find(kind, key)
         if element is None:
-            raise NotAttachedError(self._domain, action, f"it has no {kind} {key}")
+            raise HypervisorError(self._domain, action, f"it has no {kind} {key}")
         return element
 
     async def attach(self, kind: str, key: str, xml: str) -> None:
         """Plug in the device that `xml` describes.
 
-        :raise AttachedError: when it is there; libvirt would take an interface's
+        :raise HypervisorError: when it is there; libvirt would take an interface's
             address twice, and could pull out neither then.
         """
         action = f"attach {kind} {key} to"
         if await self._find(kind, key) is not None:
-            raise AttachedError(self._domain, action, "it is attached already")
+            raise HypervisorError(self._domain, action, "it is attached already")
         flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
         await self._connection.call(
             self._domain, action, self._native.attachDeviceFlags, xml, flags
@@ -81,9 +81,8 @@ class LiveDevices:
         await self._connection.call(
             self._domain, action, self._native.detachDeviceFlags, xml, flags
         )
-        await self._wait_gone(kind, key)
-
-    async def _wait_gone(self, kind: str, key: str) -> None:
+        # libvirt has only asked the guest. The file behind the disk may be used by
+        # somebody else, or be removed, when the guest has let go of it, not before.
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _RELEASE
         while await self._find(kind, key) is not None:

@@ -1,4 +1,4 @@
-"""What the domains of every libvirt driver have in common."""
+"""Common part of the domains of libvirt's drivers, and libvirt's words for them."""
 
 # ruff: noqa: D102 - the contract documents its methods
 from __future__ import annotations
@@ -20,7 +20,6 @@ from qubes_itests.hypervisor.contract import (
     MemoryStatistics,
 )
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
-from qubes_itests.hypervisor.lifecycle import lifecycle_state
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
@@ -29,10 +28,38 @@ if TYPE_CHECKING:
 
     from qubes_itests.hypervisor.connection import Connection
 
-__all__ = ["LibvirtDomain"]
+__all__ = ["LibvirtDomain", "is_panic", "lifecycle_event", "lifecycle_state"]
 
 #: Seconds in which libvirt must tell that a domain it has stopped is stopped.
 _STOP_EVENT = 10.0
+
+_EVENTS = {
+    libvirt.VIR_DOMAIN_EVENT_STARTED: LifecycleEvent.STARTED,
+    libvirt.VIR_DOMAIN_EVENT_SUSPENDED: LifecycleEvent.PAUSED,
+    libvirt.VIR_DOMAIN_EVENT_RESUMED: LifecycleEvent.RESUMED,
+    libvirt.VIR_DOMAIN_EVENT_STOPPED: LifecycleEvent.STOPPED,
+}
+
+#: How a domain stops that nobody stopped: its guest panicked, or its process died.
+_CRASHES = {
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED,
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED,
+}
+
+_PANICS = {
+    (libvirt.VIR_DOMAIN_EVENT_CRASHED, libvirt.VIR_DOMAIN_EVENT_CRASHED_PANICKED),
+    (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED),
+}
+
+_STATES = {
+    libvirt.VIR_DOMAIN_RUNNING: DomainState.RUNNING,
+    libvirt.VIR_DOMAIN_BLOCKED: DomainState.RUNNING,
+    libvirt.VIR_DOMAIN_PAUSED: DomainState.PAUSED,
+    libvirt.VIR_DOMAIN_SHUTDOWN: DomainState.DYING,
+    libvirt.VIR_DOMAIN_SHUTOFF: DomainState.HALTED,
+    libvirt.VIR_DOMAIN_CRASHED: DomainState.CRASHED,
+    libvirt.VIR_DOMAIN_PMSUSPENDED: DomainState.SUSPENDED,
+}
 
 _KIB = 1024
 _NANOSECONDS = 1_000_000_000
@@ -57,6 +84,9 @@ class LibvirtDomain(Domain):
         self._publish = publish
         self._forget = forget
         self._native: Any = None
+        # Held while a run begins or ends, so that there is one run at a time. Not held
+        # for what a running domain is asked: it must be possible to destroy a domain
+        # whose QEMU hangs in a call.
         self._changing = asyncio.Lock()
         self._stopped = asyncio.Event()
         self._stopped.set()
@@ -81,6 +111,8 @@ class LibvirtDomain(Domain):
 
     def handle_event(self, event: LifecycleEvent) -> None:
         """Take note of one of libvirt's events; call it on the event loop."""
+        # libvirt says more than once how a domain ended (its QEMU panicked, then went).
+        # The first counts; what comes later must not end the domain's next run.
         if self._stopped.is_set() or self._ending is not None:
             return
         if event in (LifecycleEvent.STOPPED, LifecycleEvent.CRASHED):
@@ -114,6 +146,9 @@ class LibvirtDomain(Domain):
             crashed = event is LifecycleEvent.CRASHED
             self._last = DomainState.CRASHED if crashed else DomainState.HALTED
             self._native = self._ending = None
+            # After the clean-up, for a start that waits for this makes the same pipes
+            # and sockets anew; and all that is asked for from here on must be settled,
+            # since those who wait look at it. Published last: a handler may start it.
             self._stopped.set()
             self._publish(self, event)
 
@@ -132,6 +167,7 @@ class LibvirtDomain(Domain):
     async def state(self) -> DomainState:
         if self._native is None or self._stopped.is_set():
             return self._last
+        # it may go between the look and the answer, and libvirt forgets it at once
         try:
             state, _reason = await self._call("ask", self._native.state)
         except StateError:
@@ -140,35 +176,33 @@ class LibvirtDomain(Domain):
 
     async def start(self, *, saved_state: Path | None = None) -> None:
         async with self._changing:
-            await self._require_startable()
-            self._begin(loading=saved_state is not None)
+            if self._undefined:
+                raise StateError(self.spec.name, "start", "it is not defined any more")
+            state = await self.state()
+            if state not in (DomainState.HALTED, DomainState.CRASHED):
+                raise StateError(self.spec.name, "start", f"it is {state.value}")
+            # libvirt says that it is off before we have its event; that event, and the
+            # clean-up which it causes, would hit the run that begins here
+            await self._settle()
+            self._stopped.clear()
+            self._last = DomainState.HALTED
+            self._announced = None
+            self._destroying = self.panicked = False
+            self._loading = saved_state is not None
             try:
                 await self._create(saved_state)
             except BaseException:
+                # also when cancelled: a QEMU that nobody has a handle of would stay
                 await to_its_end(self._undo_start())
                 raise
-
-    def _begin(self, *, loading: bool) -> None:
-        self._stopped.clear()
-        self._last = DomainState.HALTED
-        self._announced = None
-        self._destroying = self.panicked = False
-        self._loading = loading
 
     async def _undo_start(self) -> None:
         if self._native is not None:
             await self._stop()
             return
+        # libvirt has made nothing, and so will tell of no end
         self._stopped.set()
         await self._cleanup()
-
-    async def _require_startable(self) -> None:
-        if self._undefined:
-            raise StateError(self.spec.name, "start", "it is not defined any more")
-        state = await self.state()
-        if state not in (DomainState.HALTED, DomainState.CRASHED):
-            raise StateError(self.spec.name, "start", f"it is {state.value}")
-        await self._settle()
 
     async def _settle(self) -> None:
         """Wait until the event of a stop is in; should it get lost, go on without."""
@@ -186,6 +220,7 @@ class LibvirtDomain(Domain):
         native = self._native
         if native is None:
             return
+        # before the plug is pulled: libvirt calls the death of QEMU a crash
         self._destroying = True
         await self._pull_plug()
         with contextlib.suppress(StateError):  # it may go by itself meanwhile
@@ -270,3 +305,24 @@ class LibvirtDomain(Domain):
             swapped_out=size("swap_out"),
             updated=kib.get("last_update"),
         )
+
+
+def lifecycle_event(event: int, detail: int) -> LifecycleEvent | None:
+    """Return the contract's event for one of libvirt's, None if it has none."""
+    if event == libvirt.VIR_DOMAIN_EVENT_STOPPED and detail in _CRASHES:
+        return LifecycleEvent.CRASHED
+    return _EVENTS.get(event)
+
+
+def is_panic(event: int, detail: int) -> bool:
+    """Tell whether libvirt says that the guest's kernel panicked.
+
+    It learns that from QEMU's pvpanic device, and stops the domain then, which is an
+    event of its own. Of a QEMU that dies it says that it failed.
+    """
+    return (event, detail) in _PANICS
+
+
+def lifecycle_state(state: int) -> DomainState:
+    """Return the contract's state for one of libvirt's."""
+    return _STATES.get(state, DomainState.HALTED)

@@ -110,7 +110,9 @@ def domain_xml(
         devices.extend(_disk(d, direct=d.name in direct_disks) for d in spec.disks)
         devices.extend(_interface(interface) for interface in spec.interfaces)
     else:
-        root.append(_arguments("-incoming", incoming))
+        line = ET.SubElement(root, f"{{{_QEMU}}}commandline")
+        for argument in ("-incoming", incoming):
+            ET.SubElement(line, f"{{{_QEMU}}}arg", value=argument)
     return ET.tostring(root, encoding="unicode")
 
 
@@ -158,7 +160,13 @@ def _cpu(machine: Machine) -> ET.Element:
 def _devices(spec: DomainSpec, machine: Machine) -> ET.Element:
     devices = ET.Element("devices")
     _add(devices, "emulator", str(machine.emulator))
-    _controllers(devices)
+    _add(devices, "controller", type="usb", model="none")
+    _place(_add(devices, "controller", type="virtio-serial", ports="2"), 1)
+    _place(_add(devices, "controller", type="scsi", model="virtio-scsi"), 2)
+    _add(devices, "controller", type="pci", index="0", model="pcie-root")
+    for index in range(1, 1 + _SPARE_PORTS):
+        port = _add(devices, "controller", type="pci", model="pcie-root-port")
+        port.set("index", str(index))
     console = _add(devices, "serial", type="pipe")
     _add(console, "source", path=str(console_pipe(spec)))
     _add(console, "target", port="0")
@@ -173,16 +181,6 @@ def _devices(spec: DomainSpec, machine: Machine) -> ET.Element:
     _place(random, 4)
     _add(devices, "panic", model="isa")
     return devices
-
-
-def _controllers(devices: ET.Element) -> None:
-    _add(devices, "controller", type="usb", model="none")
-    _place(_add(devices, "controller", type="virtio-serial", ports="2"), 1)
-    _place(_add(devices, "controller", type="scsi", model="virtio-scsi"), 2)
-    _add(devices, "controller", type="pci", index="0", model="pcie-root")
-    for index in range(1, 1 + _SPARE_PORTS):
-        port = _add(devices, "controller", type="pci", model="pcie-root-port")
-        port.set("index", str(index))
 
 
 def _place(device: ET.Element, slot: int) -> None:
@@ -233,11 +231,4 @@ def _capabilities() -> ET.Element:
     """
     element = ET.Element(f"{{{_QEMU}}}capabilities")
     ET.SubElement(element, f"{{{_QEMU}}}del", capability="cpu-unavailable-features")
-    return element
-
-
-def _arguments(*arguments: str) -> ET.Element:
-    element = ET.Element(f"{{{_QEMU}}}commandline")
-    for argument in arguments:
-        ET.SubElement(element, f"{{{_QEMU}}}arg", value=argument)
     return element

@@ -1,4 +1,4 @@
-"""The embedded QEMU driver's root directory and its lasting capability cache.
+"""Root directory of the embedded QEMU driver, and its lasting capability cache.
 
 libvirt asks a QEMU program what it can do before its first domain, for a second or
 more, and keeps the answer under its root directory, which lasts one run.  So the

@@ -1,4 +1,4 @@
-"""libvirt's event loop on asyncio, safe to be called from any thread.
+"""Event loop of libvirt on asyncio, safe to be called from any thread.
 
 libvirt calls its event loop from whatever thread it happens to be in, and the QEMU
 driver has threads of its own.  libvirtaio alone would touch asyncio from there; a
@@ -33,6 +33,10 @@ class EventLoop(libvirtaio.virEventAsyncIOImpl):  # type: ignore[misc]
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
         self._numbers = itertools.count(1)
+        # By number. libvirt's threads and the loop's own change it without a lock:
+        # each change is one call of a dict or of the counter, which the interpreter
+        # does not interrupt. A lock would be held while libvirt holds its own, and
+        # libvirt calls us with those held: that could be taken in both orders.
         self._entries: dict[int, libvirtaio.Callback] = {}
 
     def move(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -46,12 +50,16 @@ class EventLoop(libvirtaio.virEventAsyncIOImpl):  # type: ignore[misc]
             descriptor.update()
 
     def _submit(self, call: Callable[..., Any], *args: Any) -> None:
+        # Never carried out here, even in the loop's own thread: libvirt holds locks
+        # when it calls, and what is registered may call straight back into it.
         # A closed loop gets no events; `move` registers again what is still wanted.
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(call, *args)
 
     def schedule_ff_callback(self, iden: int, opaque: Any) -> None:
         """Let libvirt free what it had registered with an entry."""
+        # In a later turn of the loop. libvirt may be dispatching the very entry that it
+        # removes: freed in here, its memory would be used after.
         self._submit(libvirt.virEventInvokeFreeCallback, opaque)
         self._entries.pop(iden, None)
 
@@ -62,6 +70,8 @@ class EventLoop(libvirtaio.virEventAsyncIOImpl):  # type: ignore[misc]
         return int(callback.iden)
 
     def _watch(self, callback: libvirtaio.FDCallback, fd: int) -> None:
+        # libvirt may have removed it before the loop came to this. A descriptor that is
+        # watched all the same would be that of whatever has its number by then.
         if callback.iden in self._entries:
             callback.descriptor = self.descriptors[fd]
             callback.descriptor.add_handle(callback)
@@ -73,16 +83,19 @@ class EventLoop(libvirtaio.virEventAsyncIOImpl):  # type: ignore[misc]
         callback = self._entries.pop(watch, None)
         if callback is None:
             return -1
-        self._submit(self._unwatch, callback)
-        return 0
 
-    def _unwatch(self, callback: libvirtaio.FDCallback) -> None:
-        descriptor = callback.descriptor
-        if descriptor is not None:
-            descriptor.remove_handle(callback.iden)
-            if not descriptor.callbacks:
-                self.descriptors.pop(descriptor.fd, None)
-        callback.close()
+        def unwatch() -> None:
+            descriptor = callback.descriptor
+            if descriptor is not None:
+                descriptor.remove_handle(callback.iden)
+                if not descriptor.callbacks:
+                    self.descriptors.pop(descriptor.fd, None)
+            # this has libvirt free what belongs to the entry, which is why it comes
+            # last and in the loop's thread: its callback cannot be running there
+            callback.close()
+
+        self._submit(unwatch)
+        return 0
 
     def _add_timeout(self, timeout: int, cb: Any, opaque: Any) -> int:
         callback = libvirtaio.TimeoutCallback(self, cb, opaque)
@@ -91,6 +104,7 @@ class EventLoop(libvirtaio.virEventAsyncIOImpl):  # type: ignore[misc]
         return int(callback.iden)
 
     def _update_timeout(self, timer: int, timeout: int) -> None:
+        # gone if libvirt removed the timer in another thread meanwhile
         callback = self._entries.get(timer)
         if callback is not None:
             self._submit(callback.update, timeout)

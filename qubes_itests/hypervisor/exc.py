@@ -1,13 +1,10 @@
-"""The errors of the hypervisor layer.
+"""Errors of the hypervisor layer.
 
 ::
 
     HypervisorError
      +-- StateError          the domain is in another state than the call needs
      +-- SavedStateError     a saved state did not load
-     +-- AttachedError       a device of that name is there already
-     +-- NotAttachedError    no device of that name is there
-     +-- NotSupportedError   this back end cannot do that
 """
 
 from __future__ import annotations
@@ -15,10 +12,7 @@ from __future__ import annotations
 from qubes_itests.exc import HarnessError
 
 __all__ = [
-    "AttachedError",
     "HypervisorError",
-    "NotAttachedError",
-    "NotSupportedError",
     "SavedStateError",
     "StateError",
 ]
@@ -46,15 +40,3 @@ class StateError(HypervisorError):
 
 class SavedStateError(HypervisorError):
     """A saved state did not load; a cold start may."""
-
-
-class AttachedError(HypervisorError):
-    """A device of that name is attached already."""
-
-
-class NotAttachedError(HypervisorError):
-    """No device of that name is attached."""
-
-
-class NotSupportedError(HypervisorError):
-    """This back end cannot do that."""

@@ -1,4 +1,4 @@
-"""Whether hardware virtualisation works here, found out by using it.
+"""Probe of hardware virtualisation: does it work here, found out by using it.
 
 A /dev/kvm that exists, and opens, may still abort or hang every guest (nested
 virtualisation that is only half there). So a kernel is booted with it, to the point
@@ -83,16 +83,8 @@ def _probe(emulator: str, kernel: Path, deadline: float) -> Verdict:
     # QEMU may abort here: without a core file.
     argv = ["prlimit", "--core=0", emulator]
     argv += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-    argv += [
-        "-machine",
-        "q35,accel=kvm",
-        "-cpu",
-        "host",
-        "-m",
-        "128",
-        "-serial",
-        "stdio",
-    ]
+    argv += ["-machine", "q35,accel=kvm", "-cpu", "host", "-m", "128"]
+    argv += ["-serial", "stdio"]
     argv += ["-kernel", str(kernel), "-append", _OPTIONS]
     try:
         # On a timeout it is killed and reaped.

@@ -1,4 +1,4 @@
-"""What the hypervisors over every libvirt driver have in common."""
+"""Common part of the hypervisors over libvirt's drivers."""
 
 # ruff: noqa: D102 - the contract documents its methods
 from __future__ import annotations
@@ -19,8 +19,8 @@ from qubes_itests.hypervisor.contract import (
     LifecycleEvent,
     LifecycleHandler,
 )
+from qubes_itests.hypervisor.domain import is_panic, lifecycle_event
 from qubes_itests.hypervisor.exc import HypervisorError
-from qubes_itests.hypervisor.lifecycle import is_panic, lifecycle_event
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,30 +67,27 @@ class LibvirtHypervisor(Hypervisor):
     def _dispatch(
         self, _connection: Any, native: Any, event: int, detail: int, _opaque: Any
     ) -> None:
+        # On the event loop: our implementation of libvirt's calls back from there only.
         domain = self._domains.get(UUID(bytes=native.UUID()))
         if domain is None:
             return
+        # Before the event itself, which ends the domain's run: whoever learns that it
+        # has stopped must find why.
         if is_panic(event, detail):
             domain.panicked = True
         if (happened := lifecycle_event(event, detail)) is not None:
             domain.handle_event(happened)
 
     def _publish(self, domain: Domain, event: LifecycleEvent) -> None:
+        # a copy: a handler may unsubscribe itself, or others
         for handler in list(self._handlers.values()):
-            self._notify(handler, domain, event)
+            try:
+                handler(domain, event)
+            except Exception:  # noqa: BLE001 - libvirt calls: nobody above could catch it
+                _LOG.exception("a handler of %s of %s failed", event, domain.spec.name)
 
     def _forget(self, domain: Domain) -> None:
         self._domains.pop(domain.spec.uuid, None)
-
-    @staticmethod
-    def _notify(
-        handler: LifecycleHandler, domain: Domain, event: LifecycleEvent
-    ) -> None:
-        # It is libvirt that calls: nobody above could catch what a handler raises.
-        try:
-            handler(domain, event)
-        except Exception:  # noqa: BLE001
-            _LOG.exception("a handler of %s of %s failed", event, domain.spec.name)
 
     def subscribe(self, handler: LifecycleHandler) -> Callable[[], None]:
         token = object()
@@ -123,27 +120,21 @@ class LibvirtHypervisor(Hypervisor):
         """Return what is wrong with a spec, in words; empty if nothing is."""
         if not _NAME.fullmatch(spec.name):
             return "its name must be a letter, then letters, digits, '_', '.' or '-'"
-        if any(d.spec.name == spec.name for d in self._domains.values()):
-            return "there is one of that name"
-        if spec.uuid in self._domains:
-            return f"there is one of UUID {spec.uuid}"
+        for other in (domain.spec for domain in self._domains.values()):
+            if spec.name == other.name or spec.uuid == other.uuid:
+                return f"there is domain {other.name!r} of UUID {other.uuid} already"
         if not 0 < spec.memory <= spec.max_memory:
             return f"memory {spec.memory} MiB is not within 1 and {spec.max_memory}"
         if spec.vcpus < 1:
             return "it needs a virtual CPU"
-        return self._lack_of_memory(spec)
-
-    def _lack_of_memory(self, spec: DomainSpec) -> str:
-        if self.memory_limit is None:
-            return ""
         taken = sum(domain.spec.memory for domain in self._domains.values())
-        if taken + spec.memory <= self.memory_limit:
-            return ""
-        return (
-            f"it needs {spec.memory} MiB; of the {self.memory_limit} MiB that VMs may"
-            f" take of this machine's memory here {self._holders()} (--host-memory,"
-            " shared out among workers: fewer of them have more)"
-        )
+        if self.memory_limit is not None and taken + spec.memory > self.memory_limit:
+            return (
+                f"it needs {spec.memory} MiB; of the {self.memory_limit} MiB that VMs"
+                f" may take of this machine's memory here {self._holders()}"
+                " (--host-memory, shared out among workers: fewer of them have more)"
+            )
+        return ""
 
     def _holders(self) -> str:
         """Return who holds how much memory, those that hold most first."""
@@ -160,18 +151,16 @@ class LibvirtHypervisor(Hypervisor):
             return
         self._closed = True
         try:
-            await self._undefine_all()
+            # all of them, though one may fail: what is left would outlive the run
+            results = await asyncio.gather(
+                *(domain.undefine() for domain in list(self._domains.values())),
+                return_exceptions=True,
+            )
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
         finally:
             await self._disconnect()
-
-    async def _undefine_all(self) -> None:
-        results = await asyncio.gather(
-            *(domain.undefine() for domain in list(self._domains.values())),
-            return_exceptions=True,
-        )
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
 
     async def _disconnect(self) -> None:
         if self._registration is not None:

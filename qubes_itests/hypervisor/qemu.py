@@ -1,4 +1,4 @@
-"""The QEMU back end: libvirt's QEMU driver inside this process, no daemon.
+"""QEMU back end: libvirt's QEMU driver inside this process, no daemon.
 
 It must run in a sandbox: the QEMU processes that it starts are children of the
 sandbox's first process, and end with it.
@@ -84,14 +84,25 @@ class QemuHypervisor(LibvirtHypervisor):
         """
         if isinstance(cache, Path):
             cache = Cache(cache)
-        emulator = _find_emulator()
+        emulator = find_program(_EMULATOR)
+        if emulator is None:
+            raise EnvironmentNotReadyError(
+                f"{_EMULATOR} is not installed.",
+                "Install it: apt install qemu-system-x86.",
+            )
         if kvm is None:
             kvm = await asyncio.to_thread(_kvm_works, cache, kernel)
         machine = Machine(kvm=kvm, emulator=emulator)
         root = directory / "libvirt"
-        _require_short(root)
+        excess = len(str(root)) + _MONITOR - _SOCKET_PATH
+        if excess > 0:
+            raise EnvironmentNotReadyError(
+                f"The path {root} is {excess} bytes too long for the sockets in it.",
+                "Set QUBES_ITESTS_CACHE to a directory with a shorter path.",
+            )
         capabilities = CapabilityCache(cache, root, machine.emulator)
         await asyncio.to_thread(make_root, root)
+        # before the driver opens, which reads it then and not again
         await asyncio.to_thread(capabilities.fetch)
         connection = await Connection.open(
             f"qemu:///embed?root={quote(str(root))}", keep=True
@@ -155,25 +166,7 @@ class QemuHypervisor(LibvirtHypervisor):
             await super()._disconnect()
 
 
-def _find_emulator() -> Path:
-    found = find_program(_EMULATOR)
-    if found is None:
-        raise EnvironmentNotReadyError(
-            f"{_EMULATOR} is not installed.", "Install it: apt install qemu-system-x86."
-        )
-    return found
-
-
 def _kvm_works(cache: Cache, kernel: Path | None) -> bool:
     verdict = kvm_usable(cache, kernel or find_kernel(cache).image)
     _LOG.info("KVM is %s: %s", "used" if verdict.usable else "not used", verdict.reason)
     return verdict.usable
-
-
-def _require_short(root: Path) -> None:
-    excess = len(str(root)) + _MONITOR - _SOCKET_PATH
-    if excess > 0:
-        raise EnvironmentNotReadyError(
-            f"The path {root} is {excess} bytes too long for the sockets in it.",
-            "Set QUBES_ITESTS_CACHE to a directory with a shorter path.",
-        )

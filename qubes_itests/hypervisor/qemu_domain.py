@@ -1,11 +1,15 @@
-"""A domain of libvirt's QEMU driver."""
+"""Domains of libvirt's QEMU driver: one QEMU process each, while they run."""
 
 # ruff: noqa: D102 - the contract documents its methods
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
+import select
+import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import libvirt
@@ -22,13 +26,11 @@ from qubes_itests.hypervisor.domain_xml import (
     domain_xml,
     interface_xml,
 )
-from qubes_itests.hypervisor.process import kill_qemu
 from qubes_itests.hypervisor.saved_state import SavedState, save_state
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from qubes_itests.hypervisor.connection import Connection
     from qubes_itests.hypervisor.contract import (
@@ -39,11 +41,13 @@ if TYPE_CHECKING:
         LifecycleHandler,
     )
 
-__all__ = ["QemuDomain"]
+__all__ = ["QemuDomain", "kill_qemu"]
 
 _RETRY = 0.01
 #: Bytes; the largest unit in which file systems write past the page cache.
 _WHOLE_BLOCK = 4096
+#: Seconds until a killed process must be gone.
+_GONE = 5.0
 
 
 class QemuDomain(LibvirtDomain):
@@ -77,7 +81,13 @@ class QemuDomain(LibvirtDomain):
     async def _create(self, saved_state: Path | None) -> None:
         await asyncio.to_thread(self._console.open)
         if saved_state is None:
-            await self._create_native(await asyncio.to_thread(self._cold_xml), 0)
+
+            def describe() -> str:
+                disks = self.spec.disks
+                direct = frozenset(d.name for d in disks if _opens_direct(d.path))
+                return domain_xml(self.spec, self._machine, direct_disks=direct)
+
+            await self._create_native(await asyncio.to_thread(describe), 0)
             return
         with SavedState(self.spec.name, saved_state) as state:
             xml = domain_xml(self.spec, self._machine, incoming="defer")
@@ -94,11 +104,8 @@ class QemuDomain(LibvirtDomain):
         # The thread cannot be stopped: wait, for what it makes must be undone.
         await to_its_end(create())
 
-    def _cold_xml(self) -> str:
-        direct = frozenset(d.name for d in self.spec.disks if _opens_direct(d.path))
-        return domain_xml(self.spec, self._machine, direct_disks=direct)
-
     async def _cleanup(self) -> None:
+        # the console first: its log is whole only when QEMU's end of the pipe is read
         await asyncio.to_thread(self._console.close)
         await asyncio.to_thread(channel_path(self.spec).unlink, missing_ok=True)
 
@@ -112,6 +119,8 @@ class QemuDomain(LibvirtDomain):
         self._console.trusted = False
 
     async def save(self, path: Path) -> None:
+        # nothing may start or destroy the domain while QEMU writes; and it is stopped
+        # in any case, for after a migration its CPUs must not run on
         async with self._changing:
             native = self._running("save")
             try:
@@ -125,6 +134,7 @@ class QemuDomain(LibvirtDomain):
         path = str(channel_path(self.spec))
         deadline = asyncio.get_running_loop().time() + timeout
         while True:
+            # each time, or a domain that has stopped would be waited for to the end
             self._running("open the channel of")
             try:
                 loop = asyncio.get_running_loop()
@@ -173,3 +183,27 @@ def _opens_direct(path: Path) -> bool:
         return os.lseek(file, 0, os.SEEK_END) % _WHOLE_BLOCK == 0
     finally:
         os.close(file)
+
+
+def kill_qemu(pid_file: Path, domain: str) -> None:
+    """Kill a domain's QEMU and wait until it is gone. Blocking.
+
+    libvirt asks QEMU to go, and looks again after 0.2 s; what is stopped as if its plug
+    were pulled need not be asked.
+
+    :param pid_file: where libvirt wrote its number. If that is missing, or it names
+        another process by now, nothing happens: libvirt then finds out by itself.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(pid_file.read_text())
+        handle = os.pidfd_open(pid)
+        try:
+            # The handle is opened first: so it is this process that is killed.
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if f"guest={domain},".encode() in command:
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+                poll = select.poll()  # its number may be beyond what select() takes
+                poll.register(handle, select.POLLIN)
+                poll.poll(_GONE * 1000)
+        finally:
+            os.close(handle)

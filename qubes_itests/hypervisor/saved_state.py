@@ -76,13 +76,17 @@ async def save_state(
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
+        # stopped first, or the guest dirties pages as fast as they are written
         await connection.call(domain, "save", native.suspend)
+        # QEMU's default is a network's speed, which would make the save take seconds
         await monitor.execute(
             "save", "migrate-set-parameters", **{"max-bandwidth": 1 << 40}
         )
         await monitor.pass_file("save", fd)
         await monitor.execute("save", "migrate", uri=f"fd:{_FD_NAME}")
         await _wait_migrated(monitor, "save")
+        # On disk before it has its name: the name is what later runs trust, and after
+        # a power cut it could be that of a file with holes, from which guests crash.
         await asyncio.to_thread(os.fsync, fd)
         temporary.replace(path)
     finally:

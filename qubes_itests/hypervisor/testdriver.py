@@ -1,8 +1,8 @@
 # ruff: noqa: D102 - the contract documents its methods
-"""The test back end: libvirt's in-memory test driver, for tests without a guest.
+"""Test back end: libvirt's in-memory test driver, for tests without a guest.
 
 Its domains have states, events and invented memory statistics, but no guest: what
-needs one raises `NotSupportedError`.
+needs one raises `HypervisorError`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from xml.etree import ElementTree as ET
 
 from qubes_itests.hypervisor.connection import Connection
 from qubes_itests.hypervisor.domain import LibvirtDomain
-from qubes_itests.hypervisor.exc import NotSupportedError, SavedStateError
+from qubes_itests.hypervisor.exc import HypervisorError, SavedStateError
 from qubes_itests.hypervisor.libvirt_hypervisor import LibvirtHypervisor
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class _TestDomain(LibvirtDomain):
 
     def _refuse(self, action: str) -> NoReturn:
         self._running(action)
-        raise NotSupportedError(
+        raise HypervisorError(
             self.spec.name, action, "the test back end's domains have no guest"
         )
 

@@ -7,13 +7,11 @@ import pytest
 
 from qubes_itests.hypervisor.connection import Connection, translate_error
 from qubes_itests.hypervisor.contract import DomainState, LifecycleEvent
+from qubes_itests.hypervisor.domain import is_panic, lifecycle_event, lifecycle_state
 from qubes_itests.hypervisor.exc import (
     HypervisorError,
-    NotAttachedError,
-    NotSupportedError,
     StateError,
 )
-from qubes_itests.hypervisor.lifecycle import is_panic, lifecycle_event, lifecycle_state
 
 
 @pytest.mark.parametrize(
@@ -21,8 +19,8 @@ from qubes_itests.hypervisor.lifecycle import is_panic, lifecycle_event, lifecyc
     [
         (libvirt.VIR_ERR_NO_DOMAIN, StateError),
         (libvirt.VIR_ERR_OPERATION_INVALID, StateError),
-        (libvirt.VIR_ERR_DEVICE_MISSING, NotAttachedError),
-        (libvirt.VIR_ERR_NO_SUPPORT, NotSupportedError),
+        (libvirt.VIR_ERR_DEVICE_MISSING, HypervisorError),
+        (libvirt.VIR_ERR_NO_SUPPORT, HypervisorError),
         (libvirt.VIR_ERR_INTERNAL_ERROR, HypervisorError),
     ],
 )

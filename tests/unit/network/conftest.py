@@ -12,7 +12,7 @@ from qubes_itests.core.network import links
 from qubes_itests.exc import DeadlineError
 from qubes_itests.guest.image.template import Template
 from qubes_itests.host.bridge import Bridge, Tap
-from qubes_itests.hypervisor.exc import AttachedError, NotAttachedError
+from qubes_itests.hypervisor.exc import HypervisorError
 from qubes_storage.reflink import ReflinkPool
 
 MIB = 1024**2
@@ -81,13 +81,13 @@ def interfaces(monkeypatch, host):
         attached = self.__dict__.setdefault("interfaces", {})
         self.hypervisor.fail_perhaps(self, f"attach {interface.mac}")
         if interface.mac in attached:
-            raise AttachedError(self.spec.name, "attach", "it is attached")
+            raise HypervisorError(self.spec.name, "attach", "it is attached")
         attached[interface.mac] = interface.tap
         host.done.append(f"{self.spec.name} has {interface.mac}")
 
     async def detach(self, mac):
         if mac not in self.__dict__.get("interfaces", {}):
-            raise NotAttachedError(self.spec.name, "detach", "it has none")
+            raise HypervisorError(self.spec.name, "detach", "it has none")
         if mac in host.stubborn:
             raise DeadlineError("release", 10)
         del self.interfaces[mac]

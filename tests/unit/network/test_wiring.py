@@ -8,7 +8,7 @@ import pytest
 from qubes_itests.core import exc
 from qubes_itests.core.network.addresses import DOWNLINK_MAC
 from qubes_itests.exc import DeadlineError
-from qubes_itests.hypervisor.exc import AttachedError
+from qubes_itests.hypervisor.exc import HypervisorError
 
 pytestmark = pytest.mark.asyncio
 
@@ -88,7 +88,7 @@ async def test_a_guest_that_keeps_its_interface_has_no_network_still(host, make_
         await work.network_settled()
     assert sorted(host.taps.values(), key=str) == [None, *host.bridges]
     work.netvm = net
-    with pytest.raises(AttachedError):
+    with pytest.raises(HypervisorError, match="it is attached"):
         await work.network_settled()
     assert list(host.taps.values()).count(None) == 1
     await work.kill()
