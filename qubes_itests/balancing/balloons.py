@@ -1,4 +1,4 @@
-"""The memory of running domains, as balancing sees and changes it.
+"""Memory of running domains, as balancing sees and changes it.
 
 libvirt's domains are the guests; dom0 and the size of the machine are made up.
 """
@@ -39,10 +39,6 @@ _ENDS = (LifecycleEvent.STOPPED, LifecycleEvent.CRASHED)
 _STATE_TIMEOUT = 0.5
 
 
-def _every(_domain: Domain) -> bool:
-    return True
-
-
 class LibvirtMemory(MemoryBackend):
     """Real guests on a machine of a given budget; an async context manager.
 
@@ -58,7 +54,7 @@ class LibvirtMemory(MemoryBackend):
         hypervisor: Hypervisor,
         budget: MemoryBudget,
         *,
-        counts: Callable[[Domain], bool] = _every,
+        counts: Callable[[Domain], bool] = lambda _domain: True,
     ) -> None:
         self.budget = budget
         self.dom0 = BudgetedDom0(budget, lambda report: self._pass_on(DOM0, report))
@@ -74,13 +70,15 @@ class LibvirtMemory(MemoryBackend):
         """Begin to ask the domains that run, and those that will."""
         self._open = True
         self._exit.callback(self._hypervisor.subscribe(self._on_event))
-        self._exit.push_async_callback(self._forget_all)
         await self._find_unannounced()
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
         """Ask nobody any more; domains keep what they have."""
+        # first, so that no event adds a guest whose task nobody would end
         self._open = False
+        for domain in tuple(self._guests):
+            self._remove(domain)
         await self._exit.aclose()
 
     def domid(self, domain: Domain) -> str | None:
@@ -163,6 +161,8 @@ class LibvirtMemory(MemoryBackend):
         known = self._hypervisor.domains()
         for domain in self._guests.keys() - set(known):
             self._remove(domain)
+        # all at once and each with a deadline: reading the machine must not wait for
+        # a domain that hangs, since the starts of all others wait for that
         new = [d for d in known if d not in self._guests and self._counts(d)]
         await asyncio.gather(*(self._add_if_running(domain) for domain in new))
 
@@ -177,7 +177,3 @@ class LibvirtMemory(MemoryBackend):
             return
         if state in (DomainState.RUNNING, DomainState.PAUSED):
             self._add(domain, paused=state is DomainState.PAUSED)
-
-    async def _forget_all(self) -> None:
-        for domain in tuple(self._guests):
-            self._remove(domain)

@@ -1,4 +1,4 @@
-"""One guest's balloon: asked, told, and believed only what can be."""
+"""Balloon of one guest: asked, told, and believed only what can be."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from qubes_itests.qmemman.contract import DomainReading
 from qubes_itests.qmemman.sizes import KIB, MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
+    from collections.abc import Awaitable, Callable
 
     from qubes_itests.hypervisor.contract import Domain, MemoryStatistics
 
@@ -134,16 +133,13 @@ class BalloonedGuest:
                 pass  # it is starting or has ended: the event says which
             except HypervisorError as error:
                 _log.info("%s", str(error))
+            resting = self._sample and abs(self._sample.actual - self._target) < _PAGE
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._interval()):
+                async with asyncio.timeout(_INTERVAL if resting else _INTERVAL_MOVING):
                     await self._news.wait()
             self._news.clear()
 
-    def _interval(self) -> float:
-        resting = self._sample and abs(self._sample.actual - self._target) < _PAGE
-        return _INTERVAL if resting else _INTERVAL_MOVING
-
-    async def _watched(self, exchange: Any) -> None:
+    async def _watched(self, exchange: Awaitable[None]) -> None:
         """Wait for one exchange as long as it takes, but say when it takes long."""
         message = "%s does not answer: what it had is assumed"
         loop, name = asyncio.get_running_loop(), self._domain.spec.name
@@ -157,6 +153,8 @@ class BalloonedGuest:
         wanted = self._wanted
         if wanted is not None:
             await self._domain.set_memory_target(wanted)
+            # only if it is still what is wanted: another order may have come while the
+            # guest was told this one, and must go out too
             if self._wanted == wanted:
                 self._wanted = None
         self._take(await self._domain.memory_statistics())
@@ -171,7 +169,11 @@ class BalloonedGuest:
         # than the budget has would refuse it that.
         self._current = min(held, max(self._current, self._limit))
         if self._domain.spec.balanced and self._is_new(statistics):
-            self._learn_unseen(statistics)
+            # what the kernel has less than the domain shows while neither moves
+            old = self._sample or statistics
+            same = (old.actual, old.total) == (statistics.actual, statistics.total)
+            if statistics.total and same:
+                self._unseen = max(0, statistics.actual - statistics.total)
             self._sample = statistics
             self._say(used_memory(statistics, self._unseen, self._maximum))
 
@@ -185,12 +187,6 @@ class BalloonedGuest:
         if self._sample is None:
             return statistics.total is not None
         return replace(statistics, actual=self._sample.actual) != self._sample
-
-    def _learn_unseen(self, new: MemoryStatistics) -> None:
-        """See what the guest's kernel has less than the domain, if neither moves."""
-        old = self._sample or new
-        if new.total and (old.actual, old.total) == (new.actual, new.total):
-            self._unseen = max(0, new.actual - new.total)
 
     def _say(self, used: int | None) -> None:
         if used is None:

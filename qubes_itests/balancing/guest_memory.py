@@ -1,4 +1,4 @@
-"""Memory that a running VM's guest uses, and gives back, on command."""
+"""Memory that a running guest uses, and gives back, on command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.guest.link.process import GuestProcess
 
-__all__ = ["GuestMemory", "GuestMemoryError"]
+__all__ = ["GuestMemory"]
 
 #: dd fills a buffer and blocks when it writes it out: nobody reads more than a byte,
 #: which says that the buffer is full. It ends when the standard input does. The copy
@@ -35,22 +35,6 @@ _LEAST: Final = 8 * MIB
 _LOOK: Final = 0.1
 #: Seconds that it takes at most to look how much there is.
 _LOOK_TIMEOUT: Final = 30.0
-
-
-class GuestMemoryError(HarnessError):
-    """A guest does not hold the memory that it took: something killed a process.
-
-    :param vm: its name.
-    :param size: what it was to hold, bytes.
-    """
-
-    def __init__(self, vm: str, size: int) -> None:
-        super().__init__(
-            f"VM {vm} does not hold {mib(size)} that it used:"
-            " see its console for an OOM kill"
-        )
-        self.vm = vm
-        self.size = size
 
 
 class GuestMemory:
@@ -78,7 +62,7 @@ class GuestMemory:
         :param timeout: seconds.
         :raise DeadlineError: the guest has not got so much in time; it keeps what it
             has.
-        :raise GuestMemoryError: a part was lost, to an OOM kill for instance.
+        :raise HarnessError: a part was lost, to an OOM kill for instance.
         """
         # those of an earlier run of the VM are gone with it
         self._holders = [h for h in self._holders if h[1].returncode is None]
@@ -114,7 +98,12 @@ class GuestMemory:
 
     async def _take(self, missing: int) -> None:
         """Take as much of what is missing as the guest has."""
-        size = min(missing, await self._available() - _LEFT)
+        answer = await answer_of(
+            await self._spawn(_AVAILABLE), "tell its free memory", timeout=_LOOK_TIMEOUT
+        )
+        found = _KB.fullmatch(answer.stdout)
+        available = int(found[1]) * KIB if found else 0
+        size = min(missing, available - _LEFT)
         if size < min(missing, _LEAST):
             await asyncio.sleep(_LOOK)
             return
@@ -126,15 +115,11 @@ class GuestMemory:
             if not held:
                 process.hang_up()
         if not held:
-            raise GuestMemoryError(self._vm.name, size)
+            raise HarnessError(
+                f"VM {self._vm.name} does not hold {mib(size)} that it used: see its"
+                " console for an OOM kill"
+            )
         self._holders.append((size, process))
-
-    async def _available(self) -> int:
-        answer = await answer_of(
-            await self._spawn(_AVAILABLE), "tell its free memory", timeout=_LOOK_TIMEOUT
-        )
-        found = _KB.fullmatch(answer.stdout)
-        return int(found[1]) * KIB if found else 0
 
     async def _spawn(self, command: str) -> GuestProcess:
         process: GuestProcess = await self._vm.agent.spawn(command, user="root")

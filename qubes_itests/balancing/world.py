@@ -1,4 +1,4 @@
-"""The world of scenarios with real VMs."""
+"""World of scenarios with real VMs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arithmetic of qmemman: pure functions, equal to the reference to the byte.
+"""Arithmetic of qmemman: pure functions, equal to the reference to the byte.
 
 Every function takes the domains as they are and returns targets in bytes; none looks
 at a clock or at the machine.  All are linear in the number of domains.  Rounding

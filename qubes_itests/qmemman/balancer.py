@@ -1,4 +1,10 @@
-"""Carrying decisions out, one at a time, whatever single domains do."""
+"""Execution of decisions, one at a time, whatever single domains do.
+
+Orders are promises. What a domain was told to hold counts as taken at once (`actual`),
+though its guest may take it a second later, or never; what a donor was told to give
+counts as free only when the hypervisor has it. So the sum of all that was promised
+never exceeds the machine, at any moment between two steps.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +18,12 @@ from qubes_itests.exc import HarnessError
 from qubes_itests.qmemman import algorithm
 from qubes_itests.qmemman.contract import Order
 from qubes_itests.qmemman.decision import decide_balance, decide_balloon, obtainable
-from qubes_itests.qmemman.exc import BudgetError, DomainGoneError
+from qubes_itests.qmemman.exc import DomainGoneError, too_small
 from qubes_itests.qmemman.policy import DEFAULT_POLICY, Policy
 from qubes_itests.qmemman.state import DOM0, DomainMemory, parse_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from qubes_itests.qmemman.algorithm import Target
     from qubes_itests.qmemman.contract import DomainReading, MemoryBackend
@@ -55,8 +60,6 @@ class Balancer:
     :param backend: the machine.
     :param policy: the numbers to go by.
     :param recorder: gets a record of every decision.
-    :param pause_file: while it exists nothing is balanced.
-    :param available_file: where the available memory is published, in bytes.
     """
 
     def __init__(
@@ -65,8 +68,6 @@ class Balancer:
         policy: Policy = DEFAULT_POLICY,
         *,
         recorder: Recorder | None = None,
-        pause_file: Path | None = None,
-        available_file: Path | None = None,
     ) -> None:
         self.policy = policy
         self.domains: dict[str, DomainMemory] = {}
@@ -76,8 +77,6 @@ class Balancer:
         self.refusal: Refusal | None = None
         self._backend = backend
         self._recorder = recorder
-        self._pause_file = pause_file
-        self._available_file = available_file
         self._reports: dict[str, int | None] = {}
 
     def note_report(self, domid: str, untrusted: bytes) -> None:
@@ -91,12 +90,14 @@ class Balancer:
     async def refresh(self) -> None:
         """Read the machine.
 
-        :raise BudgetError: when dom0 holds more than there is.
+        :raise QmemmanError: when dom0 holds more than there is.
         """
         try:
             async with asyncio.timeout(_CALL_TIMEOUT):
                 reading = await self._backend.read()
         except TimeoutError:
+            # with what was known last: the numbers are old by one step, and a start
+            # that is under way must not fail for it
             _log.warning("the machine's memory cannot be read now")
             return
         self.total = reading.total
@@ -106,8 +107,15 @@ class Balancer:
             del self._reports[domid]
         dom0 = self.domains.get(DOM0)
         if dom0 is not None and dom0.current > self.total:
-            raise BudgetError(self.total, dom0.current)
-        self.free = self._assignable(reading.free)
+            raise too_small(self.total, dom0.current)
+        assignable = int(reading.free * self.policy.overhead_factor)
+        promised = sum(max(0, d.last_target - d.current) for d in self.domains.values())
+        # before dom0 reports it holds everything, and that is no news
+        if assignable < promised + self.policy.free_minimum and self.reported(DOM0):
+            _log.warning("free memory %d is low: %d are promised", assignable, promised)
+        # Less what others may still take: a VM that starts with memory that an earlier
+        # target gives to another one would have it taken away while it boots.
+        self.free = assignable - promised
 
     def _state(self, reading: DomainReading) -> DomainMemory:
         old = self.domains.get(reading.domid)
@@ -128,20 +136,8 @@ class Balancer:
             balanced=reading.balanced,
         )
 
-    def _assignable(self, free: int) -> int:
-        """Return what is free and was not promised to anybody, bytes."""
-        assignable = int(free * self.policy.overhead_factor)
-        promised = sum(max(0, d.last_target - d.current) for d in self.domains.values())
-        # before dom0 reports it holds everything, and that is no news
-        if assignable < promised + self.policy.free_minimum and self.reported(DOM0):
-            _log.warning("free memory %d is low: %d are promised", assignable, promised)
-        return assignable - promised
-
     async def balance(self) -> None:
         """Give everybody the memory it should have, as far as it can be had now."""
-        if self._pause_file is not None and self._pause_file.exists():
-            _log.debug("%s exists: nothing is balanced", self._pause_file)
-            return
         for _ in range(_MOST_ROUNDS):
             await self.refresh()
             self._update(
@@ -150,23 +146,38 @@ class Balancer:
             )
             targets = decide_balance(self.free, self.domains.values(), self.policy)
             self._record("balance" if targets else "look", targets)
+            # again, since what donors have just freed can be shared only now
             if not targets or not await self._carry_out(targets):
                 break
-        await self._publish()
 
     async def _carry_out(self, targets: list[Target]) -> bool:
         """Set targets; False when donors were late and the rest was left."""
         before = dict(self.domains)
+        # Donors come first in it. An acceptor that was told first would take memory
+        # which nobody has given yet: the hypervisor would have none left, and the
+        # guest would find out in the middle of a page fault.
         for domid, target in targets:
             domain = self.domains.get(domid)
             if domain is None:
                 continue
             if target > domain.actual and not await self._wait_for(domid, target):
+                # Donors that give nothing are left out of the next decision. The rest
+                # of this one counted on them, so it is dropped; but the acceptor gets
+                # what is there, or it would wait for donors that never come.
                 self._mark_late(targets, before)
-                await self._give_what_is_there(domid, target)
+                if domain := self.domains.get(domid):
+                    there = self.free + domain.actual - self.policy.free_to_keep
+                    if min(there, target) > domain.actual:
+                        await self._set(domid, min(there, target))
                 return False
             await self._set(domid, target)
-        await self._wait_for_donors(targets)
+        # until donors have given, so that it can be shared in the next round
+        before = dict(self.domains)
+        for _ in range(self.policy.patience):
+            if not self._late(targets):
+                return True
+            await self._pause()
+        self._mark_late(targets, before)
         return True
 
     async def _wait_for(self, domid: str, target: int) -> bool:
@@ -183,15 +194,6 @@ class Balancer:
         # a tenth less than is kept, for rounding
         rest = self.free - (target - domain.actual)
         return rest >= 0.9 * self.policy.free_to_keep
-
-    async def _wait_for_donors(self, targets: list[Target]) -> None:
-        """Wait until who was told to give has given, so that it can be shared."""
-        before = dict(self.domains)
-        for _ in range(self.policy.patience):
-            if not self._late(targets):
-                return
-            await self._pause()
-        self._mark_late(targets, before)
 
     def _late(self, targets: list[Target]) -> list[DomainMemory]:
         tolerance = self.policy.donor_tolerance
@@ -210,14 +212,10 @@ class Balancer:
                 _log.warning("%s gives memory slowly", self._called(domain.domid))
                 self._update([replace(domain, slow_memset_react=True)])
 
-    async def _give_what_is_there(self, domid: str, target: int) -> None:
-        if domain := self.domains.get(domid):
-            there = self.free + domain.actual - self.policy.free_to_keep
-            if min(there, target) > domain.actual:
-                await self._set(domid, min(there, target))
-
     async def balloon(self, amount: int) -> bool:
         """Free `amount` bytes for a VM that starts; False when they cannot be had."""
+        # A donor that hung a minute ago may give now, and a VM that starts is worth
+        # asking it: without it the start may be refused for good.
         self._update(replace(d, no_progress=False) for d in self.domains.values())
         await self.refresh()
         needed = amount + self.policy.free_minimum
@@ -228,7 +226,14 @@ class Balancer:
             targets = self._balloon_targets(amount, seen)
             self._record("balloon", targets, amount)
             if not targets:
-                self._refuse(amount)
+                # What donors have given up to here stays free: the next balance, which
+                # the server begins as soon as the client is gone, shares it out again.
+                holders = {
+                    self._called(d.domid): d.actual for d in self.domains.values()
+                }
+                could = obtainable(self.free, self.domains.values(), self.policy)
+                self.refusal = Refusal(amount, could, holders)
+                self._record("refused", [], amount)
                 return False
             for domid, target in targets:
                 if (domain := self.domains.get(domid)) is None:
@@ -237,12 +242,22 @@ class Balancer:
                 if target != domain.last_target:
                     await self._set(domid, target)
             await self._pause()
-        await self._withdraw_promises()
+        # Others may have targets above what they hold, from the last balance. They must
+        # not grow into what this VM was just given and has not taken yet.
+        tolerance = self.policy.promise_tolerance
+        found = algorithm.preferences(self.domains.values(), self.policy)
+        for domain, preferred in found.each:
+            keep = max(domain.current, preferred)
+            if keep + tolerance < domain.last_target:
+                await self._set(domain.domid, keep)
         self._record("granted", [], amount)
         return True
 
     def _balloon_targets(self, amount: int, seen: deque[int]) -> list[Target]:
         policy = self.policy
+        # Refused for lack of progress rather than after a time: donors that free
+        # gigabytes slowly but steadily are waited for, a machine that stands still is
+        # told at once.
         seen.append(self.free)
         if len(seen) > policy.progress_period / policy.step:
             progress = self.free - seen.popleft()
@@ -262,21 +277,6 @@ class Balancer:
                 self._update([replace(domain, no_progress=True)])
             else:
                 silent[domid] = (held, steps + 1)
-
-    async def _withdraw_promises(self) -> None:
-        """Keep domains from growing into what a starting VM was just given."""
-        tolerance = self.policy.promise_tolerance
-        found = algorithm.preferences(self.domains.values(), self.policy)
-        for domain, preferred in found.each:
-            keep = max(domain.current, preferred)
-            if keep + tolerance < domain.last_target:
-                await self._set(domain.domid, keep)
-
-    def _refuse(self, amount: int) -> None:
-        holders = {self._called(d.domid): d.actual for d in self.domains.values()}
-        could = obtainable(self.free, self.domains.values(), self.policy)
-        self.refusal = Refusal(amount, could, holders)
-        self._record("refused", [], amount)
 
     async def set_memory(self, wishes: Iterable[Target]) -> bool:
         """Set targets that somebody asks for; 0 stands for a VM's preferred memory.
@@ -312,6 +312,8 @@ class Balancer:
             guest_target=max(0, target - policy.guest_margin),
             limit=target + policy.limit_margin,
         )
+        # Before the order goes out, for between the two others run: a report that
+        # comes meanwhile must find the promise made.
         self.free -= max(domain.current, target) - domain.actual
         actual = max(domain.current, target)
         self._update([replace(domain, last_target=target, actual=actual)])
@@ -321,6 +323,8 @@ class Balancer:
         except DomainGoneError:
             self.domains.pop(domid, None)
         except (OSError, HarnessError) as error:
+            # The order counts as given all the same: whether it arrived is not known,
+            # and memory that is given twice is worse than some that lies idle.
             called = self._called(domid)
             _log.warning("%s cannot be told its target: %s", called, repr(error))
 
@@ -344,12 +348,6 @@ class Balancer:
             except OSError as error:  # a full disk is no reason to stop balancing
                 _log.warning("the timeline is not written: %s", str(error))
 
-    async def _publish(self) -> None:
-        if self._available_file is not None:
-            found = algorithm.preferences(self.domains.values(), self.policy)
-            available = found.available(self.free - self.policy.free_to_keep)
-            await asyncio.to_thread(_replace, self._available_file, str(available))
-
     def subscribe(self, on_news: Callable[[], None]) -> Callable[[], None]:
         """Note reports from now on, and call `on_news` for them and for changes.
 
@@ -361,10 +359,3 @@ class Balancer:
             on_news()
 
         return self._backend.subscribe(on_report, on_news)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="ascii")
-    temporary.chmod(0o644)
-    temporary.replace(path)

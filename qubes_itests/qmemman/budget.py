@@ -1,11 +1,11 @@
-"""The memory of a machine that exists in numbers only, and its dom0."""
+"""Memory of a machine that exists in numbers only, and its dom0."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qubes_itests.qmemman.exc import BudgetError
+from qubes_itests.qmemman.exc import too_small
 from qubes_itests.qmemman.sizes import KIB
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class MemoryBudget:
     :param dom0: what dom0 holds after boot, until it is told a target.
     :param dom0_used: what it uses of that.
     :param dom0_reports: whether it says at once what it uses; else only when told.
-    :raise BudgetError: for what no machine can have.
+    :raise QmemmanError: for what no machine can have.
     """
 
     total: int
@@ -32,7 +32,7 @@ class MemoryBudget:
 
     def __post_init__(self) -> None:
         if not 0 <= self.dom0_used <= self.dom0 <= self.total:
-            raise BudgetError(self.total, self.dom0, self.dom0_used)
+            raise too_small(self.total, self.dom0, self.dom0_used)
 
 
 class BudgetedDom0:

@@ -1,4 +1,4 @@
-"""How the start of a VM asks for memory."""
+"""Client of qmemman, by which the start of a VM asks for memory."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ class Client:
                 raise await self._refusal(amount)
             if answer != protocol.OK:
                 raise self._silent(f"it answered {answer!r}")
+            # the connection is the lock: nothing is balanced until it is closed
             yield
 
     async def status(self) -> dict[str, object]:

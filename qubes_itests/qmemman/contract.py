@@ -1,4 +1,4 @@
-"""What balancing asks of a machine: read its memory, set targets, hear reports.
+"""Contract between balancing and a machine: readings, targets, reports.
 
 Made so that xenstore and libxenctrl, libvirt's balloon statistics and a simulation
 fit behind it.  All sizes are bytes.

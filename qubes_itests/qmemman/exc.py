@@ -1,10 +1,9 @@
-"""The errors of memory balancing.
+"""Errors of memory balancing.
 
 ::
 
     HarnessError
      +-- QmemmanError
-          +-- BudgetError              the machine is smaller than its dom0
           +-- MemoryRefusedError       there is not enough memory for a VM
           +-- DomainGoneError          a domain ended while it was dealt with
           +-- TimelineError            a file is no timeline
@@ -22,41 +21,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
-    "BudgetError",
     "DomainGoneError",
     "MemoryRefusedError",
     "QmemmanError",
     "TimelineError",
+    "too_small",
 ]
 
 _MOST_HOLDERS = 10
 
 
 class QmemmanError(HarnessError):
-    """The base of all errors of memory balancing."""
-
-
-class BudgetError(QmemmanError):
-    """The machine's memory does not even hold dom0.
-
-    :param total: memory of the machine, bytes.
-    :param dom0: what dom0 holds, bytes.
-    :param dom0_used: what dom0 uses, bytes, if that is what is wrong.
-    """
-
-    def __init__(self, total: int, dom0: int, dom0_used: int = 0) -> None:
-        machine = f"a machine of {mib(total)} cannot hold a dom0 of {mib(dom0)}"
-        if 0 <= dom0_used <= dom0:
-            problem = f"{machine}: give it more memory, or a smaller dom0"
-        else:
-            problem = (
-                f"a dom0 of {mib(dom0)} cannot use {mib(dom0_used)}:"
-                " give it more memory, or have it use less"
-            )
-        super().__init__(problem)
-        self.total = total
-        self.dom0 = dom0
-        self.dom0_used = dom0_used
+    """The base of all errors of memory balancing, and what has no more to say."""
 
 
 class MemoryRefusedError(QmemmanError):
@@ -108,3 +84,21 @@ class TimelineError(QmemmanError):
         super().__init__(f"{path} is not a timeline of memory: {problem}")
         self.path = path
         self.problem = problem
+
+
+def too_small(total: int, dom0: int, dom0_used: int = 0) -> QmemmanError:
+    """Return the error for a machine whose memory does not even hold dom0.
+
+    :param total: memory of the machine, bytes.
+    :param dom0: what dom0 holds, bytes.
+    :param dom0_used: what dom0 uses, bytes, if that is what is wrong.
+    """
+    if 0 <= dom0_used <= dom0:
+        return QmemmanError(
+            f"a machine of {mib(total)} cannot hold a dom0 of {mib(dom0)}: give it more"
+            " memory, or a smaller dom0"
+        )
+    return QmemmanError(
+        f"a dom0 of {mib(dom0)} cannot use {mib(dom0_used)}: give it more memory, or"
+        " have it use less"
+    )

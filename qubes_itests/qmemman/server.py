@@ -1,4 +1,4 @@
-"""The daemon: the socket that starting VMs ask, and the balancing between them."""
+"""qmemman daemon: the socket that starting VMs ask, and the balancing between them."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ class Server:
     def __init__(self, balancer: Balancer, path: Path) -> None:
         self.path = path
         self._balancer = balancer
+        # One act at a time: balancing, or one client's request until its VM has taken
+        # the memory. Balancing in between would give away what was freed for that VM,
+        # and two starts at once would both be granted the same memory.
         self._lock = asyncio.Lock()
         self._news = asyncio.Event()
         self._dom0_reported = asyncio.Event()
@@ -55,18 +58,22 @@ class Server:
         """Take the socket, read the machine, and begin.
 
         :raise QmemmanError: when another daemon serves the socket.
-        :raise BudgetError: when the machine cannot hold its dom0.
+        :raise QmemmanError: when the machine cannot hold its dom0.
         """
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(_logged_at(self._balancer.policy.log_level))
             _take(self.path, stack)
             stack.callback(self.path.unlink, missing_ok=True)
             await self._balancer.refresh()
+            # before the socket is there, or a client that asks for READY at once could
+            # miss dom0's report and wait for the next one
             stack.callback(self._balancer.subscribe(self._on_news))
             server = await asyncio.start_unix_server(
                 self._serve, self.path, limit=protocol.LONGEST_LINE
             )
-            stack.push_async_callback(self._end_clients)
+            # ended in the reverse order: no more balancing, then no new clients, then
+            # those that are connected, then the socket's file, then the lock
+            stack.push_async_callback(lambda: _end(self._clients))
             stack.callback(server.close)
             balancing = asyncio.create_task(self._balance_for_ever())
             stack.push_async_callback(_end, [balancing])
@@ -82,9 +89,6 @@ class Server:
         """Close every connection and remove the socket."""
         await self._stack.aclose()
 
-    async def _end_clients(self) -> None:
-        await _end(self._clients)
-
     def _on_news(self) -> None:
         self._news.set()
         if self._balancer.reported(DOM0):
@@ -95,6 +99,7 @@ class Server:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_IDLE):
                     await self._news.wait()
+            # before the look at the machine: what comes during it is news again
             self._news.clear()
             async with self._lock:
                 try:
@@ -147,6 +152,8 @@ class Server:
             _log.warning("a request is invalid: %r", line)
             await _answer(writer, protocol.INVALID)
             return
+        # A client that gave up must not get the lock: nobody would ever close its
+        # connection, and all starts would wait for ten minutes.
         if not await _unless_closed(reader, self._lock.acquire()):
             return
         try:
@@ -155,18 +162,16 @@ class Server:
             else:
                 granted = await self._balancer.set_memory(request.wishes)
             await _answer(writer, protocol.OK if granted else protocol.FAIL)
-            await self._hold(reader)
+            # Its VM has taken the memory when it closes, and not before: only then may
+            # anybody count what is free. Also after FAIL, for clients read STATUS then.
+            try:
+                async with asyncio.timeout(_LONGEST_HOLD):
+                    await _until_closed(reader)
+            except TimeoutError:
+                _log.error("a client held the lock for %g s", _LONGEST_HOLD)
         finally:
             self._lock.release()
             self._news.set()
-
-    async def _hold(self, reader: asyncio.StreamReader) -> None:
-        """Wait until the client closes: then its VM has taken the memory."""
-        try:
-            async with asyncio.timeout(_LONGEST_HOLD):
-                await _until_closed(reader)
-        except TimeoutError:
-            _log.error("a client held the lock for %g s", _LONGEST_HOLD)
 
     def status(self) -> dict[str, object]:
         """Return the present state, as ``STATUS`` tells it."""
@@ -217,10 +222,13 @@ def _take(path: Path, stack: contextlib.ExitStack | contextlib.AsyncExitStack) -
         raise QmemmanError(
             f"another qmemman serves {path}: stop it, or choose another socket"
         ) from error
+    # Under the lock only: without it this would be the socket of a daemon that lives.
+    # The lock's own file stays, for who has it open would lock a file without a name.
     path.unlink(missing_ok=True)
 
 
 async def _answer(writer: asyncio.StreamWriter, data: bytes) -> None:
+    # so that `drain` waits until all is with the kernel: the caller aborts after it
     writer.transport.set_write_buffer_limits(high=0)
     writer.write(data)
     async with asyncio.timeout(_REQUEST_TIMEOUT):
@@ -235,6 +243,8 @@ async def _unless_closed(
     closed = asyncio.create_task(_until_closed(reader))
     try:
         await asyncio.wait((goal, closed), return_when=asyncio.FIRST_COMPLETED)
+        # asked for the goal and not for `closed`: both may be done, and a lock that was
+        # acquired must be released by the caller
         return goal.done()
     finally:
         await _end([closed] if goal.done() else [closed, goal])

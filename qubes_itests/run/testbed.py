@@ -321,7 +321,7 @@ class Testbed:
         What has balanced it so far ends.
 
         :param budget: the machine that they share, with its dom0.
-        :raise BudgetError: when dom0 does not fit.
+        :raise QmemmanError: when dom0 does not fit.
         """
         await self._end_balancing(app)
         async with AsyncExitStack() as stack:

@@ -1,4 +1,4 @@
-"""A machine with simulated guests: any number, good and bad, in the loop's time.
+"""Machine with simulated guests: any number, good and bad, in the loop's time.
 
 With `virtual_time` an hour of it takes moments.  Nothing runs in the background: what
 a guest holds follows from its last order and from the time that has passed.
@@ -16,7 +16,7 @@ from qubes_itests.qmemman.contract import (
     MemoryBackend,
     Order,
 )
-from qubes_itests.qmemman.exc import BudgetError, DomainGoneError, MemoryRefusedError
+from qubes_itests.qmemman.exc import DomainGoneError, MemoryRefusedError, too_small
 from qubes_itests.qmemman.sizes import KIB, MIB
 from qubes_itests.qmemman.state import DOM0
 
@@ -84,7 +84,10 @@ class SimulatedGuest:
         """Use so many bytes from now on, and report it as its agent does."""
         self.used = size
         if self._last_report is None or abs(size - self._reported) >= _REPORT_STEP:
-            self._report_soon()
+            now = self._machine.now()
+            if self._timer is None or self._timer.when() <= now:
+                loop = asyncio.get_running_loop()
+                self._timer = loop.call_later(_REPORT_INTERVAL, self._report_now)
 
     def report(self, untrusted: bytes) -> None:
         """Write any bytes as the guest's report: lies too."""
@@ -106,11 +109,6 @@ class SimulatedGuest:
         self._settle()
         self._aim = target
         self._moves_from = self._machine.now() + self.delay
-
-    def _report_soon(self) -> None:
-        if self._timer is None or self._timer.when() <= self._machine.now():
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(_REPORT_INTERVAL, self._report_now)
 
     def _report_now(self) -> None:
         self._timer = None
@@ -140,12 +138,12 @@ class SimulatedMachine(MemoryBackend):
 
     :param total: its memory, bytes.
     :param dom0: what dom0 holds after boot, bytes.
-    :raise BudgetError: when dom0 does not fit.
+    :raise QmemmanError: when dom0 does not fit.
     """
 
     def __init__(self, total: int, dom0: int) -> None:
         if dom0 > total:
-            raise BudgetError(total, dom0)
+            raise too_small(total, dom0)
         self.total = total
         self.guests: dict[str, SimulatedGuest] = {}
         self._numbers = itertools.count(1)

@@ -12,7 +12,7 @@ import pytest
 from memory_scenarios import KIND
 
 from qubes_itests.core.vm.start_memory import memory_for_start
-from qubes_itests.qmemman.exc import BudgetError, MemoryRefusedError
+from qubes_itests.qmemman.exc import MemoryRefusedError, QmemmanError
 from qubes_itests.qmemman.policy import DEFAULT_POLICY
 
 MIB = 1 << 20
@@ -74,7 +74,7 @@ def test_a_machine_without_room_for_dom0(open_world, run):
         async with open_world(900, dom0=1000):
             pass
 
-    with pytest.raises(BudgetError, match="cannot hold a dom0 of 1000 MiB"):
+    with pytest.raises(QmemmanError, match="cannot hold a dom0 of 1000 MiB"):
         run(program())
 
 

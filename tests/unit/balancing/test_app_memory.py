@@ -17,7 +17,7 @@ from qubes_itests.core.vm.start_memory import memory_for_start
 from qubes_itests.exc import DeadlineError
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.qmemman import timeline
-from qubes_itests.qmemman.exc import BudgetError
+from qubes_itests.qmemman.exc import QmemmanError
 from qubes_itests.qmemman.simulation import virtual_time
 from qubes_itests.qmemman.simulation.machine import SimulatedMachine
 from qubes_itests.qmemman.sizes import MIB
@@ -268,5 +268,5 @@ def test_the_least_budget_has_room_for_a_vm(tmp_path, monkeypatch):
             made.app.close()
 
     virtual_time.run(program())
-    with pytest.raises(BudgetError):
+    with pytest.raises(QmemmanError):
         machine(1000)

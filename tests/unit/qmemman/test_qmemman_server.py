@@ -185,33 +185,3 @@ def test_the_log_level_decides_what_the_daemon_says(tmp_path, caplog):
     for number in ("last_target=", "used=", "actual=", "no_progress=", "slow_memset_"):
         assert number in line
     assert logging.getLogger("qubes_itests.qmemman").level == logging.NOTSET
-
-
-def test_the_available_memory_is_published_at_once_or_not_at_all(tmp_path):
-    """Whoever reads the file at any moment finds a whole number."""
-    path = tmp_path / "available"
-    seen = []
-
-    async def program():
-        async with trial(tmp_path, available_file=path) as t:
-            guest = await t.start("vm", 400, 2000, 250)
-            await t.until(path.exists)
-            before = path.stat().st_ino
-            with path.open() as old:
-                guest.use(900 * MIB)
-                await t.until(lambda: path.stat().st_ino != before)
-                # replaced, not rewritten: an open file still is what it was
-                seen.append((old.read(), path.read_text()))
-            await asyncio.sleep(5)
-            assert path.stat().st_mode & 0o777 == 0o644
-            status = await t.client.status()
-            lacking = sum(
-                d["preferred"] - d["actual"] for d in status["domains"].values()
-            )
-            kept = t.balancer.policy.free_to_keep
-            assert int(path.read_text()) == status["free"] - kept - lacking
-
-    virtual_time.run(program())
-    assert all(text.lstrip("-").isdigit() for pair in seen for text in pair)
-    assert seen[0][0] != seen[0][1]
-    assert not list(tmp_path.glob("*.tmp"))
