@@ -1,4 +1,4 @@
-"""VMs of the core for synchronous code: what hides asyncio from tests.
+"""VMs of the core for synchronous code, with asyncio hidden from tests.
 
 Tests are ordinary code in a thread of its own and may block; the VMs live on in the
 event loop's thread.  A `VMWrapper` stands for one VM there, a `ProcessWrapper` for one
@@ -44,7 +44,9 @@ class VMWrapper:
         self._loop = loop or asyncio.get_event_loop()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_vm", "_loop"):  # a copy that is being made has neither yet
+        # `copy` and `pickle` ask for attributes before these two are set: looking for
+        # them here would come back here without end.
+        if name in ("_vm", "_loop"):
             raise AttributeError(name)
         return getattr(self._vm, name)
 
@@ -181,13 +183,16 @@ class VMWrapper:
         if wait and not passio_popen:
             return self._status(start, data)
         process = self._loop.run_until_complete(start())
+        # The caller of `passio_popen` writes more, so its input stays open.
         self._loop.run_until_complete(_feed(process, data, end=not passio_popen))
         return self._wrapped(process, streams)
 
     def _status(self, start: Callable[[], Any], data: bytes | None = None) -> int:
+        # One coroutine from the start to the end, so that the test's thread waits once:
+        # between two waits the process could end, and with it its input.
         async def ended() -> int:
             process = await start()
-            # one that ends before it has read all is no error of the caller
+            # One that ends before it has read all its input is no error of the caller.
             with contextlib.suppress(BrokenPipeError):
                 await _feed(process, data, end=True)
             return int(await process.wait())
@@ -195,7 +200,8 @@ class VMWrapper:
         try:
             return self._loop.run_until_complete(ended())
         except ConnectionError:
-            # the command may have been what ended the VM: `poweroff`
+            # The command may have been what ended the VM: `poweroff`. The agent goes
+            # before it can tell the exit status.
             return GONE
 
     def _wrapped(self, process: Any, streams: dict[str, int]) -> ProcessWrapper | None:
@@ -282,7 +288,8 @@ class ProcessWrapper:
         return self._loop.run_until_complete(self._communicate(input))
 
     async def _communicate(self, data: bytes | None) -> tuple[bytes, bytes | None]:
-        # not None: that would leave its input open
+        # Empty rather than None, which would leave its input open: a process that reads
+        # to the end of it would never end, and neither would this.
         stdout, stderr = await self._proc.communicate(data or b"")
         return stdout, stderr if self._stderr else None
 
@@ -303,6 +310,7 @@ class ProcessWrapper:
         self._signal(lambda: self._proc.send_signal(signal))
 
     def _signal(self, send: Callable[[], None]) -> None:
+        # It may end at any moment until the loop sends the signal; asyncio then raises.
         with contextlib.suppress(ProcessLookupError):
             _in_loop(self._loop, send)
 
@@ -330,7 +338,9 @@ class _InputWrapper:
         self._loop.run_until_complete(self._stdin.drain())
 
     def drain(self) -> Awaitable[None]:
-        """Do what `flush` does, for whoever awaits it; it need not be awaited."""
+        """Do what `flush` does; the result may be awaited and need not be."""
+        # In the test's thread there is nobody to await a coroutine: a task goes on by
+        # itself, and a coroutine would be reported as never awaited.
         if self._loop.is_running():
             return self._stdin.drain()  # type: ignore[no-any-return]
         return self._loop.create_task(self._stdin.drain())
@@ -347,6 +357,10 @@ class _InputWrapper:
 def _in_loop(loop: asyncio.AbstractEventLoop, function: Callable[[], Any]) -> Any:
     """Call a function that does not block in the thread of the loop."""
 
+    # Streams and processes of asyncio may be touched in the loop's thread only: from
+    # the test's thread a write could meet the loop in the middle of its own, and bytes
+    # would be lost or sent twice.  `is_running` is true in coroutines of the test,
+    # which are in that thread already and would wait for themselves.
     async def call() -> Any:
         return function()
 

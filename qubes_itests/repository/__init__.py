@@ -8,14 +8,26 @@ environment of its own (`install`).
 from __future__ import annotations
 
 from qubes_itests.repository.derive import Derived, derive
-from qubes_itests.repository.environment import Environment, install
-from qubes_itests.repository.project import Project, find_projects
-from qubes_itests.repository.spec import TemplateSpec, read_spec_file, read_specs
+from qubes_itests.repository.environment import (
+    Environment,
+    InstallError,
+    Project,
+    find_projects,
+    install,
+)
+from qubes_itests.repository.spec import (
+    SpecError,
+    TemplateSpec,
+    read_spec_file,
+    read_specs,
+)
 
 __all__ = [
     "Derived",
     "Environment",
+    "InstallError",
     "Project",
+    "SpecError",
     "TemplateSpec",
     "derive",
     "find_projects",

@@ -1,4 +1,4 @@
-"""Templates that apps derive: the wishes of all apps for one name, put together."""
+"""Derived templates: what all apps add to a template of one name, put together."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from qubes_itests.guest.image.layer import Copy, Layers, Step
 from qubes_itests.host.kernel import GENERIC
-from qubes_itests.repository.exc import SpecError
+from qubes_itests.repository.spec import SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from qubes_itests.host.kernel import Kernel
@@ -78,7 +78,11 @@ def _derived(
             name=name,
             base=chain[0].base,
             packages=tuple(dict.fromkeys(packages)),
-            steps=tuple(_steps(chain)),
+            steps=tuple(
+                Step(spec.app, spec.copies, spec.script, spec.timeout)
+                for spec in chain
+                if spec.copies or spec.script
+            ),
             init=_wish("init", [(spec, spec.init) for spec in chain]),
             kernel=kernel,
         )
@@ -105,12 +109,6 @@ def _chain(
         names = " -> ".join((*above[above.index(base) :], name, base))
         raise SpecError(own[0].source, f"it is a base of itself: {names}")
     return [*_chain(base, groups, (*above, name)), *own]
-
-
-def _steps(chain: Iterable[TemplateSpec]) -> Iterable[Step]:
-    for spec in chain:
-        if spec.copies or spec.script:
-            yield Step(spec.app, spec.copies, spec.script, spec.timeout)
 
 
 def _modules(kernel: Kernel) -> Step:

@@ -1,4 +1,4 @@
-"""An environment of Python for the plugins of apps, over the one that we run in."""
+"""Test plugins of apps: found in a repository, and installed beside our own Python."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from qubes_itests.exc import DeadlineError
+from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.host.cache import Cache, digest
 from qubes_itests.host.command import CommandError, run
 from qubes_itests.host.confined import PLACE, confined
 from qubes_itests.host.pip_settings import pip_settings
-from qubes_itests.host.tree import tree_digest
-from qubes_itests.repository.exc import InstallError
-from qubes_itests.repository.project import Project
-from qubes_itests.untrusted_text import safe_text
+from qubes_itests.host.tree import files_of, tree_digest
+from qubes_itests.untrusted_text import quoted, safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from qubes_itests.repository.requirements import Requirements
 
-__all__ = ["Environment", "install"]
+__all__ = ["Environment", "InstallError", "Project", "find_projects", "install"]
 
 _KIND: Final = "app"
 _GROUP: Final = "qubes.tests.extra"
+_FILES: Final = ("setup.py", "setup.cfg", "pyproject.toml")
+#: Directories below the app's own: tests/, tests/integration/.
+_DEPTH: Final = 2
 #: Names of the distributions that are there for the tests, and are not theirs.
 _REQUIRED: Final = "required"
 _TIMEOUT: Final = 300.0
@@ -61,6 +62,75 @@ fi
 shift 3
 exec "$@" >&2
 """
+
+
+class InstallError(HarnessError):
+    """The plugin of an app could not be installed.
+
+    :param app: the app's directory.
+    :param reason: how it failed.
+    :param output: the end of what pip said.
+    """
+
+    def __init__(self, app: str, reason: str, output: str = "") -> None:
+        # The first line alone is shown where there is room for no more.
+        said = f"\n{quoted(output)}" if output else ""
+        super().__init__(f"the tests of {app} cannot be installed: {reason}{said}")
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """What pip installs.
+
+    :param directory: of the project.
+    :param script: name of the file that stands in for its setup.py; empty for none.
+    """
+
+    directory: Path
+    script: str = ""
+
+
+def find_projects(directory: Path, named: Sequence[str] = ()) -> list[Project]:
+    """Return what pip installs of an app's test plugins, the app's own first.
+
+    A project is one whose setup.py, setup.cfg or pyproject.toml names an entry point
+    group of test plugins. Below a project no other is looked for.
+
+    :param directory: the app's.
+    :param named: projects in it that the app names itself, if it does: folders, or
+        files in place of setup.py. Then no others are looked for.
+    :raise InstallError: when there is nothing of such a name.
+    """
+    if named:
+        return [_named(directory, name) for name in dict.fromkeys(named)]
+    return [Project(found) for found in _found(directory)]
+
+
+def _named(directory: Path, name: str) -> Project:
+    path = directory / name
+    inside = path.resolve().is_relative_to(directory.resolve())
+    if not inside or not (path.is_file() or path.is_dir()):
+        raise InstallError(
+            str(directory), f"plugin: there is no file or folder {name!r} in it"
+        )
+    if path.is_dir():
+        return Project(path)
+    return Project(path.parent, "" if path.name == "setup.py" else path.name)
+
+
+def _found(directory: Path) -> list[Path]:
+    found: dict[Path, None] = {}
+    for name in sorted(files_of(directory), key=lambda path: (len(path.parts), path)):
+        below = name.parent
+        if name.name not in _FILES or len(below.parts) > _DEPTH:
+            continue
+        if any(directory / parent in found for parent in below.parents):
+            continue
+        file = directory / name
+        # others may have a folder of that name, or a link that leads nowhere
+        if file.is_file() and _GROUP.encode() in file.read_bytes():
+            found[directory / below] = None
+    return list(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,21 +219,18 @@ def _make(
     venv = (sys.executable, "-I", "-m", "venv", "--without-pip", str(PLACE))
     run(confined(place, venv), timeout=_TIMEOUT)
     # what is installed beside us is there already, for pip and for the plugin
-    ours = "".join(f"import site; site.addsitedir({p!r})\n" for p in _our_packages())
+    beside = [path for path in site.getsitepackages() if Path(path).is_dir()]
+    ours = "".join(f"import site; site.addsitedir({p!r})\n" for p in beside)
     (_packages(place) / "beside.pth").write_text(ours)
     if requires.packages:
         _pip(place, app, None, requires.packages)
     for project in map(Project, requires.projects):
         _pip(place, app, project)
     # their tests are not the app's
-    required = "\n".join(_distributions(_packages(place)))
-    (place / _REQUIRED).write_text(required)
+    found = importlib.metadata.distributions(path=[str(_packages(place))])
+    (place / _REQUIRED).write_text("\n".join(each.name for each in found))
     for project in projects:
         _pip(place, app, project)
-
-
-def _our_packages() -> list[str]:
-    return [path for path in site.getsitepackages() if Path(path).is_dir()]
 
 
 def _pip(
@@ -224,10 +291,6 @@ def _plain(said: str) -> str:
     lines = (line.strip("│╰╭─ ").rstrip() for line in text.splitlines())
     text = "\n".join(line for line in lines if line)
     return safe_text(text, lines=True, limit=None)
-
-
-def _distributions(packages: Path) -> list[str]:
-    return [d.name for d in importlib.metadata.distributions(path=[str(packages)])]
 
 
 def _entries(packages: Path, required: Sequence[str]) -> tuple[str, ...]:

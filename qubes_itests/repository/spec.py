@@ -1,4 +1,4 @@
-"""What an app's repository says of templates: the sections, read and checked."""
+"""Templates that the files of an app describe, read and checked."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.policy.files import PolicyFile
+from qubes_itests.exc import HarnessError
+from qubes_itests.exit_codes import ExitCode
 from qubes_itests.guest.image.layer import Copy
 from qubes_itests.host.kernel import KERNELS
-from qubes_itests.repository.exc import SpecError
-from qubes_itests.repository.neighbours import Repositories
-from qubes_itests.repository.requirements import check_requirement
+from qubes_itests.repository.requirements import Repositories, check_requirement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["TemplateSpec", "read_spec_file", "read_specs"]
+__all__ = ["SpecError", "TemplateSpec", "read_spec_file", "read_specs"]
 
 _SECTION: Final = "qubes_itests:template:"
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,30}")
@@ -32,6 +32,19 @@ _FILES: Final = ("setup.cfg", "pyproject.toml")
 #: What Qubes OS reads in policy.d, and of what files are in its older format.
 _POLICY: Final = re.compile(r"[0-9a-z_-][0-9a-z_.-]*\.policy")
 _SERVICE: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(?:\+[A-Za-z0-9_.+-]*)?")
+
+
+class SpecError(HarnessError):
+    """The description of a template is not valid.
+
+    :param source: the file, and the section in it.
+    :param problem: what is wrong, and what would be right.
+    """
+
+    exit_code = ExitCode.USAGE_ERROR
+
+    def __init__(self, source: str, problem: str) -> None:
+        super().__init__(f"{source}: {problem}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,10 +190,6 @@ def _packages(value: object, _place: Repositories) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _copies(value: object, place: Repositories) -> tuple[Copy, ...]:
-    return tuple(_copy(line, place) for line in _lines(value))
-
-
 def _copy(line: str, place: Repositories) -> Copy:
     named, arrow, target = (part.strip() for part in line.partition("->"))
     if not arrow or not named:
@@ -200,20 +209,12 @@ def _found(key: str, named: str, place: Repositories) -> Path:
         raise ValueError(f"{key}: {error}") from None
 
 
-def _plugin(value: object, _place: Repositories) -> tuple[str, ...]:
-    return tuple(_lines(value))
-
-
 def _requires(value: object, _place: Repositories) -> tuple[str, ...]:
     words = [word for line in _lines(value) for word in line.split()]
     try:
         return tuple(dict.fromkeys(map(check_requirement, words)))
     except ValueError as error:
         raise ValueError(f"requires: {error}") from None
-
-
-def _policy(value: object, place: Repositories) -> tuple[PolicyFile, ...]:
-    return tuple(_policy_file(line, place) for line in _lines(value))
 
 
 def _policy_file(line: str, place: Repositories) -> PolicyFile:
@@ -238,14 +239,6 @@ def _script(value: object, _place: Repositories) -> str:
     return "\n".join(_lines(value))
 
 
-def _init(value: object, _place: Repositories) -> str:
-    return _one_of("init", value, _INITS)
-
-
-def _kernel(value: object, _place: Repositories) -> str:
-    return _one_of("kernel", value, tuple(KERNELS))
-
-
 def _one_of(key: str, value: object, known: tuple[str, ...]) -> str:
     if value in known:
         return str(value)
@@ -266,12 +259,15 @@ def _timeout(value: object, _place: Repositories) -> float:
 _KEYS: Final[dict[str, tuple[str, Callable[[object, Repositories], object]]]] = {
     "base": ("base", _word),
     "packages": ("packages", _packages),
-    "copy": ("copies", _copies),
+    "copy": ("copies", lambda v, place: tuple(_copy(x, place) for x in _lines(v))),
     "run": ("script", _script),
-    "init": ("init", _init),
-    "kernel": ("kernel", _kernel),
+    "init": ("init", lambda v, _place: _one_of("init", v, _INITS)),
+    "kernel": ("kernel", lambda v, _place: _one_of("kernel", v, tuple(KERNELS))),
     "timeout": ("timeout", _timeout),
-    "plugin": ("plugin", _plugin),
+    "plugin": ("plugin", lambda v, _place: tuple(_lines(v))),
     "requires": ("requires", _requires),
-    "policy": ("policy", _policy),
+    "policy": (
+        "policy",
+        lambda v, place: tuple(_policy_file(x, place) for x in _lines(v)),
+    ),
 }

@@ -13,8 +13,7 @@ from qubes_itests.guest.image.layer import build_layers, fetch_packages
 from qubes_itests.hookspec import hookimpl
 from qubes_itests.host.exc import NoKernelError
 from qubes_itests.host.kernel import GENERIC, fetch, find_kernel
-from qubes_itests.repository import derive, read_spec_file, read_specs
-from qubes_itests.repository.exc import SpecError
+from qubes_itests.repository import SpecError, derive, read_spec_file, read_specs
 from qubes_itests.run.hooks import offers, registry
 from qubes_itests.run.result import Prepared
 

@@ -93,7 +93,7 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
         return Prepared()
     from qubes_itests.host.cache import Cache  # noqa: PLC0415
     from qubes_itests.host.sandbox import interruptible  # noqa: PLC0415
-    from qubes_itests.repository.exc import InstallError  # noqa: PLC0415
+    from qubes_itests.repository import InstallError  # noqa: PLC0415
 
     cache, found, wrong = Cache(), [], dict(wishes.problems)
     timeouts: dict[str, float] = {}
@@ -129,8 +129,10 @@ def _install(
     cache: Cache, app: Path, settings: Settings, wishes: Wishes
 ) -> Environment:
     from qubes_itests.repository import find_projects, install  # noqa: PLC0415
-    from qubes_itests.repository.neighbours import Repositories  # noqa: PLC0415
-    from qubes_itests.repository.requirements import Requirements  # noqa: PLC0415
+    from qubes_itests.repository.requirements import (  # noqa: PLC0415
+        Repositories,
+        Requirements,
+    )
     from qubes_itests.run.app_templates import named_directories  # noqa: PLC0415
 
     progress = _Progress()

@@ -15,10 +15,8 @@ from qubes_itests.testcase.case import (
     SystemTestCase,
 )
 from qubes_itests.testcase.emitter import TestEmitter
-from qubes_itests.testcase.entry_points import substitute_entry_points
-from qubes_itests.testcase.exc import LeakError
-from qubes_itests.testcase.pausing import wait_on_fail
-from qubes_itests.testcase.templates import (
+from qubes_itests.testcase.leaks import LeakError
+from qubes_itests.testcase.suites import (
     create_testcases_for_templates,
     expectedFailureIfTemplate,
     in_dom0,
@@ -28,6 +26,8 @@ from qubes_itests.testcase.templates import (
     skipUnlessDom0,
     skipUnlessEnv,
     skipUnlessGit,
+    substitute_entry_points,
+    wait_on_fail,
 )
 
 __all__ = [

@@ -18,12 +18,10 @@ from qubes_itests.core.exc import (
 from qubes_itests.guest.link.frames import NOT_FOUND
 
 from .emitter import EventAssertions
-from .exc import LeakError
-from .leaks import LeakWatch
-from .outcomes import Outcomes
-from .phases import TimedTestCase
+from .leaks import LeakError, LeakWatch
+from .outcomes import Outcomes, TimedTestCase
 from .policy_rule import PolicyRule, policy_line
-from .templates import expects_failure, skipped_template
+from .suites import expects_failure, skipped_template
 
 if TYPE_CHECKING:
     import asyncio
@@ -80,7 +78,8 @@ class QubesTestCase(EventAssertions, TimedTestCase):
         self.log = logging.getLogger(f"qubes.tests.{type(self).__qualname__}")
         self._testbed = testbed.current()
         self._leaks = LeakWatch(self._testbed.portal)
-        # as clean-ups, for these happen even if the rest of setUp fails or skips
+        # As clean-ups, which happen even if the rest of setUp fails or skips. This one
+        # is the first, so that it comes last, when the app and its VMs are gone.
         self.addCleanup(self._end)
         current = contextlib.ExitStack()
         self.loop = current.enter_context(self._testbed.portal.as_current_loop())
@@ -128,7 +127,8 @@ class QubesTestCase(EventAssertions, TimedTestCase):
         try:
             yield
         except kind as error:
-            # as text, and outside the handler: a traceback would hold VMs
+            # As text: the traceback would hold VMs until the end of the run, and each
+            # of them would be taken for a leak.
             raised = "".join(traceback.format_exception(error))
         if raised is not None:
             self.fail(f"{kind.__name__} was raised:\n{raised}")
@@ -141,12 +141,14 @@ class QubesTestCase(EventAssertions, TimedTestCase):
         """Forget the VMs, and see what is left of them."""
         passed = self.success()
         self._forget_vms()
-        # what failed has a traceback that holds a lot; and one failure is enough
+        # The traceback of a failure holds frames, and these hold VMs: they are no leak.
         leaks = self._leaks.end(objects=passed)
         if passed and leaks:
             raise LeakError(leaks)
 
     def _forget_vms(self) -> None:
+        # A function of its own: in `_end` the variables would hold a VM, which would be
+        # found as a leak.
         for name, value in tuple(vars(self).items()):
             if _holds_vm(value):
                 delattr(self, name)
@@ -262,9 +264,7 @@ class SystemTestCase(QubesTestCase):
         timeout: float = 30,
         show: bool = True,  # noqa: FBT001, FBT002
     ) -> None:
-        """Wait for a window, with no hope: there is no display here.
-
-        So the test fails at once.
+        """Fail at once: there is no display here, and so no window to wait for.
 
         :param title: of the window.
         :param show: if False, wait until there is none, which holds at once.
@@ -309,7 +309,8 @@ class SystemTestCase(QubesTestCase):
         try:
             self.loop.run_until_complete(shutdown)
         except QubesVMShutdownTimeoutError:
-            # outside the handler: a traceback would hold the VM
+            # `fail` would raise with this error as its context, whose traceback holds
+            # the VM.
             failed = True
         else:
             failed = False
@@ -372,7 +373,7 @@ class SystemTestCase(QubesTestCase):
         :param source: the VM that calls, its name, or a keyword (``@anyvm`` …).
         :param destination: likewise; also ``@default``, ``@dispvm``, ``dom0``.
         :param allow: or deny.
-        :param target: the VM that answers, whoever was called.
+        :param target: the VM that answers, whichever was called.
         :param action: in place of `allow`: ``allow user=root``, ``ask …``
         """
         action = action or ("allow" if allow else "deny")
@@ -409,13 +410,14 @@ class ExtraTestCase(SystemTestCase):
         :return: the VMs, halted, in the order of the names.
         :raise QubesValueError: for a name that cannot be.
         """
-        return [self._create_vm(self.make_vm_name(name)) for name in names]
-
-    def _create_vm(self, name: str) -> VMWrapper:
-        making = self.app.create_vm(
-            "AppVM", name=name, template=self.app.default_template, label="red"
-        )
-        return VMWrapper(self.loop.run_until_complete(making), loop=self.loop)
+        vms = []
+        for name in map(self.make_vm_name, names):
+            making = self.app.create_vm(
+                "AppVM", name=name, template=self.app.default_template, label="red"
+            )
+            vm = self.loop.run_until_complete(making)
+            vms.append(VMWrapper(vm, loop=self.loop))
+        return vms
 
     def enable_network(self) -> None:
         """Connect all VMs of the test by a net VM; see `init_networking`."""

@@ -1,4 +1,4 @@
-"""What a test left behind: tasks, open files, coroutines nobody awaited, VM objects."""
+"""Leaks of a test: tasks, open files, coroutines never awaited, VM objects."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qubes_itests.exc import HarnessError
 from qubes_itests.host.cache import descriptors_in_use
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Sequence
 
     from qubes_itests.portal import Portal
 
-__all__ = ["LeakWatch"]
+__all__ = ["LeakError", "LeakWatch"]
 
 #: Seconds for what is ending to end.
 _GRACE: Final = 2.0
@@ -29,6 +30,18 @@ _INTERVAL: Final = 0.01
 _OF_THE_HARNESS: Final = ("anon_inode:", "/dev/", "/proc/", "/sys/", "/memfd:")
 
 _NEVER_AWAITED: Final = "was never awaited"
+
+
+class LeakError(HarnessError, AssertionError):
+    """A test left something behind; an AssertionError, so that it fails.
+
+    :param leaks: one sentence for each thing.
+    """
+
+    def __init__(self, leaks: Sequence[str]) -> None:
+        listed = "".join(f"\n- {leak}" for leak in leaks)
+        super().__init__(f"the test left something behind:{listed}")
+        self.leaks = tuple(leaks)
 
 
 class LeakWatch:
@@ -45,6 +58,7 @@ class LeakWatch:
         self._vms: list[tuple[str, weakref.ref[Any]]] = []
         self._files = _open_files()
         self._tasks = self._all_tasks()
+        # What the loop could not hand to anybody before this test is not its fault.
         portal.take_failures()
 
     def vm_added(self, _app: Any, _event: str, vm: Any, **_kwargs: Any) -> None:
@@ -57,34 +71,37 @@ class LeakWatch:
         :param objects: whether to look for VM objects: a failure's traceback holds
             some, and waiting for these would be in vain.
         """
+        # A coroutine warns when it is freed, and a file is closed then: both have to
+        # happen now, not in the test after this one.
         gc.collect()
         found = [*self._leaked_tasks(), *self._leaked_files()]
         found += self._leaked_vms() if objects else []
         found += [
             f"an error that nobody saw: {e}" for e in self._portal.take_failures()
         ]
+        # Last: freeing the objects above may have added warnings.
         self._exit.close()
-        found += [str(w.message).split("\n")[0] for w in self._never_awaited()]
-        return found
-
-    def _never_awaited(self) -> Iterator[warnings.WarningMessage]:
         for warning in self._warned or ():
-            if _NEVER_AWAITED in str(warning.message):
-                yield warning
-            else:  # not ours to judge: hand it on
+            text = str(warning.message)
+            if _NEVER_AWAITED in text:
+                found.append(text.partition("\n")[0])
+            else:  # recorded with the others, and none of our business
                 warnings.showwarning(
                     warning.message, warning.category, warning.filename, warning.lineno
                 )
+        return found
 
     def _all_tasks(self) -> set[asyncio.Task[Any]]:
+        # In the loop's thread: the set of tasks changes under any other.
         return self._portal.call(self._portal.loop.all_tasks)
 
     def _leaked_tasks(self) -> list[str]:
         _until(lambda: not self._all_tasks() - self._tasks)
         left = self._all_tasks() - self._tasks
-        # before they are cancelled: afterwards they stand nowhere
+        # Before they are cancelled: a task that has ended is nowhere in its code.
         found = [f"task {_described(task)}" for task in left]
         for task in left:
+            # From this thread a plain cancel() would not wake the loop.
             self._portal.loop.call_soon_threadsafe(task.cancel)
         return found
 
@@ -97,7 +114,7 @@ class LeakWatch:
 
     def _leaked_vms(self) -> list[str]:
         def gone() -> bool:
-            # objects of an app refer to each other; only the collector frees them
+            # Objects of an app refer to each other; only the collector frees them.
             gc.collect()
             return all(reference() is None for _, reference in self._vms)
 
@@ -139,7 +156,7 @@ def _described(task: asyncio.Task[Any]) -> str:
 
 
 def _holders(vm: Any) -> str:
-    """Return what kinds of objects hold a VM, for whoever looks for the reason."""
+    """Return what kinds of objects hold a VM."""
     kinds = {type(holder).__name__ for holder in gc.get_referrers(vm)}
     return (
         ", ".join(sorted(kinds - {"frame", "list_iterator"})) or "nothing that is known"

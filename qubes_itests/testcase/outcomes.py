@@ -1,12 +1,20 @@
-"""What a test has reported so far, for its clean-ups."""
+"""Outcome and times of one test, for its clean-ups and for reports."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+import itertools
+import time
+import unittest
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
-__all__ = ["Outcomes"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["Outcomes", "TimedTestCase"]
 
 _BAD: Final = ("addError", "addFailure", "addSkip", "addExpectedFailure")
+_PHASES: Final = ("setUp", "test", "tearDown")
 
 
 class Outcomes:
@@ -24,8 +32,6 @@ class Outcomes:
     def __getattr__(self, name: str) -> Any:
         if name in _BAD:
             self.passed = False
-        elif name == "addSubTest":
-            return self._add_sub_test
         return getattr(self._result, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -34,6 +40,38 @@ class Outcomes:
         else:
             setattr(self._result, name, value)
 
-    def _add_sub_test(self, test: Any, subtest: Any, error: Any) -> None:
+    def addSubTest(self, test: Any, subtest: Any, error: Any) -> None:  # noqa: N802
+        """Pass on how a part of a test has ended."""
         self.passed = self.passed and error is None
         self._result.addSubTest(test, subtest, error)
+
+
+class TimedTestCase(unittest.TestCase):
+    """A test that knows how long its parts took."""
+
+    #: Seconds of ``setUp``, the test, and ``tearDown`` with the clean-ups; empty if the
+    #: test did not come to its second part.
+    phases: Mapping[str, float] = MappingProxyType({})
+
+    def run(
+        self, result: unittest.TestResult | None = None
+    ) -> unittest.TestResult | None:
+        """Run the test."""
+        self._times = [time.monotonic()]
+        try:
+            return super().run(result)
+        finally:
+            self._times.append(time.monotonic())
+            if len(self._times) > len(_PHASES):
+                spans = (
+                    after - before for before, after in itertools.pairwise(self._times)
+                )
+                self.phases = dict(zip(_PHASES, spans, strict=True))
+
+    def _callTestMethod(self, method: Callable[[], object]) -> None:  # noqa: N802
+        # unittest calls it for the test alone; its stubs do not say so
+        self._times.append(time.monotonic())
+        try:
+            super()._callTestMethod(method)  # type: ignore[misc]
+        finally:
+            self._times.append(time.monotonic())

@@ -4,7 +4,7 @@ import unittest
 
 import pytest
 
-from qubes_itests.testcase.phases import TimedTestCase
+from qubes_itests.testcase.outcomes import TimedTestCase
 
 
 class Timed(TimedTestCase):

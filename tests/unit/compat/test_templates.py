@@ -7,7 +7,7 @@ import pytest
 from qubes_itests.testcase import (
     create_testcases_for_templates,
     maybe_create_testcases_on_import,
-    templates,
+    suites,
 )
 
 
@@ -50,11 +50,11 @@ def test_skip_unless_a_variable_is_set(monkeypatch, variable, skips):
     monkeypatch.delenv("SUITE_WANTS", raising=False)
     if variable is not None:
         monkeypatch.setenv("SUITE_WANTS", variable)
-    decorated = templates.skipUnlessEnv("SUITE_WANTS")(lambda: None)
+    decorated = suites.skipUnlessEnv("SUITE_WANTS")(lambda: None)
     assert getattr(decorated, "__unittest_skip__", False) is skips
 
 
 def test_skip_unless_git(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert templates.skipUnlessGit(lambda: None).__unittest_skip__
+    assert suites.skipUnlessGit(lambda: None).__unittest_skip__

@@ -3,8 +3,7 @@
 import pytest
 
 from qubes_itests.host.kernel import Kernel
-from qubes_itests.repository import TemplateSpec, derive
-from qubes_itests.repository.exc import SpecError
+from qubes_itests.repository import SpecError, TemplateSpec, derive
 
 
 def spec(app, name="deb", base="deb", **values):

@@ -4,9 +4,8 @@ import pytest
 
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.exc import CommandError
-from qubes_itests.repository import environment
-from qubes_itests.repository.exc import InstallError
-from qubes_itests.repository.project import Project
+from qubes_itests.repository import InstallError, environment
+from qubes_itests.repository.environment import Project
 from qubes_itests.repository.requirements import Requirements
 
 

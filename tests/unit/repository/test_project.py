@@ -5,8 +5,7 @@ import os
 import pytest
 
 from qubes_itests.host.cache import Cache
-from qubes_itests.repository import Project, find_projects, install
-from qubes_itests.repository.exc import InstallError
+from qubes_itests.repository import InstallError, Project, find_projects, install
 from qubes_itests.repository.requirements import Requirements
 
 PLUGIN = 'entry_points={"qubes.tests.extra": ["x = y:z"]}\n'

@@ -5,8 +5,11 @@ import importlib.metadata
 import pytest
 from packaging.requirements import Requirement
 
-from qubes_itests.repository.neighbours import Repositories
-from qubes_itests.repository.requirements import Requirements, check_requirement
+from qubes_itests.repository.requirements import (
+    Repositories,
+    Requirements,
+    check_requirement,
+)
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from qubes_itests.core.policy.files import PolicyFile
 from qubes_itests.guest.image.layer import Copy
-from qubes_itests.repository import read_spec_file, read_specs
-from qubes_itests.repository.exc import SpecError
+from qubes_itests.repository import SpecError, read_spec_file, read_specs
 from qubes_itests.run.settings import Settings, load
 
 FULL = """\

@@ -1,14 +1,20 @@
-"""Test classes for each template, and what decides whether a test can run.
+"""Functions and decorators of `qubes.tests` that suites of Qubes OS import.
 
-For suites that make their classes themselves, as those of Qubes OS's core do.
+Test classes for each template, tests that are skipped or expected to fail, and a pause
+for debugging.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.metadata
 import os
 import subprocess
+import traceback
 import unittest
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +32,12 @@ __all__ = [
     "skipUnlessEnv",
     "skipUnlessGit",
     "skipped_template",
+    "substitute_entry_points",
+    "wait_on_fail",
 ]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 #: Here tests always have the part of dom0.
 in_dom0: Final = True
@@ -127,7 +138,13 @@ def skipUnlessDom0(test_item: Any) -> Any:  # noqa: N802 - as in Qubes OS
 
 def skipUnlessGit(test_item: Any) -> Any:  # noqa: N802 - as in Qubes OS
     """Skip the test outside a git working tree."""
-    return unittest.skipUnless(_in_git(), "outside a git working tree")(test_item)
+    command = ["git", "rev-parse", "--is-inside-work-tree"]  # where the run began
+    try:
+        found = subprocess.run(command, capture_output=True, timeout=10, check=False)
+        inside = found.stdout.strip() == b"true"
+    except (OSError, subprocess.TimeoutExpired):
+        inside = False
+    return unittest.skipUnless(inside, "outside a git working tree")(test_item)
 
 
 def skipUnlessEnv(varname: str) -> Callable[[Any], Any]:  # noqa: N802 - as in Qubes OS
@@ -135,10 +152,49 @@ def skipUnlessEnv(varname: str) -> Callable[[Any], Any]:  # noqa: N802 - as in Q
     return unittest.skipUnless(os.environ.get(varname), f"{varname} is not set")
 
 
-def _in_git() -> bool:
-    command = ["git", "rev-parse", "--is-inside-work-tree"]  # where the run began
-    try:
-        found = subprocess.run(command, capture_output=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return found.stdout.strip() == b"true"
+def wait_on_fail(func: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a test that, when it fails, shows why and waits for the return key.
+
+    Meanwhile its VMs are there to be looked at. The key is read from the terminal of
+    the run; without one the test goes on at once. The test's time limit goes on while
+    it waits: `--timeout 0` switches it off.
+    """
+
+    @functools.wraps(func)
+    def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return func(*args, **kwargs)
+        except unittest.SkipTest:
+            raise
+        except BaseException:
+            text = f"\n{traceback.format_exc()}\nPress return to go on: "
+            # Not stdin, which pytest captures.
+            with (
+                contextlib.suppress(OSError),
+                Path("/dev/tty").open("r+b", 0) as terminal,
+            ):
+                terminal.write(text.encode())
+                terminal.readline()
+            raise
+
+    return waiting
+
+
+@contextlib.contextmanager
+def substitute_entry_points(group: str, tempgroup: str) -> Iterator[None]:
+    """Replace the entry points of a group by those of another, for a ``with`` block.
+
+    :param group: the group whose entry points are replaced.
+    :param tempgroup: the group that is read in its place.
+    """
+    from unittest import mock  # noqa: PLC0415 - `list` has no need of it
+
+    real = importlib.metadata.entry_points
+
+    def entry_points(**selection: Any) -> object:
+        if selection.get("group") == group:
+            selection["group"] = tempgroup
+        return real(**selection)
+
+    with mock.patch("importlib.metadata.entry_points", entry_points):
+        yield
