@@ -1,4 +1,4 @@
-"""The errors of storage.
+"""Errors of storage.
 
 ::
 
@@ -7,12 +7,10 @@
           +-- DriverNotFoundError           no driver of that name is installed
           +-- InvalidVolumeConfigError      of a volume: it makes no sense
           +-- VolumeError                   one volume; has pool, vid, action, reason
-               +-- VolumeNotFoundError        no such volume, or it has no image
+               +-- VolumeNotFoundError        no such volume, image or revision
                +-- VolumeExistsError          there is one already
                +-- VolumeStateError           it is started, dirty, importing, or not so
-               +-- RevisionNotFoundError      it has no such revision
-               +-- InvalidSizeError           a size it cannot have
-               +-- ImportSizeError            the import is not as long as declared
+               +-- InvalidSizeError           a size it cannot have, or did not get
 
 When an operation on a volume raises, the volume is as it was before, and the
 operation can be repeated once its cause is gone.  What the operating system refused is
@@ -23,11 +21,9 @@ from __future__ import annotations
 
 __all__ = [
     "DriverNotFoundError",
-    "ImportSizeError",
     "InvalidSizeError",
     "InvalidVolumeConfigError",
     "QubesException",
-    "RevisionNotFoundError",
     "StoragePoolException",
     "VolumeError",
     "VolumeExistsError",
@@ -95,7 +91,7 @@ class VolumeError(StoragePoolException):
 
 
 class VolumeNotFoundError(VolumeError, LookupError):
-    """There is no such volume, or it has no image yet."""
+    """There is no such volume, it has no image yet, or no such revision."""
 
 
 class VolumeExistsError(VolumeError):
@@ -106,16 +102,8 @@ class VolumeStateError(VolumeError):
     """The volume is in another state than the operation needs."""
 
 
-class RevisionNotFoundError(VolumeError, LookupError):
-    """The volume has no such revision."""
-
-
 class InvalidSizeError(VolumeError, ValueError):
-    """The volume cannot have that size."""
-
-
-class ImportSizeError(VolumeError):
-    """The imported data is shorter or longer than was declared."""
+    """The volume cannot have that size, or an import has another than declared."""
 
 
 def system_reason(error: OSError) -> str:

@@ -1,4 +1,4 @@
-"""The driver ``file``: plain sparse files, copied at each start."""
+"""Driver ``file``: plain sparse files, copied at each start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pool of images as plain files: a directory, whatever the filesystem."""
+"""Pools of images as plain files: a directory, whatever the filesystem."""
 
 from __future__ import annotations
 
@@ -207,5 +207,5 @@ class ImagePool(Pool):
 
 
 def _remove_if_empty(directory: Path) -> None:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # somebody else uses it by now
         directory.rmdir()

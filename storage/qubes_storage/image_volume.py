@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from qubes_storage import ficlone, files
 from qubes_storage.exc import (
-    ImportSizeError,
     InvalidSizeError,
-    RevisionNotFoundError,
     VolumeExistsError,
     VolumeNotFoundError,
     VolumeStateError,
@@ -207,6 +205,8 @@ class ImageVolume(Volume):
         self._give_up_leftovers()
         if not (self.is_read_only or self._is_dirty()):
             files.give_up(self.files.dirty)
+        # The claim before any file: the lock is held for this operation only, and what
+        # keeps others out until the stop must be there before it is released.
         self.use.begin("start")
         try:
             self._provide_image()
@@ -268,7 +268,17 @@ class ImageVolume(Volume):
         if self.use.import_size is not None:
             return self  # it is not started
         if self._is_dirty():
-            self._sync_dirty()
+            # Contents first, then the names: see `qubes_storage.files`.
+            try:
+                files.fsync(self.files.dirty)
+            except OSError as error:
+                # The kernel reports a failed write-back once and drops the pages
+                # (Documentation/filesystems/vfs.rst, "Handling errors during
+                # writeback"): a second fsync would succeed, and commit what is not
+                # there. No space is another matter, as the pages stay.
+                if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                    self.use.lose(system_reason(error))
+                raise
             self.files.commit(self.files.dirty, self.revisions_to_keep)
         elif not self.keeps_image:
             if self.is_volatile and self.pool.ephemeral_volatile:
@@ -280,20 +290,9 @@ class ImageVolume(Volume):
         if self.snap_on_start:
             # Last: until it is committed, the origin tells whether the clone is whole.
             files.give_up(self._origin)
+        # After all else: while it is claimed, a stop that failed can be repeated.
         self.use.end()
         return self
-
-    def _sync_dirty(self) -> None:
-        try:
-            files.fsync(self.files.dirty)
-        except OSError as error:
-            # The kernel reports a failed write-back once and drops the pages
-            # (Documentation/filesystems/vfs.rst, "Handling errors during writeback"): a
-            # second fsync would succeed, and commit what is not there. No space is
-            # another matter, as the pages stay.
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-                self.use.lose(system_reason(error))
-            raise
 
     @operation("verify", changes=False)
     def verify(self) -> Self:
@@ -337,11 +336,13 @@ class ImageVolume(Volume):
     def import_data_end(self, success: bool) -> None:  # noqa: FBT001 - the contract
         """Commit the new content, or drop it.
 
-        :raise ImportSizeError: when it is not as long as was declared.
+        :raise InvalidSizeError: when it is not as long as was declared.
         """
         size = self.use.import_size
         if size is None:
             raise VolumeStateError(*self._about("import"), "no import is under way")
+        # Ended whatever comes: an import that fails is dropped, and must not keep the
+        # volume from being used. The lock of this operation still keeps others out.
         self.use.end()
         try:
             if not success:
@@ -350,7 +351,7 @@ class ImageVolume(Volume):
             if status is None or status.st_size != size:
                 found = "nothing" if status is None else f"{status.st_size} bytes"
                 reason = f"{size} bytes were declared and {found} written"
-                raise ImportSizeError(*self._about("import"), reason)
+                raise InvalidSizeError(*self._about("import"), reason)
             files.fsync(self.files.imported)
             self.files.commit(self.files.imported, self.revisions_to_keep)
         finally:
@@ -409,6 +410,8 @@ class ImageVolume(Volume):
         if started:
             with files.open_image(self.files.dirty, os.O_RDWR) as image:
                 os.ftruncate(image, size)
+                # before the VM learns of the size, and writes there: after a power cut
+                # a shorter image would count as an incomplete clone (`_is_dirty`)
                 os.fsync(image)
             update_loop_devices(self.files.dirty)
         elif self.save_on_stop:
@@ -432,7 +435,7 @@ class ImageVolume(Volume):
             found = [each for each in found if each.id == revision]
         if not found:
             what = "revisions" if revision is None else f"revision {revision!r}"
-            raise RevisionNotFoundError(*self._about("revert"), f"it has no {what}")
+            raise VolumeNotFoundError(*self._about("revert"), f"it has no {what}")
         self.files.revert(found[-1], self.revisions_to_keep)
         return self
 

@@ -1,4 +1,4 @@
-"""The layout of a pool's directory: the names of files, revisions, commits.
+"""Layout of a pool's directory: the names of files, revisions, commits.
 
 The files of the volume ``appvms/foo/private`` are, in ``appvms/foo`` of its pool::
 

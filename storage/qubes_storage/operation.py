@@ -198,6 +198,9 @@ class Background:
     @contextlib.contextmanager
     def operation(self) -> Iterator[None]:
         """Hold up the jobs for the duration of an operation."""
+        # Counted, not locked: operations on other volumes go on beside each other, and
+        # jobs yield to all of them. A job is asked between two slices only (`_go_on`),
+        # so this never waits for one.
         with self._changed:
             self._operations += 1
         try:
@@ -227,6 +230,8 @@ class Background:
     def close(self) -> None:
         """Drop all jobs; wait for the present one to give up."""
         with self._changed:
+            # Until it is closed no job may be added: the present one could, and would
+            # then work on a directory that its caller is about to remove.
             self._jobs.clear()
             self._closing = True
             self._changed.notify_all()
@@ -265,6 +270,8 @@ class Background:
                 if wait <= 0 or self._settling:
                     return self._jobs.pop(key).job
                 self._changed.wait(None if self._operations else wait)
+            # Under the condition, in which `_add` looks: a job that is added from here
+            # on finds no thread and begins another, so none is ever forgotten.
             self._thread = None
             self._changed.notify_all()
             return None

@@ -1,4 +1,4 @@
-"""The contract of a pool: a place where volumes live."""
+"""Contract of a pool: a place where volumes live."""
 
 from __future__ import annotations
 
@@ -191,8 +191,14 @@ class Pool(abc.ABC):
                 raise InvalidVolumeConfigError(str(name), reason)
             vid = f"{vm.dir_path_prefix}/{vm.name}/{name}"
         config["vid"] = check_vid(vid)
-        self._check_keys(config)
-        config.pop("pool", None)
+        if unknown := sorted(set(config) - _VOLUME_KEYS):
+            reason = f"unknown keys in its configuration: {', '.join(unknown)}"
+            raise InvalidVolumeConfigError(vid, reason)
+        if not isinstance(config.get("name"), str):
+            raise InvalidVolumeConfigError(vid, "its configuration lacks a name")
+        if config.pop("pool", self) not in (self, self.name):
+            reason = f"it is configured for another pool, {volume_config['pool']}"
+            raise InvalidVolumeConfigError(vid, reason)
         if isinstance(config.get("source"), str):
             config["source"] = self.get_volume(config["source"])
         volume = self._make_volume(**config)
@@ -232,29 +238,17 @@ class Pool(abc.ABC):
         # Nothing that is done to a read-only volume, but its removal, can lose data.
         self._volumes[vid] = self._make_volume(vid=vid, name=vid.rpartition("/")[2])
 
-    def _check_keys(self, config: Mapping[str, Any]) -> None:
-        vid = config["vid"]
-        if unknown := sorted(set(config) - _VOLUME_KEYS):
-            reason = f"unknown keys in its configuration: {', '.join(unknown)}"
-            raise InvalidVolumeConfigError(vid, reason)
-        if not isinstance(config.get("name"), str):
-            raise InvalidVolumeConfigError(vid, "its configuration lacks a name")
-        if config.get("pool", self) not in (self, self.name):
-            reason = f"it is configured for another pool, {config['pool']}"
-            raise InvalidVolumeConfigError(vid, reason)
-
 
 def parse_bool(pool: str, option: str, value: bool | str) -> bool:  # noqa: FBT001
     """Return the value of a pool's option that is yes or no.
 
     :raise StoragePoolException: for anything else.
     """
-    words = {"yes": True, "true": True, "1": True, "no": False, "false": False}
     if isinstance(value, bool):
         return value
-    try:
-        return {**words, "0": False}[value.lower()]
-    except (KeyError, AttributeError):
-        raise StoragePoolException(
-            f"pool {pool!r}: {option} is yes or no, not {value!r}"
-        ) from None
+    word = value.lower() if isinstance(value, str) else ""
+    if word in ("yes", "true", "1"):
+        return True
+    if word in ("no", "false", "0"):
+        return False
+    raise StoragePoolException(f"pool {pool!r}: {option} is yes or no, not {value!r}")

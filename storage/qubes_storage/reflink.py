@@ -1,4 +1,4 @@
-"""The driver ``file-reflink``: volumes are files that share extents.
+"""Driver ``file-reflink``: volumes are files that share extents.
 
 It is the driver ``file``, but for what it does instead of copying: an image that a VM
 writes to is a clone (`qubes_storage.ficlone`) of the committed one, made when it is

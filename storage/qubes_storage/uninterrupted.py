@@ -1,4 +1,4 @@
-"""Work that is brought to its end, even if its caller is cancelled meanwhile."""
+"""Work brought to its end, even if its caller is cancelled meanwhile."""
 
 from __future__ import annotations
 
@@ -41,16 +41,12 @@ async def to_its_end(
     try:
         acquired = not working.cancelled() and working.exception() is None
         if undo is not None and acquired:
-            await _undone(undo(working.result()))
+            try:
+                await to_its_end(undo(working.result()))
+            except Exception:
+                # the cancelled caller is to learn of that, and of nothing else
+                log.exception("what was acquired could not be given back")
         raise cancelled
     finally:
         # its traceback has this frame, and so all that the callers hold
         del cancelled
-
-
-async def _undone(undoing: Awaitable[object]) -> None:
-    try:
-        await to_its_end(undoing)
-    except Exception:
-        # the cancelled caller is to learn of that, and of nothing else
-        log.exception("what was acquired could not be given back")

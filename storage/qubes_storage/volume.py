@@ -1,4 +1,4 @@
-"""The contract of a volume: one disk of a VM.
+"""Contract of a volume: one disk of a VM.
 
 What a volume does at its VM's start and stop follows from its flags:
 
@@ -273,7 +273,7 @@ class Volume(abc.ABC):
         """End what `import_data` began.
 
         :param success: whether to commit the new content, or to drop it.
-        :raise ImportSizeError: when it is not as long as was declared; the import is
+        :raise InvalidSizeError: when it is not as long as was declared; the import is
             dropped then.
         """
 
@@ -303,7 +303,7 @@ class Volume(abc.ABC):
 
         :param revision: one of `revisions`; None for the latest.
         :raise VolumeStateError: while it is dirty.
-        :raise RevisionNotFoundError: when there is no such revision.
+        :raise VolumeNotFoundError: when there is no such revision.
         """
 
     def _check_source(self) -> None:

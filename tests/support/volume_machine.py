@@ -21,9 +21,7 @@ from volume_model import BASE, Image, VolumeModel
 
 from qubes_itests.conformance.trial import Trial
 from qubes_storage.exc import (
-    ImportSizeError,
     InvalidSizeError,
-    RevisionNotFoundError,
     VolumeExistsError,
     VolumeNotFoundError,
     VolumeStateError,
@@ -257,7 +255,7 @@ class VolumeMachine(RuleBasedStateMachine):
         if not model.is_idle:
             self.refused(VolumeStateError, name, "revert", wanted)
         elif not ids:
-            self.refused(RevisionNotFoundError, name, "revert", wanted)
+            self.refused(VolumeNotFoundError, name, "revert", wanted)
         else:
             self.do(name, "revert", wanted)
             image = model.revisions[ids.index(wanted) if wanted else -1]
@@ -326,7 +324,7 @@ class VolumeMachine(RuleBasedStateMachine):
         size, model.importing = model.importing, None
         if how == "short":
             os.truncate(self.imports[name], size - 1)
-            self.refused(ImportSizeError, name, "import_data_end", True)
+            self.refused(InvalidSizeError, name, "import_data_end", True)
             return
         self.do(name, "import_data_end", how == "well")
         if how == "well":
