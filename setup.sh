@@ -4,6 +4,7 @@
 # set_up EXTRAS   returns at once when all is there. Otherwise, as root: installs the
 #                 missing packages, makes .venv, installs the project into it with
 #                 its EXTRAS ("" or "dev,docs"), and fetches the kernel for guests.
+#                 With EXTRAS also what only the project's own tests need.
 # PYTHON          the interpreter to make .venv with (python3; 3.11 or newer)
 
 set -euo pipefail
@@ -62,12 +63,14 @@ distribution() {
     done
 }
 
+# present NEED EXTRAS: what only tests need is not missed where none are run.
 present() {
     case $1 in
         tool:*) command -v -- "${1#*:}" >/dev/null ;;
         static:*) is_static "$(command -v -- "${1#*:}")" ;;
         file:*) compgen -G "${1#*:}" >/dev/null ;;
         guest:*) true ;;
+        test:*) [ -z "$2" ] || command -v -- "${1#*:}" >/dev/null ;;
     esac
 }
 
@@ -76,14 +79,15 @@ is_static() {
     [ -n "$1" ] && ! head -c 4096 -- "$1" | grep -q -a -e '/ld-'
 }
 
-# Fills the arrays missing (needs) and packages (what brings them here).
+# find_missing DISTRIBUTION EXTRAS: fills the arrays missing (needs) and packages (what
+# brings them here).
 find_missing() {
-    local need debian ubuntu package column=$1
+    local need debian ubuntu package column=$1 extras=$2
     missing=() packages=()
     while IFS=$'\t' read -r need _ debian ubuntu; do
         [[ $need && $need != '#'* ]] || continue
         [ "$column" = ubuntu ] && package=$ubuntu || package=$debian
-        present "$need" || {
+        present "$need" "$extras" || {
             missing+=("${need##*[:/]}")
             packages+=("$package")
         }
@@ -91,9 +95,9 @@ find_missing() {
 }
 
 install_missing() {
-    local column updated=yes
+    local column updated=yes extras=$1
     column=$(distribution)
-    find_missing "$column"
+    find_missing "$column" "$extras"
     [ ${#missing[@]} -gt 0 ] || return 0
     [ -n "$column" ] && command -v apt-get >/dev/null ||
         die $MISSING_TOOL "these are missing and must be installed: ${missing[*]}." \
@@ -104,7 +108,7 @@ install_missing() {
     "${apt[@]}" -o APT::Update::Error-Mode=any update >>"$log" 2>&1 || updated=no
     "${apt[@]}" install --no-install-recommends "${packages[@]}" \
         >>"$log" 2>&1 </dev/null || install_failed "$updated"
-    find_missing "$column"
+    find_missing "$column" "$extras"
     [ ${#missing[@]} -eq 0 ] ||
         die $MISSING_TOOL "still missing after their packages were installed:" \
             "${missing[*]}."
@@ -188,7 +192,7 @@ is_set_up() {
     [ -x "$venv/bin/python" ] && [ -r "$stamp" ] && kernel_present || return 1
     { read -r done_key && read -r done_for; } <"$stamp" || true
     [[ $done_key = "$(inputs)" && ( $done_for = "$1" || -z $1 ) ]] || return 1
-    find_missing "$(distribution)"
+    find_missing "$(distribution)" "$1"
     [ ${#missing[@]} -eq 0 ]
 }
 
@@ -202,7 +206,7 @@ set_up() {
     flock "$lock"
     if ! is_set_up "$1"; then
         : >"$log"
-        install_missing
+        install_missing "$1"
         make_venv
         install_project "$1"
         fetch_kernel

@@ -45,7 +45,9 @@ _COMMANDS = {
         "shell", "open a shell in a fresh VM made from a template",
         (("target", None, "VM-or-template", "a template, or a kept VM's folder"),)),
     "clean": _SubCommand("clean", "remove what killed runs left behind"),
-    "report": _SubCommand("last_run", "show the failures of the last run again"),
+    "report": _SubCommand(
+        "last_run", "show the failures of the last run again, or make its report.html",
+        (("words", "*", "[html [DIR]]", "make the report of the artefacts in DIR"),)),
     "memory": _SubCommand(
         "memory", "show who holds the memory, live, or plot it as an SVG",
         (("words", "*", "[plot] [FILE]", "a timeline: memory.jsonl"),)),
@@ -84,9 +86,9 @@ class Command:
     :param rest: for `run` what pytest gets.
     :param target: of `shell`: a template, or the directory of a kept VM.
     :param tool: of `qvm`: its name.
-    :param words: of `memory`: ``plot`` or not, and a timeline; of `qvm` what follows
-        the tool; of `template` ``list``, or ``build`` and names; of `orphans` what to
-        do to which, or nothing.
+    :param words: of `memory`: ``plot`` or not, and a timeline; of `report`: ``html``
+        and a directory, or nothing; of `qvm` what follows the tool; of `template`
+        ``list``, or ``build`` and names; of `orphans` what to do to which, or nothing.
     """
 
     name: str

@@ -1,13 +1,16 @@
-"""``report``: the failures of the last run in this directory once more."""
+"""``report``: the failures of the last run in this directory, or its page, again."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
+from qubes_itests.html_report.page import write_report
 from qubes_itests.report import failures
 from qubes_itests.report.failures import COMMAND, last_run
+from qubes_itests.run.settings import ConfigurationError
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
@@ -16,8 +19,24 @@ if TYPE_CHECKING:
 __all__ = ["execute"]
 
 
-def execute(_command: Command, _settings: Settings) -> int:
-    """Print them; the exit status is that of a run with them."""
+def execute(command: Command, settings: Settings) -> int:
+    """Print them, or write the page; the exit status is that of a run with them."""
+    match command.words:
+        case ():
+            return _show()
+        case ("html",):
+            directory = settings.artifacts
+        case ("html", name):
+            directory = Path(name)
+        case _:
+            words = " ".join(command.words)
+            problem = f"expected nothing or `html [DIR]`, got `{words}`"
+            raise ConfigurationError("report", problem)
+    print(f"Wrote {write_report(directory)}.")  # noqa: T201
+    return ExitCode.OK
+
+
+def _show() -> int:
     found = failures.load(last_run(Cache().root))
     if found is None:
         print("No run in this directory has ended yet.")  # noqa: T201

@@ -25,7 +25,7 @@ _ELF_INTERPRETER = 3
 class Need:
     """One thing that the machine must have."""
 
-    #: "tool", "static", "file" or "guest".
+    #: "tool", "static", "file", "guest" or "test".
     kind: str
     #: A program, a glob, or the name of what guests need.
     name: str
@@ -54,8 +54,8 @@ def needs() -> list[Need]:
 
 
 def needs_here() -> list[Need]:
-    """Return what must be installed on the machine itself."""
-    return [need for need in needs() if need.kind != "guest"]
+    """Return what must be installed on the machine itself for runs."""
+    return [need for need in needs() if need.kind not in ("guest", "test")]
 
 
 def distribution() -> str | None:

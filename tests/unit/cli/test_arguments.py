@@ -63,7 +63,7 @@ def plugin(tmp_path, monkeypatch):
     ("words", "name", "rest"),
     [
         ("--html report", "run", "--html report"),
-        ("--html report report", "report", "--html report"),
+        ("--html report report", "report", "--html"),
         ("--cov run", "run", "--cov run"),
         ("--cov run run -x", "run", "--cov run -x"),
         ("--keep=failed --cov list smoke", "run", "--cov list smoke"),

@@ -16,7 +16,7 @@ def test_every_line_is_whole():
     """Also names a package of each distribution."""
     assert len(packages.needs()) > 20
     for need in packages.needs():
-        assert need.kind in ("tool", "static", "file", "guest"), need
+        assert need.kind in ("tool", "static", "file", "guest", "test"), need
         assert need.name, need
         assert need.purpose, need
         assert set(need.packages) == {"debian", "ubuntu"}, need
@@ -28,7 +28,7 @@ def test_the_scripts_find_the_same(tmp_path):
     """For each need, and for one that is absent, shell and Python agree."""
     absent = packages.Need("file", f"{tmp_path}/none/*", "", {})
     needs = [*packages.needs_here(), absent, packages.Need("tool", "no-such", "", {})]
-    script = 'set +e; . "$0"; set +e; for n; do present "$n"; echo $?; done'
+    script = 'set +e; . "$0"; set +e; for n; do present "$n" ""; echo $?; done'
     words = [f"{need.kind}:{need.name}" for need in needs]
     output = subprocess.run(
         ["bash", "-c", script, _ROOT / "setup.sh", *words],
@@ -39,6 +39,18 @@ def test_the_scripts_find_the_same(tmp_path):
     ).stdout.split()
     assert [status == "0" for status in output] == [need.present() for need in needs]
     assert output[-2:] == ["1", "1"]
+
+
+def test_what_only_tests_need_is_for_those_who_run_them():
+    """Neither `doctor` nor a run asks for it, and it is there now."""
+    of_tests = [need for need in packages.needs() if need.kind == "test"]
+    assert of_tests
+    assert not [need for need in packages.needs_here() if need in of_tests]
+    script = '. "$0"; PATH= ; ! present test:none dev; present test:none ""; echo done'
+    shell = ["bash", "-c", script, _ROOT / "setup.sh"]
+    done = subprocess.run(shell, capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout == "done\n"
+    assert all(shutil.which(need.name) for need in of_tests)
 
 
 def test_a_dynamic_program_is_not_static():

@@ -1,0 +1,323 @@
+"""The report of a run, in a real browser: what a person sees and can do.
+
+Without a network, as the sandbox has none.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import timeline_samples
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
+
+from qubes_itests.html_report.page import write_report
+
+ARGUMENTS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
+    *("--no-first-run", "--disable-background-networking", "--disable-sync"),
+    *("--disable-component-update", "--window-size=1400,1000"),
+)
+DEADLINE = 30
+#: A test of the sample that failed, and how many there are.
+TESTS = 40
+
+
+class Reader:
+    """A person with a browser.
+
+    :param browser: of selenium.
+    :param path: of the report.
+    """
+
+    def __init__(self, browser, path):
+        self.browser, self.path = browser, path
+
+    def open(self, fragment=""):
+        """Open the report, at a test if its id is given."""
+        self.browser.get("about:blank")
+        self.browser.get(f"{self.path.as_uri()}{fragment}")
+        self.until(lambda: self.all("main h2"))
+
+    def all(self, selector):
+        return self.browser.find_elements(By.CSS_SELECTOR, selector)
+
+    def one(self, selector):
+        return self.browser.find_element(By.CSS_SELECTOR, selector)
+
+    def text(self, selector):
+        return self.one(selector).text
+
+    def js(self, code, *arguments):
+        return self.browser.execute_script(f"return {code.strip()}", *arguments)
+
+    def press(self, *keys):
+        ActionChains(self.browser).send_keys(*keys).perform()
+
+    def until(self, condition):
+        return WebDriverWait(self.browser, DEADLINE, 0.02).until(lambda _: condition())
+
+    def open_failed(self):
+        """Open a test that failed from the overview, and return its id."""
+        self.open()
+        link = self.one(".failures button")
+        name = link.text
+        link.click()
+        self.until(lambda: self.text("main h2 .id") == name)
+        return name
+
+    def problems(self):
+        return [entry["message"] for entry in self.browser.get_log("browser")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return the run.json of a sample run, and where its report is."""
+    directory = tmp_path_factory.mktemp("report")
+    told = timeline_samples.write(directory, tests=TESTS, seed=3)
+    return told, write_report(directory)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Start a browser, once."""
+    options = webdriver.ChromeOptions()
+    for word in ARGUMENTS:
+        options.add_argument(word)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = shutil.which("chromedriver")
+    service = webdriver.ChromeService(driver)
+    started = webdriver.Chrome(options, service)
+    yield started
+    started.quit()
+
+
+@pytest.fixture
+def reader(browser, run):
+    """Whoever opens the report; the console must stay empty."""
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    browser.get_log("browser")
+    somebody = Reader(browser, run[1])
+    yield somebody
+    assert somebody.problems() == []
+
+
+def outcomes(run, *names):
+    return [test for test in run[0]["tests"] if test["outcome"] in names]
+
+
+def test_the_overview_says_what_failed_and_where_the_time_went(reader, run):
+    reader.open()
+    bad = outcomes(run, "failed", "error", "flaky")
+    shown = [link.text for link in reader.all(".failures button")]
+    assert shown == [test["test"] for test in bad]
+    causes = reader.text(".failures")
+    assert all(test["cause"].partition("\n")[0] in causes for test in bad)
+    phases = [cell.text for cell in reader.all(".times:first-of-type th")]
+    assert phases[:3] == ["setUp", "test", "tearDown"]
+    assert reader.text("#shown") == f"{TESTS} tests"
+
+
+def test_the_list_is_filtered_by_words_and_by_outcomes(reader, run):
+    reader.open()
+    reader.press("/")
+    reader.press("TC_01 test_03")
+    reader.until(lambda: reader.text("#shown") == f"1 of {TESTS} tests")
+    reader.press(*[Keys.BACKSPACE] * 13)
+    reader.until(lambda: reader.text("#shown") == f"{TESTS} tests")
+    reader.one('#outcomes [data-outcome="passed"]').click()
+    others = TESTS - len(outcomes(run, "passed"))
+    reader.until(lambda: reader.text("#shown") == f"{others} of {TESTS} tests")
+    marks = reader.all("#tests .mark")
+    assert {mark.get_attribute("data-outcome") for mark in marks} == {
+        test["outcome"] for test in run[0]["tests"]
+    } - {"passed"}
+
+
+def test_a_failed_test_shows_the_call_that_failed(reader):
+    reader.open_failed()
+    details = reader.until(lambda: reader.text(".details"))
+    assert "rve < /home/user/words" in details
+    assert "127: command not found" in details
+    assert "bash: line 1: rve: command not found" in details
+    assert "tests/test_split.py:64" in details
+    assert "user" in details
+    assert reader.text("pre.cause.bad")
+
+
+def test_a_link_names_a_test(reader, run):
+    test = outcomes(run, "passed")[3]["test"]
+    reader.open(f"#{test}")
+    reader.until(lambda: reader.text("main h2 .id") == test)
+    assert reader.text('#tests [aria-selected="true"] b') == test.rpartition("::")[2]
+
+
+def test_each_vm_has_a_lane_and_calls_are_arrows_between_them(reader):
+    reader.open_failed()
+    assert [name.text for name in reader.all("text.name")] == [
+        *("phases", "client", "server", "vault"),
+    ]
+    assert len(reader.all("path.memory")) == 3
+    assert len(reader.all(".arrow.allow")) > 3
+    assert reader.all("rect.state.Running")
+
+
+def test_a_click_on_an_arrow_shows_the_call_and_its_rule(reader):
+    reader.open_failed()
+    reader.until(lambda: reader.all(".arrow.allow"))
+    hit = reader.one(".arrow.allow .hit")
+    ActionChains(reader.browser).click(hit).perform()
+    details = reader.until(lambda: reader.text(".details"))
+    assert "service in " in details
+    assert "30-user.policy:4" in details
+
+
+def test_a_range_filters_actions_and_every_log(reader):
+    reader.open_failed()
+    lanes = reader.until(lambda: reader.one(".lanes"))
+    everything = int(reader.text("#tab-console").split()[1])
+    assert everything > 0
+    width = lanes.size["width"]
+    drag = ActionChains(reader.browser)
+    drag.move_to_element_with_offset(lanes, -width // 2 + 140, 90)
+    drag.click_and_hold().move_by_offset(120, 0).release().perform()
+    reader.until(lambda: reader.text(".row.bar").startswith("Selected: 0."))
+    begin, end = reader.js(
+        "[...document.querySelectorAll('.handle')].map(h => h.ariaValueNow)"
+    )
+    reader.one("#tab-console").click()
+    some, of = map(int, reader.text("#tab-console").split()[1].split("/"))
+    assert 0 < some < of == everything
+    for row in reader.all("#lines .when"):
+        assert float(begin) <= float(row.text) <= float(end)
+    for row in reader.all("#actions .when"):
+        assert float(row.text) <= float(end)
+    reader.press("z")
+    reader.press(Keys.ESCAPE)
+    reader.until(lambda: reader.text("#tab-console") == f"Console {everything}")
+
+
+def test_the_range_is_set_by_keys(reader):
+    reader.open_failed()
+    handle = reader.until(lambda: reader.one(".handle.end"))
+    before = float(handle.get_attribute("aria-valuenow"))
+    handle.send_keys(Keys.SHIFT + Keys.ARROW_LEFT)
+    after = float(handle.get_attribute("aria-valuenow"))
+    assert after == pytest.approx(before * 0.9, rel=0.01)
+    assert reader.text(".row.bar").startswith("Selected: 0.000 s to ")
+
+
+def test_the_whole_page_is_used_by_keys(reader):
+    """From the filter through the list into a call and back to the overview."""
+    reader.open()
+    reader.press("/")
+    reader.press("rve")
+    first = reader.until(lambda: reader.one("#tests .item"))
+    name = first.find_element(By.TAG_NAME, "b").text
+    for _ in range(30):
+        if reader.js("document.activeElement.id") == "tests":
+            break
+        reader.press(Keys.TAB)
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
+    assert reader.js(outline) == "solid"
+    reader.press(Keys.ARROW_DOWN)
+    reader.until(lambda: name in reader.text("main h2"))
+    for _ in range(60):
+        if reader.js("document.activeElement.id") == "actions":
+            break
+        reader.press(Keys.TAB)
+    reader.press(Keys.HOME)
+    reader.until(lambda: "start in client" in reader.text(".details"))
+    reader.press(Keys.ENTER)
+    reader.until(lambda: reader.text(".row.bar").startswith("Selected: "))
+    reader.press("?")
+    assert reader.one("#help").is_displayed()
+    reader.press(Keys.ESCAPE)
+    assert not reader.one("#help").is_displayed()
+    reader.press("o")
+    reader.until(lambda: reader.all(".failures"))
+
+
+#: The least ratio of the contrast of each text with what is behind it.
+CONTRAST = """
+(() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
+    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const [r, g, b, a = 1] = parse(getComputedStyle(e).backgroundColor);
+      if (a > 0.9) return [r, g, b];
+    }
+    return [255, 255, 255];
+  };
+  const bad = [];
+  for (const e of document.querySelectorAll("body *")) {
+    const text = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+    if (!text || !e.checkVisibility() || e.disabled) continue;
+    if (e.closest("svg, script")) continue;
+    const [one, two] = [parse(getComputedStyle(e).color), ground(e)].map(light);
+    const ratio = (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
+    if (ratio < 4.5) bad.push(`${ratio.toFixed(2)} ${e.tagName} ${e.className}`);
+  }
+  return bad;
+})()
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_have_contrast(reader, scheme):
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    media = {"features": [feature]}
+    reader.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    reader.open()
+    dark = reader.js("matchMedia('(prefers-color-scheme: dark)').matches")
+    assert dark == (scheme == "dark")
+    assert reader.js(CONTRAST) == []
+    reader.open_failed()
+    assert reader.js(CONTRAST) == []
+    ground = reader.js("getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def test_only_what_is_seen_of_long_lists_exists(reader):
+    reader.open_failed()
+    assert len(reader.all("#tests .item")) < TESTS
+    box = reader.one("#tests")
+    reader.js("arguments[0].scrollTop = 1e6", box)
+    reader.until(lambda: reader.all(f'#tests [aria-posinset="{TESTS}"]'))
+
+
+@pytest.mark.parametrize("width", [400, 700, 1000, 2000])
+def test_nothing_is_wider_than_the_window(reader, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    reader.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        reader.open_failed()
+        assert reader.js("document.documentElement.scrollWidth") <= width
+    finally:
+        reader.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_hostile_text_does_nothing(reader, tmp_path):
+    """Neither as a name nor as a line does it become part of the page."""
+    evil = "</script><img src=x onerror=document.title='evil'><b>"
+    timeline_samples.write(tmp_path, tests=1, seed=3)
+    for path in (tmp_path / "run.json", *tmp_path.glob("*/timeline.jsonl")):
+        text = path.read_text()
+        for name in ("client", "qubes.Gpg2", "systemd", "test_split"):
+            text = text.replace(name, evil.replace('"', "'"))
+        path.write_text(text)
+    reader.path = write_report(tmp_path)
+    reader.open()
+    reader.press("j")
+    reader.until(lambda: reader.all(".lanes text.name"))
+    assert evil[:8] in reader.text("#actions")
+    assert reader.all("img") == []
+    assert reader.js("document.title") != "evil"
