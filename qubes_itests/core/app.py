@@ -113,6 +113,9 @@ class Qubes(PoolsMixin):
     :raise QubesValueError: without a hypervisor, where there is to be one.
     """
 
+    #: The labels, by index.
+    labels: Mapping[int, Label] = LABELS
+
     default_template = VMProperty["TemplateVM | None"](
         "default_template",
         klass="TemplateVM",
@@ -320,11 +323,6 @@ class Qubes(PoolsMixin):
             and not vm.provides_network
             and vm.property_is_default("netvm")
         ]
-
-    @property
-    def labels(self) -> Mapping[int, Label]:
-        """The labels, by index."""
-        return LABELS
 
     @staticmethod
     def get_label(label: Label | str | int) -> Label:

@@ -16,15 +16,15 @@ from qubes_itests.core.store.journal import MAKE, REMOVE, note
 from qubes_itests.core.volume_content import (
     WITH_FILESYSTEM,
     check_size,
+    fill_if_empty,
     import_filesystem,
     import_image,
-    is_empty,
     kept_by,
     write_content,
 )
 from qubes_itests.host.exc import CommandError
 from qubes_itests.hypervisor.contract import Disk
-from qubes_storage import Import, Volume, exporting
+from qubes_storage import Import, Volume
 from qubes_storage.exc import StoragePoolException, VolumeExistsError
 from qubes_storage.uninterrupted import to_its_end
 
@@ -270,7 +270,10 @@ class Storage:
 
         A private volume that is empty gets a filesystem, as a new one does.
         """
-        await self._fill_empty()
+        if private := self.volumes.get("private"):
+            kept = kept_by(private)
+            with self._naming(kept):
+                await fill_if_empty(kept)
         started: list[Volume] = []
         try:
             for volume in self.volumes.values():
@@ -279,23 +282,6 @@ class Storage:
         except BaseException:
             await to_its_end(_each(started[::-1], lambda volume: volume.stop()))
             raise
-
-    async def _fill_empty(self) -> None:
-        """Make a filesystem in an empty private volume, as one that was cleared is.
-
-        It is committed before the start: a crash meanwhile leaves the volume empty, and
-        a VM that begins with the volume of another finds the same there.
-        """
-        if "private" not in self.volumes:
-            return
-        volume = kept_by(self.volumes["private"])
-        if not volume.save_on_stop or volume.is_dirty():
-            return
-        with self._naming(volume):
-            async with exporting(volume) as image:
-                empty = await to_its_end(asyncio.to_thread(is_empty, image))
-            if empty:
-                await import_filesystem(volume)
 
     async def stop(self) -> None:
         """Commit, or drop, what the VM wrote; every volume even if another fails."""

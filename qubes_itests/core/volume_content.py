@@ -1,4 +1,4 @@
-"""What the volumes of a VM begin with: images, filesystems, and how large those get."""
+"""The first content of volumes: images and filesystems, and how large those get."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.host.filesystem import make_ext4
-from qubes_storage import Import
+from qubes_storage import Import, exporting
 from qubes_storage.exc import InvalidSizeError
 from qubes_storage.ficlone import clone_or_copy, data_extents
 from qubes_storage.operation import typed_errors
@@ -23,6 +23,7 @@ __all__ = [
     "WITH_FILESYSTEM",
     "check_size",
     "copy_image",
+    "fill_if_empty",
     "import_filesystem",
     "import_image",
     "is_empty",
@@ -82,8 +83,27 @@ async def import_filesystem(volume: Volume) -> None:
     await _import(volume, size, lambda path: make_ext4(path, size, volume.name))
 
 
+async def fill_if_empty(volume: Volume) -> None:
+    """Make a filesystem in a private volume that is empty, as one that was cleared is.
+
+    It is committed before the start: a crash meanwhile leaves the volume empty, and a
+    VM that begins with the volume of another finds the same there.
+
+    :raise CommandError: when mke2fs fails.
+    :raise OSError: as the operating system says.
+    """
+    if not volume.save_on_stop or volume.is_dirty():
+        return
+    async with exporting(volume) as image:
+        empty = await to_its_end(asyncio.to_thread(is_empty, image))
+    if empty:
+        await import_filesystem(volume)
+
+
 async def _import(volume: Volume, size: int, fill: Callable[[Path], None]) -> None:
-    # not created first: the empty image would become a revision
+    # Not created first: the empty image would become a revision. To its end: a thread
+    # that goes on after a cancellation would write to an image that is committed or
+    # removed meanwhile.
     async with Import(volume, size) as path:
         await to_its_end(asyncio.to_thread(fill, path))
 
