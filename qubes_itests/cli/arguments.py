@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from qubes_itests import __version__
 from qubes_itests.exit_codes import ExitCode
@@ -48,6 +48,9 @@ _COMMANDS = {
     "report": _SubCommand(
         "last_run", "show the failures of the last run again, or make its report.html",
         (("words", "*", "[html [DIR]]", "make the report of the artefacts in DIR"),)),
+    "history": _SubCommand(
+        "history", "show how tests went in earlier runs",
+        (("words", "*", "[TEST...]", "ids of tests, or how they begin"),)),
     "memory": _SubCommand(
         "memory", "show who holds the memory, live, or plot it as an SVG",
         (("words", "*", "[plot] [FILE]", "a timeline: memory.jsonl"),)),
@@ -86,9 +89,10 @@ class Command:
     :param rest: for `run` what pytest gets.
     :param target: of `shell`: a template, or the directory of a kept VM.
     :param tool: of `qvm`: its name.
-    :param words: of `memory`: ``plot`` or not, and a timeline; of `report`: ``html``
-        and a directory, or nothing; of `qvm` what follows the tool; of `template`
-        ``list``, or ``build`` and names; of `orphans` what to do to which, or nothing.
+    :param words: of `history` tests; of `memory` ``plot`` or not, and a timeline; of
+        `report` ``html`` and a directory, or nothing; of `qvm` what follows the tool;
+        of `template` ``list``, or ``build`` and names; of `orphans` what to do to
+        which, or nothing.
     """
 
     name: str
@@ -100,13 +104,19 @@ class Command:
     tool: str = ""
     words: tuple[str, ...] = ()
     # fmt: off
-    json: bool = option(False, None, "", "list doctor", "print JSON, not text")
+    json: bool = option(False, None, "", "list doctor history", "print JSON, not text")
     cache: bool = option(
         False, None, "", "clean", "also remove images and saved states")
     output: str = option(
         "", None, "SVG", "memory",
         "write the picture to the file SVG (default: named as the timeline)",
         short="-o")
+    export: str = option(
+        "", None, "FILE", "history",
+        "write the results of all runs into FILE, for another machine to import")
+    add: tuple[str, ...] = option(
+        (), None, "FILE", "history",
+        "add the results in FILE, which --export has written, perhaps elsewhere")
     directory: str = option(
         "", None, "DIR", "serve", "keep the VMs in DIR until the next time")
     print_env: bool = option(
@@ -153,7 +163,11 @@ def parse(arguments: Sequence[str]) -> Command:
             misspelt = others[position]
     parser = _parser(name)
     known, rest = parser.parse_known_args(others)
-    values = {key: value for key, value in vars(known).items() if value is not None}
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in vars(known).items()
+        if value is not None
+    }
     for made in _ALL:
         if made.name in values and name not in made.commands:
             takers = " and ".join(f"`{n}`" for n in made.commands if n != PYTEST)
@@ -172,7 +186,6 @@ def parse(arguments: Sequence[str]) -> Command:
         misspelt=misspelt,
         given=settings,
         rest=tuple(rest),
-        words=tuple(values.pop("words", ())),
         **values,
     )
 

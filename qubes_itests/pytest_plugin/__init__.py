@@ -19,6 +19,7 @@ from qubes_itests.pytest_plugin import header, resandbox, worker
 from qubes_itests.pytest_plugin.collection import PluginNode
 from qubes_itests.pytest_plugin.deadline import Deadline
 from qubes_itests.pytest_plugin.debugger import PostponedCleanUps
+from qubes_itests.pytest_plugin.history import HistoryKeeper
 from qubes_itests.pytest_plugin.watch import FailureWatch
 from qubes_itests.pytest_plugin.worker import Worker
 from qubes_itests.run.app_templates import TemplateProblemError, plugins_for
@@ -88,6 +89,10 @@ def pytest_configure(config: pytest.Config) -> None:
     watch = FailureWatch(config, context)
     config.pluginmanager.register(watch, "qubes_itests-failures")
     _register_role(config, context, watch)
+    if not worker.is_worker(config):
+        keeper = HistoryKeeper(config)
+        config.pluginmanager.register(keeper.results, "qubes_itests-results")
+        config.pluginmanager.register(keeper, "qubes_itests-history")
     if settings.shell_on_failure and not config.option.collectonly:
         watch.require_terminal()
     if config.getoption("usepdb"):

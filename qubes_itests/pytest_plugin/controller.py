@@ -24,6 +24,7 @@ from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host import memory, sandbox
 from qubes_itests.host.exc import TooManyWorkersError
 from qubes_itests.pytest_plugin.groups import GroupScheduling
+from qubes_itests.pytest_plugin.history import earlier_times
 from qubes_itests.pytest_plugin.worker import KEY
 from qubes_itests.run.settings import plain
 
@@ -159,7 +160,7 @@ class Controller:
         """Keep the tests of a group together; other ways are pytest-xdist's own."""
         if config.getoption("dist") != "loadgroup":
             return None
-        return GroupScheduling(config, log)
+        return GroupScheduling(config, log, earlier_times(config))
 
     @pytest.hookimpl
     def pytest_testnodedown(self, node: WorkerController) -> None:

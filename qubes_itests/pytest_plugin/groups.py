@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from xdist.workermanage import WorkerController
 
-__all__ = ["GroupScheduling", "group_of", "with_groups"]
+__all__ = ["GroupScheduling", "Times", "group_of", "with_groups"]
 
 #: Between a test's id and its group; in neither.
 _MARK = "\0"
@@ -33,6 +34,21 @@ def group_of(item: pytest.Item) -> str:
         return "_".join(sorted(names))
     owner = item.getparent(pytest.Class) or item.getparent(pytest.Module)
     return (owner or item).nodeid
+
+
+class Times:
+    """How long tests should take.
+
+    :param known: the seconds that they took earlier, by id.
+    """
+
+    def __init__(self, known: Mapping[str, float]) -> None:
+        self._known = known
+        self._unknown = statistics.median(known.values()) if known else 1.0
+
+    def of(self, tests: Iterable[str]) -> float:
+        """Return the seconds for some tests; what has never run takes as others do."""
+        return sum(self._known.get(test, self._unknown) for test in tests)
 
 
 class _Told:
@@ -63,12 +79,21 @@ def with_groups(session: pytest.Session) -> Iterator[None]:
 class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc] # has no types
     """Gives a worker the tests of a group, in their order, and none of them twice.
 
-    Its base hands a test that ended its worker to the next one, which it ends too.
+    The group that should take longest goes first, so that the last ones, which end the
+    run, are short. Its base counts tests for that, and hands a test that ended its
+    worker to the next one, which it ends too.
+
+    :param config: pytest's.
+    :param log: of pytest-xdist.
+    :param times: the seconds that tests took earlier, by id.
     """
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(
+        self, config: pytest.Config, log: Any, times: Mapping[str, float]
+    ) -> None:
+        super().__init__(config, log)
         self._groups: dict[str, str] = {}
+        self._times = Times(times)
 
     def add_node_collection(
         self, node: WorkerController, collection: Sequence[str]
@@ -95,6 +120,15 @@ class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc] # has no types
             if ended is not None and other in self.registered_collections:
                 self._reschedule(other)
         return ended
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        if self.config.option.loadscopereorder:
+            # the first of equals, as they were collected
+            longest = max(
+                self.workqueue, key=lambda group: self._times.of(self.workqueue[group])
+            )
+            self.workqueue.move_to_end(longest, last=False)
+        super()._assign_work_unit(node)
 
     def _split_scope(self, nodeid: str) -> str:
         return self._groups[nodeid]

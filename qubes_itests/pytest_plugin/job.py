@@ -15,6 +15,7 @@ from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.pytest_plugin import SETTINGS, header
 from qubes_itests.pytest_plugin.collection import Selection, collect, nodes
 from qubes_itests.pytest_plugin.extensions import ExtensionSwitch
+from qubes_itests.pytest_plugin.history import SUITE
 from qubes_itests.pytest_plugin.tampering import ModuleGuard
 from qubes_itests.pytest_plugin.worker import ROLE, distributes, is_worker
 from qubes_itests.report import failures
@@ -65,6 +66,8 @@ class Job:
     def pytest_configure(self, config: pytest.Config) -> None:
         """Hand the settings to the plugin proper."""
         config.stash[SETTINGS] = self._settings
+        # ids of plugins' tests are the same wherever they are installed
+        config.stash[SUITE] = ""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection(self, session: pytest.Session) -> bool | None:

@@ -9,6 +9,7 @@ import pytest
 from qubes_itests.report.folding import Folding
 from qubes_itests.report.heartbeat import Heartbeat, LastWords, duration, real_stdout
 from qubes_itests.report.names import one_line
+from qubes_itests.report.results import PHASE, category
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -23,10 +24,9 @@ _MARKUP = {
     "skipped": ("SKIPPED", {"yellow": True}),
     "xfailed": ("XFAIL", {"yellow": True}),
     "xpassed": ("XPASS", {"yellow": True}),
+    "flaky": ("FLAKY", {"red": True}),
+    "rerun": ("RERUN", {"yellow": True}),
 }
-
-#: How names of properties of a report begin that are times of the test's parts.
-_PHASE = "time of "
 
 
 class StartTimes:
@@ -53,7 +53,7 @@ class StartTimes:
         told = [(f"start of {name}", seconds) for name, seconds in starts]
         if call.when == "call":
             phases = getattr(getattr(item, "instance", None), "phases", {})
-            told += [(f"{_PHASE}{name}", seconds) for name, seconds in phases.items()]
+            told += [(f"{PHASE}{name}", seconds) for name, seconds in phases.items()]
         item.user_properties += [(name, f"{value:.3f} s") for name, value in told]
         return (yield)
 
@@ -121,12 +121,12 @@ class Progress:
             return
         took = self._took.get(report.nodeid, 0.0) + report.duration
         self._took[report.nodeid] = took
-        category = _category(report)
-        if category == "passed" and report.nodeid in self._parts_failed:
-            category = "failed"
-        if category is not None:
+        outcome = category(report)
+        if outcome == "passed" and report.nodeid in self._parts_failed:
+            outcome = "failed"
+        if outcome is not None:
             with self._heartbeat.silent():
-                self._line(report, category, took)
+                self._line(report, outcome, took)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """Say no more of it."""
@@ -155,18 +155,18 @@ class Progress:
                 self._line(report, "failed", report.duration, said)
 
     def _line(
-        self, report: pytest.TestReport, category: str, took: float, part: str = ""
+        self, report: pytest.TestReport, outcome: str, took: float, part: str = ""
     ) -> None:
-        if self._config.get_verbosity() < 0 and category == "passed":
+        if self._config.get_verbosity() < 0 and outcome == "passed":
             return
-        word, markup = _MARKUP[category]
+        word, markup = _MARKUP[outcome]
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         if terminal is None:
             return
         terminal.ensure_newline()
         terminal.write(f"{word:7} ", **markup)
         when = " in teardown" if report.when == "teardown" else part
-        reason = f"  ({_reason(report)})" if category == "skipped" else _phases(report)
+        reason = f"  ({_reason(report)})" if outcome == "skipped" else _phases(report)
         terminal.write_line(f"{report.nodeid}{when}  {duration(took)}{reason}")
         terminal.flush()
 
@@ -177,22 +177,12 @@ class Progress:
         print(line, file=self._output, flush=True)
 
 
-def _category(report: pytest.TestReport) -> str | None:
-    if report.when != "call" and report.passed:
-        return None
-    if hasattr(report, "wasxfail"):
-        return "xfailed" if report.skipped else "xpassed"
-    if report.failed and report.when != "call":
-        return "error"
-    return report.outcome
-
-
 def _phases(report: pytest.TestReport) -> str:
     """Return the times of the parts of a test, for people, if they are known."""
     told = [
-        f"{name.removeprefix(_PHASE)} {float(str(value).removesuffix(' s')):.1f}"
+        f"{name.removeprefix(PHASE)} {float(str(value).removesuffix(' s')):.1f}"
         for name, value in report.user_properties
-        if name.startswith(_PHASE)
+        if name.startswith(PHASE)
     ]
     return f"  ({', '.join(told)})" if told else ""
 

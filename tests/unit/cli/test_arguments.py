@@ -131,7 +131,7 @@ def test_orphans_are_listed_unless_words_say_more():
 ALL = [*OPTIONS.values(), *options(Command)]
 NAMES = (
     *("run", "list", "doctor", "shell", "clean", "report", "memory", "serve", "qvm"),
-    *("orphans", "template"),
+    *("orphans", "template", "history"),
 )
 
 

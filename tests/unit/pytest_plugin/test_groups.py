@@ -82,11 +82,11 @@ class Node:
         self.shutting_down = True
 
 
-def scheduling(*nodes):
+def scheduling(*nodes, **times):
     option = SimpleNamespace(loadscopereorder=True)
     tx = ["popen"] * len(nodes)
     config = SimpleNamespace(option=option, getvalue=lambda _name: tx)
-    made = GroupScheduling(config, Producer("silent", enabled=False))
+    made = GroupScheduling(config, Producer("silent", enabled=False), times)
     for node in nodes:
         made.add_node(node)
     return made
@@ -141,3 +141,13 @@ def test_a_worker_that_has_done_all_leaves_nothing_to_others():
     schedule.mark_test_complete(one, 0)
     assert schedule.remove_node(one) is None
     assert two.given == [[1]]
+
+
+def test_what_took_longest_goes_first_and_the_unknown_counts_as_the_median():
+    one = Node("one")
+    schedule = scheduling(one, **{"0::0": 1.0, "2::0": 9.0, "3::0": 3.0})
+    schedule.add_node_collection(one, of_groups(1, 2, 1, 1))
+    schedule.schedule()
+    for test in (3, 1, 2, 4):
+        schedule.mark_test_complete(one, test)
+    assert one.given == [[3], [1, 2], [4], [0]]

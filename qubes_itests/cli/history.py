@@ -1,0 +1,171 @@
+"""``history``: how tests went in earlier runs, and the results as a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import sqlite3
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qubes_itests.exit_codes import ExitCode
+from qubes_itests.host.cache import Cache
+from qubes_itests.report.heartbeat import duration
+from qubes_itests.report.history import History, HistoryError, read_runs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from qubes_itests.cli.arguments import Command
+    from qubes_itests.report.history import TestHistory
+    from qubes_itests.run.settings import Settings
+
+__all__ = ["execute"]
+
+#: More tests than these are a table, unless they are named.
+_IN_FULL = 5
+#: Results of a test that are drawn.
+_DRAWN = 60
+_MARKS = {
+    "passed": ".",
+    "failed": "F",
+    "error": "E",
+    "flaky": "~",
+    "skipped": "s",
+    "xfailed": "x",
+    "xpassed": "X",
+}
+_LEGEND = "  ".join(f"{mark} {outcome}" for outcome, mark in _MARKS.items())
+
+
+def execute(command: Command, _settings: Settings) -> int:
+    """Show it, or write or read results."""
+    history = History(Cache().root)
+    history.collect()
+    for problem in history.problems:
+        print(f"history: {problem}", file=sys.stderr)  # noqa: T201
+    try:
+        if command.export:
+            return _export(history, Path(command.export))
+        if command.add:
+            return _add(history, command.add)
+        return _show(history, command)
+    except sqlite3.Error as error:
+        raise HistoryError(f"the history cannot be used: {error}") from error
+
+
+def _export(history: History, path: Path) -> int:
+    try:
+        with path.open("wb") as file:
+            number = history.write(file)
+    except OSError as error:
+        raise HistoryError(f"{path}: {error.strerror}") from error
+    print(f"Wrote {number} runs to {path}.")  # noqa: T201
+    return ExitCode.OK
+
+
+def _add(history: History, names: Sequence[str]) -> int:
+    for name in names:
+        try:
+            with Path(name).open("rb") as file:
+                new = history.add(read_runs(file, name))
+        except OSError as error:
+            raise HistoryError(f"{name}: {error.strerror}") from error
+        print(f"{name}: {new} new runs.")  # noqa: T201
+    return ExitCode.OK
+
+
+def _show(history: History, command: Command) -> int:
+    named = command.words or ("",)
+    lists = (history.tests(word) for word in named)
+    # whole names first, as for a run: `test_1` shall not show test_10
+    chosen = [
+        [t for t in tests if t.test == word] or tests
+        for word, tests in zip(named, lists, strict=True)
+    ]
+    found = list({(t.suite, t.test): t for tests in chosen for t in tests}.values())
+    if command.json:
+        print(json.dumps({"tests": list(map(_row, found))}, indent=2))  # noqa: T201
+    elif not found:
+        word = " ".join(command.words)
+        what = f"no test whose id begins with {word!r}" if word else "no test"
+        print(f"The history has {what}.")  # noqa: T201
+    elif command.words and len(found) <= _IN_FULL:
+        print("\n\n".join("\n".join(_details(test)) for test in found))  # noqa: T201
+        print(f"\n{_LEGEND}")  # noqa: T201
+    else:
+        print("\n".join(_table(found)))  # noqa: T201
+    return ExitCode.OK if found else ExitCode.NO_TESTS_COLLECTED
+
+
+def _row(test: TestHistory) -> dict[str, object]:
+    return {
+        "suite": test.suite,
+        "test": test.test,
+        "pass_rate": test.pass_rate,
+        "flakiness": test.flakiness,
+        "duration": test.duration,
+        "results": [dataclasses.asdict(result) for result in test.results],
+    }
+
+
+def _table(tests: Sequence[TestHistory]) -> Iterator[str]:
+    yield f"{'passed':>7} {'runs':>5} {'flaky':>6} {'takes':>13}  {'last':8} test"
+    for suite, members in itertools.groupby(tests, key=lambda test: test.suite):
+        if suite:
+            yield f"# {suite}"
+        for test in members:
+            flaky = f"{test.flakiness:.0%}" if test.flakiness else ""
+            last = test.results[-1].outcome
+            yield (
+                f"{_rate(test):>7} {len(test.results):5} {flaky:>6}"
+                f" {_takes(test):>13}  {last:8} {test.test}"
+            )
+
+
+def _details(test: TestHistory) -> Iterator[str]:
+    results, counted = test.results, test.counted
+    yield f"{test.suite}: {test.test}" if test.suite else test.test
+    yield f"  passed      {_rate(test)} of {_count(sum(r.attempts for r in counted))}"
+    times = sorted(r.duration for r in counted)
+    if times:
+        spread = f"{duration(times[0])} to {duration(times[-1])}"
+        yield f"  takes       {_takes(test)} as a rule, {spread}"
+    drawn = "".join(_MARKS[r.outcome] for r in results[-_DRAWN:])
+    yield f"  results     {drawn}  (the newest on the right)"
+    yield f"  flaky       {_flaky(test)}"
+    if last := test.last_failure:
+        ago = len(results) - 1 - results.index(last)
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last.started))
+        yield f"  last failed {when}, {_ago(ago)}: {last.cause}"
+        if last.where:
+            yield f"              {last.where}"
+
+
+def _flaky(test: TestHistory) -> str:
+    if not test.flakiness:
+        return "never: no result differs from the one before"
+    mixed = sum(r.outcome == "flaky" for r in test.counted)
+    runs = f"; it failed and passed within {mixed} of them" if mixed else ""
+    return f"{test.flakiness:.0%}: of its results differ from the one before{runs}"
+
+
+def _ago(runs: int) -> str:
+    return {0: "in its last run", 1: "1 run ago"}.get(runs, f"{runs} runs ago")
+
+
+def _count(attempts: int) -> str:
+    return "1 time" if attempts == 1 else f"{attempts} times"
+
+
+def _rate(test: TestHistory) -> str:
+    rate = test.pass_rate
+    # 99.9 % is not all
+    return "-" if rate is None else f"{int(rate * 100)} %"
+
+
+def _takes(test: TestHistory) -> str:
+    return "-" if test.duration is None else duration(test.duration)

@@ -1,0 +1,95 @@
+"""The history of tests in a run: it gets their results, and gives earlier times."""
+
+from __future__ import annotations
+
+import platform
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qubes_itests.exc import EnvironmentNotReadyError
+from qubes_itests.exit_codes import ExitCode
+from qubes_itests.host.cache import Cache
+from qubes_itests.report.history import History, Log, Run
+from qubes_itests.report.results import Results, TestResult
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["SUITE", "HistoryKeeper", "earlier_times"]
+
+#: Whose ids of tests a run has, where it is not that of a directory: see `Run`.
+SUITE = pytest.StashKey[str]()
+_OUTCOMES = {
+    ExitCode.OK: "passed",
+    ExitCode.NO_TESTS_COLLECTED: "passed",
+    ExitCode.INTERRUPTED: "interrupted",
+}
+
+
+class HistoryKeeper:
+    """A pytest plugin, of the process that speaks for the run.
+
+    No run fails because of it: what goes wrong is told in a line.
+
+    :param config: pytest's.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._history: History | None = None
+        self._log: Log | None = None
+        self._problems: list[str] = []
+        self.results = Results(self._add)
+
+    def _add(self, result: TestResult) -> None:
+        if self._problems:
+            return
+        try:
+            if self._log is None:
+                self._history = History(Cache().root)
+                self._log = self._history.begin(
+                    Run(
+                        id=self.results.run,
+                        suite=_suite(self._config),
+                        machine=platform.node(),
+                        started=self.results.started,
+                    )
+                )
+            self._log.add(result)
+        except (OSError, EnvironmentNotReadyError) as error:
+            self._problems.append(f"the rest of this run is not kept: {error}")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Put the results where `history` finds them."""
+        if self._log is not None and self._history is not None:
+            status = ExitCode(int(session.exitstatus))
+            took = time.time() - self.results.started
+            try:
+                if not self._problems:
+                    self._log.end(took, _OUTCOMES.get(status, "failed"))
+            except OSError as error:
+                self._problems.append(str(error))
+            self._log.close()
+            self._history.collect()
+            self._problems += self._history.problems
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        for problem in self._problems:
+            if terminal is not None:
+                terminal.write_line(f"history: {problem}")
+
+
+def _suite(config: pytest.Config) -> str:
+    return config.stash.get(SUITE, config.rootpath.name)
+
+
+def earlier_times(config: pytest.Config) -> Mapping[str, float]:
+    """Return the seconds that the tests of a suite took as a rule, by id. Blocking."""
+    try:
+        history = History(Cache().root)
+        history.collect()
+    except (OSError, EnvironmentNotReadyError):
+        return {}
+    return history.times(_suite(config))

@@ -1,0 +1,579 @@
+"""The history of tests: results of runs, kept in the cache from one run to the next.
+
+While a run goes on, its results are appended to a file of its own, which takes no lock
+and survives a kill. When it ends, and when anybody asks, the files of runs that have
+ended go into an SQLite database, each in one transaction, and are removed after it. So
+what could not be written today is there tomorrow: a database that is locked, on a full
+disk, or of a newer program costs nothing but the delay, and a damaged one is put aside.
+
+Such a file is also how results leave the machine and come to it: JSON, a line for the
+run and one for each of its tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import sqlite3
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Self
+
+from qubes_itests.exc import HarnessError
+from qubes_itests.exit_codes import ExitCode
+from qubes_itests.report.results import TestResult
+from qubes_itests.untrusted_text import safe_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import TracebackType
+
+__all__ = ["History", "HistoryError", "Log", "Run", "TestHistory", "read_runs"]
+
+log = logging.getLogger("qubes_itests.history")
+
+_FORMAT, _VERSION = "qubes_itests-history", 1
+_SCHEMA = """
+CREATE TABLE runs (id TEXT PRIMARY KEY, suite TEXT NOT NULL, machine TEXT NOT NULL,
+    started REAL NOT NULL, duration REAL, outcome TEXT NOT NULL);
+CREATE TABLE tests (id INTEGER PRIMARY KEY, suite TEXT NOT NULL, name TEXT NOT NULL,
+    UNIQUE (suite, name));
+CREATE TABLE results (test INTEGER NOT NULL REFERENCES tests,
+    run TEXT NOT NULL REFERENCES runs ON DELETE CASCADE,
+    outcome TEXT NOT NULL, duration REAL NOT NULL, started REAL NOT NULL,
+    attempts INTEGER NOT NULL, failed INTEGER NOT NULL, cause TEXT NOT NULL,
+    place TEXT NOT NULL, worker TEXT NOT NULL, phases TEXT NOT NULL,
+    PRIMARY KEY (test, run)) WITHOUT ROWID;
+CREATE INDEX results_of_runs ON results (run);
+CREATE INDEX runs_by_time ON runs (started);
+"""
+#: Results that are kept: about 30 MB. Beyond it the oldest runs go.
+_MOST_RESULTS = 100_000
+#: Files of runs that could not go into the database yet; about 40 MB in all.
+_MOST_PENDING, _MOST_BYTES = 200, 64 << 20
+#: Characters of a test's id, of a cause and of other texts.
+_LONGEST = {"test": 1000, "cause": 500, "where": 500, "worker": 50, "outcome": 20}
+#: Seconds to wait for another process that writes.
+_PATIENCE = 10.0
+#: Of how many results of a test its usual time is taken.
+_RECENT = 10
+_ID = re.compile(r"[0-9a-f]{32}")
+_OUTCOMES = frozenset(
+    ("passed", "failed", "error", "skipped", "xfailed", "xpassed", "flaky")
+)
+
+
+class HistoryError(HarnessError):
+    """The history cannot be read or written, or a file has none."""
+
+    exit_code = ExitCode.USAGE_ERROR
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A run of tests.
+
+    :param id: 32 hexadecimal digits, unlike those of any other.
+    :param suite: whose ids of tests they are: empty for those of plugins, which
+        are the same everywhere; else the name of the directory with the tests.
+    :param machine: the name of the host.
+    :param started: seconds since the epoch.
+    :param duration: seconds; None for one that was killed.
+    :param outcome: passed, failed, interrupted, or killed.
+    """
+
+    id: str
+    suite: str = ""
+    machine: str = ""
+    started: float = 0.0
+    duration: float | None = None
+    outcome: str = "killed"
+
+
+@dataclass(frozen=True, slots=True)
+class TestHistory:
+    """The results of a test.
+
+    :param suite: see `Run`.
+    :param test: its id.
+    :param results: the newest last; none was skipped in all runs.
+    """
+
+    __test__ = False
+
+    suite: str
+    test: str
+    results: tuple[TestResult, ...]
+
+    @property
+    def counted(self) -> list[TestResult]:
+        """The results that say something: the test was not skipped."""
+        return [r for r in self.results if r.outcome != "skipped"]
+
+    @property
+    def pass_rate(self) -> float | None:
+        """The part of all attempts that passed, from 0 to 1; None without any."""
+        attempts = sum(r.attempts for r in self.counted)
+        failed = sum(r.failed for r in self.counted)
+        return (attempts - failed) / attempts if attempts else None
+
+    @property
+    def flakiness(self) -> float:
+        """How often the outcome was another one than before: from 0 to 1.
+
+        A run in which the test failed and passed counts as such a change.
+        """
+        counted = self.counted
+        pairs = itertools.pairwise(counted)
+        flips = sum(new.outcome == "flaky" or old.bad != new.bad for old, new in pairs)
+        flips += bool(counted) and counted[0].outcome == "flaky"
+        return flips / len(counted) if counted else 0.0
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds that it takes as a rule: the median."""
+        times = [r.duration for r in self.counted]
+        return statistics.median(times) if times else None
+
+    @property
+    def last_failure(self) -> TestResult | None:
+        """The newest result that was not good."""
+        return next((r for r in reversed(self.results) if r.bad), None)
+
+
+class Log:
+    """The file of a run under way. A context manager; leaving it ends the run.
+
+    :param path: of the file, which must not exist.
+    :param run: whose results it gets.
+    :raise OSError: it cannot be made.
+    """
+
+    def __init__(self, path: Path, run: Run) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Unbuffered: what is written is safe from the death of this process.
+        self._file: IO[bytes] = path.open("xb", buffering=0)
+        # Held until the file is closed: while it is, nobody takes the run for ended.
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._run = run
+        self._write({"format": _FORMAT, "version": _VERSION, **_plain(run)})
+
+    def add(self, result: TestResult) -> None:
+        """Append the result of a test.
+
+        :raise OSError: it cannot be written.
+        """
+        self._write(_plain(result))
+
+    def end(self, duration: float, outcome: str) -> None:
+        """Tell how the run ended.
+
+        :param duration: seconds.
+        :raise OSError: it cannot be written.
+        """
+        self._write({"duration": duration, "outcome": outcome})
+
+    def close(self) -> None:
+        """Let others take the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _write(self, row: object) -> None:
+        line = json.dumps(row).encode() + b"\n"
+        if self._file.write(line) != len(line):
+            # What follows would be part of that line.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class History:
+    """The results of all runs.
+
+    :param root: of the cache.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._directory = root / "history"
+        self._file = self._directory / "results.sqlite"
+        self._pending = self._directory / "pending"
+        #: What went wrong with the file, for people.
+        self.problems: list[str] = []
+
+    def begin(self, run: Run) -> Log:
+        """Begin with the results of a run.
+
+        :raise OSError: nothing can be written there.
+        """
+        return Log(self._pending / f"{run.id}.jsonl", run)
+
+    def collect(self) -> None:
+        """Put the results of runs that have ended into the database. Blocking.
+
+        What cannot be put there stays for the next time, and is told in `problems`.
+        """
+        paths = sorted(self._pending.glob("*.jsonl"), key=_age)
+        for path in paths[:-_MOST_PENDING]:
+            path.unlink(missing_ok=True)
+        for path in paths[-_MOST_PENDING:]:
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue  # its run goes on
+                try:
+                    # one that was killed before its first word has an empty file
+                    if os.fstat(file.fileno()).st_size:
+                        self.add(read_runs(file, path.name))
+                except (OSError, sqlite3.Error, HistoryError) as error:
+                    self._note(f"results wait in {path}, which cannot be kept: {error}")
+                else:
+                    path.unlink(missing_ok=True)
+
+    def add(self, runs: Iterable[tuple[Run, list[TestResult]]]) -> int:
+        """Add runs that are not there yet, all or none, and return how many it were.
+
+        :raise sqlite3.Error: the database cannot be written.
+        :raise HistoryError: a newer program has written it.
+        """
+        new = 0
+        with self._connected() as database, database:
+            database.execute("BEGIN IMMEDIATE")
+            for run, results in runs:
+                row = (run.id, run.suite, run.machine, run.started)
+                done = database.execute(
+                    "INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?, ?, ?)",
+                    (*row, run.duration, run.outcome),
+                )
+                if done.rowcount:
+                    new += 1
+                    _insert(database, run, results)
+            _shrink(database)
+        return new
+
+    def times(self, suite: str) -> dict[str, float]:
+        """Return the seconds that tests of a suite took as a rule.
+
+        :return: by id; empty where the history cannot be read, which is in `problems`.
+        """
+        if not self._file.exists():
+            return {}
+        recent: dict[str, list[float]] = {}
+        try:
+            with self._connected() as database:
+                for name, seconds in database.execute(
+                    "SELECT name, duration FROM (SELECT name, duration, row_number()"
+                    " OVER (PARTITION BY test ORDER BY results.started DESC) AS nth"
+                    " FROM results JOIN tests ON tests.id = test"
+                    " WHERE suite = ? AND outcome IN ('passed', 'flaky', 'xfailed'))"
+                    " WHERE nth <= ?",
+                    (suite, _RECENT),
+                ):
+                    recent.setdefault(name, []).append(seconds)
+        except (sqlite3.Error, HistoryError) as error:
+            self._note(f"the times of earlier runs cannot be read: {error}")
+        return {name: statistics.median(times) for name, times in recent.items()}
+
+    def tests(self, beginning: str = "") -> list[TestHistory]:
+        """Return the histories of tests, by suite and id.
+
+        :param beginning: of their ids.
+        :raise sqlite3.Error: the database cannot be read.
+        :raise HistoryError: a newer program has written it.
+        """
+        if not self._file.exists():
+            return []
+        found: dict[tuple[str, str], list[TestResult]] = {}
+        with self._connected() as database:
+            for suite, name, *values in database.execute(
+                "SELECT suite, name, outcome, duration, started, attempts, failed,"
+                " cause, place, worker, phases"
+                " FROM results JOIN tests ON tests.id = test"
+                " WHERE substr(name, 1, ?) = ? ORDER BY suite, name, started",
+                (len(beginning), beginning),
+            ):
+                found.setdefault((suite, name), []).append(_result(name, values))
+        return [TestHistory(*key, tuple(rows)) for key, rows in found.items()]
+
+    def runs(self) -> Iterator[tuple[Run, list[TestResult]]]:
+        """Yield all runs with their results, the oldest first.
+
+        :raise sqlite3.Error: the database cannot be read.
+        :raise HistoryError: a newer program has written it.
+        """
+        if not self._file.exists():
+            return
+        with self._connected() as database:
+            for row in database.execute(
+                "SELECT id, suite, machine, started, duration, outcome FROM runs"
+                " ORDER BY started"
+            ).fetchall():
+                run = Run(**dict(zip(_names(Run), row, strict=True)))
+                results = database.execute(
+                    "SELECT name, outcome, duration, results.started, attempts, failed,"
+                    " cause, place, worker, phases FROM results"
+                    " JOIN tests ON tests.id = test WHERE run = ?"
+                    " ORDER BY results.started",
+                    (run.id,),
+                )
+                yield run, [_result(name, values) for name, *values in results]
+
+    def write(self, file: IO[bytes]) -> int:
+        """Write all runs for `read_runs` elsewhere, and return how many they are."""
+        number = 0
+        for run, results in self.runs():
+            number += 1
+            rows = [{"format": _FORMAT, "version": _VERSION, **_plain(run)}]
+            rows += map(_plain, results)
+            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        return number
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            database = self._open()
+        except sqlite3.DatabaseError as error:
+            if not _is_damage(error):
+                raise
+            self._put_aside()
+            database = self._open()
+        with contextlib.closing(database):
+            try:
+                yield database
+            except sqlite3.DatabaseError as error:
+                if _is_damage(error):
+                    self._put_aside()
+                raise
+
+    def _open(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self._file, timeout=_PATIENCE, isolation_level=None)
+        try:
+            database.execute("PRAGMA foreign_keys = ON")
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                with database:
+                    # another process may be doing the same
+                    database.execute("BEGIN IMMEDIATE")
+                    if database.execute("PRAGMA user_version").fetchone() == (0,):
+                        for statement in _SCHEMA.split(";"):
+                            database.execute(statement)
+                        database.execute(f"PRAGMA user_version = {_VERSION}")
+            elif version > _VERSION:
+                raise HistoryError(  # noqa: TRY301 - it closes as others do
+                    f"{self._file} is of a newer program (format {version}, expected"
+                    f" {_VERSION}): it is left alone"
+                )
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def _put_aside(self) -> None:
+        with (self._directory / ".lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # another process may have done it, and the file may be whole
+            try:
+                with contextlib.closing(self._open()) as database:
+                    if database.execute("PRAGMA quick_check(1)").fetchone() == ("ok",):
+                        return
+            except sqlite3.DatabaseError as error:
+                if not _is_damage(error):
+                    raise
+            aside = self._file.with_name("damaged.sqlite")
+            self._note(f"the history was damaged and is now {aside}; a new one begins")
+            for end in ("", "-journal"):
+                with contextlib.suppress(FileNotFoundError):
+                    Path(f"{self._file}{end}").replace(f"{aside}{end}")
+
+    def _note(self, problem: str) -> None:
+        log.warning("%s", problem)
+        self.problems.append(problem)
+
+
+def read_runs(
+    lines: Iterable[bytes], source: str
+) -> Iterator[tuple[Run, list[TestResult]]]:
+    """Yield the runs in a file that `Log` or `History.write` have made.
+
+    A last line that was cut by a crash is left out. The file may be anybody's: texts
+    are bounded and made safe, and what is no result is refused.
+
+    :param lines: of the file.
+    :param source: its name, for errors.
+    :raise HistoryError: it has no results, or those of a newer program.
+    """
+    run: Run | None = None
+    results: list[TestResult] = []
+    size = 0
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            break
+        size += len(line)
+        if size > _MOST_BYTES:
+            raise HistoryError(f"{source}: it has more than {_MOST_BYTES >> 20} MiB")
+        try:
+            row = json.loads(line)
+            if row.get("format"):
+                if run:
+                    yield run, results
+                run, results = _read_run(row), []
+            elif run and "test" in row:
+                results.append(_read_result(row))
+            elif run:
+                outcome = _text(row["outcome"], _LONGEST["outcome"])
+                duration = _number(row["duration"])
+                run = dataclasses.replace(run, duration=duration, outcome=outcome)
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            raise HistoryError(
+                f"{source}, line {number}: expected results of tests, as"
+                f" `history --export` writes them, got {safe_text(line[:60])}"
+            ) from error
+    if run is None:
+        raise HistoryError(f"{source}: it has no results of tests")
+    yield run, results
+
+
+def _read_run(row: dict[str, object]) -> Run:
+    if row["format"] != _FORMAT:
+        raise ValueError(row["format"])
+    if row["version"] != _VERSION:
+        raise HistoryError(
+            f"the results are of a newer program: format {row['version']}, expected"
+            f" {_VERSION}"
+        )
+    if not isinstance(row["id"], str) or not _ID.fullmatch(row["id"]):
+        raise ValueError(row["id"])
+    duration = row.get("duration")
+    return Run(
+        id=row["id"],
+        suite=_text(row["suite"], 200),
+        machine=_text(row["machine"], 200),
+        started=_number(row["started"]),
+        duration=None if duration is None else _number(duration),
+        outcome=_text(row["outcome"], _LONGEST["outcome"]),
+    )
+
+
+def _read_result(row: dict[str, object]) -> TestResult:
+    texts = {name: _text(row.get(name, ""), most) for name, most in _LONGEST.items()}
+    if texts["outcome"] not in _OUTCOMES:
+        raise ValueError(texts["outcome"])
+    attempts, failed = int(_number(row["attempts"])), int(_number(row["failed"]))
+    if not 0 <= failed <= attempts < 1 << 31:
+        raise ValueError(attempts)
+    phases = row.get("phases") or {}
+    if not isinstance(phases, dict):
+        raise TypeError(phases)
+    return TestResult(
+        test=texts["test"],
+        outcome=texts["outcome"],
+        duration=_number(row["duration"]),
+        started=_number(row["started"]),
+        attempts=attempts,
+        failed=failed,
+        cause=texts["cause"],
+        where=texts["where"],
+        worker=texts["worker"],
+        phases={_text(k, 50): _number(v) for k, v in list(phases.items())[:20]},
+    )
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(value)
+    if not 0 <= value < math.inf:
+        raise ValueError(value)
+    return float(value)
+
+
+def _text(value: object, most: int) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return safe_text(value, limit=most)
+
+
+def _plain(row: Run | TestResult) -> dict[str, object]:
+    return dataclasses.asdict(row)
+
+
+def _names(cls: type[Run]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _insert(
+    database: sqlite3.Connection, run: Run, results: Iterable[TestResult]
+) -> None:
+    for result in results:
+        key = (run.suite, result.test)
+        database.execute("INSERT OR IGNORE INTO tests (suite, name) VALUES (?, ?)", key)
+        values = (result.outcome, result.duration, result.started, result.attempts)
+        more = (result.failed, result.cause, result.where, result.worker)
+        # of one that ran more than once, as with a plugin that repeats it, the last
+        database.execute(
+            "INSERT OR REPLACE INTO results SELECT id, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+            " FROM tests WHERE suite = ? AND name = ?",
+            (run.id, *values, *more, json.dumps(dict(result.phases)), *key),
+        )
+
+
+def _shrink(database: sqlite3.Connection) -> None:
+    (number,) = database.execute("SELECT count(*) FROM results").fetchone()
+    if number <= _MOST_RESULTS:
+        return
+    # the newest runs that have so many together; and the newest in any case
+    database.execute(
+        "DELETE FROM runs WHERE id IN (SELECT id FROM (SELECT runs.id AS id,"
+        " row_number() OVER (ORDER BY runs.started DESC) AS nth,"
+        " sum(count(results.run)) OVER (ORDER BY runs.started DESC) AS total"
+        " FROM runs LEFT JOIN results ON results.run = runs.id GROUP BY runs.id)"
+        " WHERE total > ? AND nth > 1)",
+        (_MOST_RESULTS,),
+    )
+    database.execute(
+        "DELETE FROM tests WHERE NOT EXISTS"
+        " (SELECT 1 FROM results WHERE results.test = tests.id)"
+    )
+
+
+def _result(name: str, values: list[object]) -> TestResult:
+    fields = ("outcome", "duration", "started", "attempts", "failed", "cause", "where")
+    row = dict(zip((*fields, "worker", "phases"), values, strict=True))
+    return TestResult(test=name, **row | {"phases": json.loads(str(row["phases"]))})  # type: ignore[arg-type]
+
+
+def _age(path: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return 0.0
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in (
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+    )
