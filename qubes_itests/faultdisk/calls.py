@@ -1,4 +1,4 @@
-"""Failing one system call of this process: what a full disk does to a program.
+"""System calls of this process that fail: what a full disk does to a program.
 
 A disk that fails answers late, and the filesystem above it gives up.  A full one says
 so to the very call that needs space.  So this fails calls, one at a time, where Python
@@ -67,13 +67,18 @@ class CallFault:
         call = getattr(module, name)
 
         def wrapper(*arguments: Any, **options: Any) -> Any:
-            if _concerns(self._directory, name, arguments, position):
+            # an open(2) counts when it may create
+            counts = len(arguments) > position and (
+                name != "open" or (len(arguments) > 1 and arguments[1] & os.O_CREAT)
+            )
+            if counts and self._directory in Path(_where(arguments[position])).parents:
                 self._count(name, arguments)
             return call(*arguments, **options)
 
         return wrapper
 
     def _count(self, name: str, arguments: tuple[Any, ...]) -> None:
+        # Calls come from all threads of the process; exactly one of them is the n-th.
         with self._lock:
             self._left -= 1
             if self._left:
@@ -102,20 +107,6 @@ def failing_call(
             patches.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, fault.wrap(name))
         yield fault
-
-
-def _concerns(
-    directory: Path, name: str, arguments: tuple[Any, ...], position: int
-) -> bool:
-    if len(arguments) <= position:
-        return False
-    if name == "open" and not _creates(arguments):
-        return False
-    return directory in Path(_where(arguments[position])).parents
-
-
-def _creates(arguments: tuple[Any, ...]) -> bool:
-    return len(arguments) > 1 and bool(arguments[1] & os.O_CREAT)
 
 
 def _where(target: Any) -> str:

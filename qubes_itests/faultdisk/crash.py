@@ -1,4 +1,4 @@
-"""What a disk may hold after a power cut.
+"""States of a disk after a power cut.
 
 Everything before the last flush that came before the cut, and of what was written
 since any part: each write wholly, not at all, or some of its sectors.
@@ -68,10 +68,15 @@ def choose_states(
         for number, operation in enumerate(operations, 1)
         if operation.kind in {Kind.FLUSH, Kind.LIE, Kind.NOTE}
     ]
-    return sorted(
-        CrashState(_choose_cut(len(operations), promises, seed, index), seed, index)
-        for index in range(count)
-    )
+
+    def cut(index: int) -> int:
+        numbers = random.Random(f"{seed}/{index}/cut")  # noqa: S311 - no secret
+        if promises and numbers.random() < 0.5:  # noqa: PLR2004 - half
+            near = numbers.choice(promises) + numbers.randrange(_NEAR)
+            return min(len(operations), near)
+        return numbers.randint(0, len(operations))
+
+    return sorted(CrashState(cut(index), seed, index) for index in range(count))
 
 
 def flushed_before(operations: Sequence[Operation], cut: int) -> int:
@@ -97,34 +102,27 @@ def survivors(
     :param whole: offsets and lengths of what the disk writes whole or not at all,
         besides each sector.
     """
-    random_numbers = state.random()
-    chance = random_numbers.choice(_CHANCES)
+    numbers = state.random()
+    chance = numbers.choice(_CHANCES)
     # A filesystem's superblock may be larger than a sector, and without a copy.
     indivisible = list(whole)
     start = flushed_before(operations, state.cut)
     for operation in itertools.islice(operations, start, state.cut):
-        if operation.changes:
-            yield from _surviving(operation, random_numbers, chance, indivisible)
-
-
-def _choose_cut(total: int, promises: list[int], seed: int, index: int) -> int:
-    numbers = random.Random(f"{seed}/{index}/cut")  # noqa: S311 - no secret
-    if promises and numbers.random() < 0.5:  # noqa: PLR2004 - half
-        return min(total, numbers.choice(promises) + numbers.randrange(_NEAR))
-    return numbers.randint(0, total)
-
-
-def _surviving(
-    operation: Operation,
-    numbers: random.Random,
-    chance: float,
-    whole: Sequence[tuple[int, int]],
-) -> Iterator[Patch]:
-    divisible = chance not in (0, 1) and operation.length > SECTOR
-    if divisible and numbers.random() < _TORN and not _touches(operation, whole):
-        yield from _tear(operation, numbers)
-    elif numbers.random() < chance:
-        yield operation.offset, operation.content
+        if not operation.changes:
+            continue
+        divisible = chance not in (0, 1) and operation.length > SECTOR
+        end = operation.offset + operation.length
+        if (
+            divisible
+            and numbers.random() < _TORN
+            and not any(
+                operation.offset < begin + length and begin < end
+                for begin, length in indivisible
+            )
+        ):
+            yield from _tear(operation, numbers)
+        elif numbers.random() < chance:
+            yield operation.offset, operation.content
 
 
 def _tear(operation: Operation, numbers: random.Random) -> Iterator[Patch]:
@@ -136,10 +134,3 @@ def _tear(operation: Operation, numbers: random.Random) -> Iterator[Patch]:
     for start in starts:
         if numbers.random() < 0.5:  # noqa: PLR2004 - half
             yield operation.offset + start, content[start : start + SECTOR]
-
-
-def _touches(operation: Operation, ranges: Iterable[tuple[int, int]]) -> bool:
-    end = operation.offset + operation.length
-    return any(
-        operation.offset < start + length and start < end for start, length in ranges
-    )

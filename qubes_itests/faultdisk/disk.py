@@ -1,4 +1,4 @@
-"""A block device that records what is written to it, and fails on request."""
+"""Block device that records what is written to it, and fails on request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from qubes_itests.faultdisk.exc import FaultDiskError, NoFuseError
+from qubes_itests.exc import EnvironmentNotReadyError
+from qubes_itests.faultdisk.exc import FaultDiskError
 from qubes_itests.faultdisk.operations import Operation, read_journal
 from qubes_itests.host.loop import LoopDevice
 
@@ -36,7 +37,7 @@ class FaultDisk:
 
     :param image: the file with the disk's content; it is changed.
     :param directory: where to put the journal and the mount point.
-    :raise NoFuseError: when the machine has no FUSE.
+    :raise EnvironmentNotReadyError: when the machine has no FUSE.
     """
 
     def __init__(self, image: Path, directory: Path) -> None:
@@ -51,7 +52,7 @@ class FaultDisk:
 
     def __enter__(self) -> Self:
         if not _FUSE.exists():
-            raise NoFuseError(f"{_FUSE} is absent")
+            raise _no_fuse(f"{_FUSE} is absent")
         with contextlib.ExitStack() as undo:
             place = Path(tempfile.mkdtemp(prefix="disk-", dir=self._directory))
             undo.callback(place.rmdir)
@@ -123,7 +124,15 @@ class FaultDisk:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = self._spawn(mount_point, theirs.fileno())
-        undo.callback(self._end_process)
+
+        def end_process() -> None:
+            try:
+                self._process.wait(_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+        undo.callback(end_process)
         ours.settimeout(_TIMEOUT)
         # Closing it tells the process to unmount and to end.
         self._channel = undo.enter_context(ours)
@@ -131,7 +140,7 @@ class FaultDisk:
         try:
             self._answer("serve")
         except FaultDiskError as error:
-            raise NoFuseError(error.log or error.reason) from error
+            raise _no_fuse(error.log or error.reason) from error
 
     def _spawn(self, mount_point: Path, channel: int) -> subprocess.Popen[bytes]:
         module = f"{__package__}.server"
@@ -145,13 +154,6 @@ class FaultDisk:
             # Ctrl-C is for us: what is mounted on the disk is unmounted first.
             process_group=0,
         )
-
-    def _end_process(self) -> None:
-        try:
-            self._process.wait(_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
     def _order(self, order: str, **arguments: Any) -> dict[str, Any]:
         line = json.dumps({"order": order, **arguments}).encode() + b"\n"
@@ -176,3 +178,11 @@ class FaultDisk:
     def _last_words(self) -> str:
         self._log.seek(0)
         return self._log.read()[-_LOG_TAIL:].decode(errors="replace").strip()
+
+
+def _no_fuse(reason: str) -> EnvironmentNotReadyError:
+    return EnvironmentNotReadyError(
+        f"Files cannot be served through FUSE ({reason}).",
+        "Load the driver with: modprobe fuse; install libfuse3-3; a container must be"
+        " given /dev/fuse and the right to mount.",
+    )

@@ -1,9 +1,7 @@
-"""The errors of disks that fail on purpose.
+"""Errors of disks that fail on purpose.
 
 ::
 
-    EnvironmentNotReadyError
-     +-- NoFuseError          the machine has no FUSE
     HarnessError
      +-- FaultDiskError       the process behind a disk does not do as it is told
      +-- CrashStateError      something does not survive a power cut
@@ -13,27 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qubes_itests.exc import EnvironmentNotReadyError, HarnessError
+from qubes_itests.exc import HarnessError
 
 if TYPE_CHECKING:
     from qubes_itests.faultdisk.crash import CrashState
 
-__all__ = ["CrashStateError", "FaultDiskError", "NoFuseError"]
-
-
-class NoFuseError(EnvironmentNotReadyError):
-    """The machine has no FUSE.
-
-    :param reason: what was tried and how it failed.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(
-            f"Files cannot be served through FUSE ({reason}).",
-            "Load the driver with: modprobe fuse; install libfuse3-3; a container"
-            " must be given /dev/fuse and the right to mount.",
-        )
-        self.reason = reason
+__all__ = ["CrashStateError", "FaultDiskError"]
 
 
 class FaultDiskError(HarnessError):

@@ -1,4 +1,4 @@
-"""Examining what power cuts leave: each state is mounted, judged and checked."""
+"""Examination of what power cuts leave: each state is mounted, judged, checked."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ class CrashExplorer:
             place = Path(name)
             (place / "fs").mkdir(mode=0o700)
             # While one state is checked by its filesystem's program, the next is
-            # mounted.
+            # mounted. Two images take turns (`_images`), so the one that is checked is
+            # never that which is being made: before its turn comes again, `result` has
+            # been waited for.
             before: Future[None] | None = None
             for state, image in self._images(place, states):
                 self._judge(image, place / "fs", state)
@@ -131,7 +133,10 @@ class CrashExplorer:
                     raise self._error(state, "mount", error.stderr) from error
             yield
         if kind is FilesystemType.BTRFS:
-            _forget_devices()
+            # Older kernels remember that a device of this filesystem was newer, and
+            # refuse to mount the next state, which is of an earlier time.
+            with contextlib.suppress(OSError), _BTRFS_CONTROL.open("rb") as control:
+                fcntl.ioctl(control, _BTRFS_IOC_FORGET_DEV, bytearray(_VOL_ARGS_SIZE))
 
     def _check_filesystem(self, image: Path, state: CrashState) -> None:
         checker = _CHECKERS[self._recording.kind]
@@ -142,10 +147,3 @@ class CrashExplorer:
 
     def _error(self, state: CrashState, step: str, reason: str) -> CrashStateError:
         return CrashStateError(state, step, reason, checked=self._checked)
-
-
-def _forget_devices() -> None:
-    # Older kernels remember that a device of this filesystem was newer, and refuse to
-    # mount the next state, which is of an earlier time.
-    with contextlib.suppress(OSError), _BTRFS_CONTROL.open("rb") as control:
-        fcntl.ioctl(control, _BTRFS_IOC_FORGET_DEV, bytearray(_VOL_ARGS_SIZE))

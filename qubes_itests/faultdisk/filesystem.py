@@ -1,4 +1,4 @@
-"""A mounted filesystem on a disk that records and fails."""
+"""Mounted filesystem on a disk that records and fails."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ class FaultFilesystem:
         with contextlib.ExitStack() as undo:
             place = tempfile.TemporaryDirectory(dir=self._directory)
             self._place = Path(undo.enter_context(place))
-            image = self._make_image()
+            image = self._place / "image"
+            make_filesystem(image, self.kind, self._size)
+            sparse.dig_holes(image)
+            sparse.copy_sparse(image, self.base)
             self.mount_point.mkdir(mode=0o700)
             self.disk = undo.enter_context(FaultDisk(image, self._place))
             undo.enter_context(unmounted_afterwards(self.mount_point))
@@ -107,13 +110,6 @@ class FaultFilesystem:
         """Return what happened to the disk so far; to be used within the context."""
         return Recording(self.kind, self.base, self.disk.operations())
 
-    def _make_image(self) -> Path:
-        image = self._place / "image"
-        make_filesystem(image, self.kind, self._size)
-        sparse.dig_holes(image)
-        sparse.copy_sparse(image, self.base)
-        return image
-
     def _fsync_until(self, stop: threading.Event) -> None:
         fd = os.open(self.mount_point / ".neighbour", os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -121,7 +117,11 @@ class FaultFilesystem:
                 os.pwrite(fd, os.urandom(16), 0)
                 os.fsync(fd)
                 if self.kind is FilesystemType.BTRFS:
-                    _commit_metadata(fd)
+                    # There an fsync concerns one file only; a commit of all comes
+                    # every 30 seconds otherwise.
+                    transaction = bytearray(struct.calcsize("<Q"))
+                    fcntl.ioctl(fd, _BTRFS_IOC_START_SYNC, transaction)
+                    fcntl.ioctl(fd, _BTRFS_IOC_WAIT_SYNC, transaction)
         finally:
             os.close(fd)
 
@@ -152,10 +152,3 @@ def mount_device(device: Path, directory: Path, kind: FilesystemType) -> None:
     """
     options = "noatime,nouuid" if kind.value == "xfs" else "noatime"
     run(["mount", "-t", kind.value, "-o", options, device, directory])
-
-
-def _commit_metadata(fd: int) -> None:
-    # There an fsync concerns one file only; a commit comes every 30 seconds otherwise.
-    transaction = bytearray(struct.calcsize("<Q"))
-    fcntl.ioctl(fd, _BTRFS_IOC_START_SYNC, transaction)
-    fcntl.ioctl(fd, _BTRFS_IOC_WAIT_SYNC, transaction)

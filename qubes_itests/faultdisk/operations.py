@@ -1,4 +1,4 @@
-"""What happens to a disk, and how it is written down.
+"""Operations of a disk, and the journal in which they are written down.
 
 A journal is a sequence of operations: a header (kind, offset, length) and, for writes
 and notes, as many bytes.

@@ -1,4 +1,4 @@
-"""All that happened to a disk while something worked on it, kept to be examined."""
+"""Recording of all that happened to a disk, kept to be examined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process behind a disk: serves one file through FUSE and records what happens.
+"""Process behind a disk: it serves one file through FUSE and records what happens.
 
 It is started by `FaultDisk`, takes orders as lines of JSON on a socket, and ends when
 the other end of that is closed, however that comes about.
@@ -65,6 +65,8 @@ class Disk:
     def __init__(self, image: int, journal: Path) -> None:
         self._image = image
         self._journal = journal.open("wb", buffering=0)
+        # FUSE has one thread, orders have another. What is done and what is recorded of
+        # it must be one: a note between the two would promise what a cut takes away.
         self._lock = threading.Lock()
         self._faults: list[_Fault] = []
         self._lying = False
@@ -87,7 +89,11 @@ class Disk:
         with self._lock:
             self._pass("write")
             if operation.kind is Kind.ZERO:
-                self._punch(operation)
+                libc = ctypes.CDLL(None, use_errno=True)
+                mode = _KEEP_SIZE | _PUNCH_HOLE
+                hole = map(ctypes.c_int64, (operation.offset, operation.length))
+                if libc.fallocate(self._image, mode, *hole):
+                    raise OSError(ctypes.get_errno(), "fallocate")
             else:
                 os.pwrite(self._image, operation.data, operation.offset)
             self._journal.write(operation.encode())
@@ -100,36 +106,27 @@ class Disk:
             self._journal.write(Operation(kind).encode())
 
     def obey(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Carry out an order and return the answer."""
+        """Carry out an order of `FaultDisk` and return the answer."""
         with self._lock:
-            handler: Callable[..., dict[str, Any]]
-            handler = getattr(self, f"_order_{order.pop('order')}")
-            return handler(**order)
-
-    def _order_note(self, text: str) -> dict[str, Any]:
-        if self._power:
-            self._journal.write(Operation.note(text.encode()).encode())
+            match order.pop("order"):
+                case "note":
+                    if self._power:
+                        text: str = order["text"]
+                        self._journal.write(Operation.note(text.encode()).encode())
+                case "fail":
+                    self._faults.append(_Fault(**order))
+                case "mend":
+                    self._faults.clear()
+                    self._lying = False
+                case "lie":
+                    self._lying = True
+                case "cut":
+                    self._power = False
+                case "counts":
+                    return dict(self._counts)
+                case unknown:
+                    raise ValueError(f"there is no order {unknown!r}")
         return {}
-
-    def _order_fail(self, **fault: Any) -> dict[str, Any]:
-        self._faults.append(_Fault(**fault))
-        return {}
-
-    def _order_mend(self) -> dict[str, Any]:
-        self._faults.clear()
-        self._lying = False
-        return {}
-
-    def _order_lie(self) -> dict[str, Any]:
-        self._lying = True
-        return {}
-
-    def _order_cut(self) -> dict[str, Any]:
-        self._power = False
-        return {}
-
-    def _order_counts(self) -> dict[str, Any]:
-        return dict(self._counts)
 
     def _pass(self, operation: str) -> None:
         self._counts[operation] += 1
@@ -139,12 +136,6 @@ class Disk:
             self._counts["failed"] += 1
             code = struck[0].error if self._power else errno.EIO
             raise OSError(code, os.strerror(code))
-
-    def _punch(self, operation: Operation) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        offset = ctypes.c_int64(operation.offset), ctypes.c_int64(operation.length)
-        if libc.fallocate(self._image, _KEEP_SIZE | _PUNCH_HOLE, *offset):
-            raise OSError(ctypes.get_errno(), "fallocate")
 
 
 class _Files(mfusepy.Operations):  # type: ignore[misc]
@@ -229,7 +220,9 @@ def _listen(channel: socket.socket, disk: Disk, mount_point: str) -> None:
             except Exception as error:  # noqa: BLE001 - it is told to who asked
                 answer = {"error": repr(error)}
             channel.sendall(json.dumps(answer).encode() + b"\n")
-    # Nobody is left who could give orders: the test or the whole run is over.
+    # Nobody is left who could give orders: the test or the whole run is over. Lazily,
+    # for a loop device may still have the file open; and without waiting for the other
+    # thread, which may be in a call of the kernel for as long as it is mounted.
     ctypes.CDLL(None).umount2(os.fsencode(mount_point), _MNT_DETACH)
     os._exit(0)
 
