@@ -94,6 +94,7 @@ static bool all_ended(int signal_number, int milliseconds)
 {
 	const struct timespec pause = {.tv_nsec = 10000000};
 
+	/* All but process 1 itself. One that is stopped takes no SIGTERM before it goes on. */
 	kill(-1, signal_number);
 	kill(-1, SIGCONT);
 	for (; milliseconds > 0; milliseconds -= 10) {
@@ -121,11 +122,14 @@ _Noreturn void power_off(bool reboot_instead)
 	}
 	if (!all_ended(SIGTERM, 2000))
 		all_ended(SIGKILL, 1000);
+	/* Writes of processes that are gone may still be in memory, and what cannot be
+	 * unmounted is made read-only: reboot(2) itself brings nothing to the disk. */
 	sync();
 	for (size_t i = 0; i < sizeof mounted / sizeof *mounted; i++)
 		if (umount(mounted[i]) != 0)
 			mount(NULL, mounted[i], NULL, MS_REMOUNT | MS_RDONLY, NULL);
 	reboot(reboot_instead ? RB_AUTOBOOT : RB_POWER_OFF);
+	/* Process 1 must not return: the kernel panics, which the host would take for one. */
 	for (;;)
 		pause();
 }

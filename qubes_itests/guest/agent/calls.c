@@ -47,6 +47,8 @@ static size_t receive(int socket, struct iovec *text, int *fds, struct ucred *se
 	} control;
 	struct msghdr message = {.msg_iov = text, .msg_iovlen = 1, .msg_control = &control,
 	                         .msg_controllen = sizeof control};
+	/* Closed on exec from the first moment on: a command that is spawned in between would
+	 * keep the call's pipes open. */
 	ssize_t length = recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 	bool whole = length >= 0 && !(message.msg_flags & (MSG_TRUNC | MSG_CTRUNC));
 	size_t size = 0;
@@ -70,6 +72,7 @@ void calls_ready(int socket)
 {
 	char text[2 * NAME_LIMIT];
 	struct iovec part = {text, sizeof text};
+	/* The kernel's word, by SO_PASSCRED: who calls is not what the datagram says. */
 	struct ucred sender = {.uid = (uid_t)-1};
 	int fds[CALL_FDS + 1]; /* alignment may leave space for one more */
 	size_t count = receive(socket, &part, fds, &sender);

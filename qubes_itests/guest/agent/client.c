@@ -200,7 +200,9 @@ static pid_t start_child(char **local, int input, int output)
 		return child;
 	if (*local)
 		run_local(local, input, output);
+	/* It must not outlive the call. Whether the parent died before is looked at below. */
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	/* Its copy of the socket would keep the parent from ever seeing the end of it. */
 	close(input);
 	/* Who reads our output shall see its end, while we may wait for more input. */
 	if (!stdin_socket)

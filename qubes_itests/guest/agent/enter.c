@@ -281,6 +281,8 @@ static bool hand_over(void)
 
 	if (!write_user())
 		return false;
+	/* The new init inherits our children and knows none of them. The port's descriptor is
+	 * closed on exec; what is still to be sent would be lost with our memory. */
 	streams_reset();
 	listeners_end();
 	port_flush();

@@ -32,6 +32,8 @@ static _Noreturn void listen_to(const struct passwd *user, pid_t agent)
 	siginfo_t info;
 	sigset_t set;
 
+	/* Blocked before anybody knows our number: SIGUSR1 that came earlier would kill. It is
+	 * waited for, not handled, since its sender's number is all that it says. */
 	sigemptyset(&set);
 	sigaddset(&set, SIGUSR1);
 	sigprocmask(SIG_SETMASK, &set, NULL);
@@ -40,6 +42,8 @@ static _Noreturn void listen_to(const struct passwd *user, pid_t agent)
 	if (chdir("/") != 0 ||
 	    (geteuid() == 0 && (setgid(user->pw_gid) != 0 || setuid(user->pw_uid) != 0)))
 		_exit(1);
+	/* After setuid(2), which clears it. And then whether the agent lives is looked at: it
+	 * may have died before. */
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	while (getppid() == agent)
 		if (sigwaitinfo(&set, &info) == SIGUSR1)
@@ -61,6 +65,7 @@ pid_t listener_of(const struct passwd *user)
 	if (free < 0)
 		return -1;
 	listeners[free].uid = user->pw_uid;
+	/* fork(2) and not vfork(2): it goes on in this program, and never executes another. */
 	listeners[free].pid = fork();
 	if (listeners[free].pid == 0)
 		listen_to(user, agent);

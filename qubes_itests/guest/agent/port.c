@@ -51,6 +51,9 @@ void send_frame(enum frame_type type, uint8_t channel, uint32_t stream,
 	struct frame frame = {(uint8_t)type, channel, (uint16_t)length, stream};
 	uint8_t *place = buffer_room(&port.out, HEADER_SIZE + length);
 
+	/* Cannot be: who sends much has made room before (port_room), and the small frames of
+	 * all streams together are less than that. A frame that is left out would let the streams of both
+	 * sides differ for good. */
 	if (!place) {
 		errno = ENOBUFS;
 		die("output");
@@ -87,7 +90,8 @@ static void hello(const uint8_t *nonce)
 	uint8_t answer[18] = {PROTOCOL_VERSION};
 
 	streams_reset();
-	/* What is left was for another host. */
+	/* What is left was for another host. Dropped after the streams, whose ends would add
+	 * to it, and as a whole: cut between frames, or the new host could not read any. */
 	port.out.start = port.out.end = 0;
 	port.answered = false;
 	port.connected = true;
@@ -196,7 +200,8 @@ static bool next_frame(void)
 /* True: there is more to be done when there is room for the answers. */
 static bool port_receive(void)
 {
-	/* The driver gives at most a page at a time: collect what there is. */
+	/* The driver gives at most a page at a time: collect what there is. To the end, for
+	 * epoll tells of an edge once, and never again of what was left. */
 	while (port.readable && buffer_room(&port.in, PAGE)) {
 		ssize_t length = read(port.fd, port.in.bytes + port.in.end,
 		                      port.in.size - port.in.end);
@@ -204,6 +209,10 @@ static bool port_receive(void)
 		port.readable = length > 0;
 		port.in.end += length > 0 ? (size_t)length : 0;
 	}
+	/* No frame is taken without room for its answer. This is the other half of the flow
+	 * control: a host that does not read us is not read either, its writes fill the port,
+	 * and it waits. (That it keeps reading us meanwhile is the host's part, or both would
+	 * wait for ever: see _TOO_MUCH in link/connection.py.) */
 	while (port_room())
 		if (!next_frame())
 			return port.readable;
@@ -250,6 +259,9 @@ static int signals_open(void)
 	for (int number = 1; number < NSIG; number++)
 		if (sigaction(number, NULL, &action) == 0 && action.sa_handler == SIG_IGN)
 			signal(number, SIG_DFL);
+	/* Signals are read from a descriptor, between two events, and never interrupt: what a
+	 * child's end changes is the very list of streams that is being walked through. They
+	 * are blocked in children too, until become() unblocks them. */
 	sigemptyset(&set);
 	sigaddset(&set, SIGCHLD);
 	if (getpid() == 1) {
@@ -258,6 +270,8 @@ static int signals_open(void)
 		sigaddset(&set, SIGUSR2);
 	}
 	sigprocmask(SIG_BLOCK, &set, NULL);
+	/* A reader that went is an error of write(2). As process 1 we could not be killed by
+	 * it, but where another init runs we would. */
 	signal(SIGPIPE, SIG_IGN);
 	return signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
 }
@@ -271,6 +285,8 @@ static void signals_ready(int fd)
 	while (read(fd, &info, sizeof info) == (ssize_t)sizeof info)
 		if (info.ssi_signo != SIGCHLD) /* as busybox tells its init */
 			power_off(info.ssi_signo == SIGTERM);
+	/* All that there are: several ends may have been one signal. As process 1 we get the
+	 * orphans of all others, too, which would stay zombies. */
 	while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
 		listener_reaped(pid);
 		stream_reaped(pid, status);
@@ -305,6 +321,8 @@ _Noreturn void run_loop(int port_fd, int disks, bool entered)
 		/* Without memory for its list it cannot wait, but the port goes on. */
 		if (ready < 0 && errno != EINTR && errno != ENOMEM)
 			die("poll");
+		/* Streams before signals: of a command that has ended what it wrote last is then
+		 * read first. What is left of it is asked for by source_drain(). */
 		if (room && ready > 0) {
 			streams_ready(polled + STREAMS, count);
 			if (polled[SIGNALS].revents)
@@ -315,6 +333,8 @@ _Noreturn void run_loop(int port_fd, int disks, bool entered)
 				disks_ready();
 		}
 		port_event();
+		/* Frames first, then the sweep, which frees what has ended: an event of this turn
+		 * must not find a stream that is no more. */
 		more = port_receive();
 		more = !streams_sweep() || more;
 		port_flush();

@@ -60,6 +60,8 @@ static void load_modules(void)
 
 	if (access(LOAD_MODULES, X_OK) != 0)
 		return;
+	/* Waited for by its number, in the middle of a frame: SIGCHLD of others stays pending
+	 * meanwhile, and they are reaped in the loop. */
 	child = fork();
 	if (child == 0) {
 		sigemptyset(&none);

@@ -97,15 +97,22 @@ static void use_service(const char *argv[6], const struct service *service,
 	argv[4] = argument && argument[1] ? argument + 1 : NULL;
 }
 
-/* Runs in the vforked child, which shares the agent's memory until it executes. */
+/* Runs in the vforked child, which shares the agent's memory until it executes: what it
+ * writes there stays. So all that takes memory or files is looked up before, and here
+ * are system calls alone. */
 static int become(const struct passwd *user, const gid_t *groups, size_t group_count,
                   const int stdio[3])
 {
 	sigset_t none;
 
+	/* Blocked and ignored signals outlive execve(2): a shell whose SIGCHLD is blocked
+	 * waits for ever, and a pipeline whose SIGPIPE is ignored does not end. A vforked
+	 * child has a copy of these, so the agent's own stay. */
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	signal(SIGPIPE, SIG_DFL);
+	/* A session of its own, so that kill(-pid) reaches the command's children and nobody
+	 * else, and so that it can have a controlling terminal. */
 	setsid();
 	for (int i = 0; i < 3; i++)
 		/* Its own, so that it may open /dev/stdout. */
@@ -114,6 +121,7 @@ static int become(const struct passwd *user, const gid_t *groups, size_t group_c
 	/* To be signalled by its keys, and hung up with it. */
 	if (isatty(STDIN_FILENO) && ioctl(STDIN_FILENO, TIOCSCTTY, 0) != 0)
 		return errno;
+	/* Groups first: who is no longer root cannot set them, and would keep root's. */
 	if (geteuid() == 0 && (setgroups(group_count, groups) != 0 ||
 	                       setgid(user->pw_gid) != 0 || setuid(user->pw_uid) != 0))
 		return errno;
@@ -127,6 +135,8 @@ static pid_t start(const struct passwd *user, const char *shell, const char *arg
 {
 	gid_t groups[GROUPS_MAX];
 	size_t group_count = find_groups(user, groups);
+	/* The child reports by memory, which it shares, what kept it from executing. vfork(2)
+	 * returns here only when it has executed or ended, so `error` is final then. */
 	volatile int error = 0;
 	pid_t pid = vfork();
 
@@ -135,6 +145,7 @@ static pid_t start(const struct passwd *user, const char *shell, const char *arg
 		if (error == 0)
 			execv(shell, (char *const *)(uintptr_t)argv);
 		error = error ? error : errno;
+		/* Not exit(3): it would flush and free what is the parent's. */
 		_exit(NOT_FOUND);
 	}
 	if (pid < 0)

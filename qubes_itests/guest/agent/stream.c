@@ -79,9 +79,13 @@ static void channel_close(struct channel *channel)
 		return;
 	/* The other end of a socket shall see a closed pipe, not a reset, as it would if
 	 * something were left unread; and the other channel may have the same socket. */
+	/* A half-close: what is the sink of one channel is often the source of the other, and
+	 * close(2) of our descriptor alone would tell the peer of nothing. */
 	is_socket = shutdown(channel->fd, channel->sink ? SHUT_WR : SHUT_RD) == 0;
 	while (is_socket && !channel->sink && read(channel->fd, unread, sizeof unread) > 0)
 		;
+	/* Kept for `use-stdin`, which may come after the input has ended: then the output is
+	 * on this very socket. */
 	if (is_socket && channel->sink && channel->stream->spare < 0 &&
 	    channel->stream->pid != NO_PROCESS)
 		channel->stream->spare = channel->fd;
@@ -132,6 +136,8 @@ static void source_ready(struct channel *source)
 		return;
 	if (ended && (size_t)source->last < limit)
 		limit = (size_t)source->last;
+	/* Straight into the port's buffer, behind the place of a header, and no more than
+	 * there is credit for: nothing that was read ever waits here. */
 	length = read(source->fd, port_payload(), limit);
 	if (length > 0) {
 		tell(source, DATA, port_payload(), (size_t)length);
@@ -151,6 +157,8 @@ static void source_drain(struct channel *source)
 {
 	if (source->fd < 0)
 		return;
+	/* So much and no more, or a child that the command left behind, and that writes on,
+	 * would keep EXIT from being sent. */
 	if (source->stream->terminal)
 		source->last = TERMINAL_HOLDS;
 	else if (ioctl(source->fd, FIONREAD, &source->last) != 0)
@@ -169,6 +177,8 @@ static size_t held(const struct channel *sink)
 static void sink_stop(struct channel *sink)
 {
 	channel_close(sink);
+	/* After EOF of the host there is nothing more to be stopped; after the command's end
+	 * EXIT says it. */
 	if (!sink->stream->ended && !sink->finished)
 		tell(sink, STOP, NULL, 0);
 }
@@ -182,6 +192,8 @@ static void sink_flush(struct channel *sink)
 		sink_stop(sink);
 		return;
 	}
+	/* Credit goes back for what the reader has taken, not for what has arrived: so much
+	 * is in `buffer` at most, whoever does not read. Together, as each is a frame. */
 	sink->taken += (uint32_t)(before - held(sink));
 	if (sink->finished && !held(sink))
 		channel_close(sink);
@@ -197,6 +209,8 @@ static const char *sink_data(struct channel *sink, const uint8_t *bytes, size_t 
 	if (sink->finished || length > sink->credit)
 		return "DATA after EOF, or more of it than credit";
 	sink->credit -= (uint32_t)length;
+	/* Closed, and STOP may still be on its way to the host: dropped, and no credit for
+	 * it, so it ceases. */
 	if (sink->fd < 0)
 		return NULL;
 	memcpy(buffer_room(&sink->buffer, length), bytes, length);
@@ -307,6 +321,8 @@ static void process_open(struct stream *stream, struct strings request,
 		         size ? "terminal" : "input and output", strerror(errno));
 	else
 		stream->pid = spawn(request, service, theirs, &stream->uid, &failure);
+	/* The command's ends are its own now. One that stayed open here would keep its output
+	 * from ever ending, and its input from breaking when it closes it. */
 	for (int i = 0; i < CHANNELS; i++) {
 		close(theirs[i]);
 		if (stream->pid > 0)
@@ -465,6 +481,8 @@ void stream_reaped(pid_t pid, int status)
 			stream_end(stream, KILLED, WTERMSIG(status), "");
 		else
 			stream_end(stream, EXITED, WEXITSTATUS(status), "");
+		/* EXIT waits in streams_sweep() until both outputs are closed: it must be the
+		 * last frame of its stream. */
 		channel_close(&stream->channels[0]);
 		source_drain(&stream->channels[1]);
 		source_drain(&stream->channels[2]);
@@ -479,7 +497,8 @@ static void stream_signal(const struct stream *stream, int number)
 
 	if (stream->pid <= 0 || stream->ended)
 		return;
-	/* Asked first: who is killed leaves the foreground. */
+	/* Not when it has ended: its number is reaped, and may be another process's by now.
+	 * The foreground is asked for first: who is killed leaves it. */
 	foreground = stream->terminal ? tcgetpgrp(stream->channels[1].fd) : -1;
 	kill(-stream->pid, number);
 	if (foreground > 0 && foreground != stream->pid)
@@ -519,6 +538,8 @@ bool streams_sweep(void)
 		}
 		if (stream->pid != 0)
 			tell_end(stream->id, &stream->result);
+		/* Freed here alone, and in streams_reset(): elsewhere a stream that has ended is
+		 * only marked, as others up the stack, or in `waiting`, may still use it. */
 		*link = stream->next;
 		stream_free(stream);
 	}
@@ -553,7 +574,9 @@ nfds_t streams_collect(struct pollfd polled[STREAM_FDS])
 			struct channel *channel = &stream->channels[i];
 			short out = held(channel) ? POLLOUT : 0;
 
-			/* Without credit not even hang-ups: they never cease. */
+			/* A source without credit is not read, so its writer waits: this is where the
+			 * host's slow reader comes to hold up the command. Not even its hang-up is
+			 * asked for, which would be there at each turn and never cease. */
 			if (channel->fd < 0 || (!channel->sink && channel->credit == 0))
 				continue;
 			waiting[count] = channel;

@@ -17,6 +17,8 @@ bool terminal_resize(int master, unsigned int columns, unsigned int rows)
 
 int terminal_open(const char *size, int *slave)
 {
+	/* Not as our own terminal: a leader of a session that has none gets the first that it
+	 * opens, and is hung up with it. */
 	int master = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC), no = 0;
 	unsigned int columns = 0, rows = 0;
 	int length = 0;

@@ -123,7 +123,7 @@ def test_an_order_that_makes_no_sense_is_an_error(faultdisk):
     disk = faultdisk.disk(MIB)
     with pytest.raises(ValueError, match="number 1"):
         disk.fail("write", nth=0)
-    with pytest.raises(FaultDiskError, match="no order .dance"):
+    with pytest.raises(FaultDiskError, match=r"no order .dance"):
         disk._order("dance")
     disk.note("it lives on")
 
