@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.admin.connection import CLIENT_TIMEOUT
 from qubes_itests.admin.dispatch import Dispatcher, error_name
 from qubes_itests.admin.methods import METHODS
 from qubes_itests.admin.protocol import LONGEST_REQUEST, Request, encode_exception
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
     from qubes_itests.guest.link.streams import GuestWriter
 
 __all__ = ["handle_vm_call", "offer_to_vms"]
+
+#: Seconds that a VM has to send its request.
+_TIMEOUT: Final = 30.0
 
 _limited = LimitedLog(logging.getLogger("qubes.admin"))
 
@@ -89,7 +91,7 @@ async def _payload(call: ServiceCall) -> bytes | None:
     """Return all that the caller sends; None if that is too much or takes too long."""
     payload = bytearray()
     try:
-        async with asyncio.timeout(CLIENT_TIMEOUT):
+        async with asyncio.timeout(_TIMEOUT):
             while part := await call.stdin.read(LONGEST_REQUEST):
                 payload += part
                 if len(payload) > LONGEST_REQUEST:

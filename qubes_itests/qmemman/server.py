@@ -4,46 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
-import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from qubes_itests.qmemman import protocol
 from qubes_itests.qmemman.algorithm import preferred_memory
-from qubes_itests.qmemman.exc import QmemmanError
 from qubes_itests.qmemman.state import DOM0
+from qubes_itests.unix_server import UnixServer
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Iterator
     from pathlib import Path
-    from types import TracebackType
 
     from qubes_itests.qmemman.balancer import Balancer
+    from qubes_itests.unix_server import Client
 
 __all__ = ["Server"]
 
 _log = logging.getLogger(__name__)
-#: Seconds a client has to send its line.
-_REQUEST_TIMEOUT = 10.0
 #: Seconds a client may keep the lock: longer than any VM takes to start.
 _LONGEST_HOLD = 600.0
-_MOST_CLIENTS = 256
 #: Seconds without news after which somebody looks anyway.
 _IDLE = 1.0
 
 
-class Server:
+class Server(UnixServer):
     """An async context manager that serves a socket and balances meanwhile.
 
     :param balancer: does the work.
-    :param path: of the Unix socket; a lock file lies beside it.
+    :param path: of the Unix socket.
     """
 
+    #: Longer requests have no meaning.
+    limit = protocol.LONGEST_LINE
+    timeout = 10.0
+
     def __init__(self, balancer: Balancer, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         self._balancer = balancer
         # One act at a time: balancing, or one client's request until its VM has taken
         # the memory. Balancing in between would give away what was freed for that VM,
@@ -51,41 +50,29 @@ class Server:
         self._lock = asyncio.Lock()
         self._news = asyncio.Event()
         self._dom0_reported = asyncio.Event()
-        self._clients: set[asyncio.Task[None]] = set()
         self._stack = contextlib.AsyncExitStack()
 
-    async def __aenter__(self) -> Server:  # noqa: PYI034 - subclasses add nothing
-        """Take the socket, read the machine, and begin.
+    async def __aenter__(self) -> Self:
+        """Read the machine, take the socket, and begin.
 
-        :raise QmemmanError: when another daemon serves the socket.
+        :raise HarnessError: when another daemon serves the socket.
         :raise QmemmanError: when the machine cannot hold its dom0.
         """
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(_logged_at(self._balancer.policy.log_level))
-            _take(self.path, stack)
-            stack.callback(self.path.unlink, missing_ok=True)
             await self._balancer.refresh()
             # before the socket is there, or a client that asks for READY at once could
             # miss dom0's report and wait for the next one
             stack.callback(self._balancer.subscribe(self._on_news))
-            server = await asyncio.start_unix_server(
-                self._serve, self.path, limit=protocol.LONGEST_LINE
-            )
-            # ended in the reverse order: no more balancing, then no new clients, then
-            # those that are connected, then the socket's file, then the lock
-            stack.push_async_callback(lambda: _end(self._clients))
-            stack.callback(server.close)
+            # ended in the reverse order: no more balancing, then the clients
+            await super().__aenter__()
+            stack.push_async_exit(super().__aexit__)
             balancing = asyncio.create_task(self._balance_for_ever())
             stack.push_async_callback(_end, [balancing])
             self._stack = stack.pop_all()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_exc: object) -> None:
         """Close every connection and remove the socket."""
         await self._stack.aclose()
 
@@ -110,63 +97,42 @@ class Server:
             # let one step pass, so that many reports become one decision
             await asyncio.sleep(self._balancer.policy.step)
 
-    async def _serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - a stream's callback runs in a task
-        self._clients.add(task)
+    async def converse(self, client: Client) -> None:
+        """Answer the one line of a connection."""
         try:
-            if len(self._clients) <= _MOST_CLIENTS:
-                await self._converse(reader, writer)
-        except (OSError, ValueError, TimeoutError) as error:
-            # ValueError: a line beyond the limit
-            _log.debug("a client is dropped: %s", str(error))
-        except asyncio.CancelledError:
-            pass  # the daemon ends
-        except Exception:  # noqa: BLE001 - one request must not spoil the others
-            _log.exception("a request failed")
-        finally:
-            self._clients.discard(task)
-            # all was sent, or its reader is too slow: nothing is worth waiting for
-            writer.transport.abort()
-
-    async def _converse(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        async with asyncio.timeout(_REQUEST_TIMEOUT):
-            line = await reader.readline()
+            async with client.request():
+                line = await client.reader.readline()
+        except ValueError:
+            return  # it is longer than any request
         if line == protocol.STATUS:
-            await _answer(writer, json.dumps(self.status()).encode() + b"\n")
+            await client.answer(json.dumps(self.status()).encode() + b"\n")
         elif line == protocol.READY:
-            if await _unless_closed(reader, self._dom0_reported.wait()):
-                await _answer(writer, protocol.OK)
+            if await _unless_closed(client.reader, self._dom0_reported.wait()):
+                await client.answer(protocol.OK)
         elif line.endswith(b"\n"):
-            await self._serve_request(line, reader, writer)
+            await self._serve_request(line, client)
 
-    async def _serve_request(
-        self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def _serve_request(self, line: bytes, client: Client) -> None:
         request = protocol.parse_request(line)
         if request is None:
             _log.warning("a request is invalid: %r", line)
-            await _answer(writer, protocol.INVALID)
+            await client.answer(protocol.INVALID)
             return
         # A client that gave up must not get the lock: nobody would ever close its
         # connection, and all starts would wait for ten minutes.
-        if not await _unless_closed(reader, self._lock.acquire()):
+        if not await _unless_closed(client.reader, self._lock.acquire()):
             return
         try:
             if isinstance(request, protocol.Balloon):
                 granted = await self._balancer.balloon(request.amount)
             else:
                 granted = await self._balancer.set_memory(request.wishes)
-            await _answer(writer, protocol.OK if granted else protocol.FAIL)
+            await client.answer(protocol.OK if granted else protocol.FAIL)
             # Its VM has taken the memory when it closes, and not before: only then may
             # anybody count what is free. Also after FAIL, for clients read STATUS then.
             try:
                 async with asyncio.timeout(_LONGEST_HOLD):
-                    await _until_closed(reader)
+                    await _until_closed(client.reader)
             except TimeoutError:
                 _log.error("a client held the lock for %g s", _LONGEST_HOLD)
         finally:
@@ -206,33 +172,6 @@ def _logged_at(level: int | None) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _take(path: Path, stack: contextlib.ExitStack | contextlib.AsyncExitStack) -> None:
-    """Make sure that this is the only daemon; the lock ends with the process."""
-    lock = os.open(
-        path.with_name(f"{path.name}.lock"),
-        os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
-        0o600,
-    )
-    stack.callback(os.close, lock)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise QmemmanError(
-            f"another qmemman serves {path}: stop it, or choose another socket"
-        ) from error
-    # Under the lock only: without it this would be the socket of a daemon that lives.
-    # The lock's own file stays, for who has it open would lock a file without a name.
-    path.unlink(missing_ok=True)
-
-
-async def _answer(writer: asyncio.StreamWriter, data: bytes) -> None:
-    # so that `drain` waits until all is with the kernel: the caller aborts after it
-    writer.transport.set_write_buffer_limits(high=0)
-    writer.write(data)
-    async with asyncio.timeout(_REQUEST_TIMEOUT):
-        await writer.drain()
 
 
 async def _unless_closed(

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from qubes_itests.admin.dispatch import EXPECTED_ERRORS
-from qubes_itests.admin.hangups import Hangups
 from qubes_itests.core.exc import QubesVMNotRunningError
 from qubes_itests.guest.exc import GuestGoneError
 from qubes_itests.guest.link.frames import GONE, REFUSED
@@ -36,6 +35,7 @@ from qubes_itests.serve.wire import (
     TERMINAL,
     frame,
 )
+from qubes_itests.unix_server import UnixServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -44,19 +44,14 @@ if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
     from qubes_itests.guest.link.agent import GuestAgent
     from qubes_itests.guest.link.process import GuestProcess
+    from qubes_itests.unix_server import Client
 
 __all__ = ["CallServer"]
 
 log = logging.getLogger("qubes_itests.serve")
 
-#: Who may connect: owner and group.
-_MODE: Final = 0o660
-#: Seconds until a program has said what it wants.
-_REQUEST_TIMEOUT: Final = 30.0
 #: Seconds that a command has to end when nobody listens to it any more.
 _END_TIMEOUT: Final = 5.0
-#: Calls at once, lest they take the descriptors of all else.
-_MOST_CALLS: Final = 512
 _COMMAND: Final = re.compile(r"(?P<user>[^:]*):(?:nogui:)?(?P<rest>.+)", re.DOTALL)
 _SERVICE: Final = re.compile(r"QUBESRPC (?P<service>[!-~]+)(?: (?P<source>[!-~]+))?")
 
@@ -93,113 +88,72 @@ class Wanted:
         return cls(user, service=service["service"])
 
 
-class CallServer:
+class CallServer(UnixServer):
     """An async context manager that serves calls on a socket.
 
     :param app: whose VMs are called.
     :param path: of the socket; its parent is there, and nobody else's.
     """
 
+    most = 512
+    limit = LONGEST
+
     def __init__(self, app: Qubes, path: Path) -> None:
+        super().__init__(path)
         self.app = app
-        self.path = path
-        self._hangups: Hangups
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._exit = contextlib.AsyncExitStack()
+        self.farewell = _refusal("too many calls are under way already", REFUSED)
 
-    async def __aenter__(self) -> Self:
-        async with contextlib.AsyncExitStack() as stack:
-            self._hangups = Hangups()
-            stack.callback(self._hangups.close)
-            stack.push_async_callback(self._end_calls)
-            server = await asyncio.start_unix_server(
-                self._connected, self.path, limit=LONGEST
-            )
-            stack.callback(server.close)
-            self.path.chmod(_MODE)
-            self._exit = stack.pop_all()
-        return self
-
-    async def __aexit__(self, *_exc: object) -> None:
-        await self._exit.aclose()
-        self.path.unlink(missing_ok=True)
-
-    async def _end_calls(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _connected(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - a coroutine runs in one
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        descriptor = writer.get_extra_info("socket").fileno()
-        answer = Answer(self.app, reader, writer)
-        try:
-            with self._hangups.watched(descriptor, lambda: _cancel(task)):
-                if len(self._tasks) > _MOST_CALLS:
-                    await answer.refuse(f"{_MOST_CALLS} calls are under way already")
-                else:
-                    await answer.give()
-        except asyncio.CancelledError:
-            pass  # the program is gone, or the server ends
-        except ConnectionError as error:
-            log.info("a program went: %s", str(error))
-        finally:
-            # what is unsent is for nobody when the program is gone
-            (writer.transport.abort if task.cancelling() else writer.close)()
+    async def converse(self, client: Client) -> None:
+        """Do what a program asks for; it is ended when the program goes."""
+        # What was asked for is of use to nobody else.  The program has half-closed, or
+        # sends nothing: only its hang-up says that it went.
+        with client.watched(client.task.cancel):
+            await Answer(self.app, client).give()
 
 
-def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
+def _refusal(text: str, status: int) -> bytes:
+    """Return the last frames of a call that failed."""
+    said = f"qrexec-client: {text}\n".encode()[:LONGEST]
+    return frame(STDERR, said) + frame(EXIT, str(status).encode())
 
 
 class Answer:
     """What one program gets.
 
     :param app: whose VMs are called.
-    :param reader: where its frames come from.
-    :param writer: where ours go.
+    :param client: the program.
     """
 
-    def __init__(
-        self, app: Qubes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def __init__(self, app: Qubes, client: Client) -> None:
         self._app = app
-        self._reader = reader
-        self._writer = writer
+        self._client = client
+        self._reader = client.reader
+        self._writer = client.writer
 
     async def give(self) -> None:
         """Do what it asks for, and send how that ended."""
         try:
-            status = await self._do()
+            last = frame(EXIT, str(await self._do()).encode())
         except (BadCallError, ValueError) as error:
-            status = await self._say(str(error), REFUSED)
+            last = _refusal(str(error), REFUSED)
         except EXPECTED_ERRORS as error:
-            status = await self._say(str(error), GONE)
+            last = _refusal(str(error), GONE)
         except ConnectionError:
             raise
         except Exception:  # noqa: BLE001 - logged, and the program told
             log.error("a call failed:\n%s", traceback.format_exc())  # noqa: TRY400
             reason = "the call failed unexpectedly; the server's log says more"
-            status = await self._say(reason, GONE)
-        await self._send(EXIT, str(status).encode())
-
-    async def refuse(self, reason: str) -> None:
-        """Do nothing, and send why."""
-        status = await self._say(reason, REFUSED)
-        await self._send(EXIT, str(status).encode())
+            last = _refusal(reason, GONE)
+        # no deadline: a terminal that is stopped reads on when somebody continues it
+        self._writer.write(last)
+        await self._writer.drain()
 
     async def _do(self) -> int:
         try:
-            async with asyncio.timeout(_REQUEST_TIMEOUT):
+            async with self._client.request():
                 kind, data = await self._frame()
         except TimeoutError:
-            reason = f"no request within {_REQUEST_TIMEOUT:g} seconds"
-            raise BadCallError(reason) from None
+            raise BadCallError("no request came in time") from None
         fields = data.decode(errors="replace").split("\0")
         if kind == CALL and len(fields) == 3:  # noqa: PLR2004 - as `wire` says
             return await self._call(*fields)
@@ -294,10 +248,6 @@ class Answer:
     async def _send(self, kind: int, data: bytes) -> None:
         self._writer.write(frame(kind, data))
         await self._writer.drain()
-
-    async def _say(self, text: str, status: int) -> int:
-        await self._send(STDERR, f"qrexec-client: {text}\n".encode()[:LONGEST])
-        return status
 
 
 def _key(name: str) -> str | uuid.UUID:

@@ -162,7 +162,7 @@ def test_a_client_that_went_leaves_nothing_behind(client, app, server):
             next(events)
             assert handlers(app) != before
         wait_until(lambda: handlers(app) == before)
-    wait_until(lambda: not server._clients)
+    wait_until(lambda: not server.clients)
 
 
 def test_a_client_that_does_not_read_is_dropped_and_delays_nobody(
@@ -198,7 +198,7 @@ def test_closing_the_server_ends_streams(client, app, server, run):
 def test_stats_say_first_that_they_are_there_and_end_with_the_client(client, server):
     with client.events(method="admin.vm.Stats") as events:
         assert next(events).name == "connection-established"
-    wait_until(lambda: not server._clients)
+    wait_until(lambda: not server.clients)
 
 
 def test_stats_of_others_come_while_one_vm_does_not_answer(client, monkeypatch):

@@ -22,7 +22,7 @@ from admin_client import (
     wait_until,
 )
 
-from qubes_itests.admin import connection
+from qubes_itests import unix_server
 from qubes_itests.admin import server as server_module
 from qubes_itests.admin.dispatch import METHODS, Destination, Method
 from qubes_itests.admin.server import AdminServer
@@ -167,7 +167,7 @@ def test_clients_that_never_end_their_request_delay_nobody(server, client):
 
 
 def test_a_client_that_never_ends_its_request_is_dropped(server, monkeypatch):
-    monkeypatch.setattr(connection, "CLIENT_TIMEOUT", 0.05)
+    monkeypatch.setattr(server, "timeout", 0.05)
     with socket.socket(socket.AF_UNIX) as slow:
         slow.connect(str(server.path))
         slow.sendall(b"admin.vm.List+ do")
@@ -177,7 +177,7 @@ def test_a_client_that_never_ends_its_request_is_dropped(server, monkeypatch):
 def test_the_oldest_that_sends_goes_when_there_are_too_many(
     server, client, monkeypatch
 ):
-    monkeypatch.setattr(server_module, "_MOST_CLIENTS", 3)
+    monkeypatch.setattr(server, "most", 3)
     slow = [socket.socket(socket.AF_UNIX) for _ in range(6)]
     for each in slow:
         each.settimeout(10)
@@ -189,7 +189,7 @@ def test_the_oldest_that_sends_goes_when_there_are_too_many(
 
 
 def test_a_client_that_does_not_read_its_answer_is_dropped(server, monkeypatch):
-    monkeypatch.setattr(connection, "CLIENT_TIMEOUT", 0.3)
+    monkeypatch.setattr(server, "timeout", 0.3)
     server.dispatcher.methods = {
         "big": Method(
             "big",
@@ -263,7 +263,7 @@ def test_clients_that_go_without_reading_leave_nothing(server, client, caplog):
             if number % 2:
                 hasty.shutdown(socket.SHUT_WR)
     assert client.call("admin.vm.List")
-    wait_until(lambda: not server._clients)
+    wait_until(lambda: not server.clients)
     wait_until(lambda: descriptors() <= before)
     assert [r.getMessage() for r in caplog.records if r.name == "asyncio"] == []
 
@@ -277,7 +277,7 @@ def connect(server):
 
 def test_streams_leave_room_for_calls(server, client, monkeypatch, caplog):
     """As many as may wait for events do, calls are answered, one more is refused."""
-    monkeypatch.setattr(server_module, "_MOST_CLIENTS", 6)
+    monkeypatch.setattr(server, "most", 6)
     monkeypatch.setattr(server_module, "_MOST_STREAMS", 3)
     with ExitStack() as stack:
         for _ in range(3):
@@ -298,14 +298,15 @@ def test_streams_leave_room_for_calls(server, client, monkeypatch, caplog):
 
 def test_never_more_clients_than_the_limit(server, client, monkeypatch):
     """Although many are accepted in one go: not one too many is kept for a moment."""
-    monkeypatch.setattr(server_module, "_MOST_CLIENTS", 5)
-    most, opened = [], server.opened
+    monkeypatch.setattr(server, "most", 5)
+    most = []
 
-    def count(connection_):
-        opened(connection_)
-        most.append(len(server._clients))
+    class Counted(set):
+        def add(self, client):
+            super().add(client)
+            most.append(len(self))
 
-    monkeypatch.setattr(server, "opened", count)
+    monkeypatch.setattr(server, "clients", Counted())
     slow = [connect(server) for _ in range(40)]
     wait_until(lambda: len(most) == 40)
     assert max(most) == 5
@@ -329,7 +330,7 @@ sys.stdin.read()
 
 def test_clients_leave_descriptors_to_all_else(server, client, monkeypatch):
     """Of a process that may have few, 300 clients do not take the last one."""
-    monkeypatch.setattr(server_module, "_OTHER_DESCRIPTORS", 150)
+    monkeypatch.setattr(unix_server, "_OTHER_DESCRIPTORS", 150)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (250, hard))
     pipe = subprocess.PIPE
@@ -338,7 +339,7 @@ def test_clients_leave_descriptors_to_all_else(server, client, monkeypatch):
         with subprocess.Popen(command, stdin=pipe, stdout=pipe) as many:
             assert many.stdout.readline() == b"connected\n"
             assert client.call("admin.vm.List")
-            assert len(server._clients) <= server_module.most_clients() == 100
+            assert len(server.clients) <= server.capacity() == 100
             many.communicate()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

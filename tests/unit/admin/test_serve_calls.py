@@ -74,11 +74,11 @@ def test_content_is_imported(fill, app):
     assert app.domains["work"].volumes["private"].size == 8
 
 
-def test_who_says_nothing_is_told_and_dropped(call, monkeypatch, caplog):
-    monkeypatch.setattr(calls, "_REQUEST_TIMEOUT", 0.05)
+def test_who_says_nothing_is_told_and_dropped(server, call, monkeypatch, caplog):
+    monkeypatch.setattr(server, "timeout", 0.05)
     for data in (b"", frame(CALL, b"work\0user:id\0")[:-1]):
         answer = call(data)
-        assert b"no request within 0.05 seconds" in answer[STDERR]
+        assert b"no request came in time" in answer[STDERR]
         assert answer[EXIT] == b"126"
     assert [r.message for r in caplog.records if r.levelno >= logging.ERROR] == []
 
@@ -101,16 +101,25 @@ def test_a_terminal_that_is_not_opened_says_why(call, fields, status, told):
 def test_calls_beyond_a_number_are_refused_and_the_others_go_on(
     server, call, fill, monkeypatch
 ):
-    monkeypatch.setattr(calls, "_MOST_CALLS", 3)
+    """The one that has been without a request for longest goes, else the new one."""
+    monkeypatch.setattr(server, "most", 3)
+    request = frame(IMPORT, b"work\0private\0admin.vm.volume.ImportWithSize")
+
+    def refused(answer):
+        return b"too many calls" in answer[STDERR] and answer[EXIT] == b"126"
+
     with contextlib.ExitStack() as stack:
-        for _ in range(3):
-            waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
-            waiting.connect(str(server.path))
-        wait_until(lambda: len(server._tasks) == 3)
-        answer = call(b"")
-        assert b"3 calls are under way already" in answer[STDERR]
-        assert answer[EXIT] == b"126"
-    wait_until(lambda: not server._tasks)
+        waiting = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(4)]
+        for each in waiting:
+            each.settimeout(10)
+            each.connect(str(server.path))
+        said = b"".join(iter(lambda: waiting[0].recv(65536), b""))
+        assert refused(frames(said))
+        for each in waiting[1:]:
+            each.sendall(request)
+        wait_until(lambda: len(server.clients) == 3 and not server.sending)
+        assert refused(call(b""))
+    wait_until(lambda: not server.clients)
     fill(b"12345678")
 
 
