@@ -1,4 +1,4 @@
-"""``python -m qubes_itests``: the main job."""
+"""The command ``python -m qubes_itests``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """VMs of the core for synchronous code, with asyncio hidden from tests.
 
-Tests are ordinary code in a thread of its own and may block; the VMs live on in the
-event loop's thread.  A `VMWrapper` stands for one VM there, a `ProcessWrapper` for one
+Tests are ordinary code, which may block in its own thread; the VMs live on in the event
+loop's thread.  A `VMWrapper` stands for one VM there, a `ProcessWrapper` for one
 process in a VM: what the core has as coroutines, they have as plain calls.
 
 Part of the old interface of Qubes OS is synchronous, part of it returns coroutines, and

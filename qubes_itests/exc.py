@@ -7,7 +7,7 @@
      +-- DeadlineError              something was waited for and did not come
      +-- InternalError              a defect of qubes_itests itself
 
-Every package below has an ``exc`` module whose classes derive from these.
+The errors of every package derive from these, or from `qubes_storage.exc`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Records of a log that guests and clients can provoke at will, limited in number."""
+"""Limited logs, for records that guests and clients can provoke at will."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text of guests, and of other programs that nobody vouches for, made safe to show.
+"""Untrusted text of guests and other programs, made safe to show.
 
 Wherever such text is shown, logged or put into a report it goes through `safe_text`.
 What it returns steers no terminal, forges no line, turns no text around, and is no

@@ -1,7 +1,7 @@
 """The command line.
 
 What needs a sandbox starts over in one: until then little may be imported, since it
-is imported again.  So each sub-command is a module of its own, loaded when it is used.
+is imported again.  So each sub-command is a separate module, loaded when it is used.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def command_line(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has seen enough; Python would flush it once more.
+        # The reader of our output has gone (`| head`); Python would flush it once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 

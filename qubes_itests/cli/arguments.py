@@ -1,4 +1,4 @@
-"""From the words of the command line to a `Command`."""
+"""The arguments of the command line, parsed into a `Command`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _SubCommand(NamedTuple):
     :param module: of this package, which carries it out.
     :param meaning: what it does: a phrase that begins with a verb.
     :param words: what it takes besides options: a field of `Command`, how many as
-        argparse says it, what stands for it in the help, and the help.
+        argparse says it, their name in the help, and the help.
     """
 
     module: str

@@ -1,4 +1,4 @@
-"""``clean``: what was killed left, and the cache if asked."""
+"""``clean``: the remains of killed runs, and the cache."""
 
 from __future__ import annotations
 

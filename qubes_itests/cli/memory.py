@@ -1,4 +1,4 @@
-"""``memory``: who holds the memory, live on the terminal or as a picture."""
+"""``memory``: the memory of VMs, live on the terminal or as a picture."""
 
 from __future__ import annotations
 

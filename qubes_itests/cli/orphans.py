@@ -1,4 +1,4 @@
-"""``orphans``: volumes that no VM has, of who serves: listed, taken over, removed."""
+"""``orphans``: volumes that no VM has, listed, taken over, removed."""
 
 from __future__ import annotations
 

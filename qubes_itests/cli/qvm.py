@@ -1,4 +1,4 @@
-"""``qvm``: a client tool of Qubes OS, unmodified, against who serves."""
+"""``qvm``: a client tool of Qubes OS, unmodified, against a running server."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Suites that anybody's implementation of one of the contracts can be tested with."""
+"""Conformance suites for implementations of the contracts, by anybody."""

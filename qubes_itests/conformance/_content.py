@@ -1,4 +1,4 @@
-"""Tests of what replaces contents: revisions, resizing, imports, exports."""
+"""Tests of contents: revisions, resizing, imports, exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of what outlives a process, and of what must not be."""
+"""Tests of durability, and of invalid configurations."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ class AccountTests:
 
 
 class ErrorTests:
-    """Configurations that cannot be."""
+    """Configurations that are not valid."""
 
     @feature("errors")
     @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What storage drivers can do, by name; what one of them cannot do, it declares.
+"""Features of storage drivers; a driver declares those that it lacks.
 
 A test of the suite belongs to one feature.  A driver that lacks the feature has its
 name in `lacks` (see `qubes_itests.conformance.storage`), and the same tests then prove
@@ -24,7 +24,7 @@ _REQUIRED: Final = {
     "read_only": "read-only volumes change by imports alone",
     "outdated": "snapshots know that their source has changed",
     "reopening": "a new pool object finds what the last one left",
-    "accounting": "sizes and usage are told",
+    "accounting": "sizes and usage are reported",
     "errors": "what cannot be is refused, and changes nothing",
 }
 
@@ -42,7 +42,7 @@ LACKABLE: Final = {
     "many_revisions": "any number of former images is kept",
     "no_snapshot": "with revisions_to_keep=-1 there is no snapshot while a VM runs",
     "crash_recovery": "what a killed process leaves is gone on with, or removed",
-    "shared_extents": "a start takes no room of its own; never without reflinks",
+    "shared_extents": "a start takes no room; never without reflinks",
     "second_process": "two processes never use one volume at once",
 }
 
@@ -69,7 +69,7 @@ def feature(name: str) -> Callable[[Test], Test]:
 def check_lacks(names: Iterable[str]) -> frozenset[str]:
     """Return the names of features that a driver lacks.
 
-    :raise ValueError: when one of them is none that a driver may lack.
+    :raise ValueError: for a feature that a driver may not lack.
     """
     lacks = frozenset(names)
     if unknown := sorted(lacks - set(LACKABLE)):

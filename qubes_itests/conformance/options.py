@@ -1,4 +1,4 @@
-"""What the conformance suites add to pytest: options, proofs of lacks, a table."""
+"""Additions of the conformance suites to pytest: options, lacks, a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DIRECTORY", "LACKS", "driver_name", "lacks", "pool_config"]
 
-#: What stands in a pool's configuration for the directory of a test.
+#: Placeholder in a pool's configuration for the directory of a test.
 DIRECTORY: Final = "{directory}"
 
 #: Where a test has the features that its driver lacks.

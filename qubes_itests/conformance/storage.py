@@ -1,6 +1,6 @@
 """The conformance suite of storage drivers.
 
-Whoever writes a driver runs it against a pool of their own, from the command line::
+Authors of drivers run it against pools of their drivers, from the command line::
 
     pytest -p qubes_itests --pyargs qubes_itests.conformance.storage \
         --qubes-storage-driver=my-driver --pool-config dir_path={directory}/pool

@@ -168,7 +168,7 @@ class Trial:
     def process(
         self, action: Callable[[Pool], Coroutine[Any, Any, Any]]
     ) -> Iterator[None]:
-        """Have another process run `action` on a pool object of its own, and live on.
+        """Have another process run `action` on another pool object, and live on.
 
         It is killed when the block ends.
         """

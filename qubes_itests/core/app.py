@@ -77,7 +77,7 @@ _DEFAULTS: Mapping[str, str] = {
 
 def _check_network(_app: object, vm: Any) -> None:
     if not getattr(vm, "provides_network", False):
-        raise ValueError(f"{vm} has not provides_network set")
+        raise ValueError(f"{vm} needs provides_network set")
 
 
 def _vm_property(
@@ -220,7 +220,7 @@ class Qubes(PoolsMixin):
         self.host_services: dict[str, HostService] = {
             "qubes.FeaturesRequest": request_features
         }
-        #: What went wrong where nobody was there to be told; empty if all is well.
+        #: Errors in the background, which no caller got; empty if all is well.
         self.problems: list[str] = []
         #: What answers to the events of the app and its VMs, and to those of no other.
         self.extensions = Extensions(
@@ -351,7 +351,7 @@ class Qubes(PoolsMixin):
             Without a `template` an AppVM has the `default_template`, a DispVM the
             `default_dispvm`.
         :return: the VM.
-        :raise QubesValueError: for a name that cannot be.
+        :raise QubesValueError: for an invalid name.
         :raise QubesVMAlreadyExistsError: for one that is taken.
         :raise QubesNoTemplateError: without a template, where one is needed.
         """
@@ -394,7 +394,7 @@ class Qubes(PoolsMixin):
         :param tags: of the VM.
         :param properties: as for `add_new_vm`.
         :return: the VM.
-        :raise QubesValueError: for a name that cannot be.
+        :raise QubesValueError: for an invalid name.
         :raise QubesVMAlreadyExistsError: for one that is taken.
         :raise VolumeExistsError: when one of its volumes is there already.
         """
@@ -407,7 +407,7 @@ class Qubes(PoolsMixin):
     def dispvm_template(self, caller: BaseVM | None = None) -> BaseVM:
         """Return what a DispVM is made from that is asked for without a template.
 
-        :param caller: who asks; its `default_dispvm` counts, if it has that property.
+        :param caller: the VM that asks; its `default_dispvm` counts, if it has one.
         :raise QubesNoTemplateError: when that is None.
         """
         holder: Any = caller if hasattr(caller, "default_dispvm") else self
@@ -429,9 +429,9 @@ class Qubes(PoolsMixin):
         return await start_autostart(self)
 
     def save(self, lock: bool = True) -> None:  # noqa: FBT001, FBT002 - as in Qubes OS
-        """Write the state to the store, all of it or nothing, and tell listeners.
+        """Write the state to the store, all of it or nothing, and fire ``app-saved``.
 
-        Without a store they are told all the same: the app lives as long as its run.
+        Without a store the event is fired all the same.
 
         :param lock: whether to keep other writers out from now on, until `close`.
         :raise StoreError: when another writer has changed the store, or keeps it.

@@ -82,7 +82,7 @@ class Defaults(TypedDict):
     volatile_img_size: int
 
 
-#: What properties and volumes are as long as nobody sets them.
+#: Defaults of properties and volumes.
 defaults: Final[Defaults] = {
     "memory": 400,
     "hvm_memory": 400,

@@ -43,7 +43,7 @@ async def serve(call: ServiceCall) -> int | None:
 
     :param call: allowed by policy.
     :return: the exit status, 0 for a socket; None when there is no such service.
-    :raise OSError: the program cannot be executed, or nobody listens on the socket.
+    :raise OSError: the program cannot be executed, or nothing listens on the socket.
     """
     full_name = _full_name(call.service)
     path = _found(full_name)
@@ -61,7 +61,7 @@ async def start(
 
     :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``.
     :param source: name of the VM that calls.
-    :param user: who runs it; by default whoever runs the tests.
+    :param user: that runs it; by default the user of the run.
     :param streams: as for `asyncio.create_subprocess_exec`.
     :return: the process; it ends with 127 when there is no such program.
     :raise OSError: the program cannot be executed.
@@ -198,7 +198,7 @@ async def _pass_output(call: ServiceCall, service: socket.socket) -> None:
             await call.stdout.drain()
         call.stdout.write_eof()
     except (ConnectionError, GuestGoneError, RuntimeError):
-        service.shutdown(socket.SHUT_RD)  # nobody reads it any more
+        service.shutdown(socket.SHUT_RD)  # nothing reads it any more
 
 
 async def _received(service: socket.socket) -> bytes:

@@ -125,8 +125,8 @@ class VMCollection:
     async def remove(self, key: Any) -> None:
         """Remove the volumes of a VM, and then the VM; once begun it is finished.
 
-        If a volume cannot be removed the VM stays.  Who asks while it is under way
-        waits for the same removal.
+        If a volume cannot be removed the VM stays.  A second call meanwhile waits for
+        the same removal.
 
         :raise QubesVMNotHaltedError: when it runs.
         :raise QubesVMInUseError: when others use it, naming them.
@@ -143,7 +143,8 @@ class VMCollection:
         # its name is free only when nothing of it is left
         try:
             await vm.remove_from_disk()
-            # before anybody is told, who may fail: a note that stays is obeyed later
+            # Before handlers of the event below, one of which may fail: a note that
+            # stays would have the next start remove volumes of these names.
             if self._app.journal is not None:
                 self._app.journal.settle(vm.uuid)
             self.withdraw(vm)

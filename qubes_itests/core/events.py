@@ -1,4 +1,4 @@
-"""Events: what happens to an object, and whom it concerns.
+"""Events of objects, and their handlers.
 
 A class lists its handlers with :func:`handler`; an object may get more, and so may
 the classes of an app's objects, from its extensions.
@@ -229,7 +229,7 @@ class Emitter:
 
 def _refused(function: Handler, event: str, effect: Any) -> RuntimeError:
     if inspect.iscoroutine(effect):
-        effect.close()  # else Python warns that nobody awaited it
+        effect.close()  # else Python warns that it was never awaited
     return RuntimeError(
         f"{function!r} is asynchronous, but {event!r} is fired synchronously:"
         " make it a plain function"

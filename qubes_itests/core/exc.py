@@ -1,12 +1,12 @@
 """The errors of the core, by the names that Qubes OS gives them.
 
-Each is of the classes that it is of there, and takes the same arguments; what else it
-takes says more.
+Each has the base classes and the arguments that it has there; further arguments make
+messages more precise.
 
 ::
 
     QubesException                      (`qubes_storage.exc`, and all errors of storage)
-     +-- QubesValueError                a value that cannot be (also a ValueError)
+     +-- QubesValueError                an invalid value (also a ValueError)
      |    +-- QubesPropertyValueError
      +-- QubesNoSuchPropertyError       (also an AttributeError)
      +-- QubesLabelNotFoundError, QubesTagNotFoundError, QubesFeatureNotFoundError,
@@ -23,7 +23,7 @@ takes says more.
      +-- DeviceNotAssigned, DeviceNotFound, DeviceAlreadyAttached, DeviceAlreadyAssigned
      |                                  (also KeyErrors)
      +-- UnrecognizedDevice             not there, or another one (also a ValueError)
-     +-- UnexpectedDeviceProperty       a device is said to be two things (likewise)
+     +-- UnexpectedDeviceProperty       contradictory data (also a ValueError)
      +-- QubesVMError                   concerns one VM
           +-- QubesNoTemplateError
           +-- QubesVMInUseError
@@ -39,13 +39,13 @@ takes says more.
           +-- QubesVMStartError         says which step failed
 
     AssertionError
-     +-- ProtocolError                  a request of the Admin API that cannot be
+     +-- ProtocolError                  an invalid request of the Admin API
           +-- QubesInvalidTagError, QubesInvalidLabelError, QubesInvalidLabelValueError,
           |   QubesUnrecognizedDeviceAssignmentMode
           +-- QubesVolumeCopyTokenNotFoundError          (also a KeyError)
 
     PermissionError
-     +-- PermissionDenied               a request that may not be
+     +-- PermissionDenied               a request that is not allowed
 """
 
 from __future__ import annotations
@@ -111,31 +111,31 @@ __all__ = [
 
 
 class ProtocolError(AssertionError):
-    """A request of the Admin API has a field that cannot be."""
+    """A request of the Admin API has an invalid field."""
 
 
 class PermissionDenied(PermissionError):  # noqa: N818 - its name in Qubes OS
-    """A request of the Admin API is not allowed to who makes it."""
+    """A request of the Admin API is not allowed to its caller."""
 
 
 class QubesInvalidTagError(ProtocolError):
-    """A request names a tag that none can have."""
+    """A request names an invalid tag."""
 
 
 class QubesInvalidLabelError(ProtocolError):
-    """A request names a label that none can have."""
+    """A request names an invalid label."""
 
 
 class QubesInvalidLabelValueError(ProtocolError):
-    """A request gives a label a colour that is none."""
+    """A request gives a label an invalid colour."""
 
 
 class QubesUnrecognizedDeviceAssignmentMode(ProtocolError):  # noqa: N818
-    """A request names a mode of assignments that there is not."""
+    """A request names an unknown mode of assignments."""
 
 
 class QubesValueError(QubesException, ValueError):
-    """A value that cannot be."""
+    """A value is not valid."""
 
 
 class QubesPropertyValueError(QubesValueError):
@@ -259,13 +259,13 @@ class QubesVMAlreadyExistsError(QubesValueError):
 
 
 class QubesVMInvalidUUIDError(QubesException):
-    """What was given as the UUID of a VM is none.
+    """A VM's UUID is not valid.
 
-    :param uuid: what was given.
+    :param uuid: the text that was given.
     """
 
     def __init__(self, uuid: str) -> None:
-        super().__init__(f"{uuid!r} is no UUID of a VM")
+        super().__init__(f"expected the UUID of a VM, got {uuid!r}")
         self.vmname = uuid
 
 
@@ -340,7 +340,7 @@ class UnrecognizedDevice(QubesException, ValueError):  # noqa: N818
 
 
 class UnexpectedDeviceProperty(QubesException, ValueError):  # noqa: N818
-    """What was sent contradicts itself about a device."""
+    """The data of a device contradict what was asked for."""
 
 
 class QubesVMError(QubesException):
@@ -402,10 +402,10 @@ class QubesVMNotHaltedError(QubesVMError):
 
 
 class QubesVMCancelledPauseError(QubesVMError):
-    """A handler of `domain-pre-paused` has no use for the pause any more."""
+    """A handler of `domain-pre-paused` has cancelled the pause."""
 
     def __init__(self, vm: Any, msg: str | None = None) -> None:
-        super().__init__(vm, msg or f"VM {vm} is not to be paused any more")
+        super().__init__(vm, msg or f"the pause of VM {vm} was cancelled")
 
 
 class QubesVMShutdownTimeoutError(QubesVMError):
@@ -445,7 +445,7 @@ class QubesVMStorageError(QubesVMError):
 
     :param vm: the VM.
     :param volume: the volume, which says in what pool it is.
-    :param reason: what the system said, as in "No space left on device".
+    :param reason: the system's message, as "No space left on device".
     """
 
     def __init__(self, vm: Any, volume: Any, reason: str) -> None:
@@ -463,7 +463,7 @@ class QubesVMStartError(QubesVMError):
 
     :param vm: the VM.
     :param step: the step that failed, as in "start its storage".
-    :param reason: what the step said.
+    :param reason: the error of the step.
     """
 
     def __init__(self, vm: Any, step: str, reason: str) -> None:

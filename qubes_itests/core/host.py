@@ -1,4 +1,4 @@
-"""The machine that the VMs of an app are on, and its hypervisor, as the core shows."""
+"""The host of an app and its hypervisor, as the core shows them."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class QubesHost:
 class VMMConnection:
     """The connection to the hypervisor.
 
-    :param hypervisor: of the app; None where there is none.
-    :param offline_mode: whether to do without it; None: if there is none.
-    :raise QubesValueError: when there is none to be connected with.
+    :param hypervisor: of the app, or None.
+    :param offline_mode: whether to do without it; None does so without a hypervisor.
+    :raise QubesValueError: without a hypervisor, unless in offline mode.
     """
 
     #: Whether it is Xen.
@@ -55,7 +55,7 @@ class VMMConnection:
 
     @property
     def offline_mode(self) -> bool:
-        """Whether there is none, as where a core is set up or looked at only."""
+        """Whether there is no hypervisor, as where a core is only set up or read."""
         return self._hypervisor is None
 
     @property

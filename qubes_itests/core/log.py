@@ -1,4 +1,4 @@
-"""The loggers of VMs, and what programs of the core show of logs."""
+"""Loggers of VMs, and the format of logs."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ def enable(
 
 
 def get_vm_logger(vmname: str) -> logging.Logger:
-    """Return the logger for what is said of one VM."""
+    """Return the logger for messages about one VM."""
     return logging.getLogger(f"vm.{vmname}")

@@ -138,7 +138,8 @@ class PoolsMixin(PropertyHolder):
                 name, f"pool {name!r} is used by {', '.join(users)}; change these first"
             )
         self.fire_event("pool-pre-delete", pre_event=True, pool=pool)
-        # first: while it is waited for, nobody may begin to use it, or remove it too
+        # Before the await: meanwhile no VM may begin to use it, nor another call remove
+        # it too.
         del self.pools[name]
         try:
             await pool.destroy()

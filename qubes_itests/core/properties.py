@@ -155,7 +155,7 @@ class Property(Generic[T]):
 
     @staticmethod
     def forbidden(_holder: object, _prop: object, _value: object) -> Any:
-        """Setter of what nobody may set."""
+        """Setter of properties that cannot be set."""
         raise ValueError("it cannot be set")
 
     @staticmethod
@@ -183,7 +183,7 @@ class Property(Generic[T]):
             return self.get_default(instance)
 
     def get_default(self, instance: PropertyHolder) -> T:
-        """Return what it is as long as nobody sets it; AttributeError if nothing."""
+        """Return its default; AttributeError without one."""
         if isinstance(self.default, _Mark):
             raise AttributeError(  # noqa: TRY004 - what reading an unset name raises
                 f"property {self.name!r} of {instance} is not set"

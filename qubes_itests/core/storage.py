@@ -417,7 +417,7 @@ class Storage:
         :param volume: its name.
         :param value: as for `Volume`; -1 takes away even the snapshot that a start
             begins with.
-        :raise QubesValueError: for a value that cannot be.
+        :raise QubesValueError: for an invalid value.
         :raise QubesVMNotHaltedError: when there are to be no snapshots any more, or
             some again, while the VM, or a disposable VM that is made from it, runs.
         """

@@ -55,7 +55,7 @@ class Derived:
 
 
 def derive(specs: Sequence[TemplateSpec]) -> dict[str, Derived | SpecError]:
-    """Return the templates that apps want, by name; an error for one that cannot be.
+    """Return the templates that apps want, by name; an error for an invalid one.
 
     :param specs: of all apps, in their order: layers of the first are the lowest.
     """

@@ -154,14 +154,14 @@ def install(
     say: Callable[[str], None],
     requires: Requirements,
 ) -> Environment:
-    """Install the test plugin of an app beside ours, where nobody else sees it.
+    """Install the test plugin of an app into an environment that no other app sees.
 
     Blocking; seconds when something of the app has changed. Its directory stays as it
     is. What it needs and we do not have comes from the package index.
 
     :param app: its directory.
     :param projects: of it; see `find_projects`.
-    :param say: is told what is going on.
+    :param say: called with what is going on, a phrase.
     :param requires: what its tests need besides.
     :raise InstallError: pip fails, with what it says, or there are no tests.
     """

@@ -100,7 +100,7 @@ class Requirements:
 
     :param packages: those that pip fetches.
     :param projects: directories of those that pip installs from where they are.
-    :param debian: names of packages of Debian, which nobody installs unasked.
+    :param debian: names of packages of Debian, which the user has to install.
     """
 
     packages: tuple[str, ...] = ()
@@ -113,7 +113,7 @@ class Requirements:
 
         :param words: as `check_requirement` takes them.
         :param repositories: finds projects.
-        :raise ValueError: for what is no requirement, or a project that is not there.
+        :raise ValueError: for an invalid requirement, or a project that does not exist.
         """
         words = [check_requirement(word) for word in dict.fromkeys(words)]
         debian = [word for word in words if word.startswith(_DEBIAN)]
@@ -126,7 +126,7 @@ class Requirements:
 
     def missing_packages(self) -> list[str]:
         """Return those packages of Debian that are not installed here; blocking."""
-        # elsewhere what is in them may be there, but nobody can tell
+        # without dpkg there is no way to tell whether their contents are there
         tool = shutil.which("dpkg-query")
         return [n for n in self.debian if tool is None or not _is_installed(tool, n)]
 

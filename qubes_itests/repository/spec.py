@@ -89,7 +89,7 @@ def read_specs(
 
     :param directory: the app's; files to copy are named from there.
     :param repositories: others that files may be named in, by their names.
-    :raise SpecError: a section makes no sense, or one template has two.
+    :raise SpecError: a section is not valid, or one template has two.
     """
     files = [directory / name for name in _FILES]
     found = [read_spec_file(f, repositories) for f in files if f.is_file()]
@@ -108,7 +108,7 @@ def read_spec_file(
 
     :param path: files to copy are named from its directory.
     :param repositories: others that files may be named in, by their names.
-    :raise SpecError: it cannot be read, or a section makes no sense.
+    :raise SpecError: it cannot be read, or a section is not valid.
     """
     read = _toml_tables if path.suffix == ".toml" else _cfg_tables
     try:
@@ -151,7 +151,7 @@ def _spec(
     if path.suffix == ".toml":
         source = f"{path}: [tool.qubes_itests.template.{name}]"
     if not isinstance(table, dict):
-        raise SpecError(source, "it is not a table")
+        raise SpecError(source, f"expected a table, got {type(table).__name__}")
     if unknown := [key for key in table if key not in _KEYS]:
         known = ", ".join(_KEYS)
         raise SpecError(source, f"unknown key {unknown[0]!r}; known are: {known}")
@@ -172,30 +172,32 @@ def _spec(
 def _lines(value: object) -> list[str]:
     lines = value.splitlines() if isinstance(value, str) else value
     if not isinstance(lines, list) or not all(isinstance(x, str) for x in lines):
-        raise ValueError(f"{value!r} is neither a text nor a list of texts")
+        raise ValueError(f"expected text or a list of texts, got {value!r}")
     return [line.strip() for line in lines if line.strip()]
 
 
 def _word(value: object, _place: Repositories | None = None) -> str:
     if isinstance(value, str) and _NAME.fullmatch(value):
         return value
-    raise ValueError(f"{value!r} cannot be the name of a template")
+    raise ValueError(f"expected the name of a template, got {value!r}")
 
 
 def _packages(value: object, _place: Repositories) -> tuple[str, ...]:
     names = [name for line in _lines(value) for name in line.replace(",", " ").split()]
     for name in names:
         if not _PACKAGE.fullmatch(name):
-            raise ValueError(f"packages: {name!r} cannot be the name of a package")
+            raise ValueError(f"packages: expected the name of a package, got {name!r}")
     return tuple(dict.fromkeys(names))
 
 
 def _copy(line: str, place: Repositories) -> Copy:
     named, arrow, target = (part.strip() for part in line.partition("->"))
     if not arrow or not named:
-        raise ValueError(f"copy: {line!r} is not written as: FILES -> /PLACE")
+        raise ValueError(f"copy: expected FILES -> /PLACE, got {line!r}")
     if not target.startswith("/") or ".." in target.split("/") or "\0" in target:
-        raise ValueError(f"copy: {target!r} is not an absolute path in the guest")
+        raise ValueError(
+            f"copy: expected an absolute path in the guest, got {target!r}"
+        )
     source = _found("copy", named, place)
     if source.is_file() and target.endswith("/"):
         target += PurePosixPath(named.rpartition(":")[2]).name
@@ -222,7 +224,7 @@ def _policy_file(line: str, place: Repositories) -> PolicyFile:
     found = _found("policy", named, place)
     if arrow:
         if not _SERVICE.fullmatch(service):
-            raise ValueError(f"policy: {service!r} cannot be the name of a service")
+            raise ValueError(f"policy: expected the name of a service, got {service!r}")
         return PolicyFile(found, service)
     if found.is_file() and not _POLICY.fullmatch(found.name):
         raise ValueError(
@@ -242,7 +244,7 @@ def _script(value: object, _place: Repositories) -> str:
 def _one_of(key: str, value: object, known: tuple[str, ...]) -> str:
     if value in known:
         return str(value)
-    raise ValueError(f"{key}: {value!r} is neither {' nor '.join(known)}")
+    raise ValueError(f"{key}: expected {' or '.join(known)}, got {value!r}")
 
 
 def _timeout(value: object, _place: Repositories) -> float:
@@ -251,7 +253,7 @@ def _timeout(value: object, _place: Repositories) -> float:
     except (TypeError, ValueError):
         seconds = math.nan
     if isinstance(value, bool) or not 0 < seconds < math.inf:
-        raise ValueError(f"timeout: {value!r} is not a number of seconds")
+        raise ValueError(f"timeout: expected a number of seconds, got {value!r}")
     return seconds
 
 

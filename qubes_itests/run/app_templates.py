@@ -1,4 +1,4 @@
-"""The templates that apps derive, offered beside those that there are."""
+"""Templates of apps, offered beside the others."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Wishes:
     """What the apps of a run say of templates.
 
     :param specs: in the order of the apps, after those of files.
-    :param problems: for each app that says what makes no sense, what that is.
+    :param problems: for each app whose description of templates is not valid, why.
     :param of_apps: for each other app what it says: its own specs, else those of files.
     """
 
@@ -100,9 +100,9 @@ def _names(specs: Iterable[TemplateSpec]) -> tuple[str, ...]:
 
 
 def wishes_of(settings: Settings) -> Wishes:
-    """Read what the apps and the files that a run was told of say.
+    """Read the templates of the apps and files of a run.
 
-    :raise SpecError: a file makes no sense; an app's problem is the app's.
+    :raise SpecError: a file is not valid; an invalid app is among the `problems`.
     """
     named = named_directories(settings)
     files = [
@@ -169,7 +169,7 @@ def plugins_for(
 ) -> pluggy.PluginManager:
     """Return all that offers templates and the like: bundled, installed, apps.
 
-    :param say: is told what is going on while a template is built.
+    :param say: called with what is going on while a template is built.
     """
     plugins = registry()
     if settings.app or settings.template_spec:
@@ -185,7 +185,7 @@ class AppTemplates:
     :param wanted: what is derived, by name.
     :param plugins: the others, as they are now.
     :param logs: a directory for what the building of a template said when it failed.
-    :param say: is told what is going on.
+    :param say: called with what is going on.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What one run has: its directory, event loop and testbed, made when first needed."""
+"""The context of a run: directory, event loop, testbed, made when first needed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RunContext:
     """The parts of a run.
 
     :param settings: its options.
-    :param plugins: who answers the hooks of `qubes_itests.hookspec`.
+    :param plugins: those that answer the hooks of `qubes_itests.hookspec`.
     :param part: the directory of the run that this one is a part of, and a name in it.
     """
 

@@ -1,4 +1,4 @@
-"""The hooks of a run: what plugins offer, and what comes with the harness."""
+"""Hooks: the offers of plugins, and those of the bundled one."""
 
 from __future__ import annotations
 

@@ -28,9 +28,9 @@ class Option:
     """An option.
 
     :param name: of the field.
-    :param default: what holds where nobody gives it; with a bool the option is a flag,
+    :param default: its value where it is not given; with a bool the option is a flag,
         with a tuple it may be given several times.
-    :param metavar: what stands for the value in the help; empty for a flag.
+    :param metavar: placeholder for the value in the help; empty for a flag.
     :param commands: the sub-commands that take it, and `PYTEST`.
     :param meaning: what it does: a phrase that begins with a verb.
     :param read: of a setting: returns a value in the option's type, from what a file, a
@@ -58,7 +58,7 @@ class Option:
         if isinstance(default, tuple):
             return f"{self.meaning}; may be given several times"
         if default is None or default is False or default == "":
-            return self.meaning  # which tells the default, or it goes without saying
+            return self.meaning  # the meaning names the default, or it is obvious
         if isinstance(default, enum.Enum):
             default = default.value
         return f"{self.meaning} (default: {'yes' if default is True else default})"

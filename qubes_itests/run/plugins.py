@@ -48,7 +48,7 @@ def named_plugins(templates: Sequence[str]) -> list[tuple[str, Plugin]]:
         if count[name] > 1 and plugin.group == GROUP:
             name += "@once"
         taken[name] += 1
-        # Two distributions may use one name; who lists them sees it and renames one.
+        # Two distributions may use one name; `list` shows that, and one can be renamed.
         result.append((name + "+" * (taken[name] - 1), plugin))
     return result
 

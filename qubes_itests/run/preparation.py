@@ -1,7 +1,7 @@
-"""What is made ready before a run: afterwards there is no network.
+"""The preparation of a run, all that needs the network.
 
-Templates are fetched and built, apps installed. What concerns one app or one derived
-template alone is no end of the run: its tests fail, and say why.
+Templates are fetched and built, apps installed. A failure of one app or one
+derived template does not end the run: its tests fail, and say why.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _TOLD_AGAIN: Final = (
 
 
 def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
-    """Make ready what the run needs, and tell it by the environment.
+    """Make ready what the run needs, and note the result in the environment.
 
-    Blocking; what goes on is told on standard error. What is there already takes a
+    Blocking; progress is shown on standard error. What is there already takes a
     few milliseconds.
 
     :param names: of templates; by default those of the settings, or of the apps.
     :raise EnvironmentNotReadyError: a template that no app derives cannot be fetched.
-    :raise ImageError: such a one does not build.
+    :raise ImageError: such a template does not build.
     """
     words = tuple(word for pair in _told_again(settings) for word in pair)
     if not (settings.app or settings.template_spec):
@@ -163,7 +163,7 @@ def build_templates(
 ) -> dict[str, str]:
     """Fetch and build those templates that need a network or another template.
 
-    :param names: unknown ones are left to who uses them.
+    :param names: unknown ones are an error where they are used.
     :param derived: names of those whose failure is no end of the run.
     :return: why those could not be built, by name.
     """

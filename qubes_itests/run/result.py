@@ -1,4 +1,4 @@
-"""What was made ready before a run went into its sandbox, told by the environment."""
+"""The result of a preparation, handed to the run in an environment variable."""
 
 from __future__ import annotations
 

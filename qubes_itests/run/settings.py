@@ -41,7 +41,7 @@ _MOST_MEMORY_BUDGET = 1 << 24
 
 
 class ConfigurationError(HarnessError):
-    """An option has a value, or a file a key, that means nothing.
+    """The value of an option, or a key in a file, is not valid.
 
     :param source: where it stands: a file's name, a variable, an option.
     :param problem: what is wrong with it, and what would be right.
@@ -65,7 +65,7 @@ class Keep(enum.Enum):
 
 #: The commands that run tests, and those that start VMs.
 _TESTS, _VMS = f"run {PYTEST}", "run serve shell"
-#: On which tests run where nobody says.
+#: The templates that tests run on by default.
 _TEMPLATES = ("tiny",)
 #: Seconds.
 DEFAULT_TIMEOUT = 300.0
@@ -84,7 +84,7 @@ def _keep(value: object) -> Keep:
         return Keep(value)
     except ValueError:
         known = ", ".join(keep.value for keep in Keep)
-        raise ValueError(f"{value!r} is none of: {known}") from None
+        raise ValueError(f"expected one of {known}, got {value!r}") from None
 
 
 def _flag(value: object) -> bool:
@@ -92,12 +92,12 @@ def _flag(value: object) -> bool:
         return value
     if isinstance(value, str) and value.lower() in _TRUTH:
         return _TRUTH[value.lower()]
-    raise ValueError(f"{value!r} is neither true nor false")
+    raise ValueError(f"expected true or false, got {value!r}")
 
 
 def _path(value: object) -> Path:
     if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
-        raise ValueError(f"{value!r} is not the name of a directory")
+        raise ValueError(f"expected a path, got {value!r}")
     return Path(value)
 
 
@@ -105,17 +105,17 @@ def _paths(value: object) -> tuple[Path, ...]:
     if isinstance(value, str):
         value = value.replace(os.pathsep, "\n").splitlines()
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"{value!r} is not a list of paths")
+        raise ValueError(f"expected a list of paths, got {value!r}")
     return tuple(dict.fromkeys(_path(word).absolute() for word in value))
 
 
 def _words(value: object) -> tuple[str, ...]:
     words = value.split() if isinstance(value, str) else value
     if not isinstance(words, list | tuple) or not words:
-        raise ValueError(f"{value!r} is not a list of words")
+        raise ValueError(f"expected a list of words, got {value!r}")
     for word in words:
         if not isinstance(word, str) or not word or "\0" in word:
-            raise ValueError(f"{word!r} is not a word")
+            raise ValueError(f"expected a word, got {word!r}")
     return tuple(dict.fromkeys(part for word in words for part in word.split()))
 
 
@@ -125,7 +125,7 @@ def _seconds(value: object) -> float:
     except (TypeError, ValueError):
         seconds = math.nan
     if isinstance(value, bool) or not (0 <= seconds < math.inf):
-        raise ValueError(f"{value!r} is not a number of seconds")
+        raise ValueError(f"expected a number of seconds, got {value!r}")
     return seconds
 
 
@@ -134,7 +134,7 @@ def _integer(value: object) -> int:
         return value
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value):
         return int(value)
-    raise ValueError(f"{value!r} is not a whole number")
+    raise ValueError(f"expected a whole number, got {value!r}")
 
 
 def _memory_budget(value: object) -> int:
@@ -145,45 +145,45 @@ def _memory_budget(value: object) -> int:
             f" give it {LEAST_MEMORY_BUDGET} MiB or more, or 0 for no limit"
         )
     if size > _MOST_MEMORY_BUDGET:
-        raise ValueError(f"there is no machine of {size} MiB: it is a number of MiB")
+        raise ValueError(f"expected MiB, at most {_MOST_MEMORY_BUDGET}, got {size}")
     return size
 
 
 def _host_memory(value: object) -> int:
     size = _integer(value)
     if not 0 <= size <= _MOST_MEMORY_BUDGET:
-        raise ValueError(f"no machine can give {size} MiB: it is a number of MiB")
+        raise ValueError(f"expected MiB, from 0 to {_MOST_MEMORY_BUDGET}, got {size}")
     return size
 
 
 def _start_timeout(value: object) -> int:
     seconds = _integer(value)
     if not 0 <= seconds <= _LONGEST_START:
-        raise ValueError(f"{value!r} is not a number of seconds up to {_LONGEST_START}")
+        raise ValueError(f"expected seconds, at most {_LONGEST_START}, got {value!r}")
     return seconds
 
 
 def _templates(value: object) -> tuple[str, ...]:
     names = value.split() if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not names:
-        raise ValueError(f"{value!r} is not a list of template names")
+        raise ValueError(f"expected a list of names of templates, got {value!r}")
     for name in names:
         if not isinstance(name, str) or not _TEMPLATE.fullmatch(name):
-            raise ValueError(f"{name!r} cannot be the name of a template")
+            raise ValueError(f"expected the name of a template, got {name!r}")
     return tuple(dict.fromkeys(names))
 
 
 def _word(value: object) -> str:
     if isinstance(value, str) and _TEMPLATE.fullmatch(value):
         return value
-    raise ValueError(f"{value!r} is not a name")
+    raise ValueError(f"expected a name, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """The options of a run: the table from which all that knows of them is made.
 
-    A row has the default, how a value is read, what stands for it in the help, the
+    A row has the default, how a value is read, its placeholder in the help, the
     commands that take the option, and what it does.
     """
 
@@ -360,7 +360,9 @@ def _read_toml(path: Path) -> Mapping[str, object] | None:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(path.name, str(error)) from None
     if table is not None and not isinstance(table, dict):
-        raise ConfigurationError(path.name, "tool.qubes_itests is not a table")
+        raise ConfigurationError(
+            path.name, f"tool.qubes_itests: expected a table, got {table!r}"
+        )
     # templates of an app are tables of that name; the setting is a list
     if table is not None and isinstance(table.get("template"), dict):
         del table["template"]

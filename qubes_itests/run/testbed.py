@@ -1,4 +1,4 @@
-"""The testbed: what all tests of a run share, and the app that each of them gets."""
+"""The testbed, which all tests of a run share, and the apps on it."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ class Testbed:
         return dataclasses.replace(template, root_image=image)
 
     async def make_app(self, *templates: str) -> Qubes:
-        """Make an app of its own, with TemplateVMs of these names.
+        """Make an app with TemplateVMs of these names.
 
         Its pool is empty but for the templates, whose root volumes are reflinks of the
         images, so that what a test does to a template stays with that test.
@@ -253,7 +253,7 @@ class Testbed:
         return app
 
     async def _shared(self, number: int, templates: Sequence[str]) -> dict[str, Any]:
-        """Return what an app shares with others, and a directory of its own."""
+        """Return what an app shares with others, and its directory."""
         directory = self.parts.run_directory / "apps" / str(number)
         directory.mkdir(parents=True)
         await asyncio.to_thread(fill, directory, self.parts.policy)

@@ -1,7 +1,7 @@
 """The stable, synchronous test interface of Qubes OS.
 
-Plugins import it as ``qubes.tests.extra``.  Test code runs in a thread of its own and
-may block; the VMs live on in the event loop's thread.
+Plugins import it as ``qubes.tests.extra``.  Test code has its own thread and may
+block; the VMs live on in the event loop's thread.
 """
 
 from __future__ import annotations

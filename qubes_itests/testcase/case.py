@@ -155,7 +155,7 @@ class QubesTestCase(EventAssertions, TimedTestCase):
 
 
 class SystemTestCase(QubesTestCase):
-    """A test with a Qubes app of its own, on the testbed's hypervisor."""
+    """A test with its own app, on the testbed's hypervisor."""
 
     #: The app.
     app: Qubes
@@ -371,7 +371,8 @@ class SystemTestCase(QubesTestCase):
 
         :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``.
         :param source: the VM that calls, its name, or a keyword (``@anyvm`` …).
-        :param destination: likewise; also ``@default``, ``@dispvm``, ``dom0``.
+        :param destination: the VM that is called, its name, or a keyword
+            (``@default``, ``@dispvm`` …).
         :param allow: or deny.
         :param target: the VM that answers, whichever was called.
         :param action: in place of `allow`: ``allow user=root``, ``ask …``

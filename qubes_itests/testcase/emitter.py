@@ -1,4 +1,4 @@
-"""An object that remembers the events fired on it, and assertions about them."""
+"""`TestEmitter`, which remembers the events fired on it, and assertions about them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["EventAssertions", "TestEmitter"]
 
 
 class TestEmitter(Emitter):
-    """An emitter for tests of extensions: what stands for a VM or an app there."""
+    """An emitter for tests of extensions: a stand-in for a VM or an app."""
 
     __test__ = False  # pytest: not a class of tests
 
@@ -82,7 +82,7 @@ def _frozen_items(mapping: Mapping[Any, Any]) -> frozenset[tuple[Any, Any]]:
 
 
 def _frozen(value: Any) -> Any:
-    """Return what stands for a value among the keys of a counter."""
+    """Return a hashable form of a value."""
     if isinstance(value, dict):
         return _frozen_items(value)
     if isinstance(value, (list, tuple)):

@@ -69,7 +69,7 @@ class LeakWatch:
         """Return what is left, one sentence each, and cancel tasks that are.
 
         :param objects: whether to look for VM objects: a failure's traceback holds
-            some, and waiting for these would be in vain.
+            some, which would not go.
         """
         # A coroutine warns when it is freed, and a file is closed then: both have to
         # happen now, not in the test after this one.
@@ -77,7 +77,8 @@ class LeakWatch:
         found = [*self._leaked_tasks(), *self._leaked_files()]
         found += self._leaked_vms() if objects else []
         found += [
-            f"an error that nobody saw: {e}" for e in self._portal.take_failures()
+            f"an error that no code has handled: {e}"
+            for e in self._portal.take_failures()
         ]
         # Last: freeing the objects above may have added warnings.
         self._exit.close()

@@ -42,7 +42,7 @@ def policy_line(
 
     :param service: ``SERVICE`` for all arguments, or ``SERVICE+ARGUMENT`` for one.
     :param source: the VM that calls, its name, or a keyword.
-    :param destination: likewise, whom it calls.
+    :param destination: the VM that is called, its name, or a keyword.
     :param action: ``allow`` or ``deny``.
     :param target: the VM that answers instead.
     """

@@ -117,7 +117,7 @@ def expectedFailureIfTemplate(  # noqa: N802 - as in Qubes OS
 
 
 def skipped_template(case: Any, method: Any) -> str | None:
-    """Return what `skipIfTemplate` said of a test, if its template is such a one."""
+    """Return the text of `skipIfTemplate` that matches the test's template, or None."""
     named = (
         *getattr(case, "skipped_templates", ()),
         *getattr(method, "skipped_templates", ()),

@@ -1,4 +1,4 @@
-"""Who has a device, or is to have it."""
+"""Assignments: devices that a VM has, or is to have."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AssignmentMode(enum.Enum):
 class DeviceAssignment:
     """A device for a frontend VM: one that is attached, or is to be.
 
-    :param device: the device, or what stands for several.
+    :param device: the device, or a pattern for several.
     :param frontend_domain: the VM that has it, or is to have it.
     :param options: how it is attached; strings by names, which its class knows.
     :param mode: what happens at the frontend's start; a mode or its value.
@@ -190,7 +190,7 @@ class DeviceAssignment:
         """Read what `serialize` wrote.
 
         :param expected_device: the device that it has to be about.
-        :raise ProtocolError: for what cannot be, or is about another device.
+        :raise ProtocolError: for invalid data, or data about another device.
         """
         properties, options = unpack(serialization)
         try:

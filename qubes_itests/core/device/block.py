@@ -52,7 +52,7 @@ _WRITABLE: Final = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _NOTICE: Final = 60.0
 _FRONTEND: Final = re.compile(r"xvd[a-z]")
 _LETTERS: Final = string.ascii_lowercase
-#: What a disk is called that nobody names: as in Qubes OS, xvdi and on come first.
+#: Names of disks without `frontend-dev`: as in Qubes OS, xvdi and on come first.
 _FRONTENDS: Final = [f"xvd{letter}" for letter in _LETTERS[8:] + _LETTERS[4:8]]
 
 
@@ -179,7 +179,7 @@ async def _plug_in(vm: Any, disk: Disk) -> None:
 
 
 async def _seen(vm: Any, name: str, state: str) -> None:
-    """Wait until the guest has noticed: who uses it at once would make a plain file.
+    """Wait until the guest has noticed: before, a write to the name makes a plain file.
 
     One that is paused notices when it runs again.
     """
@@ -190,7 +190,7 @@ async def _seen(vm: Any, name: str, state: str) -> None:
 def _completed(
     vm: Any, device: BlockDevice, options: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return all options of an attachment; QubesValueError for one that cannot be."""
+    """Return all options of an attachment; QubesValueError for an invalid one."""
     if unknown := options.keys() - {"frontend-dev", "read-only", "devtype"}:
         names = ", ".join(sorted(unknown))
         raise QubesValueError(f"block devices have no option {names}")
@@ -347,7 +347,7 @@ async def expose(
     :param path: an existing raw image, as that of a volume, or a device.
     :param name: of its port; by default that of the file.
     :return: the device, as ``app.domains["dom0"].devices["block"][name]``.
-    :raise QubesValueError: for what is no image, or a name that cannot be or is taken.
+    :raise QubesValueError: for a file that is no image, or an invalid or taken name.
     """
     folder = _folder(app)
     name = await to_its_end(

@@ -1,4 +1,4 @@
-"""What extensions do when the devices of a VM come, go, or change hands.
+"""Changes of the devices of a VM, as extensions report them.
 
 In Qubes OS it is `qubes.ext.utils`.  An extension keeps in `devices_cache`, by names of
 VMs, which ports they expose, and to which VM each is attached.
@@ -93,7 +93,8 @@ def _devclass(device_class: type[DeviceInfo]) -> str:
     return device_class.__name__.removesuffix("Device").lower()
 
 
-#: Tasks that nobody waits for: the loop keeps none alive by itself.
+#: Tasks that nothing waits for: the loop holds tasks weakly, so without a reference
+#: one could be collected in the middle of its work.
 _tasks: set[asyncio.Future[Any]] = set()
 
 
@@ -216,7 +217,9 @@ async def confirm_device_attachment(
     try:
         answer = await call_socket_service("dom0", _AGENT, "dom0", params, SOCKET_PATH)
     except Exception as error:  # noqa: BLE001 - who answers is anybody's
-        log.warning("nobody was asked who gets %s: %s", str(device.port), str(error))
+        log.warning(
+            "no user was asked which VM gets %s: %s", str(device.port), str(error)
+        )
         return ""
     name = answer.removeprefix(_ALLOW)
     return name if answer.startswith(_ALLOW) and name in names else ""
@@ -229,7 +232,7 @@ async def call_socket_service(
     params: Mapping[str, Any],
     rpc_path: str = SOCKET_PATH,
 ) -> str:
-    """Fail: nobody sits before a run.  Tests put their own answer in its place.
+    """Fail: a run has no user to ask.  Tests replace this by an answer.
 
     :raise QubesException: always.
     """

@@ -1,4 +1,4 @@
-"""Devices that are there: what is known of them, and the categories users know."""
+"""Devices: their descriptions, interfaces and categories."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ class DeviceInfo(VirtualDevice):
             TypeError,
         ) as error:
             log.warning(
-                "what is said of %s is not valid: %s", str(expected), str(error)
+                "the description of %s is not valid: %s", str(expected), str(error)
             )
             return UnknownDevice.from_device(expected)
 

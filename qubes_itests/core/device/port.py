@@ -1,4 +1,4 @@
-r"""Devices by name: ports of a backend, what is plugged into them, who is to have it.
+r"""Ports and devices: names, and their format on the wire.
 
 ::
 
@@ -89,16 +89,18 @@ def unpack(serialization: bytes) -> tuple[dict[str, str], dict[str, str]]:
     try:
         text = serialization.decode("ascii").strip(" ")
     except UnicodeDecodeError as error:
-        raise ProtocolError("what is said of a device is not ASCII") from error
+        raise ProtocolError("expected the description of a device in ASCII") from error
     found: dict[str, str] = {}
     end = 0
     while end < len(text):
         pair = _PAIR.match(text, end)
         if pair is None or not _VALUE.fullmatch(pair[2]):
-            raise ProtocolError(f"what is said of a device ends at character {end}")
+            raise ProtocolError(
+                f"expected KEY='VALUE' at character {end} of a device's description"
+            )
         key, end = pair[1], pair.end()
         if key in found:
-            raise ProtocolError(f"{key!r} is said twice of a device")
+            raise ProtocolError(f"the description of a device has {key!r} twice")
         found[key] = pair[2].replace(r"\'", "'")
     options = {k[1:]: v for k, v in found.items() if k.startswith("_")}
     return {k: v for k, v in found.items() if not k.startswith("_")}, options
@@ -254,7 +256,7 @@ class VirtualDevice:
 
         :param domains: the VMs of the app, by name.
         :raise QubesVMNotFoundError: when there is no such backend.
-        :raise QubesValueError: for what cannot be.
+        :raise QubesValueError: for invalid text.
         """
         if found := _ARGUMENT.fullmatch(representation):
             backend, port_id, device_id = (

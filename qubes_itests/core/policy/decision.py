@@ -76,7 +76,7 @@ class Destination:
     def resolve(cls, app: Qubes, source: BaseVM, token: Token) -> Destination | None:
         """Return where a token leads, None if it names a VM that is not there.
 
-        :raise RequestError: for a disposable VM of what is no template for them.
+        :raise RequestError: for a disposable VM of a VM that is no template for them.
         """
         if token.kind is Kind.NAME:
             vm = app.domains.get(token.key)
@@ -162,7 +162,7 @@ class Request:
 
         :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``; not trusted.
         :param target: not trusted; empty as ``@default``, ``$`` before a keyword as @.
-        :raise RequestError: when nobody can ask for that.
+        :raise RequestError: when it is not valid.
         """
         found = _SERVICE.fullmatch(service)
         if found is None or len(service) > _LONGEST_SERVICE:
@@ -205,14 +205,14 @@ class Decision:
     """What the policy says of one call.
 
     :param allowed: whether it may be made.
-    :param target: who answers it: a VM's name, ``@adminvm`` or ``@dispvm:NAME``; empty
+    :param target: what answers it: a VM's name, ``@adminvm`` or ``@dispvm:NAME``; empty
         if it is denied.
     :param user: the user it runs as, None for the default.
     :param rule: the rule that decided, None if no rule did.
     :param reason: one sentence, for the log; not for the caller.
     :param notify: whether a user should be told.
     :param autostart: whether the target may be started for it.
-    :param requested: whom the caller asked for, which dom0's services act upon when a
+    :param requested: what the caller asked for, which dom0's services act upon when a
         rule redirects to them: a VM's name or a keyword; empty if that was not valid.
     """
 
@@ -268,8 +268,8 @@ def decide(
 ) -> Decision:
     """Return what becomes of a call by the rule that matches it.
 
-    :param rules: the whole policy: who is asked may choose from what it allows.
-    :param ask: answers questions, None if nobody is there.
+    :param rules: the whole policy: the choice is among what it allows.
+    :param ask: answers questions, or None.
     """
     if rule.action is Action.DENY:
         return _refuse(request, rule, rule.shown, notify=rule.notify is not False)
@@ -328,7 +328,7 @@ def _ask(
     if not offered:
         raise RequestError("there is no target to choose from")
     if ask is None:
-        raise RequestError("nobody is there to ask")
+        raise RequestError("there is no handler that could ask a user")
     default = None
     if rule.default_target is not None:
         proposed = Destination.resolve(request.app, request.source, rule.default_target)

@@ -137,7 +137,7 @@ class _For:
     """What the rules of a file in the older format are for.
 
     :param service: of each of them.
-    :param argument: likewise.
+    :param argument: of each of them.
     :param base: what paths in the file are relative to.
     """
 

@@ -127,9 +127,9 @@ class Policy:
         return decision
 
     def lets_know(self, app: Qubes, service: str, source: BaseVM, target: str) -> bool:
-        """Tell whether it allows a call that nobody makes, only to hide what it denies.
+        """Tell whether it would allow a call, without making it.
 
-        Nobody is asked, and there is no record.  The parameters are those of
+        No user is asked, and nothing is logged.  The parameters are those of
         `evaluate`.
         """
         try:

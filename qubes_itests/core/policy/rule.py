@@ -238,8 +238,8 @@ class Rule:
     :param source: who calls.
     :param target: what the caller asked for.
     :param action: what becomes of the call.
-    :param redirect: who answers in place of the target (``target=``).
-    :param default_target: what the one who is asked may just confirm.
+    :param redirect: what answers in place of the target (``target=``).
+    :param default_target: the target that the question proposes.
     :param user: the user of the target that the service runs as; None for its default.
     :param notify: whether a user should be told; None where the rule does not say.
     :param autostart: whether a target that is halted is started.
@@ -267,7 +267,7 @@ class Rule:
         :param origin: where the line is.
         :param strict: whether names have to be such that something can have them; see
             `doubt`.
-        :raise PolicySyntaxError: when it is none; the message says why.
+        :raise PolicySyntaxError: when it is not valid; the message says why.
         """
         words = line.split()
         if len(words) < _FIELDS:

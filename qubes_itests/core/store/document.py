@@ -1,4 +1,4 @@
-"""Documents: trees of elements that know their lines, and their bytes.
+"""XML documents: trees of elements that know their lines, and their bytes.
 
 Expat parses them: it alone of the XML parsers tells line and column of every element,
 and is part of Python.  A document type declaration is refused where it begins, so

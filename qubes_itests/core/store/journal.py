@@ -153,7 +153,7 @@ class Journal:
     def read(self) -> dict[Path, Note]:
         """Return the notes that a former process has left, by their files.
 
-        :raise StoreError: for one that cannot be read; nobody but its user may drop it.
+        :raise StoreError: for one that cannot be read; only its user may drop it.
         """
         found = {}
         for path in sorted(self.directory.glob(f"*{_SUFFIX}")):

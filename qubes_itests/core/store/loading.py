@@ -1,4 +1,4 @@
-"""From a document to an app, in the stages of Qubes OS.
+"""Loading of an app from a document, in the stages of Qubes OS.
 
 1. labels and pools, 2. VMs and their plain properties, 3. the app's properties,
 4. properties whose values are VMs, and what else VMs have, 5. what has to fit together.

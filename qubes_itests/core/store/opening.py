@@ -1,4 +1,4 @@
-"""An app from its store: loaded whole or not at all, with its pools set up."""
+"""Opening of an app from its store: all or nothing, with its pools set up."""
 
 from __future__ import annotations
 

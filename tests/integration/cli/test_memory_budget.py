@@ -67,7 +67,7 @@ def test_without_a_budget_nothing_is_asked(small):
 def test_a_budget_that_cannot_be_ends_the_run_at_once(small):
     for budget, said in (
         ("900", "a machine of 900 MiB"),
-        ("4GiB", "'4GiB' is not a whole number"),
+        ("4GiB", "expected a whole number, got '4GiB'"),
         ("-1", "a machine of -1 MiB"),
     ):
         done = small.run(f"--memory-budget={budget}")

@@ -117,7 +117,9 @@ def test_an_unknown_option_of_another_sub_command_is_an_error(capsys):
 
 
 def test_a_bad_value_names_its_option():
-    with pytest.raises(ConfigurationError, match="--seed: seed: 'x' is not"):
+    with pytest.raises(
+        ConfigurationError, match="--seed: seed: expected a whole number, got 'x'"
+    ):
         parse(["--seed", "x"])
 
 

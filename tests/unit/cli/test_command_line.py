@@ -132,7 +132,10 @@ def test_another_suite_in_the_directory_does_not_leak_in(site):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--keep=sometimes"], "--keep: keep: 'sometimes' is none of"),
+        (
+            ["--keep=sometimes"],
+            "--keep: keep: expected one of never, failed, always, got 'sometimes'",
+        ),
         (["list", "--no-such-option"], "--no-such-option"),
         (["--shell-on-failure"], "there is no terminal"),
         (["shell", "tiny"], "there is no terminal"),

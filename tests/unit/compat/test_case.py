@@ -277,7 +277,7 @@ def test_an_error_of_the_background():
 
         self.loop.call_soon_threadsafe(stumble)
 
-    assert "an error that nobody saw" in failure(body)
+    assert "an error that no code has handled" in failure(body)
 
 
 def test_problems_of_the_app_fail_the_test(bed):

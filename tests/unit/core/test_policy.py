@@ -167,7 +167,7 @@ def test_who_answers(vms, line, target, answers):
         ("* * * @anyvm allow", "@dispvm:gone", "gone is no template for disposable"),
         ("* * * @anyvm allow", "work", "a VM cannot call itself"),
         ("* * * @anyvm allow target=work", "vault", "a VM cannot call itself"),
-        ("* * * * ask", "vault", "nobody is there to ask"),
+        ("* * * * ask", "vault", "there is no handler that could ask a user"),
         ("* * * * ask target=gone", "vault", "no target to choose from"),
         ("* * * * deny", "vault", r"added: \* \* \* \* deny"),
         ("* * * * allow", "@anyvm", "@anyvm is no target of a call"),
