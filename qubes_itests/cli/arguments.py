@@ -314,4 +314,4 @@ A selector is the beginning of a test's id as `list` shows it:
   qubes-itests smoke
   qubes-itests smoke::TC_Run_tiny::test_010_run
 Options of pytest keep their meaning: -k -m -x --lf -v --junitxml=FILE ...
-and so does -n NUMBER of pytest-xdist: of workers, each with a sandbox of its own."""
+and so does -n NUMBER of pytest-xdist: of workers, each in its own sandbox."""

@@ -1,6 +1,6 @@
 """The process that hands the tests of a run to workers, with pytest-xdist.
 
-Each worker is in a sandbox of its own within that of the run, so that it mounts, names
+Each worker is in its own sandbox within that of the run, so that it mounts, names
 and kills as if it were alone, and ends with the run whatever becomes of either.
 """
 
@@ -83,7 +83,7 @@ class Controller:
 
     def header(self) -> str:
         """Return a line about the workers."""
-        own = ", each in a sandbox of its own" if sandbox.active() else ""
+        own = ", each in its own sandbox" if sandbox.active() else ""
         share = f", with {self._share} MiB of memory for VMs" if self._share else ""
         return f"workers: {self._workers}{own}{share}"
 
@@ -132,7 +132,7 @@ class Controller:
 
     @pytest.hookimpl
     def pytest_configure_node(self, node: WorkerController) -> None:
-        """Tell a worker what it is told on no command line."""
+        """Send a worker what is on no command line."""
         self._nodes.append(node)
         place = _place(node.gateway.spec)
         told = plain(self._context.settings)

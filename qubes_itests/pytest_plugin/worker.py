@@ -1,4 +1,4 @@
-"""A process that runs tests for a controller: what it is told, and what it tells."""
+"""A worker: a process that runs tests for a controller, and reports to it."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class LastWords(logging.Handler):
 
 
 class Heartbeat:
-    """Shows a line about each thing that runs, from a thread of its own.
+    """Shows a line about each thing that runs, from its own thread.
 
     On a terminal the lines are drawn at the bottom and vanish; elsewhere all of them
     are printed as one, half a minute after what was shown last.

@@ -1,6 +1,6 @@
 """The history of tests: results of runs, kept in the cache from one run to the next.
 
-While a run goes on, its results are appended to a file of its own, which takes no lock
+While a run goes on, its results are appended to a separate file, which takes no lock
 and survives a kill. When it ends, and when anybody asks, the files of runs that have
 ended go into an SQLite database, each in one transaction, and are removed after it. So
 what could not be written today is there tomorrow: a database that is locked, on a full

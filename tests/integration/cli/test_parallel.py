@@ -1,4 +1,4 @@
-"""``-n``: the tests of a run on several workers, each in a sandbox of its own."""
+"""``-n``: the tests of a run on several workers, each in its own sandbox."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_two_workers_tell_what_one_process_tells(mixed):
     order = [both.stdout.index(t) for t in ("test session starts", "seed: 7", "2 work")]
     assert order == sorted(order)
     assert re.search(
-        r"\nworkers: 2, each in a sandbox of its own, with \d+ MiB of memory for VMs\n",
+        r"\nworkers: 2, each in its own sandbox, with \d+ MiB of memory for VMs\n",
         both.stdout,
     )
 
@@ -378,7 +378,7 @@ def test_a_plain_suite_is_grouped_by_class_module_and_mark(site):
     done = site.run("-p", "qubes_itests", "-n", "3", program="pytest")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "7 passed" in done.stdout
-    assert "workers: 3, each in a sandbox of its own" in done.stdout
+    assert "workers: 3, each in its own sandbox" in done.stdout
     where = {name: len(found) for name, found in places(site).items()}
     assert where == {"class": 1, "mark": 1, "module": 1}
 
@@ -400,7 +400,7 @@ def test_workers_on_other_machines(guests):
     done = guests.run("--tx", on, "-k", "TC_One or TC_Good", "guests", "mixed")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 failed, 3 passed, 1 skipped" in done.stdout
-    assert "\nworkers: 2, each in a sandbox of its own\n" in done.stdout
+    assert "\nworkers: 2, each in its own sandbox\n" in done.stdout
     (where,) = places(guests)["TC_One"]
     own = {str(Path(f"/proc/self/ns/{name}").readlink()) for name in ("pid", "net")}
     assert own.isdisjoint(where)
