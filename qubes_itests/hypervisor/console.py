@@ -8,6 +8,8 @@ import select
 import threading
 from typing import TYPE_CHECKING
 
+from qubes_itests.timeline import lines
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -32,11 +34,13 @@ class Console:
     when the last writer does.  The log holds the beginning and the end of what was
     printed, at most 1 MiB; where it dropped something a line says so.
 
+    :param vm: whose it is.
     :param pipe: path of the two named pipes, less their `.in` and `.out`.
     :param log: the file; added to if it exists.
     """
 
-    def __init__(self, pipe: Path, log: Path) -> None:
+    def __init__(self, vm: str, pipe: Path, log: Path) -> None:
+        self._vm = vm
         self._paths = [pipe.with_name(pipe.name + end) for end in (".in", ".out")]
         self._log = log
         self._thread: threading.Thread | None = None
@@ -81,6 +85,7 @@ class Console:
     def _collect(self, source: int, target: int) -> None:
         poll = select.poll()
         poll.register(source, select.POLLIN)
+        line = b""
         try:
             while True:
                 poll.poll()
@@ -96,6 +101,7 @@ class Console:
                     self.panicked |= _PANIC in recent
                     self._last = recent[-len(_PANIC) :]
                 target = self._append(target, data)
+                line = lines("console", self._vm, line + data)
         finally:
             os.close(source)
             os.close(target)

@@ -70,7 +70,7 @@ class QemuDomain(LibvirtDomain):
         super().__init__(connection, spec, publish, forget)
         self._machine = machine
         self._pid_file = run_directory / f"{spec.name}.pid"
-        self._console = Console(console_pipe(spec), self.console_log())
+        self._console = Console(spec.name, console_pipe(spec), self.console_log())
 
     def console_log(self) -> Path:
         return self.spec.directory / "console.log"

@@ -19,6 +19,8 @@ import threading
 from asyncio import Handle, isfuture  # by their names here: see `waiting`
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
+from qubes_itests.timeline import called_here
+
 from .exc import PortalError
 from .waiting import wait_in_thread
 
@@ -146,12 +148,14 @@ class PortalLoop(asyncio.SelectorEventLoop):
         self, coro: Coroutine[Any, Any, _T], **options: Any
     ) -> asyncio.Task[_T]:
         """Make a task; in another thread, one that begins when that thread waits."""
-        task: asyncio.Task[_T] = super().create_task(coro, **options)
-        if self._foreign():
-            # Python 3.14 lists tasks by the thread that made them, and shows a running
-            # loop only its own: `asyncio.all_tasks` would miss these.
-            self._made_elsewhere.add(task)
-            task.add_done_callback(self._made_elsewhere.discard)
+        if not self._foreign():
+            return super().create_task(coro, **options)
+        with called_here():
+            task: asyncio.Task[_T] = super().create_task(coro, **options)
+        # Python 3.14 lists tasks by the thread that made them, and shows a running
+        # loop only its own: `asyncio.all_tasks` would miss these.
+        self._made_elsewhere.add(task)
+        task.add_done_callback(self._made_elsewhere.discard)
         return task
 
     def all_tasks(self) -> set[asyncio.Task[Any]]:

@@ -12,6 +12,7 @@ from asyncio import CancelledError, Task, ensure_future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qubes_itests.exc import DeadlineError
+from qubes_itests.timeline import called_here
 
 if TYPE_CHECKING:
     import asyncio
@@ -45,7 +46,8 @@ def wait_in_thread(
         started.append(_start(loop, awaitable, outcome))
 
     try:
-        loop.hand_over(start, name)
+        with called_here():
+            loop.hand_over(start, name)
         done, _ = concurrent.futures.wait([outcome], timeout)
     except BaseException:
         _cancel(loop, started, outcome)

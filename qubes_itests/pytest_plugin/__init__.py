@@ -20,6 +20,8 @@ from qubes_itests.pytest_plugin.collection import PluginNode
 from qubes_itests.pytest_plugin.deadline import Deadline
 from qubes_itests.pytest_plugin.debugger import PostponedCleanUps
 from qubes_itests.pytest_plugin.history import HistoryKeeper
+from qubes_itests.pytest_plugin.recording import Recording
+from qubes_itests.pytest_plugin.run_record import RunRecord
 from qubes_itests.pytest_plugin.watch import FailureWatch
 from qubes_itests.pytest_plugin.worker import Worker
 from qubes_itests.run.app_templates import TemplateProblemError, plugins_for
@@ -31,6 +33,7 @@ from qubes_itests.run.settings import (
     OPTIONS,
     ConfigurationError,
     Settings,
+    Trace,
     convert,
     load,
 )
@@ -88,11 +91,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Offers(context.plugins), "qubes_itests-offers")
     watch = FailureWatch(config, context)
     config.pluginmanager.register(watch, "qubes_itests-failures")
+    if settings.trace is not Trace.OFF and not worker.distributes(config):
+        recording = Recording(settings, watch.artifacts)
+        config.pluginmanager.register(recording, "qubes_itests-recording")
     _register_role(config, context, watch)
     if not worker.is_worker(config):
         keeper = HistoryKeeper(config)
         config.pluginmanager.register(keeper.results, "qubes_itests-results")
         config.pluginmanager.register(keeper, "qubes_itests-history")
+        if not config.option.collectonly:
+            record = RunRecord(settings, watch.artifacts, keeper.results)
+            config.pluginmanager.register(record, "qubes_itests-run-record")
     if settings.shell_on_failure and not config.option.collectonly:
         watch.require_terminal()
     if config.getoption("usepdb"):

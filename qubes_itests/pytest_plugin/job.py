@@ -20,7 +20,7 @@ from qubes_itests.pytest_plugin.tampering import ModuleGuard
 from qubes_itests.pytest_plugin.worker import ROLE, distributes, is_worker
 from qubes_itests.report import failures
 from qubes_itests.report.heartbeat import LastWords
-from qubes_itests.report.progress import Progress, StartTimes
+from qubes_itests.report.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -179,14 +179,12 @@ class JobParts:
     def pytest_configure(self, config: pytest.Config) -> None:
         """Show progress our way; guard loaded modules, switch extensions."""
         register = config.pluginmanager.register
-        words = LastWords()
         register(ModuleGuard(), "qubes_itests-modules")
         register(ExtensionSwitch(), "qubes_itests-extensions")
-        register(StartTimes(words), "qubes_itests-starts")
         register(_Header(config), "qubes_itests-header")
         if is_worker(config) or not config.pluginmanager.has_plugin("terminalreporter"):
             return
-        progress = Progress(config, words, several=distributes(config))
+        progress = Progress(config, LastWords(), several=distributes(config))
         register(progress, "qubes_itests-progress")
 
 

@@ -16,10 +16,12 @@ from qubes_itests.report import failures
 from qubes_itests.report.artifacts import LOG_LIMIT, Artifacts
 from qubes_itests.report.failures import Failure
 from qubes_itests.report.guest_logs import GuestLogs, panic_words
+from qubes_itests.report.results import WHERE
 from qubes_itests.report.safe_report import make_safe
 from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import Keep
 from qubes_itests.shell import WAY_OUT, open_shell, require_terminal
+from qubes_itests.timeline import note, raised_at
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FailureWatch"]
 
+#: Lines of an error in the timeline.
+_REASON_LINES = 10
 #: The attribute of a report that has the artefacts.
 _FILES = "itests_files"
 
@@ -48,7 +52,7 @@ class FailureWatch:
         self._context = context
         self._settings = context.settings
         self._start = config.invocation_params.dir
-        self._artifacts = Artifacts(self._start / context.settings.artifacts)
+        self.artifacts = Artifacts(self._start / context.settings.artifacts)
         self._logs = GuestLogs(None)
         self._seen = ""
         self.deadline: Deadline | None = None
@@ -60,7 +64,7 @@ class FailureWatch:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """Begin and end a test: its artefacts, its random numbers, its guests."""
-        self._artifacts.begin(item.nodeid)
+        self.artifacts.begin(item.nodeid)
         self._seen = ""
         self._logs = GuestLogs(self._vm_directory())
         testbed = self._context.opened_testbed
@@ -83,8 +87,8 @@ class FailureWatch:
             item.user_properties.append(("template", str(template)))
         try:
             return (yield)
-        except Exception:
-            self._failed(item)
+        except Exception as error:
+            self._failed(item, error)
             raise
 
     @pytest.hookimpl(wrapper=True)
@@ -96,12 +100,22 @@ class FailureWatch:
             result = yield
         except BaseException as error:
             if not isinstance(error, pytest.skip.Exception | KeyboardInterrupt):
-                self._failed(item)
+                self._failed(item, error)
             raise
         testbed = self._context.opened_testbed
         if testbed is not None and self._settings.keep is Keep.ALWAYS:
-            self._artifacts.keep_disks(item.nodeid, testbed)
+            self.artifacts.keep_disks(item.nodeid, testbed)
         return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Have the report tell which line of the test failed."""
+        report = yield
+        if report.failed and call.excinfo is not None:
+            setattr(report, WHERE, raised_at(call.excinfo.value))
+        return report
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -111,17 +125,17 @@ class FailureWatch:
             return
         test = report.nodeid
         # From another machine they come with the report.
-        self._artifacts.add(test, vars(report).pop(_FILES, {}))
-        self._artifacts.text(test, "failure.txt", report.longreprtext)
+        self.artifacts.add(test, vars(report).pop(_FILES, {}))
+        self.artifacts.text(test, "failure.txt", report.longreprtext)
         self._keep_logs(test)
         if is_remote(self._config):
-            setattr(report, _FILES, self._artifacts.pack(test))
-        directory = self._artifacts.directory(test)
+            setattr(report, _FILES, self.artifacts.pack(test))
+        directory = self.artifacts.directory(test)
         if directory.is_relative_to(self._start):
             directory = directory.relative_to(self._start)
         first = self.failures.get(test)
         why = first.cause if first else failures.cause(report)
-        files = self._artifacts.files(test)
+        files = self.artifacts.files(test)
         self.failures[test] = Failure(
             test, why, str(directory), files, Prepared.told().words
         )
@@ -134,7 +148,7 @@ class FailureWatch:
         """
         # each testbed of a run has a directory of its own in it
         logs = [log for vms in directory.glob("*/vm") for log in GuestLogs(vms).all()]
-        self._artifacts.logs(test, [p for p in logs if p.stat().st_mtime >= since])
+        self.artifacts.logs(test, [p for p in logs if p.stat().st_mtime >= since])
 
     def _vm_directory(self) -> Path | None:
         testbed = self._context.opened_testbed
@@ -143,7 +157,7 @@ class FailureWatch:
     def _keep_logs(self, test: str) -> None:
         if (directory := self._vm_directory()) is not None:
             self._logs.found(directory)
-            self._artifacts.logs(test, self._logs.written())
+            self.artifacts.logs(test, self._logs.written())
 
     def _listen(self, item: Any) -> None:
         for name in ("addError", "addFailure"):
@@ -151,22 +165,24 @@ class FailureWatch:
 
             def told(testcase: Any, error: Any, report: Any = report) -> None:
                 if not isinstance(error[1], pytest.skip.Exception):
-                    self._failed(item)
+                    self._failed(item, error[1])
                 report(testcase, error)
 
             setattr(item, name, told)
 
-    def _failed(self, item: pytest.Item) -> None:
+    def _failed(self, item: pytest.Item, error: BaseException) -> None:
+        if self._seen != item.nodeid:
+            note("failure", text=_reason(error), where=raised_at(error))
         testbed = self._context.opened_testbed
         if testbed is None or self._seen == item.nodeid:
             return
         self._seen = item.nodeid
-        self._artifacts.collect(item.nodeid, testbed, self._context.plugins.hook)
+        self.artifacts.collect(item.nodeid, testbed, self._context.plugins.hook)
         for app in testbed.apps:
-            self._artifacts.add(item.nodeid, timeline_files(app, LOG_LIMIT))
+            self.artifacts.add(item.nodeid, timeline_files(app, LOG_LIMIT))
         self._keep_logs(item.nodeid)
         if self._settings.keep is not Keep.NEVER:
-            self._artifacts.keep_disks(item.nodeid, testbed)
+            self.artifacts.keep_disks(item.nodeid, testbed)
         if self._settings.shell_on_failure:
             self._open_shell(item, testbed)
 
@@ -223,3 +239,9 @@ class FailureWatch:
                     open_shell(testbed.portal, vm.running_agent())
                 except (HarnessError, QubesException, OSError) as error:
                     print(f"No shell in {vm.name}: {error}", flush=True)  # noqa: T201
+
+
+def _reason(error: BaseException) -> str:
+    """Return what an error says, in its first lines."""
+    text = f"{type(error).__name__}: {error}"
+    return "\n".join(text.splitlines()[:_REASON_LINES])

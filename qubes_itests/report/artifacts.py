@@ -109,6 +109,13 @@ class Artifacts:
         for name, data in files.items():
             self._write(test, Path(name).name, data)
 
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a file about the whole run, at once or not at all."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        new = self.root / f".{name}.{os.getpid()}"
+        new.write_bytes(data)
+        new.replace(self.root / name)
+
     def _collect_vm(self, test: str, vm: Any, hook: pluggy.HookRelay) -> None:
         with contextlib.suppress(Exception):  # a dead domain has no definition
             text = vm.domain.definition()

@@ -30,13 +30,9 @@ class LastWords(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.INFO)
         self.text = ""
-        #: VMs that started since the list was emptied: names, and seconds it took.
-        self.starts: list[tuple[str, float]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take a record's message, as one short line of printable characters."""
-        if started := getattr(record, "vm_started", None):
-            self.starts.append(started)
         self.text = one_line(record.getMessage(), _WIDEST)
 
     @contextlib.contextmanager

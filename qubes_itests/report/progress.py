@@ -29,35 +29,6 @@ _MARKUP = {
 }
 
 
-class StartTimes:
-    """A pytest plugin that has reports tell how long starts of VMs and phases took.
-
-    :param words: what the harness says; it listens while tests run.
-    """
-
-    def __init__(self, words: LastWords) -> None:
-        self._words = words
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtestloop(self) -> Generator[None, Any, Any]:
-        """Listen."""
-        with self._words.listening():
-            return (yield)
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(
-        self, item: pytest.Item, call: pytest.CallInfo[None]
-    ) -> Generator[None, Any, Any]:
-        """Tell JUnit XML."""
-        starts, self._words.starts = self._words.starts, []
-        told = [(f"start of {name}", seconds) for name, seconds in starts]
-        if call.when == "call":
-            phases = getattr(getattr(item, "instance", None), "phases", {})
-            told += [(f"{PHASE}{name}", seconds) for name, seconds in phases.items()]
-        item.user_properties += [(name, f"{value:.3f} s") for name, value in told]
-        return (yield)
-
-
 class Progress:
     """A pytest plugin; quiet with ``-q``.
 
@@ -88,7 +59,8 @@ class Progress:
         """Take the progress of the tests over from the terminal reporter."""
         self._running = True
         try:
-            return (yield)
+            with self._words.listening():
+                return (yield)
         finally:
             self._running = False
             self._heartbeat.stop()

@@ -15,13 +15,15 @@ from qubes_itests.report import failures
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["ATTEMPTS", "PHASE", "RERUN", "Results", "TestResult", "category"]
+__all__ = ["ATTEMPTS", "PHASE", "RERUN", "WHERE", "Results", "TestResult", "category"]
 
 #: The attribute of a report of a repeated test: how often it ran, how often it failed.
 ATTEMPTS = "itests_attempts"
 #: The outcome of a report of a failed attempt after which others follow; that of
 #: pytest-rerunfailures as well.
 RERUN = "rerun"
+#: The attribute of a report that says which line of a test failed: ``FILE:LINE``.
+WHERE = "itests_where"
 #: How names of properties of a report begin that are times of the test's parts.
 PHASE = "time of "
 
@@ -160,6 +162,8 @@ class Results:
 
     def _where(self, report: Any) -> str:
         """Return the line of the test's own file where a report says that it failed."""
+        if where := vars(report).get(WHERE):
+            return str(where)
         file, line, _ = report.location
         line = (line or 0) + 1
         traceback = getattr(report.longrepr, "reprtraceback", None)

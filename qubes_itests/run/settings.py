@@ -13,14 +13,14 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.run.options import PYTEST, option, options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 __all__ = [
     "DEFAULT_TIMEOUT",
@@ -29,11 +29,14 @@ __all__ = [
     "ConfigurationError",
     "Keep",
     "Settings",
+    "Trace",
     "convert",
     "load",
     "own_timeout",
     "plain",
 ]
+
+_Enum = TypeVar("_Enum", bound=enum.Enum)
 
 #: MiB of the smallest machine on which a VM starts beside dom0.
 LEAST_MEMORY_BUDGET = 2200
@@ -53,6 +56,14 @@ class ConfigurationError(HarnessError):
         super().__init__(f"{source}: {problem}")
         self.source = source
         self.problem = problem
+
+
+class Trace(enum.Enum):
+    """Of which tests the timelines are kept among the artefacts."""
+
+    ON = "on"
+    RETAIN_ON_FAILURE = "retain-on-failure"
+    OFF = "off"
 
 
 class Keep(enum.Enum):
@@ -79,12 +90,15 @@ _TRUTH = {
 }  # fmt: skip
 
 
-def _keep(value: object) -> Keep:
-    try:
-        return Keep(value)
-    except ValueError:
-        known = ", ".join(keep.value for keep in Keep)
-        raise ValueError(f"expected one of {known}, got {value!r}") from None
+def _one_of(kinds: type[_Enum]) -> Callable[[object], _Enum]:
+    def read(value: object) -> _Enum:
+        try:
+            return kinds(value)
+        except ValueError:
+            known = ", ".join(kind.value for kind in kinds)
+            raise ValueError(f"expected one of {known}, got {value!r}") from None
+
+    return read
 
 
 def _flag(value: object) -> bool:
@@ -189,8 +203,15 @@ class Settings:
 
     # fmt: off
     keep: Keep = option(  # noqa: RUF009 - it makes a field
-        Keep.NEVER, _keep, "WHICH", _TESTS,
+        Keep.NEVER, _one_of(Keep), "WHICH", _TESTS,
         "keep the disk images of VMs: never, always, or those of failed tests (failed)")
+    trace: Trace = option(  # noqa: RUF009 - it makes a field
+        Trace.RETAIN_ON_FAILURE, _one_of(Trace), "WHEN", _TESTS,
+        "keep the timelines of tests: of all (on), of those that failed"
+        " (retain-on-failure), or of none and record nothing (off)")
+    trace_events: bool = option(
+        False, _flag, "", _TESTS,
+        "have the events of the core in timelines")
     shell_on_failure: bool = option(
         False, _flag, "", _TESTS,
         "open a shell in a VM of a test that has failed, before the VM is removed")
@@ -301,7 +322,7 @@ def plain(settings: Settings) -> dict[str, object]:
 
 def _plain(value: object) -> object:
     match value:
-        case Keep():
+        case enum.Enum():
             return value.value
         case Path():
             return str(value)

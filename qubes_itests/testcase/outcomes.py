@@ -8,6 +8,8 @@ import unittest
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+from qubes_itests import timeline
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -58,9 +60,11 @@ class TimedTestCase(unittest.TestCase):
     ) -> unittest.TestResult | None:
         """Run the test."""
         self._times = [time.monotonic()]
+        self._phase = timeline.begin("phase", name=_PHASES[0])
         try:
             return super().run(result)
         finally:
+            self._phase.end()
             self._times.append(time.monotonic())
             if len(self._times) > len(_PHASES):
                 spans = (
@@ -70,8 +74,13 @@ class TimedTestCase(unittest.TestCase):
 
     def _callTestMethod(self, method: Callable[[], object]) -> None:  # noqa: N802
         # unittest calls it for the test alone; its stubs do not say so
-        self._times.append(time.monotonic())
+        self._next_phase()
         try:
             super()._callTestMethod(method)  # type: ignore[misc]
         finally:
-            self._times.append(time.monotonic())
+            self._next_phase()
+
+    def _next_phase(self) -> None:
+        self._phase.end()
+        self._phase = timeline.begin("phase", name=_PHASES[len(self._times)])
+        self._times.append(time.monotonic())

@@ -17,6 +17,7 @@ from qubes_itests.core.policy.decision import (
 from qubes_itests.core.policy.files import PolicyFiles
 from qubes_itests.core.policy.rule import PolicyFileError, Rule
 from qubes_itests.limited_log import LimitedLog
+from qubes_itests.timeline import note
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -123,6 +124,14 @@ class Policy:
             shown(target or "@default"),
             f"allowed to {decision.target}" if decision.allowed else "denied",
             decision.reason,
+        )
+        note(
+            "policy",
+            source.name,
+            target=target or "@default",
+            service=service,
+            decision="allow" if decision.allowed else "deny",
+            rule=decision.reason,
         )
         return decision
 

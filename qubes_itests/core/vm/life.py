@@ -27,6 +27,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Final
 
+from qubes_itests import timeline
 from qubes_itests.core import qrexec
 from qubes_itests.core.exc import (
     QubesException,
@@ -97,7 +98,7 @@ class Life:
 
     def __init__(self, vm: QubesVM) -> None:
         self._vm = vm
-        self.state = PowerState.HALTED
+        self._state = PowerState.HALTED
         #: The number of the present or the last domain, -1 before the first.
         self.xid = -1
         #: The domain of the present or the last run.
@@ -113,6 +114,17 @@ class Life:
         self._begun = self._aborted = False
         #: Held while what follows from the end of a run is done.
         self.stopped_lock = asyncio.Lock()
+
+    @property
+    def state(self) -> PowerState:
+        """The present one."""
+        return self._state
+
+    @state.setter
+    def state(self, state: PowerState) -> None:
+        if state is not self._state:
+            timeline.note("state", self._vm.name, state=str(state))
+        self._state = state
 
     @property
     def is_starting(self) -> bool:
@@ -205,7 +217,7 @@ class Life:
             raise
 
     async def _begin(self, *, start_guid: bool, memory: int | None) -> None:
-        step, began = Step(self._vm), time.monotonic()
+        step = Step(self._vm)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_exit(step.failed)
             with self._uninterrupted_undoing():
@@ -221,11 +233,7 @@ class Life:
                         step, undo, reservation, start_guid=start_guid
                     )
             undo.pop_all()
-        name, took = self._vm.name, time.monotonic() - began
-        # Reports take the figures from the record, which outlives the test: no objects.
-        log.info(
-            "VM %s started in %.2f s", name, took, extra={"vm_started": (name, took)}
-        )
+        log.info("VM %s started in %.2f s", self._vm.name, step.succeeded())
 
     @contextlib.contextmanager
     def _uninterrupted_undoing(self) -> Iterator[None]:
@@ -307,6 +315,7 @@ class Life:
                 log=vm.directory / "agent.log",
                 # From then on the domain itself holds its memory.
                 on_domain_start=reservation.aclose,
+                on_step=step.part,
             )
             undo.push_async_callback(self.domain.undefine)
             if self.agent is not None:

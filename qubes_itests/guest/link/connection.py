@@ -44,6 +44,7 @@ from qubes_itests.guest.link.frames import (
 )
 from qubes_itests.guest.link.process import GuestProcess
 from qubes_itests.guest.link.protocol import HostProtocol
+from qubes_itests.timeline import Span, called_by_guest, command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -339,7 +340,8 @@ class AgentConnection(asyncio.Protocol):
                 f"{STREAMS_MAX} commands run at once already; wait for some to end",
             )
         number, frame = self.protocol.spawn(*strings)
-        process = kind(self, number, self.vm, strings[2])
+        span = _report(self.vm, *strings)
+        process = kind(self, number, self.vm, strings[2], span)
         self._streams[number] = process
         self.send(frame)
         return process
@@ -434,7 +436,8 @@ class AgentConnection(asyncio.Protocol):
         # Known before the handler runs: DATA of it may come with the very next frame.
         call = ServiceCall(self, event, self.vm)
         self._streams[event.stream] = call
-        task = asyncio.ensure_future(self._serve(self._on_call, call))
+        with called_by_guest():
+            task = asyncio.ensure_future(self._serve(self._on_call, call))
         # the loop itself has only weak references to tasks
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -466,3 +469,10 @@ class AgentConnection(asyncio.Protocol):
         Ended: _on_exit,
         Called: _on_called,
     }
+
+
+def _report(vm: str, kind: str, user: str, text: str, source: str, *_more: str) -> Span:
+    """Report that a command, a terminal or a service begins."""
+    if kind == "service":
+        return command("service", source, target=vm, service=text, user=user or None)
+    return command("run", vm, command=text, user=user or None)

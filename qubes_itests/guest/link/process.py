@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qubes_itests.guest.exc import GuestGoneError
     from qubes_itests.guest.link.frames import Ended
     from qubes_itests.guest.link.streams import Link
+    from qubes_itests.timeline import Span
 
 __all__ = ["LONGEST_ANSWER", "Answer", "GuestProcess", "GuestTerminal", "answer_of"]
 
@@ -48,7 +49,9 @@ class GuestProcess:
     `GuestAgent.spawn` or `spawn_service`.
     """
 
-    def __init__(self, link: Link, stream: int, vm: str, command: str) -> None:
+    def __init__(
+        self, link: Link, stream: int, vm: str, command: str, span: Span
+    ) -> None:
         #: Name of the VM.
         self.vm = vm
         #: The command line, or the service.
@@ -61,6 +64,7 @@ class GuestProcess:
         self.taken = (bytearray(), bytearray())
         self._link = link
         self._stream = stream
+        self._span = span
         self._returncode: int | None = None
         self._error: GuestGoneError | None = None
         self._ended = asyncio.Event()
@@ -251,6 +255,7 @@ class GuestProcess:
         for reader in self._readers.values():
             reader.feed_eof()
         # last, since it wakes those who look at all the above
+        self._report_end()
         self._ended.set()
 
     def lose(self, error: GuestGoneError) -> None:
@@ -260,7 +265,17 @@ class GuestProcess:
         self.stdin.break_off(error)
         for reader in self._readers.values():
             reader.lose(error)
+        self._report_end(error=str(error))
         self._ended.set()
+
+    def _report_end(self, **fields: str) -> None:
+        stdout, stderr = self._readers[Channel.STDOUT], self._readers[Channel.STDERR]
+        self._span.end(
+            status=self._returncode,
+            stderr=stderr.last.decode("utf-8", "backslashreplace"),
+            stdout_bytes=stdout.received,
+            **fields,
+        )
 
 
 class GuestTerminal(GuestProcess):

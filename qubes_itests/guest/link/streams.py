@@ -23,6 +23,8 @@ __all__ = ["GuestReader", "GuestWriter", "Link", "LosableReader"]
 _LIMIT: Final = 65_536
 #: Credit smaller than this is given back later, together.
 _CREDIT_STEP: Final = 32_768
+#: Bytes of what came last that a reader remembers.
+_LAST: Final = 2000
 #: `GuestWriter.drain` waits while more than this is waiting for credit.
 _HIGH_WATER: Final = 65_536
 
@@ -124,6 +126,9 @@ class GuestReader(LosableReader):
         self._owed = 0
         self._stopped = False
         self._complete = False
+        #: How many bytes have come, and the last of them, for the timeline.
+        self.received = 0
+        self.last = b""
         self.set_transport(_Throttle(self))
 
     def feed_data(self, data: Iterable[SupportsIndex]) -> None:
@@ -133,6 +138,9 @@ class GuestReader(LosableReader):
             # run out of credit, should it go on for ever.
             return
         self._owed += len(data)  # type: ignore[arg-type]  # a buffer
+        self.received += len(data)  # type: ignore[arg-type]
+        tail = bytes(data[-_LAST:])  # type: ignore[index]
+        self.last = (self.last + tail)[-_LAST:]
         super().feed_data(data)
         # What the consumer took since the last time it shows only now: asyncio tells
         # of it (`give_credit`) only if it had paused us, with twice `_LIMIT` in the

@@ -48,6 +48,7 @@ async def boot(
     on_call: CallHandler | None = None,
     log: Path | None = None,
     on_domain_start: Callable[[], Awaitable[None]] | None = None,
+    on_step: Callable[[str], None] | None = None,
 ) -> tuple[Domain, GuestAgent | None]:
     """Start a VM to the point where it runs commands.
 
@@ -62,9 +63,12 @@ async def boot(
     :param on_call: run as a task for each call that comes out of the guest.
     :param log: file for the agent log.
     :param on_domain_start: awaited when the domain runs, before its guest answers.
+    :param on_step: is told what begins, in words that follow "could not".
     :raise BootError: it did not start; names the step, and everything is undone.
     """
-    start = _Start(spec, identity, on_call, log, on_domain_start)
+    start = _Start(
+        spec, identity, on_call, log, on_domain_start=on_domain_start, on_step=on_step
+    )
     try:
         async with asyncio.timeout(timeout):
             return await start.run(hypervisor, warm, timeout)
@@ -86,7 +90,9 @@ class _Start:
         identity: Identity,
         on_call: CallHandler | None,
         agent_log: Path | None,
+        *,
         on_domain_start: Callable[[], Awaitable[None]] | None,
+        on_step: Callable[[str], None] | None,
     ) -> None:
         self.step = "define its domain"
         self._spec = spec
@@ -94,6 +100,7 @@ class _Start:
         self._on_call = on_call
         self._log = agent_log
         self._on_domain_start = on_domain_start
+        self._on_step = on_step
         self._domain: Domain | None = None
         self._agent: GuestAgent | None = None
 
@@ -101,30 +108,36 @@ class _Start:
         self, hypervisor: Hypervisor, warm: WarmStarts | None, timeout: float
     ) -> tuple[Domain, GuestAgent | None]:
         end = asyncio.get_running_loop().time() + timeout
+        self._begin(self.step)
         domain = self._domain = await hypervisor.define(self._spec)
         agent = warm and await self._start_warm(domain, warm, end)
         if not agent:
-            self.step = "start its domain"
+            self._begin("start its domain")
             await domain.start()
             await self._announce()
             if self._spec.kernel is None:
                 return domain, None
             agent = await self._connect(domain, _left(end))
-        self.step = "enter its root"
+        self._begin("enter its root")
         # From now on programs run in there, and write to the console what they like.
         domain.distrust_console()
         await agent.enter(self._identity, timeout=_left(end))
         return domain, agent
 
+    def _begin(self, step: str) -> None:
+        self.step = step
+        if self._on_step is not None:
+            self._on_step(step)
+
     async def _start_warm(
         self, domain: Domain, warm: WarmStarts, end: float
     ) -> GuestAgent | None:
-        self.step = "find a saved state"
+        self._begin("find a saved state")
         # Half of the time: a guest that never speaks is then booted where all can see.
         state = await warm.state_for(self._spec, _left(end) / 2)
         if state is None:
             return None
-        self.step = "start from a saved state"
+        self._begin("start from a saved state")
         try:
             await domain.start(saved_state=state)
             await self._announce()
@@ -153,7 +166,7 @@ class _Start:
         return await connecting
 
     async def _connect(self, domain: Domain, limit: float) -> GuestAgent:
-        self.step = "reach its agent"
+        self._begin("reach its agent")
         self._agent = await GuestAgent.connect(
             domain, timeout=limit, on_call=self._on_call, log=self._log
         )

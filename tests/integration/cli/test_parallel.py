@@ -140,7 +140,7 @@ def test_what_failed_can_be_shown_and_run_again_with_and_without_workers(mixed):
     mixed.run(*NO_GUESTS, "-n", "2", "--timeout=1", "mixed")
     report = mixed.run("report")
     assert report.returncode == 1
-    place = "  artefacts   itests-artifacts/mixed.TC_Two.test_1/  (failure.txt)"
+    place = "  artefacts   itests-artifacts/mixed.TC_Two.test_1/  (failure.txt,"
     assert place in report.stdout
     kept = mixed.work / "itests-artifacts" / "mixed.TC_Two.test_1" / "failure.txt"
     assert "1 != 2" in kept.read_text()

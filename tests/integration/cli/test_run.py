@@ -77,13 +77,23 @@ def test_a_run_with_failures_of_many_kinds(site):
 def _check_last_lines(site, output):
     last = output[output.index(" in ", output.index("== ")) :].splitlines()
     position = last.index("mixed::TC_Bad::test_fails")
+    kept = "itests-artifacts/mixed.TC_Bad.test_fails"
     assert last[position + 1 : position + 4] == [
         "  cause       AssertionError: 1 != 2 : numbers",
-        "  artefacts   itests-artifacts/mixed.TC_Bad.test_fails/  (failure.txt)",
+        f"  artefacts   {kept}/  (failure.txt, timeline.jsonl)",
         f"{AGAIN} --timeout 2.0 --hypervisor test mixed::TC_Bad::test_fails",
     ]
-    kept = site.work / "itests-artifacts" / "mixed.TC_Bad.test_fails" / "failure.txt"
-    assert "1 != 2" in kept.read_text()
+    failure = site.work / kept / "failure.txt"
+    assert "1 != 2" in failure.read_text()
+    run = json.loads((site.work / "itests-artifacts" / "run.json").read_text())
+    outcomes = {test["test"]: test["outcome"] for test in run["tests"]}
+    assert outcomes["mixed::TC_Good::test_skips"] == "skipped"
+    assert outcomes["mixed::TC_Good::test_passes"] == "passed"
+    (failed,) = [t for t in run["tests"] if t["test"] == "mixed::TC_Bad::test_fails"]
+    assert failed["cause"] == "AssertionError: 1 != 2 : numbers"
+    assert failed["artifacts"] == failure.parent.name
+    assert re.fullmatch(r".*/mixed\.py:\d+", failed["where"])
+    assert (run["outcome"], run["seed"]) == ("failed", 7)
 
 
 def test_what_failed_can_be_shown_and_run_again(site):
@@ -200,7 +210,7 @@ def test_a_failure_leaves_what_its_vms_said_and_had(site):
     names = sorted(path.name for path in kept.iterdir())
     (vm,) = (n.removesuffix(".agent.log") for n in names if n.endswith(".agent.log"))
     assert names == sorted([
-        "disks", "failure.txt", "storage-tree.txt",
+        "disks", "failure.txt", "storage-tree.txt", "timeline.jsonl",
         f"{vm}.agent.log", f"{vm}.console.log", f"{vm}.domain.xml",
     ])  # fmt: skip
     assert f"<name>{vm}</name>" in (kept / f"{vm}.domain.xml").read_text()

@@ -113,7 +113,7 @@ def test_each_step_of_a_start_is_explained():
     }
     sources = [*ROOT.glob("qubes_itests/core/vm/*.py")]
     sources += ROOT.glob("qubes_itests/guest/start/*.py")
-    pattern = r'(?:with step\(|self\.step = )"([^"]+)"'
+    pattern = r'(?:with step\(|self\.step = |self\._begin\()"([^"]+)"'
     steps = {s for path in sources for s in re.findall(pattern, path.read_text())}
     assert len(steps) > 5
     assert explained == steps

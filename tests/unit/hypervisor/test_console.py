@@ -11,7 +11,7 @@ from qubes_itests.hypervisor.console import Console
 
 @pytest.fixture
 def console(tmp_path):
-    collector = Console(tmp_path / "console.pipe", tmp_path / "console.log")
+    collector = Console("work", tmp_path / "console.pipe", tmp_path / "console.log")
     collector.open()
     yield collector
     collector.close()

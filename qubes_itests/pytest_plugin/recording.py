@@ -1,0 +1,115 @@
+"""Records the timeline of each test, and keeps it among the artefacts."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from qubes_itests.report.results import PHASE
+from qubes_itests.run.settings import Trace
+from qubes_itests.timeline import Record, Recorder, begin, recording
+from qubes_itests.timeline.document import NAME, Header, dump
+from qubes_itests.timeline.logs import recording_logs
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from qubes_itests.report.artifacts import Artifacts
+    from qubes_itests.run.settings import Settings
+
+__all__ = ["Recording"]
+
+
+class Recording:
+    """A pytest plugin; it has to be outside of those that fail tests.
+
+    :param settings: of the run.
+    :param artifacts: where timelines go.
+    """
+
+    def __init__(self, settings: Settings, artifacts: Artifacts) -> None:
+        self._settings = settings
+        self._artifacts = artifacts
+        self._recorder: Recorder | None = None
+        self._recording = contextlib.ExitStack()
+        self._outcome = ""
+        self._is_over = False
+        #: What reports have told already.
+        self._starts: list[Record] = []
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self) -> Generator[None, Any, Any]:
+        """Record one test, which may be repeated in here."""
+        self._begin()
+        try:
+            with recording_logs():
+                return (yield)
+        finally:
+            self._recording.close()
+            self._recorder = None
+
+    def _begin(self) -> None:
+        self._recording.close()
+        self._outcome, self._starts, self._is_over = "", [], False
+        self._recorder = Recorder(events=self._settings.trace_events)
+        self._recording.enter_context(recording(self._recorder))
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self) -> Generator[None, Any, Any]:
+        """Record the phase; each attempt has a timeline of its own."""
+        if self._is_over:
+            self._begin()
+        with begin("phase", name="setup"):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_call(self) -> Generator[None, Any, Any]:
+        """Record the phase."""
+        with begin("phase", name="call"):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self) -> Generator[None, Any, Any]:
+        """Record the phase."""
+        self._is_over = True
+        with begin("phase", name="teardown"):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, Any, Any]:
+        """Tell JUnit XML how long starts of VMs and phases of a TestCase took."""
+        times = []
+        if self._recorder is not None:
+            starts = self._recorder.records("start")
+            starts, self._starts = starts[len(self._starts) :], starts
+            times += [(f"start of {s['vm']}", s["duration"]) for s in starts]
+        if call.when == "call" and isinstance(item, pytest.Function):
+            phases = getattr(item.instance, "phases", {})
+            times += [(f"{PHASE}{name}", seconds) for name, seconds in phases.items()]
+        item.user_properties += [(n, f"{t:.3f} s") for n, t in times if t is not None]
+        return (yield)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep the timeline as it is now, if that is wanted."""
+        if self._recorder is None:
+            return
+        if report.failed and self._outcome != "failed":
+            self._outcome = "failed" if report.when == "call" else "error"
+        elif report.when == "call" or report.skipped:
+            self._outcome = self._outcome or report.outcome
+        failed = self._outcome in ("failed", "error")
+        if failed or (self._settings.trace is Trace.ON and report.when == "teardown"):
+            header = Header(
+                test=report.nodeid,
+                started=self._recorder.started,
+                outcome=self._outcome,
+                duration=round(self._recorder.time(), 6),
+                dropped=self._recorder.dropped,
+            )
+            document = dump(header, self._recorder.records())
+            self._artifacts.add(report.nodeid, {NAME: document})

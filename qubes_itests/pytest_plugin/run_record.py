@@ -1,0 +1,91 @@
+"""``run.json``: how each test of a run ended, for reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from qubes_itests import __version__
+from qubes_itests.exit_codes import ExitCode
+from qubes_itests.host import memory
+
+if TYPE_CHECKING:
+    from qubes_itests.report.artifacts import Artifacts
+    from qubes_itests.report.results import Results, TestResult
+    from qubes_itests.run.settings import Settings
+
+__all__ = ["NAME", "RunRecord"]
+
+#: The name of the file in the directory of artefacts.
+NAME: Final = "run.json"
+
+
+class RunRecord:
+    """A pytest plugin, of the process that speaks for the run.
+
+    :param settings: of the run.
+    :param artifacts: where the file goes.
+    :param results: of the tests.
+    """
+
+    def __init__(
+        self, settings: Settings, artifacts: Artifacts, results: Results
+    ) -> None:
+        self._settings = settings
+        self._artifacts = artifacts
+        self._results = results
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        """Write the file beside what failed tests have left; else there is none."""
+        if not self._artifacts.root.is_dir():
+            return
+        ended = self._results.ended
+        outcome = "failed" if any(result.bad for result in ended) else "passed"
+        if exitstatus == ExitCode.INTERRUPTED:
+            outcome = "interrupted"
+        document = {
+            "format": "qubes_itests.run",
+            "version": 1,
+            "id": self._results.run,
+            "started": self._results.started,
+            "duration": round(time.time() - self._results.started, 6),
+            "command": sys.orig_argv,
+            "seed": self._settings.seed,
+            "outcome": outcome,
+            "host": _host(),
+            "tests": [self._told(result) for result in ended],
+        }
+        self._artifacts.write_file(NAME, json.dumps(document, indent=1).encode())
+
+    def _told(self, result: TestResult) -> dict[str, object]:
+        directory = self._artifacts.directory(result.test)
+        return {
+            "test": result.test,
+            "outcome": result.outcome,
+            "duration": round(result.duration, 6),
+            "attempts": result.attempts,
+            "failed": result.failed,
+            "phases": dict(result.phases),
+            "cause": result.cause,
+            "where": result.where,
+            "artifacts": directory.name if directory.is_dir() else None,
+            "worker": result.worker or None,
+        }
+
+
+def _host() -> dict[str, object]:
+    return {
+        "name": platform.node(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory": memory.for_vms(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "qubes_itests": __version__,
+    }

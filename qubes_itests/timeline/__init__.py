@@ -1,0 +1,33 @@
+"""The timeline of a test: what happened to its VMs, when, and who asked for it."""
+
+from qubes_itests.timeline.caller import called_by_guest, called_here, raised_at
+from qubes_itests.timeline.recorder import (
+    Record,
+    Recorder,
+    Span,
+    Value,
+    begin,
+    command,
+    current,
+    lines,
+    note,
+    recording,
+    wants_events,
+)
+
+__all__ = [
+    "Record",
+    "Recorder",
+    "Span",
+    "Value",
+    "begin",
+    "called_by_guest",
+    "called_here",
+    "command",
+    "current",
+    "lines",
+    "note",
+    "raised_at",
+    "recording",
+    "wants_events",
+]

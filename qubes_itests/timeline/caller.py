@@ -1,0 +1,88 @@
+"""Which line of a test asked for what happens now."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+    from types import FrameType
+
+__all__ = ["called_by_guest", "called_here", "caller", "raised_at", "shown_path"]
+
+#: Of a task that synchronous code has made, or waits for: the line that does; empty if
+#: a guest is the reason for it. As text, for contexts outlive tests, and a frame would
+#: hold all that the test had.
+_CALLER: Final[contextvars.ContextVar[str | None]] = contextvars.ContextVar(
+    "caller", default=None
+)
+#: What tests are run by; what else calls is the tests' authors'.
+_MACHINERY: Final = frozenset({
+    *("qubes_itests", "qubes_storage", "asyncio", "concurrent", "contextlib"),
+    *("_pytest", "pytest", "pluggy", "unittest", "threading", "runpy", "xdist"),
+    *("execnet", "functools", "importlib", "_frozen_importlib", "__main__"),
+})  # fmt: skip
+
+
+def caller() -> str | None:
+    """Return the line of the test that asked: ``tests/test_x.py:12``, None if none."""
+    known = _CALLER.get()
+    return _found(sys._getframe(1)) if known is None else known or None  # noqa: SLF001
+
+
+def called_here() -> AbstractContextManager[None]:
+    """Have tasks that are made, or handed over, in here know the line that calls."""
+    return _called_by(_found(sys._getframe(1)))  # noqa: SLF001
+
+
+def called_by_guest() -> AbstractContextManager[None]:
+    """Have tasks that are made in here know that no line of the test asked for them."""
+    return _called_by("")
+
+
+@contextlib.contextmanager
+def _called_by(line: str | None) -> Iterator[None]:
+    token = _CALLER.set(line)
+    try:
+        yield
+    finally:
+        _CALLER.reset(token)
+
+
+def raised_at(error: BaseException) -> str | None:
+    """Return the last line of a test in an error's traceback, None if none is in it."""
+    where, traceback = None, error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if not _is_machinery(frame):
+            where = f"{shown_path(frame.f_code.co_filename)}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return where
+
+
+def _found(frame: FrameType | None) -> str | None:
+    while frame is not None:
+        if not _is_machinery(frame):
+            return f"{shown_path(frame.f_code.co_filename)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return None
+
+
+def _is_machinery(frame: FrameType) -> bool:
+    name = frame.f_globals.get("__name__") or ""
+    return str(name).partition(".")[0] in _MACHINERY
+
+
+@lru_cache(maxsize=1024)
+def shown_path(path: str) -> str:
+    """Return a path, relative to the current directory if it is below that."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except (OSError, ValueError):
+        return path
