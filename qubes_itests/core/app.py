@@ -478,7 +478,7 @@ class Qubes(PoolsMixin):
                     await vm.kill()
             except QubesVMNotStartedError:
                 pass  # it ended by itself
-            except Exception as error:  # noqa: BLE001 - the caller is told
+            except Exception as error:  # noqa: BLE001 - others have to be killed, too
                 log.error("VM %s could not be killed: %s", vm.name, str(error))  # noqa: TRY400
                 self.problems.append(f"VM {vm} could not be killed: {error}")
             with contextlib.suppress(TimeoutError):

@@ -83,10 +83,6 @@ def _flatten(effect: Any) -> Iterable[Any]:
     return (effect,)
 
 
-def _is_asynchronous(effect: Any) -> bool:
-    return isinstance(effect, (Awaitable, AsyncGenerator))
-
-
 class SharedHandlers:
     """Handlers that are added to classes, for the objects of one app alone."""
 
@@ -198,7 +194,7 @@ class Emitter:
                 continue
             if isinstance(effect, (list, GeneratorType)):
                 effects.extend(effect)
-            elif _is_asynchronous(effect):
+            elif isinstance(effect, (Awaitable, AsyncGenerator)):
                 raise _refused(function, event, effect)
             else:
                 effects.extend(_flatten(effect))

@@ -35,7 +35,6 @@ messages more precise.
           +-- QubesVMCancelledPauseError
           +-- QubesVMShutdownTimeoutError
           +-- QubesMemoryError          (also a MemoryError)
-          +-- QubesVMStorageError       says which volume could not be made
           +-- QubesVMStartError         says which step failed
 
     AssertionError
@@ -98,7 +97,6 @@ __all__ = [
     "QubesVMNotSuspendedError",
     "QubesVMShutdownTimeoutError",
     "QubesVMStartError",
-    "QubesVMStorageError",
     "QubesValueError",
     "QubesVolumeCopyInUseError",
     "QubesVolumeCopyTokenNotFoundError",
@@ -438,24 +436,6 @@ class QubesVolumeCopyTokenNotFoundError(ProtocolError, KeyError):
     def __str__(self) -> str:
         # KeyError would show the repr of the message
         return ProtocolError.__str__(self)
-
-
-class QubesVMStorageError(QubesVMError):
-    """A volume of the VM could not be made; those made before it are gone again.
-
-    :param vm: the VM.
-    :param volume: the volume, which says in what pool it is.
-    :param reason: the system's message, as "No space left on device".
-    """
-
-    def __init__(self, vm: Any, volume: Any, reason: str) -> None:
-        super().__init__(
-            vm,
-            f"volume {volume.name} of VM {vm} could not be made in pool"
-            f" {volume.pool}: {reason}",
-        )
-        self.volume = volume
-        self.reason = reason
 
 
 class QubesVMStartError(QubesVMError):

@@ -44,13 +44,13 @@ async def handle_call(source: Any, call: ServiceCall) -> None:
     """
     decision = await evaluate(source.app, call.service, source, call.target)
     if not decision.allowed:
-        # why is for the log: it tells of VMs that are none of the caller's business
+        # The reason is for the log alone: it names VMs that the caller may not know.
         await call.refuse("denied by policy")
         return
     try:
         await _connect(source, call, decision)
     except (HarnessError, QubesException) as error:
-        # for the log alone, again: it may show the console of another VM
+        # The error is for the log alone, too: it may show the console of another VM.
         _limited.warning(
             source.name, "%s of %s failed: %s", call.service, source.name, str(error)
         )
@@ -85,13 +85,16 @@ def _full_name(call: ServiceCall) -> str:
 async def _call_disposable(source: Any, call: ServiceCall, decision: Decision) -> None:
     """Make a DispVM for the time of a call; whatever ends the call, it goes too."""
     app = source.app
-    template = _dispvm_template(source, decision.target)
+    name = decision.target.removeprefix(_DISPVM).removeprefix(":")
+    template = app.domains[name] if name else app.dispvm_template(source)
     vm = await app.get_vm_class("DispVM").from_appvm(template)
     try:
         vm.tags.update(f"{tag}-{source.name}" for tag in _ORIGIN_TAGS)
         await vm.start()
         await _call(vm, source, call, decision)
     finally:
+        # Calls are cancelled when the caller's VM ends; the disposable VM must go then,
+        # too, and its removal takes several awaits.
         await to_its_end(_clean_up(vm))
 
 
@@ -100,12 +103,6 @@ async def _clean_up(vm: Any) -> None:
         await vm.cleanup()
     except Exception as error:  # noqa: BLE001 - the call has ended, whatever comes
         vm.note_problem(error)
-
-
-def _dispvm_template(source: Any, target: str) -> Any:
-    name = target.removeprefix(_DISPVM).removeprefix(":")
-    app = source.app
-    return app.domains[name] if name else app.dispvm_template(source)
 
 
 async def _serve_on_host(source: Any, call: ServiceCall) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import (
     QubesValueError,
+    QubesVMError,
     QubesVMInUseError,
     QubesVMNotHaltedError,
-    QubesVMStorageError,
 )
 from qubes_itests.core.store.journal import MAKE, REMOVE, note
 from qubes_itests.core.volume_content import (
@@ -180,16 +180,20 @@ class Storage:
 
     @contextlib.contextmanager
     def _naming(self, volume: Volume) -> Iterator[None]:
-        """Have what a tool or the system says raised with the volume that it is of."""
+        """Have an error of a tool or of the system name the volume that it is of."""
         try:
             yield
-        except CommandError as error:
-            # tools warn first and say last what ended them
-            reason = error.stderr.strip().rpartition("\n")[2] or str(error)
-            raise QubesVMStorageError(self.vm, volume, reason) from error
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise QubesVMStorageError(self.vm, volume, reason) from error
+        except (CommandError, OSError) as error:
+            if isinstance(error, CommandError):
+                # tools warn first and say last what ended them
+                reason = error.stderr.strip().rpartition("\n")[2]
+            else:
+                reason = error.strerror or ""
+            raise QubesVMError(
+                self.vm,
+                f"volume {volume.name} of VM {self.vm} could not be made in pool"
+                f" {volume.pool}: {reason or error}",
+            ) from error
 
     async def undo(self, *, keep_note: bool = False) -> None:
         """Remove the volumes that this object has made, and no others.

@@ -112,6 +112,7 @@ class RunContext:
         :return: what could not be undone, or had been left: a sentence each.
         """
         left: list[str] = []
+        # Before the stack below, which ends the loop that they are closed on.
         if self._testbed is not None:
             testbed, self._testbed = self._testbed, None
             for app in testbed.apps:

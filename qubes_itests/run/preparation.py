@@ -102,6 +102,8 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
             raise ConfigurationError("--app", f"there is no directory {app}")
         if app.name not in wrong:
             try:
+                # Without this SIGTERM would end the process at once, and leave pip
+                # running and a half-made entry in the cache.
                 with interruptible():
                     installed = _install(cache, app, settings, wishes)
                 limit = own_timeout(app, settings.template_spec)
@@ -111,7 +113,7 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
             except (InstallError, ConfigurationError, ValueError, OSError) as error:
                 wrong[app.name] = str(error)
         if app.name in wrong:
-            # a selection of tests may leave out the one that fails because of it
+            # Said here as well: the test that fails because of it may be left out.
             first = safe_text(wrong[app.name].partition("\n")[0])
             sys.stderr.write(f"app {safe_text(app.name)}: {first}\n")
     _use(environment.packages for environment in found)
@@ -152,6 +154,7 @@ def _install(
 
 def _use(paths: Iterable[Path]) -> None:
     """Add directories to the path of imports, here and in what we start."""
+    # Both: this process has read PYTHONPATH already, and workers read nothing else.
     new = [str(path) for path in paths]
     sys.path[:0] = new
     before = os.environ.get("PYTHONPATH", "")

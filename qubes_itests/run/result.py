@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["Prepared"]
 
 _VARIABLE = "QUBES_ITESTS_PREPARED"
-#: Of one text: the system limits a variable to 128 KiB.
+#: Characters of one text.  A variable has 128 KiB at most (MAX_ARG_STRLEN), above which
+#: no program starts any more, and the end of an error says more than its beginning.
 _TEXT_LIMIT = 8000
 
 

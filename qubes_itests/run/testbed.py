@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from qubes_itests.qmemman.budget import MemoryBudget
     from qubes_itests.run.settings import Settings
 
-__all__ = ["NoTestbedError", "Testbed", "current", "open_testbed"]
+__all__ = ["Testbed", "current", "open_testbed"]
 
 log = logging.getLogger("qubes_itests.run.testbed")
 
@@ -61,23 +61,16 @@ _POOL_SIZE: Final = 64 << 30
 _ENDS: Final = (LifecycleEvent.STOPPED, LifecycleEvent.CRASHED)
 
 
-class NoTestbedError(HarnessError):
-    """A test asked for the testbed outside a run."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "no testbed: run this test with `python -m qubes_itests`, or with"
-            " `pytest -p qubes_itests` and the fixture `testbed`"
-        )
-
-
 _current: list[Testbed] = []
 
 
 def current() -> Testbed:
-    """Return the testbed of this run; NoTestbedError when there is none."""
+    """Return the testbed of this run; HarnessError outside of a run."""
     if not _current:
-        raise NoTestbedError
+        raise HarnessError(
+            "no testbed: run this test with `python -m qubes_itests`, or with"
+            " `pytest -p qubes_itests` and the fixture `testbed`"
+        )
     return _current[-1]
 
 
@@ -173,6 +166,8 @@ class Testbed:
         if limit is None and self.hypervisor.takes_memory:
             limit = memory.for_vms()
         self.hypervisor.memory_limit = limit
+        # Callbacks are called in reverse: the connection is closed last, as the events
+        # of the VMs' ends come over it.
         self._exit.callback(lambda: self.portal.run(self.hypervisor.close()))
         self._exit.callback(self.hypervisor.subscribe(self._note_panic))
         if self.parts.warm:
@@ -204,16 +199,14 @@ class Testbed:
                     f"there is no template {name!r}: there are"
                     f" {', '.join(self.parts.templates)}"
                 )
-            self._templates[name] = self._placed(self.parts.templates[name]())
+            template = self.parts.templates[name]()
+            # On the pools' filesystem apps can reflink it: the cache may be on another.
+            image = self.parts.pool_directory / "images" / f"{template.name}.img"
+            image.parent.mkdir(exist_ok=True)
+            image.touch()
+            copy_image(template.root_image, image)
+            self._templates[name] = dataclasses.replace(template, root_image=image)
         return self._templates[name]
-
-    def _placed(self, template: Template) -> Template:
-        """Copy the root image to the pools' filesystem, where apps can reflink it."""
-        image = self.parts.pool_directory / "images" / f"{template.name}.img"
-        image.parent.mkdir(exist_ok=True)
-        image.touch()
-        copy_image(template.root_image, image)
-        return dataclasses.replace(template, root_image=image)
 
     async def make_app(self, *templates: str) -> Qubes:
         """Make an app with TemplateVMs of these names.
@@ -225,6 +218,7 @@ class Testbed:
         """
         number = next(self._numbers)
         app = Qubes(**await self._shared(number, templates))
+        # At once: whatever fails below, the app is closed with the testbed.
         self._apps.append(app)
         offer_to_vms(app)
         await self._fill(app, self.parts.pool_directory / str(number))
@@ -268,7 +262,8 @@ class Testbed:
 
     async def _fill(self, app: Qubes, pool: Path) -> None:
         await app.add_pool(ReflinkPool(name=POOL_NAME, dir_path=pool))
-        # an earlier process may have been ended while it did this
+        # An earlier process may have been ended while it added a template: its volumes
+        # are undone now, before they are in the way of new ones.
         await recover(app)
         for name, template in app.kernels.items():
             await self._add_template(app, name, template)
@@ -290,7 +285,7 @@ class Testbed:
         )
         if template.init != "agent":
             vm.features["init"] = template.init
-        # of a store that was lost the volumes may be there still
+        # The volumes of a store that was lost may still be there.
         images = {"root": template.root_image}
         await vm.create_on_disk(images=images, adopt=app.store is not None)
         if app.default_template is None:
@@ -343,16 +338,21 @@ class Testbed:
 
         :return: what went wrong, one sentence each; empty if all is well.
         """
+        # First, so that no client starts a VM that is killed below.
         if app in self._servers:
             await self._servers.pop(app).__aexit__()
         if app.store is None:
             _forget_removed_pools(app)
         await app.kill_all()
         app.close()
+        # After the VMs: the end of each gives its memory back to the balancing.
         await self._end_balancing(app)
+        # `_note_panic` tells by this list whose VM has panicked, until no VM runs.
         self._apps.remove(app)
         if app.store is None:
-            await _remove_volumes(app)
+            for vm in app.domains:
+                if hasattr(vm, "storage"):
+                    await vm.storage.undo()
         for pool in app.pools.values():
             await pool.destroy()
         left = [d.spec.name for d in self.hypervisor.domains()]
@@ -372,12 +372,6 @@ def _forget_removed_pools(app: Qubes) -> None:
             for vm in app.domains:
                 if hasattr(vm, "storage"):
                     vm.storage.forget(pool)
-
-
-async def _remove_volumes(app: Qubes) -> None:
-    for vm in app.domains:
-        if hasattr(vm, "storage"):
-            await vm.storage.undo()
 
 
 @contextlib.contextmanager
@@ -404,7 +398,8 @@ def open_testbed(
         for name, build in offers(plugins, "templates").items()
     }
     connect = offer(plugins, "hypervisors", settings.hypervisor)
-    # tests write beside it, under any names, and an opening that failed has left some
+    # A new name: tests write beside it, under any names, and an earlier opening that
+    # failed may have left files.
     directory = Path(tempfile.mkdtemp(dir=directory, prefix=""))
     own, vms = directory / "hv", directory / "vm"
     for place in (own, vms):

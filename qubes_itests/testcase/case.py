@@ -68,7 +68,7 @@ class QubesTestCase(EventAssertions, TimedTestCase):
     def setUp(self) -> None:
         """Make the loop the current one, and begin to watch for leaks.
 
-        :raise NoTestbedError: outside a run.
+        :raise HarnessError: outside a run.
         """
         super().setUp()
         if part := skipped_template(self, getattr(self, self._testMethodName)):

@@ -49,7 +49,7 @@ _TEMPLATES: Final = "QUBES_TEST_TEMPLATES"
 def list_templates() -> tuple[str, ...]:
     """Return the names of the templates that the run is about.
 
-    :raise NoTestbedError: outside a run, unless QUBES_TEST_TEMPLATES names them.
+    :raise HarnessError: outside a run, unless QUBES_TEST_TEMPLATES names them.
     """
     if named := os.environ.get(_TEMPLATES, "").split():
         return tuple(dict.fromkeys(named))

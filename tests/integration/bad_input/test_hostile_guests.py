@@ -29,7 +29,7 @@ CAUSES = {
         "the connection to its agent has ended: it broke the rule that",
     ),
     "TC_00_Guests_tiny::test_full_pool": (
-        "QubesVMStorageError: volume private of VM test-inst-late could not be made",
+        "QubesVMError: volume private of VM test-inst-late could not be made",
         "in pool small: mke2fs: No space left on device",
     ),
     "TC_10_Names_tiny::test_slash": (

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from cancelling import cancelled_everywhere
 
-from qubes_itests.core.exc import QubesVMStorageError
+from qubes_itests.core.exc import QubesVMError
 from qubes_storage import Import
 from qubes_storage.exc import InvalidSizeError
 from qubes_storage.uninterrupted import to_its_end
@@ -108,7 +108,7 @@ async def test_one_that_is_too_small_says_so(app, template):
     vm = await empty(app, template, name="work")
     await vm.volumes["private"].resize(4096)
     await fill(vm, lambda _path: None)
-    with pytest.raises(QubesVMStorageError, match="private of VM work"):
+    with pytest.raises(QubesVMError, match="private of VM work"):
         await vm.storage.start()
     assert not vm.volumes["private"].pool.state("appvms/work/private").is_used()
 

@@ -101,7 +101,7 @@ def test_it_is_caught_and_made_as_there(name, said):
 
 
 def test_all_that_are_there_are_here_and_public():
-    assert set(exc.__all__) == {*CLASSES, "QubesVMStartError", "QubesVMStorageError"}
+    assert set(exc.__all__) == {*CLASSES, "QubesVMStartError"}
 
 
 @pytest.mark.parametrize(
