@@ -1,4 +1,4 @@
-"""The errors of the guest layer.
+"""Errors of the guest layer.
 
 ::
 
@@ -127,8 +127,8 @@ class LayerError(ImageError):
     :param template: its name.
     :param step: what was being done, as in "run the commands of my-app".
     :param reason: how it failed.
-    :param output: the end of what was said.
-    :param log: the file with all that was said; None if there is none.
+    :param output: its end.
+    :param log: the file with the whole output; None if there is none.
     """
 
     def __init__(
@@ -139,9 +139,9 @@ class LayerError(ImageError):
         output: str = "",
         log: Path | None = None,
     ) -> None:
-        # the first line is for who reads no more than that
+        # the cause comes first: some readers see no more than one line
         said = f"\n{quoted(output)}" if output else ""
-        kept = f"\nall that was said: {log}" if log is not None else ""
+        kept = f"\nthe whole output: {log}" if log is not None else ""
         super().__init__(
             f"template {template}", f"could not {step}: {reason}{said}{kept}"
         )

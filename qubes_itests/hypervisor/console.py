@@ -9,11 +9,14 @@ import threading
 from typing import TYPE_CHECKING
 
 from qubes_itests.timeline import lines
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Console"]
+    from qubes_itests.hypervisor.contract import Domain
+
+__all__ = ["Console", "console_tail"]
 
 #: Bytes of a console log's beginning and of its end that are always kept.
 _HEAD = 128 << 10
@@ -23,7 +26,11 @@ _LIMIT = 1 << 20
 
 _CHUNK = 64 << 10
 
-#: What Linux prints when it gives up.
+#: Of the log's end so much is looked at, and so many lines are shown in errors.
+_SHOWN_BYTES = 16384
+_SHOWN_LINES = 20
+
+#: What Linux prints when it gives up; registers and stacks follow.
 _PANIC = b"Kernel panic - not syncing"
 
 
@@ -131,3 +138,26 @@ class Console:
         short.replace(self._log)
         os.close(target)
         return replacement
+
+
+def console_tail(domain: Domain) -> str:
+    """Return the last lines of a domain's console log; empty when there is none.
+
+    After a kernel panic those are the lines around its beginning.
+    """
+    try:
+        with domain.console_log().open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _SHOWN_BYTES))
+            data = file.read(_SHOWN_BYTES)
+    except OSError:
+        return ""
+    text = safe_text(data, lines=True, limit=None)
+    lines = text.splitlines()
+    begin = last = max(0, len(lines) - _SHOWN_LINES)
+    if domain.panicked:
+        panics = (
+            number for number, line in enumerate(lines) if _PANIC.decode() in line
+        )
+        begin = min(max(0, next(panics, last) - _SHOWN_LINES // 2), last)
+    return "\n".join(lines[begin : begin + _SHOWN_LINES]).strip()

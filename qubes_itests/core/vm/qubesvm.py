@@ -18,7 +18,7 @@ from qubes_itests.core.vm.execution import ExecutionMixin
 from qubes_itests.core.vm.life import Life, PowerState
 from qubes_itests.core.vm.settings import SettingsMixin
 from qubes_itests.core.vm.start_memory import memory_for_start
-from qubes_itests.guest.start.identity import Identity
+from qubes_itests.guest.link.agent import Identity
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_storage.uninterrupted import to_its_end
 

@@ -1,4 +1,4 @@
-"""What guests are started from."""
+"""Templates: the files from which guests are started."""
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
-"""The agent of a running guest, as the host sees it."""
+"""Agent of a running guest, as the host sees it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import struct
+import time
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -17,8 +20,7 @@ from qubes_itests.guest.exc import (
 from qubes_itests.guest.link.connection import AgentConnection, AgentLog
 from qubes_itests.guest.link.frames import FrameType, pack_strings
 from qubes_itests.guest.link.process import GuestProcess, GuestTerminal
-from qubes_itests.guest.start.console import console_tail
-from qubes_itests.guest.start.identity import Identity
+from qubes_itests.hypervisor.console import console_tail
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
@@ -41,6 +43,61 @@ _FIRST_PAUSE: Final = 0.01
 _LONGEST_PAUSE: Final = 0.3
 _POWER_OFF: Final = b"\0"
 _REBOOT: Final = b"\1"
+_SEED_BYTES: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Who a VM is.
+
+    :param name: the VM's name and host name.
+    :param root: the disk that becomes ``/``, as in "xvda".
+    :param private: the disk that becomes ``/rw``, an ext4 filesystem; None for none.
+    :param volatile: the disk that becomes swap; None for none.
+    :param root_mode: ``rw`` or ``ro``.
+    :param default_user: who runs commands that name nobody.
+    :param db: entries of its qubesdb by path.
+    :param services: names of the enabled services, /run/qubes-service/NAME.
+    :param init: who is process 1 when commands run: ``agent``, or ``systemd``, if the
+        root has that.
+    """
+
+    name: str
+    root: str
+    private: str | None = None
+    volatile: str | None = None
+    root_mode: str = "rw"
+    default_user: str = "user"
+    db: Mapping[str, str] = field(default_factory=dict)
+    services: tuple[str, ...] = ()
+    init: str = "agent"
+
+    @property
+    def disks(self) -> tuple[str, ...]:
+        """Names of the disks it needs."""
+        return tuple(d for d in (self.root, self.private, self.volatile) if d)
+
+    def payload(self, deadline: float) -> bytes:
+        """Return the payload of ENTER, with the time of now and a fresh random seed.
+
+        :param deadline: seconds that the disks may take to appear.
+        :raise ValueError: when a value cannot be sent.
+        """
+        pairs = {
+            "name": self.name,
+            "root": self.root,
+            "private": self.private,
+            "volatile": self.volatile,
+            "root-mode": self.root_mode,
+            "default-user": self.default_user,
+            "init": self.init,
+            "deadline": str(max(1, int(deadline))),
+            **{f"db:{path}": value for path, value in self.db.items()},
+            **{f"service:{name}": "1" for name in self.services},
+            "seed": secrets.token_hex(_SEED_BYTES),
+            "time": str(time.time_ns()),
+        }
+        return pack_strings(f"{k}={v}" for k, v in pairs.items() if v is not None)
 
 
 class GuestAgent:

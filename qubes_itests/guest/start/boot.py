@@ -1,4 +1,4 @@
-"""Start a VM: its domain, its guest, and who it is."""
+"""Start of a VM: its domain, its guest, its identity."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.exc import BootError, GuestGoneError, ProtocolViolation
 from qubes_itests.guest.link.agent import GuestAgent
-from qubes_itests.guest.start.console import console_tail
+from qubes_itests.hypervisor.console import console_tail
 from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.hypervisor.exc import SavedStateError
 from qubes_storage.exc import system_reason
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from qubes_itests.guest.link.agent import Identity
     from qubes_itests.guest.link.calls import CallHandler
-    from qubes_itests.guest.start.identity import Identity
     from qubes_itests.guest.start.warm import WarmStarts
     from qubes_itests.hypervisor.contract import Domain, DomainSpec, Hypervisor
 
@@ -74,7 +74,10 @@ async def boot(
             return await start.run(hypervisor, warm, timeout)
     except BaseException as error:
         expected = isinstance(error, (HarnessError, TimeoutError, OSError, ValueError))
+        # Before it is undone: after that every guest has stopped.
         reason = await start.reason(error, timeout) if expected else ""
+        # To its end though the caller may be cancelled: a domain that is left over would
+        # hold the VM's disks and its name.
         console = await to_its_end(start.undo())
         if expected:
             raise BootError(spec.name, start.step, reason, console) from error
@@ -143,6 +146,8 @@ class _Start:
             await self._announce()
             return await self._connect_and_attach(domain, _WARM_PART * _left(end))
         except (SavedStateError, DeadlineError, GuestGoneError) as error:
+            # The same domain again: a guest of which nobody knows what it did must not
+            # go on, and its disks are free for the next only when it has gone.
             _logger.warning("VM %s boots instead: %s", self._spec.name, str(error))
             await domain.destroy()
             await warm.discard(self._spec)
@@ -153,6 +158,8 @@ class _Start:
             await self._on_domain_start()
 
     async def _connect_and_attach(self, domain: Domain, limit: float) -> GuestAgent:
+        # Both at once: plugging in takes QEMU as long as the guest takes to answer, and
+        # stage one can do without disks.
         connecting = asyncio.ensure_future(self._connect(domain, limit))
         try:
             for disk in self._spec.disks:
@@ -160,6 +167,7 @@ class _Start:
             for interface in self._spec.interfaces:
                 await domain.attach_interface(interface)
         except BaseException:
+            # waited for, so that `_agent` is set if it is to be closed
             connecting.cancel()
             await asyncio.wait([connecting])
             raise
@@ -179,18 +187,15 @@ class _Start:
         if isinstance(error, TimeoutError):
             return f"not done within {timeout:.0f} s"
         if isinstance(error, GuestGoneError):
-            return await self._why_gone(error)
+            if self._domain is not None and not isinstance(error, ProtocolViolation):
+                # a guest that ended is told from a connection that did
+                with contextlib.suppress(HarnessError):
+                    state = await self._domain.wait_stopped(_STOP_TIMEOUT)
+                    return f"the guest {_ENDS.get(state, 'stopped')}"
+            return error.reason
         if isinstance(error, OSError):
             return system_reason(error)
         return str(error).removeprefix(f"VM {self._spec.name}: ")
-
-    async def _why_gone(self, error: GuestGoneError) -> str:
-        """Tell a guest that ended from a connection that did."""
-        if self._domain is not None and not isinstance(error, ProtocolViolation):
-            with contextlib.suppress(HarnessError):
-                state = await self._domain.wait_stopped(_STOP_TIMEOUT)
-                return f"the guest {_ENDS.get(state, 'stopped')}"
-        return error.reason
 
     async def undo(self) -> str:
         """Undo what was done; return the end of the console."""

@@ -1,4 +1,4 @@
-"""What a guest does for its network: commands that the host has it run as root.
+"""Network set-up in a guest: commands that the host has it run as root.
 
 They are the same for every guest that has a shell and `ip`; nothing in them comes from
 a guest.

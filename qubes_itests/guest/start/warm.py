@@ -81,7 +81,8 @@ class WarmStarts:
         loop = asyncio.get_running_loop()
 
         def build(place: Path) -> None:
-            # in a thread, which holds the lock of this key against other runs
+            # In a thread, which holds the lock of this key against other runs: flock(2)
+            # blocks, and must not block the loop, on which the state is made meanwhile.
             making = self._save_stage_one(spec, place / _FILE, limit)
             asyncio.run_coroutine_threadsafe(making, loop).result()
 

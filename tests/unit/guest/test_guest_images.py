@@ -15,7 +15,7 @@ from qubes_itests.guest.image.ext4 import root_directory
 from qubes_itests.guest.image.initramfs import build_initramfs
 from qubes_itests.guest.image.modules import ModuleTree
 from qubes_itests.guest.image.rootfs import fill_rootfs
-from qubes_itests.guest.start.console import console_tail
+from qubes_itests.hypervisor.console import console_tail
 
 
 def make_module(directory, name, depends="", suffix=""):
