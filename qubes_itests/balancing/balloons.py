@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from qubes_itests.balancing.guest_balloon import BalloonedGuest
 from qubes_itests.hypervisor.contract import DomainState, LifecycleEvent
@@ -66,7 +66,7 @@ class LibvirtMemory(MemoryBackend):
         self._exit = contextlib.AsyncExitStack()
         self._open = False
 
-    async def __aenter__(self) -> LibvirtMemory:  # noqa: PYI034 - has no subclasses
+    async def __aenter__(self) -> Self:
         """Begin to ask the domains that run, and those that will."""
         self._open = True
         self._exit.callback(self._hypervisor.subscribe(self._on_event))

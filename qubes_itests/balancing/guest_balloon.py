@@ -27,7 +27,7 @@ _INTERVAL = 0.2
 _INTERVAL_MOVING = 0.1
 #: So near to its target, in bytes, a guest has reached it.
 _PAGE = 4096
-#: Seconds after which a guest that does not answer is told of.
+#: Seconds after which a guest that does not answer is warned about.
 _PATIENCE = 5.0
 _REPORT_STEP = 30_000 * KIB
 _NOT_REPORTED = b""
@@ -57,7 +57,7 @@ def used_memory(statistics: MemoryStatistics, unseen: int, maximum: int) -> int 
 
 
 class BalloonedGuest:
-    """One run of a domain; a task of its own asks it and tells it.
+    """One run of a domain; a task asks it and sends it its targets.
 
     :param domid: number of this run.
     :param domain: that runs.

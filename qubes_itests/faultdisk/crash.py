@@ -26,6 +26,7 @@ Patch = tuple[int, bytes]
 #: How likely a write that was not flushed is on the disk; one is drawn per state.
 _CHANCES = (0.0, 0.1, 0.5, 0.9, 1.0)
 _TORN = 0.25
+_HALF = 0.5
 #: Operations after a flush or a note that are near to it.
 _NEAR = 4
 
@@ -71,7 +72,7 @@ def choose_states(
 
     def cut(index: int) -> int:
         numbers = random.Random(f"{seed}/{index}/cut")  # noqa: S311 - no secret
-        if promises and numbers.random() < 0.5:  # noqa: PLR2004 - half
+        if promises and numbers.random() < _HALF:
             near = numbers.choice(promises) + numbers.randrange(_NEAR)
             return min(len(operations), near)
         return numbers.randint(0, len(operations))
@@ -128,9 +129,9 @@ def survivors(
 def _tear(operation: Operation, numbers: random.Random) -> Iterator[Patch]:
     content = operation.content
     starts = range(0, operation.length, SECTOR)
-    if numbers.random() < 0.5:  # noqa: PLR2004 - half: the disk got that far
+    if numbers.random() < _HALF:  # the disk got that far
         yield operation.offset, content[: numbers.choice(starts)]
         return
     for start in starts:
-        if numbers.random() < 0.5:  # noqa: PLR2004 - half
+        if numbers.random() < _HALF:
             yield operation.offset + start, content[start : start + SECTOR]

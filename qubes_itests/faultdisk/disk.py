@@ -30,10 +30,10 @@ _FILE_NAME = "disk"
 
 
 class FaultDisk:
-    """A loop device over a file that a process of its own serves through FUSE.
+    """A loop device over a file that a process serves through FUSE.
 
     A context manager.  Every write, discard and flush that reaches the device is
-    recorded in order.  The process ends with the context, or with whoever entered it.
+    recorded in order.  That process ends with the context, or with ours.
 
     :param image: the file with the disk's content; it is changed.
     :param directory: where to put the journal and the mount point.
@@ -93,7 +93,9 @@ class FaultDisk:
         :param error: how, as a number of `errno`; EIO and ENOSPC pass a loop device.
         """
         if nth < 1:
-            raise ValueError(f"the first operation is number 1, not {nth}")
+            raise ValueError(
+                f"expected 1 or more as the number of an operation, got {nth}"
+            )
         fault = {"left": nth - 1, "times": times, "error": error}
         self._order("fail", operation=operation, **fault)
 

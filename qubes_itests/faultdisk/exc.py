@@ -3,7 +3,7 @@
 ::
 
     HarnessError
-     +-- FaultDiskError       the process behind a disk does not do as it is told
+     +-- FaultDiskError       the process behind a disk does not obey
      +-- CrashStateError      something does not survive a power cut
 """
 
@@ -20,7 +20,7 @@ __all__ = ["CrashStateError", "FaultDiskError"]
 
 
 class FaultDiskError(HarnessError):
-    """The process behind a disk does not do as it is told.
+    """The process behind a disk does not obey an order.
 
     :param reason: what was asked of it, and what became of that.
     :param log: the end of what the process wrote to its standard error.

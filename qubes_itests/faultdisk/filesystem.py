@@ -95,7 +95,7 @@ class FaultFilesystem:
         """Have somebody else fsync a file of theirs all the time.
 
         A filesystem then brings the names of all files to the disk, but not what is
-        in them: whoever relies on the order of the two is found out.
+        in them: a program that relies on the order of the two is found out.
         """
         stop = threading.Event()
         thread = threading.Thread(target=self._fsync_until, args=(stop,))

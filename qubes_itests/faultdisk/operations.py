@@ -9,10 +9,11 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from io import BufferedIOBase
 
 __all__ = ["SECTOR", "Kind", "Operation", "read_journal"]
 
@@ -78,7 +79,7 @@ class Operation:
         return _HEADER.pack(self.kind.value, self.offset, self.length) + self.data
 
 
-def read_journal(file: BinaryIO) -> Iterator[Operation]:
+def read_journal(file: BufferedIOBase) -> Iterator[Operation]:
     """Yield the operations of a journal, from where the file stands to its end.
 
     :raise ValueError: when it ends within an operation, or is no journal.

@@ -100,7 +100,7 @@ class Recording:
         """
         with gzip.open(path, "rb") as file:
             head = json.loads(file.readline())
-            operations = list(read_journal(file))  # type: ignore[arg-type]
+            operations = list(read_journal(file))
         with base.open("wb") as image:
             image.truncate(head["size"])
         sparse.apply(base, operations[: head["start"]])

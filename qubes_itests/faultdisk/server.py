@@ -4,6 +4,7 @@ It is started by `FaultDisk`, takes orders as lines of JSON on a socket, and end
 the other end of that is closed, however that comes about.
 """
 
+# ruff: noqa: ARG002 - FUSE passes what its calls have
 from __future__ import annotations
 
 import ctypes
@@ -79,13 +80,13 @@ class Disk:
         return os.fstat(self._image).st_size
 
     def read(self, length: int, offset: int) -> bytes:
-        """Return what is there; fails as told."""
+        """Return what is there; fails as ordered."""
         with self._lock:
             self._pass("read")
             return os.pread(self._image, length, offset)
 
     def write(self, operation: Operation) -> None:
-        """Write or zero, and record it; fails as told."""
+        """Write or zero, and record it; fails as ordered."""
         with self._lock:
             self._pass("write")
             if operation.kind is Kind.ZERO:
@@ -99,7 +100,7 @@ class Disk:
             self._journal.write(operation.encode())
 
     def flush(self) -> None:
-        """Record a flush, or a lie; fails as told."""
+        """Record a flush, or a lie; fails as ordered."""
         with self._lock:
             self._pass("flush")
             kind = Kind.LIE if self._lying else Kind.FLUSH
@@ -147,10 +148,10 @@ class _Files(mfusepy.Operations):  # type: ignore[misc]
         self._disk = disk
         self._ready = ready
 
-    def init(self, path: str) -> None:  # noqa: ARG002
+    def init(self, path: str) -> None:
         self._ready()
 
-    def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:  # noqa: ARG002
+    def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
         if path == "/":
             return dict(_DIRECTORY)
         if path != f"/{FILE_NAME}":
@@ -158,27 +159,27 @@ class _Files(mfusepy.Operations):  # type: ignore[misc]
         mode = stat.S_IFREG | 0o600
         return {"st_mode": mode, "st_nlink": 1, "st_size": self._disk.size}
 
-    def open(self, path: str, flags: int) -> int:  # noqa: ARG002
+    def open(self, path: str, flags: int) -> int:
         return 0
 
-    def read(self, path: str, size: int, offset: int, fh: int) -> bytes:  # noqa: ARG002
+    def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
         return self._disk.read(size, offset)
 
-    def write(self, path: str, data: bytes, offset: int, fh: int) -> int:  # noqa: ARG002
+    def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
         self._disk.write(Operation.write(offset, bytes(data)))
         return len(data)
 
-    def fsync(self, path: str, datasync: int, fh: int) -> int:  # noqa: ARG002
+    def fsync(self, path: str, datasync: int, fh: int) -> int:
         self._disk.flush()
         return 0
 
     def fallocate(
         self,
-        path: str,  # noqa: ARG002
+        path: str,
         mode: int,
         offset: int,
         size: int,
-        fh: int,  # noqa: ARG002
+        fh: int,
     ) -> int:
         if not mode & (_PUNCH_HOLE | _ZERO_RANGE):
             raise OSError(errno.EOPNOTSUPP, "fallocate")
@@ -217,7 +218,7 @@ def _listen(channel: socket.socket, disk: Disk, mount_point: str) -> None:
         for line in orders:
             try:
                 answer = disk.obey(json.loads(line))
-            except Exception as error:  # noqa: BLE001 - it is told to who asked
+            except Exception as error:  # noqa: BLE001 - it is the answer
                 answer = {"error": repr(error)}
             channel.sendall(json.dumps(answer).encode() + b"\n")
     # Nobody is left who could give orders: the test or the whole run is over. Lazily,

@@ -152,12 +152,10 @@ def console_tail(domain: Domain) -> str:
             data = file.read(_SHOWN_BYTES)
     except OSError:
         return ""
-    text = safe_text(data, lines=True, limit=None)
-    lines = text.splitlines()
-    begin = last = max(0, len(lines) - _SHOWN_LINES)
+    shown = safe_text(data, lines=True, limit=None).splitlines()
+    begin = last = max(0, len(shown) - _SHOWN_LINES)
     if domain.panicked:
-        panics = (
-            number for number, line in enumerate(lines) if _PANIC.decode() in line
-        )
+        words = _PANIC.decode()
+        panics = (number for number, line in enumerate(shown) if words in line)
         begin = min(max(0, next(panics, last) - _SHOWN_LINES // 2), last)
-    return "\n".join(lines[begin : begin + _SHOWN_LINES]).strip()
+    return "\n".join(shown[begin : begin + _SHOWN_LINES]).strip()

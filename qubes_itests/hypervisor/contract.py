@@ -1,4 +1,4 @@
-"""What the harness asks of a hypervisor, in no hypervisor's own words.
+"""Contract of a hypervisor, in no hypervisor's own words.
 
 A back end subclasses :class:`Hypervisor` and :class:`Domain`.  The names are those
 that Xen and libvirt share: a *domain* is one virtual machine, its *memory target* is
@@ -12,7 +12,7 @@ import abc
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from qubes_itests.hypervisor.exc import HypervisorError
 
@@ -343,7 +343,7 @@ class Hypervisor(abc.ABC):
         end cannot start from saved states.
         """
 
-    async def __aenter__(self) -> Hypervisor:  # noqa: PYI034 - subclasses add nothing
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_exc: object) -> None:

@@ -162,7 +162,8 @@ class LibvirtDomain(Domain):
 
     @property
     def native(self) -> object | None:
-        return self._native  # type: ignore[no-any-return]
+        native: object = self._native
+        return native
 
     async def state(self) -> DomainState:
         if self._native is None or self._stopped.is_set():
@@ -277,7 +278,7 @@ class LibvirtDomain(Domain):
             raise HypervisorError(
                 self.spec.name,
                 "set the memory of",
-                f"{target} bytes is not within 1 and {self.spec.max_memory} MiB",
+                f"expected 1 byte to {self.spec.max_memory} MiB, got {target} bytes",
             )
         await self._call("set the memory of", native.setMemory, target // _KIB)
 

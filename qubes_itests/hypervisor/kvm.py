@@ -54,9 +54,9 @@ def kvm_usable(cache: Cache, kernel: Path, *, deadline: float = DEADLINE) -> Ver
 
     QUBES_ITESTS_KVM=1 or =0 in the environment is the verdict, with no probe.
     """
-    told = _told()
-    if told is not None:
-        return told
+    value = os.environ.get("QUBES_ITESTS_KVM", "")
+    if value in ("0", "1"):
+        return Verdict(usable=value == "1", reason=f"QUBES_ITESTS_KVM={value} says so")
     emulator = find_program(_EMULATOR)
     if emulator is None:
         return Verdict(usable=False, reason=f"{_EMULATOR} is not installed")
@@ -70,13 +70,6 @@ def kvm_usable(cache: Cache, kernel: Path, *, deadline: float = DEADLINE) -> Ver
 
     entry = cache.entry("kvm", key, build)
     return Verdict(**json.loads((entry / "verdict.json").read_text()))
-
-
-def _told() -> Verdict | None:
-    value = os.environ.get("QUBES_ITESTS_KVM", "")
-    if value not in ("0", "1"):
-        return None
-    return Verdict(usable=value == "1", reason=f"QUBES_ITESTS_KVM={value} says so")
 
 
 def _probe(emulator: str, kernel: Path, deadline: float) -> Verdict:
@@ -100,7 +93,7 @@ def _probe(emulator: str, kernel: Path, deadline: float) -> Verdict:
     if _PROOF in done.stdout:
         return Verdict(usable=True, reason="a kernel booted")
     lines = done.stderr.decode(errors="replace").strip().splitlines()
-    told = lines[-1] if lines else f"QEMU exited with status {done.returncode}"
+    words = lines[-1] if lines else f"QEMU exited with status {done.returncode}"
     # where in QEMU's own sources it gave up is no news to anybody here
-    told = re.sub(r"^(?:qemu[\w-]*: )?(?:\S+\.c:\d+: )?", "", told)
-    return Verdict(usable=False, reason=f"KVM boots no guest: {told[:200]}")
+    words = re.sub(r"^(?:qemu[\w-]*: )?(?:\S+\.c:\d+: )?", "", words)
+    return Verdict(usable=False, reason=f"KVM boots no guest: {words[:200]}")

@@ -50,7 +50,8 @@ class LibvirtHypervisor(Hypervisor):
 
     @property
     def native(self) -> object | None:
-        return self._connection.native  # type: ignore[no-any-return]
+        native: object = self._connection.native
+        return native
 
     async def _listen(self) -> None:
         native = self._connection.native
@@ -71,7 +72,7 @@ class LibvirtHypervisor(Hypervisor):
         domain = self._domains.get(UUID(bytes=native.UUID()))
         if domain is None:
             return
-        # Before the event itself, which ends the domain's run: whoever learns that it
+        # Before the event itself, which ends the domain's run: those who learn that it
         # has stopped must find why.
         if is_panic(event, detail):
             domain.panicked = True
@@ -119,14 +120,16 @@ class LibvirtHypervisor(Hypervisor):
     def _problem(self, spec: DomainSpec) -> str:
         """Return what is wrong with a spec, in words; empty if nothing is."""
         if not _NAME.fullmatch(spec.name):
-            return "its name must be a letter, then letters, digits, '_', '.' or '-'"
+            return (
+                "expected a letter, then letters, digits, '_', '.' or '-' as its name"
+            )
         for other in (domain.spec for domain in self._domains.values()):
             if spec.name == other.name or spec.uuid == other.uuid:
                 return f"there is domain {other.name!r} of UUID {other.uuid} already"
         if not 0 < spec.memory <= spec.max_memory:
-            return f"memory {spec.memory} MiB is not within 1 and {spec.max_memory}"
+            return f"expected 1 to {spec.max_memory} MiB of memory, got {spec.memory}"
         if spec.vcpus < 1:
-            return "it needs a virtual CPU"
+            return f"expected 1 or more virtual CPUs, got {spec.vcpus}"
         taken = sum(domain.spec.memory for domain in self._domains.values())
         if self.memory_limit is not None and taken + spec.memory > self.memory_limit:
             return (
@@ -140,11 +143,11 @@ class LibvirtHypervisor(Hypervisor):
         """Return who holds how much memory, those that hold most first."""
         specs = [domain.spec for domain in self._domains.values()]
         held = sorted(((s.memory, s.name) for s in specs), reverse=True)
-        told = [f"{name} holds {memory} MiB" for memory, name in held[:_HOLDERS]]
+        shown = [f"{name} holds {memory} MiB" for memory, name in held[:_HOLDERS]]
         if others := held[_HOLDERS:]:
             total = sum(memory for memory, _ in others)
-            told.append(f"{len(others)} others hold {total} MiB")
-        return ", ".join(told) or "nobody holds any"
+            shown.append(f"{len(others)} others hold {total} MiB")
+        return ", ".join(shown) or "nobody holds any"
 
     async def close(self) -> None:
         if self._closed:

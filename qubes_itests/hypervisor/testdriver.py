@@ -1,10 +1,10 @@
-# ruff: noqa: D102 - the contract documents its methods
 """Test back end: libvirt's in-memory test driver, for tests without a guest.
 
 Its domains have states, events and invented memory statistics, but no guest: what
 needs one raises `HypervisorError`.
 """
 
+# ruff: noqa: ARG002, ARG003, D102 - the contract has its arguments, and documents them
 from __future__ import annotations
 
 import itertools
@@ -55,30 +55,30 @@ class _TestDomain(LibvirtDomain):
             self.spec.name, action, "the test back end's domains have no guest"
         )
 
-    async def save(self, path: Path) -> None:  # noqa: ARG002
+    async def save(self, path: Path) -> None:
         self._refuse("save")
 
     async def open_channel(
         self,
-        protocol: Callable[[], asyncio.BaseProtocol],  # noqa: ARG002
+        protocol: Callable[[], asyncio.BaseProtocol],
         *,
-        timeout: float = 10.0,  # noqa: ARG002
+        timeout: float = 10.0,
     ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
         self._refuse("open the channel of")
 
-    async def attach_disk(self, disk: Disk) -> None:  # noqa: ARG002
+    async def attach_disk(self, disk: Disk) -> None:
         self._refuse("attach a disk to")
 
-    async def detach_disk(self, name: str) -> None:  # noqa: ARG002
+    async def detach_disk(self, name: str) -> None:
         self._refuse("detach a disk from")
 
-    async def resize_disk(self, name: str, size: int) -> None:  # noqa: ARG002
+    async def resize_disk(self, name: str, size: int) -> None:
         self._refuse("resize a disk of")
 
-    async def attach_interface(self, interface: Interface) -> None:  # noqa: ARG002
+    async def attach_interface(self, interface: Interface) -> None:
         self._refuse("attach an interface to")
 
-    async def detach_interface(self, mac: str) -> None:  # noqa: ARG002
+    async def detach_interface(self, mac: str) -> None:
         self._refuse("detach an interface from")
 
 
@@ -97,7 +97,7 @@ class TestHypervisor(LibvirtHypervisor):
     async def open(
         cls,
         directory: Path,
-        cache: Cache | Path,  # noqa: ARG003 - the back ends are opened alike
+        cache: Cache | Path,
     ) -> TestHypervisor:
         """Open an empty test driver of its own; any number may be open at once.
 
@@ -114,7 +114,7 @@ class TestHypervisor(LibvirtHypervisor):
     def _make(self, spec: DomainSpec) -> LibvirtDomain:
         return _TestDomain(self._connection, spec, self._publish, self._forget)
 
-    async def state_key(self, spec: DomainSpec) -> str | None:  # noqa: ARG002
+    async def state_key(self, spec: DomainSpec) -> str | None:
         return None
 
 

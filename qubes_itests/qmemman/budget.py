@@ -62,7 +62,7 @@ class BudgetedDom0:
         :raise ValueError: for a negative size.
         """
         if size < 0:
-            raise ValueError(f"dom0 cannot use {size} bytes")
+            raise ValueError(f"expected 0 or more bytes for dom0 to use, got {size}")
         self.used = size
         self.repeat_report()
 

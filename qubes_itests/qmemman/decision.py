@@ -47,7 +47,7 @@ def decide_balance(
     return [
         (domid, target)
         for domid, target in _safe(targets, found)
-        # who was told already, and does not give, is to be found out
+        # a donor that has its order already and does not give is to be found out
         if target != (domain := found.known[domid][0]).last_target
         or domain.actual > target + late
     ]
@@ -59,8 +59,8 @@ def decide_balloon(
     """Return what donors shall go down to, so that `amount` becomes free.
 
     :param amount: bytes beyond what is free now.
-    :return: nothing when donors cannot spare it; those that were told already and have
-        not moved yet are among them.
+    :return: nothing when donors cannot spare it; donors that have their order already
+        and have not moved yet are among them.
     """
     domains = tuple(domains)
     found = algorithm.preferences(domains, policy)

@@ -1,4 +1,4 @@
-"""A timeline on the terminal: a table of the last moment, and following the file."""
+"""Timeline on the terminal: a table of the last moment, and following the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A timeline as a picture: who held how much memory, when, and why it changed.
+"""Picture of a timeline: who held how much memory, when, and why it changed.
 
 An SVG of our own, without any plotting library: it is drawn in the main job, after a
 test has failed, and must open in every browser years later.

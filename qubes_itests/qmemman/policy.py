@@ -1,4 +1,4 @@
-"""The numbers of the policy: those of Qubes OS, four of them configurable."""
+"""Numbers of the policy: those of Qubes OS, four of them configurable."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Policy:
     :param marker_tolerance: a domain within this of its target has responded.
     :param promise_tolerance: a target less than this above what is held is no promise.
     :param log_level: of the daemon's messages, as `logging` counts: 20 shows every
-        decision; None leaves it to whoever configures logging.
+        decision; None leaves it to the configuration of logging.
     """
 
     vm_min_mem: int = 200 * MIB

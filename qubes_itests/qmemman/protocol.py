@@ -1,4 +1,4 @@
-"""The lines on the daemon's socket.
+"""Lines on the daemon's socket.
 
 ``BYTES`` asks for free memory, ``DOMID:BYTES ...`` sets targets; both are answered
 ``OK``, ``FAIL`` or ``INVALID_ARG``.  Two more are ours: ``READY`` is answered ``OK``

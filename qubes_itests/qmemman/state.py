@@ -1,4 +1,4 @@
-"""What is known of a domain's memory, and what its guest's report means."""
+"""State of a domain's memory, and the report of its guest."""
 
 from __future__ import annotations
 

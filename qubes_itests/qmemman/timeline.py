@@ -1,4 +1,4 @@
-"""The timeline: one line of JSON for each decision, and for what it led to."""
+"""Timeline of memory: one line of JSON for each decision, and for what it led to."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class ImagePool(Pool):
         )
         if not isinstance(dir_path, str | os.PathLike) or not os.fspath(dir_path):
             raise StoragePoolException(
-                f"pool {name!r}: dir_path must be a directory, not {dir_path!r}"
+                f"pool {name!r}: expected a directory as dir_path, got {dir_path!r}"
             )
         self.dir_path = Path(dir_path).absolute()
         self.background = Background()
@@ -119,7 +119,7 @@ class ImagePool(Pool):
         if not taken:
             raise StoragePoolException(
                 f"pool {self.name!r}: {self.dir_path} is in use by another server: end"
-                " that one, or give the pool a directory of its own"
+                " that one, or give the pool another directory"
             )
 
     def unclaim(self) -> None:

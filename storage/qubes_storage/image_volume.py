@@ -350,7 +350,7 @@ class ImageVolume(Volume):
             status = files.stat_image(self.files.imported)
             if status is None or status.st_size != size:
                 found = "nothing" if status is None else f"{status.st_size} bytes"
-                reason = f"{size} bytes were declared and {found} written"
+                reason = f"expected {size} bytes as declared, got {found}"
                 raise InvalidSizeError(*self._about("import"), reason)
             files.fsync(self.files.imported)
             self.files.commit(self.files.imported, self.revisions_to_keep)

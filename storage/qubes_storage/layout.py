@@ -92,11 +92,11 @@ def check_vid(vid: object) -> str:
     :raise InvalidVolumeConfigError: with the reason, for anything else.
     """
     if not isinstance(vid, str):
-        raise InvalidVolumeConfigError(repr(vid), "its id must be a string")
+        raise InvalidVolumeConfigError(repr(vid), "expected a string as its id")
     parts = vid.split("/")
     if len(parts) != _PARTS:
         raise InvalidVolumeConfigError(
-            vid, "its id must be of the form prefix/vm/volume"
+            vid, "expected an id of the form prefix/vm/volume"
         )
     for part in parts:
         if len(part) > _MAX_PART:

@@ -72,7 +72,7 @@ class Pool(abc.ABC):
     ) -> None:
         if not isinstance(name, str) or not _NAME.match(name):
             raise StoragePoolException(
-                f"pool {str(name)!r}: its name must be 1 to 128 letters, digits and"
+                f"pool {str(name)!r}: expected a name of 1 to 128 letters, digits and"
                 " _.+-, not starting with .+-"
             )
         self.name = name
@@ -251,4 +251,6 @@ def parse_bool(pool: str, option: str, value: bool | str) -> bool:  # noqa: FBT0
         return True
     if word in ("no", "false", "0"):
         return False
-    raise StoragePoolException(f"pool {pool!r}: {option} is yes or no, not {value!r}")
+    raise StoragePoolException(
+        f"pool {pool!r}: expected yes or no for {option}, got {value!r}"
+    )

@@ -321,9 +321,9 @@ class Volume(abc.ABC):
 
     def _check_size(self, action: str, size: object) -> int:
         if isinstance(size, bool) or not isinstance(size, int):
-            reason = f"a size is a number of bytes, not {size!r}"
+            reason = f"expected a number of bytes, got {size!r}"
         elif not 0 <= size <= MAX_SIZE:
-            reason = f"a size is from 0 to {MAX_SIZE} bytes, not {size}"
+            reason = f"expected 0 to {MAX_SIZE} bytes, got {size}"
         else:
             return size
         raise InvalidSizeError(self.pool.name, self.vid, action, reason)
@@ -335,7 +335,7 @@ def check_revisions_to_keep(subject: str, value: object) -> int:
     :raise InvalidVolumeConfigError: for anything else.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < -1:
-        reason = f"revisions_to_keep is a number from -1, not {value!r}"
+        reason = f"expected -1 or more for revisions_to_keep, got {value!r}"
         raise InvalidVolumeConfigError(subject, reason)
     return value
 

@@ -1,4 +1,4 @@
-"""The initramfs of stage one: the agent as init, and the modules it loads."""
+"""Initramfs of stage one: the agent as init, and the modules it loads."""
 
 from __future__ import annotations
 

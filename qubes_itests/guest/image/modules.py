@@ -90,14 +90,10 @@ class ModuleTree:
                 f"the kernel in {self._directory} has no usable module {name}; use"
                 " the kernel that set-up fetches",
             )
-        for needed in self._depends(name):
-            self._add(needed, order, (*above, name))
-        order[name] = None
-
-    def _depends(self, name: str) -> list[str]:
         match = _DEPENDS.search(self.read(name))
-        text = match[1].decode() if match else ""
-        return [_canonical(needed) for needed in text.split(",") if needed]
+        for needed in filter(None, match[1].decode().split(",") if match else ()):
+            self._add(_canonical(needed), order, (*above, name))
+        order[name] = None
 
 
 def _canonical(name: str) -> str:

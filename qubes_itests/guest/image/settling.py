@@ -1,4 +1,4 @@
-"""What systemd does at boot, as far as it can be done once: when an image is made.
+"""Work of systemd at boot, as far as it can be done once, with the image.
 
 Packages and apps bring users (sysusers.d), files (tmpfiles.d) and modules to load
 (modules-load.d) as descriptions, and rely on systemd to make them at boot. With the

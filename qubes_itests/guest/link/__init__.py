@@ -1,1 +1,1 @@
-"""The link to a guest: the agent's protocol, streams, and processes in the guest."""
+"""Link to a guest: the agent's protocol, streams, and processes in the guest."""

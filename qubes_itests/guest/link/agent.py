@@ -201,14 +201,14 @@ class GuestAgent:
         user: str | None = None,
         environment: Mapping[str, str] = _NO_ENVIRONMENT,
     ) -> GuestTerminal:
-        """Start a command on a terminal of its own; returns at once.
+        """Start a command on a new terminal; returns at once.
 
         :param command: as for ``sh -c``; by default it is the user's shell, as a login.
         :param columns: of the terminal, from 1 to 65,535.
         :param rows: likewise.
         :param user: who runs it; None for the VM's default user.
         :param environment: added to that of the user; TERM belongs there.
-        :raise TooManyStreamsError: too many run at once.
+        :raise GuestError: too many run at once.
         :raise ValueError: a string cannot be sent, for its length or a NUL.
         """
         settings = (f"{name}={value}" for name, value in environment.items())

@@ -88,7 +88,7 @@ class AgentLog:
     :param path: the file, made or appended to; None keeps nothing.
     """
 
-    #: Is told each line that is kept, too.
+    #: Called with each line that is kept.
     listener: Callable[[str], None] | None = None
 
     def __init__(self, path: Path | None) -> None:
@@ -337,7 +337,7 @@ class AgentConnection(asyncio.Protocol):
         if not self.protocol.may_spawn():
             raise GuestError(
                 self.vm,
-                f"{STREAMS_MAX} commands run at once already; wait for some to end",
+                f"{STREAMS_MAX} commands are running already; wait for some to end",
             )
         number, frame = self.protocol.spawn(*strings)
         span = _report(self.vm, *strings)

@@ -199,7 +199,9 @@ def encode(
     :raise ValueError: when the payload is too long.
     """
     if len(payload) > PAYLOAD_MAX:
-        raise ValueError(f"{len(payload)} bytes do not fit a frame of {PAYLOAD_MAX}")
+        raise ValueError(
+            f"expected a payload of at most {PAYLOAD_MAX} bytes, got {len(payload)}"
+        )
     return HEADER.pack(kind, channel, len(payload), stream) + payload
 
 
@@ -221,10 +223,12 @@ def pack_strings(strings: Iterable[str]) -> bytes:
     payload = b""
     for string in strings:
         if "\0" in string:
-            raise ValueError(f"{string!r} holds a NUL, which cannot go to a guest")
+            raise ValueError(f"expected text without NUL for a guest, got {string!r}")
         payload += string.encode() + b"\0"
     if len(payload) > PAYLOAD_MAX:
-        raise ValueError(f"{len(payload)} bytes of text are more than {PAYLOAD_MAX}")
+        raise ValueError(
+            f"expected at most {PAYLOAD_MAX} bytes of text, got {len(payload)}"
+        )
     return payload
 
 

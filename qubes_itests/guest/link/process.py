@@ -33,7 +33,7 @@ __all__ = ["LONGEST_ANSWER", "Answer", "GuestProcess", "GuestTerminal", "answer_
 
 _CHUNK: Final = 65536
 
-#: Bytes of each output that `communicate` takes unless it is told otherwise.  Tests
+#: Bytes of each output that `communicate` takes by default.  Tests
 #: collect megabytes; who wants more reads from the streams.
 _LONGEST_OUTPUT: Final = 256 << 20
 #: Bytes of each output: what is asked for here is said in a few lines.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import struct
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from qubes_itests.guest.exc import ProtocolViolation
 from qubes_itests.guest.link.frames import (
@@ -140,7 +140,7 @@ class HostProtocol:
         self._rest = bytes(view[start:])
 
     def _check_header(self, kind: int, length: int) -> None:
-        if kind not in _RULES:
+        if kind not in self._RULES:
             raise ProtocolViolation(
                 "", "the guest sends frames of the types listed", f"type {kind:#x}"
             )
@@ -154,7 +154,7 @@ class HostProtocol:
             )
 
     def _accept(self, frame: _Frame) -> Event | None:
-        has_channel, on_stream, rule = _RULES[frame.type]
+        has_channel, on_stream, rule = self._RULES[frame.type]
         if frame.channel > (Channel.STDERR if has_channel else 0):
             raise ProtocolViolation(
                 "", "a channel is 0, 1 or 2, and 0 where it means nothing", str(frame)
@@ -313,6 +313,23 @@ class HostProtocol:
         if frame.payload:
             raise ProtocolViolation("", "this frame is empty", str(frame))
 
+    #: For each type that a guest may send: whether its channel means something, whether
+    #: it is on a stream, and the rule that it must keep.
+    _RULES: ClassVar[
+        dict[int, tuple[bool, bool, Callable[[HostProtocol, _Frame], Event | None]]]
+    ] = {
+        FrameType.READY: (False, False, _on_ready),
+        FrameType.DONE: (False, False, _on_done),
+        FrameType.FAILED: (False, False, _on_failed),
+        FrameType.LOG: (False, False, _on_log),
+        FrameType.CALL: (False, True, _on_call),
+        FrameType.DATA: (True, True, _on_data),
+        FrameType.EOF: (True, True, _on_eof),
+        FrameType.STOP: (True, True, _on_stop),
+        FrameType.CREDIT: (True, True, _on_credit),
+        FrameType.EXIT: (False, True, _on_exit),
+    }
+
     # to the guest
 
     def hello(self) -> bytes:
@@ -323,7 +340,7 @@ class HostProtocol:
     def request(self, kind: FrameType, payload: bytes) -> bytes:
         """Make a request; `Done` or `Failed` follows, and then the next may."""
         if self._pending:
-            raise ValueError("one request at a time")
+            raise ValueError("expected an answer before the next request")
         frame = encode(kind, payload=payload)
         self._pending = True
         return frame
@@ -389,7 +406,9 @@ class HostProtocol:
     def resize(self, stream: int, columns: int, rows: int) -> bytes:
         """Say that a terminal has another size; each of them is at least 1."""
         if not (min(columns, rows) >= 1 and max(columns, rows) <= _LONGEST_SIDE):
-            raise ValueError(f"no terminal has {columns} columns and {rows} rows")
+            raise ValueError(
+                f"expected 1 to 65535 columns and rows, got {columns} and {rows}"
+            )
         return encode(FrameType.RESIZE, stream, payload=_SIZE.pack(columns, rows))
 
     def exit(self, stream: int, kind: ExitKind, value: int, text: str = "") -> bytes:
@@ -424,21 +443,3 @@ def _ended(frame: _Frame) -> Ended:
         )
     text = unpack_text(payload[2:], _EXIT_TEXT_MAX)
     return Ended(frame.stream, ExitKind(kind), value, text)
-
-
-#: For each type that a guest may send: whether its channel means something, whether it
-#: is on a stream, and the rule that it must keep.
-_RULES: Final[
-    dict[int, tuple[bool, bool, Callable[[HostProtocol, _Frame], Event | None]]]
-] = {
-    FrameType.READY: (False, False, HostProtocol._on_ready),  # noqa: SLF001
-    FrameType.DONE: (False, False, HostProtocol._on_done),  # noqa: SLF001
-    FrameType.FAILED: (False, False, HostProtocol._on_failed),  # noqa: SLF001
-    FrameType.LOG: (False, False, HostProtocol._on_log),  # noqa: SLF001
-    FrameType.CALL: (False, True, HostProtocol._on_call),  # noqa: SLF001
-    FrameType.DATA: (True, True, HostProtocol._on_data),  # noqa: SLF001
-    FrameType.EOF: (True, True, HostProtocol._on_eof),  # noqa: SLF001
-    FrameType.STOP: (True, True, HostProtocol._on_stop),  # noqa: SLF001
-    FrameType.CREDIT: (True, True, HostProtocol._on_credit),  # noqa: SLF001
-    FrameType.EXIT: (False, True, HostProtocol._on_exit),  # noqa: SLF001
-}

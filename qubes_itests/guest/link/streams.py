@@ -48,7 +48,7 @@ class Link(Protocol):
 
 
 class _Throttle(asyncio.ReadTransport):
-    """What `asyncio.StreamReader` takes for its transport: tells it to pause."""
+    """Transport in the eyes of `asyncio.StreamReader`, which pauses and resumes it."""
 
     def __init__(self, reader: GuestReader) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""The start of a guest: cold or warm, and who it is."""
+"""Start of a guest, cold or warm, and its network."""

@@ -76,8 +76,8 @@ async def boot(
         expected = isinstance(error, (HarnessError, TimeoutError, OSError, ValueError))
         # Before it is undone: after that every guest has stopped.
         reason = await start.reason(error, timeout) if expected else ""
-        # To its end though the caller may be cancelled: a domain that is left over would
-        # hold the VM's disks and its name.
+        # To its end though the caller may be cancelled: a domain that stays would hold
+        # the VM's disks and its name.
         console = await to_its_end(start.undo())
         if expected:
             raise BootError(spec.name, start.step, reason, console) from error

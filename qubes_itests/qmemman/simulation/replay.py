@@ -1,4 +1,4 @@
-"""Replaying a trace against the policy alone, and judging what came of it.
+"""Replay of a trace against the policy alone, and a verdict on it.
 
 No daemon and no sockets: guests obey within a second, and each second has at most one
 decision.  So thousands of VMs over hours show what the policy does, as numbers.

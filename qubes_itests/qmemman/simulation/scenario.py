@@ -1,4 +1,4 @@
-"""A small language of what happens to the memory of VMs.
+"""Scenarios: a small language of what happens to the memory of VMs.
 
 A scenario is a coroutine that takes a `World` and says what happens::
 

@@ -1,4 +1,4 @@
-"""An event loop whose time passes only where everybody waits.
+"""Event loop whose time passes only where all tasks wait.
 
 ``asyncio.sleep`` and timeouts take no time in it, sockets between tasks of one process
 work, and every run of the same program goes the same way.

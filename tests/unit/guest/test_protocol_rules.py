@@ -325,10 +325,10 @@ def test_the_host_keeps_the_rules_too(protocol, stream):
         protocol.data(stream, 0, memoryview(bytes(WINDOW + 1)))
     with pytest.raises(ValueError, match="NUL"):
         protocol.spawn("command", "", "echo \0", "")
-    with pytest.raises(ValueError, match="more than"):
+    with pytest.raises(ValueError, match="expected at most"):
         protocol.spawn("command", "", "x" * PAYLOAD_MAX, "")
     for size in [(0, 24), (80, 0), (0x10000, 24), (80, 0x10000), (-1, 24)]:
-        with pytest.raises(ValueError, match="no terminal has"):
+        with pytest.raises(ValueError, match="expected 1 to 65535"):
             protocol.resize(stream, *size)
     protocol.eof(stream, 0)
     with pytest.raises(ValueError, match="EOF"):
@@ -336,6 +336,6 @@ def test_the_host_keeps_the_rules_too(protocol, stream):
 
 
 def test_a_refused_spawn_uses_up_no_number(protocol):
-    with pytest.raises(ValueError, match="more than"):
+    with pytest.raises(ValueError, match="expected at most"):
         protocol.spawn("command", "", "x" * PAYLOAD_MAX, "")
     assert protocol.spawn("command", "", "true", "")[0] == 1

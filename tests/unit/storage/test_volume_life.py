@@ -414,7 +414,7 @@ def test_an_import_of_another_length_is_dropped(shop, saved, length):
     path = shop.run(saved.import_data(4096))
     path.write_bytes(b"2" * length)
     with pytest.raises(
-        InvalidSizeError, match=f"4096 bytes were declared and {length}"
+        InvalidSizeError, match=f"expected 4096 bytes as declared, got {length}"
     ):
         shop.run(saved.import_data_end(success=True))
     assert shop.tree() == before

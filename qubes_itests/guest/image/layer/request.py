@@ -1,4 +1,4 @@
-"""What layers are made of, and the same as JSON for the process that makes them."""
+"""Descriptions of layers, and the same as JSON for the process that makes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers made in a sandbox of their own, by a process that ends with it."""
+"""Process that makes layers in a sandbox, and ends with it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build_layers(
     :param cache: where images are kept.
     :param layers: what it is made of.
     :param log: a file for what programs say, made when one does.
-    :param say: is told what is going on.
+    :param say: called with a short phrase when another step begins.
     :raise LayerError: a layer does not build; names the log.
     """
     if (found := find_layers(cache, layers)) is not None:

@@ -121,7 +121,7 @@ def test_without_power_everything_fails(faultdisk):
 
 def test_an_order_that_makes_no_sense_is_an_error(faultdisk):
     disk = faultdisk.disk(MIB)
-    with pytest.raises(ValueError, match="number 1"):
+    with pytest.raises(ValueError, match="expected 1 or more"):
         disk.fail("write", nth=0)
     with pytest.raises(FaultDiskError, match=r"no order .dance"):
         disk._order("dance")
