@@ -29,3 +29,4 @@ class ExitCode(enum.IntEnum):
 
     LEAKED_RESOURCE = 20
     GUEST_PANIC = 21
+    FLAKY = 22

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ from qubes_itests.pytest_plugin.collection import PluginNode
 from qubes_itests.pytest_plugin.deadline import Deadline
 from qubes_itests.pytest_plugin.debugger import PostponedCleanUps
 from qubes_itests.pytest_plugin.history import HistoryKeeper
+from qubes_itests.pytest_plugin.known_issues import KnownIssues
 from qubes_itests.pytest_plugin.recording import Recording
+from qubes_itests.pytest_plugin.repetition import Repetition
 from qubes_itests.pytest_plugin.run_record import RunRecord
 from qubes_itests.pytest_plugin.watch import FailureWatch
 from qubes_itests.pytest_plugin.worker import Worker
@@ -102,6 +105,13 @@ def pytest_configure(config: pytest.Config) -> None:
         if not config.option.collectonly:
             record = RunRecord(settings, watch.artifacts, keeper.results)
             config.pluginmanager.register(record, "qubes_itests-run-record")
+    if settings.repeat or settings.until_fail or settings.rerun_failed:
+        repetition = Repetition(config, settings, watch)
+        config.pluginmanager.register(repetition, "qubes_itests-repetition")
+    told = map(Path, Prepared.told().known_issues)
+    if files := [*settings.known_issues, *told]:
+        issues = KnownIssues.of_files(files)
+        config.pluginmanager.register(issues, "qubes_itests-known-issues")
     if settings.shell_on_failure and not config.option.collectonly:
         watch.require_terminal()
     if config.getoption("usepdb"):

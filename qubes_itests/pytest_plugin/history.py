@@ -21,7 +21,7 @@ __all__ = ["SUITE", "HistoryKeeper", "earlier_times"]
 
 #: Whose ids of tests a run has, where it is not that of a directory: see `Run`.
 SUITE = pytest.StashKey[str]()
-_OUTCOMES = {
+_OUTCOMES: Mapping[int, str] = {
     ExitCode.OK: "passed",
     ExitCode.NO_TESTS_COLLECTED: "passed",
     ExitCode.INTERRUPTED: "interrupted",
@@ -64,8 +64,12 @@ class HistoryKeeper:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Put the results where `history` finds them."""
+        bad = [result for result in self.results.ended if result.bad]
+        only_flaky = bad and all(result.outcome == "flaky" for result in bad)
+        if session.exitstatus == ExitCode.TESTS_FAILED and only_flaky:
+            session.exitstatus = ExitCode.FLAKY
         if self._log is not None and self._history is not None:
-            status = ExitCode(int(session.exitstatus))
+            status: int = session.exitstatus
             took = time.time() - self.results.started
             try:
                 if not self._problems:

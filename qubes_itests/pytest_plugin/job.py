@@ -167,7 +167,7 @@ def _settle_status(
     for code, _ in trouble:
         weaker = {ExitCode.OK, ExitCode.LEAKED_RESOURCE}
         if code is ExitCode.GUEST_PANIC:
-            weaker.add(ExitCode.TESTS_FAILED)
+            weaker |= {ExitCode.TESTS_FAILED, ExitCode.FLAKY}
         if int(session.exitstatus) in weaker:
             session.exitstatus = code
 

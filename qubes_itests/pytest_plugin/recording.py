@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qubes_itests.report.results import PHASE
+from qubes_itests.report.results import PHASE, RERUN
 from qubes_itests.run.settings import Trace
 from qubes_itests.timeline import Record, Recorder, begin, recording
 from qubes_itests.timeline.document import NAME, Header, dump
@@ -98,7 +98,8 @@ class Recording:
         """Keep the timeline as it is now, if that is wanted."""
         if self._recorder is None:
             return
-        if report.failed and self._outcome != "failed":
+        bad = report.failed or report.outcome == RERUN  # with others to follow
+        if bad and self._outcome != "failed":
             self._outcome = "failed" if report.when == "call" else "error"
         elif report.when == "call" or report.skipped:
             self._outcome = self._outcome or report.outcome

@@ -11,12 +11,12 @@ import pytest
 from qubes_itests.balancing.app_memory import timeline_files
 from qubes_itests.core.exc import QubesException
 from qubes_itests.exc import HarnessError
-from qubes_itests.pytest_plugin.worker import is_remote
+from qubes_itests.pytest_plugin.worker import distributes, is_remote
 from qubes_itests.report import failures
 from qubes_itests.report.artifacts import LOG_LIMIT, Artifacts
 from qubes_itests.report.failures import Failure
 from qubes_itests.report.guest_logs import GuestLogs, panic_words
-from qubes_itests.report.results import WHERE
+from qubes_itests.report.results import RERUN, WHERE
 from qubes_itests.report.safe_report import make_safe
 from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import Keep
@@ -121,9 +121,13 @@ class FailureWatch:
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Make the report safe to show, and note a failure, before others are told."""
         make_safe(report)
+        test = report.nodeid
+        # A worker may have begun with the next attempt, and keeps this one itself.
+        if report.outcome == RERUN and not distributes(self._config):
+            self.artifacts.text(test, "failure.txt", report.longreprtext)
+            self._keep_logs(test)
         if not report.failed:
             return
-        test = report.nodeid
         # From another machine they come with the report.
         self.artifacts.add(test, vars(report).pop(_FILES, {}))
         self.artifacts.text(test, "failure.txt", report.longreprtext)
@@ -139,6 +143,15 @@ class FailureWatch:
         self.failures[test] = Failure(
             test, why, str(directory), files, Prepared.told().words
         )
+
+    def begin_attempt(self, test: str, number: int) -> None:
+        """Begin with a further attempt of the test that runs.
+
+        :param number: of the one that has ended, from 1.
+        """
+        self.artifacts.begin_attempt(test, number)
+        self._seen = ""
+        self._logs = GuestLogs(self._vm_directory())
 
     def keep_logs(self, test: str, directory: Path, since: float) -> None:
         """Keep the logs of VMs whose run has ended without keeping them.

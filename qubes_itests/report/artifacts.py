@@ -49,6 +49,19 @@ class Artifacts:
         """Drop what an earlier run of this test left."""
         shutil.rmtree(self.directory(test), ignore_errors=True)
 
+    def begin_attempt(self, test: str, number: int) -> None:
+        """Keep what an attempt left apart from what the next one will.
+
+        :param number: of the one that has ended, from 1.
+        """
+        directory = self.directory(test)
+        left = [p for p in directory.glob("*") if not p.name.startswith("attempt-")]
+        if left:
+            place = directory / f"attempt-{number}"
+            place.mkdir()
+            for path in left:
+                path.rename(place / path.name)
+
     def files(self, test: str) -> tuple[str, ...]:
         """Return the names of what a test left so far, for people."""
         directory = self.directory(test)

@@ -123,6 +123,17 @@ class Results:
             self._end(report.nodeid)
 
     @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(
+        self, report: Any
+    ) -> tuple[str, str, tuple[str, dict[str, bool]]] | None:
+        """Count what no outcome of pytest's own says."""
+        if report.outcome == RERUN:
+            return "rerun", "R", ("RERUN", {"yellow": True})
+        if category(report) == "flaky":
+            return "flaky", "F", ("FLAKY", {"red": True})
+        return None
+
+    @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
         """Take what was interrupted in its tear-down for ended."""
         for test in [test for test, known in self._open.items() if known.outcome]:

@@ -13,7 +13,12 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.run.result import Prepared
-from qubes_itests.run.settings import OPTIONS, ConfigurationError, own_timeout
+from qubes_itests.run.settings import (
+    OPTIONS,
+    ConfigurationError,
+    own_known_issues,
+    own_timeout,
+)
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
@@ -97,6 +102,7 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
 
     cache, found, wrong = Cache(), [], dict(wishes.problems)
     timeouts: dict[str, float] = {}
+    issues: list[str] = []
     for app in settings.app:
         if not app.is_dir():
             raise ConfigurationError("--app", f"there is no directory {app}")
@@ -109,6 +115,7 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
                 limit = own_timeout(app, settings.template_spec)
                 if limit is not None:
                     timeouts |= dict.fromkeys(installed.entries, limit)
+                issues += [str(path.absolute()) for path in own_known_issues(app)]
                 found.append(installed)
             except (InstallError, ConfigurationError, ValueError, OSError) as error:
                 wrong[app.name] = str(error)
@@ -122,7 +129,7 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
         own = () if settings.template else wishes.templates(environment.app.name)
         for name in environment.entries:
             entries[name] = (*entries.get(name, ()), *(own or settings.templates))
-    prepared = Prepared(entries, wrong, timeouts=timeouts)
+    prepared = Prepared(entries, wrong, timeouts=timeouts, known_issues=tuple(issues))
     prepared.tell()
     return prepared
 

@@ -30,6 +30,7 @@ class Prepared:
     :param timeouts: for those of these entry points whose apps say it, the seconds that
         each of their tests may take.
     :param words: of the command line, without which the run cannot be repeated.
+    :param known_issues: files of apps that have them.
     """
 
     entries: Mapping[str, tuple[str, ...]] | None = None
@@ -37,6 +38,7 @@ class Prepared:
     templates: Mapping[str, str] = field(default_factory=dict)
     timeouts: Mapping[str, float] = field(default_factory=dict)
     words: tuple[str, ...] = ()
+    known_issues: tuple[str, ...] = ()
 
     @classmethod
     def told(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -49,6 +51,7 @@ class Prepared:
             values.get("templates", {}),
             values.get("timeouts", {}),
             tuple(values.get("words", ())),
+            tuple(values.get("known_issues", ())),
         )
 
     def tell(self, environment: MutableMapping[str, str] = os.environ) -> None:

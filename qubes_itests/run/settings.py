@@ -32,6 +32,7 @@ __all__ = [
     "Trace",
     "convert",
     "load",
+    "own_known_issues",
     "own_timeout",
     "plain",
 ]
@@ -82,6 +83,8 @@ _TEMPLATES = ("tiny",)
 DEFAULT_TIMEOUT = 300.0
 #: An hour, in seconds.
 _LONGEST_START = 3600
+#: Of one test.
+_MOST_RUNS = 1_000_000
 #: A template's name becomes part of class names, VM names and paths.
 _TEMPLATE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,30}")
 _TRUTH = {
@@ -115,12 +118,16 @@ def _path(value: object) -> Path:
     return Path(value)
 
 
-def _paths(value: object) -> tuple[Path, ...]:
+def _files(value: object) -> tuple[Path, ...]:
     if isinstance(value, str):
         value = value.replace(os.pathsep, "\n").splitlines()
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"expected a list of paths, got {value!r}")
-    return tuple(dict.fromkeys(_path(word).absolute() for word in value))
+    return tuple(dict.fromkeys(map(_path, value)))
+
+
+def _paths(value: object) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys(path.absolute() for path in _files(value)))
 
 
 def _words(value: object) -> tuple[str, ...]:
@@ -149,6 +156,13 @@ def _integer(value: object) -> int:
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value):
         return int(value)
     raise ValueError(f"expected a whole number, got {value!r}")
+
+
+def _number_of_runs(value: object) -> int:
+    number = _integer(value)
+    if not 0 <= number <= _MOST_RUNS:
+        raise ValueError(f"expected a number of runs up to {_MOST_RUNS}, got {value!r}")
+    return number
 
 
 def _memory_budget(value: object) -> int:
@@ -226,6 +240,19 @@ class Settings:
         None, _integer, "NUMBER", _TESTS,
         "seed the random numbers of tests with NUMBER; a run shows the one that it uses"
         " (default: a new one each time)")
+    repeat: int = option(
+        0, _number_of_runs, "NUMBER", _TESTS,
+        "run each test NUMBER times; one that fails and passes is flaky (default: 1)")
+    until_fail: bool = option(
+        False, _flag, "", _TESTS,
+        "repeat a test until it fails; with --repeat so many times at most")
+    rerun_failed: int = option(
+        0, _number_of_runs, "NUMBER", _TESTS,
+        "run a test that fails up to NUMBER times more; if it passes then it is flaky,"
+        " which is no success (default: 0)")
+    known_issues: tuple[Path, ...] = option(
+        (), _files, "FILE", _TESTS,
+        "expect the tests to fail that FILE has, each with a reference")
     template: tuple[str, ...] = option(
         (), _templates, "NAME", f"{_VMS} list {PYTEST}",
         "run tests on the template NAME"
@@ -312,6 +339,15 @@ def own_timeout(directory: Path, others: Iterable[Path] = ()) -> float | None:
     tables = (_from_files(directory), *(_from_file(path) or {} for path in others))
     limits = (table["timeout"] for table in tables if "timeout" in table)
     return cast("float | None", next(limits, None))
+
+
+def own_known_issues(directory: Path) -> tuple[Path, ...]:
+    """Return the files with known issues that the files in an app's directory name.
+
+    :raise ConfigurationError: for an unknown key or a bad value.
+    """
+    named = cast("tuple[Path, ...]", _from_files(directory).get("known_issues", ()))
+    return tuple(directory / path for path in named)
 
 
 def plain(settings: Settings) -> dict[str, object]:
