@@ -8,20 +8,25 @@ import re
 import signal
 import subprocess
 import tempfile
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final
 
 from qubes_itests.exc import DeadlineError
 from qubes_itests.host.exc import CommandError, MissingToolError
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["UMASK", "CommandError", "run", "search_path", "tool_environment"]
+__all__ = [
+    "CommandError",
+    "output",
+    "run",
+    "search_path",
+    "started",
+    "tool_environment",
+]
 
-#: Of the programs that are run: modes of what they make are no matter of the caller's.
-UMASK: Final = 0o022
 _TAIL = 2000
 _SYSTEM_DIRECTORIES: Final = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 #: Who runs it, and how the network is reached. All else may change what a program
@@ -72,48 +77,77 @@ def run(
     :raises CommandError: it ended with another status than 0.
     :raises DeadlineError: it did not end in time.
     """
-    arguments = [os.fspath(argument) for argument in argv]
-    process = _start(arguments)
-    try:
-        stdout, stderr = process.communicate(input or b"", timeout=timeout)
-    except subprocess.TimeoutExpired as error:
-        _kill_group(process)
-        what = f"exit of {arguments[0]}"
-        raise DeadlineError(what, timeout, _tail(error.stderr)) from None
-    except BaseException:
-        _kill_group(process)
-        raise
+    return output(argv, input=input, timeout=timeout).decode(errors="surrogateescape")
+
+
+def output(
+    argv: Sequence[str | Path],
+    *,
+    input: bytes | None = None,  # noqa: A002
+    timeout: float = 60,
+) -> bytes:
+    """Do the same as `run`, and return the very bytes."""
+    pipe = subprocess.PIPE
+    with started(argv, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        try:
+            stdout, stderr = process.communicate(input or b"", timeout=timeout)
+        except subprocess.TimeoutExpired as error:
+            what = f"exit of {os.fspath(argv[0])}"
+            raise DeadlineError(what, timeout, _tail(error.stderr)) from None
     if process.returncode:
+        arguments = [os.fspath(argument) for argument in argv]
         raise CommandError(arguments, process.returncode, _tail(stderr))
-    return stdout.decode(errors="surrogateescape")
+    return stdout
 
 
-def _start(arguments: list[str]) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def started(
+    argv: Sequence[str | Path],
+    *,
+    stdin: int | IO[bytes],
+    stdout: int | IO[bytes],
+    stderr: int | IO[bytes],
+    environment: Mapping[str, str] | None = None,
+    ending: signal.Signals = signal.SIGKILL,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program while the context lasts, and end what is left of it then.
+
+    It has a group of its own: a deadline ends its children too, and Ctrl-C reaches us
+    first, who then end it in order.  Its umask is 022.
+
+    :param argv: program and arguments; no shell is involved.
+    :param stdin: as for `subprocess.Popen`, like the other two.
+    :param environment: by default `tool_environment`.
+    :param ending: the signal for the group if the program still runs at the end.
+    :raises MissingToolError: the program is not installed.
+    """
     try:
-        return subprocess.Popen(
-            arguments,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=tool_environment(),
-            umask=UMASK,
-            # A group of its own: a deadline ends its children too, and Ctrl-C
-            # reaches us first, who then end it in order.
+        process = subprocess.Popen(
+            [os.fspath(argument) for argument in argv],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=tool_environment() if environment is None else environment,
+            # modes of what it makes are no matter of the caller's
+            umask=0o022,
             process_group=0,
         )
     except FileNotFoundError:
-        raise MissingToolError(arguments[0]) from None
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for pipe in (process.stdin, process.stdout, process.stderr):
-        if pipe is not None:
-            # A daemon that left the group may hold the other end for ever.
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+        raise MissingToolError(os.fspath(argv[0])) from None
+    try:
+        yield process
+    finally:
+        # Only if it was not waited for: its number is that of the group, and could be
+        # another's by now.
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, ending)
+            process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                # A daemon that left the group may hold the other end for ever.
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
 
 def _tail(stderr: bytes | None) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gzip
 import lzma
 import re
-import subprocess
 from typing import TYPE_CHECKING, Final
 
+from qubes_itests.exc import HarnessError
 from qubes_itests.guest.exc import ImageError
+from qubes_itests.host.command import output
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -120,13 +121,8 @@ def _read(path: Path) -> bytes:
 
 
 def _unzstd(path: Path) -> bytes:
-    # `host.run` is for text; the standard library knows zstd from Python 3.14 on
+    # the standard library knows zstd from Python 3.14 on
     try:
-        return subprocess.run(
-            ["zstd", "--decompress", "--stdout", "--quiet", path],
-            check=True,
-            capture_output=True,
-            timeout=60,
-        ).stdout
-    except (OSError, subprocess.SubprocessError) as error:
+        return output(["zstd", "--decompress", "--stdout", "--quiet", path])
+    except HarnessError as error:
         raise ImageError("initramfs", f"zstd cannot read {path}: {error}") from error

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -16,14 +14,14 @@ from qubes_itests.guest.exc import NotFetchedError
 from qubes_itests.guest.image.debian.release import PACKAGES
 from qubes_itests.host.apt import acquire_options, debian_sources
 from qubes_itests.host.cache import Cache, digest
-from qubes_itests.host.command import UMASK, tool_environment
+from qubes_itests.host.command import started, tool_environment
 from qubes_itests.host.confined import PLACE, confined
 from qubes_itests.host.exc import MissingToolError, NoNetworkError
 from qubes_itests.host.packages import find_program
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from qubes_itests.guest.image.debian.release import Release
 
@@ -101,7 +99,21 @@ class _Build:
         scratch.mkdir()
         (scratch / "apt.conf").write_text(acquire_options())
         (scratch / "sources").write_text("".join(f"{line}\n" for line in sources))
-        with self._running(self._command(sources, scratch), scratch) as process:
+        command = self._command(sources, scratch)
+        with (
+            (scratch / "sources").open("rb") as stdin,
+            self._log.open("wb") as log,
+            started(
+                command,
+                stdin=stdin,
+                stdout=log,
+                stderr=log,
+                environment={
+                    **tool_environment(),
+                    "TMPDIR": str(PLACE / scratch.name),
+                },
+            ) as process,
+        ):
             while process.poll() is None:
                 self._wait(process)
         if process.returncode:
@@ -135,29 +147,6 @@ class _Build:
             *(["-"] if sources else []),
         ]
         return confined(self._place, arguments)
-
-    @contextlib.contextmanager
-    def _running(
-        self, command: list[str | Path], scratch: Path
-    ) -> Iterator[subprocess.Popen[bytes]]:
-        with (
-            (scratch / "sources").open("rb") as sources,
-            self._log.open("wb") as log,
-            subprocess.Popen(
-                command,
-                stdin=sources,
-                stdout=log,
-                stderr=log,
-                env={**tool_environment(), "TMPDIR": str(PLACE / scratch.name)},
-                umask=UMASK,
-                process_group=0,
-            ) as process,
-        ):
-            try:
-                yield process
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         left = self._end - time.monotonic()

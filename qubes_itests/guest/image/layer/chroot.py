@@ -6,7 +6,6 @@ import contextlib
 import os
 import selectors
 import shlex
-import signal
 import subprocess
 import sys
 import tarfile
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Final, Self
 
 from qubes_itests.guest.exc import LayerError
-from qubes_itests.host.command import UMASK, run
+from qubes_itests.host.command import run, started
 from qubes_itests.host.filesystem import mount, unmount
 from qubes_itests.host.sandbox import require
 from qubes_itests.host.tree import files_of
@@ -139,25 +138,19 @@ class MountedRoot:
     def _run(self, step: str, script: str, timeout: float, stdin: int) -> None:
         with (
             self._log.open("ab") as log,
-            subprocess.Popen(
+            # what is ended is unshare and, by that, all that its program has started
+            started(
                 [*_CONFINED, str(self.root), "sh", "-e", "-c", script],
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env=_ENVIRONMENT,
-                process_group=0,
-                umask=UMASK,
+                environment=_ENVIRONMENT,
             ) as process,
         ):
             log.write(f"== {step}\n".encode())
             log.flush()
             begin = log.tell()
-            try:
-                problem = _follow(process, log, timeout)
-            finally:
-                # unshare and, by that, all that its program has started
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+            problem = _follow(process, log, timeout)
         if problem:
             raise LayerError(self._template, step, problem, self._tail(begin))
 

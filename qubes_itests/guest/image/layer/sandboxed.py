@@ -17,6 +17,8 @@ from qubes_itests.guest.image.layer.build import Builder, find_layers
 from qubes_itests.guest.image.layer.request import Layers
 from qubes_itests.host import sandbox
 from qubes_itests.host.cache import Cache
+from qubes_itests.host.command import started
+from qubes_itests.host.confined import FOLLOW_US
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
@@ -45,21 +47,19 @@ def build_layers(
     program: list[str | Path] = [sys.executable, "-P", "-m", __name__, cache.root, log]
     with (
         tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            # it ends with us, however we end
-            ["setpriv", "--pdeathsig", "KILL", *sandbox.command(program)],
+        started(
+            [*FOLLOW_US, *sandbox.command(program)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
-            process_group=0,
+            # that of the interpreter, which finds our package by it
+            environment=os.environ,
+            # so that it takes away what it has half built
+            ending=signal.SIGTERM,
         ) as process,
     ):
-        try:
-            answer = _converse(process, layers, say)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
+        answer = _converse(process, layers, say)
+        process.wait()
         errors.seek(0)
         said = safe_text(errors.read()[-_TAIL:], lines=True, limit=None)
     if answer is None:
@@ -72,13 +72,13 @@ def build_layers(
 
 
 def _converse(
-    process: subprocess.Popen[str], layers: Layers, say: Callable[[str], None]
+    process: subprocess.Popen[bytes], layers: Layers, say: Callable[[str], None]
 ) -> dict[str, Any] | None:
     """Tell the builder what to do, and return its last word, if it has one."""
     assert process.stdin is not None  # noqa: S101 - as it was started
     assert process.stdout is not None  # noqa: S101
     with process.stdin:
-        process.stdin.write(layers.to_json())
+        process.stdin.write(layers.to_json().encode())
     answer = None
     for line in process.stdout:
         answer = json.loads(line)
