@@ -5,6 +5,7 @@
     HarnessError
      +-- EnvironmentNotReadyError   the machine lacks something; `doctor` says what
      +-- DeadlineError              something was waited for and did not come
+     +-- UsageError                 what was asked for cannot be done; it says why
      +-- InternalError              a defect of qubes_itests itself
 
 The errors of every package derive from these, or from `qubes_storage.exc`.
@@ -12,6 +13,7 @@ The errors of every package derive from these, or from `qubes_storage.exc`.
 
 from __future__ import annotations
 
+from qubes_itests.exit_codes import ExitCode
 from qubes_itests.untrusted_text import quoted
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "EnvironmentNotReadyError",
     "HarnessError",
     "InternalError",
+    "UsageError",
 ]
 
 
@@ -60,6 +63,12 @@ class DeadlineError(HarnessError, TimeoutError):
         self.waited_for = waited_for
         self.timeout = timeout
         self.evidence = evidence
+
+
+class UsageError(HarnessError):
+    """What was asked for cannot be done; the text says why."""
+
+    exit_code = ExitCode.USAGE_ERROR
 
 
 class InternalError(HarnessError):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qubes_itests.admin.protocol import Request
+from qubes_itests.exc import UsageError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
 from qubes_itests.serve.admin_client import call
-from qubes_itests.serve.exc import ServeError
 from qubes_itests.serve.place import find
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _orphans(place: Place) -> Iterator[tuple[str, str]]:
 def _remove(place: Place, volume: str) -> None:
     pool, colon, vid = volume.partition(":")
     if not colon:
-        raise ServeError(f"expected POOL:VOLUME, got {volume!r}")
+        raise UsageError(f"expected POOL:VOLUME, got {volume!r}")
     payload = vid.encode(errors="replace")
     call(place, Request("admin.pool.volume.RemoveOrphan", pool, payload=payload))
 
@@ -68,11 +68,11 @@ def _adopt(place: Place, name: str, cls: str, template: str) -> None:
     for pool, vid in _orphans(place):
         _prefix, vm, volume = vid.split("/")
         if vm == name and pools.setdefault(volume, pool) != pool:
-            raise ServeError(
+            raise UsageError(
                 f"volume {vid} is in the pools {pools[volume]} and {pool}: remove one"
             )
     if not pools:
-        raise ServeError(f"there is no volume without a VM of the name {name!r}")
+        raise UsageError(f"there is no volume without a VM of the name {name!r}")
     where = "".join(f" pool:{volume}={pool}" for volume, pool in pools.items())
     payload = f"name={name} label=red{where}".encode(errors="replace")
     call(place, Request(f"admin.vm.Adopt.{cls}", template, payload=payload))

@@ -21,7 +21,7 @@ __all__ = ["check", "execute"]
 def check(command: Command, settings: Settings) -> None:
     """Refuse what cannot work, before anything is set up.
 
-    :raise NoTerminalError: for a shell without anybody to use it.
+    :raise UsageError: for a shell without anybody to use it.
     :raise ConfigurationError: for a misspelt sub-command.
     """
     # tests of apps are not known before they are installed

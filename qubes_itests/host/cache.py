@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.host.contents import damage, last_use, note_use, record
-from qubes_itests.host.exc import CacheError, NoCacheSpaceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -97,7 +97,7 @@ class Cache:
 
     :param root: its directory; by default QUBES_ITESTS_CACHE or, without that,
         ``~/.cache/qubes_itests``.
-    :raises CacheError: the directory cannot be made or written.
+    :raises EnvironmentNotReadyError: the directory cannot be made or written.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -105,9 +105,15 @@ class Cache:
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise CacheError(self.root, error.strerror or str(error)) from error
+            raise self._unusable(error.strerror or str(error)) from error
         if not os.access(self.root, os.W_OK | os.X_OK):
-            raise CacheError(self.root, "it is not writable")
+            raise self._unusable("it is not writable")
+
+    def _unusable(self, reason: str) -> EnvironmentNotReadyError:
+        return EnvironmentNotReadyError(
+            f"The cache directory {self.root} cannot be used ({reason}).",
+            "Name another in QUBES_ITESTS_CACHE.",
+        )
 
     def entry(self, kind: str, key: str, build: Callable[[Path], None]) -> Path:
         """Return an entry's directory, built first if it is absent. Blocking.
@@ -116,7 +122,7 @@ class Cache:
         :param key: what it was made from; see `digest`.
         :param build: fills the empty directory that it is given. It runs in at most
             one process at a time; what it raises leaves nothing behind.
-        :raise NoCacheSpaceError: the disk is full.
+        :raise EnvironmentNotReadyError: the disk is full.
         """
         place = self._place(kind, key)
         if _use(place):
@@ -127,7 +133,11 @@ class Cache:
                     self._build(place, build)
                 except OSError as error:
                     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                        raise NoCacheSpaceError(self.root) from error
+                        raise EnvironmentNotReadyError(
+                            f"The disk of the cache {self.root} is full.",
+                            "Make room there, by python -m qubes_itests clean --cache"
+                            " for instance.",
+                        ) from error
                     raise
         return place
 
@@ -183,12 +193,14 @@ class Cache:
     def limit(self) -> int:
         """How many bytes the entries may take: QUBES_ITESTS_CACHE_LIMIT, else 20 GiB.
 
-        :raise CacheError: the variable is no size.
+        :raise EnvironmentNotReadyError: the variable is no size.
         """
         text = os.environ.get("QUBES_ITESTS_CACHE_LIMIT") or str(_DEFAULT_LIMIT)
         if not (found := _SIZE.fullmatch(text)):
-            reason = f"QUBES_ITESTS_CACHE_LIMIT is {text!r}, and not as in 20G"
-            raise CacheError(self.root, reason)
+            raise EnvironmentNotReadyError(
+                f"QUBES_ITESTS_CACHE_LIMIT: expected a size such as 20G, got {text!r}.",
+                "Set it to one, or not at all.",
+            )
         return int(found[1]) << 10 * " KMGT".index(found[2].upper() or " ")
 
     def _place(self, kind: str, key: str) -> Path:

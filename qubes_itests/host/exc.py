@@ -9,11 +9,8 @@
      +-- NoSandboxError         the kernel refuses the namespaces of a run
      +-- NoKernelError          there is no kernel to boot guests with
      +-- NoNetworkError         set-up could not reach the package archive
-     +-- CacheError             the cache directory cannot be used
-     +-- NoCacheSpaceError      the disk of the cache is full
     HarnessError
      +-- CommandError           a program of the host failed
-     +-- TooManyWorkersError    the machine has too little memory for all of them
 """
 
 from __future__ import annotations
@@ -26,10 +23,8 @@ from qubes_itests.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 __all__ = [
-    "CacheError",
     "CommandError",
     "MissingToolError",
     "NoKernelError",
@@ -37,7 +32,6 @@ __all__ = [
     "NoNetworkError",
     "NoSandboxError",
     "NotRootError",
-    "TooManyWorkersError",
 ]
 
 
@@ -67,7 +61,6 @@ class NoLoopDevicesError(EnvironmentNotReadyError):
             "Load the driver with: modprobe loop; a container must be given"
             " /dev/loop-control and the right to use it.",
         )
-        self.reason = reason
 
 
 class MissingToolError(EnvironmentNotReadyError):
@@ -109,7 +102,6 @@ class NoKernelError(EnvironmentNotReadyError):
             f"There is no kernel for guests ({reason}).",
             f"Fetch it with: {command}{other}.",
         )
-        self.reason = reason
 
 
 class NoNetworkError(EnvironmentNotReadyError):
@@ -126,38 +118,6 @@ class NoNetworkError(EnvironmentNotReadyError):
             f"{wanted} could not be downloaded ({reason}).",
             "Check the network and the package sources, then run this again.",
         )
-        self.wanted = wanted
-        self.reason = reason
-
-
-class CacheError(EnvironmentNotReadyError):
-    """The cache directory cannot be used.
-
-    :param path: the directory.
-    :param reason: the system's words.
-    """
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(
-            f"The cache directory {path} cannot be used ({reason}).",
-            "Name another in QUBES_ITESTS_CACHE.",
-        )
-        self.path = path
-        self.reason = reason
-
-
-class NoCacheSpaceError(EnvironmentNotReadyError):
-    """The disk that the cache lies on is full.
-
-    :param path: the cache's directory.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(
-            f"The disk of the cache {path} is full.",
-            "Make room there, by python -m qubes_itests clean --cache for instance.",
-        )
-        self.path = path
 
 
 class CommandError(HarnessError):
@@ -176,24 +136,3 @@ class CommandError(HarnessError):
         self.argv = tuple(argv)
         self.returncode = returncode
         self.stderr = stderr
-
-
-class TooManyWorkersError(HarnessError):
-    """This machine's memory does not suffice for so many workers.
-
-    :param workers: how many were asked for.
-    :param total: MiB that all of them may give to VMs.
-    :param needed: MiB that each must have.
-    """
-
-    exit_code = ExitCode.USAGE_ERROR
-
-    def __init__(self, workers: int, total: int, needed: int) -> None:
-        super().__init__(
-            f"{workers} workers share {total} MiB of this machine's memory, and each"
-            f" needs {needed} MiB for its VMs: -n {max(total // needed, 1)} is the"
-            " most; --host-memory says how much there is"
-        )
-        self.workers = workers
-        self.total = total
-        self.needed = needed

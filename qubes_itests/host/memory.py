@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qubes_itests.host.exc import TooManyWorkersError
+from qubes_itests.exc import UsageError
 
 __all__ = ["LEAST", "available", "for_vms", "share"]
 
@@ -50,9 +50,13 @@ def share(total: int, workers: int, most: int = 0) -> int:
     :param total: what all of them may.
     :param workers: how many there are.
     :param most: what the VMs of one test may take, if that is known.
-    :raise TooManyWorkersError: when that is too little.
+    :raise UsageError: when that is too little.
     """
     needed = max(LEAST, most)
     if total // workers < needed:
-        raise TooManyWorkersError(workers, total, needed)
+        raise UsageError(
+            f"{workers} workers share {total} MiB of this machine's memory, and each"
+            f" needs {needed} MiB for its VMs: -n {max(total // needed, 1)} is the"
+            " most; --host-memory says how much there is"
+        )
     return total // workers

@@ -7,6 +7,6 @@ qubes_itests itself, the very same objects.
 
 from __future__ import annotations
 
-from .finder import NotProvidedError, install, uninstall
+from .finder import install, uninstall
 
-__all__ = ["NotProvidedError", "install", "uninstall"]
+__all__ = ["install", "uninstall"]

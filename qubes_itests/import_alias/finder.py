@@ -13,23 +13,9 @@ from .table import ALIASES
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["AliasFinder", "NotProvidedError", "install", "uninstall"]
+__all__ = ["AliasFinder", "install", "uninstall"]
 
 _TOP = "qubes"
-
-
-class NotProvidedError(ModuleNotFoundError):
-    """A plugin imports something of Qubes OS that qubes_itests does not have.
-
-    :param full_name: with all parents.
-    """
-
-    def __init__(self, full_name: str) -> None:
-        # without name=, or `from qubes.x import y` would swallow the sentence
-        super().__init__(
-            f"qubes_itests does not provide {full_name}, and no Qubes OS is installed"
-        )
-        self.full_name = full_name
 
 
 class AliasFinder(MetaPathFinder, Loader):
@@ -40,7 +26,7 @@ class AliasFinder(MetaPathFinder, Loader):
     ) -> ModuleSpec | None:
         """Return a spec for a module of ours; None for what is not ours to answer.
 
-        :raise NotProvidedError: for a module below a ``qubes`` of ours that is in no
+        :raise ModuleNotFoundError: for a module below a ``qubes`` of ours that is in no
             table.
         """
         del path, target
@@ -48,7 +34,11 @@ class AliasFinder(MetaPathFinder, Loader):
         if top != _TOP or (below and not isinstance(sys.modules.get(top), AliasModule)):
             return None
         if fullname not in ALIASES:
-            raise NotProvidedError(fullname)
+            # without name=, or `from qubes.x import y` would swallow the sentence
+            raise ModuleNotFoundError(
+                f"qubes_itests does not provide {fullname}, and no Qubes OS is"
+                " installed"
+            )
         # all are packages: then a missing name is asked for here, and gets our sentence
         return ModuleSpec(fullname, self, origin="qubes_itests", is_package=True)
 

@@ -20,9 +20,9 @@ from execnet.gateway_io import popen_bootstrapline
 from xdist.dsession import Interrupted
 from xdist.workermanage import parse_tx_spec_config
 
+from qubes_itests.exc import UsageError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host import memory, sandbox
-from qubes_itests.host.exc import TooManyWorkersError
 from qubes_itests.pytest_plugin.groups import GroupScheduling
 from qubes_itests.pytest_plugin.history import earlier_times
 from qubes_itests.pytest_plugin.worker import KEY
@@ -96,7 +96,7 @@ class Controller:
         total = settings.host_memory or memory.for_vms()
         try:
             return memory.share(total, workers, settings.memory_budget - _DOM0)
-        except TooManyWorkersError as error:
+        except UsageError as error:
             raise pytest.UsageError(str(error)) from None
 
     @pytest.hookimpl(tryfirst=True)

@@ -7,7 +7,7 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.admin.protocol import Request, encode_request
-from qubes_itests.serve.exc import ServeError
+from qubes_itests.exc import UsageError
 from qubes_itests.serve.wire import connectable
 
 if TYPE_CHECKING:
@@ -26,19 +26,19 @@ def call(place: Place, request: Request) -> str:
 
     :param place: of the server.
     :param request: what is asked for.
-    :raise ServeError: when that fails, with what the server says, or when there is
+    :raise UsageError: when that fails, with what the server says, or when there is
         no answer.
     """
     try:
         reply = _exchange(place, encode_request(request))
     except OSError as error:
-        raise ServeError(f"{place.admin_socket}: {error}") from error
+        raise UsageError(f"{place.admin_socket}: {error}") from error
     if reply.startswith(_OK):
         return reply[len(_OK) :].decode()
     if not reply.startswith(_REFUSED):
-        raise ServeError(f"{place.admin_socket} has not answered")
+        raise UsageError(f"{place.admin_socket} has not answered")
     _type, _traceback, message, *_rest = reply[len(_REFUSED) :].split(b"\0")
-    raise ServeError(message.decode(errors="replace").replace("%%", "%"))
+    raise UsageError(message.decode(errors="replace").replace("%%", "%"))
 
 
 def _exchange(place: Place, data: bytes) -> bytes:

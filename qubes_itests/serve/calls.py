@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Final, Self
 
 from qubes_itests.admin.dispatch import EXPECTED_ERRORS
 from qubes_itests.core.exc import QubesVMNotRunningError
+from qubes_itests.exc import UsageError
 from qubes_itests.guest.exc import GuestGoneError
 from qubes_itests.guest.link.frames import GONE, REFUSED
 from qubes_itests.guest.link.process import GuestTerminal
-from qubes_itests.serve.exc import BadCallError
 from qubes_itests.serve.imports import import_volume
 from qubes_itests.serve.wire import (
     CALL,
@@ -73,17 +73,17 @@ class Wanted:
     def parse(cls, text: str) -> Self:
         """Read ``USER:COMMAND`` or ``USER:QUBESRPC SERVICE SOURCE``.
 
-        :raise BadCallError: when it is neither.
+        :raise UsageError: when it is neither.
         """
         match = _COMMAND.fullmatch(text)
         if match is None:
-            raise BadCallError(f"{text!r} is not USER:COMMAND")
+            raise UsageError(f"{text!r} is not USER:COMMAND")
         user = None if match["user"] in {"", "DEFAULT"} else match["user"]
         service = _SERVICE.fullmatch(match["rest"])
         if service is None:
             if match["rest"].startswith("QUBESRPC"):
                 reason = f"expected QUBESRPC SERVICE VM, got {match['rest']!r}"
-                raise BadCallError(reason)
+                raise UsageError(reason)
             return cls(user, command=match["rest"])
         return cls(user, service=service["service"])
 
@@ -134,7 +134,7 @@ class Answer:
         """Do what it asks for, and send how that ended."""
         try:
             last = frame(EXIT, str(await self._do()).encode())
-        except (BadCallError, ValueError) as error:
+        except (UsageError, ValueError) as error:
             last = _refusal(str(error), REFUSED)
         except EXPECTED_ERRORS as error:
             last = _refusal(str(error), GONE)
@@ -153,7 +153,7 @@ class Answer:
             async with self._client.request():
                 kind, data = await self._frame()
         except TimeoutError:
-            raise BadCallError("no request came in time") from None
+            raise UsageError("no request came in time") from None
         fields = data.decode(errors="replace").split("\0")
         if kind == CALL and len(fields) == 3:  # noqa: PLR2004 - as `wire` says
             return await self._call(*fields)
@@ -164,12 +164,12 @@ class Answer:
             return 0
         if kind == TERMINAL and len(fields) == 3:  # noqa: PLR2004
             return await self._terminal(*fields)
-        raise BadCallError("neither a call, nor an import, nor a terminal")
+        raise UsageError("neither a call, nor an import, nor a terminal")
 
     def _running(self, name: str) -> GuestAgent:
         vm = self._app.domains.get(_key(name))
         if not hasattr(vm, "running_agent"):
-            raise BadCallError(f"there is no VM {name!r} that runs commands")
+            raise UsageError(f"there is no VM {name!r} that runs commands")
         if not vm.is_running():
             raise QubesVMNotRunningError(vm)
         agent: GuestAgent = vm.running_agent()
@@ -231,7 +231,7 @@ class Answer:
                 process.resize(*_size(data.decode(errors="replace")))
                 continue
             if kind != STDIN:
-                raise BadCallError(f"a frame of kind {kind} where input was expected")
+                raise UsageError(f"a frame of kind {kind} where input was expected")
             if not data:
                 return
             yield data
@@ -240,7 +240,7 @@ class Answer:
         try:
             kind, length = HEADER.unpack(await self._reader.readexactly(HEADER.size))
             if length > LONGEST:
-                raise BadCallError(f"a frame of {length} bytes: {LONGEST} at most")
+                raise UsageError(f"a frame of {length} bytes: {LONGEST} at most")
             return kind, await self._reader.readexactly(length)
         except asyncio.IncompleteReadError:
             raise ConnectionResetError("it did not say how its input ends") from None
@@ -263,11 +263,11 @@ def _key(name: str) -> str | uuid.UUID:
 def _size(text: str) -> tuple[int, int]:
     """Read ``COLUMNSxROWS``.
 
-    :raise BadCallError: when it is not that.
+    :raise UsageError: when it is not that.
     """
     match = re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", text)
     if match is None:
-        raise BadCallError(f"expected a size such as 80x24, got {text!r}")
+        raise UsageError(f"expected a size such as 80x24, got {text!r}")
     return int(match[1]), int(match[2])
 
 

@@ -33,7 +33,7 @@ def open_console(place: Place, vm: str) -> int:
     :param place: the server's.
     :param vm: the name of the VM.
     :return: the exit status, as `open_session` has it.
-    :raise NoTerminalError: when nobody sits at one.
+    :raise UsageError: when nobody sits at one.
     """
     require_terminal("qvm-console")
     print(f"A root shell in {vm}. {WAY_OUT}.", flush=True)  # noqa: T201

@@ -72,7 +72,7 @@ def serving(
     :param settings: which templates, hypervisor, filesystem and memory there are.
     :param directory: where the app's state is kept; None to forget it.
     :raise EnvironmentNotReadyError: when the machine lacks something.
-    :raise ServeError: when another server has the directory.
+    :raise UsageError: when another server has the directory.
     :raise StoreError: when what is in it is no state of an app.
     """
     sandbox.require()

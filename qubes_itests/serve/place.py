@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qubes_itests.exc import UsageError
 from qubes_itests.host import rundir
-from qubes_itests.serve.exc import ServeError
 from qubes_itests.serve.wire import connectable
 
 if TYPE_CHECKING:
@@ -90,19 +90,19 @@ def find(
     :param admin_socket: of the Admin API, if it was named.
     :param environment: may name the directory of one that lives; else the newest
         server is taken.
-    :raise ServeError: when there is none.
+    :raise UsageError: when there is none.
     """
     if admin_socket is not None:
         place = Place(admin_socket.absolute().parent)
         if not place.answers():
-            raise ServeError(f"Nothing serves on {place.admin_socket}: {_BEGIN}")
+            raise UsageError(f"Nothing serves on {place.admin_socket}: {_BEGIN}")
         return place
     # a shell may have the variables of a server that has ended since
     if (name := environment.get(VARIABLE, "")) and Place(Path(name)).answers():
         return Place(Path(name))
     found = [(path.stat().st_mtime, path) for path in _sockets(cache)]
     if not found:
-        raise ServeError(f"Nothing serves: {_BEGIN}")
+        raise UsageError(f"Nothing serves: {_BEGIN}")
     return Place(max(found)[1].parent)
 
 

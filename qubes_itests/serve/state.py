@@ -8,7 +8,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Final, Self
 
-from qubes_itests.exc import DeadlineError, HarnessError
+from qubes_itests.exc import DeadlineError, HarnessError, UsageError
 from qubes_itests.host.filesystem import (
     FilesystemType,
     make_filesystem,
@@ -16,7 +16,6 @@ from qubes_itests.host.filesystem import (
     unmount,
 )
 from qubes_itests.host.loop import loop_devices_over
-from qubes_itests.serve.exc import ServeError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +61,7 @@ class State:
     def __enter__(self) -> Self:
         """Mount; filesystems that are not there yet are made.
 
-        :raise ServeError: when another server has it.
+        :raise UsageError: when another server has it.
         :raise CommandError: when one cannot be made or mounted.
         :raise OSError: when the directory cannot be used.
         """
@@ -85,7 +84,7 @@ class State:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise ServeError(
+            raise UsageError(
                 f"{self.directory} is in use by another `serve`: end that one, or give"
                 " this one another --directory."
             ) from None

@@ -10,9 +10,9 @@ import runpy
 import sys
 from typing import TYPE_CHECKING
 
+from qubes_itests.exc import UsageError
 from qubes_itests.run.client_tools import OTHER_NAMES, PACKAGE, installed_tools
 from qubes_itests.serve.environment import HOOK, variables
-from qubes_itests.serve.exc import ServeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,11 +28,11 @@ def run_tool(place: Place, name: str, arguments: Sequence[str]) -> int:
     :param place: the server that it is to call.
     :param name: as on the command line of Qubes OS; ``qvm-`` may be left out.
     :param arguments: what follows the name.
-    :raise ServeError: when the client is not installed, or has no such tool.
+    :raise UsageError: when the client is not installed, or has no such tool.
     """
     tools = installed_tools()
     if not tools:
-        raise ServeError(
+        raise UsageError(
             f"{sys.executable} has no module qubesadmin: the client tools are not on"
             " the package index. Clone the git repository qubes-core-admin-client of"
             f" Qubes OS, and install it: {sys.executable} -m pip install"
@@ -40,7 +40,7 @@ def run_tool(place: Place, name: str, arguments: Sequence[str]) -> int:
         )
     found = next((each for each in (name, f"qvm-{name}") if each in tools), None)
     if found is None:
-        raise ServeError(f"There is no tool {name!r}; there are: {', '.join(tools)}.")
+        raise UsageError(f"There is no tool {name!r}; there are: {', '.join(tools)}.")
     os.environ.update(variables(place))
     runpy.run_path(str(HOOK / "sitecustomize.py"))
     module = OTHER_NAMES.get(found, found).replace("-", "_")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from .session import WAY_OUT, open_session, open_shell
-from .terminal import NoTerminalError, require_terminal
+from .terminal import require_terminal
 
 __all__ = [
     "WAY_OUT",
-    "NoTerminalError",
     "open_session",
     "open_shell",
     "require_terminal",

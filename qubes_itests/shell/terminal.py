@@ -10,13 +10,12 @@ import termios
 import tty
 from typing import TYPE_CHECKING, NamedTuple
 
-from qubes_itests.exc import HarnessError
-from qubes_itests.exit_codes import ExitCode
+from qubes_itests.exc import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["NoTerminalError", "RawTerminal", "raw_terminal", "require_terminal", "size"]
+__all__ = ["RawTerminal", "raw_terminal", "require_terminal", "size"]
 
 _STDIN, _STDOUT = 0, 1
 #: What programs of a guest may have switched on, switched off again: attributes, keys
@@ -28,19 +27,6 @@ _MODES_OFF = (
 )
 
 
-class NoTerminalError(HarnessError):
-    """A shell was asked for, and nobody sits at a terminal.
-
-    :param what: the option or command that asked.
-    """
-
-    exit_code = ExitCode.USAGE_ERROR
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what} opens a shell, and there is no terminal to use it on")
-        self.what = what
-
-
 class RawTerminal(NamedTuple):
     """Descriptors of the terminal that do not block, for as long as it is raw."""
 
@@ -49,9 +35,12 @@ class RawTerminal(NamedTuple):
 
 
 def require_terminal(what: str) -> None:
-    """Raise NoTerminalError unless input and output are a terminal."""
+    """Raise UsageError unless input and output are a terminal.
+
+    :param what: the option or command that opens a shell.
+    """
     if not (os.isatty(_STDIN) and os.isatty(_STDOUT)):
-        raise NoTerminalError(what)
+        raise UsageError(f"{what} opens a shell, and there is no terminal to use it on")
 
 
 def size() -> tuple[int, int]:

@@ -10,8 +10,8 @@ import textwrap
 
 import pytest
 
+from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.host.cache import Cache, digest
-from qubes_itests.host.exc import CacheError, NoCacheSpaceError
 
 _PROLOGUE = """
 import os, sys
@@ -189,7 +189,7 @@ def test_the_environment_names_the_directory(monkeypatch, tmp_path):
 
 def test_a_directory_that_cannot_be_made_is_said_so(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(CacheError, match="QUBES_ITESTS_CACHE"):
+    with pytest.raises(EnvironmentNotReadyError, match="QUBES_ITESTS_CACHE"):
         Cache(tmp_path / "file" / "cache")
 
 
@@ -324,7 +324,7 @@ def test_a_use_puts_an_entry_behind_the_others(cache, process):
 @pytest.mark.parametrize("limit", ["20 GiB", "-1", "1.5G", "x"])
 def test_a_bound_that_is_no_size_is_told(cache, monkeypatch, limit):
     monkeypatch.setenv("QUBES_ITESTS_CACHE_LIMIT", limit)
-    with pytest.raises(CacheError, match="not as in 20G"):
+    with pytest.raises(EnvironmentNotReadyError, match="such as 20G"):
         assert cache.limit
 
 
@@ -373,5 +373,5 @@ def test_a_full_disk_is_told_with_what_to_do(cache):
     def build(_):
         raise OSError(errno.ENOSPC, "no space")
 
-    with pytest.raises(NoCacheSpaceError, match="clean --cache"):
+    with pytest.raises(EnvironmentNotReadyError, match="clean --cache"):
         cache.entry("image", "key", build)

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from qubes_itests.import_alias import NotProvidedError, install, uninstall
+from qubes_itests.import_alias import install, uninstall
 from qubes_itests.import_alias.table import ALIASES
 
 
@@ -87,7 +87,7 @@ def test_a_missing_attribute_is_said_and_hasattr_works():
     with pytest.raises(AttributeError, match=r"does not provide qubes\.nothing"):
         _ = qubes.nothing
     assert not hasattr(qubes, "nothing")
-    with pytest.raises(NotProvidedError):
+    with pytest.raises(ModuleNotFoundError, match=r"provide qubes\.nothing"):
         importlib.import_module("qubes.nothing")
 
 

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
+from qubes_itests.exc import UsageError
 from qubes_itests.serve import tools
-from qubes_itests.serve.exc import ServeError
 from qubes_itests.serve.place import Place
 
 
@@ -34,5 +34,5 @@ def test_a_tool_that_is_a_coroutine_function_is_run_to_its_end(tmp_path, monkeyp
 
 def test_a_missing_client_is_explained(tmp_path, monkeypatch):
     monkeypatch.setattr(tools, "installed_tools", list)
-    with pytest.raises(ServeError, match=r"pip install \./qubes-core-admin"):
+    with pytest.raises(UsageError, match=r"pip install \./qubes-core-admin"):
         tools.run_tool(Place(tmp_path), "qvm-ls", [])
