@@ -254,8 +254,8 @@ class GuestProcess:
         self.stdin.break_off(BrokenPipeError(f"{self.command!r} has ended"))
         for reader in self._readers.values():
             reader.feed_eof()
-        # last, since it wakes those who look at all the above
         self._report_end()
+        # last, since it wakes those who look at all the above
         self._ended.set()
 
     def lose(self, error: GuestGoneError) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Final, Protocol, SupportsIndex
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -131,16 +131,15 @@ class GuestReader(LosableReader):
         self.last = b""
         self.set_transport(_Throttle(self))
 
-    def feed_data(self, data: Iterable[SupportsIndex]) -> None:
+    def feed_data(self, data: bytes | memoryview) -> None:  # type: ignore[override]  # asyncio: iterables
         """Take bytes of the guest."""
         if self._stopped:
             # It was on its way when STOP was sent. No credit for it: the guest must
             # run out of credit, should it go on for ever.
             return
-        self._owed += len(data)  # type: ignore[arg-type]  # a buffer
-        self.received += len(data)  # type: ignore[arg-type]
-        tail = bytes(data[-_LAST:])  # type: ignore[index]
-        self.last = (self.last + tail)[-_LAST:]
+        self._owed += len(data)
+        self.received += len(data)
+        self.last = (self.last + data[-_LAST:])[-_LAST:]
         super().feed_data(data)
         # What the consumer took since the last time it shows only now: asyncio tells
         # of it (`give_credit`) only if it had paused us, with twice `_LIMIT` in the
