@@ -79,7 +79,7 @@ class VMWrapper:
 
     def start(
         self,
-        start_guid: bool = True,  # noqa: FBT001, FBT002 - as in Qubes OS
+        start_guid: bool = True,
     ) -> VMWrapper:
         """Start the VM and return this; nothing if it runs.
 
@@ -125,10 +125,10 @@ class VMWrapper:
     def run(
         self,
         command: str,
-        wait: bool = False,  # noqa: FBT001, FBT002 - as in Qubes OS
+        wait: bool = False,
         user: str | None = None,
-        passio_popen: bool = False,  # noqa: FBT001, FBT002
-        passio_stderr: bool = False,  # noqa: FBT001, FBT002
+        passio_popen: bool = False,
+        passio_stderr: bool = False,
         **_gui: Any,
     ) -> int | ProcessWrapper | None:
         """Run a command in the VM.
@@ -152,11 +152,11 @@ class VMWrapper:
     def run_service(  # noqa: PLR0917 - as in Qubes OS
         self,
         service: str,
-        wait: bool = True,  # noqa: FBT001, FBT002 - as in Qubes OS
-        input: str | bytes | None = None,  # noqa: A002
+        wait: bool = True,
+        input: str | bytes | None = None,
         user: str | None = None,
-        passio_popen: bool = False,  # noqa: FBT001, FBT002
-        passio_stderr: bool = False,  # noqa: FBT001, FBT002
+        passio_popen: bool = False,
+        passio_stderr: bool = False,
         source: Any = None,
         **_gui: Any,
     ) -> int | ProcessWrapper | None:
@@ -279,7 +279,7 @@ class ProcessWrapper:
 
     def communicate(
         self,
-        input: bytes | None = None,  # noqa: A002 - as in subprocess
+        input: bytes | None = None,
     ) -> tuple[bytes, bytes | None]:
         """Send `input` and EOF, read its output to the end, wait for it.
 
@@ -342,7 +342,8 @@ class _InputWrapper:
         # In the test's thread there is nobody to await a coroutine: a task goes on by
         # itself, and a coroutine would be reported as never awaited.
         if self._loop.is_running():
-            return self._stdin.drain()  # type: ignore[no-any-return]
+            drained: Awaitable[None] = self._stdin.drain()
+            return drained
         return self._loop.create_task(self._stdin.drain())
 
     def write_eof(self) -> None:

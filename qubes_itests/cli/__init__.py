@@ -42,12 +42,12 @@ def command_line(arguments: Sequence[str]) -> int:
         if command.in_sandbox:
             _enter_sandbox(command, settings)
         elif command.shows_tests and settings.app:
-            from qubes_itests.run.preparation import prepare_listing  # noqa: PLC0415
+            from qubes_itests.run.preparation import prepare_listing
 
             settings = prepare_listing(settings)
         return int(module.execute(command, settings))
     except (HarnessError, QubesException) as error:
-        print(f"qubes-itests: {error}", file=sys.stderr)  # noqa: T201
+        print(f"qubes-itests: {error}", file=sys.stderr)
         if isinstance(error, HarnessError):
             return int(error.exit_code)
         return ExitCode.INTERNAL_ERROR
@@ -61,18 +61,18 @@ def command_line(arguments: Sequence[str]) -> int:
 
 def _prepare(command: Command, settings: Settings) -> None:
     """Make ready what takes the network, which the sandbox has not."""
-    from qubes_itests.host.cache import Cache  # noqa: PLC0415 - only where it is used
-    from qubes_itests.host.preflight import require_ready  # noqa: PLC0415
+    from qubes_itests.host.cache import Cache
+    from qubes_itests.host.preflight import require_ready
 
     # first: what follows may take minutes, and mounts images
     require_ready(Cache())
-    from qubes_itests.run.preparation import prepare  # noqa: PLC0415
+    from qubes_itests.run.preparation import prepare
 
     prepare(settings, [command.target] if command.name == "shell" else ())
 
 
 def _enter_sandbox(command: Command, settings: Settings) -> None:
-    from qubes_itests.host import sandbox  # noqa: PLC0415 - only where it is used
+    from qubes_itests.host import sandbox
 
     if not sandbox.active():
         _prepare(command, settings)

@@ -222,7 +222,7 @@ def resembled(word: str) -> str:
     """Return the sub-command that has such a name or a similar one, or ""."""
     if word in _COMMANDS or not word.isalpha():
         return word if word in _COMMANDS else ""
-    import difflib  # noqa: PLC0415 - only where it is used
+    import difflib
 
     return "".join(difflib.get_close_matches(word, _COMMANDS, n=1))
 
@@ -238,10 +238,10 @@ def _words_to_pytest(arguments: Sequence[str]) -> list[str]:
     them takes a third of a second. So this is for command lines where a word that may
     be a sub-command comes after an option that is not ours.
     """
-    import contextlib  # noqa: PLC0415 - see above
-    import io  # noqa: PLC0415
+    import contextlib
+    import io
 
-    import pytest  # noqa: PLC0415
+    import pytest
 
     class Question:
         # A wrapper, to be before plugins that begin their work here (pytest-cov does).

@@ -30,7 +30,7 @@ def execute(command: Command, _settings: Settings) -> int:
     parts = _count(len(swept), "half-made entry", "half-made entries")
     size = _size([*stale.values(), *(entry.size for entry in swept)])
     runs = _count(len(stale), "stale run", "stale runs")
-    print(f"Removed {runs} and {parts} from {cache.root}: {size}.")  # noqa: T201
+    print(f"Removed {runs} and {parts} from {cache.root}: {size}.")
     if command.cache:
         _clear(cache)
     else:
@@ -42,7 +42,7 @@ def _describe(cache: Cache) -> None:
     content = cache.content()
     total = _size(entry.size for entry in content)
     kinds = ", ".join(_kinds(content)) or "it is empty"
-    print(f"The cache holds {total} of {_size([cache.limit])}: {kinds}.")  # noqa: T201
+    print(f"The cache holds {total} of {_size([cache.limit])}: {kinds}.")
 
 
 def _clear(cache: Cache) -> None:
@@ -56,7 +56,7 @@ def _clear(cache: Cache) -> None:
     for path in (cache.root / name for name in names):
         shutil.rmtree(path, ignore_errors=True)
     kinds = ", ".join(_kinds(content)) or "it was empty"
-    print(f"Removed the cache: {kinds}.")  # noqa: T201
+    print(f"Removed the cache: {kinds}.")
 
 
 def _kinds(content: list[Entry]) -> Iterable[str]:

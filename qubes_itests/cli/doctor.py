@@ -26,10 +26,10 @@ def execute(command: Command, _settings: Settings) -> int:
     checks = check_all()
     failed = [check for check in checks if check.state == "fail"]
     if command.json:
-        print(json.dumps([check.as_dict() for check in checks], indent=2))  # noqa: T201
+        print(json.dumps([check.as_dict() for check in checks], indent=2))
     else:
-        print("\n".join(_lines(checks)))  # noqa: T201
-        print(_verdict(failed))  # noqa: T201
+        print("\n".join(_lines(checks)))
+        print(_verdict(failed))
     return failed[0].exit_code if failed else ExitCode.OK
 
 

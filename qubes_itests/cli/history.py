@@ -46,7 +46,7 @@ def execute(command: Command, _settings: Settings) -> int:
     history = History(Cache().root)
     history.collect()
     for problem in history.problems:
-        print(f"history: {problem}", file=sys.stderr)  # noqa: T201
+        print(f"history: {problem}", file=sys.stderr)
     try:
         if command.export:
             return _export(history, Path(command.export))
@@ -63,7 +63,7 @@ def _export(history: History, path: Path) -> int:
             number = history.write(file)
     except OSError as error:
         raise HistoryError(f"{path}: {error.strerror}") from error
-    print(f"Wrote {number} runs to {path}.")  # noqa: T201
+    print(f"Wrote {number} runs to {path}.")
     return ExitCode.OK
 
 
@@ -74,7 +74,7 @@ def _add(history: History, names: Sequence[str]) -> int:
                 new = history.add(read_runs(file, name))
         except OSError as error:
             raise HistoryError(f"{name}: {error.strerror}") from error
-        print(f"{name}: {new} new runs.")  # noqa: T201
+        print(f"{name}: {new} new runs.")
     return ExitCode.OK
 
 
@@ -88,16 +88,16 @@ def _show(history: History, command: Command) -> int:
     ]
     found = list({(t.suite, t.test): t for tests in chosen for t in tests}.values())
     if command.json:
-        print(json.dumps({"tests": list(map(_row, found))}, indent=2))  # noqa: T201
+        print(json.dumps({"tests": list(map(_row, found))}, indent=2))
     elif not found:
         word = " ".join(command.words)
         what = f"no test whose id begins with {word!r}" if word else "no test"
-        print(f"The history has {what}.")  # noqa: T201
+        print(f"The history has {what}.")
     elif command.words and len(found) <= _IN_FULL:
-        print("\n\n".join("\n".join(_details(test)) for test in found))  # noqa: T201
-        print(f"\n{_LEGEND}")  # noqa: T201
+        print("\n\n".join("\n".join(_details(test)) for test in found))
+        print(f"\n{_LEGEND}")
     else:
-        print("\n".join(_table(found)))  # noqa: T201
+        print("\n".join(_table(found)))
     return ExitCode.OK if found else ExitCode.NO_TESTS_COLLECTED
 
 

@@ -32,17 +32,17 @@ def execute(command: Command, settings: Settings) -> int:
             words = " ".join(command.words)
             problem = f"expected nothing or `html [DIR]`, got `{words}`"
             raise ConfigurationError("report", problem)
-    print(f"Wrote {write_report(directory)}.")  # noqa: T201
+    print(f"Wrote {write_report(directory)}.")
     return ExitCode.OK
 
 
 def _show() -> int:
     found = failures.load(last_run(Cache().root))
     if found is None:
-        print("No run in this directory has ended yet.")  # noqa: T201
+        print("No run in this directory has ended yet.")
         return ExitCode.NO_TESTS_COLLECTED
     if not found:
-        print("The last run in this directory had no failures.")  # noqa: T201
+        print("The last run in this directory had no failures.")
         return ExitCode.OK
     failures.show(found, COMMAND, print, limit=len(found))
     return ExitCode.TESTS_FAILED

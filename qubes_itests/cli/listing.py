@@ -26,9 +26,9 @@ def execute(command: Command, settings: Settings) -> int:
         sys.stdout = output
     if command.json:
         rows = [_row(name, plugin) for name, plugin in plugins]
-        print(json.dumps({"plugins": rows}, indent=2))  # noqa: T201
+        print(json.dumps({"plugins": rows}, indent=2))
     else:
-        print("\n".join(_lines(plugins)))  # noqa: T201
+        print("\n".join(_lines(plugins)))
     return ExitCode.OK
 
 

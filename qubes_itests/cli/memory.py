@@ -67,4 +67,4 @@ def _plot(source: Path, target: Path) -> None:
         target.write_text(picture, encoding="utf-8")
     except OSError as error:
         raise HarnessError(f"The picture cannot be written: {error}.") from error
-    print(f"Wrote {target}.")  # noqa: T201
+    print(f"Wrote {target}.")

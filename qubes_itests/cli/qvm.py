@@ -28,6 +28,6 @@ def execute(command: Command, _settings: Settings) -> int:
         sys.stderr.write(f"{CONSOLE}: expected the name of a VM, got {command.words}\n")
         return ExitCode.USAGE_ERROR
     # what other tools do not need: an event loop
-    from qubes_itests.serve.console import open_console  # noqa: PLC0415
+    from qubes_itests.serve.console import open_console
 
     return open_console(place, command.words[0])

@@ -28,17 +28,17 @@ def check(command: Command, settings: Settings) -> None:
     if command.misspelt and not settings.app:
         _check_spelling(command.misspelt)
     if command.in_sandbox and settings.shell_on_failure:
-        from qubes_itests.shell import require_terminal  # noqa: PLC0415
+        from qubes_itests.shell import require_terminal
 
         require_terminal("--shell-on-failure")
 
 
 def _check_spelling(word: str) -> None:
     """Raise ConfigurationError if no test can be meant, but a sub-command may be."""
-    from importlib.metadata import entry_points  # noqa: PLC0415 - only if it is used
+    from importlib.metadata import entry_points
 
-    from qubes_itests.discovery import GROUP, GROUP_FOR_TEMPLATE  # noqa: PLC0415
-    from qubes_itests.run.plugins import node_name  # noqa: PLC0415
+    from qubes_itests.discovery import GROUP, GROUP_FOR_TEMPLATE
+    from qubes_itests.run.plugins import node_name
 
     groups = (entry_points(group=group) for group in (GROUP, GROUP_FOR_TEMPLATE))
     names = [node_name(entry.name) for group in groups for entry in group]
@@ -52,10 +52,10 @@ def _check_spelling(word: str) -> None:
 
 def execute(command: Command, settings: Settings) -> int:
     """Run the tests, and return the exit status."""
-    import pytest  # noqa: PLC0415 - only in the sandbox, see the package
+    import pytest
 
-    from qubes_itests.host.cache import Cache  # noqa: PLC0415
-    from qubes_itests.pytest_plugin.job import (  # noqa: PLC0415
+    from qubes_itests.host.cache import Cache
+    from qubes_itests.pytest_plugin.job import (
         Job,
         JobParts,
         pytest_arguments,

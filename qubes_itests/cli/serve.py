@@ -21,21 +21,21 @@ def execute(command: Command, settings: Settings) -> int:
     """Serve until told to end, or print how to call who serves."""
     if command.print_env:
         return _print_environment()
-    from qubes_itests.run.app_templates import plugins_for  # noqa: PLC0415 - only in the sandbox
-    from qubes_itests.serve.daemon import serving, wait_for_end  # noqa: PLC0415
+    from qubes_itests.run.app_templates import plugins_for
+    from qubes_itests.serve.daemon import serving, wait_for_end
 
     directory = Path(command.directory) if command.directory else None
     with serving(settings, plugins_for(settings), directory) as server:
-        print(_ready(server), flush=True)  # noqa: T201
+        print(_ready(server), flush=True)
         wait_for_end()
-        print("ending: the VMs shut down", flush=True)  # noqa: T201
+        print("ending: the VMs shut down", flush=True)
     return ExitCode.OK
 
 
 def _print_environment() -> int:
-    from qubes_itests.host.cache import Cache  # noqa: PLC0415 - see the package
-    from qubes_itests.serve.environment import exports  # noqa: PLC0415
-    from qubes_itests.serve.place import find  # noqa: PLC0415
+    from qubes_itests.host.cache import Cache
+    from qubes_itests.serve.environment import exports
+    from qubes_itests.serve.place import find
 
     sys.stdout.write(exports(find(Cache())))
     return ExitCode.OK

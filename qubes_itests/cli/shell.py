@@ -24,8 +24,8 @@ def check(_command: Command, _settings: Settings) -> None:
 def execute(command: Command, settings: Settings) -> int:
     """Start the VM, open the shell; the exit status is the shell's."""
     # not before: the command line begins without what the sandbox needs
-    from qubes_itests.run.app_templates import plugins_for  # noqa: PLC0415
-    from qubes_itests.run.context import RunContext  # noqa: PLC0415
+    from qubes_itests.run.app_templates import plugins_for
+    from qubes_itests.run.context import RunContext
 
     context = RunContext(settings, plugins_for(settings))
     try:
@@ -35,7 +35,7 @@ def execute(command: Command, settings: Settings) -> int:
 
 
 def _open(testbed: Testbed, target: str, template: str) -> int:
-    from qubes_itests.core.volume_content import import_image  # noqa: PLC0415
+    from qubes_itests.core.volume_content import import_image
 
     disks = _kept_disks(target)
     if disks is None:
@@ -51,7 +51,7 @@ def _open(testbed: Testbed, target: str, template: str) -> int:
     for name, image in (disks or {}).items():
         run(import_image(vm.volumes[name], image, image.stat().st_size))
     run(vm.start())
-    print(f"A root shell in a VM made from {target}; exit ends the VM. {WAY_OUT}.")  # noqa: T201
+    print(f"A root shell in a VM made from {target}; exit ends the VM. {WAY_OUT}.")
     return open_shell(testbed.portal, vm.running_agent())
 
 

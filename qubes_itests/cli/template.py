@@ -29,7 +29,7 @@ def execute(command: Command, settings: Settings) -> int:
     act, *names = command.words
     known = offers(plugins_for(settings), "templates")
     if act == "list" and not names:
-        print("\n".join(known))  # noqa: T201
+        print("\n".join(known))
         return ExitCode.OK
     if act != "build" or not names:
         raise ConfigurationError("template", "say `list`, or `build` and names")
@@ -43,5 +43,5 @@ def execute(command: Command, settings: Settings) -> int:
     for name in names:
         built = known[name](cache, find_kernel(cache))
         size = built.root_image.stat().st_blocks * 512 // _MIB
-        print(f"{name}: {built.root_image} ({size} MiB)")  # noqa: T201
+        print(f"{name}: {built.root_image} ({size} MiB)")
     return ExitCode.OK

@@ -187,9 +187,9 @@ class Qubes(PoolsMixin):
     def __init__(
         self,
         store: str | os.PathLike[str] | None = None,
-        load: bool = True,  # noqa: FBT001, FBT002 - as in Qubes OS
-        offline_mode: bool | None = None,  # noqa: FBT001
-        lock: bool = False,  # noqa: FBT001, FBT002
+        load: bool = True,
+        offline_mode: bool | None = None,
+        lock: bool = False,
         *,
         hypervisor: Hypervisor | None = None,
         directory: Path | None = None,
@@ -271,7 +271,7 @@ class Qubes(PoolsMixin):
         app.save(lock=bool(options.get("lock")))
         return app
 
-    def load(self, lock: bool = False) -> None:  # noqa: FBT001, FBT002 - as in Qubes OS
+    def load(self, lock: bool = False) -> None:
         """Give a new app the state of its store; this blocks.
 
         Pools are set up neither here nor when it is made; `open` does that too.
@@ -428,7 +428,7 @@ class Qubes(PoolsMixin):
         """Start the VMs that start with the system; return why some did not."""
         return await start_autostart(self)
 
-    def save(self, lock: bool = True) -> None:  # noqa: FBT001, FBT002 - as in Qubes OS
+    def save(self, lock: bool = True) -> None:
         """Write the state to the store, all of it or nothing, and fire ``app-saved``.
 
         Without a store the event is fired all the same.

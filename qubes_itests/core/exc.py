@@ -112,7 +112,7 @@ class ProtocolError(AssertionError):
     """A request of the Admin API has an invalid field."""
 
 
-class PermissionDenied(PermissionError):  # noqa: N818 - its name in Qubes OS
+class PermissionDenied(PermissionError):
     """A request of the Admin API is not allowed to its caller."""
 
 
@@ -128,7 +128,7 @@ class QubesInvalidLabelValueError(ProtocolError):
     """A request gives a label an invalid colour."""
 
 
-class QubesUnrecognizedDeviceAssignmentMode(ProtocolError):  # noqa: N818
+class QubesUnrecognizedDeviceAssignmentMode(ProtocolError):
     """A request names an unknown mode of assignments."""
 
 
@@ -317,27 +317,27 @@ class BackupAlreadyRunningError(QubesException):
         super().__init__(msg or "this backup is being made already")
 
 
-class DeviceNotAssigned(_NotFoundError):  # noqa: N818 - its name in Qubes OS
+class DeviceNotAssigned(_NotFoundError):
     """The device is not assigned, or attached, to that VM."""
 
 
-class DeviceNotFound(_NotFoundError):  # noqa: N818
+class DeviceNotFound(_NotFoundError):
     """There is no such device."""
 
 
-class DeviceAlreadyAttached(_NotFoundError):  # noqa: N818
+class DeviceAlreadyAttached(_NotFoundError):
     """A VM has the device already."""
 
 
-class DeviceAlreadyAssigned(_NotFoundError):  # noqa: N818
+class DeviceAlreadyAssigned(_NotFoundError):
     """The device is assigned to that VM already."""
 
 
-class UnrecognizedDevice(QubesException, ValueError):  # noqa: N818
+class UnrecognizedDevice(QubesException, ValueError):
     """The device is not there, or is another than the expected one."""
 
 
-class UnexpectedDeviceProperty(QubesException, ValueError):  # noqa: N818
+class UnexpectedDeviceProperty(QubesException, ValueError):
     """The data of a device contradict what was asked for."""
 
 

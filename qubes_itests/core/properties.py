@@ -178,9 +178,10 @@ class Property(Generic[T]):
         if instance is None:
             return self
         try:
-            return instance._values[self.name]  # type: ignore[no-any-return]  # noqa: SLF001
+            value: T = instance._values[self.name]  # noqa: SLF001 - ours
         except KeyError:
             return self.get_default(instance)
+        return value
 
     def get_default(self, instance: PropertyHolder) -> T:
         """Return its default; AttributeError without one."""

@@ -249,8 +249,8 @@ def _one_of(key: str, value: object, known: tuple[str, ...]) -> str:
 
 def _timeout(value: object, _place: Repositories) -> float:
     try:
-        seconds = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        seconds = float(str(value))
+    except ValueError:
         seconds = math.nan
     if isinstance(value, bool) or not 0 < seconds < math.inf:
         raise ValueError(f"timeout: expected a number of seconds, got {value!r}")

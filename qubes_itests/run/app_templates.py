@@ -156,7 +156,7 @@ def policy_of(settings: Settings) -> tuple[PolicyFile, ...]:
 
     Those of the settings come last, and so replace those of apps.
     """
-    from qubes_itests.core.policy.files import PolicyFile  # noqa: PLC0415
+    from qubes_itests.core.policy.files import PolicyFile
 
     of_apps: tuple[PolicyFile, ...] = ()
     if settings.app or settings.template_spec:

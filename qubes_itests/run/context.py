@@ -55,7 +55,7 @@ class RunContext:
 
         :raise NoSandboxError: outside a sandbox.
         """
-        from qubes_itests.host import rundir  # noqa: PLC0415
+        from qubes_itests.host import rundir
 
         sandbox.require()
         if self._part is not None:
@@ -68,14 +68,14 @@ class RunContext:
 
         :raise NoSandboxError: outside a sandbox.
         """
-        from qubes_itests.host.rundir import short_name  # noqa: PLC0415
+        from qubes_itests.host.rundir import short_name
 
         return self._exit.enter_context(short_name(self.place))
 
     @functools.cached_property
     def portal(self) -> Portal:
         """The thread with the event loop."""
-        from qubes_itests.portal import Portal  # noqa: PLC0415 - asyncio is 60 ms
+        from qubes_itests.portal import Portal
 
         self._portal = self._exit.enter_context(Portal())
         return self._portal
@@ -86,8 +86,8 @@ class RunContext:
 
         :raise EnvironmentNotReadyError: when the machine lacks something.
         """
-        from qubes_itests.run.app_templates import policy_of  # noqa: PLC0415
-        from qubes_itests.run.testbed import open_testbed  # noqa: PLC0415
+        from qubes_itests.run.app_templates import policy_of
+        from qubes_itests.run.testbed import open_testbed
 
         opened = open_testbed(
             *(self.portal, self.cache, self.directory, self.settings, self.plugins),

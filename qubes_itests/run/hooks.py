@@ -79,26 +79,26 @@ def registry() -> pluggy.PluginManager:
 
 
 def _tiny(cache: Cache, kernel: Kernel) -> Template:
-    from qubes_itests.guest.image.tiny import build_tiny  # noqa: PLC0415
+    from qubes_itests.guest.image.tiny import build_tiny
 
     return build_tiny(cache, kernel)
 
 
 def _debian(name: str, cache: Cache, kernel: Kernel) -> Template:
-    from qubes_itests.guest.image.debian import RELEASES, build_debian  # noqa: PLC0415
+    from qubes_itests.guest.image.debian import RELEASES, build_debian
 
     return build_debian(cache, kernel, RELEASES[name])
 
 
 def _fetch_debian(name: str, cache: Cache, say: Callable[[str], None]) -> object:
-    from qubes_itests.guest.image.debian import RELEASES, fetch_base  # noqa: PLC0415
+    from qubes_itests.guest.image.debian import RELEASES, fetch_base
 
     return fetch_base(cache, RELEASES[name], say)
 
 
 @contextlib.contextmanager
 def _filesystem(name: str, directory: Path, size: int) -> Iterator[Path]:
-    from qubes_itests.host.filesystem import (  # noqa: PLC0415
+    from qubes_itests.host.filesystem import (
         FilesystemType,
         LoopFilesystem,
     )
@@ -109,15 +109,15 @@ def _filesystem(name: str, directory: Path, size: int) -> Iterator[Path]:
 
 
 async def _qemu(directory: Path, cache: Cache, kernel: Kernel) -> Hypervisor:
-    from qubes_itests.hypervisor.kvm import kvm_usable  # noqa: PLC0415
-    from qubes_itests.hypervisor.qemu import QemuHypervisor  # noqa: PLC0415
+    from qubes_itests.hypervisor.kvm import kvm_usable
+    from qubes_itests.hypervisor.qemu import QemuHypervisor
 
     verdict = await asyncio.to_thread(kvm_usable, cache, kernel.image)
     return await QemuHypervisor.open(directory, cache, kvm=verdict.usable)
 
 
 async def _test(directory: Path, cache: Cache, _kernel: Kernel) -> Hypervisor:
-    from qubes_itests.hypervisor.testdriver import TestHypervisor  # noqa: PLC0415
+    from qubes_itests.hypervisor.testdriver import TestHypervisor
 
     return await TestHypervisor.open(directory, cache)
 

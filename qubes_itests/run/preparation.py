@@ -58,7 +58,7 @@ def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
         if words:
             Prepared(words=words).tell()
         return
-    from qubes_itests.run.app_templates import wishes_of  # noqa: PLC0415 - only if it is used
+    from qubes_itests.run.app_templates import wishes_of
 
     wishes = wishes_of(settings)
     run_on = wishes.run_on(settings.templates)
@@ -81,7 +81,7 @@ def _told_again(settings: Settings) -> Iterable[tuple[str, str]]:
 
 def prepare_listing(settings: Settings) -> Settings:
     """Install the tests of apps; return the settings with which they are to be seen."""
-    from qubes_itests.run.app_templates import wishes_of  # noqa: PLC0415 - only if it is used
+    from qubes_itests.run.app_templates import wishes_of
 
     wishes = wishes_of(settings)
     prepare_apps(settings, wishes)
@@ -96,9 +96,9 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
     """
     if not settings.app:
         return Prepared()
-    from qubes_itests.host.cache import Cache  # noqa: PLC0415
-    from qubes_itests.host.sandbox import interruptible  # noqa: PLC0415
-    from qubes_itests.repository import InstallError  # noqa: PLC0415
+    from qubes_itests.host.cache import Cache
+    from qubes_itests.host.sandbox import interruptible
+    from qubes_itests.repository import InstallError
 
     cache, found, wrong = Cache(), [], dict(wishes.problems)
     timeouts: dict[str, float] = {}
@@ -137,12 +137,12 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
 def _install(
     cache: Cache, app: Path, settings: Settings, wishes: Wishes
 ) -> Environment:
-    from qubes_itests.repository import find_projects, install  # noqa: PLC0415
-    from qubes_itests.repository.requirements import (  # noqa: PLC0415
+    from qubes_itests.repository import find_projects, install
+    from qubes_itests.repository.requirements import (
         Repositories,
         Requirements,
     )
-    from qubes_itests.run.app_templates import named_directories  # noqa: PLC0415
+    from qubes_itests.run.app_templates import named_directories
 
     progress = _Progress()
     progress.begin(f"app {app.name}")
@@ -179,12 +179,12 @@ def build_templates(
     """
     if set(names) <= {"tiny"} - set(derived):
         return {}  # the usual case need not load what follows
-    from qubes_itests.guest.exc import ImageError  # noqa: PLC0415
-    from qubes_itests.host.cache import Cache  # noqa: PLC0415
-    from qubes_itests.host.kernel import find_kernel  # noqa: PLC0415
-    from qubes_itests.host.sandbox import interruptible  # noqa: PLC0415
-    from qubes_itests.run.app_templates import plugins_for  # noqa: PLC0415
-    from qubes_itests.run.hooks import offers  # noqa: PLC0415
+    from qubes_itests.guest.exc import ImageError
+    from qubes_itests.host.cache import Cache
+    from qubes_itests.host.kernel import find_kernel
+    from qubes_itests.host.sandbox import interruptible
+    from qubes_itests.run.app_templates import plugins_for
+    from qubes_itests.run.hooks import offers
 
     cache, problems, progress = Cache(), {}, _Progress()
     plugins = plugins_for(settings, progress.say)

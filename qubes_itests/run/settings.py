@@ -142,8 +142,8 @@ def _words(value: object) -> tuple[str, ...]:
 
 def _seconds(value: object) -> float:
     try:
-        seconds = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        seconds = float(str(value))
+    except ValueError:
         seconds = math.nan
     if isinstance(value, bool) or not (0 <= seconds < math.inf):
         raise ValueError(f"expected a number of seconds, got {value!r}")

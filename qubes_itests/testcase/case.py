@@ -97,14 +97,14 @@ class QubesTestCase(EventAssertions, TimedTestCase):
         return super().run(cast("unittest.TestResult", self._outcomes))
 
     @staticmethod
-    def make_vm_name(name: str, class_teardown: bool = False) -> str:  # noqa: FBT001, FBT002
+    def make_vm_name(name: str, class_teardown: bool = False) -> str:
         """Return the name of a VM of this test."""
         return (CLSVMPREFIX if class_teardown else VMPREFIX) + name
 
-    def assertNotRaises(  # noqa: N802 - as in Qubes OS
+    def assertNotRaises(
         self,
-        excClass: type[BaseException],  # noqa: N803 - as in Qubes OS
-        callableObj: Callable[..., object] | None = None,  # noqa: N803
+        excClass: type[BaseException],
+        callableObj: Callable[..., object] | None = None,
         *args: object,
         **kwargs: object,
     ) -> contextlib.AbstractContextManager[None] | None:
@@ -259,10 +259,10 @@ class SystemTestCase(QubesTestCase):
     async def wait_for_window_coro(
         self,
         title: str,
-        search_class: bool = False,  # noqa: FBT001, FBT002 - as in Qubes OS
-        include_tray: bool = True,  # noqa: FBT001, FBT002
+        search_class: bool = False,
+        include_tray: bool = True,
         timeout: float = 30,
-        show: bool = True,  # noqa: FBT001, FBT002
+        show: bool = True,
     ) -> None:
         """Fail at once: there is no display here, and so no window to wait for.
 
@@ -295,7 +295,7 @@ class SystemTestCase(QubesTestCase):
     def shutdown_and_wait(
         self,
         vm: Any,
-        force: bool = False,  # noqa: FBT001, FBT002 - as in Qubes OS
+        force: bool = False,
         timeout: float = 0,
     ) -> None:
         """Ask the guest to power off, and return when it is off; this blocks.
@@ -361,7 +361,7 @@ class SystemTestCase(QubesTestCase):
         service: str,
         source: Any,
         destination: Any,
-        allow: bool = True,  # noqa: FBT001, FBT002 - as in Qubes OS
+        allow: bool = True,
         target: Any = None,
         action: str | None = None,
     ) -> PolicyRule:

@@ -46,7 +46,7 @@ class TestEmitter(Emitter):
 class EventAssertions:
     """Assertions about the events of a :class:`TestEmitter`, for a test case."""
 
-    def assertEventFired(  # noqa: N802 - as in Qubes OS
+    def assertEventFired(
         self,
         subject: TestEmitter,
         event: str,
@@ -59,7 +59,7 @@ class EventAssertions:
                 f" only {sorted({name for name, _ in subject.fired_events})}"
             )
 
-    def assertEventNotFired(  # noqa: N802 - as in Qubes OS
+    def assertEventNotFired(
         self,
         subject: TestEmitter,
         event: str,

@@ -42,7 +42,7 @@ class Outcomes:
         else:
             setattr(self._result, name, value)
 
-    def addSubTest(self, test: Any, subtest: Any, error: Any) -> None:  # noqa: N802
+    def addSubTest(self, test: Any, subtest: Any, error: Any) -> None:
         """Pass on how a part of a test has ended."""
         self.passed = self.passed and error is None
         self._result.addSubTest(test, subtest, error)
@@ -72,7 +72,7 @@ class TimedTestCase(unittest.TestCase):
                 )
                 self.phases = dict(zip(_PHASES, spans, strict=True))
 
-    def _callTestMethod(self, method: Callable[[], object]) -> None:  # noqa: N802
+    def _callTestMethod(self, method: Callable[[], object]) -> None:
         # unittest calls it for the test alone; its stubs do not say so
         self._next_phase()
         try:

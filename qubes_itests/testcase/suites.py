@@ -87,7 +87,7 @@ def maybe_create_testcases_on_import(
         list(create_testcases_gen())
 
 
-def skipIfTemplate(*templates: str) -> Callable[[Any], Any]:  # noqa: N802 - as in Qubes OS
+def skipIfTemplate(*templates: str) -> Callable[[Any], Any]:
     """Return a decorator that skips a test, or a class, on some templates.
 
     :param templates: parts of their names.
@@ -100,7 +100,7 @@ def skipIfTemplate(*templates: str) -> Callable[[Any], Any]:  # noqa: N802 - as 
     return mark
 
 
-def expectedFailureIfTemplate(  # noqa: N802 - as in Qubes OS
+def expectedFailureIfTemplate(
     templates: str | Iterable[str],
 ) -> Callable[[Any], Any]:
     """Return a decorator that expects a test to fail on some templates.
@@ -131,12 +131,12 @@ def expects_failure(case: Any, method: Any) -> bool:
     return case.template is not None and any(case.template in text for text in named)
 
 
-def skipUnlessDom0(test_item: Any) -> Any:  # noqa: N802 - as in Qubes OS
+def skipUnlessDom0(test_item: Any) -> Any:
     """Return the test as it is: everything that dom0 has to have is here."""
     return unittest.skipUnless(in_dom0, "outside dom0")(test_item)
 
 
-def skipUnlessGit(test_item: Any) -> Any:  # noqa: N802 - as in Qubes OS
+def skipUnlessGit(test_item: Any) -> Any:
     """Skip the test outside a git working tree."""
     command = ["git", "rev-parse", "--is-inside-work-tree"]  # where the run began
     try:
@@ -147,7 +147,7 @@ def skipUnlessGit(test_item: Any) -> Any:  # noqa: N802 - as in Qubes OS
     return unittest.skipUnless(inside, "outside a git working tree")(test_item)
 
 
-def skipUnlessEnv(varname: str) -> Callable[[Any], Any]:  # noqa: N802 - as in Qubes OS
+def skipUnlessEnv(varname: str) -> Callable[[Any], Any]:
     """Return a decorator that skips tests where a variable is not set, or empty."""
     return unittest.skipUnless(os.environ.get(varname), f"{varname} is not set")
 

@@ -268,7 +268,8 @@ class DeviceCollection:
         """Return the device that the VM exposes at a port; an unknown one if none."""
         found = self._vm.fire_event(f"device-get:{self.devclass}", port_id=port_id)
         if found:
-            return found[0]  # type: ignore[no-any-return]
+            device: DeviceInfo = found[0]
+            return device
         return UnknownDevice(Port(self._vm, port_id, self.devclass))
 
 
