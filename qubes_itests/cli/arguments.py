@@ -47,7 +47,8 @@ _COMMANDS = {
     "clean": _SubCommand("clean", "remove what killed runs left behind"),
     "report": _SubCommand(
         "last_run", "show the failures of the last run again, or make its report.html",
-        (("words", "*", "[html [DIR]]", "make the report of the artefacts in DIR"),)),
+        (("words", "*", "[html|trace [DIR]]",
+          "make the report of the artefacts in DIR, or files for Perfetto"),)),
     "history": _SubCommand(
         "history", "show how tests went in earlier runs",
         (("words", "*", "[TEST...]", "ids of tests, or how they begin"),)),

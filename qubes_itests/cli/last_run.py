@@ -11,6 +11,9 @@ from qubes_itests.html_report.page import write_report
 from qubes_itests.report import failures
 from qubes_itests.report.failures import COMMAND, last_run
 from qubes_itests.run.settings import ConfigurationError
+from qubes_itests.timeline import trace_events as trace
+from qubes_itests.timeline.document import NAME, load
+from qubes_itests.timeline.trace_events import trace_events
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
@@ -28,11 +31,32 @@ def execute(command: Command, settings: Settings) -> int:
             directory = settings.artifacts
         case ("html", name):
             directory = Path(name)
+        case ("trace",):
+            return _export(settings.artifacts)
+        case ("trace", name):
+            return _export(Path(name))
         case _:
             words = " ".join(command.words)
-            problem = f"expected nothing or `html [DIR]`, got `{words}`"
+            problem = f"expected nothing, `html [DIR]` or `trace [DIR]`, got `{words}`"
             raise ConfigurationError("report", problem)
     print(f"Wrote {write_report(directory)}.")
+    return ExitCode.OK
+
+
+def _export(directory: Path) -> int:
+    """Write trace events beside each timeline in a directory, or one level below."""
+    found = sorted(
+        path for pattern in (NAME, f"*/{NAME}") for path in directory.glob(pattern)
+    )
+    if not found:
+        raise ConfigurationError("report", f"there is no {NAME} in {directory}")
+    for path in found:
+        try:
+            exported = trace_events(*load(path.read_bytes()))
+        except ValueError as error:
+            raise ConfigurationError(str(path), str(error)) from error
+        path.with_name(trace.NAME).write_bytes(exported)
+        print(f"Wrote {path.with_name(trace.NAME)}.")  # noqa: T201
     return ExitCode.OK
 
 

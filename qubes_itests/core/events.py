@@ -20,6 +20,7 @@ from types import GeneratorType
 from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
+from qubes_itests import timeline
 from qubes_itests.core.event_names import check_pattern
 
 __all__ = ["Emitter", "SharedHandlers", "handler"]
@@ -188,6 +189,8 @@ class Emitter:
         effects: list[Any] = []
         if not self.events_enabled:
             return effects
+        if timeline.wants_events():
+            self._report(event, kwargs)
         for function in self._handlers(event, pre_event=pre_event):
             effect = function(self, event, **kwargs)
             if effect is None:
@@ -212,6 +215,8 @@ class Emitter:
         effects: list[Any] = []
         if not self.events_enabled:
             return effects
+        if timeline.wants_events():
+            self._report(event, kwargs)
         for function in self._handlers(event, pre_event=pre_event):
             effect = function(self, event, **kwargs)
             if isinstance(effect, Awaitable):
@@ -221,6 +226,14 @@ class Emitter:
             elif effect is not None:
                 effects.extend(_flatten(effect))
         return effects
+
+    def _report(self, event: str, kwargs: dict[str, Any]) -> None:
+        told: timeline.Value = {name: repr(value) for name, value in kwargs.items()}
+        timeline.note("event", self.recorded_as(), name=event, kwargs=told)
+
+    def recorded_as(self) -> str | None:
+        """Return the name of the VM that this is in timelines; None if it is none."""
+        return None
 
 
 def _refused(function: Handler, event: str, effect: Any) -> RuntimeError:

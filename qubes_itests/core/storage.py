@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
+from qubes_itests import timeline
 from qubes_itests.core.exc import (
     QubesValueError,
     QubesVMError,
@@ -24,7 +25,7 @@ from qubes_itests.core.volume_content import (
 )
 from qubes_itests.host.exc import CommandError
 from qubes_itests.hypervisor.contract import Disk
-from qubes_storage import Import, Volume
+from qubes_storage import Import, Volume, operation
 from qubes_storage.exc import StoragePoolException, VolumeExistsError
 from qubes_storage.uninterrupted import to_its_end
 
@@ -499,3 +500,26 @@ async def _each(volumes: Iterable[Volume], action: VolumeAction) -> list[Excepti
         except Exception as error:  # noqa: BLE001 - for the caller to raise
             failures.append(error)
     return failures
+
+
+@contextlib.contextmanager
+def _report(volume: Volume, action: str) -> Iterator[None]:
+    """Report an operation on a volume, of whatever caller."""
+    _, _, vm = volume.vid.rpartition("/")[0].rpartition("/")
+    span = timeline.begin(
+        "storage",
+        vm or None,
+        operation=action,
+        pool=volume.pool.name,
+        volume=volume.vid,
+    )
+    ok = False
+    try:
+        yield
+        ok = True
+    finally:
+        span.end(ok=ok)
+
+
+# The package of the drivers knows nobody to report to.
+operation.watch = _report

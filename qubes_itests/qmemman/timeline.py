@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.qmemman.algorithm import preferred_memory
 from qubes_itests.qmemman.exc import TimelineError
+from qubes_itests.qmemman.sizes import MIB
+from qubes_itests.timeline import note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -127,6 +129,7 @@ class Recorder:
             amount=amount,
         )
         self._append(record)
+        _report(record, dict(balancer.names))
 
     def note(self, text: str) -> None:
         """Append a remark, for instance what a scenario does now."""
@@ -146,6 +149,25 @@ class Recorder:
         self._last = record
         line = json.dumps(asdict(record), separators=(",", ":")) + "\n"
         self._file.write(line.encode("ascii"))
+
+
+def _report(record: Record, names: Mapping[str, str]) -> None:
+    """Have the timeline of the test show a decision; steps on the way are none."""
+    if record.event == "step":
+        return
+    used = {
+        d.name: d.used // MIB for d in record.domains.values() if d.used is not None
+    }
+    note(
+        "memory",
+        event=record.event,
+        targets={names.get(d, d): size // MIB for d, size in record.targets},
+        used=dict(used),
+        holds={d.name: d.actual // MIB for d in record.domains.values()},
+        free=record.free // MIB,
+        total=record.total // MIB,
+        amount=record.amount // MIB,
+    )
 
 
 def parse_record(line: str) -> Record:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import linecache
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,14 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from types import FrameType
 
-__all__ = ["called_by_guest", "called_here", "caller", "raised_at", "shown_path"]
+__all__ = [
+    "called_by_guest",
+    "called_here",
+    "caller",
+    "raised_at",
+    "shown_path",
+    "source",
+]
 
 #: Of a task that synchronous code has made, or waits for: the line that does; empty if
 #: a guest is the reason for it. As text, for contexts outlive tests, and a frame would
@@ -28,6 +36,8 @@ _MACHINERY: Final = frozenset({
     *("_pytest", "pytest", "pluggy", "unittest", "threading", "runpy", "xdist"),
     *("execnet", "functools", "importlib", "_frozen_importlib", "__main__"),
 })  # fmt: skip
+
+_LONGEST_SOURCE: Final = 200
 
 
 def caller() -> str | None:
@@ -64,6 +74,12 @@ def raised_at(error: BaseException) -> str | None:
             where = f"{shown_path(frame.f_code.co_filename)}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     return where
+
+
+def source(where: str) -> str:
+    """Return the text of a line that `caller` has named, at most 200 characters."""
+    path, _, number = where.rpartition(":")
+    return linecache.getline(path, int(number)).strip()[:_LONGEST_SOURCE]
 
 
 def _found(frame: FrameType | None) -> str | None:

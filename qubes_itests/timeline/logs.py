@@ -30,16 +30,13 @@ def _message(record: logging.LogRecord) -> str:
 
 @contextlib.contextmanager
 def recording_logs() -> Iterator[None]:
-    """Report what is logged, whatever level is set for it, from INFO on."""
-    handler = _Handler(logging.INFO)
+    """Report what the harness and its core log, at the levels that are set for them."""
+    handler = _Handler()
     logs = [logging.getLogger(name) for name in _LOGS]
-    levels = [log.level for log in logs]
     for log in logs:
         log.addHandler(handler)
-        log.setLevel(min(log.level, logging.INFO) or logging.INFO)
     try:
         yield
     finally:
-        for log, level in zip(logs, levels, strict=True):
+        for log in logs:
             log.removeHandler(handler)
-            log.setLevel(level)

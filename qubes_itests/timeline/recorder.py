@@ -15,7 +15,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
-from qubes_itests.timeline.caller import caller
+from qubes_itests.timeline.caller import caller, source
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
@@ -255,7 +255,10 @@ def _plain(span: Span) -> Record:
     if span.is_span:
         took = span.duration
         record["duration"] = None if took is None else round(took, 6)
-    return record | {name: _safe(value) for name, value in span.fields.items()}
+    record |= {name: _safe(value) for name, value in span.fields.items()}
+    if isinstance(where := record.get("where"), str) and (text := source(where)):
+        record["source"] = _safe(text)
+    return record
 
 
 def _cut(value: Value) -> Value:

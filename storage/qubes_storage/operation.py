@@ -44,6 +44,17 @@ _ImageVolume = TypeVar("_ImageVolume", bound="ImageVolume")
 _Arguments = ParamSpec("_Arguments")
 
 
+def _unwatched(
+    _volume: Volume, _action: str
+) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+#: Entered around each operation, called with the volume and a verb. A program that
+#: wants to know puts something quick in its place.
+watch: Callable[[Volume, str], contextlib.AbstractContextManager[object]] = _unwatched
+
+
 class Operations:
     """Runs the operations on the volumes of one pool.
 
@@ -80,9 +91,10 @@ class Operations:
         """
         # The file lock alone would do; this spares threads that only wait.
         turn = self._turns.setdefault(volume.vid, asyncio.Lock())
-        async with turn:
-            # A thread cannot be cancelled, and what comes next must find its work done.
-            return await to_its_end(self._in_thread(volume, action, function))
+        with watch(volume, action):
+            async with turn:
+                # A thread cannot be cancelled, and what follows relies on its work.
+                return await to_its_end(self._in_thread(volume, action, function))
 
     async def _in_thread(
         self, volume: Volume, action: str, function: Callable[[], Result]

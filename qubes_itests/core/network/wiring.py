@@ -14,6 +14,7 @@ from qubes_itests.core.vm.network import NetMixin
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.exc import GuestError
 from qubes_itests.guest.start.network import set_up_uplink
+from qubes_itests.timeline import note
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Iterator
@@ -188,6 +189,8 @@ class WiringMixin(NetMixin):
     @handler("property-set:netvm", "property-reset:netvm")
     def on_netvm_set(self, _event: str, **_kwargs: Any) -> None:
         """Have the interface follow, if the VM runs."""
+        peer = self.netvm and self.netvm.name
+        note("network", self.name, change="netvm", peer=peer)
         self._net_change = None  # nobody is told of the failure of an earlier one
         if self._loop is None or not self.is_live():
             return
@@ -255,6 +258,7 @@ class WiringMixin(NetMixin):
             self.announce(self.uplink),
             self._tell_addresses(agent),
         )
+        note("network", self.name, change="attached", peer=downlink.owner.name)
         await downlink.owner.fire_event_async("net-domain-connect", vm=self)
 
     async def _set_up(self, agent: GuestAgent, downlink: Downlink) -> None:
@@ -382,6 +386,7 @@ class WiringMixin(NetMixin):
                 self.name,
                 str(error),
             )
+        note("network", self.name, change="detached", peer=netvm.name)
         await netvm.fire_event_async("net-domain-disconnect", vm=self)
 
 

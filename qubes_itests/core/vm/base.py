@@ -113,6 +113,10 @@ class BaseVM(PropertyHolder):
         self.share_handlers(app.extensions.handlers)
         super().__init__(**properties)
 
+    def recorded_as(self) -> str | None:
+        """Return its name."""
+        return self.name
+
     @stateless_property
     def klass(self) -> str:
         """Name of its class, as in `qvm-ls`."""
