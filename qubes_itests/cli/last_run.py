@@ -56,7 +56,7 @@ def _export(directory: Path) -> int:
         except ValueError as error:
             raise ConfigurationError(str(path), str(error)) from error
         path.with_name(trace.NAME).write_bytes(exported)
-        print(f"Wrote {path.with_name(trace.NAME)}.")  # noqa: T201
+        print(f"Wrote {path.with_name(trace.NAME)}.")
     return ExitCode.OK
 
 
