@@ -325,6 +325,7 @@ class Dispatcher:
         if inspect.isawaitable(content):
             content = await content
         if found.saves:
+            # before the reply: what a client was told to be done is there after a crash
             await save(self.app)
         return content  # type: ignore[no-any-return]
 

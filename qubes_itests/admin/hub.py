@@ -94,6 +94,7 @@ class EventHub:
 
     def _listen(self, emitter: Emitter, function: Callable[..., Any]) -> None:
         emitter.add_handler("*", function)
+        # by identity, and kept: while it is here nothing else gets its number
         self._listening[id(emitter)] = (emitter, function)
 
     def _on_app_event(self, app: Any, event: str, **values: Any) -> None:
@@ -113,6 +114,8 @@ class EventHub:
         is_vm = subject is not self._app
         name, which = (subject.name, subject.uuid) if is_vm else ("", None)
         data = encode_event(name, event, values)
+        # Encoded once for all, and sent without waiting: what fired the event goes on,
+        # however slow its listeners are.
         for subscriber in tuple(self._subscribers):
             if subscriber.only in {None, which} and subscriber.may_hear(
                 (subject, event, values)

@@ -31,6 +31,9 @@ class EventStream(abc.ABC):
         if self._closed.is_set():
             return
         self.begun = True
+        # Nobody waits for a client, so what it does not read is held here: up to a
+        # bound, then it goes. To leave out events instead would have it believe what is
+        # not so.
         if self._backlog() > LONGEST_BACKLOG:
             log.warning("a client that does not read its events is dropped")
             self._drop()

@@ -55,6 +55,7 @@ class CloneTokens:
         :raise ProtocolError: when the token is unknown, or the volume or its pool gone.
         """
         self.check(token)
+        # at once: two clones at a time must not both have it, nor one that fails again
         source = self._sources.pop(token)
         vm, volume = app.domains.get(source.vm), source.volume
         if vm is None or vm.volumes.get(volume.name) is not volume:

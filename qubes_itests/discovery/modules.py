@@ -28,6 +28,7 @@ class ModuleWatch:
         ]
         for name in changed:
             sys.modules[name] = self._before[name]
+        # before the parents: a stand-in may be what they name
         self._remove_stand_ins()
         for name in changed:
             _bind_to_parent(name)

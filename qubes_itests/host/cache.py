@@ -226,6 +226,9 @@ class Cache:
         try:
             build(temporary)
             record(temporary)
+            # Files, then their directories, then the name: after a power cut a name
+            # must not stand for data that never came to the disk. The last one has the
+            # name itself survive, so that an hour's work is not done twice.
             _flush_tree(temporary)
             temporary.rename(place)
             _flush(place.parent)
@@ -246,6 +249,8 @@ class Cache:
     def _drop(self, place: Path) -> None:
         """Remove an entry, if there is one; who calls has its lock."""
         if place.is_dir():
+            # In one step: to remove it takes a while, and half an entry must not be
+            # found under its name.
             place.rename(self._temporary(place) / "discarded")
         with _using:
             _let_go(place)
@@ -258,6 +263,8 @@ class Cache:
         for entry in content:
             if total <= limit or time.time() - entry.used < _RECENT:
                 return
+            # Neither lock is waited for: who has the key's may wait for ours, and who
+            # has the entry's keeps it for as long as it lives.
             lock = self.root / ".locks" / f"{entry.kind}.{entry.place.name}"
             with (
                 contextlib.suppress(FileNotFoundError),  # another process drops it
@@ -312,7 +319,10 @@ def _use(place: Path) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if place.is_dir() and place.stat().st_ino == inode:
                 break
+            # it was replaced while its lock was waited for: look again
             os.close(descriptor)
+        # Shared, and kept open until the process ends: `_shrink` of others passes by
+        # what it cannot lock.
         if problem := damage(place):
             os.close(descriptor)
             log.warning("%s is damaged and of no use: %s", place, problem)

@@ -92,6 +92,7 @@ class LoopDevice:
         return self._path
 
     def __enter__(self) -> Self:
+        # The device keeps the file open by itself.
         with self.image.open("r+b") as image:
             for _ in range(_ATTEMPTS):
                 if self._attach(image.fileno()):
@@ -99,9 +100,12 @@ class LoopDevice:
         raise NoLoopDevicesError("others took every one that was free")
 
     def __exit__(self, *_exc: object) -> None:
+        # A mount has it open, too; without one the kernel detaches it now.
         os.close(self._fd)
 
     def _attach(self, image: int) -> bool:
+        # The number is no more than a proposal: whoever asks at the same time gets the
+        # same one. It is decided by LOOP_CONFIGURE, which only one of them can do.
         self._path = _node(_free_number())
         try:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)

@@ -45,6 +45,7 @@ class RunDirectory:
                     _remove_tree(path)
             self.path = Path(tempfile.mkdtemp(dir=self._runs, prefix=""))
             self._lock: int | None = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            # it ends with the process, however that ends: then the next run removes it
             fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def remove(self) -> None:
@@ -55,6 +56,8 @@ class RunDirectory:
         if self._lock is None:
             return
         with _all_runs_locked(self._runs):
+            # with all runs locked: without its own lock it looks like that of a dead
+            # run, which a run that begins now would remove, too
             lock, self._lock = self._lock, None
             os.close(lock)
             _remove_tree(self.path)

@@ -112,6 +112,8 @@ def enter_outer_network() -> Callable[[], None]:
     outer = os.environ.pop(_OUTER_NETWORK, None)
     if outer is None:
         return lambda: None
+    # Not /proc/self, which is the main thread: each thread has namespaces, and this one
+    # alone goes out.
     own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     _left.append(own)
     try:
@@ -136,6 +138,7 @@ def _set_network(namespace: int) -> None:
 
 
 def _replace(argv: Sequence[str | Path]) -> NoReturn:
+    # exec drops what is buffered
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()

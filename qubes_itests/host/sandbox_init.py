@@ -74,9 +74,12 @@ def main(mark: str, command: list[str]) -> NoReturn:
     """Run a command in new namespaces and exit with its status."""
     # Who ignores SIGCHLD is not told of any child's end.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # Blocked before the fork: one that comes before `supervise` waits would end this
+    # process by its default, and the command with it, without passing it on.
     waited_for = FORWARDED | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
     modes = terminal_modes()
+    # The next child is its PID 1; this process stays where it is.
     check(libc.unshare(CLONE_NEWPID), "make a PID namespace")
     alive, outer = os.pipe()
     child = os.fork()
@@ -110,6 +113,8 @@ def in_foreground() -> bool:
 
 def die_with_parent(alive: int) -> None:
     """Be killed when the outer process goes, even if it went just now."""
+    # That tells of a death to come. If it has come already, the only other end of the
+    # pipe is closed.
     check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "follow the parent's death")
     if select.select([alive], [], [], 0)[0]:
         os._exit(NO_SANDBOX)
@@ -126,6 +131,8 @@ def run_init(
         outer, command = os.open("/proc/self/ns/net", os.O_RDONLY), command[1:]
     check(libc.unshare(CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC), "make namespaces")
     set_up()
+    # The command is not PID 1 itself: that has to reap orphans, and the kernel spares
+    # it the signals that it has no handler for, Ctrl-C and abort() among them.
     child = os.fork()
     if child == 0:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -158,6 +165,7 @@ def supervise(child: int) -> int:
 def reap(child: int) -> int | None:
     """Reap everything that has ended; return the child's status if it has."""
     ended = None
+    # all of them: signals of one kind that come while one waits are one signal
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)

@@ -60,6 +60,8 @@ class PortalLoop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         super().__init__()
+        # By thread. Without a lock: a thread adds to its own list only, and the loop's
+        # thread takes a list away while the one that filled it waits in `hand_over`.
         self._held: dict[int, list[Callable[[], object]]] = {}
         self._made_elsewhere: set[asyncio.Task[Any]] = set()
         self.failures: list[dict[str, Any]] = []
@@ -72,6 +74,8 @@ class PortalLoop(asyncio.SelectorEventLoop):
 
     def is_running(self) -> bool:
         """Return False in any other thread, whose code can only see it stand still."""
+        # Test code and asyncio's helpers refuse to wait when a loop "is running", and
+        # mean: in this thread.
         return self.in_own_thread() and super().is_running()
 
     def _foreign(self) -> bool:
@@ -87,6 +91,8 @@ class PortalLoop(asyncio.SelectorEventLoop):
             return function()
         if self.thread_id is None:
             raise PortalError(call, _CLOSED)
+        # Not `call_soon`, which would hold it back until this thread waits: it does
+        # that here, in a way the loop knows nothing of.
         outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
         super().call_soon_threadsafe(_settle, outcome, function)
         return outcome.result(_HANDOVER_TIMEOUT)

@@ -50,6 +50,8 @@ class Portal:
     def __init__(self, name: str = "qubes-itests event loop") -> None:
         self.loop = PortalLoop()
         self._ready = threading.Event()
+        # A daemon: a callback that blocks for ever must not keep the process from
+        # ending.
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
     @property
@@ -116,6 +118,9 @@ class Portal:
         self.loop.close()
 
     def _main(self) -> None:
+        # Before the first callback and until after the last: by this each call decides
+        # whether it is in the loop's thread, has to be handed over, or is refused, as
+        # nothing would ever answer it.
         self.loop.thread_id = threading.get_ident()
         asyncio.set_event_loop(self.loop)
         self.loop.call_soon(self._ready.set)
@@ -126,6 +131,8 @@ class Portal:
             asyncio.set_event_loop(None)
 
     def _stop_when_idle(self) -> None:
+        # What other threads hold back comes first, so that its tasks are there to be
+        # cancelled: asyncio complains of those that are destroyed while they wait.
         self.loop.release()
         task = self.loop.create_task(self._cancel_all())
         task.add_done_callback(lambda _: self.loop.stop())
@@ -135,6 +142,9 @@ class Portal:
         for task in tasks:
             task.cancel()
         if tasks:
+            # `wait` and not `gather`: one that ignores its cancellation is given up,
+            # and what the others raise is nobody's any more
             await asyncio.wait(tasks, timeout=_STOP_TIMEOUT)
+        # generators and threads last, for the tasks' clean-ups may use them
         await self.loop.shutdown_asyncgens()
         await self.loop.shutdown_default_executor()

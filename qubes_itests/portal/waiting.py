@@ -41,6 +41,8 @@ def wait_in_thread(
     started: list[asyncio.Future[_T]] = []
     caller = threading.get_ident()
 
+    # In one call in the loop's thread, and in this order: what the caller has scheduled
+    # before runs before what it waits for, as if the loop had run in its own thread.
     def start() -> None:
         loop.release(caller)
         started.append(_start(loop, awaitable, outcome))
@@ -70,6 +72,8 @@ def _start(
 
 
 def _copy(future: asyncio.Future[_T], outcome: concurrent.futures.Future[_T]) -> None:
+    # `set_exception` with the error of asyncio, and no `cancel`: that would raise the
+    # other CancelledError, of concurrent.futures, which callers do not expect.
     if future.cancelled():
         outcome.set_exception(CancelledError())
     elif error := future.exception():
@@ -85,6 +89,7 @@ def _cancel(
 ) -> None:
     # in the loop's thread, so after `start`, wherever the interrupt came
     loop.call_soon_threadsafe(lambda: [future.cancel() for future in started])
+    # Its clean-up is waited for: the caller goes on to take away what that still uses.
     concurrent.futures.wait([outcome], CANCEL_GRACE)
     with contextlib.suppress(concurrent.futures.TimeoutError):
         outcome.exception(0)  # seen: it gives way to what the caller raises

@@ -187,6 +187,7 @@ class Answer:
         process = await _spawn(self._running(name), wanted)
         words = flags.split()
         if "detach" in words:
+            # its streams are given up; the command itself goes on
             process.hang_up()
             return 0
         status = await self._relay(process)
@@ -204,6 +205,8 @@ class Answer:
             await _end(process)
             raise
         finally:
+            # The input may never end, whatever became of the command; what is left of
+            # the outputs is for a program that has gone.
             for task in (feeding, outputs):
                 task.cancel()
             await asyncio.gather(feeding, outputs, return_exceptions=True)
@@ -217,10 +220,14 @@ class Answer:
         except (BrokenPipeError, GuestGoneError):
             pass  # it reads no more
         finally:
+            # also when the program broke off: a command that reads to the end of its
+            # input would wait for ever
             if not process.stdin.is_closing():
                 process.stdin.write_eof()
 
     async def _pass_on(self, reader: asyncio.StreamReader, kind: int) -> None:
+        # One frame at a time: a guest that writes faster than the program reads is held
+        # up by the credit that reading gives it, and nothing piles up here.
         while data := await reader.read(LONGEST):
             await self._send(kind, data)
 
@@ -243,6 +250,8 @@ class Answer:
                 raise UsageError(f"a frame of {length} bytes: {LONGEST} at most")
             return kind, await self._reader.readexactly(length)
         except asyncio.IncompleteReadError:
+            # The end of the stream is not the end of the input, which is an empty
+            # frame: else what a killed program had sent would pass for a whole file.
             raise ConnectionResetError("it did not say how its input ends") from None
 
     async def _send(self, kind: int, data: bytes) -> None:
@@ -284,6 +293,7 @@ async def _end(process: GuestProcess) -> None:
     if isinstance(process, GuestTerminal):
         process.leave()
         return
+    # Its streams first: it may be stuck in a write, which fails then.
     process.hang_up()
     with contextlib.suppress(ProcessLookupError, GuestGoneError):
         process.terminate()

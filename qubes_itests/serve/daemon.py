@@ -79,6 +79,9 @@ def serving(
     _allow_descriptors()
     cache = Cache()
     with contextlib.ExitStack() as stack:
+        # All of this ends in the reverse order: first the sockets, so that nobody
+        # starts a VM while the others shut down; what is mounted goes when nothing uses
+        # it.
         run = stack.enter_context(RunDirectory(cache)).path
         short = stack.enter_context(short_name(run))
         state = stack.enter_context(State(directory or run / "state"))
@@ -156,6 +159,7 @@ async def _shut_down(app: Qubes) -> None:
         ends = [asyncio.ensure_future(_end(vm)) for vm in running]
         await asyncio.wait(ends, timeout=_SHUTDOWN_TIMEOUT)
         for end in ends:
+            # who waited for a VM no longer does; the testbed kills what still runs
             end.cancel()
 
 

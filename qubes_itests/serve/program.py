@@ -317,6 +317,9 @@ class Relay:
         :param target: of the standard output.
         """
         self.socket.sendall(self.request)
+        # Each direction has a thread, as either may block: with one for both a command
+        # that writes much before it reads would wait for us, and we for it. The one
+        # that feeds may wait for input for ever, which must not keep us from ending.
         threading.Thread(target=self.feed, args=(source,), daemon=True).start()
         targets = {STDOUT: target, STDERR: 2}
         for kind, data in self.frames():
@@ -336,6 +339,7 @@ class Relay:
         ) as local:
             assert local.stdin is not None and local.stdout is not None  # noqa: S101, PT018
             status = self.run(local.stdout.fileno(), local.stdin.fileno())
+            # the end of its input; what it does with that is waited for
             local.stdin.close()
         return status
 
@@ -347,6 +351,8 @@ class Relay:
                 self.socket.sendall(frame(STDIN, part))
             while data := os.read(source, LONGEST):
                 self.socket.sendall(frame(STDIN, data))
+            # The end of the input; the connection stays open, as its end means that
+            # this program is gone, and with that the command.
             self.socket.sendall(frame(STDIN))
         except OSError:
             return  # nobody listens any more, or there is no input
@@ -399,6 +405,7 @@ def run_service(
         ]
         for thread in outputs:
             thread.start()
+        # before its status: what it has written is shown first
         for thread in outputs:
             thread.join()
         status = process.wait()

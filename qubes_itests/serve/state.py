@@ -79,6 +79,7 @@ class State:
         self._exit.close()
 
     def _locked(self) -> int:
+        # of the directory itself: no file that is left, and free when its owner dies
         descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,6 +96,7 @@ class State:
         if image.exists():
             _wait_unused(image)
         else:
+            # under another name until it is whole: one that was killed makes it again
             new = image.with_suffix(".new")
             make_filesystem(new, FilesystemType(name), size)
             new.rename(image)

@@ -147,6 +147,8 @@ class _Session:
 
     def resized(self) -> None:
         """Pass the terminal's new size on. From a signal handler."""
+        # The handler interrupts the main thread anywhere, locks in hand; this call
+        # takes none that it could have. What is sent is sent by the loop's thread.
         self._portal.loop.call_soon_threadsafe(self._resize)
 
     def _resize(self) -> None:
@@ -163,6 +165,7 @@ class _Session:
         loop = asyncio.get_running_loop()
         left: asyncio.Future[int] = loop.create_future()
         ended = loop.create_task(_show(guest, terminal))
+        # Not before the shell is there: what is typed meanwhile waits in the terminal.
         loop.add_reader(terminal.input, self._typed, guest, terminal, left)
         try:
             await asyncio.wait({ended, left}, return_when=asyncio.FIRST_COMPLETED)
@@ -171,6 +174,8 @@ class _Session:
             self.said = guest.failure
             return ended.result()
         finally:
+            # Before the descriptor is closed: the loop would watch the next one of its
+            # number.
             loop.remove_reader(terminal.input)
             guest.leave()
             # Nothing of it may be shown when the terminal is no longer raw.
@@ -191,6 +196,7 @@ class _Session:
             data = b""
         keys, leave = self._keys.take(data)
         if left.done():
+            # the reader stays until `run` has its turn
             return
         if leave or not data:
             self.said = "The shell was left." if leave else "The terminal has gone."
