@@ -6,6 +6,7 @@ another type than it should have is left out, as are fields and kinds that are u
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import Counter
@@ -37,8 +38,15 @@ _LARGEST: Final = 2**53
 _LONGEST: Final = 3e8
 
 
+_SHORT: Final = 100
+#: Texts that are short are few and come again: names of VMs most of all.
+_name = functools.lru_cache(maxsize=4096)(functools.partial(safe_text, limit=_SHORT))
+
+
 def _text(value: object) -> str | None:
-    return safe_text(value, limit=1000) if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    return _name(value) if len(value) < _SHORT else safe_text(value, limit=1000)
 
 
 def _lines(value: object) -> str | None:
@@ -68,15 +76,15 @@ def _texts(value: object) -> list[Json]:
 def _numbers(value: object) -> dict[str, Json]:
     """Return the numbers of an object, by their names."""
     pairs = list(value.items()) if isinstance(value, dict) else []
-    numbers = {safe_text(k, limit=100): _number(v) for k, v in pairs[:_MOST_ITEMS]}
-    return {name: number for name, number in numbers.items() if number is not None}
+    numbers = {_text(name): _number(said) for name, said in pairs[:_MOST_ITEMS]}
+    return {n: number for n, number in numbers.items() if n and number is not None}
 
 
 def _facts(value: object) -> dict[str, Json]:
     """Return what an object says, as texts, by their names."""
     pairs = list(value.items()) if isinstance(value, dict) else []
     return {
-        safe_text(name, limit=100): safe_text(str(said), limit=300)
+        safe_text(name): safe_text(str(said), limit=300)
         for name, said in pairs[:_MOST_ITEMS]
     }
 
@@ -87,7 +95,7 @@ def _steps(value: object) -> list[Json]:
     for step in value[:_MOST_ITEMS] if isinstance(value, list) else ():
         match step:
             case [str(name), seconds] if _seconds(seconds) is not None:
-                steps.append([safe_text(name, limit=100), _seconds(seconds)])
+                steps.append([_text(name), _seconds(seconds)])
     return steps
 
 

@@ -10,6 +10,7 @@ const ORDERS = {
   outcome: (one, other) => rank(one) - rank(other) || one.number - other.number,
   name: (one, other) => one.test.localeCompare(other.test),
 };
+const MOST_CAUSES = 30, MOST_OF_A_CAUSE = 6;
 const rank = (test) => (ORDER.indexOf(test.outcome) + ORDER.length + 1) % (ORDER.length + 1);
 
 const tests = run.tests.map((test, number) => ({
@@ -97,6 +98,7 @@ async function open(test, tell = true) {
     console.warn("this time line cannot be unpacked", error);
   }
   if (mine !== opening) return;
+  find("main").className = "of-test";
   view = new TestView(find("main"), prepare(test, timeline));
   find("main").scrollTop = 0;
 }
@@ -110,14 +112,28 @@ function overview() {
   const link = (test) => button(test.test, () => { list.mark(test); open(test); }, { class: "link" });
   const parts = [html("h2", {}, badge(run.outcome), ` ${summary()}`)];
   const bad = tests.filter((test) => BAD.has(test.outcome));
-  if (bad.length) {
-    const rows = bad.slice(0, 50).map((test) => html("li", {}, badge(test.outcome), " ", link(test), html("pre", { class: "cause bad" }, firstLine(test.cause) || "no reason was given", test.where ? html("small", {}, `\n${test.where}`) : "")));
-    parts.push(html("section", {}, html("h3", {}, "What failed"), html("ul", { class: "failures" }, rows)));
-    if (bad.length > 50) parts.push(html("p", { class: "note" }, `and ${bad.length - 50} more: the list of tests, sorted by outcome, has all.`));
-  }
+  if (bad.length) parts.push(html("section", {}, html("h3", {}, "What failed"), failures(bad, link)));
   parts.push(html("section", {}, html("h3", {}, "Where the time went"), times(), html("h4", {}, "The longest tests"), slowest(link)));
   parts.push(html("section", {}, html("h3", {}, "The run"), facts()));
+  find("main").className = "";
   find("main").replaceChildren(...parts);
+}
+
+// Those with the same cause together: twenty tests that fail for one reason are one trouble.
+function failures(bad, link) {
+  const causes = new Map();
+  for (const test of bad) {
+    const cause = firstLine(test.cause) || "no reason was given";
+    if (!causes.has(cause)) causes.set(cause, []);
+    causes.get(cause).push(test);
+  }
+  const rows = [...causes].slice(0, MOST_CAUSES).map(([cause, having]) => {
+    const links = having.slice(0, MOST_OF_A_CAUSE).map((test) => html("li", {}, badge(test.outcome), " ", link(test), html("small", {}, ` ${test.where ?? ""}`)));
+    if (having.length > links.length) links.push(html("li", {}, html("small", {}, `and ${having.length - links.length} more: filter by words of the cause`)));
+    return html("li", {}, html("pre", { class: "cause bad" }, cause), html("ul", {}, links));
+  });
+  if (causes.size > rows.length) rows.push(html("li", { class: "note" }, `and ${causes.size - rows.length} other causes: the list of tests, sorted by outcome, has all`));
+  return html("ul", { class: "failures" }, rows);
 }
 
 function summary() {
