@@ -90,11 +90,13 @@ def _facts(value: object) -> dict[str, Json]:
 
 
 def _steps(value: object) -> list[Json]:
-    """Return pairs of a name and seconds."""
+    """Return pairs of a name and seconds; what is under way has none."""
     steps: list[Json] = []
     for step in value[:_MOST_ITEMS] if isinstance(value, list) else ():
         match step:
-            case [str(name), seconds] if _seconds(seconds) is not None:
+            case [str(name), seconds] if (
+                seconds is None or _seconds(seconds) is not None
+            ):
                 steps.append([_text(name), _seconds(seconds)])
     return steps
 
@@ -103,7 +105,8 @@ def _steps(value: object) -> list[Json]:
 _SPAN: Final[_Fields] = {"duration": _seconds}
 _PLACE: Final[_Fields] = {"where": _text, "source": _text}
 _CALL: Final[_Fields] = {
-    **_SPAN, **_PLACE, "user": _text, "status": _number, "stderr": _lines}
+    **_SPAN, **_PLACE,
+    "user": _text, "status": _number, "stderr": _lines, "error": _text}
 #: Of each kind of record what is shown of it, besides `t`, `kind` and `vm`.
 _KINDS: Final[Mapping[str, _Fields]] = {
     "phase": {**_SPAN, "name": _text},
@@ -128,7 +131,8 @@ _RUN: Final[_Fields] = {
     "outcome": _text, "host": _facts}
 _TEST: Final[_Fields] = {
     "test": _text, "outcome": _text, "duration": _seconds, "phases": _numbers,
-    "cause": _lines, "where": _text, "artifacts": _text, "worker": _text}
+    "cause": _lines, "where": _text, "artifacts": _text, "worker": _text,
+    "attempts": _number, "failed": _number}
 # fmt: on
 #: Which kinds get room first. Of each group the end stays: there the failure is.
 _GROUPS: Final = (

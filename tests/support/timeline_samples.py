@@ -147,6 +147,7 @@ def timeline(test, outcome, vms, chance, calls=24):
     phases["tearDown"] = sample.now - phases["setUp"] - phases["test"]
     sample.memory()
     begun = itertools.accumulate(phases.values(), initial=0.0)
+    sample.add("phase", t=0.0, name="call", duration=round(sample.now, 4))
     for begin, (name, seconds) in zip(begun, phases.items(), strict=False):
         sample.add("phase", t=begin, name=name, duration=round(seconds, 4))
     header = {

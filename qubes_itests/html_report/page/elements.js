@@ -28,9 +28,9 @@ function button(text, act, attributes = {}) {
 
 const MARKS = {
   passed: "✓", failed: "✗", error: "✗", skipped: "–",
-  xfailed: "✓", xpassed: "!", flaky: "≈", interrupted: "✗",
+  xfailed: "✓", xpassed: "!", flaky: "≈", interrupted: "✗", unfinished: "…",
 };
-const BAD = new Set(["failed", "error", "flaky", "xpassed", "interrupted"]);
+const BAD = new Set(["failed", "error", "flaky", "xpassed", "interrupted", "unfinished"]);
 
 function badge(outcome = "unknown") {
   const mark = html("span", { "aria-hidden": "true" }, MARKS[outcome] ?? "?");

@@ -5,12 +5,12 @@ const SPANS = new Set(["start", "run", "service", "storage"]);
 const SAID = new Set(["console", "journal", "log"]);
 
 function end(record, test) {
-  return record.duration === undefined && SPANS.has(record.kind)
+  return record.duration === undefined && (SPANS.has(record.kind) || record.kind === "phase")
     ? test.duration : record.t + (record.duration ?? 0);
 }
 
 function failed(record) {
-  return record.ok === false || record.kind === "failure" || record.decision === "deny" ||
+  return record.ok === false || record.error !== undefined || record.kind === "failure" || record.decision === "deny" ||
     (record.status !== undefined && record.status !== 0);
 }
 
@@ -125,7 +125,7 @@ class Lanes {
     if (!width) return;
     this.drawAxis(width);
     const parts = { back: [], bars: [], arrows: [], front: [] };
-    let y = this.drawPhases(0, parts, width);
+    let y = this.drawPhases(0, parts);
     const places = new Map();
     for (const lane of this.lanes) {
       lane.y = y;
@@ -157,16 +157,22 @@ class Lanes {
     fill(this.axis, { width, height: 24 }, []).replaceChildren(svg("text", { x: 8, y: 13 }, "time"), ...marks);
   }
 
-  drawPhases(y, { back, bars }, width) {
+  // Phases of a phase are below it: those of a TestCase are in the call of pytest.
+  drawPhases(y, { back, bars }) {
     const phases = this.test.records.filter((record) => record.kind === "phase");
     if (!phases.length) return y;
     back.push(svg("text", { class: "name", x: 8, y: y + 16 }, "phases"));
-    for (const record of phases) {
+    const open = [];
+    let rows = 1;
+    phases.forEach((record, number) => {
+      while (open.length && end(open.at(-1), this.test) <= record.t + 1e-6) open.pop();
       const slow = this.test.slow?.[record.name];
       const words = `${label(record)} ${took(record.duration)}${slow ? `, slow: ${slow} × median` : ""}`;
-      bars.push(this.bar(record, y + 2, BAR + 4, words, slow ? "phase slow" : "phase"));
-    }
-    return y + BAR + 4 + GAP;
+      bars.push(this.bar(record, y + 2 + open.length * (BAR + 3), BAR + 2, words, `phase p${number % 3}${slow ? " slow" : ""}`));
+      open.push(record);
+      rows = Math.max(rows, open.length);
+    });
+    return y + rows * (BAR + 3) + GAP;
   }
 
   drawLane(lane, { back, bars }, width, places) {
@@ -253,10 +259,11 @@ class Lanes {
 
   steps(record, y, height) {
     let time = record.t;
-    return (record.steps ?? []).map(([name, seconds], index) => {
+    return (record.steps ?? []).map(([name, known], index) => {
+      const seconds = known ?? Math.max(0, end(record, this.test) - time);
       const x = this.x(time), width = Math.max(0, seconds * this.scale);
       time += seconds;
-      return svg("rect", { class: `step${index % 2 ? " odd" : ""}`, x, y: y + height - 4, width, height: 4 }, svg("title", {}, `${name}: ${took(seconds)}`));
+      return svg("rect", { class: `step${index % 2 ? " odd" : ""}`, x, y: y + height - 4, width, height: 4 }, svg("title", {}, `${name}: ${known === null ? "not done" : took(known)}`));
     });
   }
 

@@ -2,7 +2,7 @@
 
 const find = (id) => document.getElementById(id);
 const run = JSON.parse(find("run").textContent);
-const ORDER = ["failed", "error", "interrupted", "flaky", "xpassed", "passed", "xfailed", "skipped"];
+const ORDER = ["failed", "error", "unfinished", "interrupted", "flaky", "xpassed", "passed", "xfailed", "skipped"];
 const PHASES = ["setUp", "test", "tearDown", "setup", "call", "teardown"];
 const ORDERS = {
   run: (one, other) => one.number - other.number,
@@ -14,7 +14,7 @@ const MOST_CAUSES = 30, MOST_OF_A_CAUSE = 6;
 const rank = (test) => (ORDER.indexOf(test.outcome) + ORDER.length + 1) % (ORDER.length + 1);
 
 const tests = run.tests.map((test, number) => ({
-  ...test, number, test: test.test ?? "",
+  ...test, number, test: test.test ?? "", outcome: test.outcome || "unfinished",
   words: [test.test, test.cause, test.where, test.outcome, ...(test.vms ?? [])].join("\n").toLowerCase(),
 }));
 const longest = Math.max(...tests.map((test) => test.duration ?? 0), 1e-6);

@@ -62,7 +62,7 @@ class TestView {
 
   heading() {
     const { test } = this;
-    const facts = [took(test.duration), test.started ? clock(test.started, true) : "", test.worker ? `worker ${test.worker}` : "", test.where ?? ""];
+    const facts = [took(test.duration), test.started ? clock(test.started, true) : "", test.worker ? `worker ${test.worker}` : "", test.attempts > 1 ? `${test.failed} of ${test.attempts} attempts failed` : "", test.where ?? ""];
     const parts = [html("h2", {}, badge(test.outcome), " ", html("span", { class: "id" }, test.test ?? ""))];
     parts.push(html("p", { class: "facts" }, facts.filter(Boolean).join(" · ")));
     if (test.cause) parts.push(html("pre", { class: BAD.has(test.outcome) ? "cause bad" : "cause", tabindex: 0 }, test.cause));
@@ -218,7 +218,7 @@ class TestView {
     const decision = record.kind === "policy" ? record : record.policy;
     parts.push(html("dl", {},
       row("status", status), row("where", record.where), row("source", record.source && html("code", {}, record.source)), row("user", record.user), row("service", record.service), row("target", record.target),
-      row("state", record.state), row("cause", record.cause),
+      row("error", record.error), row("state", record.state), row("cause", record.cause),
       row("operation", record.operation), row("pool", record.pool), row("volume", record.volume),
       row("change", record.change), row("peer", record.peer), row("name", record.name), row("keywords", record.kwargs),
       row("policy", decision?.decision), row("by rule", decision?.rule),
@@ -240,7 +240,7 @@ class TestView {
     return html("table", { class: "steps" }, steps.map(([name, seconds]) => {
       const bar = html("span", { class: "length" });
       bar.style.width = `${(seconds / most) * 100}%`;
-      return html("tr", {}, html("th", {}, name), html("td", { class: "number" }, took(seconds)), html("td", { class: "wide" }, bar));
+      return html("tr", {}, html("th", {}, name), html("td", { class: "number" }, seconds === null ? "not done" : took(seconds)), html("td", { class: "wide" }, bar));
     }));
   }
 

@@ -79,9 +79,16 @@ def test_a_line_that_is_no_record_does_no_harm(tmp_path, line):
 
 
 def test_steps_are_pairs_of_a_name_and_seconds(tmp_path):
-    steps = [["boot", 1], ["boot"], ["boot", "1"], "boot", ["agent", 0.5]]
+    steps = [
+        ["boot", 1],
+        ["boot"],
+        ["boot", "1"],
+        "boot",
+        ["agent", 0.5],
+        ["root", None],
+    ]
     (found,) = read(tmp_path, record("start", steps=steps))["records"]
-    assert found["steps"] == [["boot", 1], ["agent", 0.5]]
+    assert found["steps"] == [["boot", 1], ["agent", 0.5], ["root", None]]
 
 
 @pytest.mark.parametrize("header", [{}, {"format": "qubes_itests.run"}, []])
