@@ -1,4 +1,4 @@
-"""``run.json``: how each test of a run ended, for reports."""
+"""``run.json``, how each test of a run ended, and ``report.html``, made of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from qubes_itests import __version__
+from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host import memory
 
@@ -40,10 +41,11 @@ class RunRecord:
         self._settings = settings
         self._artifacts = artifacts
         self._results = results
+        self._page = ""
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, exitstatus: int) -> None:
-        """Write the file beside what failed tests have left; else there is none."""
+        """Write the files beside what failed tests have left; else there are none."""
         if not self._artifacts.root.is_dir():
             return
         ended = self._results.ended
@@ -63,6 +65,19 @@ class RunRecord:
             "tests": [self._told(result) for result in ended],
         }
         self._artifacts.write_file(NAME, json.dumps(document, indent=1).encode())
+        from qubes_itests.html_report.page import write_report  # noqa: PLC0415 - here only
+
+        try:
+            self._page = f"report: {write_report(self._artifacts.root)}"
+        except HarnessError as error:  # the run's own failures are to be told
+            self._page = str(error)
+
+    def pytest_terminal_summary(
+        self, terminalreporter: pytest.TerminalReporter
+    ) -> None:
+        """Say where the report is, or why there is none."""
+        if self._page:
+            terminalreporter.write_line(self._page)
 
     def _told(self, result: TestResult) -> dict[str, object]:
         directory = self._artifacts.directory(result.test)

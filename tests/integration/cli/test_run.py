@@ -94,11 +94,21 @@ def _check_last_lines(site, output):
     assert failed["artifacts"] == failure.parent.name
     assert re.fullmatch(r".*/mixed\.py:\d+", failed["where"])
     assert (run["outcome"], run["seed"]) == ("failed", 7)
+    page = site.work / "itests-artifacts" / "report.html"
+    assert f"report: {page}" in output
+    assert "mixed::TC_Bad::test_fails" in page.read_text()
 
 
 def test_what_failed_can_be_shown_and_run_again(site):
     site.install("mixed", PLUGIN)
     site.run(*NO_GUESTS, "mixed::TC_Bad::test_fails", "mixed::TC_Good::test_passes")
+    page = site.work / "itests-artifacts" / "report.html"
+    before = page.read_text()
+    page.unlink()
+    made = site.run("report", "html")
+    assert made.stdout == "Wrote itests-artifacts/report.html.\n"
+    assert page.read_text() == before
+    assert site.run("report", "xml").returncode == 4
     report = site.run("report")
     assert report.returncode == 1
     assert f"{AGAIN} --hypervisor test mixed::TC_Bad::test_fails" in report.stdout
