@@ -64,7 +64,7 @@ def _prepare(command: Command, settings: Settings) -> None:
     from qubes_itests.host.cache import Cache
     from qubes_itests.host.preflight import require_ready
 
-    # first: what follows may take minutes, and mounts images
+    # First: what follows may take minutes, and mounts images.
     require_ready(Cache())
     from qubes_itests.run.preparation import prepare
 
@@ -76,6 +76,7 @@ def _enter_sandbox(command: Command, settings: Settings) -> None:
 
     if not sandbox.active():
         _prepare(command, settings)
-    # -P: what lies in the current directory must not be taken for a module
+    # -P keeps files of the current directory from being taken for modules.  It has to
+    # be handed on: the interpreter begins anew in the sandbox.
     safe = ["-P"] if sys.flags.safe_path else []
     sandbox.reexec([sys.executable, *safe, "-m", "qubes_itests", *command.arguments])

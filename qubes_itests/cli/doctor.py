@@ -50,4 +50,4 @@ def _verdict(failed: Sequence[Check]) -> str:
     if not failed:
         return "\nThis machine can run the tests."
     names = ", ".join(check.name for check in failed)
-    return f"\nTests cannot run here until this is mended: {names}."
+    return f"\nTests cannot run here until this is fixed: {names}."

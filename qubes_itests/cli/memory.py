@@ -32,7 +32,7 @@ def execute(command: Command, _settings: Settings) -> int:
     plotting = words[:1] == ["plot"]
     files = words[1:] if plotting else words
     if len(files) > 1:
-        raise HarnessError(f"One timeline at a time, not {len(files)}.")
+        raise HarnessError(f"Expected one timeline, got {len(files)}.")
     cache = Cache()
     path = Path(files[0]) if files else _newest(cache)
     if path is None:

@@ -58,7 +58,9 @@ def lacks(config: pytest.Config) -> frozenset[str]:
 def _pair(word: str) -> tuple[str, str | int]:
     key, equals, value = word.partition("=")
     if not (key and equals):
-        reason = f"--pool-config takes key=value, not {word!r}; put it behind the files"
+        reason = (
+            f"--pool-config: expected KEY=VALUE, got {word!r}; put it behind the files"
+        )
         raise pytest.UsageError(reason)
     return key, int(value) if _NUMBER.fullmatch(value) else value
 

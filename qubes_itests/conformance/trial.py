@@ -152,7 +152,7 @@ class Trial:
         os.sync()
         usage = self.pool.usage
         if usage is None:
-            raise AssertionError("a pool that does not tell its usage shares nothing")
+            raise AssertionError("expected the usage of the pool, got None")
         return usage
 
     def clean_up(self) -> None:
@@ -174,10 +174,12 @@ class Trial:
         """
         reader, writer = os.pipe()
         with warnings.catch_warnings():
-            # Threads of this process may be waiting; the child uses none of them.
+            # Python warns of forks with threads: the child has none of them, and a lock
+            # that one of them holds stays locked there.  It uses none of theirs.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if not pid:
+            # Never returns: a second pytest must not go on from here.
             self._be_process(action, writer)
         os.close(writer)
         try:
@@ -191,7 +193,7 @@ class Trial:
     @staticmethod
     def _check_outcome(pipe: RawIOBase) -> None:
         if not select.select([pipe], [], [], _DEADLINE)[0]:
-            raise AssertionError(f"the other process took more than {_DEADLINE} s")
+            raise AssertionError(f"the other process did not answer in {_DEADLINE} s")
         outcome = pipe.read(_MESSAGE) or b""
         if outcome != _DONE:
             reason = outcome.decode(errors="replace")
@@ -200,7 +202,8 @@ class Trial:
     def _be_process(
         self, action: Callable[[Pool], Coroutine[Any, Any, Any]], writer: int
     ) -> None:
-        # A lock that an inherited descriptor holds would outlive the parent's.
+        # A flock belongs to the open file, which the child has inherited: locks of the
+        # parent would be held until the child ends.
         os.closerange(_FIRST_FD, writer)
         os.closerange(writer + 1, os.sysconf("SC_OPEN_MAX"))
 
@@ -209,6 +212,7 @@ class Trial:
             await pool.setup()
             await action(pool)
             os.write(writer, _DONE)
+            # Until it is killed, as a process that crashes in the middle of its work.
             signal.pause()
 
         try:
@@ -216,6 +220,7 @@ class Trial:
         except BaseException as error:  # noqa: BLE001 - the parent tells it
             os.write(writer, f"-{error!r}".encode())
         finally:
+            # Without the clean-ups of the parent, which still uses what they remove.
             os._exit(1)
 
 

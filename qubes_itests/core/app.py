@@ -481,6 +481,8 @@ class Qubes(PoolsMixin):
             except Exception as error:  # noqa: BLE001 - others have to be killed, too
                 log.error("VM %s could not be killed: %s", vm.name, str(error))  # noqa: TRY400
                 self.problems.append(f"VM {vm} could not be killed: {error}")
+            # Its storage is stopped after its domain has ended, and the pool may be
+            # removed as soon as this returns.
             with contextlib.suppress(TimeoutError):
                 await vm.wait_ended(vm.shutdown_timeout)
 
@@ -494,6 +496,7 @@ class Qubes(PoolsMixin):
         except Exception as error:  # noqa: BLE001 - an extension's; the caller is told
             self.problems.append(f"an extension did not let the app go: {error!r}")
         self.extensions.close()
+        # The pools before the store: whoever gets the store claims its pools next.
         for pool in self.pools.values():
             pool.unclaim()
         if self.store is not None:

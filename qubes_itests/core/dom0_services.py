@@ -85,7 +85,8 @@ def _full_name(service: str) -> str:
 
 def _found(full_name: str) -> Path | None:
     if not sandbox.active():
-        return None  # the machine's own are none of the tests'
+        # Outside a sandbox the folder is the machine's, whose programs no test may run.
+        return None
     for name in (full_name, full_name.partition("+")[0]):
         path = PLACE / name
         if path.is_socket() or path.is_file():
@@ -133,6 +134,8 @@ async def _serve_by_socket(call: ServiceCall, path: Path, full_name: str) -> int
 
 async def _serve_by_program(call: ServiceCall, path: Path, full_name: str) -> int:
     with contextlib.ExitStack() as ours:
+        # Their ends are closed here as soon as the program has them: while this process
+        # holds one, we would never read the end of the program's output.
         with contextlib.ExitStack() as theirs:
             input_, stdin = _connected_pair(ours, theirs)
             output, stdout = _connected_pair(ours, theirs)
@@ -152,9 +155,14 @@ async def _serve_by_program(call: ServiceCall, path: Path, full_name: str) -> in
         ]
         try:
             status = await process.wait()
+            # Nobody reads the input any more: without this the guest would go on to
+            # send, until its credit is used up, and its program would hang.
             call.stdin.stop()
+            # Children of the program may keep its output open for ever.
             await asyncio.wait(tasks[1:], timeout=_REST)
         finally:
+            # Before the sockets are closed below: the loop must not watch a descriptor
+            # that is closed, whose number another file may get.
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -173,6 +181,8 @@ def _connected_pair(
 
 async def _end(process: asyncio.subprocess.Process) -> None:
     """End what a program has left running, itself included."""
+    # It has a session of its own, so its group is its number; the group lives on with
+    # children that it has left.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     await process.wait()
@@ -186,6 +196,7 @@ async def _pass_input(
         await loop.sock_sendall(service, first)
         while data := await call.stdin.read(_CHUNK):
             await loop.sock_sendall(service, data)
+        # Half of it: the service reads the end of its input, and may still answer.
         service.shutdown(socket.SHUT_WR)
     except (GuestGoneError, OSError):
         call.stdin.stop()
@@ -198,12 +209,14 @@ async def _pass_output(call: ServiceCall, service: socket.socket) -> None:
             await call.stdout.drain()
         call.stdout.write_eof()
     except (ConnectionError, GuestGoneError, RuntimeError):
-        service.shutdown(socket.SHUT_RD)  # nothing reads it any more
+        # The guest reads no more: the service gets EPIPE in place of blocking for ever.
+        service.shutdown(socket.SHUT_RD)
 
 
 async def _received(service: socket.socket) -> bytes:
-    # not by a StreamReader, which drops what has come when it is told of a reset: a
-    # service that ends before it has read all causes one, behind all that it has sent
+    # Not by a StreamReader, which drops what has arrived when the connection is reset.
+    # A service that ends before it has read all its input causes a reset, after the
+    # last byte that it has sent.
     try:
         return await asyncio.get_running_loop().sock_recv(service, _CHUNK)
     except ConnectionResetError:

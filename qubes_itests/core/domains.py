@@ -136,11 +136,14 @@ class VMCollection:
         if vm.uuid not in self._removals:
             self._begin_removal(vm)
             vm.under_way = "removed"
+            # A task, which a second caller can wait for, and which goes on when the
+            # first is cancelled: half a VM would be of no use to anybody.
             self._removals[vm.uuid] = asyncio.ensure_future(self._remove(vm))
         await to_its_end(self._removals[vm.uuid])
 
     async def _remove(self, vm: Any) -> None:
-        # its name is free only when nothing of it is left
+        # The VM goes after its volumes: until then no other can take its name, and find
+        # its files.
         try:
             await vm.remove_from_disk()
             # Before handlers of the event below, one of which may fail: a note that

@@ -113,7 +113,8 @@ class SharedHandlers:
         self._forget()
 
     def _forget(self) -> None:
-        # in place: the objects have these very dictionaries
+        # In place: each object of the app has a reference to one of these dictionaries,
+        # and a new one would leave them with handlers that are gone.
         for resolved in self._resolved.values():
             resolved.clear()
 
@@ -238,7 +239,8 @@ class Emitter:
 
 def _refused(function: Handler, event: str, effect: Any) -> RuntimeError:
     if inspect.iscoroutine(effect):
-        effect.close()  # else Python warns that it was never awaited
+        # Else Python would warn, at some later time, that it was never awaited.
+        effect.close()
     return RuntimeError(
         f"{function!r} is asynchronous, but {event!r} is fired synchronously:"
         " make it a plain function"

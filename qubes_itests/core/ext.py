@@ -66,6 +66,7 @@ class Extension:
 
     def register(self) -> None:
         """Add it to the app that was made last, and to each that is made later."""
+        # Not to all open apps: those before it may belong to another plugin's tests.
         if self not in _registered:
             _registered.append(self)
         if apps := list(_open.values()):
@@ -97,6 +98,7 @@ class Extensions:
         #: For the app and its VMs to share.
         self.handlers = events_.SharedHandlers()
         for cls in own:
+            # Past `__new__`, which has one object for all apps: this one is the app's.
             extension = object.__new__(cls)
             extension.__init__()  # type: ignore[misc]
             self.add(extension)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
+from qubes_itests import timeline
 from qubes_itests.core.exc import (
     QubesPoolInUseError,
     QubesPoolNotFoundError,
     QubesValueError,
 )
 from qubes_itests.core.properties import Property, PropertyHolder
-from qubes_storage import Pool, driver_names, pool_class
+from qubes_storage import Pool, driver_names, operation, pool_class
 from qubes_storage.drivers import driver_parameters
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qubes_itests.core.domains import VMCollection
     from qubes_itests.core.store.file import StoreFile
+    from qubes_storage import Volume
 
 __all__ = ["Pool", "PoolsMixin", "driver_names", "driver_options"]
 
@@ -101,6 +106,7 @@ class PoolsMixin(PropertyHolder):
         pool = _make_pool(driver, options) if isinstance(name, str) else name
         self._check_new_pool(pool)
         await pool.setup()
+        # Checked again below: another call may have added the name during the await.
         try:
             # An app that lasts no longer than a test leaves filesystems to the test.
             if self.store is not None:
@@ -194,6 +200,7 @@ class PoolsMixin(PropertyHolder):
             raise QubesValueError(f"a VM has volume {vid!r} of pool {pool}")
         config = {"vid": vid, "name": vid.rpartition("/")[2]}
         volume = pool.init_volume(None, config)
+        # Until it is gone it counts as no orphan, so that no VM adopts it meanwhile.
         self.volumes_going.add((pool.name, vid))
         try:
             await volume.remove()
@@ -221,3 +228,26 @@ def _make_pool(driver: str, options: dict[str, Any]) -> Pool:
     except TypeError as error:
         raise QubesValueError(f"driver {driver}: {error}") from None
     return made
+
+
+@contextlib.contextmanager
+def _report(volume: Volume, action: str) -> Iterator[None]:
+    """Report an operation on a volume in the timeline."""
+    _, _, vm = volume.vid.rpartition("/")[0].rpartition("/")
+    span = timeline.begin(
+        "storage",
+        vm or None,
+        operation=action,
+        pool=volume.pool.name,
+        volume=volume.vid,
+    )
+    ok = False
+    try:
+        yield
+        ok = True
+    finally:
+        span.end(ok=ok)
+
+
+# The package of the drivers does not know the timeline.
+operation.watch = _report

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests import timeline
 from qubes_itests.core.exc import (
     QubesValueError,
     QubesVMError,
@@ -25,7 +24,7 @@ from qubes_itests.core.volume_content import (
 )
 from qubes_itests.host.exc import CommandError
 from qubes_itests.hypervisor.contract import Disk
-from qubes_storage import Import, Volume, operation
+from qubes_storage import Import, Volume
 from qubes_storage.exc import StoragePoolException, VolumeExistsError
 from qubes_storage.uninterrupted import to_its_end
 
@@ -233,9 +232,11 @@ class Storage:
             try:
                 whole = await self.is_whole()
             except StoragePoolException:
-                whole = True  # as when a disk went away, with all that is on it
+                # As when a disk went away: all may still be on it.
+                whole = True
             if self.vm.app.journal is not None and whole:
-                # the caller learns that the VM stays, and may go on to use it
+                # The caller learns that the VM stays, and may use it: with the note the
+                # next start would remove it after all.
                 await asyncio.to_thread(self.vm.app.journal.discard, self.vm.uuid)
             raise failures[0]
         self.is_made = False
@@ -257,6 +258,7 @@ class Storage:
         :raise QubesVMError: when the VM is being made or removed.
         """
         self.vm.check_whole()
+        # A count and no flag: several volumes may be imported at once.
         self._changes += 1
         try:
             yield
@@ -500,26 +502,3 @@ async def _each(volumes: Iterable[Volume], action: VolumeAction) -> list[Excepti
         except Exception as error:  # noqa: BLE001 - for the caller to raise
             failures.append(error)
     return failures
-
-
-@contextlib.contextmanager
-def _report(volume: Volume, action: str) -> Iterator[None]:
-    """Report an operation on a volume, of whatever caller."""
-    _, _, vm = volume.vid.rpartition("/")[0].rpartition("/")
-    span = timeline.begin(
-        "storage",
-        vm or None,
-        operation=action,
-        pool=volume.pool.name,
-        volume=volume.vid,
-    )
-    ok = False
-    try:
-        yield
-        ok = True
-    finally:
-        span.end(ok=ok)
-
-
-# The package of the drivers knows nobody to report to.
-operation.watch = _report
