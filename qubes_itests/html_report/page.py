@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import statistics
 import zlib
 from collections import defaultdict
 from importlib import resources
@@ -40,7 +39,8 @@ TIMELINE: Final = "timeline.jsonl"
 #: they are a tenth.
 _ROOM, _MOST_ROOM, _LEAST_ROOM = 64 << 20, 1 << 20, 16 << 10
 _MOST_FILES: Final = 100
-#: Slow is what takes so many times as long as the median of the run, and some seconds.
+#: Slow is what takes so many times as long as in three quarters of the tests, and some
+#: seconds.
 _SLOW_TIMES, _SLOW_SECONDS = 3, 1.0
 _SCRIPTS: Final = ("elements.js", "lists.js", "lanes.js", "test.js", "run.js")
 
@@ -133,15 +133,16 @@ def _files(directory: Path, folder: Path) -> Iterator[Json]:
 
 
 def _mark_slow(tests: Sequence[Record]) -> None:
-    """Say of each test which of its phases are slow, and whether it is itself."""
+    """Say of each test what of it is slow, with the usual seconds; "" is all of it."""
     taken: dict[str, list[float]] = defaultdict(list)
     for test in tests:
         for name, seconds in _times(test):
             taken[name].append(seconds)
-    usual = {name: statistics.median(seconds) for name, seconds in taken.items()}
+    # Of three quarters of the tests, since a run may mix short tests with long ones.
+    usual = {name: sorted(times)[3 * len(times) // 4] for name, times in taken.items()}
     for test in tests:
         slow: dict[str, Json] = {
-            name: round(seconds / max(usual[name], 0.001), 1)
+            name: usual[name]
             for name, seconds in _times(test)
             if seconds >= max(_SLOW_SECONDS, _SLOW_TIMES * usual[name])
         }

@@ -11,7 +11,9 @@ import random
 import sys
 from pathlib import Path
 
-NAMES = ("client", "server", "vault", "net", "firewall", "disp1234", "usb", "mirage")
+PREFIX = "test-inst-"
+SHORT = ("client", "server", "vault", "net", "firewall", "disp1234", "usb", "mirage")
+NAMES = tuple(PREFIX + name for name in SHORT)
 STARTED = 1796000000.0
 WHERE = "tests/test_split.py"
 COMMANDS = (
@@ -22,7 +24,7 @@ COMMANDS = (
     "dd if=/dev/zero of=/home/user/file bs=1M count=64",
     "rev < /home/user/words",
 )
-SERVICES = ("qubes.Gpg2", "qubes.Filecopy+any", "qubes.VMShell", "test.Echo+a")
+SERVICES = ("qubes.Gpg2+", "qubes.Filecopy+any", "qubes.VMShell+", "test.Echo+a")
 CONSOLE = (
     "[    0.{:06d}] virtio_blk virtio2: [vdb] 4194304 512-byte logical blocks",
     "[    0.{:06d}] EXT4-fs (vdb): mounted filesystem with ordered data mode",
@@ -185,7 +187,9 @@ def write(directory, tests=30, vms=3, seed=1, calls=24):
         (place / "timeline.jsonl").write_text(text)
         if cause:
             (place / "failure.txt").write_text(cause)
-            (place / "client.console.log").write_text("[    0.000000] Linux version\n")
+            (place / f"{NAMES[0]}.console.log").write_text(
+                "[    0.000000] Linux version\n"
+            )
         duration = lines[0]["duration"]
         rounded = {name: round(seconds, 3) for name, seconds in phases.items()}
         where = f"{WHERE}:{40 + calls}" if cause else ""

@@ -14,11 +14,11 @@ function failed(record) {
     (record.status !== undefined && record.status !== 0);
 }
 
-function label(record) {
+function label(record, short = (vm) => vm) {
   switch (record.kind) {
     case "run": return firstLine(record.command);
-    case "service": return `${record.service ?? ""} → ${record.target ?? ""}`;
-    case "policy": return `policy: ${record.decision ?? ""} ${record.service ?? ""} → ${record.target ?? ""}`;
+    case "service": return `${record.service ?? ""} → ${short(record.target ?? "")}`;
+    case "policy": return `policy: ${record.decision ?? ""} ${record.service ?? ""} → ${short(record.target ?? "")}`;
     case "start": return `start${record.warm === false ? ", cold" : record.warm ? ", warm" : ""}`;
     case "storage": return `${record.operation ?? ""} ${record.volume ?? ""}`;
     case "network": return `network ${record.change ?? ""} ${record.peer ?? ""}`;
@@ -167,7 +167,7 @@ class Lanes {
     phases.forEach((record, number) => {
       while (open.length && end(open.at(-1), this.test) <= record.t + 1e-6) open.pop();
       const slow = this.test.slow?.[record.name];
-      const words = `${label(record)} ${took(record.duration)}${slow ? `, slow: ${slow} × median` : ""}`;
+      const words = `${label(record)} ${took(record.duration)}${slow ? ", slow" : ""}`;
       bars.push(this.bar(record, y + 2 + open.length * (BAR + 3), BAR + 2, words, `phase p${number % 3}${slow ? " slow" : ""}`));
       open.push(record);
       rows = Math.max(rows, open.length);
@@ -178,7 +178,8 @@ class Lanes {
   drawLane(lane, { back, bars }, width, places) {
     const { y, height } = lane, base = y + height - GAP / 2 - LINES;
     const cut = Math.floor((this.gutter - 16) / 7.3);
-    const name = lane.vm.length > cut ? `${lane.vm.slice(0, cut - 1)}…` : lane.vm;
+    const short = this.test.short(lane.vm);
+    const name = short.length > cut ? `${short.slice(0, cut - 1)}…` : short;
     back.push(svg("rect", { class: "ground", x: 0, y, width, height: height - GAP / 2 }));
     back.push(svg("text", { class: "name", x: 8, y: y + 18 }, name, svg("title", {}, lane.vm)));
     if (lane.memory.length) {
@@ -195,7 +196,7 @@ class Lanes {
       const top = y + STRIP + item.row * (BAR + 2);
       const { record, ghost } = item;
       places.set(record, { ...places.get(record), [ghost ? "to" : "from"]: top });
-      const words = ghost ? `${record.service ?? ""} from ${record.vm}` : label(record);
+      const words = ghost ? `${record.service ?? ""} from ${this.test.short(record.vm)}` : label(record, this.test.short);
       bars.push(this.bar(record, top, BAR, words, `${record.kind}${ghost ? " ghost" : ""}`));
     }
     bars.push(this.ticks(lane, y + height - GAP / 2 - LINES + 1));

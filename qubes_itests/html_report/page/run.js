@@ -80,7 +80,7 @@ function toggles() {
       onlySlow = !onlySlow;
       toggle.setAttribute("aria-pressed", onlySlow ? "true" : "false");
       filter();
-    }, { "aria-pressed": "false", title: "only tests of which a phase took over three times its median" });
+    }, { "aria-pressed": "false", title: "only tests of which a phase took over three times as long as in three quarters of the tests" });
     made.push(toggle);
   }
   find("outcomes").append(...made);
@@ -158,7 +158,7 @@ function times() {
 
 function slowest(link) {
   const rows = [...tests].sort(ORDERS.duration).slice(0, 8).map((test) => {
-    const slow = Object.entries(test.slow ?? {}).filter(([name]) => name).map(([name, times]) => `slow ${name}: ${times} × median`);
+    const slow = Object.entries(test.slow ?? {}).filter(([name]) => name).map(([name, usual]) => `slow ${name}: three quarters take at most ${took(usual)}`);
     return html("tr", {}, html("td", { class: "number" }, took(test.duration)), html("td", { class: "wide" }, length(test)), html("td", {}, link(test), slow.length ? html("small", {}, ` ${slow.join(", ")}`) : ""));
   });
   return html("table", { class: "times" }, rows);
@@ -167,7 +167,7 @@ function slowest(link) {
 function facts() {
   const rows = [["began", run.started === undefined ? "" : clock(run.started, true)], ["took", took(run.duration)],
     ["of tests, together", took(tests.reduce((sum, test) => sum + (test.duration ?? 0), 0))],
-    ["command", (run.command ?? []).join(" ")], ["seed", run.seed], ...Object.entries(run.host ?? {})];
+    ["command", (run.command ?? []).join(" ")], ["seed", run.seed], ...Object.entries(run.host ?? {}).map(([name, said]) => [name, name === "memory" && /^\d+$/.test(said) ? `${said} MiB for VMs` : said])];
   return html("dl", {}, rows.filter(([, value]) => value !== undefined && value !== "").map(([name, value]) => html("div", {}, html("dt", {}, name), html("dd", {}, value))));
 }
 

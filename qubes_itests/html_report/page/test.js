@@ -16,6 +16,20 @@ async function unpack(number) {
   return new Response(stream).json();
 }
 
+// An empty argument may be told or not.
+function sameService({ service: one = "" }, { service: other = "" }) {
+  return one.replace(/\+$/, "") === other.replace(/\+$/, "");
+}
+
+// What all names of VMs begin with says nothing about any of them: "test-inst-", usually.
+function commonPrefix(vms) {
+  const names = vms.filter((vm) => vm !== "dom0");
+  if (names.length < 2) return "";
+  let prefix = names[0];
+  for (const name of names) while (!name.startsWith(prefix)) prefix = prefix.slice(0, -1);
+  return prefix.slice(0, prefix.lastIndexOf("-") + 1);
+}
+
 // Number the records, and bring calls together with the decisions about them.
 function prepare(test, timeline) {
   const records = timeline?.records ?? [];
@@ -28,12 +42,13 @@ function prepare(test, timeline) {
   });
   for (const record of records) {
     if (record.kind !== "policy") continue;
-    const call = waiting.find((one) => !one.policy && one.vm === record.vm && one.service === record.service &&
+    const call = waiting.find((one) => !one.policy && one.vm === record.vm && sameService(one, record) &&
       record.t >= one.t - 0.05 && record.t <= end(one, { duration: last }) + 0.05);
     if (call) [call.policy, record.call] = [record, call];
   }
+  const vms = timeline?.vms ?? [], prefix = commonPrefix(vms);
   return {
-    ...test, records, vms: timeline?.vms ?? [], started: timeline?.started, left: timeline?.left_out ?? {},
+    ...test, records, vms, short: (vm = "") => (vm.startsWith(prefix) ? vm.slice(prefix.length) || vm : vm), started: timeline?.started, left: timeline?.left_out ?? {},
     dropped: timeline?.dropped ?? 0, duration: Math.max(test.duration ?? 0, last, 1e-3),
   };
 }
@@ -67,8 +82,8 @@ class TestView {
     parts.push(html("p", { class: "facts" }, facts.filter(Boolean).join(" · ")));
     if (test.cause) parts.push(html("pre", { class: BAD.has(test.outcome) ? "cause bad" : "cause", tabindex: 0 }, test.cause));
     const slow = Object.entries(test.slow ?? {}).filter(([name]) => name);
-    for (const [name, times] of slow) {
-      parts.push(html("p", { class: "slow" }, `Slow: ${name} took ${took(test.phases?.[name])}, ${times} times the median of this run.`));
+    for (const [name, usual] of slow) {
+      parts.push(html("p", { class: "slow" }, `Slow: ${name} took ${took(test.phases?.[name])}; in three quarters of the tests it takes at most ${took(usual)}.`));
     }
     const left = Object.entries(test.left).map(([kind, number]) => `${number} × ${kind}`);
     if (test.dropped) left.push(`${test.dropped} that the recorder dropped`);
@@ -132,7 +147,7 @@ class TestView {
     this.whole_line = html("pre", { class: "whole-line", tabindex: 0, hidden: true });
     this.lines = new List(box, {
       label: "Lines", height: 20, empty: "no lines in this range",
-      row: (record, row) => row.append(when(record), html("span", { class: "vm" }, record.vm ?? ""), html("span", { class: "line" }, record.kind === "log" ? `${record.level ?? ""} ${record.logger ?? ""}: ${record.line ?? ""}` : record.line ?? "")),
+      row: (record, row) => row.append(when(record), html("span", { class: "vm" }, this.test.short(record.vm)), html("span", { class: "line" }, record.kind === "log" ? `${record.level ?? ""} ${record.logger ?? ""}: ${record.line ?? ""}` : record.line ?? "")),
       choose: (record) => { this.whole_line.hidden = false; this.whole_line.textContent = record.line ?? ""; },
     });
     this.said_lines = html("div", { class: "said" }, html("div", { class: "row" }, this.vm, this.grep), box, this.whole_line);
@@ -144,8 +159,8 @@ class TestView {
     row.classList.toggle("bad", failed(record));
     const dot = html("span", { class: `dot ${record.kind} ${record.decision ?? ""}`, "aria-hidden": "true" });
     const status = record.status !== undefined && record.status !== 0 ? `status ${record.status}  ` : "";
-    const text = html("span", { class: "what" }, dot, failed(record) ? "✗ " : "", label(record));
-    row.append(when(record), html("span", { class: "vm" }, record.vm ?? ""), text, html("span", { class: "took" }, status + took(record.duration)));
+    const text = html("span", { class: "what" }, dot, failed(record) ? "✗ " : "", label(record, this.test.short));
+    row.append(when(record), html("span", { class: "vm" }, this.test.short(record.vm)), text, html("span", { class: "took" }, status + took(record.duration)));
     row.title = sentence(record);
   }
 

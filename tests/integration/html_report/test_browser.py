@@ -103,6 +103,21 @@ def test_each_vm_has_a_lane_and_calls_are_arrows_between_them(reader):
     assert reader.all("rect.state.Running")
 
 
+def test_each_call_is_together_with_the_decision_about_it(reader):
+    """So none of them has a line of its own."""
+    reader.open_failed()
+    reader.until(lambda: reader.all("#actions .item"))
+    assert reader.all("#actions .dot.service")
+    assert not reader.all("#actions .dot.policy")
+
+
+def test_a_test_without_a_timeline_says_how_to_get_one(reader, run):
+    test = outcomes(run, "skipped")[0]["test"]
+    reader.open(f"#{test}")
+    reader.until(lambda: reader.text("main h2 .id") == test)
+    assert "--trace=on" in reader.text("main .note")
+
+
 def test_a_click_on_an_arrow_shows_the_call_and_its_rule(reader):
     reader.open_failed()
     reader.until(lambda: reader.all(".arrow.allow"))
@@ -168,7 +183,7 @@ def test_the_whole_page_is_used_by_keys(reader):
             break
         reader.press(Keys.TAB)
     reader.press(Keys.HOME)
-    reader.until(lambda: "start in client" in reader.text(".details"))
+    reader.until(lambda: "start in test-inst-client" in reader.text(".details"))
     reader.press(Keys.ENTER)
     reader.until(lambda: reader.text(".row.bar").startswith("Selected: "))
     reader.press("?")
@@ -247,7 +262,7 @@ def test_hostile_text_does_nothing(reader, tmp_path):
     timeline_samples.write(tmp_path, tests=1, seed=3)
     for path in (tmp_path / "run.json", *tmp_path.glob("*/timeline.jsonl")):
         text = path.read_text()
-        for name in ("client", "qubes.Gpg2", "systemd", "test_split"):
+        for name in ("inst-client", "qubes.Gpg2", "systemd", "test_split"):
             text = text.replace(name, evil.replace('"', "'"))
         path.write_text(text)
     reader.path = write_report(tmp_path)
