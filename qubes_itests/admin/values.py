@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,7 +17,6 @@ __all__ = [
     "escape",
     "parse_bool",
     "parse_value",
-    "property_kind",
     "write_default",
     "write_value",
 ]
@@ -27,33 +25,10 @@ _INTEGER: Final = re.compile(r"-?(?:0|[1-9][0-9]{0,18})")
 _PRINTABLE: Final = re.compile(r"[ -~]*")
 _VM_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
-#: How the type in a property's declaration is called in the Admin API, by what the
-#: declaration has in it.
-_KINDS: Final = (("VM", "vm"), ("Label", "label"), ("bool", "bool"), ("int", "int"))
-
-
-@functools.cache
-def _declared(prop: Property[Any]) -> str:
-    """Return the type that a property was declared with, as text."""
-    generic = getattr(prop, "__orig_class__", None)
-    if generic is None:
-        return getattr(prop.type, "__name__", "str")
-    declared = generic.__args__[0]
-    return str(getattr(declared, "__forward_arg__", None) or declared)
-
-
-@functools.cache
-def property_kind(prop: Property[Any]) -> str:
-    """Return the Admin API's name of a property's type: str, int, bool, vm or label."""
-    if prop.type_name != "str":
-        return prop.type_name
-    declared = _declared(prop)
-    return next((kind for word, kind in _KINDS if word in declared), "str")
-
 
 def _write(prop: Property[Any], value: Any) -> str:
     text = "" if value is None else str(value)
-    return f"type={property_kind(prop)} {text}"
+    return f"type={prop.type_name} {text}"
 
 
 def write_value(holder: PropertyHolder, prop: Property[Any]) -> str:
@@ -89,7 +64,7 @@ def parse_value(holder: PropertyHolder, prop: Property[Any], data: bytes) -> Any
     except UnicodeDecodeError:
         raise ProtocolError("the value of a property is plain ASCII") from None
     try:
-        return _PARSERS[property_kind(prop)](prop, text)
+        return _PARSERS[prop.type_name](prop, text)
     except ValueError as error:
         raise prop.refusal(holder, text, str(error)) from None
 
@@ -122,7 +97,7 @@ def _parse_label(_prop: Property[Any], text: str) -> str:
 def _parse_str(prop: Property[Any], text: str) -> str | None:
     if not _PRINTABLE.fullmatch(text):
         raise ValueError("it takes no control characters")
-    return None if not text and "None" in _declared(prop) else text
+    return None if not text and prop.allow_none else text
 
 
 _PARSERS: Final[dict[str, Callable[[Property[Any], str], Any]]] = {

@@ -105,13 +105,17 @@ class VMWorld(World):
     async def hang(self, name: str) -> None:
         """Unload its balloon driver."""
         self._note(f"{name} hangs")
-        await self.vms[name].ask(_UNBIND, "unload its balloon driver", timeout=_TIMEOUT)
+        await self.vms[name].commands.ask(
+            _UNBIND, "unload its balloon driver", timeout=_TIMEOUT
+        )
         self._hung.add(name)
 
     async def respond(self, name: str) -> None:
         """Load its balloon driver again."""
         self._note(f"{name} responds")
-        await self.vms[name].ask(_BIND, "load its balloon driver", timeout=_TIMEOUT)
+        await self.vms[name].commands.ask(
+            _BIND, "load its balloon driver", timeout=_TIMEOUT
+        )
         self._hung.discard(name)
 
     async def pause(self, name: str) -> None:

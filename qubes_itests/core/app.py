@@ -33,13 +33,19 @@ from qubes_itests.core.vm.appvm import AppVM
 from qubes_itests.core.vm.autostart import start_autostart
 from qubes_itests.core.vm.base import BaseVM
 from qubes_itests.core.vm.cloning import clone_vm
+from qubes_itests.core.vm.dependent import Dependents
 from qubes_itests.core.vm.dispvm import DispVM
 from qubes_itests.core.vm.features_request import CoreFeatures, request_features
 from qubes_itests.core.vm.making import making
 from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.core.vm.remotevm import RemoteVM
 from qubes_itests.core.vm.rules import Rules
-from qubes_itests.core.vm.settings import check_for_dispvms, kernel_name, positive
+from qubes_itests.core.vm.settings import (
+    check_for_dispvms,
+    check_provides_network,
+    kernel_name,
+    positive,
+)
 from qubes_itests.core.vm.standalonevm import StandaloneVM
 from qubes_itests.core.vm.templatevm import TemplateVM
 
@@ -75,18 +81,13 @@ _DEFAULTS: Mapping[str, str] = {
 }
 
 
-def _check_network(_app: object, vm: Any) -> None:
-    if not getattr(vm, "provides_network", False):
-        raise ValueError(f"{vm} needs provides_network set")
-
-
 def _vm_property(
     name: str,
     doc: str,
-    check: Callable[[object, Any], None] | None = None,
+    check: Callable[[object, BaseVM], None] | None = None,
     default: str | None = None,
-) -> VMProperty[BaseVM | None]:
-    return VMProperty["BaseVM | None"](
+) -> VMProperty[Any]:
+    return VMProperty(
         name,
         check=check,
         load_stage=3,
@@ -116,58 +117,65 @@ class Qubes(PoolsMixin):
     #: The labels, by index.
     labels: Mapping[int, Label] = LABELS
 
-    default_template = VMProperty["TemplateVM | None"](
+    default_template: VMProperty[TemplateVM | None] = VMProperty(
         "default_template",
-        klass="TemplateVM",
+        klass=TemplateVM,
         load_stage=3,
         default=None,
         doc="The template of AppVMs that name none.",
     )
-    default_dispvm = _vm_property(
+    default_dispvm: VMProperty[AppVM | None] = _vm_property(
         "default_dispvm",
         "The template for disposable VMs of VMs that set none.",
         check=check_for_dispvms,
     )
-    default_netvm = _vm_property(
-        "default_netvm", "The net VM of VMs that set none.", check=_check_network
+    default_netvm: VMProperty[QubesVM | None] = _vm_property(
+        "default_netvm",
+        "The net VM of VMs that set none.",
+        check=check_provides_network,
     )
-    default_fw_netvm = _vm_property(
-        "default_fw_netvm", "The net VM of net VMs that set none.", check=_check_network
+    default_fw_netvm: VMProperty[QubesVM | None] = _vm_property(
+        "default_fw_netvm",
+        "The net VM of net VMs that set none.",
+        check=check_provides_network,
     )
-    default_guivm = _vm_property(
+    default_guivm: VMProperty[BaseVM | None] = _vm_property(
         "default_guivm",
         "The VM that shows the windows of VMs that set none.",
         default="dom0",
     )
-    default_audiovm = _vm_property(
+    default_audiovm: VMProperty[BaseVM | None] = _vm_property(
         "default_audiovm",
         "The VM that plays the sounds of VMs that set none.",
         default="dom0",
     )
-    management_dispvm = _vm_property(
+    management_dispvm: VMProperty[AppVM | None] = _vm_property(
         "management_dispvm",
         "The template of disposable VMs that manage others.",
         check=check_for_dispvms,
     )
-    clockvm = _vm_property("clockvm", "The VM that has the time; not used here.")
-    updatevm = _vm_property(
+    clockvm: VMProperty[BaseVM | None] = _vm_property(
+        "clockvm", "The VM that has the time; not used here."
+    )
+    updatevm: VMProperty[BaseVM | None] = _vm_property(
         "updatevm", "The VM that fetches updates for templates; not used here."
     )
-    check_updates_vm = Property[bool](
+    check_updates_vm: Property[bool] = Property(
         "check_updates_vm",
         type=bool,
         load_stage=3,
         default=True,
         doc="Whether VMs look for updates; not used here.",
     )
-    default_kernel = Property["str | None"](
+    default_kernel: Property[str | None] = Property(
         "default_kernel",
+        allow_none=True,
         setter=kernel_name,
         load_stage=3,
         default=lambda app: next(iter(app.kernels), None),
         doc="Name of the kernel of VMs that set none.",
     )
-    default_qrexec_timeout = Property[int](
+    default_qrexec_timeout: Property[int] = Property(
         "default_qrexec_timeout",
         type=int,
         setter=positive,
@@ -175,7 +183,7 @@ class Qubes(PoolsMixin):
         default=config.defaults["qrexec_timeout"],
         doc="The qrexec_timeout of VMs that set none, seconds.",
     )
-    default_shutdown_timeout = Property[int](
+    default_shutdown_timeout: Property[int] = Property(
         "default_shutdown_timeout",
         type=int,
         setter=positive,
@@ -224,7 +232,7 @@ class Qubes(PoolsMixin):
         self.problems: list[str] = []
         #: What answers to the events of the app and its VMs, and to those of no other.
         self.extensions = Extensions(
-            Qubes, BaseVM, (BlockDeviceExtension, CoreFeatures, Rules)
+            Qubes, BaseVM, (BlockDeviceExtension, CoreFeatures, Dependents, Rules)
         )
         self.share_handlers(self.extensions.handlers)
         self.domains = VMCollection(self)
@@ -236,6 +244,11 @@ class Qubes(PoolsMixin):
         if load and self.store is not None:
             self.load(lock=lock)
         self.events_enabled = True
+
+    @property
+    def app(self) -> Self:  # type: ignore[override]
+        """The app itself: what has properties says whose it is."""
+        return self
 
     def __str__(self) -> str:
         return "the app"
@@ -289,7 +302,7 @@ class Qubes(PoolsMixin):
 
     @handler("property-pre-set:default_netvm")
     def on_default_netvm_pre_set(
-        self, _event: str, newvalue: BaseVM | None, **_kwargs: Any
+        self, _event: str, newvalue: QubesVM | None, **_kwargs: Any
     ) -> None:
         """Refuse one that does not run, if VMs that run would have it."""
         for vm in self._by_default_netvm():
@@ -310,18 +323,16 @@ class Qubes(PoolsMixin):
     def on_default_set(self, _event: str, name: str, **_kwargs: Any) -> None:
         """Tell the VMs whose property this changes; they tell those based on them."""
         of_vms = _DEFAULTS[name]
-        for vm in self.domains:
-            based = of_vms != name and hasattr(vm, "template")
-            if isinstance(vm, QubesVM) and not based and vm.property_is_default(of_vms):
+        for vm in self.domains.startable():
+            based = of_vms != name and vm.template_or_none is not None
+            if not based and vm.property_is_default(of_vms):
                 vm.fire_event(f"property-reset:{of_vms}", name=of_vms)
 
     def _by_default_netvm(self) -> list[QubesVM]:
         return [
             vm
-            for vm in self.domains
-            if isinstance(vm, QubesVM)
-            and not vm.provides_network
-            and vm.property_is_default("netvm")
+            for vm in self.domains.startable()
+            if not vm.provides_network and vm.property_is_default("netvm")
         ]
 
     @staticmethod
@@ -470,9 +481,7 @@ class Qubes(PoolsMixin):
 
         One that cannot be killed is noted in `problems`; the others are killed still.
         """
-        for vm in self.domains:
-            if not isinstance(vm, QubesVM):
-                continue
+        for vm in self.domains.startable():
             try:
                 if vm.is_starting() or not vm.is_halted():
                     await vm.kill()

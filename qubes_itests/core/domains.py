@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import uuid
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.core import config
 from qubes_itests.core.exc import (
@@ -15,7 +15,10 @@ from qubes_itests.core.exc import (
     QubesVMNotFoundError,
     QubesVMNotHaltedError,
 )
+from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.core.vm.base import BaseVM
+from qubes_itests.core.vm.dispvm import DispVM
+from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
@@ -74,7 +77,7 @@ class VMCollection:
                 f"there is a VM with UUID {vm.uuid} already"
             )
 
-    def _find(self, key: Any) -> BaseVM | None:
+    def _find(self, key: object) -> BaseVM | None:
         if isinstance(key, BaseVM):
             found = self._by_uuid.get(key.uuid)
             return found if found is key else None
@@ -82,31 +85,33 @@ class VMCollection:
             return self._by_name.get(key)
         if isinstance(key, int):
             return self._by_qid.get(key)
-        return self._by_uuid.get(key) if isinstance(key, uuid.UUID) else None
+        if isinstance(key, uuid.UUID):
+            return self._by_uuid.get(key)
+        # what stands for a VM, for synchronous code, is equal to it and has its name
+        found = self._by_name.get(str(key))
+        return found if found == key else None
 
-    def __getitem__(self, key: Any) -> Any:
-        # a wrapper of a VM stands for the VM
-        key = getattr(key, "_vm", key)
+    def __getitem__(self, key: object) -> BaseVM:
         found = self._find(key)
         if found is None:
             raise QubesVMNotFoundError(key)
         return found
 
     def __contains__(self, key: object) -> bool:
-        return self._find(getattr(key, "_vm", key)) is not None
+        return self._find(key) is not None
 
-    def get(self, key: Any, default: Any = None) -> Any:
+    def get(self, key: object, default: BaseVM | None = None) -> BaseVM | None:
         """Return the VM, or `default` when there is none."""
-        found = self._find(getattr(key, "_vm", key))
+        found = self._find(key)
         return default if found is None else found
 
-    def __delitem__(self, key: Any) -> None:
+    def __delitem__(self, key: object) -> None:
         vm = self[key]
         self._begin_removal(vm)
         self.withdraw(vm)
 
-    def _begin_removal(self, vm: Any) -> None:
-        if vm.klass == "AdminVM":
+    def _begin_removal(self, vm: BaseVM) -> None:
+        if isinstance(vm, AdminVM):
             raise QubesException("dom0 cannot be removed")
         vm.check_whole()
         if not vm.is_halted() or vm.is_starting():
@@ -122,7 +127,7 @@ class VMCollection:
         self._next_qid = min(self._next_qid, vm.qid)
         self._app.fire_event("domain-delete", vm=vm)
 
-    async def remove(self, key: Any) -> None:
+    async def remove(self, key: object) -> None:
         """Remove the volumes of a VM, and then the VM; once begun it is finished.
 
         If a volume cannot be removed the VM stays.  A second call meanwhile waits for
@@ -141,7 +146,7 @@ class VMCollection:
             self._removals[vm.uuid] = asyncio.ensure_future(self._remove(vm))
         await to_its_end(self._removals[vm.uuid])
 
-    async def _remove(self, vm: Any) -> None:
+    async def _remove(self, vm: BaseVM) -> None:
         # The VM goes after its volumes: until then no other can take its name, and find
         # its files.
         try:
@@ -155,21 +160,29 @@ class VMCollection:
             vm.under_way = ""
             del self._removals[vm.uuid]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[BaseVM]:
         return iter(list(self._by_uuid.values()))
 
     def __len__(self) -> int:
         return len(self._by_uuid)
 
+    def startable(self) -> list[QubesVM]:
+        """Return the VMs that can be started: neither dom0 nor those of elsewhere."""
+        return [vm for vm in self._by_uuid.values() if isinstance(vm, QubesVM)]
+
+    def disposables(self) -> list[DispVM]:
+        """Return the disposable VMs."""
+        return [vm for vm in self._by_uuid.values() if isinstance(vm, DispVM)]
+
     def keys(self) -> list[str]:
         """Return the names."""
         return [vm.name for vm in self]
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[BaseVM]:
         """Return the VMs."""
         return list(self)
 
-    def items(self) -> list[tuple[str, Any]]:
+    def items(self) -> list[tuple[str, BaseVM]]:
         """Return names and VMs."""
         return [(vm.name, vm) for vm in self]
 
@@ -186,7 +199,8 @@ class VMCollection:
 
         :raise LookupError: when too many are taken.
         """
-        taken = {getattr(vm, "dispid", None) for vm in self} | set(self._last_dispids)
+        taken = {vm.disposable_number for vm in self.startable()}
+        taken |= set(self._last_dispids)
         free = [
             number
             for number in range(1, config.max_dispid)

@@ -47,6 +47,7 @@ def _app_pool(app: PoolsMixin, prop: Property[Any], value: Any) -> Pool | None:
 def _default_pool(kind: str) -> Property[Pool | None]:
     return Property["Pool | None"](
         f"default_pool_{kind}",
+        allow_none=True,
         setter=_app_pool,
         load_stage=3,
         default=lambda app: app.default_pool,
@@ -65,8 +66,9 @@ class PoolsMixin(PropertyHolder):
     #: Pool and id of volumes that no VM has and that are being removed.
     volumes_going: set[tuple[str, str]]
 
-    default_pool = Property["Pool | None"](
+    default_pool: Property[Pool | None] = Property(
         "default_pool",
+        allow_none=True,
         setter=_app_pool,
         load_stage=3,
         default=lambda app: next(iter(app.pools.values()), None),
@@ -132,7 +134,7 @@ class PoolsMixin(PropertyHolder):
         users = [
             f"VM {vm}"
             for vm in self.domains
-            if any(v.pool is pool for v in getattr(vm, "volumes", {}).values())
+            if any(v.pool is pool for v in vm.volumes.values())
         ]
         users += [
             f"the app ({prop.name})"
@@ -163,7 +165,7 @@ class PoolsMixin(PropertyHolder):
             (volume.pool.name, volume.vid)
             for vm in self.domains
             if vm is not besides
-            for volume in getattr(vm, "volumes", {}).values()
+            for volume in vm.volumes.values()
         }
 
     async def find_orphans(self, pool: Pool, *, besides: object = None) -> list[str]:

@@ -20,6 +20,8 @@ from qubes_itests.core.store.document import check_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from qubes_itests.core.app import Qubes
+
 __all__ = [
     "Property",
     "PropertyHolder",
@@ -96,11 +98,12 @@ class Property(Generic[T]):
     """One setting of an object: a descriptor that checks, stores and announces it.
 
     :param name: as the attribute.
-    :param type: what its values are.  `bool` and `int` are read from text as Qubes
-        does; any other is called on a new value, and its ValueError becomes the
-        refusal's reason.
+    :param type: what its values are, as `type_name` tells; by default text, or what
+        `setter` returns.  `bool` and `int` are read from text as Qubes does; any other
+        is called on a new value, and its ValueError becomes the refusal's reason.
     :param default: a value, or a function of the object that gives one; without it,
         reading an unset property is an AttributeError.
+    :param allow_none: whether it takes None, which may be written as empty text.
     :param setter: called as ``setter(object, property, value)`` before `type`; returns
         the value to store, or raises ValueError.  `forbidden` refuses all.
     :param save_via: called as ``save_via(object, property, value)``; returns the text
@@ -124,6 +127,7 @@ class Property(Generic[T]):
         *,
         type: Callable[[Any], T] | None = None,  # noqa: A002 - its name in Qubes OS
         default: T | Callable[[Any], T] | _Mark = NO_DEFAULT,
+        allow_none: bool = False,
         setter: Callable[[Any, Property[T], Any], Any] | None = None,
         save_via: Callable[[Any, Property[T], T], str] | None = None,
         clone: bool = True,
@@ -135,6 +139,7 @@ class Property(Generic[T]):
         self.name = self.__name__ = name
         self.type = type
         self.default = default
+        self.allow_none = allow_none
         self.setter = setter
         self.save_via = save_via
         self.clone = clone
@@ -193,6 +198,10 @@ class Property(Generic[T]):
             return self.default(instance)
         return self.default
 
+    def get_set(self, instance: PropertyHolder) -> T | None:
+        """Return what it is set to; None if it is not set, whatever its default."""
+        return instance._values.get(self.name)  # noqa: SLF001
+
     def __set__(self, instance: PropertyHolder, value: Any) -> None:
         if value is self.DEFAULT:
             self.__delete__(instance)
@@ -218,8 +227,8 @@ class Property(Generic[T]):
         try:
             if self.setter is not None:
                 new = self.setter(instance, self, value)
-                if new is None:
-                    return None
+            if new is None and (self.setter is not None or self.allow_none):
+                return None
             if self.type is not None and new.__class__ is not self.type:
                 convert: Callable[[Any], T] = _CONVERSIONS.get(self.type, self.type)
                 new = convert(new)
@@ -279,7 +288,7 @@ class VMProperty(Property[T]):
     """A property whose value is a VM of the app, or None: set to it or to its name.
 
     :param name: as the attribute.
-    :param klass: name of the only class of VMs that it takes; None for all.
+    :param klass: the only class of VMs that it takes; None for all.
     :param allow_none: whether it takes None, which may be written as empty text.
     :param check: called as ``check(object, vm)``; raises ValueError for a VM that it
         does not take.
@@ -290,15 +299,14 @@ class VMProperty(Property[T]):
         self,
         name: str,
         *,
-        klass: str | None = None,
+        klass: type[Any] | None = None,
         allow_none: bool = True,
         check: Callable[[Any, Any], None] | None = None,
         **options: Any,
     ) -> None:
         options.setdefault("load_stage", 4)
-        super().__init__(name, setter=self._vm, **options)
+        super().__init__(name, setter=self._vm, allow_none=allow_none, **options)
         self.klass = klass
-        self.allow_none = allow_none
         self.check = check
 
     @property
@@ -306,32 +314,53 @@ class VMProperty(Property[T]):
         """What the Admin API calls its type: vm."""
         return "vm"
 
-    def _vm(self, holder: Any, _prop: object, value: Any) -> Any:
+    def _vm(self, holder: PropertyHolder, _prop: object, value: object) -> Any:
         if value is None or value == "":
             if not self.allow_none:
                 raise ValueError("it takes a VM")
             return None
         try:
-            found = getattr(holder, "app", holder).domains[value]
+            found = holder.app.domains[value]
         except KeyError as error:
             # as a refusal, as of any other value that the property does not take
             raise ValueError(str(error)) from None
-        if self.klass is not None and found.klass != self.klass:
-            raise ValueError(f"{found} is no {self.klass}")
+        if self.klass is not None and not isinstance(found, self.klass):
+            raise ValueError(f"{found} is no {self.klass.__name__}")
         found.check_whole()
         if self.check is not None:
             self.check(holder, found)
         return found
 
 
-def stateless_property(function: Callable[[Any], T]) -> Property[T]:
+@overload
+def stateless_property(function: Callable[[Any], T]) -> Property[T]: ...
+@overload
+def stateless_property(
+    function: None = None,
+    *,
+    type: type[Any],
+) -> Callable[[Callable[[Any], T]], Property[T]]: ...
+def stateless_property(
+    function: Callable[[Any], T] | None = None,
+    *,
+    type: Callable[[Any], Any] | None = None,  # noqa: A002
+) -> Property[T] | Callable[[Callable[[Any], T]], Property[T]]:
     """Make a property that is computed anew each time: read, and neither set nor saved.
 
     :param function: gives the value; its name and docstring are the property's.
+    :param type: `int` or `bool`, for values of these; by default they count as text.
     """
+    if function is None:
+        return lambda function: _computed(function, type)
+    return _computed(function, type)
+
+
+def _computed(
+    function: Callable[[Any], T], kind: Callable[[Any], Any] | None
+) -> Property[T]:
     return Property(
         function.__name__,
-        type=_return_type(function),
+        type=kind,
         default=function,
         setter=Property.forbidden,
         save_via=Property.dontsave,
@@ -340,18 +369,14 @@ def stateless_property(function: Callable[[Any], T]) -> Property[T]:
     )
 
 
-def _return_type(function: Callable[[Any], T]) -> Any:
-    """Return int or bool where the annotation says so, which may be a string."""
-    said = function.__annotations__.get("return")
-    name = said.__name__ if isinstance(said, type) else str(said).partition(" ")[0]
-    return {"int": int, "bool": bool}.get(name)
-
-
 class PropertyHolder(Emitter):
     """An object with properties.
 
     :param properties: their first values, by name.
     """
+
+    #: The app that it is, or belongs to.
+    app: Qubes
 
     def __init__(self, **properties: Any) -> None:
         super().__init__()

@@ -327,7 +327,7 @@ class Storage:
         timeout = self.vm.qrexec_timeout
         await self.vm.running_agent().wait_for_disk(disk, str(size), timeout=timeout)
         if volume.name in WITH_FILESYSTEM:
-            await self.vm.ask_service(
+            await self.vm.commands.ask_service(
                 _RESIZE_SERVICE,
                 f"enlarge the filesystem of its volume {volume.name}",
                 timeout=timeout,
@@ -434,9 +434,10 @@ class Storage:
             )
         found = self.volumes[volume]
         if (value == _NO_SNAPSHOTS) != (found.revisions_to_keep == _NO_SNAPSHOTS):
-            for vm in self.vm.app.domains:
-                is_made_from_it = vm.klass == "DispVM" and vm.template is self.vm
-                if (vm is self.vm or is_made_from_it) and not vm.is_halted():
+            disposables = self.vm.app.domains.disposables()
+            made_from_it = [vm for vm in disposables if vm.template_or_none is self.vm]
+            for vm in (self.vm, *made_from_it):
+                if not vm.is_halted():
                     raise QubesVMNotHaltedError(vm)
         found.revisions_to_keep = value
 

@@ -240,8 +240,8 @@ class FailureWatch:
                 stack.enter_context(self.deadline.suspended())
             if progress:
                 stack.enter_context(progress.silent())
-            for vm in [vm for app in testbed.apps for vm in app.domains]:
-                if vm.klass == "AdminVM" or not vm.is_running():
+            for vm in [vm for app in testbed.apps for vm in app.domains.startable()]:
+                if not vm.is_running():
                     continue
                 print(  # noqa: T201
                     f"\n{item.nodeid} failed. A root shell in {vm.name};"

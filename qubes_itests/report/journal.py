@@ -35,7 +35,9 @@ def read_journal(portal: Portal, vm: Any) -> bytes | None:
         return None
     if vm.features.check_with_template("init", "agent") != "systemd":
         return None
-    asked = vm.ask(_COMMAND, "show its journal", timeout=_TIMEOUT, limit=_LIMIT)
+    asked = vm.commands.ask(
+        _COMMAND, "show its journal", timeout=_TIMEOUT, limit=_LIMIT
+    )
     with contextlib.suppress(
         HarnessError, QubesException, OSError, subprocess.CalledProcessError
     ):

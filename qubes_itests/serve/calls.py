@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from qubes_itests.admin.dispatch import EXPECTED_ERRORS
 from qubes_itests.core.exc import QubesVMNotRunningError
+from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.exc import UsageError
 from qubes_itests.guest.exc import GuestGoneError
 from qubes_itests.guest.link.frames import GONE, REFUSED
@@ -168,12 +169,11 @@ class Answer:
 
     def _running(self, name: str) -> GuestAgent:
         vm = self._app.domains.get(_key(name))
-        if not hasattr(vm, "running_agent"):
+        if not isinstance(vm, QubesVM):
             raise UsageError(f"there is no VM {name!r} that runs commands")
         if not vm.is_running():
             raise QubesVMNotRunningError(vm)
-        agent: GuestAgent = vm.running_agent()
-        return agent
+        return vm.running_agent()
 
     async def _terminal(self, name: str, size: str, kind: str) -> int:
         columns, rows = _size(size)

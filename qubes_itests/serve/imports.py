@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from qubes_itests.admin.dispatch import EXPECTED_ERRORS, error_name, save
 from qubes_itests.admin.protocol import encode_exception, encode_reply
 from qubes_itests.core.exc import ProtocolError, QubesVMNotFoundError
+from qubes_itests.core.vm.qubesvm import QubesVM
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -63,13 +64,12 @@ def _target(app: Qubes, name: str, volume: str, method: str) -> tuple[Storage, V
     vm = app.domains.get(name)
     if vm is None:
         raise QubesVMNotFoundError(name)
-    volumes = getattr(vm, "volumes", {})
-    if method not in METHODS or volume not in volumes:
+    if not isinstance(vm, QubesVM) or method not in METHODS or volume not in vm.volumes:
         raise ProtocolError(f"{method} has no volume {volume!r} of {name} to fill")
     app.domains["dom0"].fire_event(
         f"admin-permission:{method}", pre_event=True, dest=vm, arg=volume
     )
-    return vm.storage, volumes[volume]
+    return vm.storage, vm.volumes[volume]
 
 
 class _Payload:

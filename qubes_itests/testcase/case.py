@@ -257,7 +257,7 @@ class SystemTestCase(QubesTestCase):
 
         vm = unwrapped(vm)
         try:
-            await vm.ask_service(
+            await vm.commands.ask_service(
                 "qubes.WaitForSession",
                 "wait for the session of its user",
                 timeout=_SESSION_TIMEOUT,
@@ -372,7 +372,7 @@ class SystemTestCase(QubesTestCase):
         path = shlex.quote(filename)
         command = f"cat > {path} && chmod {mode:o} {path}"
         self.loop.run_until_complete(
-            unwrapped(vm).ask(
+            unwrapped(vm).commands.ask(
                 command,
                 f"write the file {filename}",
                 timeout=_FILE_TIMEOUT,

@@ -16,8 +16,8 @@ from qubes_storage.uninterrupted import to_its_end
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from ipaddress import IPv4Address
-    from typing import Any
 
+    from qubes_itests.core.network.wiring import Wiring
     from qubes_itests.guest.link.agent import GuestAgent
     from qubes_itests.hypervisor.contract import Domain
 
@@ -32,14 +32,14 @@ _T = TypeVar("_T", Bridge, Tap)
 class Downlink:
     """What a net VM has for its clients, for one run: a bridge, and its way into it.
 
-    :param owner: the net VM.
+    :param owner: the wiring of the net VM.
     :param domain: its domain in this run.
     :param agent: its agent in this run.
     :param bridge: what its clients are plugged into.
     """
 
     def __init__(
-        self, owner: Any, domain: Domain, agent: GuestAgent, bridge: Bridge
+        self, owner: Wiring, domain: Domain, agent: GuestAgent, bridge: Bridge
     ) -> None:
         self.owner = owner
         self.domain = domain
@@ -54,7 +54,7 @@ class Downlink:
 
     @classmethod
     async def open(
-        cls, owner: Any, domain: Domain, agent: GuestAgent, address: IPv4Address
+        cls, owner: Wiring, domain: Domain, agent: GuestAgent, address: IPv4Address
     ) -> Self:
         """Make the bridge, plug the net VM in, and have its guest forward.
 

@@ -231,8 +231,8 @@ async def recover(app: Qubes) -> None:
 
 
 async def _settle(app: Qubes, note: Note) -> None:
-    vm = app.domains.get(note.uuid)
-    if vm is not None:
+    noted = [vm for vm in app.domains.startable() if vm.uuid == note.uuid]
+    for vm in noted:
         if note.action == MAKE and await vm.storage.is_whole():
             return
         vm.check_unused()

@@ -17,6 +17,8 @@ from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
 from qubes_itests.core.device.port import ANY, Port, VirtualDevice
 from qubes_itests.core.exc import QubesException, QubesPropertyValueError
 from qubes_itests.core.store.file import StoreFormatError
+from qubes_itests.core.vm.adminvm import AdminVM
+from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_storage.drivers import pool_class
 
 if TYPE_CHECKING:
@@ -87,7 +89,8 @@ class Loading:
         # A volume of a VM is made from that of its template, which has to be known.
         for vm, domain in sorted(self._vms, key=lambda item: _depth(item[0])):
             # reading a property that has no default and is not set: AttributeError
-            if hasattr(type(vm), "template") and not hasattr(vm, "template"):
+            has_one = "template" in {prop.name for prop in vm.property_list()}
+            if has_one and vm.template_or_none is None:
                 self._refuse(domain, f"{vm.klass} {vm} lacks a template")
             self._load_extras(vm, domain)
         self._check_networks()
@@ -179,8 +182,8 @@ class Loading:
             for name in _IDENTITY
             if name in properties
         }
-        if klass == "AdminVM":
-            dom0: BaseVM = self._app.domains[0]
+        if klass == AdminVM.__name__:
+            dom0 = self._app.domains[0]
             if (identity["qid"], identity["name"]) != ("0", dom0.name):
                 self._refuse(
                     domain, f"the AdminVM has qid 0 and the name {dom0.name!r}"
@@ -258,7 +261,7 @@ class Loading:
                 vm.firewall.rules = [rule.text for rule in element.find_all("rule")]
         for element in domain.find_all("notes"):
             vm.notes = element.text
-        if hasattr(vm, "volumes"):
+        if isinstance(vm, QubesVM):
             self._load_volumes(vm, domain)
 
     def _load_device(self, vm: BaseVM, devclass: str, element: Element) -> None:
@@ -285,7 +288,7 @@ class Loading:
                 self._refuse(element, f"device {assignment} is assigned twice")
             collection.load_assignment(assignment)
 
-    def _load_volumes(self, vm: Any, domain: Element) -> None:
+    def _load_volumes(self, vm: QubesVM, domain: Element) -> None:
         elements = self._unique(domain.grandchildren("volume-config", "volume"), "name")
         if not elements.keys() >= type(vm).volume_config.keys():
             with self._at(domain):
@@ -307,22 +310,22 @@ class Loading:
     # stage 5
 
     def _check_networks(self) -> None:
-        fine: set[Any] = {None}
+        fine: set[BaseVM | None] = {None}
         for start, domain in self._vms:
-            path: list[Any] = []
-            vm: Any = start
+            path: list[BaseVM | None] = []
+            vm: BaseVM | None = start
             while vm not in fine:
                 if vm in path:
                     names = " -> ".join(str(item) for item in [*path, vm])
                     self._refuse(domain, f"a loop of net VMs: {names}")
                 path.append(vm)
-                vm = getattr(vm, "netvm", None)
+                vm = None if vm is None else vm.netvm
             fine.update(path)
 
 
-def _depth(vm: Any) -> int:
+def _depth(vm: BaseVM) -> int:
     """Return how many templates a VM has above it."""
-    template = getattr(vm, "template", None)
+    template = vm.template_or_none
     return 0 if template is None else 1 + _depth(template)
 
 

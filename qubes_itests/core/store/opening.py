@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qubes_itests.core.exc import QubesException
 from qubes_itests.core.store.document import no_collection, parse
 from qubes_itests.core.store.file import StoreError
 from qubes_itests.core.store.journal import recover
 from qubes_itests.core.store.loading import Loading
+from qubes_itests.core.vm.dispvm import DispVM
 from qubes_storage.exc import StoragePoolException
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ async def open_store(app: Qubes, *, lock: bool = False) -> None:
         store.release()
         raise
     for vm in app.domains:
-        if getattr(vm, "auto_cleanup", False):
+        if isinstance(vm, DispVM) and vm.auto_cleanup:
             await _remove(app, vm)
         else:
             vm.fire_event("domain-load")
@@ -108,7 +109,7 @@ async def _claim(store: StoreFile, pool: Pool) -> None:
         ) from error
 
 
-async def _remove(app: Qubes, vm: Any) -> None:
+async def _remove(app: Qubes, vm: DispVM) -> None:
     name = vm.name
     try:
         await app.domains.remove(vm)

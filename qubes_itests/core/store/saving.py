@@ -91,9 +91,9 @@ def _domain(vm: BaseVM) -> Element:
             firewall.add("rule", rule)
     if vm.notes:
         domain.add("notes", storable(vm.notes))
-    if volumes := getattr(vm, "volumes", None):
+    if vm.volumes:
         config = domain.add("volume-config")
-        for volume in volumes.values():
+        for volume in vm.volumes.values():
             attributes = {name: _text(value) for name, value in volume.config.items()}
             config.add("volume", **attributes)
     return domain

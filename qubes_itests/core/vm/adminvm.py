@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from qubes_itests.core import dom0_services
@@ -9,12 +10,14 @@ from qubes_itests.core.exc import QubesVMError, QubesVMNotHaltedError
 from qubes_itests.core.labels import Label, find_label
 from qubes_itests.core.properties import Property, stateless_property
 from qubes_itests.core.vm.base import BaseVM
+from qubes_itests.core.vm.commands import PIPES, communicate
 from qubes_itests.core.vm.database import OwnQubesDB
-from qubes_itests.core.vm.execution import ServicesMixin
 from qubes_itests.core.vm.settings import keyboard_layout
 
 if TYPE_CHECKING:
     import asyncio
+
+    from qubes_itests.core.app import Qubes
 
 __all__ = ["AdminVM"]
 
@@ -35,29 +38,31 @@ class _Domain0:
         return 1
 
 
-class AdminVM(ServicesMixin, BaseVM):
+class AdminVM(BaseVM):
     """Dom0: it always runs, has no domain of its own here, and offers services."""
 
-    label = Property[Label](
+    own_names = re.compile("dom0")
+
+    label: Property[Label] = Property(
         "label",
         type=find_label,
         default=lambda _vm: find_label("black"),
         doc="Its colour.",
     )
 
-    keyboard_layout = Property[str](
+    keyboard_layout: Property[str] = Property(
         "keyboard_layout",
         setter=keyboard_layout,
         default="us++",
         doc="LAYOUT+VARIANT+OPTIONS of its keyboard.",
     )
 
-    @stateless_property
+    @stateless_property(type=int)
     def xid(self) -> int:
         """Return the number of its domain: 0."""
         return 0
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Qubes) -> None:
         super().__init__(app, name="dom0", qid=0, uuid="0" * 32)
         self.libvirt_domain = _Domain0()
         #: Its database, which whoever runs in dom0 writes to.
@@ -77,25 +82,9 @@ class AdminVM(ServicesMixin, BaseVM):
             if path == watched or below:
                 self.fire_event(f"domain-qdb-change:{watched}", path=path)
 
-    @property
-    def netvm(self) -> None:
-        """Dom0 has no network."""
-
     def get_power_state(self) -> str:
-        """Return ``Running``."""
+        """Return ``Running``: dom0 always does."""
         return "Running"
-
-    def is_running(self) -> bool:
-        """Dom0 always runs."""
-        return True
-
-    def is_halted(self) -> bool:
-        """Dom0 is never halted."""
-        return False
-
-    def is_paused(self) -> bool:
-        """Dom0 is never paused."""
-        return False
 
     async def start(self, *_args: object, **_kwargs: object) -> None:
         """Refuse: dom0 runs already."""
@@ -112,7 +101,7 @@ class AdminVM(ServicesMixin, BaseVM):
     async def run_service(
         self,
         service: str,
-        source: Any = None,
+        source: BaseVM | str | None = None,
         user: str | None = None,
         *,
         autostart: bool = False,
@@ -140,3 +129,18 @@ class AdminVM(ServicesMixin, BaseVM):
         )
         caller = "dom0" if source is None else self.app.domains[source].name
         return await dom0_services.start(service, caller, user, **streams)
+
+    async def run_service_for_stdio(
+        self,
+        service: str,
+        *,
+        input: bytes | None = None,  # noqa: A002 - as in Qubes OS
+        **options: Any,
+    ) -> tuple[bytes, bytes]:
+        """Run a service to its end and return its output and its error output.
+
+        :param input: what it reads.
+        :raise subprocess.CalledProcessError: when it ends with another status than 0.
+        """
+        process = await self.run_service(service, **(PIPES | options))
+        return await communicate(process, service, input)

@@ -6,32 +6,45 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qubes_itests.core import config
 from qubes_itests.core.events import handler
-from qubes_itests.core.exc import QubesNoTemplateError, QubesVMNotHaltedError
-from qubes_itests.core.properties import VMProperty
-from qubes_itests.core.vm.dvmtemplate import DVMTemplateMixin
+from qubes_itests.core.exc import (
+    QubesNoTemplateError,
+    QubesVMInUseError,
+    QubesVMNotHaltedError,
+)
+from qubes_itests.core.properties import Property, VMProperty
 from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.core.vm.templatevm import TemplateVM
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from qubes_itests.core.app import Qubes
+    from qubes_itests.core.vm.dispvm import DispVM
+
 __all__ = ["AppVM"]
 
 
-def _check_halted(vm: Any, _template: object) -> None:
+def _check_halted(vm: AppVM, _template: object) -> None:
     if not vm.is_halted():
         raise QubesVMNotHaltedError(vm)
 
 
-class AppVM(DVMTemplateMixin, QubesVM):
+class AppVM(QubesVM):
     """A VM whose root is a snapshot of its template's, new at each start."""
 
-    template = VMProperty[TemplateVM](
+    template: VMProperty[TemplateVM] = VMProperty(
         "template",
-        klass="TemplateVM",
+        klass=TemplateVM,
         allow_none=False,
         check=_check_halted,
         doc="The VM whose root it starts from.",
+    )
+
+    template_for_dispvms: Property[bool] = Property(
+        "template_for_dispvms",
+        type=bool,
+        default=False,
+        doc="May be what disposable VMs are made from.",
     )
 
     volume_config: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -46,12 +59,17 @@ class AppVM(DVMTemplateMixin, QubesVM):
         "volatile": TemplateVM.volume_config["volatile"],
     }
 
-    def __init__(self, app: Any, **properties: Any) -> None:
+    def __init__(self, app: Qubes, **properties: Any) -> None:
         if properties.get("template") is None and not app.loading:
             raise QubesNoTemplateError(
                 None, f"VM {properties.get('name')} needs a template"
             )
         super().__init__(app, **properties)
+
+    @property
+    def template_or_none(self) -> TemplateVM | None:
+        """Its template; None as long as an app that is loaded has not set it."""
+        return AppVM.template.get_set(self)
 
     def volume_settings(self) -> dict[str, dict[str, Any]]:
         """Return the settings of its volumes, by their names."""
@@ -69,3 +87,51 @@ class AppVM(DVMTemplateMixin, QubesVM):
         """Have what starts from the old template start from the new one."""
         for vm in (self, *self.dispvms):
             vm.rebase_storage()
+
+    # as a template of disposable VMs
+
+    @property
+    def makes_disposables(self) -> bool:
+        """Whether it may be a DispVM's template."""
+        return self.template_for_dispvms
+
+    @property
+    def dispvms(self) -> list[DispVM]:
+        """The disposable VMs that are made from this one."""
+        return [
+            vm for vm in self.app.domains.disposables() if vm.template_or_none is self
+        ]
+
+    @handler("property-pre-set:template_for_dispvms")
+    def on_pre_set_dispvms(
+        self, _event: str, *, newvalue: object, **_kwargs: Any
+    ) -> None:
+        """Refuse to be no template any more while disposable VMs need it, or would."""
+        if newvalue:
+            return
+        if self.dispvms:
+            names = ", ".join(vm.name for vm in self.dispvms)
+            raise QubesVMInUseError(
+                self,
+                f"{self} has to keep template_for_dispvms: {names} are made from it;"
+                " remove these first",
+            )
+        holders = (*self.app.domains, self.app)
+        if users := [h for h in holders if "default_dispvm" in h.property_uses(self)]:
+            raise QubesVMInUseError(
+                self,
+                f"{self} has to keep template_for_dispvms: it is the default_dispvm of"
+                f" {', '.join(map(str, users))}; change that first",
+            )
+
+    @handler("property-pre-reset:template_for_dispvms")
+    def on_pre_reset_dispvms(self, event: str, **_kwargs: Any) -> None:
+        """Refuse likewise."""
+        self.on_pre_set_dispvms(event, newvalue=False)
+
+    @handler("property-pre-set:template")
+    def on_pre_set_template(self, _event: str, **_kwargs: Any) -> None:
+        """Refuse while disposable VMs run on the present one."""
+        for vm in self.dispvms:
+            if not vm.is_halted():
+                raise QubesVMNotHaltedError(vm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import uuid as uuid_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from qubes_itests.core import config
 from qubes_itests.core.device.collections import DeviceManager
@@ -19,26 +19,28 @@ from qubes_itests.core.vm.features import Features, Tags
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from qubes_itests.core.app import Qubes
+    from qubes_itests.core.vm.qubesvm import QubesVM
+    from qubes_storage.volume import Volume
 
 __all__ = ["BaseVM", "validate_name"]
 
 _NAME: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9_-]*")
 _RESERVED: Final = {"none", "default", "dom0", "domain-0"}
-_DISPOSABLE: Final = re.compile(config.dispvm_prefix + "[0-9]+")
+#: The names that disposable VMs get.
+DISPOSABLE: Final = re.compile(config.dispvm_prefix + "[0-9]+")
 
 
-def validate_name(holder: object, prop: object, value: Any) -> str:
+def validate_name(holder: BaseVM | None, _prop: object, value: object) -> str:
     """Return a VM's name if it is one.
 
     It becomes a part of paths, of commands and of policy, so nothing is mended.
 
+    :param holder: the VM; None for one of which it is not known what it will be.
     :raise QubesValueError: when it is not; the message says why.
     """
-    del prop
-    klass = getattr(holder, "klass", None)
     if not isinstance(value, str):
         raise QubesValueError(f"VM name {value!r} is no string")
     if len(value) > config.vm_name_length:
@@ -51,16 +53,16 @@ def validate_name(holder: object, prop: object, value: Any) -> str:
             f"VM name {value!r} has characters that a name cannot have: it begins with"
             " a letter and goes on with letters, digits, _ and -"
         )
-    reserved = value.lower() in _RESERVED and klass != "AdminVM"
-    if reserved or value.endswith("-dm"):
+    if holder is not None and holder.own_names.fullmatch(value):
+        return value
+    if value.lower() in _RESERVED or value.endswith("-dm"):
         raise QubesValueError(f"VM name {value!r} is reserved")
-    if _DISPOSABLE.fullmatch(value) and klass not in ("DispVM", None):
+    if holder is not None and DISPOSABLE.fullmatch(value):
         raise QubesValueError(f"VM name {value!r} is reserved for disposable VMs")
     return value
 
 
-def _set_qid(holder: object, prop: object, value: Any) -> int:
-    del holder, prop
+def _set_qid(_holder: object, _prop: object, value: str | int) -> int:
     if not 0 <= int(value) <= config.max_qid:
         raise ValueError(f"it takes a number from 0 to {config.max_qid}")
     return int(value)
@@ -73,22 +75,26 @@ class BaseVM(PropertyHolder):
     :param properties: first values of its properties.
     """
 
-    uuid = Property[uuid_module.UUID](
+    #: Names that only VMs of its class may have; by default there are none.
+    own_names: ClassVar[re.Pattern[str]] = re.compile(r"(?!)")
+
+    uuid: Property[uuid_module.UUID] = Property(
         "uuid",
         type=lambda value: uuid_module.UUID(str(value)),
         clone=False,
         write_once=True,
         doc="Names the VM for ever.",
     )
-    name = Property[str](
+    name: Property[str] = Property(
         "name",
         setter=validate_name,
         clone=False,
         write_once=True,
         doc="Names the VM among the others.",
     )
-    qid = Property[int](
+    qid: Property[int] = Property(
         "qid",
+        type=int,
         setter=_set_qid,
         clone=False,
         write_once=True,
@@ -122,6 +128,56 @@ class BaseVM(PropertyHolder):
         """Name of its class, as in `qvm-ls`."""
         return type(self).__name__
 
+    # What a VM without a domain here is; classes that have more say otherwise.
+
+    @property
+    def template_or_none(self) -> QubesVM | None:
+        """Its template; None of a VM of a class that has none."""
+        return None
+
+    @property
+    def netvm(self) -> QubesVM | None:
+        """The VM that connects this one to the network: none that is known here."""
+        return None
+
+    @property
+    def is_net_vm(self) -> bool:
+        """Whether it may be others' netvm: it has `provides_network`, and set."""
+        return False
+
+    @property
+    def makes_disposables(self) -> bool:
+        """Whether it may be a DispVM's template: it has `template_for_dispvms` set."""
+        return False
+
+    @property
+    def volumes(self) -> Mapping[str, Volume]:
+        """Its volumes, by name."""
+        return {}
+
+    def get_power_state(self) -> str:
+        """Return the state as `qvm-ls` shows it."""
+        return "Halted"
+
+    def is_running(self) -> bool:
+        """Tell whether there is a domain."""
+        return not self.is_halted()
+
+    def is_halted(self) -> bool:
+        """Tell whether there is none."""
+        return self.get_power_state() == "Halted"
+
+    def is_paused(self) -> bool:
+        """Tell whether its virtual CPUs stand still."""
+        return False
+
+    def is_starting(self) -> bool:
+        """Tell whether a start is under way, other than the one that asks."""
+        return False
+
+    async def remove_from_disk(self) -> None:
+        """Remove its volumes."""
+
     @property
     def log(self) -> logging.Logger:
         """The logger for what is said of it."""
@@ -141,8 +197,7 @@ class BaseVM(PropertyHolder):
     def _icon_kind(self) -> str:
         if self.features.get("servicevm"):
             return "servicevm"
-        for_dispvms = getattr(self, "template_for_dispvms", False)
-        return "dispvm" if for_dispvms else self.klass.lower()
+        return "dispvm" if self.makes_disposables else self.klass.lower()
 
     @handler(
         *(

@@ -15,6 +15,7 @@ from qubes_itests.core.exc import (
 )
 from qubes_itests.core.properties import Property, VMProperty, to_bool
 from qubes_itests.core.vm.appvm import AppVM
+from qubes_itests.core.vm.base import DISPOSABLE, BaseVM
 from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.core.vm.settings import check_for_dispvms
 from qubes_itests.core.volume_content import kept_by
@@ -22,6 +23,7 @@ from qubes_itests.core.volume_content import kept_by
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from qubes_itests.core.app import Qubes
 
 __all__ = ["DispVM"]
 
@@ -46,33 +48,35 @@ class DispVM(QubesVM):
     :raise QubesNoTemplateError: without a template.
     """
 
-    template = VMProperty[AppVM](
+    own_names = DISPOSABLE
+
+    template: VMProperty[AppVM] = VMProperty(
         "template",
-        klass="AppVM",
+        klass=AppVM,
         allow_none=False,
         check=_check_template,
         doc="The AppVM that it starts from.",
     )
-    dispid = Property[int](
+    dispid: Property[int] = Property(
         "dispid",
         type=int,
         write_once=True,
         clone=False,
         doc="The number in its name, unless it was given another name.",
     )
-    auto_cleanup = Property[bool](
+    auto_cleanup: Property[bool] = Property(
         "auto_cleanup",
         type=to_bool,
         default=False,
         doc="Remove it when it has stopped.",
     )
-    include_in_backups = Property[bool](
+    include_in_backups: Property[bool] = Property(
         "include_in_backups",
         type=to_bool,
         default=lambda vm: not vm.auto_cleanup,
         doc="Have it in backups.",
     )
-    default_dispvm = VMProperty["AppVM | None"](
+    default_dispvm: VMProperty[AppVM | None] = VMProperty(
         "default_dispvm",
         check=check_for_dispvms,
         default=lambda vm: vm.template,
@@ -85,7 +89,7 @@ class DispVM(QubesVM):
         "volatile": AppVM.volume_config["volatile"],
     }
 
-    def __init__(self, app: Any, **properties: Any) -> None:
+    def __init__(self, app: Qubes, **properties: Any) -> None:
         if not app.loading:
             if properties.get("template") is None:
                 raise QubesNoTemplateError(None, "a DispVM needs a template")
@@ -105,6 +109,16 @@ class DispVM(QubesVM):
         self.tags.update(template.tags)
         self.firewall.rules = template.firewall.rules
 
+    @property
+    def template_or_none(self) -> AppVM | None:
+        """Its template; None as long as an app that is loaded has not set it."""
+        return DispVM.template.get_set(self)
+
+    @property
+    def disposable_number(self) -> int | None:
+        """Its `dispid`; None as long as an app that is loaded has not set it."""
+        return DispVM.dispid.get_set(self)
+
     def volume_settings(self) -> dict[str, dict[str, Any]]:
         """Return the settings of its volumes, by their names."""
         settings = super().volume_settings()
@@ -116,9 +130,10 @@ class DispVM(QubesVM):
             settings[name] = {**settings.get(name, {}), **shared, **flags, **source}
         return settings
 
-    def qubesdb_entries(self) -> dict[str, str]:
-        """Return what the guest finds in qubesdb when it starts."""
-        return {**super().qubesdb_entries(), "/qubes-vm-persistence": "none"}
+    @property
+    def persistence(self) -> str:
+        """What it keeps, as its guest is told: nothing."""
+        return "none"
 
     @handler("property-set:template")
     def on_template_set(self, _event: str, **_kwargs: Any) -> None:
@@ -126,14 +141,14 @@ class DispVM(QubesVM):
         self.rebase_storage()
 
     @classmethod
-    async def from_appvm(cls, appvm: AppVM, **properties: Any) -> Self:
+    async def from_appvm(cls, appvm: BaseVM | None, **properties: Any) -> Self:
         """Make one that is removed when it stops, with its volumes; it is not started.
 
         :param appvm: its template.
         :param properties: others than its template has.
         :raise QubesException: when `appvm` has not `template_for_dispvms` set.
         """
-        if not getattr(appvm, "template_for_dispvms", False):
+        if appvm is None or not appvm.makes_disposables:
             raise QubesException(
                 f"{appvm} is no template for disposable VMs: set its property"
                 " template_for_dispvms, or name another VM"

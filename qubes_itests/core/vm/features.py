@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 import re
 from collections.abc import Iterable, Iterator, MutableMapping, MutableSet
@@ -12,6 +13,7 @@ from qubes_itests.core.exc import (
     QubesTagNotFoundError,
     QubesValueError,
 )
+from qubes_itests.core.network.addresses import upstream
 from qubes_itests.core.store.document import check_text
 
 if TYPE_CHECKING:
@@ -23,7 +25,13 @@ _T = TypeVar("_T")
 
 _TAG: Final = re.compile(r"[A-Za-z0-9_-]+")
 _FEATURE: Final = re.compile(r"[A-Za-z0-9_.-]+")
-_MISSING: Final = object()
+
+
+class _Mark(enum.Enum):
+    MISSING = enum.auto()
+
+
+_MISSING: Final = _Mark.MISSING
 
 
 class Features(MutableMapping[str, str]):
@@ -86,53 +94,54 @@ class Features(MutableMapping[str, str]):
     def __repr__(self) -> str:
         return f"Features({self._values!r})"
 
-    def _check_with(
-        self,
-        name: str,
-        default: Any,
-        attribute: str | None = None,
-        *,
-        adminvm: bool = False,
-    ) -> Any:
-        """Return a feature of the VM, of those that `attribute` leads to, of dom0."""
-        vm: Any = self._vm
-        while vm is not None:
-            if name in vm.features:
-                return vm.features[name]
-            vm = getattr(vm, attribute, None) if attribute else None
-        if adminvm and name in (dom0 := self._vm.app.domains["dom0"]).features:
-            return dom0.features[name]
-        if default is _MISSING:
-            raise QubesFeatureNotFoundError(self._vm, name)
-        return default
-
-    def check_with_template(self, name: str, default: Any = _MISSING) -> Any:
+    def check_with_template(
+        self, name: str, default: _T | _Mark = _MISSING
+    ) -> str | _T:
         """Return the feature, or else its template's.
 
         :param default: returned when neither has it.
         :raise QubesFeatureNotFoundError: without a default.
         """
-        return self._check_with(name, default, "template")
+        return self._check(name, default, _with_templates(self._vm))
 
-    def check_with_netvm(self, name: str, default: Any = _MISSING) -> Any:
+    def check_with_netvm(self, name: str, default: _T | _Mark = _MISSING) -> str | _T:
         """Return the feature, or else that of its net VM, or of the net VM's, and on.
 
         See `check_with_template`.
         """
-        return self._check_with(name, default, "netvm")
+        return self._check(name, default, (self._vm, *upstream(self._vm)))
 
-    def check_with_adminvm(self, name: str, default: Any = _MISSING) -> Any:
+    def check_with_adminvm(self, name: str, default: _T | _Mark = _MISSING) -> str | _T:
         """Return the feature, or else that of dom0; see `check_with_template`."""
-        return self._check_with(name, default, adminvm=True)
+        return self._check(name, default, (self._vm, self._vm.app.domains["dom0"]))
 
     def check_with_template_and_adminvm(
-        self, name: str, default: Any = _MISSING
-    ) -> Any:
+        self, name: str, default: _T | _Mark = _MISSING
+    ) -> str | _T:
         """Return the feature, or else its template's, or else that of dom0.
 
         See `check_with_template`.
         """
-        return self._check_with(name, default, "template", adminvm=True)
+        holders = (*_with_templates(self._vm), self._vm.app.domains["dom0"])
+        return self._check(name, default, holders)
+
+    def _check(
+        self, name: str, default: _T | _Mark, holders: Iterable[BaseVM]
+    ) -> str | _T:
+        for vm in holders:
+            if name in vm.features:
+                return vm.features[name]
+        if isinstance(default, _Mark):
+            raise QubesFeatureNotFoundError(self._vm, name)
+        return default
+
+
+def _with_templates(vm: BaseVM) -> Iterator[BaseVM]:
+    """Yield a VM, its template, and the template's."""
+    above: BaseVM | None = vm
+    while above is not None:
+        yield above
+        above = above.template_or_none
 
 
 class Tags(MutableSet[str]):

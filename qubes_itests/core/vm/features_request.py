@@ -57,7 +57,7 @@ async def request_features(source: Any, call: ServiceCall) -> int:
     """
     del call
     try:
-        output, _ = await source.ask(
+        output, _ = await source.commands.ask(
             "qubesdb-multiread /features-request/",
             "say which features it asks for",
             timeout=_TIMEOUT,

@@ -38,6 +38,8 @@ from qubes_itests.core.exc import (
     QubesVMNotStartedError,
     QubesVMShutdownTimeoutError,
 )
+from qubes_itests.core.vm.boot_data import boot_files, domain_spec, identity
+from qubes_itests.core.vm.start_memory import memory_for_start
 from qubes_itests.core.vm.step import Step
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.exc import GuestGoneError
@@ -273,7 +275,16 @@ class Life:
             return
         await self._prepare_warm_start(step)
         with step("have its memory"):
-            asked = self._vm.start_memory() if amount is None else amount
+            asked = (
+                memory_for_start(
+                    self._vm.memory,
+                    vcpus=self._vm.vcpus,
+                    maxmem=self._vm.maxmem,
+                    virt_mode=self._vm.virt_mode,
+                )
+                if amount is None
+                else amount
+            )
             await reservation.enter_async_context(self._vm.app.qmemman.memory(asked))
 
     async def _prepare_warm_start(self, step: Step) -> None:
@@ -282,11 +293,11 @@ class Life:
         if vm.app.warm_starts is None:
             return
         with step("find its kernel"):
-            files = vm.boot_files()
+            files = boot_files(vm)
         if files is None:
             return
         with step("find a saved state"):
-            spec = vm.domain_spec(vm.app.directory, files)
+            spec = domain_spec(vm, vm.app.directory, files)
             await vm.app.warm_starts.state_for(spec, self.start_deadline())
 
     async def _run_steps(
@@ -299,7 +310,7 @@ class Life:
     ) -> None:
         vm = self._vm
         with step("find its kernel"):
-            files = vm.boot_files()
+            files = boot_files(vm)
         with step("start its storage"):
             await vm.storage.start()
             undo.push_async_callback(vm.storage.stop)
@@ -307,8 +318,8 @@ class Life:
             vm.directory.mkdir(parents=True, exist_ok=True)
             self.domain, self.agent = await boot(
                 vm.app.hypervisor,
-                vm.domain_spec(vm.directory, files),
-                vm.identity(),
+                domain_spec(vm, vm.directory, files),
+                identity(vm),
                 timeout=self.start_deadline(),
                 warm=vm.app.warm_starts,
                 on_call=lambda call: qrexec.handle_call(vm, call),
@@ -529,7 +540,7 @@ class Life:
     async def _tell(self, service: str) -> None:
         """Call a service that the guest may have or not have."""
         try:
-            await self._vm.ask_service(
+            await self._vm.commands.ask_service(
                 service, f"call {service}", user="root", timeout=_SERVICE_TIMEOUT
             )
         except (

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qubes_itests.core.store.saving import save
+from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from qubes_itests.core.vm.base import BaseVM
+
 __all__ = ["making"]
 
 
 @contextlib.asynccontextmanager
-async def making(vm: Any) -> AsyncIterator[None]:
+async def making(vm: BaseVM) -> AsyncIterator[None]:
     """Have a new VM made while the context lasts, and the app saved with it at the end.
 
     If either fails or is cancelled, the volumes that were made are removed again, and
@@ -41,8 +44,8 @@ async def making(vm: Any) -> AsyncIterator[None]:
         raise
 
 
-async def _undo(vm: Any, *, may_be_stored: bool) -> None:
-    if hasattr(vm, "storage"):
+async def _undo(vm: BaseVM, *, may_be_stored: bool) -> None:
+    if isinstance(vm, QubesVM):
         # a save that failed may have replaced the store all the same
         await vm.storage.undo(keep_note=may_be_stored)
         vm.storage.unbind()

@@ -1,25 +1,28 @@
-"""A VM with a domain of its own: its settings, and what the hypervisor gets of them."""
+"""A VM with a domain: its settings and names, and what it is composed of."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from qubes_itests.core import config
+from qubes_itests.core.events import handler
 from qubes_itests.core.exc import (
     QubesVMError,
     QubesVMNotFoundError,
     QubesVMNotHaltedError,
+    QubesVMNotStartedError,
 )
-from qubes_itests.core.network.wiring import WiringMixin
-from qubes_itests.core.properties import stateless_property
+from qubes_itests.core.network import addresses
+from qubes_itests.core.network.wiring import Wiring
+from qubes_itests.core.properties import Property, VMProperty, stateless_property
 from qubes_itests.core.storage import Storage, in_pool
-from qubes_itests.core.vm.bootmode import BootModeMixin
+from qubes_itests.core.vm import bootmode, settings
+from qubes_itests.core.vm.base import BaseVM
+from qubes_itests.core.vm.boot_data import qubesdb_entries
+from qubes_itests.core.vm.commands import PIPES, Commands, communicate
 from qubes_itests.core.vm.database import QubesDB
-from qubes_itests.core.vm.execution import ExecutionMixin
 from qubes_itests.core.vm.life import Life, PowerState
-from qubes_itests.core.vm.settings import SettingsMixin
-from qubes_itests.core.vm.start_memory import memory_for_start
-from qubes_itests.guest.link.agent import Identity
-from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
@@ -28,18 +31,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qubes_itests.core.app import Qubes
-    from qubes_itests.guest.image.template import Template
+    from qubes_itests.core.vm.appvm import AppVM
     from qubes_itests.guest.link.agent import GuestAgent
+    from qubes_itests.guest.link.process import GuestProcess
     from qubes_itests.hypervisor.contract import Domain
     from qubes_storage.volume import Volume
 
 __all__ = ["QubesVM"]
 
-_PROHIBIT: Final = "prohibit-start"
 
-
-class QubesVM(ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
+class QubesVM(BaseVM):
     """A VM that can be started.
+
+    What it does is done by its `life`, `net`, `commands` and `storage`.
 
     :param app: the app that it belongs to.
     :param volume_config: changes to the settings of its volumes, by their names.
@@ -49,6 +53,183 @@ class QubesVM(ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
     #: The volumes of the class, by name; see `Storage.init_volume`.
     volume_config: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
+    memory: Property[int] = Property(
+        "memory",
+        type=int,
+        setter=settings.memory,
+        default=settings.of_template(
+            lambda vm: vm.memory, lambda _vm: config.defaults["memory"]
+        ),
+        doc="Memory at start, MiB; at least a tenth of maxmem.",
+    )
+    maxmem: Property[int] = Property(
+        "maxmem",
+        type=int,
+        setter=settings.max_memory,
+        order=1,
+        default=settings.default_max_memory,
+        doc="The most that balancing may give, MiB, at most 10 x memory; 0: it is not"
+        " balanced.",
+    )
+    vcpus: Property[int] = Property(
+        "vcpus",
+        type=int,
+        setter=settings.positive,
+        default=settings.of_template(
+            lambda vm: vm.vcpus, lambda _vm: config.defaults["vcpus"]
+        ),
+        doc="Virtual CPUs. Where they are emulated, a guest has one unless this is set,"
+        " in its template or in the VM.",
+    )
+    virt_mode: Property[str] = Property(
+        "virt_mode",
+        setter=settings.virt_mode,
+        default=settings.default_virt_mode,
+        doc="pvh or hvm; by default hvm when PCI devices are assigned, which pvh cannot"
+        " have, else the template's, else pvh.",
+    )
+    kernel: Property[str | None] = Property(
+        "kernel",
+        allow_none=True,
+        setter=settings.kernel_name,
+        default=settings.of_template(
+            lambda vm: vm.kernel, lambda vm: vm.app.default_kernel
+        ),
+        doc="Name of one of the app's kernels; None to boot from the image, which pvh"
+        " cannot.",
+    )
+    kernelopts: Property[str] = Property(
+        "kernelopts",
+        type=str,
+        setter=settings.kernel_options,
+        default=settings.default_kernel_options,
+        doc="Added to the kernel's command line.",
+    )
+    default_user: Property[str] = Property(
+        "default_user",
+        setter=settings.user,
+        default=settings.of_template(lambda vm: vm.default_user, lambda _vm: "user"),
+        doc="Who runs commands.",
+    )
+    default_dispvm: VMProperty[AppVM | None] = VMProperty(
+        "default_dispvm",
+        check=settings.check_for_dispvms,
+        default=lambda vm: vm.app.default_dispvm,
+        doc="What its disposable VMs are made from.",
+    )
+    qrexec_timeout: Property[int] = Property(
+        "qrexec_timeout",
+        type=int,
+        setter=settings.positive,
+        default=settings.of_template(
+            lambda vm: vm.qrexec_timeout, lambda vm: vm.app.default_qrexec_timeout
+        ),
+        doc="How long the guest may take to answer: after a start, and when it is to"
+        " enlarge a filesystem; seconds.",
+    )
+    shutdown_timeout: Property[int] = Property(
+        "shutdown_timeout",
+        type=int,
+        setter=settings.positive,
+        default=settings.of_template(
+            lambda vm: vm.shutdown_timeout, lambda vm: vm.app.default_shutdown_timeout
+        ),
+        doc="How long a shutdown may take, seconds.",
+    )
+    autostart: Property[bool] = Property(
+        "autostart", type=bool, default=False, doc="Start it with the system."
+    )
+    include_in_backups: Property[bool] = Property(
+        "include_in_backups", type=bool, default=True, doc="Have it in backups."
+    )
+    installed_by_rpm: Property[bool] = Property(
+        "installed_by_rpm",
+        type=bool,
+        default=False,
+        clone=False,
+        doc="Whether a package of dom0 brought it, as templates mostly come.",
+    )
+    backup_timestamp: Property[int | None] = Property(
+        "backup_timestamp",
+        type=int,
+        setter=settings.timestamp,
+        default=None,
+        clone=False,
+        doc="When it was last backed up, whole seconds since the epoch; None: never.",
+    )
+    guivm: VMProperty[BaseVM | None] = VMProperty(
+        "guivm",
+        default=lambda vm: vm.app.default_guivm,
+        doc="Who shows its windows; there are none here.",
+    )
+    audiovm: VMProperty[BaseVM | None] = VMProperty(
+        "audiovm",
+        default=lambda vm: vm.app.default_audiovm,
+        doc="Who plays its sounds; there are none here.",
+    )
+    management_dispvm: VMProperty[AppVM | None] = VMProperty(
+        "management_dispvm",
+        check=settings.check_for_dispvms,
+        default=settings.of_template(
+            lambda vm: vm.management_dispvm, lambda vm: vm.app.management_dispvm
+        ),
+        doc="What disposable VMs that manage it are made from.",
+    )
+    keyboard_layout: Property[str] = Property(
+        "keyboard_layout",
+        setter=settings.keyboard_layout,
+        default=lambda vm: "us++" if vm.guivm is None else vm.guivm.keyboard_layout,
+        doc="LAYOUT+VARIANT+OPTIONS of its keyboard.",
+    )
+    debug = Property[bool]("debug", type=bool, default=False, doc="Debug mode.")
+
+    bootmode: Property[str] = Property(
+        "bootmode",
+        type=str,
+        load_stage=4,
+        default=bootmode.default_mode,
+        doc="Name of its boot mode; one that there is not stands for the default one.",
+    )
+    mac: Property[str] = Property(
+        "mac",
+        setter=addresses.check_mac,
+        default=addresses.default_mac,
+        clone=False,
+        doc="Hardware address of the interface to its net VM.",
+    )
+    provides_network: Property[bool] = Property(
+        "provides_network", type=bool, default=False, doc="May be others' netvm."
+    )
+    netvm: VMProperty[QubesVM | None] = VMProperty(
+        "netvm",
+        check=settings.check_netvm,
+        default=settings.default_netvm,
+        doc="The VM that connects this one to the network; None for no network at all.",
+    )
+    ip: Property[IPv4Address | None] = Property(
+        "ip",
+        type=IPv4Address,
+        default=lambda vm: addresses.ipv4_of(vm) if vm.is_networked() else None,
+        clone=False,
+        doc="Its IPv4 address.",
+    )
+    ip6: Property[IPv6Address | None] = Property(
+        "ip6",
+        type=IPv6Address,
+        default=addresses.default_ip6,
+        clone=False,
+        doc="Its IPv6 address, where the feature ipv6 is set; nothing speaks it yet.",
+    )
+    visible_ip = stateless_property(addresses.visible_ip)
+    visible_gateway = stateless_property(addresses.visible_gateway)
+    visible_netmask = stateless_property(addresses.visible_netmask)
+    visible_ip6 = stateless_property(addresses.visible_ip6)
+    visible_gateway6 = stateless_property(addresses.visible_gateway6)
+    gateway = stateless_property(addresses.gateway)
+    gateway6 = stateless_property(addresses.gateway6)
+    netmask = stateless_property(addresses.netmask)
+    dns = stateless_property(addresses.dns)
+
     def __init__(
         self,
         app: Qubes,
@@ -56,46 +237,22 @@ class QubesVM(ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
         volume_config: Mapping[str, Mapping[str, Any]] | None = None,
         **properties: Any,
     ) -> None:
-        #: Its runs. There first, for handlers of properties ask whether it runs.
+        # there first, for handlers of properties ask whether it runs
         self.life = Life(self)
+        self.net = Wiring(self)
+        self.commands = Commands(self)
         super().__init__(app, **properties)
         self.storage = Storage(self)
         self._volume_changes = dict(volume_config or {})
 
-    def init_storage(self, pool: Any = None) -> None:
-        """Bind the volumes, all but snapshots in `pool` if one is named."""
-        self.storage.unbind()
-        for name, settings in self.volume_settings().items():
-            config = {**settings, **self._volume_changes.get(name, {})}
-            self.storage.init_volume(name, in_pool(config, pool))
+    # its life
 
-    def rebase_storage(self) -> None:
-        """Bind the snapshots anew, after a change of the template."""
-        for name, settings in self.volume_settings().items():
-            if settings.get("snap_on_start"):
-                self.storage.init_volume(name, settings)
-
-    def volume_settings(self) -> dict[str, dict[str, Any]]:
-        """Return the settings of its volumes, by their names."""
-        return {name: dict(value) for name, value in self.volume_config.items()}
-
-    @property
-    def volumes(self) -> dict[str, Volume]:
-        """Its volumes, by name, in the order in which things are done to them."""
-        return self.storage.volumes
-
-    @volumes.setter
-    def volumes(self, volumes: dict[str, Volume]) -> None:
-        self.storage.volumes = volumes
-
-    # its life; see `Life`
-
-    @stateless_property
+    @stateless_property(type=int)
     def xid(self) -> int:
         """Return the number of its domain, new in each run; -1 when it is halted."""
         return self.life.xid if self.is_running() else -1
 
-    @stateless_property
+    @stateless_property(type=int)
     def start_time(self) -> int | None:
         """When it was last started, whole seconds since the epoch; None: never."""
         began = self.life.started_at
@@ -127,20 +284,12 @@ class QubesVM(ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
         return self.app.directory / "vms" / self.name
 
     def get_power_state(self) -> str:
-        """Return the state as `qvm-ls` shows it.
-
-        ``Halted``, ``Transient`` (starting), ``Running``, ``Paused``, ``Suspended`` or
-        ``Halting``.
-        """
+        """Return the state as `qvm-ls` shows it, one of `PowerState`."""
         return self.life.state.value
 
     def is_running(self) -> bool:
         """Tell whether there is a domain: starting, running, paused or halting."""
         return self.life.state is not PowerState.HALTED
-
-    def is_halted(self) -> bool:
-        """Tell whether there is none."""
-        return self.life.state is PowerState.HALTED
 
     def is_paused(self) -> bool:
         """Tell whether its virtual CPUs stand still."""
@@ -155,11 +304,7 @@ class QubesVM(ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
         return self.life.running_domain()
 
     def running_agent(self) -> GuestAgent:
-        """Return the agent.
-
-        :raise QubesVMNotRunningError: when the VM is not started.
-        :raise QubesVMError: when it has none, for it booted from its own disk.
-        """
+        """Return the agent; see `Life.running_agent`."""
         return self.life.running_agent()
 
     async def start(
@@ -168,16 +313,12 @@ class QubesVM(ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
         notify_function: object = None,
         mem_required: int | None = None,
     ) -> Self:
-        """Start the VM; any number of calls at once are one start.
+        """Start the VM, and return it; see `Life.start`.
 
         :param start_guid: passed on in the events; there is no GUI here.
         :param notify_function: accepted for callers of Qubes OS, and not called.
         :param mem_required: bytes to ask of qmemman, if it runs; by default what
             `memory` and the hypervisor's overhead come to.
-        :return: the VM.
-        :raise QubesVMStartError: names the step that failed; all is undone.
-        :raise QubesVMError: when it may not be started; what handlers of
-            `domain-pre-start` raise.
         """
         del notify_function
         await self.life.start(start_guid=start_guid, memory=mem_required)
@@ -189,17 +330,9 @@ class QubesVM(ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
         wait: bool = False,  # noqa: FBT001, FBT002
         timeout: float | None = None,
     ) -> Self:
-        """Ask the guest to power off; without an agent by the machine's power button.
+        """Ask the guest to power off; see `Life.shutdown`.
 
-        :param force: do it even if running VMs have it as their net VM, or if it is
-            paused, as it is unpaused for this; handlers of `domain-pre-shutdown` are
-            told, and need not object then.
-        :param wait: return when all of the run has ended.
         :param timeout: seconds to wait; by default the VM's `shutdown_timeout`.
-        :raise QubesVMNotStartedError: when it is halted.
-        :raise QubesVMInUseError: when running VMs need it, and `force` is not set.
-        :raise QubesVMNotRunningError: when it is paused, and `force` is not set.
-        :raise QubesVMShutdownTimeoutError: when it runs still; it goes on running.
         """
         limit = float(timeout or self.shutdown_timeout)
         await self.life.shutdown(force=force, wait=wait, timeout=limit)
@@ -210,26 +343,16 @@ class QubesVM(ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
         force: bool = False,  # noqa: FBT001, FBT002 - as for `shutdown`
         timeout: float | None = None,
     ) -> Self:
-        """Shut the VM down, wait for that, and start it again.
-
-        :param force: as for `shutdown`.
-        :param timeout: likewise.
-        """
+        """Shut the VM down, wait for that, and start it again; as `shutdown`."""
         await self.shutdown(force=force, wait=True, timeout=timeout)
         return await self.start()
 
     async def kill(self) -> None:
-        """Stop the VM at once, as pulling the plug does; a start under way fails.
-
-        :raise QubesVMNotStartedError: when it is halted.
-        """
+        """Stop the VM at once; see `Life.kill`."""
         await self.life.kill(float(self.shutdown_timeout))
 
     async def wait_ended(self, timeout: float) -> None:
-        """Wait until the end of the present run is dealt with; at once if halted.
-
-        :param timeout: seconds; then TimeoutError.
-        """
+        """Wait until the end of the present run is dealt with; see `Life`."""
         await self.life.wait_ended(timeout)
 
     async def pause(self) -> None:
@@ -237,27 +360,148 @@ class QubesVM(ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
         await self.life.pause()
 
     async def unpause(self) -> None:
-        """Let its virtual CPUs run, and set its clock, which stood still as well.
-
-        :raise QubesVMNotPausedError: when they run, or it is halted.
-        """
+        """Let its virtual CPUs run; see `Life.unpause`."""
         await self.life.unpause()
 
     async def suspend(self) -> None:
-        """Let the guest get ready for a long pause, and pause it.
-
-        :raise QubesVMNotStartedError: when it is halted.
-        """
+        """Let the guest get ready for a long pause, and pause it; see `Life`."""
         await self.life.suspend()
 
     async def resume(self) -> None:
-        """Wake it up from `suspend`; a VM that is only paused is unpaused.
-
-        :raise QubesVMNotPausedError: when it is neither suspended nor paused.
-        """
+        """Wake it up from `suspend`; see `Life.resume`."""
         await self.life.resume()
 
-    # what its life asks
+    async def start_failed(self) -> None:
+        """Act on a start that failed, after all of it is undone; for subclasses."""
+
+    # commands and services; see `Commands`
+
+    async def run(
+        self, command: str, user: str | None = None, **options: Any
+    ) -> GuestProcess:
+        """Start a command in the guest's shell; see `Commands.run`."""
+        return await self.commands.run(command, user, **options)
+
+    async def run_service(
+        self,
+        service: str,
+        source: BaseVM | str | None = None,
+        user: str | None = None,
+        *,
+        filter_esc: bool = False,
+        **options: Any,
+    ) -> GuestProcess:
+        """Start a qrexec service in the guest; see `Commands.run_service`.
+
+        :param filter_esc: accepted for callers of Qubes OS.
+        """
+        del filter_esc
+        return await self.commands.run_service(service, source, user, **options)
+
+    async def run_for_stdio(
+        self,
+        command: str,
+        *,
+        input: bytes | None = None,  # noqa: A002 - as in Qubes OS
+        **options: Any,
+    ) -> tuple[bytes, bytes]:
+        """Run a command to its end and return its output and its error output.
+
+        :param input: what it reads.
+        :raise subprocess.CalledProcessError: when it ends with another status than 0.
+        """
+        process = await self.run(command, **(PIPES | options))
+        return await communicate(process, command, input)
+
+    async def run_service_for_stdio(
+        self,
+        service: str,
+        *,
+        input: bytes | None = None,  # noqa: A002 - as in Qubes OS
+        **options: Any,
+    ) -> tuple[bytes, bytes]:
+        """Run a service to its end; as `run_for_stdio`."""
+        process = await self.run_service(service, **(PIPES | options))
+        return await communicate(process, service, input)
+
+    # its network; see `Wiring`
+
+    @property
+    def is_net_vm(self) -> bool:
+        """Whether it may be others' netvm."""
+        return self.provides_network
+
+    def is_networked(self) -> bool:
+        """Tell whether it can have an address: it has a net VM, or is one."""
+        return self.provides_network or self.netvm is not None
+
+    @property
+    def connected_vms(self) -> list[QubesVM]:
+        """The VMs that have this one as net VM, whether they run or not."""
+        return [
+            vm
+            for vm in self.app.domains
+            if isinstance(vm, QubesVM) and vm.netvm is self
+        ]
+
+    async def attach_network(self) -> None:
+        """Attach it to its net VM, which is started; see `Wiring.attach`."""
+        await self.net.attach()
+
+    async def detach_network(self) -> None:
+        """Detach it from its net VM; see `Wiring.detach`."""
+        await self.net.detach()
+
+    async def network_settled(self) -> None:
+        """Wait until a change of `netvm` is carried out; see `Wiring.settled`."""
+        await self.net.settled()
+
+    def require_running(self, netvm: QubesVM | None) -> None:
+        """Raise QubesVMNotStartedError if it runs, and this net VM for it does not."""
+        if netvm is not None and not self.is_halted() and not netvm.is_running():
+            raise QubesVMNotStartedError(
+                netvm,
+                f"VM {self} runs, and cannot be attached to VM {netvm}, which does not:"
+                " start that first",
+            )
+
+    @handler("domain-pre-start")
+    async def on_pre_start_net(
+        self,
+        _event: str,
+        start_guid: bool = True,  # noqa: FBT001, FBT002 - of the event
+        **_kwargs: Any,
+    ) -> None:
+        """Have the net VM run first."""
+        if self.netvm is not None:
+            await self.netvm.start(start_guid=start_guid)
+
+    @handler("domain-spawn")
+    async def on_spawn_net(self, _event: str, **_kwargs: Any) -> None:
+        """Plug it in."""
+        await self.net.begin()
+
+    @handler("domain-start")
+    async def on_start_net(self, _event: str, **_kwargs: Any) -> None:
+        """Attach the clients that run already."""
+        await self.net.attach_clients()
+
+    @handler("domain-unpaused")
+    async def on_unpaused_net(self, _event: str, **_kwargs: Any) -> None:
+        """Catch up with what happened meanwhile."""
+        await self.net.catch_up()
+
+    @handler("domain-stopped", "domain-start-failed")
+    async def on_stopped_net(self, _event: str, **_kwargs: Any) -> None:
+        """Take away what the run had on the host."""
+        await self.net.end()
+
+    @handler("property-set:netvm", "property-reset:netvm")
+    def on_netvm_set(self, _event: str, **_kwargs: Any) -> None:
+        """Have the interface follow, if the VM runs."""
+        self.net.follow()
+
+    # what a start asks
 
     def check_startable(self) -> None:
         """Raise when it must not be started."""
@@ -266,132 +510,85 @@ class QubesVM(ExecutionMixin, WiringMixin, BootModeMixin, SettingsMixin):
         if self.app.vmm.offline_mode:
             raise QubesVMError(self, f"VM {self} cannot start: its app is offline")
         self.check_whole()
-        if reason := self.features.get(_PROHIBIT):
+        if reason := self.features.get("prohibit-start"):
             raise QubesVMError(
                 self,
-                f"VM {self} must not be started: {reason} (feature {_PROHIBIT!r})",
+                f"VM {self} must not be started: {reason} (feature 'prohibit-start')",
             )
-
-    async def start_failed(self) -> None:
-        """Act on a start that failed, after all of it is undone; for subclasses."""
 
     def note_problem(self, error: Exception) -> None:
         """Remember what went wrong where nobody was there to be told."""
         self.log.error("VM %s: %s", self.name, str(error))
         self.app.problems.append(f"VM {self}: {error}")
 
+    @property
+    def offered_bootmode(self) -> str | None:
+        """Name of the boot mode that it has for VMs which start from it, if any."""
+        return None
+
+    @property
+    def disposable_number(self) -> int | None:
+        """The number by which a disposable VM has its address; None of others."""
+        return None
+
     def is_set_here_or_in_template(self, name: str) -> bool:
         """Tell whether a property is set in the VM, or in one that it is made from."""
-        vm: QubesVM | None = self
-        while vm is not None:
-            if not vm.property_is_default(name):
-                return True
-            vm = getattr(vm, "template", None)
-        return False
+        if not self.property_is_default(name):
+            return True
+        template = self.template_or_none
+        return template is not None and template.is_set_here_or_in_template(name)
 
-    def boot_files(self) -> Template | None:
-        """Return kernel and initramfs; None for an HVM that boots from its disk.
+    @stateless_property(type=bool)
+    def updateable(self) -> bool:
+        """Whether what is installed in it stays: it has a root of its own."""
+        return self.template_or_none is None
 
-        :raise QubesVMError: when it has no kernel and cannot do without.
-        """
-        kernel = self.kernel
-        if kernel is None and self.virt_mode == "hvm":
-            return None
-        if kernel is None:
-            raise QubesVMError(
-                self,
-                f"VM {self} has virt_mode {self.virt_mode!r} and no kernel:"
-                f" set its property kernel to one of {', '.join(self.app.kernels)}, or"
-                " virt_mode to hvm, which boots from the disk",
-            )
-        if kernel not in self.app.kernels:
-            raise QubesVMError(
-                self,
-                f"VM {self} has kernel {kernel!r}, which the app does not have:"
-                f" it has {', '.join(self.app.kernels) or 'none'}",
-            )
-        return self.app.kernels[kernel]
+    @property
+    def persistence(self) -> str:
+        """What it keeps, as its guest is told: ``full``, ``rw-only`` or ``none``."""
+        return "full" if self.updateable else "rw-only"
 
-    def domain_spec(self, directory: Path, files: Template | None) -> DomainSpec:
-        """Return what the hypervisor has to know."""
-        mode = self.bootmode_kernelopts
-        options = f"{files.kernel_options} {self.kernelopts} {mode}" if files else ""
-        return DomainSpec(
-            name=self.name,
-            uuid=self.uuid,
-            directory=directory,
-            memory=self.memory,
-            max_memory=max(self.memory, self.maxmem),
-            vcpus=self._domain_vcpus(),
-            kernel=None if files is None else files.kernel,
-            initramfs=None if files is None else files.initramfs,
-            kernel_options=options.strip(),
-            disks=tuple(self.storage.disks()),
-            # what its guest is, and whether that has a balloon, nobody knows
-            balanced=self.maxmem > 0 and files is not None,
-        )
+    @property
+    def bootmode_kernelopts(self) -> str:
+        """What its boot mode adds to the kernel's command line."""
+        return bootmode.kernel_options(self)
 
-    def _domain_vcpus(self) -> int:
-        """Return how many CPUs its domain has; as Qubes OS would, where that is safe.
-
-        A guest with two emulated CPUs waits for one that does not get to run: on a busy
-        machine one in thirty came to a stand while it started.  Who sets the property
-        means it.
-        """
-        emulated = self.app.hypervisor.slowness > 1
-        chosen = self.is_set_here_or_in_template("vcpus")
-        return 1 if emulated and not chosen else self.vcpus
-
-    def start_memory(self) -> int:
-        """Return what a start asks of qmemman, in bytes."""
-        return memory_for_start(
-            self.memory,
-            vcpus=self.vcpus,
-            maxmem=self.maxmem,
-            virt_mode=self.virt_mode,
-        )
-
-    def identity(self) -> Identity:
-        """Return what the guest has to know."""
-        names = {n: self.storage.disk_name(n) for n in self.volumes}
-        return Identity(
-            name=self.name,
-            root=names.get("root", ""),
-            private=names.get("private"),
-            volatile=names.get("volatile"),
-            root_mode="rw" if self.volumes["root"].rw else "ro",
-            default_user=self.get_default_user(),
-            db=self.qubesdb_entries(),
-            services=tuple(
-                name.removeprefix("service.")
-                for name, value in self.features.items()
-                if name.startswith("service.") and value
-            ),
-            init=self.features.check_with_template("init", "agent"),
-        )
-
-    def qubesdb_entries(self) -> dict[str, str]:
-        """Return what the guest finds in qubesdb when it starts."""
-        template = getattr(self, "template", None)
-        entries = {
-            "/name": self.name,
-            "/type": self.klass,
-            "/default-user": self.get_default_user(),
-            "/qubes-vm-type": self.klass,
-            "/qubes-vm-updateable": str(template is None),
-            "/qubes-vm-persistence": "full" if template is None else "rw-only",
-            "/qubes-debug-mode": str(int(self.debug)),
-        }
-        if template is not None:
-            entries["/qubes-base-template"] = str(template)
-        return entries | self.network_entries()
+    def get_default_user(self) -> str:
+        """Return who runs commands: as its boot mode says, else its `default_user`."""
+        return bootmode.user(self)
 
     @property
     def untrusted_qdb(self) -> QubesDB | None:
         """The guest's database as it is now, None while it does not run."""
-        return QubesDB(self.qubesdb_entries()) if self.is_running() else None
+        return QubesDB(qubesdb_entries(self)) if self.is_running() else None
 
     # on disk
+
+    def init_storage(self, pool: Any = None) -> None:
+        """Bind the volumes, all but snapshots in `pool` if one is named."""
+        self.storage.unbind()
+        for name, value in self.volume_settings().items():
+            config = {**value, **self._volume_changes.get(name, {})}
+            self.storage.init_volume(name, in_pool(config, pool))
+
+    def rebase_storage(self) -> None:
+        """Bind the snapshots anew, after a change of the template."""
+        for name, value in self.volume_settings().items():
+            if value.get("snap_on_start"):
+                self.storage.init_volume(name, value)
+
+    def volume_settings(self) -> dict[str, dict[str, Any]]:
+        """Return the settings of its volumes, by their names."""
+        return {name: dict(value) for name, value in self.volume_config.items()}
+
+    @property
+    def volumes(self) -> dict[str, Volume]:
+        """Its volumes, by name, in the order in which things are done to them."""
+        return self.storage.volumes
+
+    @volumes.setter
+    def volumes(self, volumes: dict[str, Volume]) -> None:
+        self.storage.volumes = volumes
 
     def check_unused(self) -> None:
         """Raise QubesVMInUseError when others use it, or a volume gets new content."""

@@ -9,7 +9,7 @@ from qubes_itests.core.properties import Property, VMProperty
 from qubes_itests.core.vm.base import BaseVM
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 __all__ = ["RemoteVM"]
 
@@ -27,42 +27,23 @@ def _refusing(action: str) -> Callable[..., Any]:
 class RemoteVM(BaseVM):
     """A VM of another machine: names, for policy and tools; it never runs here."""
 
-    relayvm = VMProperty["BaseVM | None"](
+    relayvm: VMProperty[BaseVM | None] = VMProperty(
         "relayvm", default=None, doc="The local VM that passes calls on."
     )
-    transport_rpc = Property["str | None"](
+    transport_rpc: Property[str | None] = Property(
         "transport_rpc",
         type=str,
+        allow_none=True,
         default=None,
         doc="The service of `relayvm` that passes calls on.",
     )
-    remote_name = Property["str | None"](
-        "remote_name", type=str, default=None, doc="Its name on its own machine."
+    remote_name: Property[str | None] = Property(
+        "remote_name",
+        type=str,
+        allow_none=True,
+        default=None,
+        doc="Its name on its own machine.",
     )
-
-    @property
-    def netvm(self) -> None:
-        """Its network is none of ours."""
-
-    def get_power_state(self) -> str:
-        """Return ``Halted``: that is what it is here."""
-        return "Halted"
-
-    def is_running(self) -> bool:
-        """Tell no: it never runs here."""
-        return False
-
-    def is_halted(self) -> bool:
-        """Tell yes: that is what it is here."""
-        return True
-
-    def is_starting(self) -> bool:
-        """Tell no: it never starts here."""
-        return False
-
-    def is_paused(self) -> bool:
-        """Tell no: it never runs here."""
-        return False
 
     async def start(self, *_args: object, **_kwargs: object) -> NoReturn:
         """Refuse to start it: it is on another machine."""
@@ -80,12 +61,13 @@ class RemoteVM(BaseVM):
     run_service = _refusing("call services in")
 
     async def create_on_disk(
-        self, pool: Any = None, pools: Any = None, *, adopt: bool = False
+        self,
+        pool: str | None = None,
+        pools: Mapping[str, str] | None = None,
+        *,
+        adopt: bool = False,
     ) -> None:
         """Do nothing: it has no volumes here."""
 
-    async def remove_from_disk(self) -> None:
-        """Do nothing: it has no volumes here."""
-
-    async def clone_disk_files(self, src: Any, pool: Any = None) -> None:
+    async def clone_disk_files(self, src: BaseVM, pool: str | None = None) -> None:
         """Do nothing: it has no volumes here."""

@@ -1,62 +1,61 @@
-"""The settings of VMs that have a domain: what each means, takes and is by default.
+"""The values of settings of VMs: what each takes, and what it is by default.
 
-Where nothing else is said, a VM that has a template takes its default from there.
+The settings themselves are declared in the classes; `QubesVM` has most of them.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from qubes_itests.core import config
-from qubes_itests.core.events import handler
-from qubes_itests.core.properties import (
-    Property,
-    VMProperty,
-    stateless_property,
-    to_int,
-)
-from qubes_itests.core.vm.base import BaseVM
+from qubes_itests.core.network.addresses import upstream
+from qubes_itests.core.properties import to_int
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from qubes_itests.core.app import Qubes
+    from qubes_itests.core.vm.base import BaseVM
+    from qubes_itests.core.vm.qubesvm import QubesVM
+
 __all__ = [
-    "SettingsMixin",
     "check_for_dispvms",
+    "check_netvm",
+    "check_provides_network",
+    "default_kernel_options",
+    "default_max_memory",
+    "default_netvm",
+    "default_virt_mode",
     "kernel_name",
+    "kernel_options",
     "keyboard_layout",
+    "max_memory",
+    "memory",
+    "of_template",
     "positive",
+    "timestamp",
+    "user",
+    "virt_mode",
 ]
+
+_T = TypeVar("_T")
 
 _MOST_MEMORY: Final = 10
 _MOST_OPTIONS: Final = 512
 _KERNEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
-
-#: What a VM has from its template as long as nobody sets it.
-_INHERITED: Final = (
-    "memory",
-    "maxmem",
-    "vcpus",
-    "virt_mode",
-    "kernel",
-    "kernelopts",
-    "default_user",
-    "qrexec_timeout",
-    "shutdown_timeout",
-)
 _LAYOUT: Final = re.compile(r"[a-zA-Z0-9]+\+[a-zA-Z0-9-_]*\+[a-zA-Z0-9:_,-]*")
 _USER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,+-]{0,31}")
 
 
-def _of_template(name: str, default: Any) -> Callable[[Any], Any]:
-    """Return a default: the template's property, or `default` (of the VM)."""
+def of_template(
+    read: Callable[[QubesVM], _T], otherwise: Callable[[QubesVM], _T]
+) -> Callable[[QubesVM], _T]:
+    """Return a default: that of the VM's template, or of a VM that has none."""
 
-    def find(vm: Any) -> Any:
-        template = getattr(vm, "template", None)
-        if template is not None:
-            return getattr(template, name)
-        return default(vm) if callable(default) else default
+    def find(vm: QubesVM) -> _T:
+        template = vm.template_or_none
+        return otherwise(vm) if template is None else read(template)
 
     return find
 
@@ -69,7 +68,8 @@ def positive(_holder: object, _prop: object, value: object) -> int:
     return number
 
 
-def _memory(vm: Any, prop: object, value: object) -> int:
+def memory(vm: QubesVM, prop: object, value: object) -> int:
+    """Setter of `memory`: a tenth of maxmem at least."""
     number = positive(vm, prop, value)
     if vm.property_is_default("maxmem") or vm.app.loading:
         return number
@@ -81,7 +81,8 @@ def _memory(vm: Any, prop: object, value: object) -> int:
     return number
 
 
-def _max_memory(vm: Any, _prop: object, value: object) -> int:
+def max_memory(vm: QubesVM, _prop: object, value: object) -> int:
+    """Setter of `maxmem`: ten times the memory at most; 0 for no balancing."""
     number = to_int(value)
     most = _MOST_MEMORY * vm.memory
     # a store may be older than the rule that memory is not lowered either
@@ -93,17 +94,19 @@ def _max_memory(vm: Any, _prop: object, value: object) -> int:
     return number
 
 
-def _default_max_memory(vm: Any) -> int:
-    most: int = _of_template("maxmem", config.defaults["maxmem"])(vm)
-    memory: int = vm.memory
-    return min(most, _MOST_MEMORY * memory)
+def default_max_memory(vm: QubesVM) -> int:
+    """Return the template's, as far as the VM's own memory lets it have that."""
+    template = vm.template_or_none
+    most = config.defaults["maxmem"] if template is None else template.maxmem
+    return min(most, _MOST_MEMORY * vm.memory)
 
 
 def _has_pci(vm: BaseVM) -> bool:
     return any(vm.devices["pci"].get_assigned_devices())
 
 
-def _virt_mode(vm: BaseVM, _prop: object, value: object) -> str:
+def virt_mode(vm: QubesVM, _prop: object, value: object) -> str:
+    """Setter of `virt_mode`."""
     mode = str(value).lower()
     if mode not in ("pvh", "hvm"):
         raise ValueError("it takes pvh or hvm")
@@ -112,20 +115,21 @@ def _virt_mode(vm: BaseVM, _prop: object, value: object) -> str:
     return mode
 
 
-def _default_virt_mode(vm: BaseVM) -> str:
+def default_virt_mode(vm: QubesVM) -> str:
+    """Return hvm where PCI devices ask for it, else the template's, else pvh."""
     if _has_pci(vm):
         return "hvm"
-    mode: str = _of_template("virt_mode", "pvh")(vm)
-    return mode
+    template = vm.template_or_none
+    return "pvh" if template is None else template.virt_mode
 
 
-def kernel_name(holder: Any, _prop: object, value: object) -> str | None:
+def kernel_name(holder: Qubes | QubesVM, _prop: object, value: object) -> str | None:
     """Setter of the name of one of the app's kernels; nothing stands for none."""
     if value is None or value == "":
         return None
     if not isinstance(value, str) or not _KERNEL.fullmatch(value):
         raise ValueError("the name of a kernel has letters, digits and . _ + - only")
-    app = getattr(holder, "app", holder)
+    app = holder.app
     # a store may come from an app that had more of them
     if value not in app.kernels and not app.loading:
         known = ", ".join(app.kernels) or "none"
@@ -133,29 +137,33 @@ def kernel_name(holder: Any, _prop: object, value: object) -> str | None:
     return value
 
 
-def _kernel_options(_vm: object, _prop: object, value: object) -> str:
+def kernel_options(_vm: object, _prop: object, value: object) -> str:
+    """Setter of `kernelopts`."""
     options = "" if value is None else str(value)
     if len(options) > _MOST_OPTIONS:
         raise ValueError(f"it takes at most {_MOST_OPTIONS} characters")
     return options
 
 
-def _default_kernel_options(vm: Any) -> str:
+def default_kernel_options(vm: QubesVM) -> str:
+    """Return nothing where no kernel takes them, else the template's."""
     if vm.kernel is None:
         return ""
     if _has_pci(vm):
         return config.defaults["kernelopts_pcidevs"]
-    options: str = _of_template("kernelopts", config.defaults["kernelopts"])(vm)
-    return options
+    template = vm.template_or_none
+    return config.defaults["kernelopts"] if template is None else template.kernelopts
 
 
-def _user(_vm: object, _prop: object, value: object) -> str:
+def user(_vm: object, _prop: object, value: object) -> str:
+    """Setter of names of users of a guest."""
     if not isinstance(value, str) or not _USER.fullmatch(value):
         raise ValueError("the name of a user has letters, digits and _ . , + - only")
     return value
 
 
-def _timestamp(_vm: object, _prop: object, value: object) -> int | None:
+def timestamp(_vm: object, _prop: object, value: object) -> int | None:
+    """Setter of times, whole seconds since the epoch; None for never."""
     if value is None:
         return None
     number = to_int(value)
@@ -171,147 +179,39 @@ def keyboard_layout(_vm: object, _prop: object, value: object) -> str:
     return value
 
 
-def check_for_dispvms(_holder: object, vm: Any) -> None:
+def check_for_dispvms(_holder: object, vm: BaseVM) -> None:
     """Raise ValueError for a VM that disposable VMs cannot be made from."""
-    if not getattr(vm, "template_for_dispvms", False):
+    if not vm.makes_disposables:
         raise ValueError(f"{vm} has not template_for_dispvms set")
 
 
-class SettingsMixin(BaseVM):
-    """The settings of a VM that has a domain."""
+def check_provides_network(_holder: object, vm: BaseVM) -> None:
+    """Raise ValueError for a VM that connects no others to the network."""
+    if not vm.is_net_vm:
+        raise ValueError(f"{vm} has not provides_network set")
 
-    memory = Property[int](
-        "memory",
-        type=int,
-        setter=_memory,
-        default=_of_template("memory", config.defaults["memory"]),
-        doc="Memory at start, MiB; at least a tenth of maxmem.",
-    )
-    maxmem = Property[int](
-        "maxmem",
-        type=int,
-        setter=_max_memory,
-        order=1,
-        default=_default_max_memory,
-        doc="The most that balancing may give, MiB, at most 10 x memory; 0: it is not"
-        " balanced.",
-    )
-    vcpus = Property[int](
-        "vcpus",
-        type=int,
-        setter=positive,
-        default=_of_template("vcpus", config.defaults["vcpus"]),
-        doc="Virtual CPUs. Where they are emulated, a guest has one unless this is set,"
-        " in its template or in the VM.",
-    )
-    virt_mode = Property[str](
-        "virt_mode",
-        setter=_virt_mode,
-        default=_default_virt_mode,
-        doc="pvh or hvm; by default hvm when PCI devices are assigned, which pvh cannot"
-        " have, else the template's, else pvh.",
-    )
-    kernel = Property[str | None](
-        "kernel",
-        setter=kernel_name,
-        default=_of_template("kernel", lambda vm: vm.app.default_kernel),
-        doc="Name of one of the app's kernels; None to boot from the image, which pvh"
-        " cannot.",
-    )
-    kernelopts = Property[str](
-        "kernelopts",
-        type=str,
-        setter=_kernel_options,
-        default=_default_kernel_options,
-        doc="Added to the kernel's command line.",
-    )
-    default_user = Property[str](
-        "default_user",
-        setter=_user,
-        default=_of_template("default_user", "user"),
-        doc="Who runs commands.",
-    )
-    default_dispvm = VMProperty["BaseVM | None"](
-        "default_dispvm",
-        check=check_for_dispvms,
-        default=lambda vm: vm.app.default_dispvm,
-        doc="What its disposable VMs are made from.",
-    )
-    qrexec_timeout = Property[int](
-        "qrexec_timeout",
-        type=int,
-        setter=positive,
-        default=_of_template(
-            "qrexec_timeout", lambda vm: vm.app.default_qrexec_timeout
-        ),
-        doc="How long the guest may take to answer: after a start, and when it is to"
-        " enlarge a filesystem; seconds.",
-    )
-    shutdown_timeout = Property[int](
-        "shutdown_timeout",
-        type=int,
-        setter=positive,
-        default=_of_template(
-            "shutdown_timeout", lambda vm: vm.app.default_shutdown_timeout
-        ),
-        doc="How long a shutdown may take, seconds.",
-    )
-    autostart = Property[bool](
-        "autostart", type=bool, default=False, doc="Start it with the system."
-    )
-    include_in_backups = Property[bool](
-        "include_in_backups", type=bool, default=True, doc="Have it in backups."
-    )
-    installed_by_rpm = Property[bool](
-        "installed_by_rpm",
-        type=bool,
-        default=False,
-        clone=False,
-        doc="Whether a package of dom0 brought it, as templates mostly come.",
-    )
-    backup_timestamp = Property[int | None](
-        "backup_timestamp",
-        type=int,
-        setter=_timestamp,
-        default=None,
-        clone=False,
-        doc="When it was last backed up, whole seconds since the epoch; None: never.",
-    )
-    guivm = VMProperty["BaseVM | None"](
-        "guivm",
-        default=lambda vm: vm.app.default_guivm,
-        doc="Who shows its windows; there are none here.",
-    )
-    audiovm = VMProperty["BaseVM | None"](
-        "audiovm",
-        default=lambda vm: vm.app.default_audiovm,
-        doc="Who plays its sounds; there are none here.",
-    )
-    management_dispvm = VMProperty["BaseVM | None"](
-        "management_dispvm",
-        check=check_for_dispvms,
-        default=_of_template("management_dispvm", lambda vm: vm.app.management_dispvm),
-        doc="What disposable VMs that manage it are made from.",
-    )
-    keyboard_layout = Property[str](
-        "keyboard_layout",
-        setter=keyboard_layout,
-        default=lambda vm: getattr(vm.guivm, "keyboard_layout", "us++"),
-        doc="LAYOUT+VARIANT+OPTIONS of its keyboard.",
-    )
-    debug = Property[bool]("debug", type=bool, default=False, doc="Debug mode.")
 
-    @handler(
-        *(f"property-set:{name}" for name in _INHERITED),
-        *(f"property-reset:{name}" for name in _INHERITED),
-    )
-    def on_inherited_set(self, _event: str, name: str, **_kwargs: Any) -> None:
-        """Tell the VMs that take their default from here."""
-        for vm in self.app.domains:
-            if getattr(vm, "template", None) is self and vm.property_is_default(name):
-                vm.fire_event(f"property-reset:{name}", name=name)
+def check_netvm(vm: QubesVM, found: QubesVM) -> None:
+    """Raise ValueError for what cannot be the net VM of a VM, as by way of a loop."""
+    # in what is loaded, a default that would be a loop is none when all is there
+    above = _set_upstream(found) if vm.app.loading else [found, *upstream(found)]
+    if vm in above:
+        raise ValueError(f"{vm} would be its own net VM by way of {found}")
+    check_provides_network(vm, found)
 
-    @stateless_property
-    def updateable(self) -> bool:
-        """Whether what is installed in it stays: it has a root of its own."""
-        return getattr(self, "template", None) is None
+
+def default_netvm(vm: QubesVM) -> QubesVM | None:
+    """Return the app's choice, and None where that would be a loop."""
+    if not vm.provides_network:
+        return vm.app.default_netvm
+    found = vm.app.default_fw_netvm
+    return None if vm in _set_upstream(found) else found
+
+
+def _set_upstream(vm: QubesVM | None) -> list[QubesVM]:
+    """Return a VM, its net VM, and so on, as far as these are set and no default."""
+    above: list[QubesVM] = []
+    while vm is not None and vm not in above:
+        above.append(vm)
+        vm = None if vm.property_is_default("netvm") else vm.netvm
+    return above

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qubes_itests.core import config
-from qubes_itests.core.vm.bootmode import OfferedBootModeMixin
+from qubes_itests.core.events import handler
+from qubes_itests.core.properties import Property
+from qubes_itests.core.vm import bootmode
 from qubes_itests.core.vm.qubesvm import QubesVM
 
 if TYPE_CHECKING:
@@ -14,8 +16,16 @@ if TYPE_CHECKING:
 __all__ = ["TemplateVM"]
 
 
-class TemplateVM(OfferedBootModeMixin, QubesVM):
+class TemplateVM(QubesVM):
     """A VM whose root filesystem others start from."""
+
+    appvm_default_bootmode: Property[str] = Property(
+        "appvm_default_bootmode",
+        type=str,
+        load_stage=4,
+        default=lambda vm: vm.features.get("boot-mode.appvm-default", bootmode.DEFAULT),
+        doc="Name of the boot mode of VMs that start from it and set none.",
+    )
 
     volume_config: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "root": {
@@ -49,4 +59,22 @@ class TemplateVM(OfferedBootModeMixin, QubesVM):
     @property
     def appvms(self) -> list[QubesVM]:
         """The VMs that start from this one."""
-        return [vm for vm in self.app.domains if getattr(vm, "template", None) == self]
+        return [
+            vm for vm in self.app.domains.startable() if vm.template_or_none is self
+        ]
+
+    @property
+    def offered_bootmode(self) -> str | None:
+        """Name of the boot mode that VMs which start from it have by default."""
+        return self.appvm_default_bootmode
+
+    @handler(
+        "domain-feature-set:boot-mode.appvm-default",
+        "property-set:appvm_default_bootmode",
+        "property-reset:appvm_default_bootmode",
+    )
+    def on_offered_set(self, _event: str, **_kwargs: Any) -> None:
+        """Tell the VMs whose boot mode this changes."""
+        for vm in self.appvms:
+            if vm.property_is_default("bootmode"):
+                vm.fire_event("property-reset:bootmode", name="bootmode")

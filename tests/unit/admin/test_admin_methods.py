@@ -6,7 +6,6 @@ import pytest
 from admin_client import AdminError
 
 from qubes_itests.admin.dispatch import error_name
-from qubes_itests.admin.values import property_kind
 from qubes_itests.core import exc
 
 
@@ -279,11 +278,11 @@ def test_every_property_has_the_type_that_its_values_have(app):
     kinds = {}
     for holder in (app, *app.domains):
         for prop in holder.property_list():
-            kinds[prop.name] = property_kind(prop)
+            kinds[prop.name] = prop.type_name
             value = getattr(holder, prop.name, None)
             expected = {bool: "bool", int: "int"}.get(type(value))
             if expected:
-                assert property_kind(prop) == expected, prop.name
+                assert prop.type_name == expected, prop.name
     assert {name for name, kind in kinds.items() if kind == "vm"} >= {
         "netvm",
         "template",

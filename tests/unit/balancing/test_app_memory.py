@@ -57,6 +57,9 @@ class Place:
         self.booted = []
         self.boot_error = None
         monkeypatch.setattr(life, "boot", self.boot)
+        monkeypatch.setattr(life, "boot_files", lambda _vm: "kernel and initramfs")
+        monkeypatch.setattr(life, "identity", lambda _vm: None)
+        monkeypatch.setattr(life, "domain_spec", self.domain_spec)
 
     async def boot(self, _hypervisor, spec, _identity, *, on_domain_start, **_options):
         self.booted.append(spec.name)
@@ -69,6 +72,10 @@ class Place:
         made = Guest(self.machine, guest)
         return made, made
 
+    def domain_spec(self, vm, directory, _files):
+        most = vm.maxmem or vm.memory
+        return DomainSpec(vm.name, uuid4(), directory, vm.memory, most, None, None)
+
     def vm(self, name, **properties):
         vm = self.app.add_new_vm("StandaloneVM", name=name, label="red", **properties)
 
@@ -76,11 +83,6 @@ class Place:
             pass
 
         vm.storage = SimpleNamespace(start=nothing, stop=nothing)
-        vm.boot_files = lambda: "kernel and initramfs"
-        vm.identity = lambda: None
-        vm.domain_spec = lambda directory, _files: DomainSpec(
-            name, uuid4(), directory, vm.memory, vm.maxmem or vm.memory, None, None
-        )
         return vm
 
     def granted(self):

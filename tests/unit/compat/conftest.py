@@ -37,6 +37,7 @@ class FakeVM:
         self.calls = []
         self.running = False
         self.processes = []
+        self.commands = self
         self.__dict__.update(properties)
 
     def fire_event(self, event, **kwargs):

@@ -5,6 +5,7 @@ import pytest
 from qubes_itests.core import exc
 from qubes_itests.core.properties import Property
 from qubes_itests.core.vm.appvm import AppVM
+from qubes_itests.core.vm.boot_data import boot_files
 
 
 @pytest.fixture
@@ -142,9 +143,9 @@ def test_virt_mode_ignores_case(work):
 def test_no_kernel_says_what_to_set(work):
     work.kernel = None
     with pytest.raises(exc.QubesVMError, match="set its property kernel"):
-        work.boot_files()
+        boot_files(work)
     work.virt_mode = "hvm"
-    assert work.boot_files() is None
+    assert boot_files(work) is None
 
 
 @pytest.mark.parametrize("name", ["kernel", "default_kernel"])
@@ -157,7 +158,7 @@ def test_kernel_is_one_that_there_is(app, work, name):
     assert work.kernel == "5.4"
     del app.kernels["5.4"]
     with pytest.raises(exc.QubesVMError, match=r"'5\.4', which the app does not have"):
-        work.boot_files()
+        boot_files(work)
 
 
 @pytest.mark.asyncio

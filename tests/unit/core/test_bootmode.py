@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from qubes_itests.core.exc import QubesPropertyValueError
+from qubes_itests.core.vm.boot_data import domain_spec, identity, qubesdb_entries
 
 OFFERED = {
     "boot-mode.kernelopts.quiet": "quiet loglevel=0",
@@ -72,17 +73,17 @@ def test_one_that_is_not_there_stands_for_the_default(work, offering):
 
 def test_what_a_start_gets_of_it(app, work, offering):
     offering.features["boot-mode.appvm-default"] = "loud"
-    spec = work.domain_spec(app.directory, FILES)
+    spec = domain_spec(work, app.directory, FILES)
     assert spec.kernel_options == "quiet swiotlb=2048 debug"
-    assert work.identity().default_user == "tester"
-    assert work.qubesdb_entries()["/default-user"] == "tester"
+    assert identity(work).default_user == "tester"
+    assert qubesdb_entries(work)["/default-user"] == "tester"
 
 
 def test_emulated_guests_have_one_cpu_unless_more_are_asked_for(app, work, offering):
     """Two of them get in each other's way; the property is that of Qubes OS."""
 
     def given():
-        return work.domain_spec(app.directory, FILES).vcpus
+        return domain_spec(work, app.directory, FILES).vcpus
 
     assert given() == work.vcpus == 2
     app.hypervisor.slowness = 3.0

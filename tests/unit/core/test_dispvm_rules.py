@@ -13,6 +13,7 @@ from qubes_itests.core.device.assignment import DeviceAssignment
 from qubes_itests.core.device.port import Port, VirtualDevice
 from qubes_itests.core.store.file import StoreFile
 from qubes_itests.core.store.journal import Journal
+from qubes_itests.core.vm.boot_data import qubesdb_entries
 from qubes_itests.core.vm.dispvm import DispVM
 from qubes_storage.exc import StoragePoolException
 from qubes_storage.reflink import ReflinkPool
@@ -81,7 +82,7 @@ async def test_it_takes_after_its_template(app, base):
     assert vm.volumes["root"].source == app.default_template.volumes["root"]
     assert vm.volumes["private"].source == base.volumes["private"]
     assert not any(v.save_on_stop for v in vm.volumes.values())
-    assert vm.qubesdb_entries()["/qubes-vm-persistence"] == "none"
+    assert qubesdb_entries(vm)["/qubes-vm-persistence"] == "none"
 
 
 @pytest.mark.asyncio

@@ -12,6 +12,7 @@ from life_events import GRAMMAR, interleave, letters, record, settle
 from scripted_app import make_app, make_vm
 
 from qubes_itests.core import exc
+from qubes_itests.core.vm.start_memory import memory_for_start
 from qubes_itests.hypervisor.contract import DomainState
 
 SEEDS = 200
@@ -192,7 +193,8 @@ async def test_memory_is_asked_for_before_storage_starts(app):
     with pytest.raises(exc.QubesVMStartError, match="not have its memory: there is"):
         await vm.start()
     await vm.start()
-    assert asked == [(vm.start_memory(), False)] * 2
+    amount = memory_for_start(vm.memory, vcpus=vm.vcpus, maxmem=vm.maxmem)
+    assert asked == [(amount, False)] * 2
     await vm.kill()
 
 
@@ -301,7 +303,7 @@ async def test_a_guest_is_told_of_being_suspended_and_not_of_a_pause(app, monkey
     async def call(service, what, *, user, timeout):  # noqa: ARG001
         told.append((service, user, vm.get_power_state()))
 
-    monkeypatch.setattr(vm, "ask_service", call)
+    monkeypatch.setattr(vm.commands, "ask_service", call)
     pause = ["domain-pre-paused", "domain-paused"]
     unpause = ["domain-pre-unpaused", "domain-unpaused"]
     told.clear()

@@ -28,7 +28,7 @@ class Holder(PropertyHolder):
     count = Property("count", type=int, default=0, save_via=Property.dontsave)
     later = Property("later", setter=_after_size, default=0, order=1)
 
-    @stateless_property
+    @stateless_property(type=int)
     def sum(self) -> int:
         """All together."""
         return self.size + self.double

@@ -110,7 +110,7 @@ async def test_who_gives_up_leaves_nothing_running(connect):
 #: What waits for a guest as long as that likes: for tests, who have deadlines.
 UNBOUNDED = {"run_for_stdio", "run_service_for_stdio", "communicate"}
 #: Where these are defined, and handed on to tests.
-OF_TESTS = {"core/vm/execution.py", "compat_core2.py", "guest/link/process.py"}
+OF_TESTS = {"core/vm/commands.py", "compat_core2.py", "guest/link/process.py"}
 #: For programs of the host.
 OF_THE_HOST = {"host/command.py"}
 

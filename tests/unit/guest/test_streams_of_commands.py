@@ -9,23 +9,23 @@ from types import SimpleNamespace
 import pytest
 import pytest_asyncio
 
-from qubes_itests.core.events import Emitter
 from qubes_itests.core.exc import QubesValueError
-from qubes_itests.core.vm.execution import ExecutionMixin
+from qubes_itests.core.vm.commands import Commands
+from qubes_itests.core.vm.qubesvm import QubesVM
 
 pytestmark = pytest.mark.asyncio
 
 COMMAND = "cat; echo out; echo err >&2"
 
 
-class OverAgent(ExecutionMixin, Emitter):
+class OverAgent(QubesVM):
     """What of a VM runs commands."""
 
     name = "work"
 
     def __init__(self, agent):
-        super().__init__()
         self.life = SimpleNamespace(agent=agent, is_paused=False)
+        self.commands = Commands(self)
 
 
 @pytest_asyncio.fixture

@@ -30,9 +30,9 @@ async def test_the_interface_has_changed_when_the_answer_comes(make_vm, call):
     await two.start()
     reply = await call("admin.vm.property.Set", "work", "netvm", b"two")
     assert reply == b"0\0"
-    assert work.uplink.downlink.owner is two
+    assert work.net.uplink.downlink.owner.vm is two
     await call("admin.vm.property.Reset", "work", "netvm")
-    assert work.uplink is None
+    assert work.net.uplink is None
 
 
 async def test_a_change_of_the_default_is_waited_for(make_vm, call):
@@ -41,7 +41,9 @@ async def test_a_change_of_the_default_is_waited_for(make_vm, call):
     for vm in (one, work, other):
         await vm.start()
     await call("admin.property.Set", "dom0", "default_netvm", b"one")
-    assert work.uplink.downlink.owner is other.uplink.downlink.owner is one
+    assert (
+        work.net.uplink.downlink.owner.vm is other.net.uplink.downlink.owner.vm is one
+    )
 
 
 async def test_what_fails_is_told_once(app, make_vm, call, monkeypatch):

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qubes_itests.core import exc
+from qubes_itests.core.network.addresses import network_entries
 
 
 @pytest.mark.asyncio
@@ -16,7 +17,7 @@ async def test_no_net_vm_no_addresses(make_vm):
     vm = await make_vm("alone", netvm=None)
     names = ("ip", "ip6", "visible_ip", "gateway", "visible_gateway", "netmask", "dns")
     assert [getattr(vm, name) for name in names] == [None] * len(names)
-    assert vm.network_entries() == {}
+    assert network_entries(vm) == {}
     assert not vm.is_networked()
 
 
@@ -24,7 +25,7 @@ async def test_no_net_vm_no_addresses(make_vm):
 async def test_what_a_client_is_told(make_vm):
     net = await make_vm("net", netvm=None, provides_network=True)
     work = await make_vm("work", netvm=net)
-    assert work.network_entries() == {
+    assert network_entries(work) == {
         "/qubes-mac": work.mac,
         "/qubes-ip": "10.137.0.2",
         "/qubes-netmask": "255.255.255.255",
@@ -32,7 +33,7 @@ async def test_what_a_client_is_told(make_vm):
         "/qubes-primary-dns": "10.139.1.1",
         "/qubes-secondary-dns": "10.139.1.2",
     }
-    assert net.network_entries() == {
+    assert network_entries(net) == {
         "/qubes-netvm-network": "10.137.0.1",
         "/qubes-netvm-gateway": "10.137.0.1",
         "/qubes-netvm-netmask": "255.255.255.255",
@@ -50,7 +51,7 @@ async def test_ipv6_where_the_net_vm_has_the_feature(make_vm):
     assert work.ip6 is None
     net.features["ipv6"] = True
     assert str(work.ip6) == "fd09:24ef:4179::a89:2"
-    assert work.network_entries()["/qubes-gateway6"] == str(net.ip6)
+    assert network_entries(work)["/qubes-gateway6"] == str(net.ip6)
 
 
 @pytest.mark.asyncio
@@ -62,7 +63,7 @@ async def test_fake_addresses_are_told_and_not_had(make_vm):
     work.features["net.fake-netmask"] = "255.255.255.0"
     assert work.visible_ip == IPv4Address("192.168.1.2")
     assert work.ip == IPv4Address("10.137.0.2")
-    entries = work.network_entries()
+    entries = network_entries(work)
     assert entries["/qubes-ip"] == "192.168.1.2"
     assert entries["/qubes-gateway"] == "192.168.1.1"
     assert entries["/qubes-netmask"] == "255.255.255.0"

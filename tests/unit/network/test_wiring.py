@@ -74,7 +74,7 @@ async def test_a_client_that_fails_stops_nobody(app, host, make_vm, caplog):
         await net.start()
     assert net.is_running()
     assert [record.args[0] for record in caplog.records] == ["c1"]
-    assert [vm.uplink is not None for vm in clients] == [True, False, True]
+    assert [vm.net.uplink is not None for vm in clients] == [True, False, True]
     assert len(host.taps) == 3
 
 
@@ -93,7 +93,7 @@ async def test_a_guest_that_keeps_its_interface_has_no_network_still(host, make_
     assert list(host.taps.values()).count(None) == 1
     await work.kill()
     assert len(host.taps) == 1
-    assert list(net.downlink.taken) == [str(net.ip)]
+    assert list(net.net.downlink.taken) == [str(net.ip)]
 
 
 async def test_a_paused_client_is_cut_off_and_connected_when_it_goes_on(host, make_vm):
@@ -107,7 +107,7 @@ async def test_a_paused_client_is_cut_off_and_connected_when_it_goes_on(host, ma
         assert None in host.taps.values()
     await work.unpause()
     assert None not in host.taps.values()
-    assert work.uplink.downlink is nets[0].downlink
+    assert work.net.uplink.downlink is nets[0].net.downlink
 
 
 async def test_a_paused_net_vm_takes_no_client(host, make_vm):
@@ -140,7 +140,7 @@ async def test_a_change_to_and_fro_ends_where_it_began(host, make_vm):
     for netvm in (None, nets[1], nets[0]):
         work.netvm = netvm
     await work.network_settled()
-    assert work.uplink.downlink is nets[0].downlink
+    assert work.net.uplink.downlink is nets[0].net.downlink
     assert len(host.taps) == 3
 
 
@@ -192,7 +192,7 @@ async def test_killed_at_any_moment_of_its_start_it_leaves_nothing(host, make_vm
         if not work.is_halted():
             await work.kill()
         assert set(host.taps) == before
-        assert work.mac not in net.downlink.taken
+        assert work.mac not in net.net.downlink.taken
         turns += 1 + turns // 5
         moments += 1
     assert moments > 10
@@ -229,9 +229,9 @@ async def test_default_netvm_changes_for_vms_that_run(app, make_vm):
     await net.start()
     app.default_netvm = net
     await work.network_settled()
-    assert work.uplink is not None
-    assert set_one.uplink is None
+    assert work.net.uplink is not None
+    assert set_one.net.uplink is None
     assert net.netvm is None
     app.default_netvm = None
     await work.network_settled()
-    assert work.uplink is None
+    assert work.net.uplink is None

@@ -14,59 +14,33 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Mapping
 
-    from qubes_itests.core.vm.life import Life
+    from qubes_itests.core.vm.base import BaseVM
+    from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_itests.guest.link.agent import GuestAgent
     from qubes_itests.guest.link.process import GuestProcess
 
-__all__ = ["ExecutionMixin", "ServicesMixin"]
+__all__ = ["PIPES", "Commands", "communicate"]
 
 _OUTPUTS: Final = {"stdout": Channel.STDOUT, "stderr": Channel.STDERR}
 _NOT_CONNECTED: Final = (None, subprocess.DEVNULL)
-_PIPES: Final[dict[str, Any]] = dict.fromkeys(("stdin", *_OUTPUTS), subprocess.PIPE)
+
+#: The streams of a command whose caller talks to it.
+PIPES: Final[dict[str, Any]] = dict.fromkeys(("stdin", *_OUTPUTS), subprocess.PIPE)
 
 
-class ServicesMixin:
-    """What a class needs that can start services, to run one to its end."""
-
-    async def run_service_for_stdio(
-        self,
-        service: str,
-        *,
-        input: bytes | None = None,  # noqa: A002 - as in Qubes OS
-        **kwargs: Any,
-    ) -> tuple[bytes, bytes]:
-        """Run a service to its end and return its output and its error output.
-
-        :param input: what it reads.
-        :raise subprocess.CalledProcessError: when it ends with another status than 0.
-        """
-        process = await self.run_service(service, **(_PIPES | kwargs))  # type: ignore[attr-defined]
-        return await _communicate(process, service, input)
-
-
-class ExecutionMixin(ServicesMixin):
-    """What a VM class needs to run commands and services in its guest.
+class Commands:
+    """What runs commands and services in the guest of one VM.
 
     `stdin`, `stdout` and `stderr` are as for `asyncio.create_subprocess_exec`:
     ``subprocess.PIPE`` to get a stream; a descriptor or a file of the host, which may
     be closed then; ``stderr=subprocess.STDOUT`` to have both outputs as one. With
     DEVNULL or None the guest sees an empty input, and its output is dropped.
+
+    :param vm: the VM.
     """
 
-    life: Life
-    name: str
-
-    async def _agent(self, *, autostart: bool, gui: bool) -> GuestAgent:
-        if autostart:
-            await self.start()  # type: ignore[attr-defined]
-        if self.life.is_paused:
-            raise QubesVMNotRunningError(self)
-        # handlers of a start may call it already
-        agent = self.life.agent or self.life.running_agent()
-        await self.fire_event_async(  # type: ignore[attr-defined]
-            "domain-cmd-pre-run", pre_event=True, start_guid=gui
-        )
-        return agent
+    def __init__(self, vm: QubesVM) -> None:
+        self._vm = vm
 
     async def run(
         self,
@@ -96,12 +70,11 @@ class ExecutionMixin(ServicesMixin):
     async def run_service(
         self,
         service: str,
-        source: Any = None,
+        source: BaseVM | str | None = None,
         user: str | None = None,
         *,
         autostart: bool = False,
         gui: bool = False,
-        filter_esc: bool = False,
         **streams: Any,
     ) -> GuestProcess:
         """Start a qrexec service in the guest, as a call from `source`.
@@ -111,10 +84,8 @@ class ExecutionMixin(ServicesMixin):
         :param user: who runs it; by default the service's own choice.
         :param autostart: start the VM if it is halted.
         :param gui: as for `run`.
-        :param filter_esc: accepted for callers of Qubes OS.
         :return: a process, as `run` returns one.
         """
-        del filter_esc
         _check_streams(streams)
         agent = await self._agent(autostart=autostart, gui=gui)
         process = await agent.spawn_service(
@@ -122,20 +93,17 @@ class ExecutionMixin(ServicesMixin):
         )
         return _connect(process, streams)
 
-    async def run_for_stdio(
-        self,
-        command: str,
-        *,
-        input: bytes | None = None,  # noqa: A002 - as in Qubes OS
-        **kwargs: Any,
-    ) -> tuple[bytes, bytes]:
-        """Run a command to its end and return its output and its error output.
-
-        :param input: what it reads.
-        :raise subprocess.CalledProcessError: when it ends with another status than 0.
-        """
-        process = await self.run(command, **(_PIPES | kwargs))
-        return await _communicate(process, command, input)
+    async def _agent(self, *, autostart: bool, gui: bool) -> GuestAgent:
+        vm = self._vm
+        if autostart:
+            await vm.start()
+        if vm.life.is_paused:
+            raise QubesVMNotRunningError(vm)
+        # Handlers of a start may run commands already: the agent is there before the
+        # VM counts as running, and only without one it matters why.
+        agent = vm.life.agent or vm.life.running_agent()
+        await vm.fire_event_async("domain-cmd-pre-run", pre_event=True, start_guid=gui)
+        return agent
 
     async def ask(
         self,
@@ -143,7 +111,7 @@ class ExecutionMixin(ServicesMixin):
         what: str,
         *,
         timeout: float,
-        input: bytes = b"",  # noqa: A002 - as above
+        input: bytes = b"",  # noqa: A002 - as in Qubes OS
         user: str = "root",
         limit: int = LONGEST_ANSWER,
     ) -> tuple[bytes, bytes]:
@@ -161,7 +129,7 @@ class ExecutionMixin(ServicesMixin):
         :raise DeadlineError: when it does not end in time.
         :raise GuestError: when it writes too much, or the guest goes away.
         """
-        process = await self.run(command, user=user, **_PIPES)
+        process = await self._vm.run(command, user=user, **PIPES)
         answer = await answer_of(
             process, what, timeout=timeout, input=input, limit=limit
         )
@@ -181,17 +149,24 @@ class ExecutionMixin(ServicesMixin):
 
         :param user: who runs it; by default the service's own choice.
         """
-        process = await self.run_service(service, user=user, **_PIPES)
+        process = await self._vm.run_service(service, user=user, **PIPES)
         answer = await answer_of(process, what, timeout=timeout, input=input)
         answer.check(service)
         return answer.stdout, answer.stderr
 
 
-async def _communicate(
+async def communicate(
     process: GuestProcess | asyncio.subprocess.Process,
     command: str,
     data: bytes | None,
 ) -> tuple[bytes, bytes]:
+    """Run a process to its end and return its output and its error output.
+
+    :param process: what `run` or `run_service` of a VM returned.
+    :param command: what it is, for the error.
+    :param data: what it reads.
+    :raise subprocess.CalledProcessError: when it ends with another status than 0.
+    """
     if data is None and process.stdin is not None:
         data = b""  # a process of the host reads on until it is given something
     stdout, stderr = await process.communicate(data)
