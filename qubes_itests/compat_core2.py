@@ -15,14 +15,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import subprocess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qubes_itests.guest.link.frames import GONE
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Awaitable, Callable, Coroutine, Generator
+
+    from qubes_itests.core.vm.base import BaseVM
+    from qubes_itests.core.vm.qubesvm import QubesVM
 
 __all__ = ["Done", "ExitStatus", "ProcessWrapper", "VMWrapper", "unwrapped"]
+
+_T = TypeVar("_T")
 
 
 class VMWrapper:
@@ -36,10 +41,12 @@ class VMWrapper:
     :param loop: the loop that it lives in; by default the current one.
     """
 
-    _vm: Any
+    _vm: QubesVM
     _loop: asyncio.AbstractEventLoop
 
-    def __init__(self, vm: Any, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def __init__(
+        self, vm: QubesVM | VMWrapper, loop: asyncio.AbstractEventLoop | None = None
+    ) -> None:
         self._vm = unwrapped(vm)
         self._loop = loop or asyncio.get_event_loop()
 
@@ -114,11 +121,15 @@ class VMWrapper:
         self._loop.run_until_complete(method())
         return Done()
 
-    def clone_properties(self, src: Any, *args: Any, **kwargs: Any) -> None:
+    def clone_properties(
+        self, src: QubesVM | VMWrapper, *args: Any, **kwargs: Any
+    ) -> None:
         """Set this VM's properties to those of another."""
         self._vm.clone_properties(unwrapped(src), *args, **kwargs)
 
-    def clone_disk_files(self, src: Any, **kwargs: Any) -> Any:
+    def clone_disk_files(
+        self, src: QubesVM | VMWrapper, **kwargs: Any
+    ) -> Coroutine[Any, Any, None]:
         """Return a coroutine that copies the volumes of another VM."""
         return self._vm.clone_disk_files(unwrapped(src), **kwargs)
 
@@ -157,7 +168,7 @@ class VMWrapper:
         user: str | None = None,
         passio_popen: bool = False,
         passio_stderr: bool = False,
-        source: Any = None,
+        source: BaseVM | VMWrapper | str | None = None,
         **_gui: Any,
     ) -> int | ProcessWrapper | None:
         """Run a qrexec service in the VM, as a call from dom0.
@@ -172,13 +183,13 @@ class VMWrapper:
         :return: as `run`.
         """
         data = input.encode() if isinstance(input, str) else input
-        options = {"source": unwrapped(source), "user": user}
-        streams = _streams(piped=passio_popen, stderr=passio_stderr)
+        streams: dict[str, Any] = _streams(piped=passio_popen, stderr=passio_stderr)
         if data:
             streams["stdin"] = subprocess.PIPE
 
         def start() -> Any:
-            return self._vm.run_service(service, **options, **streams)
+            caller = unwrapped(source)
+            return self._vm.run_service(service, caller, user, **streams)
 
         if wait and not passio_popen:
             return self._status(start, data)
@@ -210,7 +221,7 @@ class VMWrapper:
         return ProcessWrapper(process, self._loop, stderr="stderr" in streams)
 
 
-def unwrapped(value: Any) -> Any:
+def unwrapped(value: VMWrapper | _T) -> QubesVM | _T:
     """Return the VM of a wrapper, and anything else as it is."""
     return value._vm if isinstance(value, VMWrapper) else value  # noqa: SLF001
 

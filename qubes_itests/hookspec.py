@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_itests.guest.image.template import Template
     from qubes_itests.host.cache import Cache
     from qubes_itests.host.kernel import Kernel
@@ -84,7 +85,7 @@ def qubes_itests_hypervisors() -> Mapping[
 
 
 @hookspec
-def qubes_itests_artifacts(test: str, vm: Any, directory: Path) -> Iterable[Path]:
+def qubes_itests_artifacts(test: str, vm: QubesVM, directory: Path) -> Iterable[Path]:
     """Write more files about a VM of a failed test, before the VM is removed.
 
     :param test: the test's id.

@@ -30,12 +30,14 @@ from qubes_itests.core.exc import (
     QubesVMNotFoundError,
 )
 from qubes_itests.core.store.saving import save
+from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.exc import HarnessError, InternalError
 from qubes_itests.limited_log import LimitedLog
 
 if TYPE_CHECKING:
     from qubes_itests.admin.streams import EventStream
     from qubes_itests.core.app import Qubes
+    from qubes_itests.core.vm.base import BaseVM
 
 __all__ = [
     "EXPECTED_ERRORS",
@@ -117,7 +119,7 @@ class Call:
 
     app: Qubes
     method: str
-    source: Any
+    source: BaseVM
     destination: Any
     raw_argument: str
     tokens: CloneTokens
@@ -164,7 +166,7 @@ class Method:
 
     def validate(self, call: Call, payload: bytes) -> None:
         """Fill in the call; ProtocolError for what the method does not take."""
-        is_dom0 = call.destination.klass == "AdminVM"
+        is_dom0 = isinstance(call.destination, AdminVM)
         if self.destination is Destination.DOM0 and not is_dom0:
             raise ProtocolError(f"{self.name} is a method of dom0 alone")
         if self.destination is Destination.VM and is_dom0:

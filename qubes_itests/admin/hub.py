@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qubes_itests.admin.streams import EventStream
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.events import Emitter
+    from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["EventHub"]
 
@@ -104,7 +105,7 @@ class EventHub:
         elif event == "domain-delete":
             self._forget(values["vm"])
 
-    def _forget(self, vm: Any) -> None:
+    def _forget(self, vm: BaseVM) -> None:
         if (known := self._listening.pop(id(vm), None)) is not None:
             vm.remove_handler("*", known[1])
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.hypervisor.exc import HypervisorError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["Usage", "cpu_percent", "usage_of"]
 
@@ -33,15 +36,14 @@ _NOTHING: Final = Usage()
 _PATIENCE: Final = 5.0
 
 
-async def usage_of(vm: Any, at: float = 0.0) -> Usage:
+async def usage_of(vm: BaseVM, at: float = 0.0) -> Usage:
     """Return what a VM uses; nothing of dom0, and when it does not run, or hangs."""
-    domain = getattr(vm, "domain", None)
-    if domain is None or not vm.is_running():
+    if not isinstance(vm, QubesVM) or vm.domain is None or not vm.is_running():
         return _NOTHING
     try:
         async with asyncio.timeout(_PATIENCE):
-            statistics = await domain.memory_statistics()
-            return Usage(statistics.actual, await domain.cpu_time(), at)
+            statistics = await vm.domain.memory_statistics()
+            return Usage(statistics.actual, await vm.domain.cpu_time(), at)
     except (HypervisorError, TimeoutError):
         # it ended meanwhile, or its QEMU does not answer
         return _NOTHING

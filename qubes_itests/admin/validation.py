@@ -17,10 +17,11 @@ from qubes_itests.core.exc import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from qubes_itests.admin.dispatch import Call
     from qubes_itests.core.pools import Pool
+    from qubes_itests.core.properties import Property, PropertyHolder
     from qubes_itests.core.storage import Volume
 
 __all__ = [
@@ -135,7 +136,7 @@ def label(call: Call) -> Any:
     return call.app.get_label(call.raw_argument)
 
 
-def property_of(holder: Any, name: str) -> Any:
+def property_of(holder: PropertyHolder, name: str) -> Property[Any]:
     """Return the definition of a property; QubesNoSuchPropertyError if none."""
     if not name:
         raise QubesNoSuchPropertyError(holder, name)
@@ -154,7 +155,7 @@ def app_property(call: Call) -> Any:
 
 def volume(call: Call) -> Volume:
     """Take the name of a volume of the destination."""
-    volumes: dict[str, Volume] = getattr(call.destination, "volumes", {})
+    volumes: Mapping[str, Volume] = call.destination.volumes
     if call.raw_argument not in volumes:
         raise ProtocolError(
             f"VM {call.destination} has no volume {call.raw_argument!r}:"

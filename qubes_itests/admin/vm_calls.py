@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.admin.dispatch import Dispatcher, error_name
 from qubes_itests.admin.methods import METHODS
@@ -16,6 +16,7 @@ from qubes_itests.limited_log import LimitedLog
 
 if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
+    from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_itests.guest.link.calls import ServiceCall
     from qubes_itests.guest.link.streams import GuestWriter
 
@@ -36,14 +37,16 @@ def offer_to_vms(app: Qubes, dispatcher: Dispatcher | None = None) -> Dispatcher
     """
     chosen = dispatcher or Dispatcher(app, METHODS)
 
-    async def serve(source: Any, call: ServiceCall) -> int:
+    async def serve(source: QubesVM, call: ServiceCall) -> int:
         return await handle_vm_call(chosen, source, call)
 
     app.host_services.update(dict.fromkeys(METHODS, serve))
     return chosen
 
 
-async def handle_vm_call(dispatcher: Dispatcher, source: Any, call: ServiceCall) -> int:
+async def handle_vm_call(
+    dispatcher: Dispatcher, source: QubesVM, call: ServiceCall
+) -> int:
     """Answer one call, which the policy has allowed and sent to dom0.
 
     What the VM asked for as target is what the call is about, whoever answers it.

@@ -11,8 +11,7 @@ from qubes_itests.guest.link.process import answer_of
 from qubes_itests.qmemman.sizes import KIB, MIB, mib
 
 if TYPE_CHECKING:
-    from typing import Any
-
+    from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_itests.guest.link.process import GuestProcess
 
 __all__ = ["GuestMemory"]
@@ -43,7 +42,7 @@ class GuestMemory:
     :param vm: a VM; it has to run when memory is used.
     """
 
-    def __init__(self, vm: Any) -> None:
+    def __init__(self, vm: QubesVM) -> None:
         self._vm = vm
         self._holders: list[tuple[int, GuestProcess]] = []
 
@@ -122,7 +121,9 @@ class GuestMemory:
         self._holders.append((size, process))
 
     async def _spawn(self, command: str) -> GuestProcess:
-        process: GuestProcess = await self._vm.agent.spawn(command, user="root")
+        process: GuestProcess = await self._vm.running_agent().spawn(
+            command, user="root"
+        )
         return process
 
     @staticmethod

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qubes_itests.balancing.app_memory import AppMemory
     from qubes_itests.balancing.balloons import LibvirtMemory
     from qubes_itests.core.app import Qubes
+    from qubes_itests.core.vm.qubesvm import QubesVM
 
 __all__ = ["VMWorld", "oom_killed"]
 
@@ -34,7 +35,7 @@ _TIMEOUT: Final = 30.0
 _KILLS: Final = (b"Out of memory", b"oom-kill", b"oom_reaper")
 
 
-def oom_killed(vm: Any) -> bool:
+def oom_killed(vm: QubesVM) -> bool:
     """Tell whether a VM's console, of all its runs so far, shows an OOM kill."""
     text = (vm.directory / "console.log").read_bytes()
     return any(words in text for words in _KILLS)

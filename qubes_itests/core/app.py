@@ -415,14 +415,14 @@ class Qubes(PoolsMixin):
             await vm.create_on_disk(pool=pool, pools=pools, adopt=adopt)
         return vm
 
-    def dispvm_template(self, caller: BaseVM | None = None) -> BaseVM:
+    def dispvm_template(self, caller: BaseVM | None = None) -> AppVM:
         """Return what a DispVM is made from that is asked for without a template.
 
         :param caller: the VM that asks; its `default_dispvm` counts, if it has one.
         :raise QubesNoTemplateError: when that is None.
         """
-        holder: Any = caller if hasattr(caller, "default_dispvm") else self
-        found: BaseVM | None = holder.default_dispvm
+        holder = caller if isinstance(caller, QubesVM) else self
+        found = holder.default_dispvm
         if found is None:
             raise QubesNoTemplateError(
                 caller,

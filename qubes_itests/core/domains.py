@@ -12,6 +12,7 @@ from qubes_itests.core import config
 from qubes_itests.core.exc import (
     QubesException,
     QubesVMAlreadyExistsError,
+    QubesVMError,
     QubesVMNotFoundError,
     QubesVMNotHaltedError,
 )
@@ -169,6 +170,17 @@ class VMCollection:
     def startable(self) -> list[QubesVM]:
         """Return the VMs that can be started: neither dom0 nor those of elsewhere."""
         return [vm for vm in self._by_uuid.values() if isinstance(vm, QubesVM)]
+
+    def startable_vm(self, key: object) -> QubesVM:
+        """Return a VM that can be started.
+
+        :raise QubesVMNotFoundError: when there is none.
+        :raise QubesVMError: for dom0 and VMs of elsewhere.
+        """
+        vm = self[key]
+        if not isinstance(vm, QubesVM):
+            raise QubesVMError(vm, f"expected a VM with a guest, got {vm.klass} {vm}")
+        return vm
 
     def disposables(self) -> list[DispVM]:
         """Return the disposable VMs."""

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from qubes_itests.core.properties import Property
+    from qubes_itests.core.vm.base import BaseVM
 
 __all__ = [
     "BackupAlreadyRunningError",
@@ -214,7 +215,7 @@ class QubesFeatureNotFoundError(_NotFoundError):
     :param feature: name of the feature.
     """
 
-    def __init__(self, domain: Any, feature: str) -> None:
+    def __init__(self, domain: BaseVM, feature: str) -> None:
         super().__init__(f"no such feature: {feature!r}")
         self.vm = domain
         self.feature = feature
@@ -227,7 +228,7 @@ class QubesTagNotFoundError(_NotFoundError):
     :param tag: the tag.
     """
 
-    def __init__(self, domain: Any, tag: str) -> None:
+    def __init__(self, domain: BaseVM, tag: str) -> None:
         super().__init__(f"no such tag: {tag!r}")
         self.vm = domain
         self.tag = tag
@@ -348,7 +349,7 @@ class QubesVMError(QubesException):
     :param msg: what failed.
     """
 
-    def __init__(self, vm: Any, msg: str) -> None:
+    def __init__(self, vm: BaseVM | None, msg: str) -> None:
         super().__init__(msg)
         self.vm = vm
 
@@ -356,21 +357,21 @@ class QubesVMError(QubesException):
 class QubesNoTemplateError(QubesVMError):
     """A VM that needs a template has none."""
 
-    def __init__(self, vm: Any, msg: str | None = None) -> None:
+    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
         super().__init__(vm, msg or f"VM {vm} needs a template")
 
 
 class QubesVMInUseError(QubesVMError):
     """The VM cannot be removed while others use it."""
 
-    def __init__(self, vm: Any, msg: str | None = None) -> None:
+    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
         super().__init__(vm, msg or f"VM {vm} is in use")
 
 
 class QubesVMNotStartedError(QubesVMError):
     """The VM is not running."""
 
-    def __init__(self, vm: Any, msg: str | None = None) -> None:
+    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
         super().__init__(vm, msg or f"VM {vm} is not running; start it first")
 
 
@@ -381,49 +382,51 @@ class QubesVMNotRunningError(QubesVMNotStartedError):
 class QubesVMNotPausedError(QubesVMNotStartedError):
     """The VM is neither paused nor suspended."""
 
-    def __init__(self, vm: Any, msg: str | None = None) -> None:
+    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
         super().__init__(vm, msg or f"VM {vm} is not paused")
 
 
 class QubesVMNotSuspendedError(QubesVMError):
     """The VM is not suspended."""
 
-    def __init__(self, vm: Any, msg: str | None = None) -> None:
+    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
         super().__init__(vm, msg or f"VM {vm} is not suspended")
 
 
 class QubesVMNotHaltedError(QubesVMError):
     """The VM is not halted."""
 
-    def __init__(self, vm: Any, msg: str | None = None) -> None:
+    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
         super().__init__(vm, msg or f"VM {vm} is not halted; shut it down first")
 
 
 class QubesVMCancelledPauseError(QubesVMError):
     """A handler of `domain-pre-paused` has cancelled the pause."""
 
-    def __init__(self, vm: Any, msg: str | None = None) -> None:
+    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
         super().__init__(vm, msg or f"the pause of VM {vm} was cancelled")
 
 
 class QubesVMShutdownTimeoutError(QubesVMError):
     """The VM did not shut down in time."""
 
-    def __init__(self, vm: Any, msg: str | None = None) -> None:
+    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
         super().__init__(vm, msg or f"VM {vm} did not shut down in time")
 
 
 class QubesMemoryError(QubesVMError, MemoryError):
     """There is not enough memory for the VM to start."""
 
-    def __init__(self, vm: Any, msg: str | None = None) -> None:
+    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
         super().__init__(vm, msg or f"there is not enough memory to start VM {vm}")
 
 
 class QubesVolumeCopyInUseError(QubesException):
     """A volume of a VM is being cloned already."""
 
-    def __init__(self, vm: Any, volume: object, msg: str | None = None) -> None:
+    def __init__(
+        self, vm: BaseVM | None, volume: object, msg: str | None = None
+    ) -> None:
         super().__init__(msg or f"volume {volume} of VM {vm} is being cloned already")
 
 
@@ -446,7 +449,7 @@ class QubesVMStartError(QubesVMError):
     :param reason: the error of the step.
     """
 
-    def __init__(self, vm: Any, step: str, reason: str) -> None:
+    def __init__(self, vm: BaseVM | None, step: str, reason: str) -> None:
         said = reason.removeprefix(f"VM {vm}: ")
         super().__init__(vm, f"VM {vm} did not start: it could not {step}: {said}")
         self.step = step

@@ -12,7 +12,9 @@ from qubes_itests.core import events as events_
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from qubes_itests.core.device.port import Port
     from qubes_itests.core.events import Emitter
+    from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["Extension", "Extensions", "handler", "registered_extensions"]
 
@@ -61,7 +63,7 @@ class Extension:
         #: For extensions of devices: by VM and port, which VM has the device.
         self.devices_cache: defaultdict[str, dict[str, Any]] = defaultdict(dict)
 
-    def ensure_detach(self, vm: Any, port: Any) -> None:
+    def ensure_detach(self, vm: BaseVM, port: Port) -> None:
         """Undo what is left of an attachment when a device has gone by itself."""
 
     def register(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.core import dom0_services
 from qubes_itests.core.exc import QubesException
@@ -17,6 +17,8 @@ from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from qubes_itests.core.policy import Decision
+    from qubes_itests.core.vm.dispvm import DispVM
+    from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_itests.guest.link.calls import ServiceCall
 
 __all__ = ["HostService", "handle_call"]
@@ -25,7 +27,7 @@ _limited = LimitedLog(logging.getLogger("qubes.qrexec"))
 
 #: A service that dom0 offers: called with the VM that calls and the call, whose stdin
 #: and stdout it uses; it returns the exit status.
-HostService = Callable[[Any, "ServiceCall"], Awaitable[int]]
+HostService = Callable[["QubesVM", "ServiceCall"], Awaitable[int]]
 
 _DISPVM: Final = "@dispvm"
 
@@ -33,7 +35,7 @@ _DISPVM: Final = "@dispvm"
 _ORIGIN_TAGS: Final = ("created-by", "disp-created-by")
 
 
-async def handle_call(source: Any, call: ServiceCall) -> None:
+async def handle_call(source: QubesVM, call: ServiceCall) -> None:
     """Decide on a call of a guest, and see it through.
 
     Whatever goes wrong becomes the exit status of the call: 126 when it is refused, 127
@@ -57,20 +59,22 @@ async def handle_call(source: Any, call: ServiceCall) -> None:
         await call.refuse("the service could not be reached")
 
 
-async def _connect(source: Any, call: ServiceCall, decision: Decision) -> None:
+async def _connect(source: QubesVM, call: ServiceCall, decision: Decision) -> None:
     if decision.target == "@adminvm":
         await _serve_on_host(source, call)
         return
     if decision.target.startswith(_DISPVM):
         await _call_disposable(source, call, decision)
         return
-    target = source.app.domains[decision.target]
+    target = source.app.domains.startable_vm(decision.target)
     if decision.autostart:
         await target.start()
     await _call(target, source, call, decision)
 
 
-async def _call(target: Any, source: Any, call: ServiceCall, decision: Decision) -> int:
+async def _call(
+    target: QubesVM, source: QubesVM, call: ServiceCall, decision: Decision
+) -> int:
     process = await target.running_agent().spawn_service(
         _full_name(call), source=source.name, user=decision.user
     )
@@ -82,7 +86,9 @@ def _full_name(call: ServiceCall) -> str:
     return call.service if "+" in call.service else f"{call.service}+"
 
 
-async def _call_disposable(source: Any, call: ServiceCall, decision: Decision) -> None:
+async def _call_disposable(
+    source: QubesVM, call: ServiceCall, decision: Decision
+) -> None:
     """Make a DispVM for the time of a call; whatever ends the call, it goes too."""
     app = source.app
     name = decision.target.removeprefix(_DISPVM).removeprefix(":")
@@ -98,14 +104,14 @@ async def _call_disposable(source: Any, call: ServiceCall, decision: Decision) -
         await to_its_end(_clean_up(vm))
 
 
-async def _clean_up(vm: Any) -> None:
+async def _clean_up(vm: DispVM) -> None:
     try:
         await vm.cleanup()
     except Exception as error:  # noqa: BLE001 - the call has ended, whatever comes
         vm.note_problem(error)
 
 
-async def _serve_on_host(source: Any, call: ServiceCall) -> None:
+async def _serve_on_host(source: QubesVM, call: ServiceCall) -> None:
     name = call.service.partition("+")[0]
     service = source.app.host_services.get(name)
     if service is not None:

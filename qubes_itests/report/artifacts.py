@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qubes_itests.host.command import run
 from qubes_itests.report.journal import read_journal
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     import pluggy
 
+    from qubes_itests.core.vm.qubesvm import QubesVM
+    from qubes_itests.hypervisor.contract import Domain
     from qubes_itests.run.testbed import Testbed
 
 __all__ = ["LOG_LIMIT", "Artifacts", "tail"]
@@ -79,9 +81,9 @@ class Artifacts:
         :param hook: of the plugins that may have more to tell.
         """
         for app in testbed.apps:
-            for vm in app.domains:
-                if getattr(vm, "domain", None) is not None:
-                    self._collect_vm(test, vm, hook)
+            for vm in app.domains.startable():
+                if vm.domain is not None:
+                    self._collect_vm(test, vm, vm.domain, hook)
                     if journal := read_journal(testbed.portal, vm):
                         name = f"{file_name(vm.name)}.journal.txt"
                         self._write_safe(test, name, journal)
@@ -93,7 +95,7 @@ class Artifacts:
         """Copy the disk images of a test's VMs, holes left out."""
         for app in testbed.apps:
             for vm in app.domains:
-                for name, volume in getattr(vm, "volumes", {}).items():
+                for name, volume in vm.volumes.items():
                     self._copy_disk(test, vm.name, name, Path(volume.path))
 
     def logs(self, test: str, logs: Iterable[Path]) -> None:
@@ -129,9 +131,11 @@ class Artifacts:
         new.write_bytes(data)
         new.replace(self.root / name)
 
-    def _collect_vm(self, test: str, vm: Any, hook: pluggy.HookRelay) -> None:
+    def _collect_vm(
+        self, test: str, vm: QubesVM, domain: Domain, hook: pluggy.HookRelay
+    ) -> None:
         with contextlib.suppress(Exception):  # a dead domain has no definition
-            text = vm.domain.definition()
+            text = domain.definition()
             self.text(test, f"{file_name(vm.name)}.domain.xml", text)
         directory = self.directory(test)
         directory.mkdir(parents=True, exist_ok=True)

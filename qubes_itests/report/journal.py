@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.core.exc import QubesException
 from qubes_itests.exc import HarnessError
 
 if TYPE_CHECKING:
+    from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_itests.portal import Portal
 
 __all__ = ["read_journal"]
@@ -23,7 +24,7 @@ _COMMAND: Final = (
 _TIMEOUT: Final = 10.0
 
 
-def read_journal(portal: Portal, vm: Any) -> bytes | None:
+def read_journal(portal: Portal, vm: QubesVM) -> bytes | None:
     """Return the end of a VM's journal; None if it has none, or does not tell.
 
     Blocking, for some seconds at most.
@@ -31,7 +32,7 @@ def read_journal(portal: Portal, vm: Any) -> bytes | None:
     :param portal: the loop that the VM is on.
     :param vm: a VM of the core, in any state.
     """
-    if not hasattr(vm, "agent") or vm.agent is None or vm.is_paused():
+    if vm.agent is None or vm.is_paused():
         return None
     if vm.features.check_with_template("init", "agent") != "systemd":
         return None

@@ -350,9 +350,8 @@ class Testbed:
         # `_note_panic` tells by this list whose VM has panicked, until no VM runs.
         self._apps.remove(app)
         if app.store is None:
-            for vm in app.domains:
-                if hasattr(vm, "storage"):
-                    await vm.storage.undo()
+            for vm in app.domains.startable():
+                await vm.storage.undo()
         for pool in app.pools.values():
             await pool.destroy()
         left = [d.spec.name for d in self.hypervisor.domains()]
@@ -369,9 +368,8 @@ def _forget_removed_pools(app: Qubes) -> None:
     """
     for pool in app.pools.values():
         if isinstance(pool, ImagePool) and not pool.dir_path.is_dir():
-            for vm in app.domains:
-                if hasattr(vm, "storage"):
-                    vm.storage.forget(pool)
+            for vm in app.domains.startable():
+                vm.storage.forget(pool)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import resource
 import signal
 from dataclasses import dataclass
 from logging.handlers import RotatingFileHandler
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.admin.server import AdminServer
 from qubes_itests.admin.vm_calls import offer_to_vms
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import pluggy
 
     from qubes_itests.core.app import Qubes
+    from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_itests.run.settings import Settings
 
 __all__ = ["Serving", "serving", "wait_for_end"]
@@ -154,7 +155,7 @@ async def _start_autostart(app: Qubes) -> None:
 
 async def _shut_down(app: Qubes) -> None:
     """Give the VMs time to write what they keep; who takes longer is killed."""
-    running = [vm for vm in app.domains if vm.klass != "AdminVM" and vm.is_running()]
+    running = [vm for vm in app.domains.startable() if vm.is_running()]
     if running:
         ends = [asyncio.ensure_future(_end(vm)) for vm in running]
         await asyncio.wait(ends, timeout=_SHUTDOWN_TIMEOUT)
@@ -163,7 +164,7 @@ async def _shut_down(app: Qubes) -> None:
             end.cancel()
 
 
-async def _end(vm: Any) -> None:
+async def _end(vm: QubesVM) -> None:
     name = vm.name
     try:
         if vm.is_paused():

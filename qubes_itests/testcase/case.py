@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.policy import Policy
+    from qubes_itests.core.vm.base import BaseVM
+    from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_itests.run.testbed import Testbed
 
 __all__ = [
@@ -203,7 +205,9 @@ class SystemTestCase(QubesTestCase):
         if problems:
             raise LeakError(problems)
 
-    def init_default_template(self, template: Any = None) -> None:
+    def init_default_template(
+        self, template: BaseVM | VMWrapper | str | None = None
+    ) -> None:
         """Set the app's default template, by name or object."""
         if template is not None:
             self.app.default_template = self.app.domains[template]
@@ -224,7 +228,7 @@ class SystemTestCase(QubesTestCase):
             )
             self.app.default_netvm = self.loop.run_until_complete(making)
 
-    def remove_vms(self, vms: Iterable[Any]) -> None:
+    def remove_vms(self, vms: Iterable[QubesVM | VMWrapper]) -> None:
         """Kill VMs and remove them, those last that others of them use.
 
         Those that are gone are passed over.
@@ -233,7 +237,7 @@ class SystemTestCase(QubesTestCase):
         """
         self.loop.run_until_complete(self._remove_vms([unwrapped(vm) for vm in vms]))
 
-    async def _remove_vms(self, vms: list[Any]) -> None:
+    async def _remove_vms(self, vms: list[QubesVM]) -> None:
         present = [vm for vm in dict.fromkeys(vms) if vm in self.app.domains]
         if self.app.default_dispvm in present:
             self.app.default_dispvm = None
@@ -245,7 +249,7 @@ class SystemTestCase(QubesTestCase):
             vm = next(filter(_is_unused, present), present[0])
             await self.app.domains.remove(vm)
 
-    async def wait_for_session(self, vm: Any) -> None:
+    async def wait_for_session(self, vm: QubesVM | VMWrapper) -> None:
         """Wait until the session of the VM's default user has begun.
 
         A guest without the service that tells has no sessions to wait for.
@@ -270,13 +274,13 @@ class SystemTestCase(QubesTestCase):
                     f" {error.returncode}: {error.stderr.decode(errors='replace')}"
                 ) from error
 
-    async def start_vm(self, vm: Any) -> None:
+    async def start_vm(self, vm: QubesVM | VMWrapper) -> None:
         """Start a VM, and wait for its session; see `wait_for_session`."""
         await unwrapped(vm).start()
         await self.wait_for_session(vm)
 
     @staticmethod
-    def set_hvm(vm: Any) -> None:
+    def set_hvm(vm: QubesVM | VMWrapper) -> None:
         """Have a VM start in the mode `hvm`."""
         vm.virt_mode = "hvm"
 
@@ -318,7 +322,7 @@ class SystemTestCase(QubesTestCase):
 
     def shutdown_and_wait(
         self,
-        vm: Any,
+        vm: QubesVM | VMWrapper,
         force: bool = False,
         timeout: float = 0,
     ) -> None:
@@ -341,7 +345,7 @@ class SystemTestCase(QubesTestCase):
         if failed:
             self.fail(f"VM {name} did not power off within {timeout} s")
 
-    def shutdown_paused(self, vm: Any, timeout: float = 0) -> None:
+    def shutdown_paused(self, vm: QubesVM | VMWrapper, timeout: float = 0) -> None:
         """Pause the VM, and shut it down; this blocks.
 
         The test fails when that is done without `force`, or not with it.
@@ -363,7 +367,7 @@ class SystemTestCase(QubesTestCase):
         self.addCleanup(path.unlink, missing_ok=True)
 
     def create_remote_file(
-        self, vm: Any, filename: str, content: str, mode: int = 0o755
+        self, vm: QubesVM | VMWrapper, filename: str, content: str, mode: int = 0o755
     ) -> None:
         """Write a file in a VM, as root.
 
@@ -383,10 +387,10 @@ class SystemTestCase(QubesTestCase):
     def qrexec_policy(  # noqa: PLR0917 - as in Qubes OS
         self,
         service: str,
-        source: Any,
-        destination: Any,
+        source: BaseVM | VMWrapper | str,
+        destination: BaseVM | VMWrapper | str,
         allow: bool = True,
-        target: Any = None,
+        target: BaseVM | VMWrapper | str | None = None,
         action: str | None = None,
     ) -> PolicyRule:
         """Allow (or deny) calls, before all other rules, for the rest of the test.
@@ -454,7 +458,7 @@ class ExtraTestCase(SystemTestCase):
         self.init_networking()
 
 
-def _is_unused(vm: Any) -> bool:
+def _is_unused(vm: QubesVM | VMWrapper) -> bool:
     try:
         vm.check_unused()
     except QubesVMInUseError:

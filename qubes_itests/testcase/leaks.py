@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
 
+    from qubes_itests.core.vm.base import BaseVM
     from qubes_itests.portal import Portal
 
 __all__ = ["LeakError", "LeakWatch"]
@@ -61,7 +62,7 @@ class LeakWatch:
         # What the loop could not hand to anybody before this test is not its fault.
         portal.take_failures()
 
-    def vm_added(self, _app: Any, _event: str, vm: Any, **_kwargs: Any) -> None:
+    def vm_added(self, _app: object, _event: str, vm: BaseVM, **_kwargs: Any) -> None:
         """Remember a VM, weakly; a handler of the event ``domain-add``."""
         self._vms.append((str(vm), weakref.ref(vm)))
 
@@ -156,7 +157,7 @@ def _described(task: asyncio.Task[Any]) -> str:
     return f"{name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"  # noqa: PTH119 - a name for people
 
 
-def _holders(vm: Any) -> str:
+def _holders(vm: object) -> str:
     """Return what kinds of objects hold a VM."""
     kinds = {type(holder).__name__ for holder in gc.get_referrers(vm)}
     return (

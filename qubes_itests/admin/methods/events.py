@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.admin.dispatch import Call, method
 from qubes_itests.admin.protocol import encode_event
 from qubes_itests.admin.usage import Usage, cpu_percent, usage_of
+from qubes_itests.core.vm.adminvm import AdminVM
+from qubes_itests.core.vm.qubesvm import QubesVM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qubes_itests.admin.streams import EventStream
+    from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["STATS_INTERVAL"]
 
@@ -27,7 +30,7 @@ async def events(call: Call) -> None:
     """Send all events: of the app and all VMs on dom0, else of the destination."""
     assert call.stream is not None  # noqa: S101 - the dispatcher has seen to it
     vm = call.destination
-    only = None if vm.klass == "AdminVM" else vm.uuid
+    only = None if isinstance(vm, AdminVM) else vm.uuid
     with call.hub.subscribed(call.stream, call.permit(), only):
         call.stream.send(_ESTABLISHED)
         await call.stream.wait_closed()
@@ -58,10 +61,10 @@ async def _report(
     call: Call, stream: EventStream, filters: list[Callable[[str], bool]]
 ) -> None:
     loop = asyncio.get_running_loop()
-    one_only = None if call.destination.klass == "AdminVM" else call.destination.name
+    one_only = None if isinstance(call.destination, AdminVM) else call.destination.name
     before: dict[str, Usage] = {}
 
-    async def tell(vm: Any) -> None:
+    async def tell(vm: BaseVM) -> None:
         usage = await usage_of(vm, loop.time())
         if usage.memory:
             _send_usage(stream, vm, usage, cpu_percent(before, vm.name, usage))
@@ -88,11 +91,11 @@ async def _report(
         await asyncio.gather(*telling.values(), return_exceptions=True)
 
 
-def _send_usage(stream: EventStream, vm: Any, usage: Usage, percent: int) -> None:
+def _send_usage(stream: EventStream, vm: BaseVM, usage: Usage, percent: int) -> None:
     values = {
         "memory_kb": usage.memory >> 10,
         "cpu_time": round(usage.cpu_time * 1000),
-        "cpu_usage": percent // max(1, getattr(vm, "vcpus", 1)),
+        "cpu_usage": percent // max(1, vm.vcpus if isinstance(vm, QubesVM) else 1),
         "cpu_usage_raw": percent,
     }
     stream.send(encode_event(vm.name, "vm-stats", values))

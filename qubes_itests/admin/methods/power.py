@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qubes_itests.admin.dispatch import Call, Destination, method
 from qubes_itests.admin.usage import usage_of
 from qubes_itests.admin.validation import words_among
 from qubes_itests.core.exc import QubesVMNotRunningError
+from qubes_itests.core.vm.qubesvm import QubesVM
 
 if TYPE_CHECKING:
-    from qubes_itests.core.vm.qubesvm import QubesVM
+    from qubes_itests.core.vm.base import BaseVM
 
 __all__: list[str] = []
 
@@ -52,7 +53,7 @@ async def pause(call: Call) -> None:
 async def current_state(call: Call) -> str:
     """Return its memory in KiB, its CPU time in milliseconds, and its power state."""
     call.permit()
-    vm: Any = call.destination
+    vm = call.destination
     usage = await usage_of(vm)
     state = {
         "mem": usage.memory >> 10,
@@ -63,8 +64,8 @@ async def current_state(call: Call) -> str:
     return " ".join(f"{key}={value}" for key, value in state.items())
 
 
-def _most_memory(vm: QubesVM) -> int:
-    if not hasattr(vm, "maxmem"):
+def _most_memory(vm: BaseVM) -> int:
+    if not isinstance(vm, QubesVM):
         return 0
     return max(vm.memory, vm.maxmem or 0) << 10
 

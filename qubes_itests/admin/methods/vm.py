@@ -16,6 +16,7 @@ from qubes_itests.core.exc import (
     QubesVMNotFoundError,
     QubesVMNotHaltedError,
 )
+from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.core.vm.base import validate_name
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def list_classes(call: Call) -> str:
 @method("admin.vm.List")
 def list_vms(call: Call) -> str:
     """Return each VM's name, class, state and UUID; on a VM, of that one."""
-    is_dom0 = call.destination.klass == "AdminVM"
+    is_dom0 = isinstance(call.destination, AdminVM)
     vms = sorted(call.app.domains) if is_dom0 else [call.destination]
     return "".join(
         f"{vm.name} class={vm.klass} state={vm.get_power_state()} uuid={vm.uuid}\n"
@@ -106,7 +107,7 @@ def _template(call: Call) -> Any:
     cls = VM_CLASSES[call.method.rpartition(".")[2]]
     if not call.raw_argument:
         return None
-    if not hasattr(cls, "template"):
+    if "template" not in {prop.name for prop in cls.property_list()}:
         raise QubesValueError(f"a {cls.__name__} has no template")
     if call.raw_argument not in call.app.domains:
         raise QubesVMNotFoundError(call.raw_argument)
@@ -149,7 +150,7 @@ def _uuid_wanted(call: Call, data: bytes) -> bool:
 @method("admin.vm.CreateDisposable", payload=_uuid_wanted)
 async def create_disposable(call: Call) -> str:
     """Make a disposable VM from the destination; from dom0's default on dom0."""
-    is_dom0 = call.destination.klass == "AdminVM"
+    is_dom0 = isinstance(call.destination, AdminVM)
     default = call.app.dispvm_template
     template = default(call.source) if is_dom0 else call.destination
     call.permit(dispvm_template=template)
@@ -165,7 +166,7 @@ async def remove(call: Call) -> None:
     """Remove a halted VM and its volumes."""
     call.permit()
     vm = call.destination
-    if vm.klass == "AdminVM":
+    if isinstance(vm, AdminVM):
         raise QubesVMInUseError(vm, "dom0 cannot be removed")
     if not vm.is_halted():
         raise QubesVMNotHaltedError(vm)

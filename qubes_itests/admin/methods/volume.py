@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.admin.dispatch import Call, Destination, method, save
 from qubes_itests.admin.validation import (
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from qubes_itests.core.storage import Volume
+    from qubes_itests.core.vm.base import BaseVM
 
 __all__: list[str] = []
 
@@ -36,7 +37,7 @@ _SIZED: Final = re.compile(rb"(0|[1-9][0-9]{0,18})\n(.*)", re.DOTALL)
 @method(f"{_PREFIX}List", destination=Destination.ANY)
 def list_volumes(call: Call) -> str:
     """Return the names, one a line; dom0 has none."""
-    names = call.permitted(getattr(call.destination, "volumes", {}))
+    names = call.permitted(call.destination.volumes)
     return "".join(f"{name}\n" for name in names)
 
 
@@ -167,7 +168,7 @@ def set_revisions_to_keep(call: Call) -> None:
     call.destination.storage.set_revisions_to_keep(call.argument.name, call.payload)
 
 
-def _refuse_unless_halted(vm: Any) -> None:
+def _refuse_unless_halted(vm: BaseVM) -> None:
     if not vm.is_halted():
         raise QubesVMNotHaltedError(vm)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
 from qubes_itests.core.device.info import DeviceInfo, DeviceInterface, UnknownDevice
-from qubes_itests.core.device.port import Port
+from qubes_itests.core.device.port import Port, VirtualDevice
 from qubes_itests.core.exc import (
     DeviceAlreadyAttached,
     DeviceNotAssigned,
@@ -32,14 +32,17 @@ from qubes_itests.core.exc import (
 )
 from qubes_itests.core.ext import Extension, handler
 from qubes_itests.core.properties import to_bool
+from qubes_itests.core.vm.adminvm import AdminVM
+from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.exc import HarnessError
-from qubes_itests.hypervisor.contract import Disk
+from qubes_itests.hypervisor.contract import Disk, Domain
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from qubes_itests.core.app import Qubes
+    from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["BlockDevice", "BlockDeviceExtension", "expose", "exposed", "withdraw"]
 
@@ -60,33 +63,34 @@ class BlockDeviceExtension(Extension):
     """Lists the block devices of dom0; attaches and detaches them."""
 
     @handler("device-list:block")
-    def on_list(self, vm: Any, _event: str) -> Iterator[DeviceInfo]:
+    def on_list(self, vm: BaseVM, _event: str) -> Iterator[DeviceInfo]:
         """Yield the devices that dom0 exposes; other VMs expose none."""
-        if vm.klass == "AdminVM":
+        if isinstance(vm, AdminVM):
             yield from exposed(vm.app)
 
     @handler("device-get:block")
-    def on_get(self, vm: Any, _event: str, *, port_id: str) -> Iterator[DeviceInfo]:
+    def on_get(self, vm: BaseVM, _event: str, *, port_id: str) -> Iterator[DeviceInfo]:
         """Yield the device of that name, if dom0 exposes it."""
-        if vm.klass == "AdminVM":
+        if isinstance(vm, AdminVM):
             yield from exposed(vm.app, port_id)
 
     @handler("device-list-attached:block")
     def on_list_attached(
-        self, vm: Any, _event: str
+        self, vm: BaseVM, _event: str
     ) -> Iterator[tuple[DeviceInfo, Mapping[str, str]]]:
         """Yield the devices that the VM has, with their options."""
         for port, options in list(vm.devices["block"].attached.items()):
-            yield port.backend_domain.devices["block"][port.port_id], dict(options)
+            device = VirtualDevice(port)
+            yield device.backend_domain.devices["block"][device.port_id], dict(options)
 
     @handler("device-pre-attach:block")
     async def on_pre_attach(
-        self, vm: Any, _event: str, *, device: DeviceInfo, options: dict[str, str]
+        self, vm: QubesVM, _event: str, *, device: DeviceInfo, options: dict[str, str]
     ) -> None:
         """Plug the disk in; `options` are completed."""
         if not isinstance(device, BlockDevice):
             raise UnrecognizedDevice(f"{device} is no block device")
-        if getattr(vm, "domain", None) is None:
+        if not isinstance(vm, QubesVM) or vm.domain is None:
             raise QubesVMError(vm, f"VM {vm} has no domain to attach a device to")
         if device.attachment is not None:  # since another handler waited
             raise DeviceAlreadyAttached(
@@ -100,21 +104,22 @@ class BlockDeviceExtension(Extension):
         read_only = options["read-only"] == "yes"
         disk = Disk(options["frontend-dev"], device.path, read_only=read_only)
         try:
-            await _plug_in(vm, disk)
+            await _plug_in(vm, vm.domain, disk)
         except BaseException:
             attached.pop(device.port, None)
             raise
 
     @handler("device-pre-detach:block")
-    async def on_pre_detach(self, vm: Any, _event: str, *, port: Port) -> None:
+    async def on_pre_detach(self, vm: QubesVM, _event: str, *, port: Port) -> None:
         """Pull the disk out."""
         options = vm.devices["block"].attached.get(port)
-        if options is None:
+        domain = vm.domain
+        if options is None or domain is None:
             raise DeviceNotAssigned(f"block device {port} is not attached to VM {vm}")
 
         async def pull_out() -> None:
             name = options["frontend-dev"]
-            await vm.domain.detach_disk(name)
+            await domain.detach_disk(name)
             vm.devices["block"].attached.pop(port, None)
             try:
                 await _seen(vm, name, "gone")
@@ -131,13 +136,13 @@ class BlockDeviceExtension(Extension):
             ) from error
 
     @handler("domain-pre-start")
-    def on_pre_start(self, vm: Any, _event: str, **_kwargs: Any) -> None:
+    def on_pre_start(self, vm: QubesVM, _event: str, **_kwargs: Any) -> None:
         """Refuse to start a VM without what it requires."""
         for assignment in vm.devices["block"].get_assigned_devices(required_only=True):
             _require(vm, assignment)
 
     @handler("domain-spawn")
-    async def on_spawn(self, vm: Any, _event: str, **_kwargs: Any) -> None:
+    async def on_spawn(self, vm: QubesVM, _event: str, **_kwargs: Any) -> None:
         """Attach what is assigned, the most specific assignments first."""
         assigned = vm.devices["block"].get_assigned_devices()
         for assignment in sorted(assigned, reverse=True):
@@ -152,7 +157,7 @@ class BlockDeviceExtension(Extension):
                     await _attach_assigned(vm, assignment)
 
     @handler("domain-shutdown", "domain-start-failed")
-    async def on_end(self, vm: Any, _event: str, **_kwargs: Any) -> None:
+    async def on_end(self, vm: QubesVM, _event: str, **_kwargs: Any) -> None:
         """Forget the attachments of the run that has ended."""
         attached = vm.devices["block"].attached
         for port in list(attached):
@@ -160,17 +165,17 @@ class BlockDeviceExtension(Extension):
             await vm.fire_event_async("device-detach:block", port=port)
 
 
-async def _plug_in(vm: Any, disk: Disk) -> None:
+async def _plug_in(vm: QubesVM, domain: Domain, disk: Disk) -> None:
     try:
         # Cancelled in between, QEMU would have the disk and the core would not know.
         await to_its_end(
-            vm.domain.attach_disk(disk),
-            undo=lambda _plugged: vm.domain.detach_disk(disk.name),
+            domain.attach_disk(disk),
+            undo=lambda _plugged: domain.detach_disk(disk.name),
         )
         try:
             await _seen(vm, disk.name, "there")
         except BaseException:
-            await to_its_end(vm.domain.detach_disk(disk.name))
+            await to_its_end(domain.detach_disk(disk.name))
             raise
     except (HarnessError, QubesException) as error:
         raise QubesVMError(
@@ -178,7 +183,7 @@ async def _plug_in(vm: Any, disk: Disk) -> None:
         ) from error
 
 
-async def _seen(vm: Any, name: str, state: str) -> None:
+async def _seen(vm: QubesVM, name: str, state: str) -> None:
     """Wait until the guest has noticed: before, a write to the name makes a plain file.
 
     One that is paused notices when it runs again.
@@ -188,7 +193,7 @@ async def _seen(vm: Any, name: str, state: str) -> None:
 
 
 def _completed(
-    vm: Any, device: BlockDevice, options: Mapping[str, str]
+    vm: QubesVM, device: BlockDevice, options: Mapping[str, str]
 ) -> dict[str, str]:
     """Return all options of an attachment; QubesValueError for an invalid one."""
     if unknown := options.keys() - {"frontend-dev", "read-only", "devtype"}:
@@ -209,7 +214,7 @@ def _completed(
     }
 
 
-def _frontend(vm: Any, wanted: str | None) -> str:
+def _frontend(vm: QubesVM, wanted: str | None) -> str:
     """Return what the guest is to call the disk."""
     used = {vm.storage.disk_name(name) for name in vm.volumes}
     used |= {o["frontend-dev"] for o in vm.devices["block"].attached.values()}
@@ -227,7 +232,7 @@ def _frontend(vm: Any, wanted: str | None) -> str:
     return wanted
 
 
-def _require(vm: Any, assignment: DeviceAssignment) -> list[DeviceInfo]:
+def _require(vm: QubesVM, assignment: DeviceAssignment) -> list[DeviceInfo]:
     """Return the devices of a required assignment, all of them there and free."""
     devices = assignment.devices
     if not devices or any(isinstance(d, UnknownDevice) for d in devices):
@@ -244,7 +249,7 @@ def _require(vm: Any, assignment: DeviceAssignment) -> list[DeviceInfo]:
     return devices
 
 
-async def _attach_assigned(vm: Any, assignment: DeviceAssignment) -> None:
+async def _attach_assigned(vm: QubesVM, assignment: DeviceAssignment) -> None:
     """Attach what an assignment is about; only what is required has to be possible."""
     if assignment.mode is AssignmentMode.ASK:
         log.info("device %s waits to be attached to VM %s by hand", assignment, vm.name)

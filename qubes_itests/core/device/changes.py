@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qubes_itests.core.device.assignment import DeviceAssignment
     from qubes_itests.core.device.info import DeviceInfo
     from qubes_itests.core.ext import Extension
+    from qubes_itests.core.vm.base import BaseVM
 
 __all__ = [
     "SOCKET_PATH",
@@ -42,7 +43,7 @@ _ALLOW = "allow:"
 def device_list_change(
     ext: Extension,
     current_devices: Mapping[str, Any],
-    vm: Any,
+    vm: BaseVM,
     path: str | None,
     device_class: type[DeviceInfo],
 ) -> None:
@@ -123,14 +124,14 @@ def _wanted(
 
 def _assignments(app: Any, devclass: str) -> Iterator[tuple[Any, DeviceAssignment]]:
     for vm in app.domains:
-        if vm.klass != "RemoteVM" and vm.is_running():
+        if vm.is_running():
             assigned = vm.devices[devclass].get_assigned_devices()
             for assignment in sorted(assigned, reverse=True):
                 yield vm, assignment
 
 
 def detach_attached_devices_on_shutdown(
-    ext: Extension, vm: Any, device_class: type[DeviceInfo]
+    ext: Extension, vm: BaseVM, device_class: type[DeviceInfo]
 ) -> None:
     """Tell that a VM that has ended has lost the devices that other VMs expose.
 
@@ -150,7 +151,7 @@ def detach_attached_devices_on_shutdown(
 
 
 def compare_device_cache(
-    vm: Any,
+    vm: BaseVM,
     devices_cache: Mapping[str, Mapping[str, Any]],
     current_devices: Mapping[str, Any],
 ) -> tuple[set[str], dict[str, Any], dict[str, Any], set[str]]:
@@ -170,8 +171,8 @@ def compare_device_cache(
     }
     return (
         set(current_devices.keys() - before.keys()),
-        {p: vm for p in changed if (vm := current_devices.get(p)) is not None},
-        {p: vm for p in changed if (vm := before.get(p)) is not None},
+        {p: has for p in changed if (has := current_devices.get(p)) is not None},
+        {p: had for p in changed if (had := before.get(p)) is not None},
         set(before.keys() - current_devices.keys()),
     )
 

@@ -19,7 +19,7 @@ are plain functions, the others may be asynchronous.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
 from qubes_itests.core.device.info import DeviceInfo, UnknownDevice
@@ -37,6 +37,8 @@ from qubes_itests.core.exc import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["DEVICE_CLASSES", "DeviceCollection", "DeviceManager"]
 
@@ -57,7 +59,10 @@ class DeviceCollection:
     """
 
     def __init__(
-        self, vm: Any, devclass: str, check_backend: Callable[[Any], None] = _accept
+        self,
+        vm: BaseVM,
+        devclass: str,
+        check_backend: Callable[[BaseVM], None] = _accept,
     ) -> None:
         self._vm = vm
         self._check_backend = check_backend
@@ -280,7 +285,9 @@ class DeviceManager(dict[str, DeviceCollection]):  # its name in Qubes OS
     :param check_backend: as for `DeviceCollection`.
     """
 
-    def __init__(self, vm: Any, check_backend: Callable[[Any], None] = _accept) -> None:
+    def __init__(
+        self, vm: BaseVM, check_backend: Callable[[BaseVM], None] = _accept
+    ) -> None:
         super().__init__()
         self._vm = vm
         self._check_backend = check_backend

@@ -29,6 +29,7 @@ from qubes_itests.core.exc import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from qubes_itests.core.domains import VMCollection
     from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["ANY", "Port", "VirtualDevice", "check_devclass", "pack", "unpack"]
@@ -155,12 +156,16 @@ class Port:
         return f"{self.backend_name}+{self.port_id}"
 
     @classmethod
-    def from_qarg(cls, representation: str, devclass: str, domains: Any) -> Port:
+    def from_qarg(
+        cls, representation: str, devclass: str, domains: VMCollection
+    ) -> Port:
         """Read ``BACKEND+PORT``, as in arguments of the Admin API."""
         return VirtualDevice.from_qarg(representation, devclass, domains).port
 
     @classmethod
-    def from_str(cls, representation: str, devclass: str, domains: Any) -> Port:
+    def from_str(
+        cls, representation: str, devclass: str, domains: VMCollection
+    ) -> Port:
         """Read ``BACKEND:PORT``, as users write it."""
         return VirtualDevice.from_str(representation, devclass, domains).port
 
@@ -247,7 +252,7 @@ class VirtualDevice:
 
     @classmethod
     def from_qarg(
-        cls, representation: str, devclass: str, domains: Any
+        cls, representation: str, devclass: str, domains: VMCollection
     ) -> VirtualDevice:
         """Read ``BACKEND+PORT[+DEVICE]``, as in arguments of the Admin API.
 
@@ -269,14 +274,14 @@ class VirtualDevice:
 
     @classmethod
     def from_str(
-        cls, representation: str, devclass: str, domains: Any
+        cls, representation: str, devclass: str, domains: VMCollection
     ) -> VirtualDevice:
         """Read ``BACKEND:PORT[:DEVICE]``, as users write it; see `from_qarg`."""
         return cls._read(representation, ":", devclass, domains)
 
     @classmethod
     def _read(
-        cls, representation: str, separator: str, devclass: str, domains: Any
+        cls, representation: str, separator: str, devclass: str, domains: VMCollection
     ) -> VirtualDevice:
         backend, found, rest = representation.partition(separator)
         if not found:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ipaddress
 import re
 import time
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
+from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from qubes_itests.core.exc import QubesValueError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["Firewall", "FirewallRuleError", "Rule", "parse_rule"]
 
@@ -238,7 +240,7 @@ class Firewall:
     #: What becomes of what no rule matches.
     policy: Final = "drop"
 
-    def __init__(self, vm: Any) -> None:
+    def __init__(self, vm: BaseVM) -> None:
         self._vm = vm
         self._rules: list[str] = list(self.DEFAULT)
 

@@ -180,7 +180,7 @@ class Wiring:
 
     def follow(self) -> None:
         """Have the interface follow a change of `netvm`; see `settled`."""
-        peer = self.vm.netvm and self.vm.netvm.name
+        peer = None if self.vm.netvm is None else self.vm.netvm.name
         note("network", self.vm.name, change="netvm", peer=peer)
         self._change = None  # nobody is told of the failure of an earlier one
         if self._loop is None or not self.is_live:

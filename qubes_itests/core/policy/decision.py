@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.core.exc import QubesValueError
 from qubes_itests.core.policy.rule import REDIRECT, REQUESTED, Action, Kind, Rule, Token
@@ -38,6 +38,8 @@ _LONGEST_SERVICE: Final = 255
 _LONGEST_TARGET: Final = 63
 _SERVICE: Final = re.compile(r"([A-Za-z0-9_.-]+)(\+[A-Za-z0-9_.+-]*)?")
 _HARMLESS: Final = re.compile(r"[A-Za-z0-9_.+@-][A-Za-z0-9_.+@:-]{0,254}")
+#: The name of dom0, which no other VM can have.
+_ADMIN: Final = "dom0"
 _LONGEST_SHOWN: Final = 100
 
 
@@ -82,10 +84,10 @@ class Destination:
             vm = app.domains.get(token.key)
             return None if vm is None else cls(token, vm=vm)
         if token.kind is Kind.DISPVM:
-            return cls(token, base=getattr(source, "default_dispvm", None))
+            return cls(token, base=source.default_dispvm_or_none)
         if token.kind is Kind.DISPVM_TEMPLATE:
             base = app.domains.get(token.key)
-            if not getattr(base, "template_for_dispvms", False):
+            if base is None or not base.makes_disposables:
                 raise RequestError(f"{token.value} is no template for disposable VMs")
             return cls(token, base=base)
         return cls(token)
@@ -100,8 +102,9 @@ class Destination:
             case Kind.DISPVM_TEMPLATE:
                 return self.base is not None and token.names(self.base)
             case Kind.DISPVM_TAG:
-                may = getattr(self.base, "template_for_dispvms", False)
-                return self.base is not None and may and token.value in self.base.tags
+                base = self.base
+                may = base is not None and base.makes_disposables
+                return base is not None and may and token.value in base.tags
             case Kind.NAME | Kind.TAG | Kind.TYPE:
                 return self.vm is not None and _is(self.vm, token)
             case _:
@@ -125,8 +128,7 @@ class Destination:
         """Tell whether a call to it would start nothing."""
         if self.token.kind is Kind.ADMINVM:
             return True
-        vm: Any = self.vm
-        return vm is not None and vm.get_power_state() == "Running"
+        return self.vm is not None and self.vm.get_power_state() == "Running"
 
 
 def _is(vm: BaseVM, token: Token) -> bool:
@@ -185,7 +187,7 @@ class Request:
 
     def comes_from(self, token: Token) -> bool:
         """Tell whether a rule's source matches the VM that calls."""
-        is_admin = self.source.klass == "AdminVM"
+        is_admin = self.source.name == _ADMIN
         match token.kind:
             case Kind.WILDCARD:
                 return True
@@ -400,11 +402,11 @@ def _expand(request: Request, token: Token) -> Iterator[Destination]:
         return
     candidates = [*_resolve(request, Token(Kind.DISPVM))]
     for vm in request.app.domains:
-        if vm.klass == "AdminVM":
+        if vm.name == _ADMIN:
             candidates.append(Destination(Token(Kind.ADMINVM)))
             continue
         candidates.append(Destination(Token(Kind.NAME, vm.name), vm=vm))
-        if getattr(vm, "template_for_dispvms", False):
+        if vm.makes_disposables:
             template = Token(Kind.DISPVM_TEMPLATE, vm.name)
             candidates.append(Destination(template, base=vm))
     for candidate in candidates:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qubes_itests.core.exc import QubesException
 from qubes_itests.exc import HarnessError
 
 if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
+    from qubes_itests.core.vm.qubesvm import QubesVM
 
 __all__ = ["start_autostart"]
 
@@ -26,21 +27,20 @@ async def start_autostart(app: Qubes) -> dict[str, Exception]:
     """
     failures: dict[str, Exception] = {}
 
-    async def start(vm: Any) -> None:
+    async def start(vm: QubesVM) -> None:
         try:
             await vm.start()
         except (HarnessError, QubesException) as error:
             log.warning("autostart: %s", str(error))
             failures[vm.name] = error
 
-    wanted = [vm for vm in app.domains if getattr(vm, "autostart", False)]
+    wanted = [vm for vm in app.domains.startable() if vm.autostart]
     for level in sorted({_distance(vm) for vm in wanted}):
         at_once = [start(vm) for vm in wanted if _distance(vm) == level]
         await asyncio.gather(*at_once)
     return failures
 
 
-def _distance(vm: Any) -> int:
+def _distance(vm: QubesVM) -> int:
     """Return by how many net VMs a VM is connected; loops are refused elsewhere."""
-    netvm = getattr(vm, "netvm", None)
-    return 0 if netvm is None else 1 + _distance(netvm)
+    return 0 if vm.netvm is None else 1 + _distance(vm.netvm)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from qubes_itests.core.app import Qubes
+    from qubes_itests.core.vm.appvm import AppVM
     from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_storage.volume import Volume
 
@@ -149,6 +150,11 @@ class BaseVM(PropertyHolder):
     def makes_disposables(self) -> bool:
         """Whether it may be a DispVM's template: it has `template_for_dispvms` set."""
         return False
+
+    @property
+    def default_dispvm_or_none(self) -> AppVM | None:
+        """Its `default_dispvm`; None of a VM of a class that has none."""
+        return None
 
     @property
     def volumes(self) -> Mapping[str, Volume]:

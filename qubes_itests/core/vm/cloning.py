@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.core.exc import QubesVMError
+from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.core.vm.making import making
 
 if TYPE_CHECKING:
@@ -40,12 +41,12 @@ async def clone_vm(
     :raise QubesVMError: for dom0.
     :raise VolumeExistsError: when one of its volumes is there already.
     """
-    if source.klass == "AdminVM":
+    if isinstance(source, AdminVM):
         raise QubesVMError(source, f"{source} cannot be cloned: there is one only")
     vm_class = type(source) if cls is None else app.get_vm_class(cls)
-    base = getattr(source, "template", None)
-    if base is not None and hasattr(vm_class, "template"):
-        properties.setdefault("template", base)
+    has_template = "template" in {prop.name for prop in vm_class.property_list()}
+    if has_template and source.template_or_none is not None:
+        properties.setdefault("template", source.template_or_none)
     vm = app.add_new_vm(vm_class, name=name, label=source.label, **properties)
     async with making(vm):
         _clone_settings(vm, source, given=set(properties))
@@ -54,7 +55,7 @@ async def clone_vm(
     return vm
 
 
-def _clone_settings(vm: Any, source: Any, given: set[str]) -> None:
+def _clone_settings(vm: QubesVM, source: QubesVM, given: set[str]) -> None:
     both = {p.name for p in vm.property_list() if p.clone}
     both &= {p.name for p in source.property_list()}
     vm.clone_properties(source, sorted(both - given - {"label", "template"}))
@@ -64,7 +65,7 @@ def _clone_settings(vm: Any, source: Any, given: set[str]) -> None:
     vm.notes = source.notes
 
 
-async def _clone_assignments(vm: Any, source: Any) -> None:
+async def _clone_assignments(vm: QubesVM, source: QubesVM) -> None:
     for devclass, devices in list(source.devices.items()):
         for assignment in devices.get_assigned_devices():
             await vm.devices[devclass].assign(assignment)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 import subprocess
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.core.exc import QubesValueError
 from qubes_itests.core.ext import Extension, handler
@@ -19,6 +19,7 @@ from qubes_itests.core.ext import Extension, handler
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_itests.guest.link.calls import ServiceCall
 
 __all__ = ["CoreFeatures", "request_features"]
@@ -47,7 +48,7 @@ _MODES: Final = (_OPTIONS, "boot-mode.name.", "boot-mode.default-user.")
 _MOST_MODES: Final = 64
 
 
-async def request_features(source: Any, call: ServiceCall) -> int:
+async def request_features(source: QubesVM, call: ServiceCall) -> int:
     """Serve ``qubes.FeaturesRequest``: read what the guest asks for, and tell of it.
 
     :param source: the VM that calls.
@@ -80,7 +81,7 @@ class CoreFeatures(Extension):
 
     @handler("features-request")
     async def on_features_request(
-        self, vm: Any, _event: str, untrusted_features: Mapping[str, str]
+        self, vm: QubesVM, _event: str, untrusted_features: Mapping[str, str]
     ) -> None:
         """Set the features; ``template-postinstall`` follows the first word of qrexec.
 
@@ -88,7 +89,7 @@ class CoreFeatures(Extension):
         can is for its template to say.
         """
         _advertise(vm, _SERVICES, untrusted_features)
-        if getattr(vm, "template", None) is not None:
+        if vm.template_or_none is not None:
             vm.log.warning("features that %s asks for are for its template to say", vm)
             return
         for prefix in _ABILITIES:
@@ -115,7 +116,7 @@ def _is_date(text: str) -> bool:
         return False
 
 
-def _advertise(vm: Any, prefix: str, asked: Mapping[str, str]) -> None:
+def _advertise(vm: QubesVM, prefix: str, asked: Mapping[str, str]) -> None:
     able = {n for n, value in asked.items() if n.startswith(prefix) and value == "1"}
     if not able:
         return  # it is about something else
@@ -125,7 +126,7 @@ def _advertise(vm: Any, prefix: str, asked: Mapping[str, str]) -> None:
         del vm.features[name]
 
 
-def _offer_modes(vm: Any, asked: Mapping[str, str]) -> None:
+def _offer_modes(vm: QubesVM, asked: Mapping[str, str]) -> None:
     """Replace the boot modes by those that a guest offers, and say which are used."""
     offered = {n: value for n, value in asked.items() if _is_mode(n, asked)}
     shown = [value for n, value in offered.items() if not n.startswith(_OPTIONS)]
@@ -137,7 +138,7 @@ def _offer_modes(vm: Any, asked: Mapping[str, str]) -> None:
     for use in ("active", "appvm-default", "standalone-default"):
         mode = asked.get(f"boot-mode.{use}")
         known = mode == "default" or f"{_OPTIONS}{mode}" in vm.features
-        has = use != "appvm-default" or hasattr(vm, "appvm_default_bootmode")
+        has = use != "appvm-default" or vm.offered_bootmode is not None
         if mode is not None and known and has:
             vm.features[f"boot-mode.{use}"] = mode
 

@@ -522,6 +522,11 @@ class QubesVM(BaseVM):
         self.app.problems.append(f"VM {self}: {error}")
 
     @property
+    def default_dispvm_or_none(self) -> AppVM | None:
+        """Its `default_dispvm`."""
+        return self.default_dispvm
+
+    @property
     def offered_bootmode(self) -> str | None:
         """Name of the boot mode that it has for VMs which start from it, if any."""
         return None

@@ -44,15 +44,22 @@ def apps(draw):
             uuid=uuid.UUID(UUIDS[name]),
             klass=draw(st.sampled_from(["AppVM", "TemplateVM"])),
             tags=draw(st.sets(st.sampled_from(["a", "b"]))),
-            template_for_dispvms=name.startswith("dvm") and draw(st.booleans()),
+            makes_disposables=name.startswith("dvm") and draw(st.booleans()),
             state=draw(st.sampled_from(["Running", "Halted"])),
         )
         vm = domains[name]
         vm.get_power_state = lambda vm=vm: vm.state
     for vm in domains.values():
-        vm.default_dispvm = domains.get(draw(st.sampled_from(["dvm", "dvm2", None])))
+        vm.default_dispvm_or_none = domains.get(
+            draw(st.sampled_from(["dvm", "dvm2", None]))
+        )
     domains["dom0"] = types.SimpleNamespace(
-        name="dom0", uuid=uuid.UUID(int=0), klass="AdminVM", tags={"a"}
+        name="dom0",
+        uuid=uuid.UUID(int=0),
+        klass="AdminVM",
+        tags={"a"},
+        makes_disposables=False,
+        default_dispvm_or_none=None,
     )
     return types.SimpleNamespace(domains=domains)
 
@@ -89,14 +96,18 @@ def naive_target(app, source, word):
         return "@adminvm", {"*", "dom0", "@adminvm"}
     if word.startswith("@dispvm"):
         plain = word == "@dispvm"
-        base = source.default_dispvm if plain else find(app, word[len("@dispvm:") :])
+        base = (
+            source.default_dispvm_or_none
+            if plain
+            else find(app, word[len("@dispvm:") :])
+        )
         spoken_of = {"*", "@anyvm"} | ({"@dispvm"} if plain else set())
         if base is None and plain:
             return "", spoken_of
-        if base is None or (not plain and not base.template_for_dispvms):
+        if base is None or (not plain and not base.makes_disposables):
             return None
         spoken_of |= {f"@dispvm:{base.name}", f"@dispvm:uuid:{base.uuid}"}
-        if base.template_for_dispvms:
+        if base.makes_disposables:
             spoken_of |= {f"@dispvm:@tag:{tag}" for tag in base.tags}
         return f"@dispvm:{base.name}", spoken_of
     vm = find(app, word)
@@ -163,7 +174,14 @@ def test_same_answer_as_the_naive_policy(app, rules, service, name, target):
 @given(st.text(), st.text())
 def test_whatever_a_guest_says_is_answered(service, target):
     """No name makes `evaluate` fail, and none that is not valid is allowed."""
-    source = types.SimpleNamespace(name="work", klass="AppVM", tags=(), uuid="0")
+    source = types.SimpleNamespace(
+        name="work",
+        klass="AppVM",
+        tags=(),
+        uuid="0",
+        makes_disposables=False,
+        default_dispvm_or_none=None,
+    )
     app = types.SimpleNamespace(domains=Apps(work=source))
     decision = Policy(["* * * * allow target=dom0"]).evaluate(
         app, service, source, target
