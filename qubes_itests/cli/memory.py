@@ -41,7 +41,13 @@ def execute(command: Command, _settings: Settings) -> int:
             f" a timeline, as failed tests leave it: {timeline.TIMELINE}."
         )
     if plotting:
-        _plot(path, Path(command.output or path.with_suffix(".svg").name))
+        picture = plot.draw(timeline.read(path))
+        target = Path(command.output or path.with_suffix(".svg").name)
+        try:
+            target.write_text(picture, encoding="utf-8")
+        except OSError as error:
+            raise HarnessError(f"The picture cannot be written: {error}.") from error
+        print(f"Wrote {target}.")
     else:
         terminal = sys.stdout.isatty()
         newest = None if files else functools.partial(_newest, cache)
@@ -59,12 +65,3 @@ def _newest(cache: Cache) -> Path | None:
             with contextlib.suppress(FileNotFoundError):  # the run may end meanwhile
                 found.append((path.stat().st_mtime, path))
     return max(found)[1] if found else None
-
-
-def _plot(source: Path, target: Path) -> None:
-    picture = plot.draw(timeline.read(source))
-    try:
-        target.write_text(picture, encoding="utf-8")
-    except OSError as error:
-        raise HarnessError(f"The picture cannot be written: {error}.") from error
-    print(f"Wrote {target}.")

@@ -18,9 +18,14 @@ __all__ = ["execute"]
 
 
 def execute(command: Command, settings: Settings) -> int:
-    """Serve until told to end, or print how to call who serves."""
+    """Serve until told to end, or print how to call a server."""
     if command.print_env:
-        return _print_environment()
+        from qubes_itests.host.cache import Cache
+        from qubes_itests.serve.environment import exports
+        from qubes_itests.serve.place import find
+
+        sys.stdout.write(exports(find(Cache())))
+        return ExitCode.OK
     from qubes_itests.run.app_templates import plugins_for
     from qubes_itests.serve.daemon import serving, wait_for_end
 
@@ -29,15 +34,6 @@ def execute(command: Command, settings: Settings) -> int:
         print(_ready(server), flush=True)
         wait_for_end()
         print("ending: the VMs shut down", flush=True)
-    return ExitCode.OK
-
-
-def _print_environment() -> int:
-    from qubes_itests.host.cache import Cache
-    from qubes_itests.serve.environment import exports
-    from qubes_itests.serve.place import find
-
-    sys.stdout.write(exports(find(Cache())))
     return ExitCode.OK
 
 

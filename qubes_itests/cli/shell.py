@@ -41,7 +41,11 @@ def _open(testbed: Testbed, target: str, template: str) -> int:
     if disks is None:
         template = target
         if target not in testbed.template_names:
-            raise _unknown(target, testbed)
+            known = ", ".join(testbed.template_names)
+            raise HarnessError(
+                f"{target!r} is neither a template ({known}) nor the directory of a"
+                " kept VM (itests-artifacts/TEST/disks/VM, made by --keep=failed)"
+            )
     run = testbed.portal.run
     app = run(testbed.make_app(template))
     cls = "StandaloneVM" if disks else "AppVM"
@@ -53,14 +57,6 @@ def _open(testbed: Testbed, target: str, template: str) -> int:
     run(vm.start())
     print(f"A root shell in a VM made from {target}; exit ends the VM. {WAY_OUT}.")
     return open_shell(testbed.portal, vm.running_agent())
-
-
-def _unknown(target: str, testbed: Testbed) -> HarnessError:
-    known = ", ".join(testbed.template_names)
-    return HarnessError(
-        f"{target!r} is neither a template ({known}) nor the directory of a kept VM"
-        " (itests-artifacts/TEST/disks/VM, made by --keep=failed)"
-    )
 
 
 def _kept_disks(target: str) -> dict[str, Path] | None:

@@ -16,7 +16,6 @@ from qubes_storage import Pool, Volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
-    from io import RawIOBase
     from pathlib import Path
 
 __all__ = ["MIB", "SIZE", "Owner", "Trial"]
@@ -184,20 +183,18 @@ class Trial:
         os.close(writer)
         try:
             with os.fdopen(reader, "rb", buffering=0) as pipe:
-                self._check_outcome(pipe)
+                if not select.select([pipe], [], [], _DEADLINE)[0]:
+                    raise AssertionError(
+                        f"the other process did not answer in {_DEADLINE} s"
+                    )
+                outcome = pipe.read(_MESSAGE) or b""
+                if outcome != _DONE:
+                    reason = outcome.decode(errors="replace")
+                    raise AssertionError(f"the other process failed: {reason}")
                 yield
         finally:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-
-    @staticmethod
-    def _check_outcome(pipe: RawIOBase) -> None:
-        if not select.select([pipe], [], [], _DEADLINE)[0]:
-            raise AssertionError(f"the other process did not answer in {_DEADLINE} s")
-        outcome = pipe.read(_MESSAGE) or b""
-        if outcome != _DONE:
-            reason = outcome.decode(errors="replace")
-            raise AssertionError(f"the other process failed: {reason}")
 
     def _be_process(
         self, action: Callable[[Pool], Coroutine[Any, Any, Any]], writer: int

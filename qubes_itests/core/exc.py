@@ -49,7 +49,7 @@ messages more precise.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qubes_storage.exc import QubesException, StoragePoolException
 
@@ -346,33 +346,32 @@ class QubesVMError(QubesException):
     """Something failed on one VM.
 
     :param vm: the VM.
-    :param msg: what failed.
+    :param msg: what failed; by default the sentence of the class.
     """
 
-    def __init__(self, vm: BaseVM | None, msg: str) -> None:
-        super().__init__(msg)
+    _sentence: ClassVar[str] = "VM {vm} has failed"
+
+    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
+        super().__init__(msg or self._sentence.format(vm=vm))
         self.vm = vm
 
 
 class QubesNoTemplateError(QubesVMError):
     """A VM that needs a template has none."""
 
-    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
-        super().__init__(vm, msg or f"VM {vm} needs a template")
+    _sentence = "VM {vm} needs a template"
 
 
 class QubesVMInUseError(QubesVMError):
     """The VM cannot be removed while others use it."""
 
-    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
-        super().__init__(vm, msg or f"VM {vm} is in use")
+    _sentence = "VM {vm} is in use"
 
 
 class QubesVMNotStartedError(QubesVMError):
     """The VM is not running."""
 
-    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
-        super().__init__(vm, msg or f"VM {vm} is not running; start it first")
+    _sentence = "VM {vm} is not running; start it first"
 
 
 class QubesVMNotRunningError(QubesVMNotStartedError):
@@ -382,43 +381,37 @@ class QubesVMNotRunningError(QubesVMNotStartedError):
 class QubesVMNotPausedError(QubesVMNotStartedError):
     """The VM is neither paused nor suspended."""
 
-    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
-        super().__init__(vm, msg or f"VM {vm} is not paused")
+    _sentence = "VM {vm} is not paused"
 
 
 class QubesVMNotSuspendedError(QubesVMError):
     """The VM is not suspended."""
 
-    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
-        super().__init__(vm, msg or f"VM {vm} is not suspended")
+    _sentence = "VM {vm} is not suspended"
 
 
 class QubesVMNotHaltedError(QubesVMError):
     """The VM is not halted."""
 
-    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
-        super().__init__(vm, msg or f"VM {vm} is not halted; shut it down first")
+    _sentence = "VM {vm} is not halted; shut it down first"
 
 
 class QubesVMCancelledPauseError(QubesVMError):
     """A handler of `domain-pre-paused` has cancelled the pause."""
 
-    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
-        super().__init__(vm, msg or f"the pause of VM {vm} was cancelled")
+    _sentence = "the pause of VM {vm} was cancelled"
 
 
 class QubesVMShutdownTimeoutError(QubesVMError):
     """The VM did not shut down in time."""
 
-    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
-        super().__init__(vm, msg or f"VM {vm} did not shut down in time")
+    _sentence = "VM {vm} did not shut down in time"
 
 
 class QubesMemoryError(QubesVMError, MemoryError):
     """There is not enough memory for the VM to start."""
 
-    def __init__(self, vm: BaseVM | None, msg: str | None = None) -> None:
-        super().__init__(vm, msg or f"there is not enough memory to start VM {vm}")
+    _sentence = "there is not enough memory to start VM {vm}"
 
 
 class QubesVolumeCopyInUseError(QubesException):

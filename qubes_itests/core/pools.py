@@ -105,7 +105,14 @@ class PoolsMixin(PropertyHolder):
         if name is None:
             raise QubesValueError("a pool is added by itself, or with a name")
         options = {"name": name, **options}
-        pool = _make_pool(driver, options) if isinstance(name, str) else name
+        if isinstance(name, str):
+            cls: Any = pool_class(driver)
+            try:
+                pool: Pool = cls(**options)
+            except TypeError as error:
+                raise QubesValueError(f"driver {driver}: {error}") from None
+        else:
+            pool = name
         self._check_new_pool(pool)
         await pool.setup()
         # Checked again below: another call may have added the name during the await.
@@ -221,15 +228,6 @@ class PoolsMixin(PropertyHolder):
         if name not in self.pools:
             raise QubesPoolNotFoundError(name, self.pools)
         return self.pools[name]
-
-
-def _make_pool(driver: str, options: dict[str, Any]) -> Pool:
-    cls: Any = pool_class(driver)
-    try:
-        made: Pool = cls(**options)
-    except TypeError as error:
-        raise QubesValueError(f"driver {driver}: {error}") from None
-    return made
 
 
 @contextlib.contextmanager

@@ -232,7 +232,12 @@ class AppTemplates:
         if derived.base in self._downloads:
             self._downloads[derived.base](cache, say)
         if derived.kernel == GENERIC:
-            _fetch_generic(cache, say)
+            # Unless there is one: a run does not ask for a newer one.
+            try:
+                find_kernel(cache, GENERIC)
+            except NoKernelError:
+                say("fetching the generic kernel")
+                fetch(cache, GENERIC)
         base = self._bases[derived.base](cache, find_kernel(cache))
         self._archives(derived, base, cache, say)
 
@@ -263,12 +268,3 @@ class AppTemplates:
             root_image=build_layers(cache, layers, log, self._say),
             init=derived.init or base.init,
         )
-
-
-def _fetch_generic(cache: Cache, say: Callable[[str], None]) -> None:
-    """Fetch the generic kernel unless there is one; a run does not ask for newer."""
-    try:
-        find_kernel(cache, GENERIC)
-    except NoKernelError:
-        say("fetching the generic kernel")
-        fetch(cache, GENERIC)

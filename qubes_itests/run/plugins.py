@@ -19,7 +19,6 @@ from qubes_itests.run.result import Prepared
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from qubes_itests.discovery import TestClass
 
 __all__ = ["PROBLEM", "named_plugins", "node_name", "test_ids"]
 
@@ -88,16 +87,12 @@ def test_ids(name: str, plugin: Plugin) -> Iterator[tuple[str, str | None]]:
     if plugin.problems:
         yield f"{name}::{PROBLEM}", None
     for entry in plugin.classes:
-        for method in _methods(entry):
-            yield f"{name}::{entry.name}::{method}", entry.template
-
-
-def _methods(entry: TestClass) -> list[str]:
-    cls = entry.cls
-    if inspect.isabstract(cls) or not getattr(cls, "__test__", True):
-        return []
-    found = unittest.TestLoader().getTestCaseNames(cls)
-    return [name for name in found if getattr(getattr(cls, name), "__test__", True)]
+        cls = entry.cls
+        if inspect.isabstract(cls) or not getattr(cls, "__test__", True):
+            continue
+        for method in unittest.TestLoader().getTestCaseNames(cls):
+            if getattr(getattr(cls, method), "__test__", True):
+                yield f"{name}::{entry.name}::{method}", entry.template
 
 
 def node_name(name: str) -> str:

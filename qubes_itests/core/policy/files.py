@@ -246,7 +246,17 @@ class _Reader:
 
     def _read_legacy(self) -> None:
         self._stamp(self._legacy)
-        for service, argument, path in _legacy_files(_listed(self._legacy)):
+        files = []
+        for path in _listed(self._legacy):
+            name = _LEGACY_NAME.fullmatch(path.name)
+            hidden = path.name.startswith(".") or path.suffix in _LEGACY_IGNORED
+            if name is None or hidden:
+                log.info("%s is ignored: it is not named after a service", path)
+            else:
+                # of one service, the file for all arguments comes last
+                argument = name[2] or "*"
+                files.append((name[1], argument == "*", argument, path))
+        for service, _, argument, path in sorted(files):
             self._read_service_file(path, _For(service, argument, self._legacy))
             if argument == "*":
                 continue
@@ -307,19 +317,6 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         number = data[: error.start].count(b"\n") + 1
         raise PolicyFileError(path, f"line {number} is not UTF-8") from error
-
-
-def _legacy_files(paths: Iterable[Path]) -> list[tuple[str, str, Path]]:
-    """Return service, argument and file, the file for all arguments last."""
-    found = []
-    for path in paths:
-        name = _LEGACY_NAME.fullmatch(path.name)
-        hidden = path.name.startswith(".") or path.suffix in _LEGACY_IGNORED
-        if name is None or hidden:
-            log.info("%s is ignored: it is not named after a service", path)
-            continue
-        found.append((name[1], name[2] or "*", path))
-    return sorted(found, key=lambda item: (item[0], item[1] == "*", item[1]))
 
 
 @dataclass(frozen=True, slots=True)
