@@ -236,11 +236,6 @@ def error_name(error: BaseException) -> str:
     return "QubesException"
 
 
-def _is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and bool(task.cancelling())
-
-
 class Dispatcher:
     """Answers requests.
 
@@ -272,7 +267,8 @@ class Dispatcher:
         except EXPECTED_ERRORS as error:
             return self._refusal(request, error)
         except asyncio.CancelledError as error:
-            if _is_cancelled():
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
                 raise
             # what the method waited for was: its caller still waits
             return self._defect(request, error)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from .result import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import ModuleType
 
 __all__ = ["check_member", "has_tests", "twice_defined", "unrunnable_tests"]
@@ -63,15 +62,15 @@ def twice_defined(cls: type[unittest.TestCase]) -> list[str]:
 
     Base classes are looked at too; a class without source code counts as good.
     """
-    return sorted({name for base in _own_bases(cls) for name in _repeated(base)})
-
-
-def _own_bases(cls: type) -> Iterator[type]:
-    """Yield the classes that may come from the plugin, not unittest's nor ours."""
     ours = ("unittest", "qubes_itests", "qubes", "builtins")
-    for base in cls.__mro__:
-        if base.__module__.partition(".")[0] not in ours:
-            yield base
+    return sorted(
+        {
+            name
+            for base in cls.__mro__
+            if base.__module__.partition(".")[0] not in ours
+            for name in _repeated(base)
+        }
+    )
 
 
 def _repeated(cls: type) -> list[str]:

@@ -28,20 +28,16 @@ class ModuleWatch:
         ]
         for name in changed:
             sys.modules[name] = self._before[name]
-        # before the parents: a stand-in may be what they name
-        self._remove_stand_ins()
-        for name in changed:
-            _bind_to_parent(name)
-        return sorted(changed)
-
-    def _remove_stand_ins(self) -> None:
         for name in sys.modules.keys() - self._before.keys():
-            if _speaks_of_qubes(name) and _is_made_by_hand(name, sys.modules[name]):
+            of_qubes = name.partition(".")[0] in ("qubes", "qubesadmin", "qubes_itests")
+            if of_qubes and _is_made_by_hand(name, sys.modules[name]):
                 del sys.modules[name]
-
-
-def _speaks_of_qubes(name: str) -> bool:
-    return name.partition(".")[0] in ("qubes", "qubesadmin", "qubes_itests")
+        for name in changed:
+            # an import binds a module in its parent, too, where others find it
+            parent, _, child = name.rpartition(".")
+            if parent in sys.modules and child in vars(sys.modules[parent]):
+                setattr(sys.modules[parent], child, sys.modules[name])
+        return sorted(changed)
 
 
 def _is_made_by_hand(name: str, module: Any) -> bool:
@@ -51,9 +47,3 @@ def _is_made_by_hand(name: str, module: Any) -> bool:
     except AttributeError:
         return True
     return not isinstance(spec, ModuleSpec) or spec.name != name
-
-
-def _bind_to_parent(name: str) -> None:
-    parent, _, child = name.rpartition(".")
-    if parent in sys.modules and child in vars(sys.modules[parent]):
-        setattr(sys.modules[parent], child, sys.modules[name])

@@ -33,7 +33,9 @@ class Probes(MetaPathFinder):
         """Take note of a name that a module of the package asks for."""
         del path, target
         frame = sys._getframe(1)  # noqa: SLF001 - there is no other way
-        while frame.f_back is not None and _is_import(frame.f_globals):
+        while frame.f_back is not None and str(
+            frame.f_globals.get("__name__")
+        ).startswith("importlib"):
             frame = frame.f_back
         if str(frame.f_globals.get("__name__")).partition(".")[0] == self._package:
             self._asked[fullname] = None
@@ -49,10 +51,6 @@ class Probes(MetaPathFinder):
             for name in self._asked
             if name not in sys.modules and _is_nowhere(name)
         ]
-
-
-def _is_import(namespace: dict[str, Any]) -> bool:
-    return str(namespace.get("__name__")).startswith("importlib")
 
 
 def _is_nowhere(name: str) -> bool:

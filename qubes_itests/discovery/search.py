@@ -85,7 +85,12 @@ def _load(
         members = list(_members(entry, problems))
     module = sys.modules.get(entry.module)
     if changed := watch.restore():
-        problems.append(_tampered(changed))
+        problems.append(
+            Problem(
+                "while it loaded, it replaced or removed modules that others use:"
+                f" {', '.join(changed)}; they were put back"
+            )
+        )
     chosen = templates if entry.group == GROUP_FOR_TEMPLATE else (None,)
     classes = [
         made
@@ -168,13 +173,6 @@ def _is_machinery(filename: str) -> bool:
     )
 
 
-def _tampered(changed: Sequence[str]) -> Problem:
-    return Problem(
-        "while it loaded, it replaced or removed modules that others use:"
-        f" {', '.join(changed)}; they were put back"
-    )
-
-
 def _without_tests(
     entry: importlib.metadata.EntryPoint,
     members: Sequence[object],
@@ -213,7 +211,14 @@ def _for_templates(
     problems: list[Problem],
 ) -> Iterator[TestClass]:
     unrunnable = unrunnable_tests(cls)
-    problems += [_unrunnable(cls, name) for name in unrunnable]
+    problems += [
+        Problem(
+            f"{cls.__name__}.{name} would pass without being run: it is asynchronous or"
+            " a generator in a plain TestCase; use self.loop.run_until_complete() in an"
+            " ordinary method, or unittest.IsolatedAsyncioTestCase"
+        )
+        for name in unrunnable
+    ]
     problems += [
         Problem(f"{cls.__name__} defines {name} twice; the first definition is lost")
         for name in twice_defined(cls)
@@ -221,14 +226,6 @@ def _for_templates(
     hidden = dict.fromkeys(unrunnable)
     for template in templates:
         yield TestClass(_class_for(cls, template, hidden), template)
-
-
-def _unrunnable(cls: type[unittest.TestCase], name: str) -> Problem:
-    return Problem(
-        f"{cls.__name__}.{name} would pass without being run: it is asynchronous or a"
-        " generator in a plain TestCase; use self.loop.run_until_complete() in an"
-        " ordinary method, or unittest.IsolatedAsyncioTestCase"
-    )
 
 
 def _class_for(

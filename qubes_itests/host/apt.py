@@ -44,13 +44,10 @@ def debian_sources(suite: str) -> list[str]:
 def acquire_options() -> str:
     """Return the apt.conf of a proxy and the like, as this machine has them."""
     try:
-        return "".join(f"{line}\n" for line in _ACQUIRE.findall(_dump()))
+        dump = run(["apt-config", "dump"])
     except (CommandError, MissingToolError):
         return ""
-
-
-def _dump() -> str:
-    return run(["apt-config", "dump"])
+    return "".join(f"{line}\n" for line in _ACQUIRE.findall(dump))
 
 
 def _targets() -> list[str]:

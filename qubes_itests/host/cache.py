@@ -101,7 +101,9 @@ class Cache:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = (root or _default_root()).absolute()
+        named = os.environ.get("QUBES_ITESTS_CACHE")
+        default = Path(named) if named else Path.home() / ".cache" / "qubes_itests"
+        self.root = (root or default).absolute()
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -289,11 +291,6 @@ class Cache:
         return Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}@"))
 
 
-def _default_root() -> Path:
-    named = os.environ.get("QUBES_ITESTS_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "qubes_itests"
-
-
 def _sweep(place: Path) -> None:
     # Builders hold the key's lock, and so does the caller: what lies here is dead.
     for leftover in place.parent.glob(f".{glob.escape(place.name)}@*"):
@@ -347,17 +344,14 @@ def _locked_at_once(path: Path) -> Iterator[bool]:
     """Lock a file or a directory, unless another has it; tell whether it is locked."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        yield _try_lock(descriptor)
+        free = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        yield free
     finally:
         os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def disk_usage(directory: Path) -> int:

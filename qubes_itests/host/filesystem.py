@@ -258,9 +258,6 @@ class LoopFilesystem:
 def _mount_points() -> list[Path]:
     """Return where something is mounted in this mount namespace, in its order."""
     lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    return [Path(_unescape(line.split(" ")[4])) for line in lines]
-
-
-def _unescape(field: str) -> str:
-    # mountinfo writes blanks and backslashes as \ooo.
-    return os.fsdecode(field.encode().decode("unicode_escape").encode("latin-1"))
+    # blanks and backslashes are written as \ooo
+    fields = (line.split(" ")[4].encode().decode("unicode_escape") for line in lines)
+    return [Path(os.fsdecode(field.encode("latin-1"))) for field in fields]

@@ -98,9 +98,19 @@ def fetch(cache: Cache, name: str = DEFAULT) -> Kernel:
     try:
         names = _package_names(_guest_package(kind))
         key = f"{names[0]}_{_version_of(names[0])}".replace(":", "-")
-        # only those of the default kernel are read at each build of a first stage
-        change = _decompress if name == DEFAULT else _compress
-        cache.entry(kind, key, lambda place: change(_download(names, place).modules))
+
+        def build(place: Path) -> None:
+            modules = _download(names, place).modules
+            if name != DEFAULT:
+                # as they are, 400 MiB would go into each image
+                _run_on(modules.rglob("*.ko"), ["zstd", "-q", "--rm"])
+                return
+            # these are read at each build of a first stage
+            for suffix, tool in ((".zst", "zstd"), (".xz", "xz"), (".gz", "gzip")):
+                remove = ["--rm"] if tool == "zstd" else []
+                _run_on(modules.rglob(f"*.ko{suffix}"), [tool, "-q", "-d", *remove])
+
+        cache.entry(kind, key, build)
     except NoNetworkError:
         if not cache.entries(kind):
             raise
@@ -226,17 +236,6 @@ def _run_in(directory: Path, command: list[str]) -> None:
 def _options() -> list[str]:
     # The download directory is root's own, which apt's user cannot write.
     return ["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=2"]
-
-
-def _decompress(modules: Path) -> None:
-    for suffix, tool in ((".zst", "zstd"), (".xz", "xz"), (".gz", "gzip")):
-        remove = ["--rm"] if tool == "zstd" else []
-        _run_on(modules.rglob(f"*.ko{suffix}"), [tool, "-q", "-d", *remove])
-
-
-def _compress(modules: Path) -> None:
-    """Compress modules that are not: as they are, 400 MiB would go into each image."""
-    _run_on(modules.rglob("*.ko"), ["zstd", "-q", "--rm"])
 
 
 def _run_on(paths: Iterable[Path], command: list[str]) -> None:

@@ -107,7 +107,8 @@ def serving(
         # by its short name, for the paths of sockets are limited
         sockets = portal.run(_open_sockets(app, Place.of_run(short)))
         stack.callback(lambda: portal.run(sockets.aclose()))
-        portal.run(_start_autostart(app))
+        for name, error in portal.run(app.start_autostart()).items():
+            log.error("%s did not start: %s", name, str(error))
         yield Serving(place, state, kept=directory is not None)
 
 
@@ -146,11 +147,6 @@ async def _report_orphans(app: Qubes) -> None:
             log.warning(
                 "no VM has volume %s of pool %s: see the command `orphans`", vid, pool
             )
-
-
-async def _start_autostart(app: Qubes) -> None:
-    for name, error in (await app.start_autostart()).items():
-        log.error("%s did not start: %s", name, str(error))
 
 
 async def _shut_down(app: Qubes) -> None:

@@ -211,14 +211,11 @@ class QrexecClient:
             "-T" in given,
         )
         if "-l" in given:
-            return relay.run_with(self._local(given["-l"]), vm)
+            text = given["-l"]
+            shell = ["/bin/bash", "-c", text]
+            is_service = text.startswith("QUBESRPC ")
+            return relay.run_with(self._service(text) if is_service else shell, vm)
         return relay.run(target=0 if "--use-stdin-socket" in given else 1)
-
-    def _local(self, text: str) -> list[str]:
-        """Return the words of a command of dom0."""
-        if text.startswith("QUBESRPC "):
-            return self._service(text)
-        return ["/bin/bash", "-c", text]
 
     def _service(self, text: str) -> list[str]:
         match = _SERVICE.fullmatch(text)

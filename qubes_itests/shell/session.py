@@ -161,7 +161,10 @@ class _Session:
         terminal: RawTerminal,
     ) -> int:
         """Return the shell's exit status when it has ended, or was left."""
-        guest = self._guest = await opened(*size(), _terminal_type())
+        kind = os.environ.get("TERM", "")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,40}", kind):
+            kind = "linux"
+        guest = self._guest = await opened(*size(), kind)
         loop = asyncio.get_running_loop()
         left: asyncio.Future[int] = loop.create_future()
         ended = loop.create_task(_show(guest, terminal))
@@ -211,8 +214,3 @@ class _Session:
 async def _show(guest: Terminal, terminal: RawTerminal) -> int:
     await OutputDescriptor(terminal.output).take(guest.stdout)
     return await guest.wait()
-
-
-def _terminal_type() -> str:
-    name = os.environ.get("TERM", "")
-    return name if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,40}", name) else "linux"

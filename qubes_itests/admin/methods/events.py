@@ -67,7 +67,15 @@ async def _report(
     async def tell(vm: BaseVM) -> None:
         usage = await usage_of(vm, loop.time())
         if usage.memory:
-            _send_usage(stream, vm, usage, cpu_percent(before, vm.name, usage))
+            percent = cpu_percent(before, vm.name, usage)
+            values = {
+                "memory_kb": usage.memory >> 10,
+                "cpu_time": round(usage.cpu_time * 1000),
+                "cpu_usage": percent
+                // max(1, vm.vcpus if isinstance(vm, QubesVM) else 1),
+                "cpu_usage_raw": percent,
+            }
+            stream.send(encode_event(vm.name, "vm-stats", values))
             before[vm.name] = usage
         else:
             before.pop(vm.name, None)
@@ -89,13 +97,3 @@ async def _report(
         for task in telling.values():
             task.cancel()
         await asyncio.gather(*telling.values(), return_exceptions=True)
-
-
-def _send_usage(stream: EventStream, vm: BaseVM, usage: Usage, percent: int) -> None:
-    values = {
-        "memory_kb": usage.memory >> 10,
-        "cpu_time": round(usage.cpu_time * 1000),
-        "cpu_usage": percent // max(1, vm.vcpus if isinstance(vm, QubesVM) else 1),
-        "cpu_usage_raw": percent,
-    }
-    stream.send(encode_event(vm.name, "vm-stats", values))

@@ -110,11 +110,11 @@ def clone_from(call: Call) -> str:
     return call.tokens.give(call.destination.uuid, call.argument)
 
 
-def _token(call: Call, data: bytes) -> str:
-    return call.tokens.check(ascii_text(data))
-
-
-@_OF_VM(f"{_PREFIX}CloneTo", payload=_token, saves=True)
+@_OF_VM(
+    f"{_PREFIX}CloneTo",
+    payload=lambda call, data: call.tokens.check(ascii_text(data)),
+    saves=True,
+)
 async def clone_to(call: Call) -> None:
     """Replace its content by that of the volume that a token stands for."""
     source = call.tokens.take(call.app, call.payload)
