@@ -66,13 +66,15 @@ def parse_request(data: bytes) -> Request:
     :raise FramingError: when it is none.
     """
     if len(data) > LONGEST_REQUEST:
-        raise FramingError(f"it has more than {LONGEST_REQUEST} bytes")
+        raise FramingError(f"expected {LONGEST_REQUEST} bytes at most, got {len(data)}")
     header, nul, payload = data.partition(b"\0")
     if not nul:
-        raise FramingError("its header does not end in NUL")
+        raise FramingError("expected a header that ends in NUL, got none")
     match = _HEADER.fullmatch(header)
     if match is None:
-        raise FramingError("its header is not METHOD+ARG SRC name DEST")
+        raise FramingError(
+            f"expected the header METHOD+ARG SRC name DEST, got {header[:80]!r}"
+        )
     method, argument, source, destination = (
         (field or b"").decode("ascii") for field in match.groups()
     )

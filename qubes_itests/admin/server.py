@@ -36,7 +36,8 @@ _MOST_STREAMS: Final = 256
 class AdminServer(UnixServer):
     """An async context manager that serves the Admin API on a socket.
 
-    Whoever may connect is dom0; calls of VMs come by `qubes_itests.admin.vm_calls`.
+    A client of this socket counts as dom0; calls of VMs come by
+    `qubes_itests.admin.vm_calls`.
 
     :param app: whom the calls are made to; on the running event loop.
     :param path: of the socket.

@@ -1,4 +1,4 @@
-"""What VMs use of the machine: memory and CPU time."""
+"""The memory and CPU time that VMs use."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def ascii_text(data: bytes) -> str:
     try:
         return data.decode("ascii")
     except UnicodeDecodeError:
-        raise ProtocolError("the payload is not plain ASCII") from None
+        raise ProtocolError("expected a payload of plain ASCII") from None
 
 
 def printable(call: Call, data: bytes) -> str:
@@ -64,7 +64,7 @@ def printable(call: Call, data: bytes) -> str:
     del call
     text = ascii_text(data)
     if not _PRINTABLE.fullmatch(text):
-        raise ProtocolError("the payload has control characters")
+        raise ProtocolError("expected a payload without control characters")
     return text
 
 
@@ -76,7 +76,7 @@ def lines(call: Call, data: bytes) -> list[str]:
     del call
     found = ascii_text(data).removesuffix("\n").split("\n") if data else []
     if not all(map(_PRINTABLE.fullmatch, found)):
-        raise ProtocolError("a line of the payload has control characters")
+        raise ProtocolError("expected lines without control characters")
     return found
 
 
@@ -84,7 +84,7 @@ def _number(data: bytes) -> int:
     text = ascii_text(data)
     if not _NUMBER.fullmatch(text):
         raise ProtocolError(
-            "the payload is no number: 1 to 19 digits without sign, space or leading 0"
+            f"expected a number of 1 to 19 digits without leading 0, got {text[:40]!r}"
         )
     return int(text)
 
@@ -111,13 +111,15 @@ def boolean(call: Call, data: bytes) -> bool:
     try:
         return parse_bool(ascii_text(data))
     except ValueError as error:
-        raise ProtocolError(f"the payload is no truth value: {error}") from None
+        raise ProtocolError(f"expected a truth value: {error}") from None
 
 
 def _named(pattern: re.Pattern[str], what: str) -> Callable[[Call], str]:
     def validate(call: Call) -> str:
         if not pattern.fullmatch(call.raw_argument):
-            raise ProtocolError(f"{call.raw_argument!r} is no name of a {what}")
+            raise ProtocolError(
+                f"expected the name of a {what}, got {call.raw_argument[:80]!r}"
+            )
         return call.raw_argument
 
     return validate
@@ -180,7 +182,10 @@ def words_among(*known: str) -> Callable[[Call], frozenset[str]]:
     def validate(call: Call) -> frozenset[str]:
         words = call.raw_argument.split("+") if call.raw_argument else []
         if len(set(words)) < len(words) or not set(words) <= set(known):
-            raise ProtocolError(f"the argument is any of {', '.join(known)}, by +")
+            raise ProtocolError(
+                f"expected any of {', '.join(known)}, joined by +,"
+                f" got {call.raw_argument[:80]!r}"
+            )
         return frozenset(words)
 
     return validate

@@ -62,7 +62,7 @@ def parse_value(holder: PropertyHolder, prop: Property[Any], data: bytes) -> Any
     try:
         text = data.decode("ascii")
     except UnicodeDecodeError:
-        raise ProtocolError("the value of a property is plain ASCII") from None
+        raise ProtocolError("expected a value of plain ASCII") from None
     try:
         return _PARSERS[prop.type_name](prop, text)
     except ValueError as error:

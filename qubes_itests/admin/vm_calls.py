@@ -32,7 +32,7 @@ def offer_to_vms(app: Qubes, dispatcher: Dispatcher | None = None) -> Dispatcher
     """Have dom0 answer the Admin API to VMs, as far as the policy lets them call.
 
     :param app: whose `host_services` get the methods.
-    :param dispatcher: answers; by default one of its own.
+    :param dispatcher: answers; by default a new one.
     :return: who answers.
     """
     chosen = dispatcher or Dispatcher(app, METHODS)

@@ -1,4 +1,4 @@
-"""Finds the test plugins that are installed, and what they list.
+"""The search for installed test plugins, and for the tests that they list.
 
 A plugin is an entry point in one of two groups; see :data:`GROUP` and
 :data:`GROUP_FOR_TEMPLATE`.  Whatever is wrong with one becomes a :class:`Problem` of

@@ -1,4 +1,4 @@
-"""Looks at a test class for what unittest would run wrongly or not at all."""
+"""Checks of a test class for what unittest would run wrongly or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeps a plugin that changes `sys.modules` from being a problem of the next one."""
+"""The protection of plugins from others that change `sys.modules`."""
 
 from __future__ import annotations
 

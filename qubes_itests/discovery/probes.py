@@ -1,4 +1,4 @@
-"""What a plugin looked for while it loaded, and did not find."""
+"""The modules that a plugin looked for while it loaded, and did not find."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search for plugins finds."""
+"""The result of a search for plugins."""
 
 from __future__ import annotations
 

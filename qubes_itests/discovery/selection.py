@@ -1,4 +1,4 @@
-"""Which plugins and templates a run is about."""
+"""The selection of plugins and templates that a run is about."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How this machine reaches Debian's archive: its own package sources and options."""
+"""This machine's way to Debian's archive: its package sources and options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run the host's programs: bounded in time, with errors that tell the cause."""
+"""Programs of the host: bounded in time, with errors that tell the cause."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def started(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program while the context lasts, and end what is left of it then.
 
-    It has a group of its own: a deadline ends its children too, and Ctrl-C reaches us
+    It leads a process group: a deadline ends its children too, and Ctrl-C reaches us
     first, who then end it in order.  Its umask is 022.
 
     :param argv: program and arguments; no shell is involved.

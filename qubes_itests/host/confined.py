@@ -1,6 +1,6 @@
 """Programs that prepare something in a directory, and end with us however we end.
 
-They have mount, PID and IPC namespaces of their own: what they mount and what they
+They have separate mount, PID and IPC namespaces: what they mount and what they
 leave running goes with them. They find the directory at a plain name, whatever it is
 called and however its filesystem is mounted: options of mmdebstrap, apt and overlayfs
 have no way, or each another one, to quote blanks, commas, colons and line breaks.

@@ -1,4 +1,4 @@
-"""What a directory of the cache held when it was made, to notice what has changed.
+"""The record of what a cache entry held when it was made, to notice changes.
 
 A file counts as unchanged if its size and its time of change are those that were
 recorded. If only the time differs, as after a copy or an unpacked archive, its data is

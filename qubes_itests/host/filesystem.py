@@ -195,7 +195,7 @@ def create_subvolume(path: Path) -> None:
 
 
 class LoopFilesystem:
-    """A filesystem of its own, mounted while the context lasts.
+    """A new filesystem, mounted while the context lasts.
 
     Entering makes image and mount point; leaving removes both.  When entering fails
     half-way, nothing is left.  Leaving raises `CommandError` while it is in use.

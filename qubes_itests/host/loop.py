@@ -54,7 +54,7 @@ def _free_number() -> int:
 def _node(number: int) -> Path:
     """Return the node of a device, made if this machine's /dev has none.
 
-    A container may have a /dev of its own, where no node appears by itself. Ours goes
+    A container may have a separate /dev, where no node appears by itself. Ours goes
     with the sandbox.
     """
     path = Path(f"/dev/loop{number}")

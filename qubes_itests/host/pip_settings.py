@@ -1,4 +1,4 @@
-"""What of the settings of pip says how packages are reached, and nothing else.
+"""The settings of pip that say how packages are reached, and no others.
 
 pip also takes from its files and from the environment where packages go (`user`,
 `target`, `prefix`) and how they are built; what is installed for a run is no matter of

@@ -1,4 +1,4 @@
-"""A run's sandbox: mount, PID, network and IPC namespaces of its own.
+"""A run's sandbox: separate mount, PID, network and IPC namespaces.
 
 When its first process goes, the system itself ends every other process in it and
 drops every mount, and with the mounts the loop devices. So nothing survives a run,
@@ -156,7 +156,7 @@ def _identity() -> str:
 
 
 def ignored_signals() -> list[int]:
-    """Return the signals that whoever started this process has it ignore.
+    """Return the signals that this process was started to ignore.
 
     As nohup(1) does, and a shell for what runs in the background of a script.
     """

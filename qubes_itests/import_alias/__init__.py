@@ -1,4 +1,4 @@
-"""Makes ``import qubes…`` work for test plugins where no Qubes OS is installed.
+"""Stand-ins for the modules of Qubes OS, for plugins where it is not installed.
 
 :func:`install` adds a finder behind all others, so a real ``qubes`` package wins.  What
 the finder offers is one table, :data:`.table.ALIASES`; the classes are those of

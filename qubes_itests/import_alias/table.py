@@ -1,4 +1,4 @@
-"""Which module of ours stands for which module of Qubes OS."""
+"""The table of modules of Qubes OS, and what stands for each of them here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The event loop in a thread of its own, for synchronous code that may block.
+"""The event loop in a separate thread, for synchronous code that may block.
 
 ::
 

@@ -41,7 +41,7 @@ _CLOSED: Final = (
     " `with Portal()`"
 )
 _SHARED: Final = (
-    "cannot work here: the event loop runs in a thread of its own and is shared with"
+    "cannot work here: the event loop runs in another thread and is shared with"
     " the virtual machines;"
 )
 

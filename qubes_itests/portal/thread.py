@@ -42,7 +42,7 @@ class BackgroundFailure:
 
 
 class Portal:
-    """An event loop in a thread of its own; a context manager.
+    """An event loop in a separate thread; a context manager.
 
     :param name: of the thread.
     """

@@ -78,7 +78,7 @@ class Wanted:
         """
         match = _COMMAND.fullmatch(text)
         if match is None:
-            raise UsageError(f"{text!r} is not USER:COMMAND")
+            raise UsageError(f"expected USER:COMMAND, got {text!r}")
         user = None if match["user"] in {"", "DEFAULT"} else match["user"]
         service = _SERVICE.fullmatch(match["rest"])
         if service is None:
@@ -93,7 +93,7 @@ class CallServer(UnixServer):
     """An async context manager that serves calls on a socket.
 
     :param app: whose VMs are called.
-    :param path: of the socket; its parent is there, and nobody else's.
+    :param path: of the socket, in a directory that only its owner writes to.
     """
 
     most = 512
@@ -165,7 +165,10 @@ class Answer:
             return 0
         if kind == TERMINAL and len(fields) == 3:  # noqa: PLR2004
             return await self._terminal(*fields)
-        raise UsageError("neither a call, nor an import, nor a terminal")
+        raise UsageError(
+            "expected a call, an import or a terminal, of three fields, got a frame of"
+            f" kind {kind} with {len(fields)}"
+        )
 
     def _running(self, name: str) -> GuestAgent:
         vm = self._app.domains.get(_key(name))
@@ -238,7 +241,7 @@ class Answer:
                 process.resize(*_size(data.decode(errors="replace")))
                 continue
             if kind != STDIN:
-                raise UsageError(f"a frame of kind {kind} where input was expected")
+                raise UsageError(f"expected input, got a frame of kind {kind}")
             if not data:
                 return
             yield data
@@ -247,7 +250,9 @@ class Answer:
         try:
             kind, length = HEADER.unpack(await self._reader.readexactly(HEADER.size))
             if length > LONGEST:
-                raise UsageError(f"a frame of {length} bytes: {LONGEST} at most")
+                raise UsageError(
+                    f"expected {LONGEST} bytes at most, got a frame of {length}"
+                )
             return kind, await self._reader.readexactly(length)
         except asyncio.IncompleteReadError:
             # The end of the stream is not the end of the input, which is an empty

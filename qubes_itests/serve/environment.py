@@ -1,4 +1,4 @@
-"""What a server offers to the client tools: programs, services, and an environment."""
+"""The programs, services and environment that a server has for client tools."""
 
 from __future__ import annotations
 

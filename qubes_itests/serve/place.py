@@ -1,4 +1,4 @@
-"""Where a server has its sockets and programs, and which servers there are."""
+"""The directory of a server's sockets and programs, and the search for servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server keeps: the store of its app, and filesystems for pools, in images."""
+"""The state that a server keeps: its app's store, and filesystems in images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a client tool of Qubes OS."""
+"""The client tools of Qubes OS, run in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes between the daemon and the programs that the client tools call.
+"""The frames between the daemon and the programs that the client tools call.
 
 Frames: each is a kind, a length and so many bytes.  A program sends one `CALL`,
 `IMPORT` or `TERMINAL`, then `STDIN`, the last one empty, and for a terminal `RESIZE`

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WAY_OUT", "Keyboard", "Keys", "Terminal", "open_session", "open_shell"]
 
-#: What to tell whoever gets a shell, in words that go on a sentence.
+#: The way out of a shell, as the end of a sentence.
 WAY_OUT = "~. at the beginning of a line leaves it if it is stuck"
 #: Exit status of a shell that did not come to its own end.
 _LOST = 255

@@ -1,4 +1,4 @@
-"""All methods of the Admin API: importing this registers them."""
+"""The registry of all methods of the Admin API, filled by importing this."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def _mode(call: Call, data: bytes) -> AssignmentMode:
     del call
     if data not in _MODES:
         known = ", ".join(mode.decode() for mode in _MODES)
-        raise ProtocolError(f"the payload is one of {known}")
+        raise ProtocolError(f"expected one of {known}, got {data[:40]!r}")
     return _MODES[data]
 
 

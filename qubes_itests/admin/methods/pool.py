@@ -78,12 +78,12 @@ def _configuration(call: Call, data: bytes) -> dict[str, str]:
     for line in lines(call, data):
         key, equals, value = line.partition("=")
         if not equals:
-            raise ProtocolError(f"{line!r} is not KEY=VALUE")
+            raise ProtocolError(f"expected KEY=VALUE, got {line!r}")
         if key in options:
             raise ProtocolError(f"{key!r} is given twice")
         options[key] = value
     if not _NAME.fullmatch(options.get("name", "")):
-        raise ProtocolError("the payload needs name=, of letters, digits and _.-")
+        raise ProtocolError("expected name= with letters, digits and _.-")
     if options["name"] in call.app.pools:
         raise QubesValueError(f"there is a pool {options['name']!r} already")
     known = ("name", *driver_options(call.argument))

@@ -35,7 +35,7 @@ def set_rules(call: Call) -> None:
 
 @method("admin.vm.firewall.Reload", destination=Destination.VM)
 def reload_rules(call: Call) -> None:
-    """Have whoever enforces the rules read them again."""
+    """Have the rules read again by what enforces them."""
     call.permit()
     call.destination.fire_event("firewall-changed")
 
@@ -52,7 +52,7 @@ def _notes(call: Call, data: bytes) -> str:
     try:
         text = data.decode()
     except UnicodeDecodeError:
-        raise ProtocolError("notes are text in UTF-8") from None
+        raise ProtocolError("expected text in UTF-8") from None
     # they are shown to people, who must not be fooled by what does not show
     return "".join(c if c.isprintable() or c in _BLANK else "_" for c in text)
 

@@ -67,7 +67,7 @@ def _pairs(call: Call, data: bytes) -> dict[str, str]:
     for word in printable(call, data).split(" "):
         key, equals, value = word.partition("=")
         if not equals:
-            raise ProtocolError(f"{word!r} is not KEY=VALUE")
+            raise ProtocolError(f"expected KEY=VALUE, got {word!r}")
         if key in pairs:
             raise ProtocolError(f"{key!r} is given twice")
         pairs[key] = value
@@ -77,13 +77,13 @@ def _pairs(call: Call, data: bytes) -> dict[str, str]:
 def _wanted(call: Call, data: bytes) -> _Wanted:
     pairs = _pairs(call, data)
     if not {"name", "label"} <= set(pairs):
-        raise ProtocolError("the payload needs name= and label=")
+        raise ProtocolError("expected name= and label= in the payload")
     name = validate_name(None, None, pairs.pop("name"))
     if name in call.app.domains:
         raise QubesValueError(f"there is a VM {name!r} already")
     label = pairs.pop("label")
     if label.isdigit():
-        raise ProtocolError("label= takes a name, not a number")
+        raise ProtocolError(f"expected the name of a label, got {label!r}")
     pool, pools = _wanted_pools(call, pairs)
     return _Wanted(name, call.app.get_label(label), pool, pools)
 
@@ -99,7 +99,7 @@ def _wanted_pools(
         call.app.get_pool(pool)
     common = pairs.pop("pool", None)
     if common is not None and pairs:
-        raise ProtocolError("either pool= or pool:VOLUME=, not both")
+        raise ProtocolError("expected either pool= or pool:VOLUME=, got both")
     return common, {key.removeprefix("pool:"): name for key, name in pairs.items()}
 
 
@@ -143,7 +143,7 @@ async def create(call: Call) -> None:
 def _uuid_wanted(call: Call, data: bytes) -> bool:
     del call
     if data not in (b"", b"uuid"):
-        raise ProtocolError("the payload is empty or uuid")
+        raise ProtocolError(f"expected an empty payload or uuid, got {data[:40]!r}")
     return data == b"uuid"
 
 

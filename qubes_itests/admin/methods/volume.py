@@ -138,7 +138,7 @@ def _content(call: Call, data: bytes) -> tuple[int, bytes]:
     else:
         match = _SIZED.fullmatch(data)
         if match is None:
-            raise ProtocolError("the payload is SIZE, a line break, and the data")
+            raise ProtocolError("expected SIZE, a line break and the data")
         length, content = int(match[1]), match[2]
     if len(content) != length:
         raise ProtocolError(

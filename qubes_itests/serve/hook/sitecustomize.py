@@ -1,4 +1,4 @@
-"""Points the client tools to a server, when this folder is in PYTHONPATH.
+"""A hook that points the client tools to a server, by this folder in PYTHONPATH.
 
 Python imports a module of this name at its start.  It uses the standard library alone,
 for the interpreter of the tools need not be the one that has qubes_itests.

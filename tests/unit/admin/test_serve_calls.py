@@ -89,7 +89,7 @@ def test_who_says_nothing_is_told_and_dropped(server, call, monkeypatch, caplog)
         (b"work\x0080x\0vt220", b"126", b"expected a size such as 80x24, got '80x'"),
         (b"nobody\x0080x24\0vt220", b"126", b"no VM 'nobody' that runs commands"),
         (b"work\x0080x24\0vt220", b"255", b"not running"),
-        (b"work\x0080x24", b"126", b"nor a terminal"),
+        (b"work\x0080x24", b"126", b"of three fields, got a frame of kind 7 with 2"),
     ],
 )
 def test_a_terminal_that_is_not_opened_says_why(call, fields, status, told):
