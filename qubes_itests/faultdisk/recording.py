@@ -69,12 +69,6 @@ class Recording:
         """
         sparse.patch(image, survivors(self.operations, state, _WHOLE[self.kind]))
 
-    def materialise(self, image: Path, state: CrashState) -> None:
-        """Make an image, replacing what is there, of the disk after a power cut."""
-        sparse.copy_sparse(self.base, image)
-        self.advance(image, 0, state)
-        self.lose(image, state)
-
     def save(self, path: Path, state: CrashState) -> None:
         """Keep it in a file, with the state that is to be looked at."""
         with self.base.open("rb") as base:

@@ -98,7 +98,11 @@ def draw(records: Sequence[Record], title: str = "Who holds the memory") -> str:
     bottom = _TOP + _STACK + 31 + _LINE * lines
     end = bottom + 34 + len(shown) * (_ROW + _GAP) - _GAP
     body = [
-        *_head(thin, title),
+        f'<text x="{_LEFT}" y="26" class="title">{escape(title)}</text>',
+        (
+            f'<text x="{_LEFT}" y="44" class="small">A machine of {mib(thin[-1].total)}'
+            f" over {thin[-1].time - thin[0].time:.0f} seconds</text>"
+        ),
         *_stack(stack, names),
         *marks,
         *_event_lines(stack, bottom + 24, end),
@@ -145,15 +149,6 @@ def _colour(domid: str, names: dict[str, str]) -> str:
         return _DOM0_COLOUR
     vms = [each for each in names if each != "0"]
     return _COLOURS[vms.index(domid) % len(_COLOURS)]
-
-
-def _head(records: Sequence[Record], title: str) -> Iterator[str]:
-    first, last = records[0], records[-1]
-    yield f'<text x="{_LEFT}" y="26" class="title">{escape(title)}</text>'
-    yield (
-        f'<text x="{_LEFT}" y="44" class="small">A machine of {mib(last.total)}'
-        f" over {last.time - first.time:.0f} seconds</text>"
-    )
 
 
 def _stack(frame: _Frame, names: dict[str, str]) -> Iterator[str]:

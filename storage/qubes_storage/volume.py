@@ -103,7 +103,15 @@ class Volume(abc.ABC):
         self._revisions_to_keep = pool.revisions_to_keep
         if revisions_to_keep is not None:
             self.revisions_to_keep = revisions_to_keep
-        self._check_source()
+        if snap_on_start and source is None:
+            raise InvalidVolumeConfigError(vid, "snap_on_start needs a source")
+        if source is not None and not snap_on_start:
+            raise InvalidVolumeConfigError(vid, "a source needs snap_on_start")
+        if source is not None and source.pool is not pool:
+            reason = f"its source is in another pool, {source.pool.name!r}"
+            raise InvalidVolumeConfigError(vid, reason)
+        if source is not None and source.vid == vid:
+            raise InvalidVolumeConfigError(vid, "it is its own source")
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.pool.name}:{self.vid}>"
@@ -305,19 +313,6 @@ class Volume(abc.ABC):
         :raise VolumeStateError: while it is dirty.
         :raise VolumeNotFoundError: when there is no such revision.
         """
-
-    def _check_source(self) -> None:
-        if self.snap_on_start and self.source is None:
-            raise InvalidVolumeConfigError(self.vid, "snap_on_start needs a source")
-        if self.source is None:
-            return
-        if not self.snap_on_start:
-            raise InvalidVolumeConfigError(self.vid, "a source needs snap_on_start")
-        if self.source.pool is not self.pool:
-            reason = f"its source is in another pool, {self.source.pool.name!r}"
-            raise InvalidVolumeConfigError(self.vid, reason)
-        if self.source.vid == self.vid:
-            raise InvalidVolumeConfigError(self.vid, "it is its own source")
 
     def _check_size(self, action: str, size: object) -> int:
         if isinstance(size, bool) or not isinstance(size, int):

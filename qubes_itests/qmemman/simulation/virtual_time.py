@@ -54,11 +54,12 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         """Run a job in a thread; time stands still until it is done."""
         self._virtual.jobs += 1
         future = super().run_in_executor(executor, func, *args)
-        future.add_done_callback(self._job_done)
-        return future
 
-    def _job_done(self, _future: object) -> None:
-        self._virtual.jobs -= 1
+        def job_done(_future: object) -> None:
+            self._virtual.jobs -= 1
+
+        future.add_done_callback(job_done)
+        return future
 
     async def shutdown_default_executor(self, _timeout: float | None = None) -> None:
         """Wait for the threads, however long.
