@@ -145,12 +145,15 @@ class AppMemory(Generic[AnyBackend]):
         lines = [f"free {mib(self.balancer.free)}"]
         for name, state in self.domains().items():
             used = "an unknown amount" if state.used is None else mib(state.used)
-            marks = ("no_progress", "slow_memset_react", "paused")
-            said = [mark for mark in marks if getattr(state, mark)]
+            marks = {
+                "no_progress": state.no_progress,
+                "slow_memset_react": state.slow_memset_react,
+                "paused": state.paused,
+            }
             lines.append(
                 f"{name}: uses {used}, holds {mib(state.current)},"
                 f" target {mib(state.last_target)}"
-                + "".join(f", {mark}" for mark in said)
+                + "".join(f", {mark}" for mark, is_set in marks.items() if is_set)
             )
         return "\n".join(lines)
 

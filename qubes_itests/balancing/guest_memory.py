@@ -121,10 +121,7 @@ class GuestMemory:
         self._holders.append((size, process))
 
     async def _spawn(self, command: str) -> GuestProcess:
-        process: GuestProcess = await self._vm.running_agent().spawn(
-            command, user="root"
-        )
-        return process
+        return await self._vm.running_agent().spawn(command, user="root")
 
     @staticmethod
     async def _answer(process: GuestProcess) -> bytes:

@@ -13,8 +13,6 @@ from qubes_itests.qmemman.sizes import MIB, mib
 from qubes_itests.qmemman.state import DOM0
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from qubes_itests.balancing.app_memory import AppMemory
     from qubes_itests.balancing.balloons import LibvirtMemory
     from qubes_itests.core.app import Qubes
@@ -51,7 +49,7 @@ class VMWorld(World):
     def __init__(self, app: Qubes, memory: AppMemory[LibvirtMemory]) -> None:
         super().__init__(memory.balancer, memory.recorder)
         #: The VMs, by name.
-        self.vms: dict[str, Any] = {}
+        self.vms: dict[str, QubesVM] = {}
         #: What balances them.
         self.memory = memory
         #: Where they are made.

@@ -15,7 +15,7 @@ from qubes_itests.qmemman.sizes import MIB, mib
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from qubes_itests.qmemman.timeline import Record
+    from qubes_itests.qmemman.timeline import DomainRecord, Record
 
 __all__ = ["draw"]
 
@@ -294,19 +294,24 @@ def _row(
     frame = _Frame(records, top, _ROW, int(most * 1.1) or 1)
     colour = _colour(domid, names)
 
-    def value(name: str) -> Callable[[Record], int | None]:
-        # a target of 0 was never set
-        return lambda record: getattr(record.domains.get(domid), name, None) or None
+    def steps(value: Callable[[DomainRecord], int | None]) -> str:
+        def of(record: Record) -> int | None:
+            domain = record.domains.get(domid)
+            # a target of 0 was never set
+            return (domain and value(domain)) or None
+
+        return frame.steps(of)
 
     yield from _axes(frame, 2)
-    used = {n: value("used")(record) or 0 for n, record in enumerate(records)}
+    there = [record.domains.get(domid) for record in records]
+    used = {n: (domain and domain.used) or 0 for n, domain in enumerate(there)}
     yield _area(frame, dict.fromkeys(used, 0), used, colour, 0.3)
-    for name, style in (
-        ("preferred", f"stroke:{colour};stroke-dasharray:2 3"),
-        ("current", f"stroke:{colour};stroke-width:2.4"),
-        ("target", "stroke:#000;stroke-width:1"),
+    for line, style in (
+        (steps(lambda d: d.preferred), f"stroke:{colour};stroke-dasharray:2 3"),
+        (steps(lambda d: d.current), f"stroke:{colour};stroke-width:2.4"),
+        (steps(lambda d: d.target), "stroke:#000;stroke-width:1"),
     ):
-        yield f'<path class="line" style="{style}" d="{frame.steps(value(name))}"/>'
+        yield f'<path class="line" style="{style}" d="{line}"/>'
     yield from _said(records, domid, frame, names[domid], colour)
 
 
