@@ -102,6 +102,8 @@ class AppMemory(Generic[AnyBackend]):
             self.balancer = Balancer(self.backend, self._policy, recorder=self.recorder)
             server = Server(self.balancer, self.client.path)
             await stack.enter_async_context(server)
+            # Last in and so first out: a start that asked after the daemon's end would
+            # find no socket, and fail.
             stack.callback(setattr, self._app, "qmemman", self._app.qmemman)
             self._app.qmemman = self.client
             self._stack = stack.pop_all()

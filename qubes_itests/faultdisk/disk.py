@@ -57,6 +57,8 @@ class FaultDisk:
             place = Path(tempfile.mkdtemp(prefix="disk-", dir=self._directory))
             undo.callback(place.rmdir)
             self._serve(place, undo)
+            # Detached before the process ends: a loop device over a file that nobody
+            # serves any more blocks those who read it, in the kernel.
             self._loop = undo.enter_context(LoopDevice(place / "mnt" / _FILE_NAME))
             self._undo = undo.pop_all()
         return self
@@ -134,6 +136,8 @@ class FaultDisk:
                 self._process.kill()
                 self._process.wait()
 
+        # Undone in the reverse order: the channel is closed, by which the process ends,
+        # and then it is waited for. The other way round each would wait for the other.
         undo.callback(end_process)
         ours.settimeout(_TIMEOUT)
         # Closing it tells the process to unmount and to end.

@@ -78,6 +78,8 @@ class CapabilityCache:
         entry = self._cache.lookup(_KIND, self._key)
         if not learnt or (entry is not None and _contents(entry) == learnt):
             return
+        # Another run may do the same at the same time: then the entry of one of them is
+        # there in the end, or none, and the next run asks QEMU once more.
         if entry is not None:
             self._cache.discard(_KIND, self._key)
         self._cache.entry(_KIND, self._key, lambda place: _write(place, learnt))

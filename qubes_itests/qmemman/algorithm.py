@@ -145,6 +145,8 @@ def balance_when_enough_memory(
     surplus = takers = 0
     for domain, preferred in found.each:
         target = int(rounding * (preferred + 1.0 * preferred / total * available))
+        # What a domain cannot take goes to the others (`_share_out`), for memory that
+        # nobody holds is of use to nobody.
         if target > domain.maximum:
             surplus += target - domain.maximum
             target = domain.maximum
@@ -206,6 +208,7 @@ def balance_when_low_on_memory(
         else:
             acceptors_total += preferred
             acceptors.append((domain, preferred))
+    # More is missing than is free: nothing to share until donors have given.
     if free < 0 or not acceptors_total:
         return donors
     for domain, preferred in acceptors:
@@ -231,6 +234,7 @@ def is_significant(
     :param found: those who take part; all targets are theirs.
     :param free: all free memory, bytes, with what is to be kept.
     """
+    # The hypervisor itself is short of memory: that is worth any unrest.
     if policy.free_to_keep - free > policy.smallest_change:
         return True
     known = found.known

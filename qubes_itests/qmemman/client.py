@@ -43,6 +43,8 @@ class Client:
         :raise QmemmanError: when there is no daemon, or it does not understand.
         :raise DeadlineError: when no answer comes in time.
         """
+        # On another connection, as the daemon drops a second request on one; before the
+        # lock is asked for, as nothing is balanced while it is held.
         await self._ask(protocol.READY, "report of dom0's memory usage")
         async with self._connection() as (reader, writer):
             writer.write(b"%d\n" % amount)

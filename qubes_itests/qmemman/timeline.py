@@ -146,6 +146,7 @@ class Recorder:
         )
 
     def _append(self, record: Record) -> None:
+        # for `note`, which has no balancer at hand
         self._last = record
         line = json.dumps(asdict(record), separators=(",", ":")) + "\n"
         self._file.write(line.encode("ascii"))

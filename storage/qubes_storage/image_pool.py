@@ -142,6 +142,7 @@ class ImagePool(Pool):
 
     async def destroy(self) -> None:
         """Forget the pool, and what it has started.  Its directory and images stay."""
+        # Jobs first: one that is under way has files open, and may lock a volume.
         await asyncio.to_thread(self.background.close)
         self._claims.close()
         self._volumes.clear()
@@ -181,6 +182,8 @@ class ImagePool(Pool):
                 if not path.exists():
                     undo.callback(_remove_if_empty, path)
             files.make_directories(self.dir_path)
+            # Before anything of ours is in it: afterwards nobody could tell whether the
+            # rest was here before, and what looks like a leftover may be removed.
             if locks.mark_if_empty(self.dir_path):
                 undo.callback(files.remove, self.dir_path / locks.LOCK_FILE)
             is_ours = locks.is_marked(self.dir_path)

@@ -385,6 +385,9 @@ async def exporting(volume: Volume) -> AsyncIterator[Path]:
     :param volume: of any driver.
     :raise VolumeError: as `Volume.export`.
     """
+    # Both to their ends: an export that is begun and never ended, or begun for a caller
+    # who was cancelled meanwhile, would keep its claim as long as this process
+    # lives, and a volume that keeps no snapshots could not start without a copy.
     path = await to_its_end(volume.export(), undo=volume.export_end)
     try:
         yield path

@@ -134,6 +134,8 @@ class GuestAgent:
         agent_log = AgentLog(log)
         connection = AgentConnection(domain.spec.name, on_call, agent_log)
         agent = cls(domain, connection)
+        # What ends this early, cancellation included, ends the connection: QEMU serves
+        # one at a time, and the next would wait for it.
         try:
             async with asyncio.timeout(timeout):
                 await domain.open_channel(lambda: connection, timeout=timeout)
@@ -163,6 +165,7 @@ class GuestAgent:
         :raise DeadlineError: it did not answer in time.
         """
         payload = identity.payload(timeout)
+        # Only during stage two: later LOG lines are the agent's everyday remarks.
         self._connection.log.listener = self._warn
         try:
             async with asyncio.timeout(timeout):
@@ -271,6 +274,8 @@ class GuestAgent:
         try:
             async with asyncio.timeout(timeout):
                 while True:
+                    # Asked again and again. The agent answers at once with what is: one
+                    # that waited could answer nothing else meanwhile.
                     try:
                         await self._connection.request(FrameType.DISK, payload, "look")
                     except GuestRefusedError as error:
@@ -301,6 +306,7 @@ class GuestAgent:
 
         :return: the breach of protocol that ended it, if one did.
         """
+        # shielded: several may wait for it, and one that is cancelled must not take it
         error = await asyncio.shield(self._connection.closed)
         return error if isinstance(error, ProtocolViolation) else None
 

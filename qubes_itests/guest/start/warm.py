@@ -95,6 +95,8 @@ class WarmStarts:
 
     async def _save_stage_one(self, spec: DomainSpec, path: Path, limit: float) -> None:
         directory = Path(tempfile.mkdtemp(dir=spec.directory, prefix=""))
+        # Another name, identity and directory than the VM's: its own domain is defined
+        # already, and all that this one has been given would be in the state.
         identifier = uuid.uuid4()
         blank = replace(
             spec,
@@ -111,6 +113,8 @@ class WarmStarts:
             try:
                 await _balloon_up(domain, limit)
             finally:
+                # Before it is saved, so that no connection is in the state: each start
+                # begins with HELLO.
                 await agent.close()
             await domain.save(path)
         finally:

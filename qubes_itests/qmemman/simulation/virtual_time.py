@@ -28,10 +28,13 @@ class _JumpingSelector(selectors.DefaultSelector):
     def select(
         self, timeout: float | None = None
     ) -> list[tuple[selectors.SelectorKey, int]]:
+        # Sockets first, without waiting: time may jump only when all that was sent in
+        # this process has arrived, or the order of events would depend on the machine.
         ready = super().select(0)
         if ready or timeout == 0:
             return ready
         if self.jobs or timeout is None:
+            # the end of a job wakes the loop by a socket
             return super().select(timeout)
         self.now += timeout
         return ready
