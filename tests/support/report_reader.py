@@ -73,7 +73,7 @@ class Reader:
     def open_failed(self):
         """Open a test that failed from the overview, and return its id."""
         self.open()
-        link = self.one(".failures button")
+        link = self.one(".failures li li:has([data-outcome='failed']) button")
         name = link.text
         link.click()
         self.until(lambda: self.text("main h2 .id") == name)

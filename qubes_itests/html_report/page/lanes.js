@@ -278,8 +278,9 @@ class Lanes {
     const lanes = new Map(this.lanes.map((lane) => [lane.vm, lane]));
     for (const record of policies) {
       const from = lanes.get(record.vm), to = lanes.get(record.target);
-      if (record.call || !from || !to || from === to) continue;
-      arrows.push(this.arrow(record, record.decision, from.y + STRIP, to.y + STRIP));
+      if (record.call || !from || from === to) continue;
+      const begin = from.y + STRIP;
+      arrows.push(to ? this.arrow(record, record.decision, begin, to.y + STRIP) : this.nowhere(record, begin));
     }
   }
 
@@ -290,6 +291,12 @@ class Lanes {
     const lines = `M${x} ${begin}V${tip + wing / 2}`, head = `M${x} ${tip}l-4 ${wing}h8Z`;
     return svg("g", { class: `arrow ${decision ?? ""}`, "data-record": record.index },
       svg("title", {}, words), svg("path", { class: "hit", d: lines }), svg("path", { d: lines }), svg("path", { class: "tip", d: head }));
+  }
+
+  // A call that reached no VM: its target is a keyword, and it was refused.
+  nowhere(record, y) {
+    return svg("g", { class: `arrow ${record.decision ?? ""}`, "data-record": record.index },
+      svg("title", {}, sentence(record)), svg("text", { class: "cross", x: this.x(record.t) - 4, y: y + BAR + 12 }, "✗"));
   }
 
   failure(record, height) {

@@ -21,6 +21,14 @@ function sameService({ service: one = "" }, { service: other = "" }) {
   return one.replace(/\+$/, "") === other.replace(/\+$/, "");
 }
 
+// The call that a decision was about; one that was denied has begun in no case, or was refused.
+function nearest(calls, decision, last) {
+  const fits = calls.filter((one) => !one.policy && one.vm === decision.vm && sameService(one, decision) &&
+    (decision.decision !== "deny" || one.status === 126) &&
+    decision.t >= one.t - 0.05 && decision.t <= end(one, { duration: last }) + 0.05);
+  return fits.sort((one, other) => Math.abs(one.t - decision.t) - Math.abs(other.t - decision.t))[0];
+}
+
 // What all names of VMs begin with says nothing about any of them: "test-inst-", usually.
 function commonPrefix(vms) {
   const names = vms.filter((vm) => vm !== "dom0");
@@ -42,8 +50,7 @@ function prepare(test, timeline) {
   });
   for (const record of records) {
     if (record.kind !== "policy") continue;
-    const call = waiting.find((one) => !one.policy && one.vm === record.vm && sameService(one, record) &&
-      record.t >= one.t - 0.05 && record.t <= end(one, { duration: last }) + 0.05);
+    const call = nearest(waiting, record, last);
     if (call) [call.policy, record.call] = [record, call];
   }
   const vms = timeline?.vms ?? [], prefix = commonPrefix(vms);
