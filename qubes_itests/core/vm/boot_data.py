@@ -1,8 +1,9 @@
-"""What the hypervisor and the guest get of a VM when it starts."""
+"""What the hypervisor and the guest get for a start of a VM, of data and of time."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.core.exc import QubesVMError
 from qubes_itests.core.network.addresses import network_entries
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
     from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_itests.guest.image.template import Template
 
-__all__ = ["boot_files", "domain_spec", "identity", "qubesdb_entries"]
+__all__ = [
+    "boot_files",
+    "domain_spec",
+    "identity",
+    "qubesdb_entries",
+    "start_deadline",
+]
+
+#: How many times longer a start may take at most because the CPUs are busy.
+_BUSIEST: Final = 4.0
 
 
 def boot_files(vm: QubesVM) -> Template | None:
@@ -110,3 +120,20 @@ def qubesdb_entries(vm: QubesVM) -> dict[str, str]:
     if template is not None:
         entries["/qubes-base-template"] = str(template)
     return entries | network_entries(vm)
+
+
+def start_deadline(vm: QubesVM) -> float:
+    """Return the seconds that a start may take.
+
+    It is the `qrexec_timeout` that somebody has set: for the VM, its template or
+    the app. The default one is for guests with hardware virtualisation on an idle
+    machine; emulated ones get more, and all do where others keep the CPUs busy.
+    """
+    app, seconds = vm.app, float(vm.qrexec_timeout)
+    if vm.is_set_here_or_in_template("qrexec_timeout"):
+        return seconds
+    if not app.property_is_default("default_qrexec_timeout"):
+        return seconds
+    # how many processes want each CPU, within reason
+    each = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    return seconds * app.hypervisor.slowness * min(max(1.0, each), _BUSIEST)

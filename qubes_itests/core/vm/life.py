@@ -21,7 +21,6 @@ import contextvars
 import enum
 import itertools
 import logging
-import os
 import subprocess
 import time
 import weakref
@@ -38,8 +37,13 @@ from qubes_itests.core.exc import (
     QubesVMNotStartedError,
     QubesVMShutdownTimeoutError,
 )
-from qubes_itests.core.vm.boot_data import boot_files, domain_spec, identity
-from qubes_itests.core.vm.start_memory import memory_for_start
+from qubes_itests.core.vm.boot_data import (
+    boot_files,
+    domain_spec,
+    identity,
+    start_deadline,
+)
+from qubes_itests.core.vm.start_memory import reserve_memory
 from qubes_itests.core.vm.step import Step
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.exc import GuestGoneError
@@ -48,7 +52,7 @@ from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.hypervisor.exc import StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
     from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_itests.guest.link.agent import GuestAgent
@@ -67,8 +71,6 @@ _STARTS: Final[contextvars.ContextVar[weakref.WeakSet[asyncio.Task[None]]]] = (
 #: The numbers of domains.
 _XIDS: Final = itertools.count(1)
 
-#: How many times longer a start may take at most because the CPUs are busy.
-_BUSIEST: Final = 4.0
 #: Seconds that a guest has to get ready for being suspended, and to wake up again.
 _SERVICE_TIMEOUT: Final = 10.0
 #: Seconds that a guest has to set its clock.
@@ -185,17 +187,23 @@ class Life:
             self._starting = asyncio.ensure_future(
                 self._start(start_guid=start_guid, memory=memory)
             )
-            self._starting.add_done_callback(self._start_done)
+            self._starting.add_done_callback(self._task_done)
         elif self._starting in _STARTS.get():
             # a handler of this very start: it is as far as it is
             return
         # A caller that is cancelled leaves the start to the others who wait for it.
         await asyncio.shield(self._starting)
 
-    def _start_done(self, task: asyncio.Task[None]) -> None:
-        self._starting = None
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        # A task that is cancelled before its first step runs no `finally`: here it is
+        # forgotten all the same, or nobody could start the VM again.
+        if self._starting is task:
+            self._starting = None
+        if self._ending is task:
+            self._ending = None
         if not task.cancelled():
-            # every caller may have gone; then nobody else asks for it
+            # Every caller may have gone; asked for, the error is no warning. That of an
+            # end is among the app's problems.
             task.exception()
 
     async def _start(self, *, start_guid: bool, memory: int | None) -> None:
@@ -222,7 +230,7 @@ class Life:
         step = Step(self._vm)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_exit(step.failed)
-            with self._uninterrupted_undoing():
+            try:
                 await self._vm.fire_event_async(
                     "domain-pre-start",
                     pre_event=True,
@@ -230,75 +238,23 @@ class Life:
                     mem_required=memory,
                 )
                 async with contextlib.AsyncExitStack() as reservation:
-                    await self._reserve_memory(step, reservation, memory)
+                    self.state = PowerState.TRANSIENT
+                    self.xid = next(_XIDS)
+                    await reserve_memory(self._vm, step, reservation, memory)
                     await self._run_steps(
                         step, undo, reservation, start_guid=start_guid
                     )
+            except BaseException:
+                # Too late to be killed: that would leave the undoing half done.
+                self._aborted = True
+                raise
             undo.pop_all()
         log.info("VM %s started in %.2f s", self._vm.name, step.succeeded())
-
-    @contextlib.contextmanager
-    def _uninterrupted_undoing(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            # Too late to be killed: that would leave the undoing half done.
-            self._aborted = True
-            raise
 
     def halted_by_failure(self) -> None:
         """Take note that a start failed and is undone."""
         self.agent = None
         self.state = PowerState.HALTED
-
-    def start_deadline(self) -> float:
-        """Return the seconds that a start may take.
-
-        It is the `qrexec_timeout` that somebody has set: for the VM, its template or
-        the app. The default one is for guests with hardware virtualisation on an idle
-        machine; emulated ones get more, and all do where others keep the CPUs busy.
-        """
-        app, seconds = self._vm.app, float(self._vm.qrexec_timeout)
-        if self._vm.is_set_here_or_in_template("qrexec_timeout"):
-            return seconds
-        if not app.property_is_default("default_qrexec_timeout"):
-            return seconds
-        return seconds * app.hypervisor.slowness * _business()
-
-    async def _reserve_memory(
-        self, step: Step, reservation: contextlib.AsyncExitStack, amount: int | None
-    ) -> None:
-        """Ask qmemman, if it runs, and keep its promise until the stack closes."""
-        self.state = PowerState.TRANSIENT
-        self.xid = next(_XIDS)
-        if self._vm.app.qmemman is None:
-            return
-        await self._prepare_warm_start(step)
-        with step("have its memory"):
-            asked = (
-                memory_for_start(
-                    self._vm.memory,
-                    vcpus=self._vm.vcpus,
-                    maxmem=self._vm.maxmem,
-                    virt_mode=self._vm.virt_mode,
-                )
-                if amount is None
-                else amount
-            )
-            await reservation.enter_async_context(self._vm.app.qmemman.memory(asked))
-
-    async def _prepare_warm_start(self, step: Step) -> None:
-        """Have the saved state made now: with memory reserved nobody else gets any."""
-        vm = self._vm
-        if vm.app.warm_starts is None:
-            return
-        with step("find its kernel"):
-            files = boot_files(vm)
-        if files is None:
-            return
-        with step("find a saved state"):
-            spec = domain_spec(vm, vm.app.directory, files)
-            await vm.app.warm_starts.state_for(spec, self.start_deadline())
 
     async def _run_steps(
         self,
@@ -320,7 +276,7 @@ class Life:
                 vm.app.hypervisor,
                 domain_spec(vm, vm.directory, files),
                 identity(vm),
-                timeout=self.start_deadline(),
+                timeout=start_deadline(vm),
                 warm=vm.app.warm_starts,
                 on_call=lambda call: qrexec.handle_call(vm, call),
                 log=vm.directory / "agent.log",
@@ -338,7 +294,7 @@ class Life:
             await self._tell_run_changed()
             await vm.fire_event_async("domain-start", start_guid=start_guid)
         self._ending = asyncio.ensure_future(self._end_of_run(self.domain, self.agent))
-        self._ending.add_done_callback(self._ending_done)
+        self._ending.add_done_callback(self._task_done)
 
     # end
 
@@ -374,12 +330,6 @@ class Life:
         for name in ("xid", "stubdom_xid", "start_time"):
             await self._vm.fire_event_async(f"property-reset:{name}", name=name)
 
-    def _ending_done(self, task: asyncio.Task[None]) -> None:
-        if self._ending is task:
-            self._ending = None
-        if not task.cancelled():
-            task.exception()  # it was noted as a problem
-
     async def wait_ended(self, timeout: float) -> None:
         """Wait until the end of the present run is dealt with; at once if halted.
 
@@ -392,55 +342,57 @@ class Life:
     async def shutdown(self, *, force: bool, wait: bool, timeout: float) -> None:
         """Ask the guest to power off; without an agent by the machine's power button.
 
-        :param force: see `QubesVM.shutdown`, as for what is raised.
+        :param force: do it even if running VMs have it as their net VM, or if it is
+            paused, as it is unpaused for this; handlers of `domain-pre-shutdown` are
+            told, and need not object then.
         :param wait: return when all of the run has ended.
         :param timeout: seconds to wait.
+        :raise QubesVMNotStartedError: when it is halted.
+        :raise QubesVMInUseError: when running VMs need it, and `force` is not set.
+        :raise QubesVMNotRunningError: when it is paused, and `force` is not set.
+        :raise QubesVMShutdownTimeoutError: when it runs still; it goes on running.
         """
-        if self.state is PowerState.HALTED:
-            raise QubesVMNotStartedError(self._vm)
-        domain, agent = self.running_domain(), self.agent
-        power_off = domain.press_power_button if agent is None else agent.power_off
-        try:
-            await self._shut_down(power_off, timeout, force=force, wait=wait)
-        except Exception as error:
-            await self._vm.fire_event_async("domain-shutdown-failed", reason=str(error))
-            raise
-
-    async def _shut_down(
-        self,
-        power_off: Callable[[], Awaitable[None]],
-        limit: float,
-        *,
-        force: bool,
-        wait: bool,
-    ) -> None:
         vm = self._vm
-        clients = [each.name for each in vm.connected_vms if each.is_running()]
-        if clients and not force:
-            raise QubesVMInUseError(
-                vm,
-                f"VM {vm} connects running VMs to the network: {', '.join(clients)};"
-                " shut these down first, or force it",
+        if self.state is PowerState.HALTED:
+            raise QubesVMNotStartedError(vm)
+        domain, agent = self.running_domain(), self.agent
+        try:
+            clients = [each.name for each in vm.connected_vms if each.is_running()]
+            if clients and not force:
+                raise QubesVMInUseError(  # noqa: TRY301 - announced below
+                    vm,
+                    f"VM {vm} connects running VMs to the network:"
+                    f" {', '.join(clients)}; shut these down first, or force it",
+                )
+            await vm.fire_event_async(
+                "domain-pre-shutdown", pre_event=True, force=force
             )
-        await vm.fire_event_async("domain-pre-shutdown", pre_event=True, force=force)
-        if self.is_paused:
-            if not force:
-                raise QubesVMNotRunningError(
+            if self.is_paused and not force:
+                raise QubesVMNotRunningError(  # noqa: TRY301 - as above
                     vm, f"VM {vm} is paused: unpause it first, or force it"
                 )
-            await self.unpause()
+            if self.is_paused:
+                await self.unpause()
+            try:
+                await (
+                    domain.press_power_button if agent is None else agent.power_off
+                )()
+            except (GuestGoneError, StateError):
+                # it went by itself, or will be found not to in time
+                wait = True
+            if wait:
+                await self._wait_shut_down(timeout)
+        except Exception as error:
+            await vm.fire_event_async("domain-shutdown-failed", reason=str(error))
+            raise
+
+    async def _wait_shut_down(self, timeout: float) -> None:
         try:
-            await power_off()
-        except (GuestGoneError, StateError):
-            # it went by itself, or will be found not to in time
-            wait = True
-        if not wait:
-            return
-        try:
-            await self.wait_ended(limit)
+            await self.wait_ended(timeout)
         except TimeoutError:
+            reason = f"did not shut down within {timeout:g} s; kill() stops it"
             raise QubesVMShutdownTimeoutError(
-                vm, f"VM {vm} did not shut down within {limit:g} s; kill() stops it"
+                self._vm, f"VM {self._vm} {reason}"
             ) from None
 
     async def kill(self, timeout: float) -> None:
@@ -450,24 +402,23 @@ class Life:
         :raise QubesVMNotStartedError: when it is halted.
         """
         if self._starting is not None:
-            await self._abort_start(self._starting)
+            starting = self._starting
+            # Once: a second cancellation would hit the undoing. And never before the
+            # task has run a step: it would end without that, and nothing undo it.
+            if not self._aborted:
+                self._aborted = True
+                if self._begun:
+                    starting.cancel()
+            if starting in _STARTS.get():
+                await asyncio.sleep(0)  # where the cancellation arrives
+            else:
+                await asyncio.wait([starting])
             if self.state is PowerState.HALTED:
                 return
         if self.state is PowerState.HALTED:
             raise QubesVMNotStartedError(self._vm)
         await self.running_domain().destroy()
         await self.wait_ended(timeout)
-
-    async def _abort_start(self, starting: asyncio.Task[None]) -> None:
-        if not self._aborted:
-            # once: a second time would hit the undoing
-            self._aborted = True
-            if self._begun:
-                starting.cancel()
-        if starting in _STARTS.get():
-            await asyncio.sleep(0)
-        else:
-            await asyncio.wait([starting])
 
     # the virtual CPUs stand still
 
@@ -488,7 +439,15 @@ class Life:
         domain = self.running_domain()
         await self._vm.fire_event_async("domain-pre-unpaused", pre_event=True)
         await self._switch(domain, domain.resume, PowerState.RUNNING)
-        await self._set_clock()
+        if self.agent is not None:
+            try:
+                await self.agent.set_clock(time.time_ns(), timeout=_CLOCK_TIMEOUT)
+            except HarnessError as error:
+                log.warning(
+                    "VM %s goes on with a clock that is late: %s",
+                    self._vm.name,
+                    str(error),
+                )
         await self._vm.fire_event_async("domain-unpaused")
 
     async def suspend(self) -> None:
@@ -527,16 +486,6 @@ class Life:
             raise QubesVMNotRunningError(self._vm)
         self.state = state
 
-    async def _set_clock(self) -> None:
-        """Have its clock catch up: it stood still with its virtual CPUs."""
-        if self.agent is None:
-            return
-        agent, name = self.running_agent(), self._vm.name
-        try:
-            await agent.set_clock(time.time_ns(), timeout=_CLOCK_TIMEOUT)
-        except HarnessError as error:
-            log.warning("VM %s goes on with a clock that is late: %s", name, str(error))
-
     async def _tell(self, service: str) -> None:
         """Call a service that the guest may have or not have."""
         try:
@@ -549,9 +498,3 @@ class Life:
             QubesException,
         ) as error:
             log.info("%s in VM %s: %s", service, self._vm.name, str(error))
-
-
-def _business() -> float:
-    """Return how many processes want each CPU, within reason: 1 to 4."""
-    each = os.getloadavg()[0] / len(os.sched_getaffinity(0))
-    return min(max(1.0, each), _BUSIEST)

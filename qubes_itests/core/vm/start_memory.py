@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
+from qubes_itests.core.vm.boot_data import boot_files, domain_spec, start_deadline
 
-__all__ = ["MemorySource", "memory_for_start"]
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager, AsyncExitStack
+
+    from qubes_itests.core.vm.qubesvm import QubesVM
+    from qubes_itests.core.vm.step import Step
+
+__all__ = ["MemorySource", "memory_for_start", "reserve_memory"]
 
 _KIB: Final = 1 << 10
 _MIB: Final = 1 << 20
@@ -41,3 +46,32 @@ def memory_for_start(
     if virt_mode != "pv":
         overhead += max(memory, maxmem) * _TABLES
     return memory * _MIB + overhead
+
+
+async def reserve_memory(
+    vm: QubesVM, step: Step, reservation: AsyncExitStack, amount: int | None
+) -> None:
+    """Have the app's qmemman free the memory of a start until the stack closes.
+
+    :param step: the start's.
+    :param reservation: the stack.
+    :param amount: bytes; None for what the VM's settings come to.
+    """
+    app = vm.app
+    if app.qmemman is None:
+        return
+    if app.warm_starts is not None:
+        # Making a saved state takes long, and while memory is reserved for this start
+        # nobody else gets any: have it made before.
+        with step("find its kernel"):
+            files = boot_files(vm)
+        if files is not None:
+            with step("find a saved state"):
+                spec = domain_spec(vm, app.directory, files)
+                await app.warm_starts.state_for(spec, start_deadline(vm))
+    with step("have its memory"):
+        if amount is None:
+            amount = memory_for_start(
+                vm.memory, vcpus=vm.vcpus, maxmem=vm.maxmem, virt_mode=vm.virt_mode
+            )
+        await reservation.enter_async_context(app.qmemman.memory(amount))

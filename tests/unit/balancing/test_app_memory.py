@@ -12,7 +12,7 @@ import pytest
 from qubes_itests.balancing.app_memory import AppMemory, counts, machine
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.exc import QubesVMStartError
-from qubes_itests.core.vm import life
+from qubes_itests.core.vm import life, start_memory
 from qubes_itests.core.vm.start_memory import memory_for_start
 from qubes_itests.exc import DeadlineError
 from qubes_itests.hypervisor.contract import DomainSpec
@@ -57,9 +57,10 @@ class Place:
         self.booted = []
         self.boot_error = None
         monkeypatch.setattr(life, "boot", self.boot)
-        monkeypatch.setattr(life, "boot_files", lambda _vm: "kernel and initramfs")
+        for module in (life, start_memory):
+            monkeypatch.setattr(module, "boot_files", lambda _vm: "initramfs")
+            monkeypatch.setattr(module, "domain_spec", self.domain_spec)
         monkeypatch.setattr(life, "identity", lambda _vm: None)
-        monkeypatch.setattr(life, "domain_spec", self.domain_spec)
 
     async def boot(self, _hypervisor, spec, _identity, *, on_domain_start, **_options):
         self.booted.append(spec.name)
