@@ -19,7 +19,7 @@ __all__ = ["STAGE_ONE", "STAGE_ONE_IF_THERE", "ModuleTree"]
 
 #: What stage one loads, in this order, each after what it needs. A guest must be able
 #: to speak, to see disks and interfaces that are plugged in later, to mount its root,
-#: and to give memory back; all else may be loaded from its root by whoever wants it.
+#: and to give memory back; all else may be loaded from its root when it is needed.
 STAGE_ONE: Final = (
     "virtio_pci",
     "virtio_console",
@@ -32,9 +32,10 @@ STAGE_ONE: Final = (
 )
 
 #: What it loads of kernels that have it. With the first a kernel that panics tells
-#: QEMU; of others a panic is told from a reboot as long as no program runs. The second
-#: makes the checksums of ext4, which asks for what makes them, not for this module. The
-#: third is a filesystem that systemd mounts at each boot; here it takes no time then.
+#: QEMU; without it a panic shows on the console alone, as long as no program runs. The
+#: second makes the checksums of ext4, which asks for what makes them, not for this
+#: module. The third is a filesystem that systemd mounts at each boot; here it takes no
+#: time then.
 STAGE_ONE_IF_THERE: Final = ("pvpanic_mmio", "crc32c_generic", "configfs")
 
 _FILE: Final = re.compile(r"(.+)\.ko(?:\.(xz|zst|gz))?")

@@ -160,7 +160,7 @@ class GuestAgent:
         filesystem that does not grow.
 
         :param identity: who it is.
-        :param timeout: seconds, of which the guest is told.
+        :param timeout: seconds; the guest gets to know the number.
         :raise GuestRefusedError: the guest could not, with its reason.
         :raise DeadlineError: it did not answer in time.
         """

@@ -289,7 +289,7 @@ class AgentConnection(asyncio.Protocol):
         try:
             interval = _HELLO_INTERVAL
             while not (await asyncio.wait([asking], timeout=interval))[0]:
-                # A guest that was saved and restored may get HELLO before it is told
+                # A guest that was saved and restored may get HELLO before it learns
                 # that the port is connected, and then drops it.
                 self.send(self.protocol.hello())
                 interval *= 2

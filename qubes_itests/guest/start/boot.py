@@ -63,7 +63,7 @@ async def boot(
     :param on_call: run as a task for each call that comes out of the guest.
     :param log: file for the agent log.
     :param on_domain_start: awaited when the domain runs, before its guest answers.
-    :param on_step: is told what begins, in words that follow "could not".
+    :param on_step: called with what begins, in words that follow "could not".
     :raise BootError: it did not start; names the step, and everything is undone.
     """
     start = _Start(
@@ -188,7 +188,7 @@ class _Start:
             return f"not done within {timeout:.0f} s"
         if isinstance(error, GuestGoneError):
             if self._domain is not None and not isinstance(error, ProtocolViolation):
-                # a guest that ended is told from a connection that did
+                # has the guest ended, or its connection alone?
                 with contextlib.suppress(HarnessError):
                     state = await self._domain.wait_stopped(_STOP_TIMEOUT)
                     return f"the guest {_ENDS.get(state, 'stopped')}"
