@@ -180,7 +180,7 @@ def test_a_pool_of_its_own_is_emptied_after_every_test(run_suite, tmp_path):
     [
         ([], "name a storage driver"),
         (["--qubes-storage-driver=none"], "no storage driver 'none'; installed: "),
-        (["--qubes-storage-driver=file-reflink", "--pool-config", "x"], "key=value"),
+        (["--qubes-storage-driver=file-reflink", "--pool-config", "x"], "KEY=VALUE"),
     ],
 )
 def test_what_it_cannot_do_without_is_a_usage_error(arguments, message, run_suite):
