@@ -38,7 +38,7 @@ TIMELINE: Final = "timeline.jsonl"
 #: Bytes of JSON: for all timelines together, and for one at most and at least. Deflated
 #: they are a tenth.
 _ROOM, _MOST_ROOM, _LEAST_ROOM = 64 << 20, 1 << 20, 16 << 10
-_MOST_FILES: Final = 100
+_MOST_FILES, _MOST_ATTEMPTS = 100, 10
 #: Slow is what takes so many times as long as in three quarters of the tests, and some
 #: seconds.
 _SLOW_TIMES, _SLOW_SECONDS = 3, 1.0
@@ -85,9 +85,16 @@ def _page(directory: Path, run: Record, tests: Sequence[Record]) -> Iterator[str
         if folder is None:
             continue
         test["files"] = list(_files(directory, folder))
-        if timeline := read_timeline(folder / TIMELINE, room):
-            test["vms"] = timeline.get("vms")
-            yield _element(f"timeline-{number}", "text/plain", _packed(timeline))
+        # Of a repeated test also those of attempts that failed before the last.
+        attempts = [p for p in sorted(folder.glob("attempt-*")) if not p.is_symlink()]
+        names: list[Json] = []
+        for place in (folder, *attempts[:_MOST_ATTEMPTS]):
+            if timeline := read_timeline(place / TIMELINE, room):
+                test.setdefault("vms", timeline.get("vms"))
+                name = f"timeline-{number}-{len(names)}"
+                yield _element(name, "text/plain", _packed(timeline))
+                names.append(ascii(place.name)[1:-1] if place != folder else "")
+        test["timelines"] = names
     yield _element("run", "application/json", _escaped({**run, "tests": [*tests]}))
     yield end
 

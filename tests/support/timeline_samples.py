@@ -186,6 +186,11 @@ def write(directory, tests=30, vms=3, seed=1, calls=24):
         lines[0]["started"] = STARTED + total / 2
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (place / "timeline.jsonl").write_text(text)
+        if outcome == "flaky":
+            before, _, cause = timeline(test, "failed", NAMES[:vms], chance, calls)
+            (place / "attempt-1").mkdir()
+            text = "".join(json.dumps(line) + "\n" for line in before)
+            (place / "attempt-1" / "timeline.jsonl").write_text(text)
         if cause:
             (place / "failure.txt").write_text(cause)
             (place / f"{NAMES[0]}.console.log").write_text(
@@ -195,6 +200,8 @@ def write(directory, tests=30, vms=3, seed=1, calls=24):
         rounded = {name: round(seconds, 3) for name, seconds in phases.items()}
         where = f"{WHERE}:{40 + calls}" if cause else ""
         more = {"duration": duration, "phases": rounded, "artifacts": folder}
+        if outcome == "flaky":
+            more |= {"attempts": 2, "failed": 1}
         rows.append({**row, **more, "cause": cause, "where": where})
         total += duration
     outcomes = {row["outcome"] for row in rows}

@@ -86,20 +86,21 @@ function toggles() {
   find("outcomes").append(...made);
 }
 
-async function open(test, tell = true) {
+// Of a flaky test its last attempt passed: the one before says more.
+async function open(test, tell = true, attempt = test.outcome === "flaky" ? (test.timelines?.length ?? 1) - 1 : 0) {
   const mine = ++opening;
   current = test;
   find("overview").removeAttribute("aria-current");
   if (tell) history.replaceState(null, "", `#${encodeURIComponent(test.test)}`);
   let timeline = null;
   try {
-    timeline = await unpack(test.number);
+    timeline = await unpack(test.number, attempt);
   } catch (error) {
     console.warn("this time line cannot be unpacked", error);
   }
   if (mine !== opening) return;
   find("main").className = "of-test";
-  view = new TestView(find("main"), prepare(test, timeline));
+  view = new TestView(find("main"), prepare({ ...test, shown: attempt }, timeline), (index) => open(test, false, index));
   find("main").scrollTop = 0;
 }
 

@@ -8,8 +8,9 @@ const CHOICES = {
 };
 const LOGS = ["console", "journal", "log"];
 
-async function unpack(number) {
-  const element = document.getElementById(`timeline-${number}`);
+// The index is of the test's timelines: 0 is that of its last attempt.
+async function unpack(number, index) {
+  const element = document.getElementById(`timeline-${number}-${index}`);
   if (!element) return null;
   const bytes = Uint8Array.from(atob(element.textContent), (letter) => letter.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -65,8 +66,10 @@ function when(record) {
 }
 
 class TestView {
-  constructor(main, test) {
+  // again(index): somebody wants to see another attempt.
+  constructor(main, test, again) {
     this.test = test;
+    this.again = again;
     this.range = null;
     this.kind = "calls and starts";
     this.tab = "call";
@@ -87,6 +90,11 @@ class TestView {
     const facts = [took(test.duration), test.started ? clock(test.started, true) : "", test.worker ? `worker ${test.worker}` : "", test.attempts > 1 ? `${test.failed} of ${test.attempts} attempts failed` : "", test.where ?? ""];
     const parts = [html("h2", {}, badge(test.outcome), " ", html("span", { class: "id" }, test.test ?? ""))];
     parts.push(html("p", { class: "facts" }, facts.filter(Boolean).join(" · ")));
+    if (test.timelines?.length > 1) {
+      const choice = html("select", {}, test.timelines.map((name, index) => html("option", { value: index, selected: index === test.shown }, name || "the last")));
+      choice.addEventListener("change", () => this.again(Number(choice.value)));
+      parts.push(html("p", {}, html("label", {}, "Attempt shown: ", choice)));
+    }
     if (test.cause) parts.push(html("pre", { class: BAD.has(test.outcome) ? "cause bad" : "cause", tabindex: 0 }, test.cause));
     const slow = Object.entries(test.slow ?? {}).filter(([name]) => name);
     for (const [name, usual] of slow) {

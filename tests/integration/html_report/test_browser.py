@@ -11,6 +11,7 @@ from report_reader import Reader, browser
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
 
 from qubes_itests.html_report.page import write_report
 
@@ -116,6 +117,21 @@ def test_a_test_without_a_timeline_says_how_to_get_one(reader, run):
     reader.open(f"#{test}")
     reader.until(lambda: reader.text("main h2 .id") == test)
     assert "--trace=on" in reader.text("main .note")
+
+
+def test_of_a_flaky_test_the_attempt_that_failed_is_shown_first(reader, run):
+    test = outcomes(run, "flaky")[0]["test"]
+    reader.open(f"#{test}")
+    details = reader.until(lambda: reader.text(".details"))
+    assert "127: command not found" in details
+    assert "1 of 2 attempts failed" in reader.text(".facts")
+    choice = Select(reader.one(".heading select"))
+    assert choice.first_selected_option.text == "attempt-1"
+    choice.select_by_visible_text("the last")
+    reader.until(lambda: "start in " in reader.text(".details"))
+    assert (
+        Select(reader.one(".heading select")).first_selected_option.text == "the last"
+    )
 
 
 def test_a_click_on_an_arrow_shows_the_call_and_its_rule(reader):

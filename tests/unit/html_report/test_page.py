@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -61,7 +62,7 @@ class Page(HTMLParser):
         return json.loads(self.scripts["run"])
 
     def timeline(self, number):
-        return unpacked(self.scripts[f"timeline-{number}"])
+        return unpacked(self.scripts[f"timeline-{number}-0"])
 
 
 def unpacked(text):
@@ -82,7 +83,7 @@ def test_it_has_the_run_and_its_timelines(tmp_path):
     assert [test["test"] for test in found.run["tests"]] == names
     for number, test in enumerate(run["tests"]):
         if test["artifacts"] is None:
-            assert f"timeline-{number}" not in found.scripts
+            assert f"timeline-{number}-0" not in found.scripts
             continue
         path = tmp_path / test["artifacts"] / "timeline.jsonl"
         _, *records = map(json.loads, path.read_text().splitlines())
@@ -135,6 +136,18 @@ def test_any_text_is_data(tmp_path_factory, name, cause):
     assert found.kinds == ["application/json", "module"]
     assert "<" not in found.scripts["run"]
     assert len(found.run["tests"]) == 1
+
+
+def test_attempts_that_failed_have_their_timelines(tmp_path):
+    timeline_samples.write(tmp_path, tests=1)
+    (place,) = tmp_path.glob("*/timeline.jsonl")
+    for name in ("attempt-2", "attempt-1", "other"):
+        (place.parent / name).mkdir()
+        shutil.copy(place, place.parent / name)
+    (place.parent / "attempt-3").symlink_to(place.parent / "attempt-1")
+    found = Page(write_report(tmp_path))
+    assert found.run["tests"][0]["timelines"] == ["", "attempt-1", "attempt-2"]
+    assert found.kinds == ["text/plain"] * 3 + ["application/json", "module"]
 
 
 def test_links_lead_to_files_whatever_their_names(tmp_path):
