@@ -13,7 +13,7 @@ from qubes_itests.core.exc import (
     QubesVMNotHaltedError,
     QubesVMNotStartedError,
 )
-from qubes_itests.core.properties import Property, VMProperty, to_bool
+from qubes_itests.core.properties import Property, VMProperty
 from qubes_itests.core.vm.appvm import AppVM
 from qubes_itests.core.vm.base import DISPOSABLE, BaseVM
 from qubes_itests.core.vm.qubesvm import QubesVM
@@ -66,13 +66,13 @@ class DispVM(QubesVM):
     )
     auto_cleanup: Property[bool] = Property(
         "auto_cleanup",
-        type=to_bool,
+        type=bool,
         default=False,
         doc="Remove it when it has stopped.",
     )
     include_in_backups: Property[bool] = Property(
         "include_in_backups",
-        type=to_bool,
+        type=bool,
         default=lambda vm: not vm.auto_cleanup,
         doc="Have it in backups.",
     )

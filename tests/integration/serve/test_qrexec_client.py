@@ -199,7 +199,7 @@ def test_services_of_dom0_run_on_the_machine_of_the_caller(server):
         ("tiny", "user:id", 255, "tiny"),
         ("work", "user", 126, "expected USER:COMMAND, got 'user'"),
         ("work", "user:QUBESRPC no.Such dom0", 127, "there is no service no.Such"),
-        ("work", "user:" + 70000 * "x", 126, "65536 at most"),
+        ("work", "user:" + 70000 * "x", 126, "65536 bytes at most"),
         ("work", "user:QUBESRPC  qubes.VMShell dom0", 126, "QUBESRPC SERVICE VM"),
         ("work", "user:QUBESRPC qubes.VMShell dom0 x", 126, "QUBESRPC SERVICE VM"),
         ("work", "user:QUBESRPC", 126, "QUBESRPC SERVICE VM"),

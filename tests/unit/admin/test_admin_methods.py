@@ -404,3 +404,10 @@ def test_a_vm_of_another_machine_has_no_volumes(client, app):
 def test_an_error_travels_by_the_name_that_it_has_in_qubes_os(name):
     cls = getattr(exc, name)
     assert error_name(cls.__new__(cls)) == name
+
+
+def test_truth_values_are_called_so(app):
+    """Of a class that no VM of this app has, too."""
+    disposable = app.get_vm_class("DispVM")
+    for name in ("auto_cleanup", "include_in_backups", "debug"):
+        assert getattr(disposable, name).type_name == "bool", name
