@@ -72,31 +72,31 @@ def parse_value(holder: PropertyHolder, prop: Property[Any], data: bytes) -> Any
 def parse_bool(text: str) -> bool:
     """Return a truth value; ValueError for any other text, spaces around included."""
     if text != text.strip():
-        raise ValueError("it takes a truth value without spaces around it")
+        raise ValueError("expected a truth value without spaces around it")
     return to_bool(text)
 
 
 def _parse_int(_prop: Property[Any], text: str) -> int:
     if not _INTEGER.fullmatch(text):
-        raise ValueError("it takes a whole number")
+        raise ValueError("expected a whole number")
     return int(text)
 
 
 def _parse_vm(_prop: Property[Any], text: str) -> str | None:
     if text and not _VM_NAME.fullmatch(text):
-        raise ValueError("it takes the name of a VM, or nothing")
+        raise ValueError("expected the name of a VM, or nothing")
     return text or None
 
 
 def _parse_label(_prop: Property[Any], text: str) -> str:
     if not text or text.isdigit() or not _PRINTABLE.fullmatch(text):
-        raise ValueError("it takes the name of a label")
+        raise ValueError("expected the name of a label")
     return text
 
 
 def _parse_str(prop: Property[Any], text: str) -> str | None:
     if not _PRINTABLE.fullmatch(text):
-        raise ValueError("it takes no control characters")
+        raise ValueError("expected no control characters")
     return None if not text and prop.allow_none else text
 
 

@@ -61,7 +61,7 @@ def to_bool(value: object) -> bool:
         return True
     if text in _FALSE:
         return False
-    raise ValueError("it takes a truth value: True, False, yes, no, on, off, 1, 0")
+    raise ValueError("expected a truth value: True, False, yes, no, on, off, 1, 0")
 
 
 def to_int(value: object) -> int:
@@ -73,12 +73,12 @@ def to_int(value: object) -> int:
         return value
     if isinstance(value, str) and _INTEGER.fullmatch(value):
         return int(value)
-    raise ValueError("it takes a whole number")
+    raise ValueError("expected a whole number")
 
 
 def _to_str(value: object) -> str:
     if value is None:
-        raise ValueError("it takes text, not None")
+        raise ValueError("expected text, not None")
     return str(value)
 
 
@@ -317,7 +317,7 @@ class VMProperty(Property[T]):
     def _vm(self, holder: PropertyHolder, _prop: object, value: object) -> Any:
         if value is None or value == "":
             if not self.allow_none:
-                raise ValueError("it takes a VM")
+                raise ValueError("expected a VM")
             return None
         try:
             found = holder.app.domains[value]

@@ -108,7 +108,7 @@ def check_mac(vm: object, prop: object, value: Any) -> str:
     del vm, prop
     mac = str(value).lower()
     if not _MAC.fullmatch(mac):
-        raise ValueError("it takes an address of one station, as in 00:16:3e:5e:6c:01")
+        raise ValueError("expected an address of one station, as in 00:16:3e:5e:6c:01")
     if mac == DOWNLINK_MAC:
         raise ValueError("net VMs have it")
     if mac.startswith("fe:"):

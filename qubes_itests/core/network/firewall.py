@@ -40,7 +40,7 @@ class FirewallRuleError(QubesValueError):
 def _choice(*known: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in known:
-            raise ValueError(f"it takes {' or '.join(known)}")
+            raise ValueError(f"expected {' or '.join(known)}")
         return text
 
     return parse
@@ -49,42 +49,42 @@ def _choice(*known: str) -> Callable[[str], str]:
 def _network(text: str, version: int | None = None) -> str:
     found = ipaddress.ip_network(text, strict=False)
     if version not in (None, found.version):
-        raise ValueError(f"it takes a network of IPv{version}")
+        raise ValueError(f"expected a network of IPv{version}")
     # as given: an address within a network names that host to people
     return text if "/" in text else f"{text}/{found.prefixlen}"
 
 
 def _host(text: str) -> str:
     if not _HOST.fullmatch(text):
-        raise ValueError("it takes a host's name")
+        raise ValueError("expected a host's name")
     return text
 
 
 def _ports(text: str) -> str:
     match = _PORTS.fullmatch(text)
     if match is None:
-        raise ValueError("it takes PORT or PORT-PORT")
+        raise ValueError("expected PORT or PORT-PORT")
     first, last = int(match[1]), int(match[2] or match[1])
     if not first <= last <= _HIGHEST_PORT:
-        raise ValueError(f"it takes ports up to {_HIGHEST_PORT}, the lower first")
+        raise ValueError(f"expected ports up to {_HIGHEST_PORT}, the lower first")
     return f"{first}-{last}"
 
 
 def _icmp_type(text: str) -> str:
     if not _DIGITS.fullmatch(text) or int(text) > _HIGHEST_ICMP_TYPE:
-        raise ValueError(f"it takes a number up to {_HIGHEST_ICMP_TYPE}")
+        raise ValueError(f"expected a number up to {_HIGHEST_ICMP_TYPE}")
     return str(int(text))
 
 
 def _seconds(text: str) -> str:
     if not _DIGITS.fullmatch(text):
-        raise ValueError("it takes seconds since the epoch")
+        raise ValueError("expected seconds since the epoch")
     return str(int(text))
 
 
 def _comment(text: str) -> str:
     if not _COMMENT.fullmatch(text):
-        raise ValueError("it takes letters, digits, spaces and :;,./-_[]")
+        raise ValueError("expected letters, digits, spaces and :;,./-_[]")
     return text
 
 

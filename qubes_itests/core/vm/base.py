@@ -65,7 +65,7 @@ def validate_name(holder: BaseVM | None, _prop: object, value: object) -> str:
 
 def _set_qid(_holder: object, _prop: object, value: str | int) -> int:
     if not 0 <= int(value) <= config.max_qid:
-        raise ValueError(f"it takes a number from 0 to {config.max_qid}")
+        raise ValueError(f"expected a number from 0 to {config.max_qid}")
     return int(value)
 
 

@@ -56,7 +56,7 @@ class Features(MutableMapping[str, str]):
     def __setitem__(self, name: str, value: Any) -> None:
         if not isinstance(name, str) or not _FEATURE.fullmatch(name):
             raise QubesValueError(
-                f"{name!r} is no name of a feature: it takes letters, digits, . _ -"
+                f"{name!r} is no name of a feature: expected letters, digits, . _ -"
             )
         value = self._as_text(name, value)
         kwargs = {"feature": name, "value": value}
@@ -170,7 +170,7 @@ class Tags(MutableSet[str]):
         """Add a tag; nothing happens if it is there."""
         if not isinstance(value, str) or not _TAG.fullmatch(value):
             raise QubesValueError(
-                f"{value!r} is no tag: it takes letters, digits, _ and -"
+                f"{value!r} is no tag: expected letters, digits, _ and -"
             )
         if value not in self._values:
             self._values.add(value)

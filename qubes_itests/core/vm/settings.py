@@ -64,7 +64,7 @@ def positive(_holder: object, _prop: object, value: object) -> int:
     """Setter of whole numbers above 0."""
     number = to_int(value)
     if number <= 0:
-        raise ValueError("it takes a whole number above 0")
+        raise ValueError("expected a whole number above 0")
     return number
 
 
@@ -88,7 +88,7 @@ def max_memory(vm: QubesVM, _prop: object, value: object) -> int:
     # a store may be older than the rule that memory is not lowered either
     if number < 0 or (number > most and not vm.app.loading):
         raise ValueError(
-            f"it takes MiB from 0 (no balancing) to {_MOST_MEMORY} x memory,"
+            f"expected MiB from 0 (no balancing) to {_MOST_MEMORY} x memory,"
             f" here {most}"
         )
     return number
@@ -109,9 +109,9 @@ def virt_mode(vm: QubesVM, _prop: object, value: object) -> str:
     """Setter of `virt_mode`."""
     mode = str(value).lower()
     if mode not in ("pvh", "hvm"):
-        raise ValueError("it takes pvh or hvm")
+        raise ValueError("expected pvh or hvm")
     if mode == "pvh" and _has_pci(vm):
-        raise ValueError("PCI devices are assigned to it: it takes hvm")
+        raise ValueError("PCI devices are assigned to it: expected hvm")
     return mode
 
 
@@ -141,7 +141,7 @@ def kernel_options(_vm: object, _prop: object, value: object) -> str:
     """Setter of `kernelopts`."""
     options = "" if value is None else str(value)
     if len(options) > _MOST_OPTIONS:
-        raise ValueError(f"it takes at most {_MOST_OPTIONS} characters")
+        raise ValueError(f"expected at most {_MOST_OPTIONS} characters")
     return options
 
 
@@ -168,14 +168,14 @@ def timestamp(_vm: object, _prop: object, value: object) -> int | None:
         return None
     number = to_int(value)
     if number < 0:
-        raise ValueError("it takes whole seconds since the epoch")
+        raise ValueError("expected whole seconds since the epoch")
     return number
 
 
 def keyboard_layout(_vm: object, _prop: object, value: object) -> str:
     """Setter of layouts of keyboards: LAYOUT+VARIANT+OPTIONS."""
     if not isinstance(value, str) or not _LAYOUT.fullmatch(value):
-        raise ValueError("it takes LAYOUT+VARIANT+OPTIONS, as in us++")
+        raise ValueError("expected LAYOUT+VARIANT+OPTIONS, as in us++")
     return value
 
 

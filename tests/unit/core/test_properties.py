@@ -169,7 +169,7 @@ def test_default_is_the_old_value_of_what_was_never_set(holder):
     "value", ["", "7.0", " 7", "+7", "1_000", 7.0, True, None, "\u0667"]
 )
 def test_what_is_no_whole_number(holder, value):
-    with pytest.raises(QubesPropertyValueError, match="takes a whole number"):
+    with pytest.raises(QubesPropertyValueError, match="expected a whole number"):
         holder.count = value
     assert holder.count == 0
 

@@ -140,7 +140,7 @@ def test_maxmem_by_default_is_within_what_memory_allows(work, template):
 @pytest.mark.parametrize("value", [0, -1, "", "400 ", 40.5, None, True, "many"])
 @pytest.mark.parametrize("name", ["memory", "vcpus", "qrexec_timeout"])
 def test_numbers_above_zero(work, name, value):
-    with pytest.raises(exc.QubesPropertyValueError, match="it takes a whole number"):
+    with pytest.raises(exc.QubesPropertyValueError, match="expected a whole number"):
         setattr(work, name, value)
 
 
@@ -206,7 +206,7 @@ def test_backup_timestamp_is_set_in_the_form_in_which_it_is_read(work):
     "value", ["", "1.5", 1.5, -1, "-1", True, "0x10", "2026-01-01", " 1", [], b"1"]
 )
 def test_what_is_no_backup_timestamp(work, value):
-    with pytest.raises(exc.QubesPropertyValueError, match="it takes"):
+    with pytest.raises(exc.QubesPropertyValueError, match="expected"):
         work.backup_timestamp = value
     assert work.backup_timestamp is None
 
