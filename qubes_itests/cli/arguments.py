@@ -52,6 +52,9 @@ _COMMANDS = {
     "history": _SubCommand(
         "history", "show how tests went in earlier runs",
         (("words", "*", "[TEST...]", "ids of tests, or how they begin"),)),
+    "merge": _SubCommand(
+        "merge", "put together what the machines of a run in several parts have left",
+        (("words", "+", "DIR...", "the artefacts of each, with run.json"),)),
     "memory": _SubCommand(
         "memory", "show who holds the memory, live, or plot it as an SVG",
         (("words", "*", "[plot] [FILE]", "a timeline: memory.jsonl"),)),
@@ -90,10 +93,10 @@ class Command:
     :param rest: for `run` what pytest gets.
     :param target: of `shell`: a template, or the directory of a kept VM.
     :param tool: of `qvm`: its name.
-    :param words: of `history` tests; of `memory` ``plot`` or not, and a timeline; of
-        `report` ``html`` and a directory, or nothing; of `qvm` what follows the tool;
-        of `template` ``list``, or ``build`` and names; of `orphans` what to do to
-        which, or nothing.
+    :param words: of `history` tests; of `merge` directories; of `memory` ``plot`` or
+        not, and a timeline; of `report` ``html`` and a directory, or nothing; of `qvm`
+        what follows the tool; of `template` ``list``, or ``build`` and names; of
+        `orphans` what to do to which, or nothing.
     """
 
     name: str
@@ -117,7 +120,8 @@ class Command:
         "write the results of all runs into FILE, for another machine to import")
     add: tuple[str, ...] = option(
         (), None, "FILE", "history",
-        "add the results in FILE, which --export has written, perhaps elsewhere")
+        "add the results in FILE, which --export has written elsewhere, or those among"
+        " the artefacts in the directory FILE")
     directory: str = option(
         "", None, "DIR", "serve", "keep the VMs in DIR until the next time")
     print_env: bool = option(

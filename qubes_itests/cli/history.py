@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
 from qubes_itests.report.heartbeat import duration
-from qubes_itests.report.history import History, HistoryError, read_runs
+from qubes_itests.report.history import History, HistoryError
+from qubes_itests.report.merge import read_results
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -69,11 +70,7 @@ def _export(history: History, path: Path) -> int:
 
 def _add(history: History, names: Sequence[str]) -> int:
     for name in names:
-        try:
-            with Path(name).open("rb") as file:
-                new = history.add(read_runs(file, name))
-        except OSError as error:
-            raise HistoryError(f"{name}: {error.strerror}") from error
+        new = history.add(read_results(Path(name)))
         print(f"{name}: {new} new runs.")
     return ExitCode.OK
 

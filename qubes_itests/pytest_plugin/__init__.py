@@ -17,14 +17,16 @@ from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.hookspec import PROJECT
 from qubes_itests.host import sandbox
 from qubes_itests.pytest_plugin import header, resandbox, worker
+from qubes_itests.pytest_plugin.ci import CIReport
 from qubes_itests.pytest_plugin.collection import PluginNode
 from qubes_itests.pytest_plugin.deadline import Deadline
 from qubes_itests.pytest_plugin.debugger import PostponedCleanUps
-from qubes_itests.pytest_plugin.history import HistoryKeeper
+from qubes_itests.pytest_plugin.history import HistoryKeeper, earlier_times
 from qubes_itests.pytest_plugin.known_issues import KnownIssues
 from qubes_itests.pytest_plugin.recording import Recording
 from qubes_itests.pytest_plugin.repetition import Repetition
 from qubes_itests.pytest_plugin.run_record import RunRecord
+from qubes_itests.pytest_plugin.sharding import SHARD, Shard
 from qubes_itests.pytest_plugin.watch import FailureWatch
 from qubes_itests.pytest_plugin.worker import Worker
 from qubes_itests.run.app_templates import TemplateProblemError, plugins_for
@@ -42,7 +44,7 @@ from qubes_itests.run.settings import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Mapping
 
     import pluggy
 
@@ -98,20 +100,8 @@ def pytest_configure(config: pytest.Config) -> None:
         recording = Recording(settings, watch.artifacts)
         config.pluginmanager.register(recording, "qubes_itests-recording")
     _register_role(config, context, watch)
-    if not worker.is_worker(config):
-        keeper = HistoryKeeper(config)
-        config.pluginmanager.register(keeper.results, "qubes_itests-results")
-        config.pluginmanager.register(keeper, "qubes_itests-history")
-        if not config.option.collectonly:
-            record = RunRecord(settings, watch.artifacts, keeper.results)
-            config.pluginmanager.register(record, "qubes_itests-run-record")
-    if settings.repeat or settings.until_fail or settings.rerun_failed:
-        repetition = Repetition(config, settings, watch)
-        config.pluginmanager.register(repetition, "qubes_itests-repetition")
-    told = map(Path, Prepared.told().known_issues)
-    if files := [*settings.known_issues, *told]:
-        issues = KnownIssues.of_files(files)
-        config.pluginmanager.register(issues, "qubes_itests-known-issues")
+    _register_results(config, settings, watch)
+    _register_choices(config, settings, watch)
     if settings.shell_on_failure and not config.option.collectonly:
         watch.require_terminal()
     if config.getoption("usepdb"):
@@ -119,6 +109,43 @@ def pytest_configure(config: pytest.Config) -> None:
     deadline = Deadline(functools.partial(_time_limit, settings), lambda: context.loop)
     watch.deadline = deadline
     config.pluginmanager.register(deadline, "qubes_itests-deadline")
+
+
+def _register_results(
+    config: pytest.Config, settings: Settings, watch: FailureWatch
+) -> None:
+    """Have what came of tests told: to the history, in run.json, to a CI."""
+    if worker.is_worker(config):
+        return
+    keeper = HistoryKeeper(config)
+    register = config.pluginmanager.register
+    register(keeper.results, "qubes_itests-results")
+    register(keeper, "qubes_itests-history")
+    if not config.option.collectonly:
+        record = RunRecord(settings, watch.artifacts, keeper.results)
+        register(record, "qubes_itests-run-record")
+        ends = CIReport(settings, watch.artifacts.root, keeper.results)
+        register(ends, "qubes_itests-ci")
+
+
+def _register_choices(
+    config: pytest.Config, settings: Settings, watch: FailureWatch
+) -> None:
+    """Set up what decides which tests run, how often, and which may fail."""
+    if settings.shard:
+        # Machines that share the tests must come to the same plan: they have histories
+        # of their own, but the same file.
+        known: Mapping[str, float] = worker.times(config)
+        if settings.times and not worker.is_worker(config):
+            known = earlier_times(config, settings.times)
+        config.pluginmanager.register(Shard(*settings.shard, known), SHARD)
+    if settings.repeat or settings.until_fail or settings.rerun_failed:
+        repetition = Repetition(config, settings, watch)
+        config.pluginmanager.register(repetition, "qubes_itests-repetition")
+    told = map(Path, Prepared.told().known_issues)
+    if files := [*settings.known_issues, *told]:
+        issues = KnownIssues.of_files(files)
+        config.pluginmanager.register(issues, "qubes_itests-known-issues")
 
 
 def _time_limit(settings: Settings, item: pytest.Item) -> float:

@@ -25,7 +25,8 @@ from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host import memory, sandbox
 from qubes_itests.pytest_plugin.groups import GroupScheduling
 from qubes_itests.pytest_plugin.history import earlier_times
-from qubes_itests.pytest_plugin.worker import KEY
+from qubes_itests.pytest_plugin.sharding import SHARD
+from qubes_itests.pytest_plugin.worker import KEY, PLAN
 from qubes_itests.run.settings import plain
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from execnet import Gateway
     from xdist.workermanage import WorkerController
 
+    from qubes_itests.pytest_plugin.sharding import Shard
     from qubes_itests.pytest_plugin.watch import FailureWatch
     from qubes_itests.run.context import RunContext
 
@@ -136,6 +138,7 @@ class Controller:
         self._nodes.append(node)
         place = _place(node.gateway.spec)
         told = plain(self._context.settings)
+        shard: Shard | None = self._config.pluginmanager.get_plugin(SHARD)
         if not place:
             told["host_memory"] = self._share
         node.workerinput[KEY] = {
@@ -147,6 +150,7 @@ class Controller:
             "environment": {n: v for n, v in os.environ.items() if n in _SELECTING},
             # We ignore them ourselves alone, and a worker is in our process group.
             "ignored": [] if place else sandbox.ignored_signals(),
+            "times": dict(shard.times) if shard else {},
             "grouped": self._config.getoption("dist") == "loadgroup",
         }
 
@@ -160,7 +164,9 @@ class Controller:
         """Keep the tests of a group together; other ways are pytest-xdist's own."""
         if config.getoption("dist") != "loadgroup":
             return None
-        return GroupScheduling(config, log, earlier_times(config))
+        return GroupScheduling(
+            config, log, earlier_times(config, self._context.settings.times)
+        )
 
     @pytest.hookimpl
     def pytest_testnodedown(self, node: WorkerController) -> None:
@@ -168,6 +174,8 @@ class Controller:
         output = getattr(node, "workeroutput", {}).get(KEY, {})
         self.leaks += output.get("leaks", ())
         self.panics |= output.get("panics", {})
+        if plan := output.get("plan"):
+            self._config.stash[PLAN] = plan
         if stop := output.get("stop"):
             self.stops.append(tuple(stop))
 

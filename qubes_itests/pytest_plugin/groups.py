@@ -3,52 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 from typing import TYPE_CHECKING, Any
 
-import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+from qubes_itests.pytest_plugin.sharding import Times, group_of
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import pytest
     from xdist.workermanage import WorkerController
 
-__all__ = ["GroupScheduling", "Times", "group_of", "with_groups"]
+__all__ = ["GroupScheduling", "with_groups"]
 
 #: Between a test's id and its group; in neither.
 _MARK = "\0"
-
-
-def group_of(item: pytest.Item) -> str:
-    """Return the group of a test.
-
-    It is that of its `xdist_group` marks; without them its class, which has VMs and
-    fixtures of its own; and the module for what is in no class.
-    """
-    names = {
-        str(mark.args[0] if mark.args else mark.kwargs.get("name", "default"))
-        for mark in item.iter_markers("xdist_group")
-    }
-    if names:
-        return "_".join(sorted(names))
-    owner = item.getparent(pytest.Class) or item.getparent(pytest.Module)
-    return (owner or item).nodeid
-
-
-class Times:
-    """How long tests should take.
-
-    :param known: the seconds that they took earlier, by id.
-    """
-
-    def __init__(self, known: Mapping[str, float]) -> None:
-        self._known = known
-        self._unknown = statistics.median(known.values()) if known else 1.0
-
-    def of(self, tests: Iterable[str]) -> float:
-        """Return the seconds for some tests; what has never run takes as others do."""
-        return sum(self._known.get(test, self._unknown) for test in tests)
 
 
 class _Told:

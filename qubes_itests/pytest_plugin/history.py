@@ -11,13 +11,21 @@ import pytest
 from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
-from qubes_itests.report.history import History, Log, Run
+from qubes_itests.report.history import (
+    History,
+    HistoryError,
+    Log,
+    Run,
+    times_in,
+)
+from qubes_itests.report.merge import read_results
 from qubes_itests.report.results import Results, TestResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
-__all__ = ["SUITE", "HistoryKeeper", "earlier_times"]
+__all__ = ["SUITE", "HistoryKeeper", "earlier_times", "suite"]
 
 #: Whose ids of tests a run has, where it is not that of a directory: see `Run`.
 SUITE = pytest.StashKey[str]()
@@ -52,7 +60,7 @@ class HistoryKeeper:
                 self._log = self._history.begin(
                     Run(
                         id=self.results.run,
-                        suite=_suite(self._config),
+                        suite=suite(self._config),
                         machine=platform.node(),
                         started=self.results.started,
                     )
@@ -85,15 +93,25 @@ class HistoryKeeper:
                 terminal.write_line(f"history: {problem}")
 
 
-def _suite(config: pytest.Config) -> str:
+def suite(config: pytest.Config) -> str:
+    """Return whose ids of tests a run has: see `Run`."""
     return config.stash.get(SUITE, config.rootpath.name)
 
 
-def earlier_times(config: pytest.Config) -> Mapping[str, float]:
-    """Return the seconds that the tests of a suite took as a rule, by id. Blocking."""
+def earlier_times(config: pytest.Config, file: Path | None) -> Mapping[str, float]:
+    """Return the seconds that the tests of a suite took as a rule, by id. Blocking.
+
+    :param file: with the results that say it; by default this machine's history.
+    :raise pytest.UsageError: the file cannot be read.
+    """
+    if file is not None:
+        try:
+            return times_in(read_results(file), suite(config))
+        except HistoryError as error:
+            raise pytest.UsageError(f"--times: {error}") from None
     try:
         history = History(Cache().root)
         history.collect()
     except (OSError, EnvironmentNotReadyError):
         return {}
-    return history.times(_suite(config))
+    return history.times(suite(config))

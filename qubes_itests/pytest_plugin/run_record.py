@@ -15,6 +15,8 @@ from qubes_itests import __version__
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host import memory
+from qubes_itests.pytest_plugin.history import suite
+from qubes_itests.pytest_plugin.worker import PLAN
 
 if TYPE_CHECKING:
     from qubes_itests.report.artifacts import Artifacts
@@ -44,10 +46,16 @@ class RunRecord:
         self._page = ""
 
     @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, exitstatus: int) -> None:
-        """Write the files beside what failed tests have left; else there are none."""
-        if not self._artifacts.root.is_dir():
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Write the files beside what failed tests have left; else there are none.
+
+        In a CI, and for one of several machines, they tell of success as well.
+        """
+        shard = self._settings.shard
+        wanted = shard or os.environ.get("CI")
+        if not self._artifacts.root.is_dir() and not wanted:
             return
+        plan = session.config.stash.get(PLAN, "")
         ended = self._results.ended
         outcome = "failed" if any(result.bad for result in ended) else "passed"
         if exitstatus == ExitCode.INTERRUPTED:
@@ -61,6 +69,8 @@ class RunRecord:
             "command": sys.orig_argv,
             "seed": self._settings.seed,
             "outcome": outcome,
+            "suite": suite(session.config),
+            "shard": shard and {"number": shard[0], "of": shard[1], "plan": plan},
             "host": _host(),
             "tests": [self._told(result) for result in ended],
         }
@@ -85,6 +95,7 @@ class RunRecord:
             "test": result.test,
             "outcome": result.outcome,
             "duration": round(result.duration, 6),
+            "started": result.started,
             "attempts": result.attempts,
             "failed": result.failed,
             "phases": dict(result.phases),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KEY",
+    "PLAN",
     "ROLE",
     "Worker",
     "distributes",
@@ -30,8 +31,11 @@ __all__ = [
     "part",
     "prepare",
     "settings",
+    "times",
 ]
 
+#: A digest of which machine has which tests, where several share them.
+PLAN = pytest.StashKey[str]()
 #: Where our words are among those that a controller and its workers exchange.
 KEY = "qubes_itests"
 #: Brings the worker back into its own network.
@@ -93,6 +97,12 @@ def settings(config: pytest.Config) -> Settings:
         room = values["host_memory"] or memory.for_vms()
         values["host_memory"] = room // told["workers"]
     return Settings(**values)
+
+
+def times(config: pytest.Config) -> dict[str, float]:
+    """Return the seconds that tests took earlier, as the controller knows them."""
+    told: dict[str, float] = _told(config)["times"] if is_worker(config) else {}
+    return told
 
 
 def part(config: pytest.Config) -> tuple[Path, str] | None:
@@ -166,4 +176,5 @@ class Worker:
             "leaks": self._context.close(),
             "panics": self._watch.panics,
             "stop": self._stop,
+            "plan": self._config.stash.get(PLAN, ""),
         }

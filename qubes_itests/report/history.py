@@ -26,7 +26,7 @@ import sqlite3
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
@@ -37,7 +37,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import TracebackType
 
-__all__ = ["History", "HistoryError", "Log", "Run", "TestHistory", "read_runs"]
+__all__ = [
+    "History",
+    "HistoryError",
+    "Log",
+    "Run",
+    "TestHistory",
+    "read_result",
+    "read_run",
+    "read_runs",
+    "times_in",
+]
 
 log = logging.getLogger("qubes_itests.history")
 
@@ -67,6 +77,8 @@ _PATIENCE = 10.0
 #: Of how many results of a test its usual time is taken.
 _RECENT = 10
 _ID = re.compile(r"[0-9a-f]{32}")
+#: Of the outcomes those whose time says how long a test takes.
+_TELLING = ("passed", "flaky", "xfailed")
 _OUTCOMES = frozenset(
     ("passed", "failed", "error", "skipped", "xfailed", "xpassed", "flaky")
 )
@@ -282,9 +294,9 @@ class History:
                     "SELECT name, duration FROM (SELECT name, duration, row_number()"
                     " OVER (PARTITION BY test ORDER BY results.started DESC) AS nth"
                     " FROM results JOIN tests ON tests.id = test"
-                    " WHERE suite = ? AND outcome IN ('passed', 'flaky', 'xfailed'))"
+                    " WHERE suite = ? AND outcome IN (?, ?, ?))"
                     " WHERE nth <= ?",
-                    (suite, _RECENT),
+                    (suite, *_TELLING, _RECENT),
                 ):
                     recent.setdefault(name, []).append(seconds)
         except (sqlite3.Error, HistoryError) as error:
@@ -408,6 +420,18 @@ class History:
         self.problems.append(problem)
 
 
+def times_in(
+    runs: Iterable[tuple[Run, list[TestResult]]], suite: str
+) -> dict[str, float]:
+    """Return the seconds that tests of a suite took as a rule, by id."""
+    found: dict[str, list[float]] = {}
+    for run, results in sorted(runs, key=lambda pair: pair[0].started):
+        for result in results if run.suite == suite else ():
+            if result.outcome in _TELLING:
+                found.setdefault(result.test, []).append(result.duration)
+    return {test: statistics.median(t[-_RECENT:]) for test, t in found.items()}
+
+
 def read_runs(
     lines: Iterable[bytes], source: str
 ) -> Iterator[tuple[Run, list[TestResult]]]:
@@ -431,23 +455,21 @@ def read_runs(
             raise HistoryError(f"{source}: it has more than {_MOST_BYTES >> 20} MiB")
         try:
             row = json.loads(line)
-            if row.get("format"):
-                if run:
-                    yield run, results
-                run, results = _read_run(row), []
-            elif run and "test" in row:
-                results.append(_read_result(row))
-            elif run:
-                outcome = _text(row["outcome"], _LONGEST["outcome"])
-                duration = _number(row["duration"])
-                run = dataclasses.replace(run, duration=duration, outcome=outcome)
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+            match row:
+                case {"format": _}:
+                    if run:
+                        yield run, results
+                    run, results = read_run(row, _FORMAT), []
+                case {"test": _} if run:
+                    results.append(read_result(row))
+                case {"outcome": outcome, "duration": seconds} if run:
+                    outcome = _text(outcome, _LONGEST["outcome"])
+                    run = dataclasses.replace(
+                        run, duration=_number(seconds), outcome=outcome
+                    )
+                case _:
+                    raise ValueError(row)  # noqa: TRY301 - as what reads it does
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise HistoryError(
                 f"{source}, line {number}: expected results of tests, as"
                 f" `history --export` writes them, got {safe_text(line[:60])}"
@@ -457,14 +479,14 @@ def read_runs(
     yield run, results
 
 
-def _read_run(row: dict[str, object]) -> Run:
-    if row["format"] != _FORMAT:
-        raise ValueError(row["format"])
-    if row["version"] != _VERSION:
-        raise HistoryError(
-            f"the results are of a newer program: format {row['version']}, expected"
-            f" {_VERSION}"
-        )
+def read_run(row: dict[str, Any], name: str) -> Run:
+    """Return a run from a row of JSON.
+
+    :param name: of its format.
+    :raise ValueError: it is none; so are KeyError and TypeError.
+    """
+    if row["format"] != name or row["version"] != _VERSION:
+        raise ValueError("it is of another format or version")
     if not isinstance(row["id"], str) or not _ID.fullmatch(row["id"]):
         raise ValueError(row["id"])
     duration = row.get("duration")
@@ -478,8 +500,12 @@ def _read_run(row: dict[str, object]) -> Run:
     )
 
 
-def _read_result(row: dict[str, object]) -> TestResult:
-    texts = {name: _text(row.get(name, ""), most) for name, most in _LONGEST.items()}
+def read_result(row: dict[str, object]) -> TestResult:
+    """Return a result from a row of JSON.
+
+    :raise ValueError: it is none; so are KeyError and TypeError.
+    """
+    texts = {name: _text(row.get(name) or "", most) for name, most in _LONGEST.items()}
     if texts["outcome"] not in _OUTCOMES:
         raise ValueError(texts["outcome"])
     attempts, failed = int(_number(row["attempts"])), int(_number(row["failed"]))

@@ -85,6 +85,7 @@ DEFAULT_TIMEOUT = 300.0
 _LONGEST_START = 3600
 #: Of one test.
 _MOST_RUNS = 1_000_000
+_MOST_SHARDS = 1000
 #: A template's name becomes part of class names, VM names and paths.
 _TEMPLATE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,30}")
 _TRUTH = {
@@ -165,6 +166,16 @@ def _number_of_runs(value: object) -> int:
     return number
 
 
+def _shard(value: object) -> tuple[int, int]:
+    # a list is what `plain` makes of it
+    words = value.split("/") if isinstance(value, str) else value
+    if isinstance(words, list) and len(words) == 2:  # noqa: PLR2004
+        number, of = map(_integer, words)
+        if 1 <= number <= of <= _MOST_SHARDS:
+            return number, of
+    raise ValueError(f"expected a part of the tests, as in 1/3, got {value!r}")
+
+
 def _memory_budget(value: object) -> int:
     size = _integer(value)
     if size != 0 and size < LEAST_MEMORY_BUDGET:
@@ -230,7 +241,7 @@ class Settings:
         False, _flag, "", _TESTS,
         "open a shell in a VM of a test that has failed, before the VM is removed")
     artifacts: Path = option(  # noqa: RUF009 - it makes a field
-        Path("itests-artifacts"), _path, "DIR", f"{_VMS} template {PYTEST}",
+        Path("itests-artifacts"), _path, "DIR", f"{_VMS} template merge {PYTEST}",
         "put logs and other artefacts of failed tests and templates into DIR")
     timeout: float | None = option(
         None, _seconds, "SECONDS", _TESTS,
@@ -253,6 +264,18 @@ class Settings:
     known_issues: tuple[Path, ...] = option(
         (), _files, "FILE", _TESTS,
         "expect the tests to fail that FILE has, each with a reference")
+    shard: tuple[int, int] | None = option(
+        None, _shard, "I/N", _TESTS,
+        "run only the part I of N of the tests, for as many machines; all parts take as"
+        " long, as far as --times says it")
+    times: Path | None = option(  # noqa: RUF009 - it makes a field
+        None, _path, "FILE", _TESTS,
+        "take from FILE, of `history --export`, how long tests take (default: with"
+        " workers the history of this machine, with --shard all tests count alike)")
+    summary: Path | None = option(  # noqa: RUF009 - it makes a field
+        None, _path, "FILE", _TESTS + " merge",
+        "write a summary of the run in Markdown to FILE"
+        " (default: where GitHub wants it, if it does)")
     template: tuple[str, ...] = option(
         (), _templates, "NAME", f"{_VMS} list {PYTEST}",
         "run tests on the template NAME"

@@ -170,6 +170,7 @@ def test_a_job_of_github(github, record):
     assert record.read_text().splitlines() == [
         *("--app", "app/.", "--artifacts", f"{here}/itests-artifacts"),
         f"--junitxml={here}/itests-junit.xml",
+        *("--summary", f"{here}/itests-summary.md"),
         *("--template", "debian-12", "--template", "tiny"),
         *("-k", "a and b", "-x", "$(id) *"),
     ]
@@ -291,20 +292,29 @@ def test_a_failed_run_fails_the_job_of_gitlab(gitlab, app):
 
 
 def examples():
-    """Return the files that the guide has maintainers write: GitHub's, GitLab's."""
-    github, gitlab = blocks("docs/ci.md", "yaml")
-    return github, gitlab
+    """Return the files that the guide has maintainers write.
+
+    They are GitHub's, GitLab's, and GitHub's for several machines.
+    """
+    github, gitlab, several = blocks("docs/ci.md", "yaml")
+    return github, gitlab, f"on: push\n{several}"
 
 
 @pytest.mark.parametrize(
     ("text", "schema"),
-    list(zip(examples(), ["vendor.github-workflows", "vendor.gitlab-ci"], strict=True)),
+    list(
+        zip(
+            examples(),
+            ["github-workflows", "gitlab-ci", "github-workflows"],
+            strict=True,
+        )
+    ),
 )
 def test_the_examples_of_the_guide_are_of_their_formats(text, schema, tmp_path):
     file = tmp_path / "example.yml"
     file.write_text(text)
     command = [Path(sys.executable).with_name("check-jsonschema"), file]
-    subprocess.run([*command, "--builtin-schema", schema], check=True)
+    subprocess.run([*command, "--builtin-schema", f"vendor.{schema}"], check=True)
 
 
 def git(*words):
@@ -315,15 +325,16 @@ def git(*words):
 
 
 def test_the_examples_of_the_guide_call_what_there_is():
-    github, gitlab = map(yaml.safe_load, examples())
+    github, gitlab, several = map(yaml.safe_load, examples())
     (job,) = yaml.safe_load(GITLAB.read_text()).values()
     ref = job["variables"]["ITESTS_REF"]
     assert ref == "main" or git("tag", "--list", ref) == ref
-    called = github["jobs"]["itests"]
     workflow = GITHUB.resolve().relative_to(ROOT)
-    assert called["uses"] == f"OWNER/qubes_itests/{workflow}@{ref}"
-    definition = yaml.safe_load(GITHUB.read_text())
-    assert called["with"].keys() <= definition[True]["workflow_call"]["inputs"].keys()
+    inputs = yaml.safe_load(GITHUB.read_text())[True]["workflow_call"]["inputs"]
+    for example in (github, several):
+        called = example["jobs"]["itests"]
+        assert called["uses"] == f"OWNER/qubes_itests/{workflow}@{ref}"
+        assert called["with"].keys() <= inputs.keys()
     (included,) = gitlab["include"]
     assert (included["ref"], ROOT / included["file"]) == (ref, GITLAB)
     template = yaml.safe_load(GITLAB.read_text())[gitlab["itests"]["extends"]]

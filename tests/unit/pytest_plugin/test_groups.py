@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 from xdist.remote import Producer
 
-from qubes_itests.pytest_plugin.groups import GroupScheduling, group_of, with_groups
+from qubes_itests.pytest_plugin.groups import GroupScheduling, with_groups
+from qubes_itests.pytest_plugin.sharding import group_of
 
 SUITE = """
 import pytest
