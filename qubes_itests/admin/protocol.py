@@ -11,13 +11,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from qubes_itests.admin.exc import FramingError
+from qubes_itests.exc import HarnessError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = [
     "LONGEST_REQUEST",
+    "FramingError",
     "Request",
     "encode_event",
     "encode_exception",
@@ -35,6 +36,13 @@ _HEADER: Final = re.compile(
     rb" (?P<source>[!-~]+)"
     rb" (?:name (?P<destination>[!-~]+)|keyword adminvm)"
 )
+
+
+class FramingError(HarnessError):
+    """What a client sent is no request: nobody is answered."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"no request of the Admin API: {reason}")
 
 
 @dataclass(frozen=True, slots=True)

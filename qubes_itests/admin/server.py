@@ -7,14 +7,15 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.admin.dispatch import Dispatcher, error_name
-from qubes_itests.admin.exc import FramingError, PermissionDenied
 from qubes_itests.admin.methods import METHODS
 from qubes_itests.admin.protocol import (
     LONGEST_REQUEST,
+    FramingError,
     encode_exception,
     parse_request,
 )
 from qubes_itests.admin.streams import EventStream
+from qubes_itests.core.exc import PermissionDenied
 from qubes_itests.limited_log import LimitedLog
 from qubes_itests.unix_server import UnixServer
 

@@ -17,7 +17,7 @@ from qubes_itests.core.exc import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from qubes_itests.admin.dispatch import Call
     from qubes_itests.core.pools import Pool
@@ -33,6 +33,7 @@ __all__ = [
     "label_name",
     "lines",
     "number",
+    "pairs",
     "pool",
     "printable",
     "property_of",
@@ -103,6 +104,19 @@ def revisions_to_keep(call: Call, data: bytes) -> int:
     """Take a number from -1."""
     del call
     return -1 if data == b"-1" else _number(data)
+
+
+def pairs(words: Iterable[str]) -> dict[str, str]:
+    """Return words of the form KEY=VALUE as a mapping; ProtocolError for others."""
+    found: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ProtocolError(f"expected KEY=VALUE, got {word!r}")
+        if key in found:
+            raise ProtocolError(f"{key!r} is given twice")
+        found[key] = value
+    return found
 
 
 def boolean(call: Call, data: bytes) -> bool:

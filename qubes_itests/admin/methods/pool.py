@@ -10,6 +10,7 @@ from qubes_itests.admin.dispatch import Call, Destination, method
 from qubes_itests.admin.validation import (
     boolean,
     lines,
+    pairs,
     pool,
     printable,
     revisions_to_keep,
@@ -74,14 +75,7 @@ def _driver(call: Call) -> str:
 
 
 def _configuration(call: Call, data: bytes) -> dict[str, str]:
-    options: dict[str, str] = {}
-    for line in lines(call, data):
-        key, equals, value = line.partition("=")
-        if not equals:
-            raise ProtocolError(f"expected KEY=VALUE, got {line!r}")
-        if key in options:
-            raise ProtocolError(f"{key!r} is given twice")
-        options[key] = value
+    options = pairs(lines(call, data))
     if not _NAME.fullmatch(options.get("name", "")):
         raise ProtocolError("expected name= with letters, digits and _.-")
     if options["name"] in call.app.pools:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from qubes_itests.admin.dispatch import Call, Destination, method, save
-from qubes_itests.admin.validation import printable
+from qubes_itests.admin.validation import pairs, printable
 from qubes_itests.core.app import VM_CLASSES
 from qubes_itests.core.exc import (
     ProtocolError,
@@ -62,45 +62,33 @@ class _Wanted:
     pools: dict[str, str] = field(default_factory=dict)
 
 
-def _pairs(call: Call, data: bytes) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for word in printable(call, data).split(" "):
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ProtocolError(f"expected KEY=VALUE, got {word!r}")
-        if key in pairs:
-            raise ProtocolError(f"{key!r} is given twice")
-        pairs[key] = value
-    return pairs
-
-
 def _wanted(call: Call, data: bytes) -> _Wanted:
-    pairs = _pairs(call, data)
-    if not {"name", "label"} <= set(pairs):
+    given = pairs(printable(call, data).split(" "))
+    if not {"name", "label"} <= set(given):
         raise ProtocolError("expected name= and label= in the payload")
-    name = validate_name(None, None, pairs.pop("name"))
+    name = validate_name(None, None, given.pop("name"))
     if name in call.app.domains:
         raise QubesValueError(f"there is a VM {name!r} already")
-    label = pairs.pop("label")
+    label = given.pop("label")
     if label.isdigit():
         raise ProtocolError(f"expected the name of a label, got {label!r}")
-    pool, pools = _wanted_pools(call, pairs)
+    pool, pools = _wanted_pools(call, given)
     return _Wanted(name, call.app.get_label(label), pool, pools)
 
 
 def _wanted_pools(
-    call: Call, pairs: dict[str, str]
+    call: Call, given: dict[str, str]
 ) -> tuple[str | None, dict[str, str]]:
     in_pool = call.method.startswith((_IN_POOL, _ADOPT))
     allowed = {"pool", *(f"pool:{name}" for name in _VOLUMES)} if in_pool else set()
-    if unknown := sorted(set(pairs) - allowed):
+    if unknown := sorted(set(given) - allowed):
         raise ProtocolError(f"the payload takes no {', '.join(unknown)}")
-    for pool in pairs.values():
+    for pool in given.values():
         call.app.get_pool(pool)
-    common = pairs.pop("pool", None)
-    if common is not None and pairs:
+    common = given.pop("pool", None)
+    if common is not None and given:
         raise ProtocolError("expected either pool= or pool:VOLUME=, got both")
-    return common, {key.removeprefix("pool:"): name for key, name in pairs.items()}
+    return common, {key.removeprefix("pool:"): name for key, name in given.items()}
 
 
 def _template(call: Call) -> Any:

@@ -3,9 +3,9 @@
 import pytest
 from admin_client import AdminError, parse
 
-from qubes_itests.admin.exc import FramingError
 from qubes_itests.admin.protocol import (
     LONGEST_REQUEST,
+    FramingError,
     Request,
     encode_event,
     encode_exception,

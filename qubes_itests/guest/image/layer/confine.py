@@ -109,6 +109,8 @@ def drop_capabilities() -> None:
     check(libc.capset(header, data), "set capabilities")
 
 
+# As in host/sandbox_init.py, and not shared with it: each runs as one file, by itself,
+# where our package cannot be imported, and each ends in its way.
 def mount(source: str, target: str, kind: str | None, flags: int) -> None:
     """Mount, or say why not and exit."""
     result = libc.mount(
