@@ -120,7 +120,7 @@ class Call:
     app: Qubes
     method: str
     source: BaseVM
-    destination: Any
+    destination: BaseVM
     raw_argument: str
     tokens: CloneTokens
     hub: EventHub

@@ -11,15 +11,16 @@ from qubes_itests.core.exc import (
     QubesTagNotFoundError,
     QubesValueError,
 )
+from qubes_itests.core.vm.features import Features
 
 __all__: list[str] = []
 
 #: Whose feature counts if the VM has it not, by the end of the method's name.
 _FALLBACKS: Final = {
-    "Template": "check_with_template",
-    "Netvm": "check_with_netvm",
-    "AdminVM": "check_with_adminvm",
-    "TemplateAndAdminVM": "check_with_template_and_adminvm",
+    "Template": Features.check_with_template,
+    "Netvm": Features.check_with_netvm,
+    "AdminVM": Features.check_with_adminvm,
+    "TemplateAndAdminVM": Features.check_with_template_and_adminvm,
 }
 
 
@@ -52,11 +53,8 @@ def get_feature(call: Call) -> str:
 def check_feature(call: Call) -> str:
     """Return the value, or else the one that others have."""
     call.permit()
-    check = getattr(
-        call.destination.features,
-        _FALLBACKS[call.method.removeprefix("admin.vm.feature.CheckWith")],
-    )
-    value = check(call.argument, None)
+    check = _FALLBACKS[call.method.removeprefix("admin.vm.feature.CheckWith")]
+    value: str | None = check(call.destination.features, call.argument, None)
     if value is None:
         raise QubesFeatureNotFoundError(call.destination, call.argument)
     return str(value)

@@ -8,7 +8,9 @@ from qubes_itests.admin.dispatch import Call, Destination, method
 from qubes_itests.admin.usage import usage_of
 from qubes_itests.admin.validation import words_among
 from qubes_itests.core.exc import QubesVMNotRunningError
+from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.core.vm.qubesvm import QubesVM
+from qubes_itests.core.vm.remotevm import RemoteVM
 
 if TYPE_CHECKING:
     from qubes_itests.core.vm.base import BaseVM
@@ -16,11 +18,18 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 
+def _acting(call: Call) -> QubesVM | AdminVM | RemoteVM:
+    """Return the destination; dom0 and VMs of other machines refuse by themselves."""
+    vm = call.destination
+    assert isinstance(vm, QubesVM | AdminVM | RemoteVM)  # noqa: S101 - there are no others
+    return vm
+
+
 @method("admin.vm.Start")
 async def start(call: Call) -> None:
     """Start it, and wait until it has started."""
     call.permit()
-    await call.destination.start()
+    await _acting(call).start()
 
 
 @method("admin.vm.Shutdown", argument=words_among("force", "wait"))
@@ -28,14 +37,14 @@ async def shutdown(call: Call) -> None:
     """Ask its guest to power off; the argument is any of force and wait."""
     options = {word: word in call.argument for word in ("force", "wait")}
     call.permit(**options)
-    await call.destination.shutdown(**options)
+    await _acting(call).shutdown(**options)
 
 
 @method("admin.vm.Kill")
 async def kill(call: Call) -> None:
     """Stop it at once."""
     call.permit()
-    await call.destination.kill()
+    await _acting(call).kill()
 
 
 @method(
@@ -45,8 +54,15 @@ async def kill(call: Call) -> None:
 async def pause(call: Call) -> None:
     """Stop its virtual CPUs, or have them run again."""
     call.permit()
-    action = call.method.rpartition(".")[2].lower()
-    await getattr(call.destination, action)()
+    vm = call.destination
+    assert isinstance(vm, QubesVM | RemoteVM)  # noqa: S101 - dom0 is no destination
+    actions = {
+        "Pause": vm.pause,
+        "Unpause": vm.unpause,
+        "Suspend": vm.suspend,
+        "Resume": vm.resume,
+    }
+    await actions[call.method.rpartition(".")[2]]()
 
 
 @method("admin.vm.CurrentState")
@@ -75,6 +91,6 @@ async def console(call: Call) -> str:
     """Return the path of the file that collects what the guest prints."""
     call.permit()
     vm = call.destination
-    if not vm.is_running() or vm.domain is None:
+    if not isinstance(vm, QubesVM) or not vm.is_running() or vm.domain is None:
         raise QubesVMNotRunningError(vm)
     return str(vm.domain.console_log())

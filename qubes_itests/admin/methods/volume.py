@@ -20,11 +20,12 @@ from qubes_itests.core.exc import (
     QubesValueError,
     QubesVMNotHaltedError,
 )
+from qubes_itests.core.vm.qubesvm import QubesVM
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from qubes_itests.core.storage import Volume
+    from qubes_itests.core.storage import Storage, Volume
     from qubes_itests.core.vm.base import BaseVM
 
 __all__: list[str] = []
@@ -32,6 +33,12 @@ __all__: list[str] = []
 _PREFIX: Final = "admin.vm.volume."
 _OF_VM: Final = functools.partial(method, destination=Destination.VM, argument=volume)
 _SIZED: Final = re.compile(rb"(0|[1-9][0-9]{0,18})\n(.*)", re.DOTALL)
+
+
+def _storage(call: Call) -> Storage:
+    vm = call.destination
+    assert isinstance(vm, QubesVM)  # noqa: S101 - `volume` has found one of its volumes
+    return vm.storage
 
 
 @method(f"{_PREFIX}List", destination=Destination.ANY)
@@ -96,7 +103,7 @@ async def resize(call: Call) -> None:
     call.permit(size=call.payload)
     before = call.argument.size
     try:
-        await call.destination.storage.resize(call.argument, call.payload)
+        await _storage(call).resize(call.argument, call.payload)
     finally:
         # it may be larger although the guest could not enlarge its filesystem
         if call.argument.size != before:
@@ -121,8 +128,8 @@ async def clone_to(call: Call) -> None:
     call.permit(src_volume=source, dst_volume=call.argument)
     if not call.destination.is_halted():
         raise QubesVMNotHaltedError(call.destination)
-    with call.destination.storage.changing():
-        await call.destination.storage.import_volume(call.argument, source)
+    with _storage(call).changing():
+        await _storage(call).import_volume(call.argument, source)
 
 
 @_OF_VM(f"{_PREFIX}Clear", saves=True)
@@ -158,14 +165,14 @@ async def _replace(call: Call, length: int, content: bytes) -> None:
     async def whole() -> AsyncIterator[bytes]:
         yield content
 
-    await call.destination.storage.import_content(call.argument, length, whole())
+    await _storage(call).import_content(call.argument, length, whole())
 
 
 @_OF_VM(f"{_PREFIX}Set.revisions_to_keep", payload=revisions_to_keep, saves=True)
 def set_revisions_to_keep(call: Call) -> None:
     """Set how many former images it keeps."""
     call.permit(newvalue=call.payload)
-    call.destination.storage.set_revisions_to_keep(call.argument.name, call.payload)
+    _storage(call).set_revisions_to_keep(call.argument.name, call.payload)
 
 
 def _refuse_unless_halted(vm: BaseVM) -> None:
