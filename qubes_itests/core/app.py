@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from qubes_itests.core import config
 from qubes_itests.core.device.block import BlockDeviceExtension
@@ -96,6 +96,17 @@ def _vm_property(
     )
 
 
+def _timeout(name: Literal["qrexec_timeout", "shutdown_timeout"]) -> Property[int]:
+    return Property(
+        f"default_{name}",
+        type=int,
+        setter=positive,
+        load_stage=3,
+        default=config.defaults[name],
+        doc=f"The {name} of VMs that set none, seconds.",
+    )
+
+
 class Qubes(PoolsMixin):
     """A Qubes system: the VMs, and all that they share.
 
@@ -175,22 +186,8 @@ class Qubes(PoolsMixin):
         default=lambda app: next(iter(app.kernels), None),
         doc="Name of the kernel of VMs that set none.",
     )
-    default_qrexec_timeout: Property[int] = Property(
-        "default_qrexec_timeout",
-        type=int,
-        setter=positive,
-        load_stage=3,
-        default=config.defaults["qrexec_timeout"],
-        doc="The qrexec_timeout of VMs that set none, seconds.",
-    )
-    default_shutdown_timeout: Property[int] = Property(
-        "default_shutdown_timeout",
-        type=int,
-        setter=positive,
-        load_stage=3,
-        default=config.defaults["shutdown_timeout"],
-        doc="The shutdown_timeout of VMs that set none, seconds.",
-    )
+    default_qrexec_timeout: Property[int] = _timeout("qrexec_timeout")
+    default_shutdown_timeout: Property[int] = _timeout("shutdown_timeout")
 
     def __init__(
         self,
@@ -335,10 +332,7 @@ class Qubes(PoolsMixin):
             if not vm.provides_network and vm.property_is_default("netvm")
         ]
 
-    @staticmethod
-    def get_label(label: Label | str | int) -> Label:
-        """Return a label by name or index; QubesLabelNotFoundError if there is none."""
-        return find_label(label)
+    get_label = staticmethod(find_label)
 
     @staticmethod
     def get_vm_class(name: str | type[Any]) -> type[Any]:
