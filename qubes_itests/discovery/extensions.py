@@ -71,6 +71,8 @@ class PluginExtensions:
         # to import it would take its time, and nobody has made an extension without it
         ext = sys.modules.get("qubes_itests.core.ext")
         registered = ext.registered_extensions() if ext is not None else ()
+        # What tests have made is kept, too: for the next test of this plugin it is
+        # there.
         self._kept = list(registered)
         for extension in self._kept:
             extension.unregister()

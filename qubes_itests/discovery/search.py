@@ -83,6 +83,7 @@ def _load(
     probes = Probes(entry.module.partition(".")[0])
     with _templates_named(templates), extensions.kept_away(), probes:
         members = list(_members(entry, problems))
+    # before the modules are put back: one that replaces itself counts as what it became
     module = sys.modules.get(entry.module)
     if changed := watch.restore():
         problems.append(
@@ -240,6 +241,7 @@ def _class_for(
     name = f"{cls.__name__}_{template}"
     made = type(name, (cls,), body | hidden | {"template": template})
     module: ModuleType | None = sys.modules.get(cls.__module__)
+    # under its name in its module, so that pickle and people find it
     if module is not None:
         setattr(module, name, made)
     return made

@@ -103,6 +103,7 @@ class Tap:
             if sources is not None:
                 _run("tc", "qdisc", "add", "dev", tap.name, "clsact")
                 tap.filter(mac, sources)
+            # last: a guest that is loaded from a saved state may send at once
             _ip(f"link set {tap.name} up")
         except BaseException:
             tap.remove()

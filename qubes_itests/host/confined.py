@@ -32,6 +32,8 @@ cd "$0"
 shift
 exec "$@"
 """
+#: `--kill-child` has the program end with unshare, and FOLLOW_US has unshare end with
+#: us: each of them alone would leave the other's child running after a kill -9.
 _NAMESPACES: Final = (
     *("unshare", "--mount", "--pid", "--ipc", "--fork", "--kill-child"),
     *("--mount-proc", "--"),

@@ -82,6 +82,7 @@ def _difference(path: Path, size: int, changed: int, digest: str) -> str | None:
         return None
     if _digest(path, size) != digest:
         return "has other data"
+    # the data is the same: the next look need not read it all again
     os.utime(path, ns=(status.st_atime_ns, changed))
     return None
 

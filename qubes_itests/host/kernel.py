@@ -230,6 +230,7 @@ def _try_in(directory: Path, command: list[str], wanted: str) -> None:
 
 
 def _run_in(directory: Path, command: list[str]) -> None:
+    # A download takes minutes: it ends with us, also when we are killed.
     run([*FOLLOW_US, "env", f"--chdir={directory}", *command], timeout=_LONG)
 
 

@@ -55,6 +55,7 @@ class AliasFinder(MetaPathFinder, Loader):
 def install() -> None:
     """Offer our modules where no real one is found; idempotent."""
     if not any(isinstance(finder, AliasFinder) for finder in sys.meta_path):
+        # last, so that what is installed is found first, whenever it was installed
         sys.meta_path.append(AliasFinder())
 
 

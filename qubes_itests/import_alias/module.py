@@ -30,6 +30,7 @@ class AliasModule(ModuleType):
         for source in ALIASES[self.__name__]:
             for name, home, theirs in _names(source):
                 homes.setdefault(name, (home, theirs))
+        # past our own `__setattr__`, which asks for it
         vars(self)["_homes"] = homes
 
     def _home(self, name: str) -> tuple[ModuleType, str] | None:

@@ -104,7 +104,8 @@ def serving(
         # the app's directory is the sandbox's own
         (app.directory / "block").symlink_to(state.block)
         offer_programs(place, state.block)
-        # by its short name, for the paths of sockets are limited
+        # by its short name, for the paths of sockets are limited; after the app is
+        # whole, as a client may ask for anything from now on
         sockets = portal.run(_open_sockets(app, Place.of_run(short)))
         stack.callback(lambda: portal.run(sockets.aclose()))
         for name, error in portal.run(app.start_autostart()).items():

@@ -69,6 +69,7 @@ class State:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.callback(os.close, self._locked())
             self.block.mkdir(mode=0o700, exist_ok=True)
+            # behind the lock: two mounts of one image would destroy it
             for name, size in FILESYSTEMS.items():
                 self._mount(name, size)
                 stack.callback(unmount, self.mount_point(name))

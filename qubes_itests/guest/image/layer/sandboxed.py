@@ -80,6 +80,8 @@ def _converse(
     with process.stdin:
         process.stdin.write(layers.to_json().encode())
     answer = None
+    # until it has closed its end, which it does last: a word before that may not be its
+    # last one
     for line in process.stdout:
         answer = json.loads(line)
         if "say" in answer:
