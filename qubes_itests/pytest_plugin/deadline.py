@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -64,6 +65,14 @@ class Deadline:
             self._end += time.monotonic() - started - 1e9
             if left:
                 signal.setitimer(signal.ITIMER_REAL, left)
+
+    def pytest_enter_pdb(self) -> None:
+        """Stop the clock for good: somebody goes through the test by hand.
+
+        Their last `continue` may lead to a breakpoint that pytest does not tell of.
+        """
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._seconds, self._end = 0.0, math.inf
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:

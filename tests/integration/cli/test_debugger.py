@@ -103,3 +103,47 @@ def test_the_prompt_is_alone_on_the_terminal(site):
         assert user.finish() == 1
     finally:
         user.close()
+
+
+STOPPED = """
+    import signal
+    from qubes.tests.extra import ExtraTestCase
+
+    class TC_Stops(ExtraTestCase):
+        def setUp(self):
+            super().setUp()
+            (self.vm,) = self.create_vms(["one"])
+            self.vm.start()
+        def test_stops(self):
+            breakpoint()
+            print("clock", signal.getitimer(signal.ITIMER_REAL))
+        def test_goes_on(self):
+            assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+
+    def list_tests():
+        return [TC_Stops]
+"""
+
+
+def test_at_a_breakpoint_no_time_runs_and_the_vm_does(site):
+    site.install("stopped", STOPPED)
+    command = [sys.executable, "-m", "qubes_itests", "--timeout=100", "-rP"]
+    names = [f"stopped::TC_Stops::test_{name}" for name in ("stops", "goes_on")]
+    user = TerminalUser([*command, *names], site.work, site.environment, site.timeout)
+    try:
+        user.read_until("(Pdb) ")
+        user.type("import threading; [t.name for t in threading.enumerate()]\r")
+        user.read_until("\n['MainThread'")
+        assert "heartbeat" not in user.read_until("(Pdb) ")
+        user.type("signal.getitimer(signal.ITIMER_REAL)\r")
+        user.read_until("\n(0.0, 0.0)")
+        user.read_until("(Pdb) ")
+        user.type("self.vm.run('hostname', passio_popen=True).communicate()\r")
+        user.read_until("(b'test-inst-one\\n', ")
+        user.read_until("(Pdb) ")
+        user.type("c\r")
+        assert user.finish() == 0
+        assert b"2 passed" in user.shown
+        assert b"clock (0.0, 0.0)" in user.shown
+    finally:
+        user.close()

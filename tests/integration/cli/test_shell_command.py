@@ -152,6 +152,18 @@ def test_a_shell_after_a_failure_under_plain_pytest(site, start):
     assert "1 failed, 1 passed" in plain(user.shown)
 
 
+def test_a_fault_of_the_shell_is_told_and_leaves_the_failure(site, start):
+    error = "KeyError('vm')"
+    fault = PLUGIN.replace("return open_shell(*arguments)", f"raise {error}")
+    site.install("looked", fault)
+    user = start("qubes_itests", "run", "--shell-on-failure", "looked")
+    user.read_until(f"No shell in test-inst-one: {error}")
+    assert user.finish() == 1
+    shown = plain(user.shown)
+    assert "1 failed, 1 passed" in shown
+    assert "AssertionError: on purpose" in shown
+
+
 def test_plain_pytest_refuses_it_without_a_terminal(site):
     (site.work / "test_plain.py").write_text("def test_good(): pass\n")
     words = ("-p", "qubes_itests", "--itests-shell-on-failure")
