@@ -220,6 +220,15 @@ def test_a_missing_package_and_no_network(checkout, apt):
     assert "cannot be reached" in _last_line(done)
 
 
+def test_what_only_tests_need_is_no_matter_of_a_run(checkout, apt):
+    checkout.need("test:no-such-tool\topens nothing\tno-such-pkg\tno-such-pkg")
+    apt("file:{}")
+    assert checkout.run("itests", "x").stdout == "ran x\n"
+    done = checkout.run("run-tests", "--version")
+    assert done.returncode == 12
+    assert "apt-get cannot install no-such-pkg" in _last_line(done)
+
+
 def test_a_package_that_the_archive_does_not_have(checkout, apt):
     apt("file:{}")
     checkout.need("tool:no-such-tool\tis for this test\tno-such-pkg\tno-such-pkg")
