@@ -10,7 +10,7 @@ function end(record, test) {
 }
 
 function failed(record) {
-  return record.ok === false || record.error !== undefined || record.kind === "failure" || record.decision === "deny" ||
+  return record.ok === false || record.error !== undefined || record.kind === "failure" || record.decision === "deny" || record.event === "refused" ||
     (record.status !== undefined && record.status !== 0);
 }
 
@@ -25,6 +25,7 @@ function label(record, short = (vm) => vm) {
     case "state": return `is ${record.state ?? ""}${record.cause ? `: ${record.cause}` : ""}`;
     case "phase": return record.name ?? "";
     case "failure": return firstLine(record.text);
+    case "memory": return `memory ${record.event ?? ""}: ${record.amount ?? "?"} MiB, ${record.free ?? "?"} MiB are free`;
     default: return record.line ?? record.name ?? record.kind;
   }
 }
@@ -85,7 +86,7 @@ class Lanes {
       }
       if (record.kind === "memory") {
         for (const [vm, used] of Object.entries(record.used ?? {})) {
-          lane(vm)?.memory.push({ t: record.t, used, target: record.targets?.[vm] });
+          lane(vm)?.memory.push({ t: record.t, used, held: record.holds?.[vm] ?? record.targets?.[vm] });
         }
       }
     }
@@ -103,7 +104,7 @@ class Lanes {
       ends[row] = Math.max(end(item.record, this.test), item.record.t + this.test.duration / 400);
     }
     lane.rows = Math.max(1, ends.length);
-    lane.most = lane.memory.reduce((most, { used, target = 0 }) => Math.max(most, used, target), 0);
+    lane.most = lane.memory.reduce((most, { used, held = 0 }) => Math.max(most, used, held), 0);
   }
 
   get gutter() { return this.box.clientWidth < 600 ? 84 : 132; }
@@ -213,7 +214,7 @@ class Lanes {
     const first = this.x(memory[0].t).toFixed(1);
     return [
       svg("path", { class: "memory", d: `${used}V${base}H${first}Z` }),
-      svg("path", { class: "target", d: path((point) => point.target ?? point.used) }),
+      svg("path", { class: "held", d: path((point) => point.held ?? point.used) }),
     ];
   }
 

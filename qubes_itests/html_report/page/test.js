@@ -1,8 +1,9 @@
 // One test: what became of it, its time line, its calls, and what was said meanwhile.
 
 const ACTIONS = new Set(["start", "run", "service", "policy", "storage", "network", "state", "failure", "event"]);
+const ASKED = new Set(["granted", "refused"]); // of memory, what somebody asked for
 const CHOICES = {
-  "calls and starts": (record) => record.kind === "start" || record.kind === "run" || record.kind === "service" || record.kind === "failure" || (record.kind === "policy" && !record.call),
+  "calls and starts": (record) => record.kind === "start" || record.kind === "run" || record.kind === "service" || record.kind === "failure" || (record.kind === "policy" && !record.call) || record.event === "refused",
   "what failed": failed,
   "everything": () => true,
 };
@@ -186,7 +187,7 @@ class TestView {
 
   refresh() {
     const { records } = this.test, words = this.grep.value.toLowerCase();
-    const all = records.filter((record) => ACTIONS.has(record.kind));
+    const all = records.filter((record) => ACTIONS.has(record.kind) || (record.kind === "memory" && ASKED.has(record.event)));
     const actions = all.filter((record) => CHOICES[this.kind](record) && this.within(record));
     this.actions.show(actions, this.chosen);
     this.actionsCount.textContent = `${actions.length} of ${all.length}`;
@@ -250,7 +251,7 @@ class TestView {
       row("status", status), row("where", record.where), row("source", record.source && html("code", {}, record.source)), row("user", record.user), row("service", record.service), row("target", record.target),
       row("error", record.error), row("state", record.state), row("cause", record.cause),
       row("operation", record.operation), row("pool", record.pool), row("volume", record.volume),
-      row("change", record.change), row("peer", record.peer), row("name", record.name), row("keywords", record.kwargs),
+      row("memory", record.kind === "memory" ? label(record) : undefined), row("change", record.change), row("peer", record.peer), row("name", record.name), row("keywords", record.kwargs),
       row("policy", decision?.decision), row("by rule", decision?.rule),
       row("began", `${at(record.t)}${this.test.started ? `, ${clock(this.test.started + record.t)}` : ""}`),
       row("took", record.duration === undefined ? undefined : took(record.duration)),
@@ -319,5 +320,5 @@ function legend() {
     key("run", "command"), key("service", "service call"), key("start", "start, with its steps"), key("storage", "storage"), key("bad", "✗ failed"),
     key("arrow allow", "call allowed by policy"), key("arrow deny", "denied"), key("arrow ask", "asked"),
     key("state Running", "running"), key("state Transient", "starting, halting"), key("state Halted", "halted"),
-    key("memory", "memory used, line: its target"), key("ticks", "lines of console, journal, log"));
+    key("memory", "memory used, line: what the VM holds"), key("ticks", "lines of console, journal, log"));
 }
