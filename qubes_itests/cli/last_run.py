@@ -61,11 +61,14 @@ def _export(directory: Path) -> int:
 
 
 def _show() -> int:
-    found = failures.load(last_run(Cache().root))
-    if found is None:
+    run = failures.load(last_run(Cache().root))
+    if run is None:
         print("No run in this directory has ended yet.")
         return ExitCode.NO_TESTS_COLLECTED
-    if not found:
+    found = run.failures
+    if ending := run.ending():
+        print(ending)
+    elif not found:
         print("The last run in this directory had no failures.")
         return ExitCode.OK
     failures.show(found, COMMAND, print, limit=len(found))

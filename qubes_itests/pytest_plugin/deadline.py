@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qubes_itests import timeline
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.timeline import line_of
+from qubes_itests.timeline.words import waited_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -39,17 +42,18 @@ class Deadline:
     that hung is still cleaned up.
 
     :param limit: returns the limit of a test, in seconds; 0 for none.
-    :param loop: returns the event loop whose tasks are worth seeing, if there is one.
+    :param expired: is called with a test whose time is over, before it fails.
     """
 
     def __init__(
         self,
         limit: Callable[[pytest.Item], float],
-        loop: Callable[[], asyncio.AbstractEventLoop | None],
+        expired: Callable[[str], None],
     ) -> None:
         self._limit = limit
         self._seconds = 0.0
-        self._loop = loop
+        self._expired = expired
+        self._test = ""
         self._end = 0.0
         self._fired = False
 
@@ -100,7 +104,7 @@ class Deadline:
         if not self._seconds:
             yield
             return
-        self._fired = False
+        self._fired, self._test = False, item.nodeid
         done = threading.Event()
         watcher = threading.Thread(
             target=self._watch, args=(item.nodeid, done), daemon=True, name="deadline"
@@ -116,15 +120,15 @@ class Deadline:
             done.set()
             watcher.join()
 
-    def _expire(self, _number: int, _frame: FrameType | None) -> None:
+    def _expire(self, _number: int, frame: FrameType | None) -> None:
         __tracebackhide__ = True
         self._fired = True
         # A TestCase goes on with its tearDown, which may hang as well.
         signal.setitimer(signal.ITIMER_REAL, self._seconds)
-        pytest.fail(
-            f"the test did not end within {self._seconds:g} s (--timeout);"
-            f" it hangs where the traceback ends\n\n{stacks(self._loop())}"
-        )
+        self._expired(self._test)
+        recorder = timeline.current()
+        what = waited_for(recorder.open() if recorder else [], line_of(frame))
+        pytest.fail(f"no end within {self._seconds:g} s (--timeout): {what}")
 
     def _watch(self, nodeid: str, done: threading.Event) -> None:
         while not done.wait(1.0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -15,17 +16,18 @@ from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.pytest_plugin import SETTINGS, header
 from qubes_itests.pytest_plugin.collection import Selection, collect, nodes
 from qubes_itests.pytest_plugin.extensions import ExtensionSwitch
-from qubes_itests.pytest_plugin.history import SUITE
+from qubes_itests.pytest_plugin.history import SUITE, earlier_times
 from qubes_itests.pytest_plugin.tampering import ModuleGuard
 from qubes_itests.pytest_plugin.worker import ROLE, distributes, is_worker
 from qubes_itests.report import failures
-from qubes_itests.report.heartbeat import LastWords
 from qubes_itests.report.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
 
+    from qubes_itests.pytest_plugin.recording import Recording
     from qubes_itests.pytest_plugin.watch import FailureWatch
+    from qubes_itests.report.results import Results
     from qubes_itests.run.settings import Settings
 
 __all__ = ["Job", "JobParts", "pytest_arguments"]
@@ -47,6 +49,8 @@ def pytest_arguments(given: Sequence[str], cache: Path) -> list[str]:
         *("-c", os.devnull, "--rootdir", str(Path.cwd()), "--noconftest"),
         *("-o", f"cache_dir={failures.state(cache) / 'pytest'}"),
         *("-o", "verbosity_test_cases=-1", "--no-header", "--strict-markers"),
+        # Our own summary tells of failures.
+        "-rN",
         *given,
     ]
 
@@ -112,7 +116,16 @@ class Job:
             "FailureWatch", config.pluginmanager.get_plugin("qubes_itests-failures")
         )
         found = list(watch.failures.values())
-        failures.store(failures.last_run(self._cache), found)
+        interrupted = session.exitstatus == ExitCode.INTERRUPTED
+        results: Results | None
+        results = config.pluginmanager.get_plugin("qubes_itests-results")
+        ended = {result.test for result in results.ended} if results else set()
+        last = failures.LastRun(
+            tuple(found),
+            interrupted,
+            session.testscollected - len(ended | watch.failures.keys()),
+        )
+        failures.store(failures.last_run(self._cache), last)
         leaks, panics = context.close(), watch.panics
         if distributes(config):
             controller = _role(config)
@@ -126,6 +139,10 @@ class Job:
                 "skipped"
             }:
                 terminal.write_line(_ALL_SKIPPED)
+            for problem in watch.artifacts.problems:
+                terminal.write_line(f"not all artefacts could be kept: {problem}")
+            if ending := last.ending():
+                terminal.write_line(f"\n{ending}")
             for _, text in trouble:
                 terminal.write_line(text)
         return result
@@ -184,8 +201,14 @@ class JobParts:
         register(_Header(config), "qubes_itests-header")
         if is_worker(config) or not config.pluginmanager.has_plugin("terminalreporter"):
             return
-        progress = Progress(config, LastWords(), several=distributes(config))
+        times = config.stash[SETTINGS].times
+        usual = functools.partial(earlier_times, config, times)
+        progress = Progress(config, usual, several=distributes(config))
         register(progress, "qubes_itests-progress")
+        recording: Recording | None
+        recording = config.pluginmanager.get_plugin("qubes_itests-recording")
+        if recording is not None and config.get_verbosity() > 0:
+            recording.listener = progress.show_record
 
 
 class _Header:

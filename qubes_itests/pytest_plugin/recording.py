@@ -14,7 +14,7 @@ from qubes_itests.timeline.document import NAME, Header, dump
 from qubes_itests.timeline.logs import recording_logs
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from qubes_itests.report.artifacts import Artifacts
     from qubes_itests.run.settings import Settings
@@ -32,6 +32,8 @@ class Recording:
     def __init__(self, settings: Settings, artifacts: Artifacts) -> None:
         self._settings = settings
         self._artifacts = artifacts
+        #: Is told each record, as `Recorder` tells it.
+        self.listener: Callable[[Record], None] | None = None
         self._recorder: Recorder | None = None
         self._recording = contextlib.ExitStack()
         self._outcome = ""
@@ -40,12 +42,16 @@ class Recording:
         self._starts: list[Record] = []
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtest_protocol(self) -> Generator[None, Any, Any]:
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """Record one test, which may be repeated in here."""
         self._begin()
         try:
             with recording_logs():
                 return (yield)
+        except KeyboardInterrupt:
+            self._outcome = "interrupted"
+            self._keep(item.nodeid)
+            raise
         finally:
             self._recording.close()
             self._recorder = None
@@ -53,7 +59,9 @@ class Recording:
     def _begin(self) -> None:
         self._recording.close()
         self._outcome, self._starts, self._is_over = "", [], False
-        self._recorder = Recorder(events=self._settings.trace_events)
+        self._recorder = Recorder(
+            events=self._settings.trace_events, listener=self.listener
+        )
         self._recording.enter_context(recording(self._recorder))
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -105,12 +113,16 @@ class Recording:
             self._outcome = self._outcome or report.outcome
         failed = self._outcome in ("failed", "error")
         if failed or (self._settings.trace is Trace.ON and report.when == "teardown"):
-            header = Header(
-                test=report.nodeid,
-                started=self._recorder.started,
-                outcome=self._outcome,
-                duration=round(self._recorder.time(), 6),
-                dropped=self._recorder.dropped,
-            )
-            document = dump(header, self._recorder.records())
-            self._artifacts.add(report.nodeid, {NAME: document})
+            self._keep(report.nodeid)
+
+    def _keep(self, test: str) -> None:
+        if self._recorder is None:
+            return
+        header = Header(
+            test=test,
+            started=self._recorder.started,
+            outcome=self._outcome,
+            duration=round(self._recorder.time(), 6),
+            dropped=self._recorder.dropped,
+        )
+        self._artifacts.add(test, {NAME: dump(header, self._recorder.records())})

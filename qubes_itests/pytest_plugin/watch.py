@@ -4,35 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import qubes_itests
 from qubes_itests.balancing.app_memory import timeline_files
 from qubes_itests.exc import HarnessError
+from qubes_itests.pytest_plugin.deadline import stacks
+from qubes_itests.pytest_plugin.tracebacks import hide_machinery
 from qubes_itests.pytest_plugin.worker import distributes, is_remote
 from qubes_itests.report import failures
 from qubes_itests.report.artifacts import LOG_LIMIT, Artifacts
 from qubes_itests.report.failures import Failure
 from qubes_itests.report.guest_logs import GuestLogs, panic_words
+from qubes_itests.report.heartbeat import duration
 from qubes_itests.report.results import RERUN, WHERE
 from qubes_itests.report.safe_report import make_safe
 from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import Keep
 from qubes_itests.shell import WAY_OUT, open_shell, require_terminal
-from qubes_itests.timeline import note, raised_at
+from qubes_itests.timeline import current, note, raised_at
+from qubes_itests.timeline.document import NAME as TIMELINE
+from qubes_itests.timeline.document import load
+from qubes_itests.timeline.words import last_lines, waited_for
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
-    from pathlib import Path
 
     from qubes_itests.pytest_plugin.deadline import Deadline
     from qubes_itests.report.progress import Progress
     from qubes_itests.run.context import RunContext
-    from qubes_itests.run.testbed import Testbed
+    from qubes_itests.run.testbed import Panic, Testbed
+    from qubes_itests.timeline.words import Line
 
 __all__ = ["FailureWatch"]
 
+#: Lines of a timeline that are shown with a failure.
+_TIMELINE_LINES = 10
 #: Lines of an error in the timeline.
 _REASON_LINES = 10
 #: The attribute of a report that has the artefacts.
@@ -54,7 +64,13 @@ class FailureWatch:
         self.artifacts = Artifacts(self._start / context.settings.artifacts)
         self._logs = GuestLogs(None)
         self._seen = ""
+        # In tests of the harness its frames are what one wants to see.
+        ours, settings = Path(qubes_itests.__file__), config.inipath
+        self._hides = not settings or not ours.is_relative_to(settings.parent)
         self.deadline: Deadline | None = None
+        #: The test that was interrupted, and what it was doing.
+        self.interrupted: tuple[str, str] | None = None
+        self._panics_seen = 0
         #: By test.
         self.failures: dict[str, Failure] = {}
         #: What guests' kernels said when they gave up, by test.
@@ -67,16 +83,14 @@ class FailureWatch:
         self._seen = ""
         self._logs = GuestLogs(self._vm_directory())
         testbed = self._context.opened_testbed
-        before = len(testbed.panics) if testbed else 0
+        before = self._panics_seen = len(testbed.panics) if testbed else 0
         random.seed(f"{self._settings.seed}:{item.nodeid}")
         result = yield
         if (directory := self._vm_directory()) is not None:
             self._logs.found(directory)
         testbed = self._context.opened_testbed
         if testbed and (panics := testbed.panics[before:]):
-            self.panics[item.nodeid] = [
-                f"VM {panic.vm}: {panic_words(panic.console)}" for panic in panics
-            ]
+            self.panics[item.nodeid] = [_panic(panic) for panic in panics]
         return result
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -97,20 +111,59 @@ class FailureWatch:
             self._listen(item)
         try:
             result = yield
+        except KeyboardInterrupt as error:
+            self._interrupted(item, error)
+            raise
         except BaseException as error:
-            if not isinstance(error, pytest.skip.Exception | KeyboardInterrupt):
+            if not isinstance(error, pytest.skip.Exception):
                 self._failed(item, error)
             raise
+        self._check_panics(item)
         testbed = self._context.opened_testbed
         if testbed is not None and self._settings.keep is Keep.ALWAYS:
             self.artifacts.keep_disks(item.nodeid, testbed)
         return result
 
     @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Fail the test for what is known only when its VMs have ended."""
+        result = yield
+        self._check_panics(item)
+        return result
+
+    def _check_panics(self, item: pytest.Item) -> None:
+        """Fail a test of which a guest's kernel has panicked."""
+        testbed = self._context.opened_testbed
+        panics = testbed.panics[self._panics_seen :] if testbed else []
+        if panics and item.nodeid not in self.failures:
+            self._panics_seen += len(panics)
+            text = "\n".join(f"a guest's kernel panicked: {_panic(p)}" for p in panics)
+            note("failure", panics[0].vm, text=text)
+            pytest.fail(text, pytrace=False)
+
+    def _interrupted(self, item: pytest.Item, error: KeyboardInterrupt) -> None:
+        """Keep what a test has that is interrupted, and what it was waiting for."""
+        recorder = current()
+        took = f" after {duration(recorder.time())}" if recorder else ""
+        what = waited_for(recorder.open() if recorder else [], raised_at(error))
+        self.interrupted = item.nodeid, f"interrupted{took}: {what}"
+        self._failed(item, error)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_keyboard_interrupt(self) -> None:
+        """Tell of the test as of those that have failed; no report does."""
+        if self.interrupted is not None:
+            test, cause = self.interrupted
+            self._keep_logs(test)
+            self._tell(test, cause)
+
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Have the report tell which line of the test failed."""
+        """Have the report tell which line of the test failed, and show its author's."""
+        if call.excinfo is not None and self._hides:
+            hide_machinery(call.excinfo.value)
         report = yield
         if report.failed and call.excinfo is not None:
             setattr(report, WHERE, raised_at(call.excinfo.value))
@@ -133,15 +186,32 @@ class FailureWatch:
         self._keep_logs(test)
         if is_remote(self._config):
             setattr(report, _FILES, self.artifacts.pack(test))
+        self._tell(test, failures.cause(report))
+
+    def _tell(self, test: str, cause: str) -> None:
+        """Have the end of the run tell of a failure; its first cause is the one."""
         directory = self.artifacts.directory(test)
         if directory.is_relative_to(self._start):
             directory = directory.relative_to(self._start)
         first = self.failures.get(test)
-        why = first.cause if first else failures.cause(report)
+        why = first.cause if first else cause
         files = self.artifacts.files(test)
         self.failures[test] = Failure(
-            test, why, str(directory), files, Prepared.told().words
+            test,
+            why,
+            str(directory),
+            files,
+            (*Prepared.told().words, "--seed", str(self._settings.seed)),
+            first.timeline if first else self._last_lines(test),
         )
+
+    def _last_lines(self, test: str) -> tuple[Line, ...]:
+        """Return the end of a test's timeline, wherever it was recorded."""
+        try:
+            _, records = load(self.artifacts.read(test, TIMELINE))
+        except (OSError, ValueError):
+            return ()
+        return tuple(last_lines(records, _TIMELINE_LINES))
 
     def begin_attempt(self, test: str, number: int) -> None:
         """Begin with a further attempt of the test that runs.
@@ -161,6 +231,10 @@ class FailureWatch:
         # each testbed of a run has a directory of its own in it
         logs = [log for vms in directory.glob("*/vm") for log in GuestLogs(vms).all()]
         self.artifacts.logs(test, [p for p in logs if p.stat().st_mtime >= since])
+
+    def keep_stacks(self, test: str) -> None:
+        """Keep what all threads and tasks are doing in a test that does not end."""
+        self.artifacts.text(test, "stacks.txt", stacks(self._context.loop))
 
     def _vm_directory(self) -> Path | None:
         testbed = self._context.opened_testbed
@@ -183,6 +257,9 @@ class FailureWatch:
             setattr(item, name, told)
 
     def _failed(self, item: pytest.Item, error: BaseException) -> None:
+        if self._hides:
+            # TestCases tell pytest of their errors later, and in a way of their own
+            hide_machinery(error)
         if self._seen != item.nodeid:
             note("failure", text=_reason(error), where=raised_at(error))
         testbed = self._context.opened_testbed
@@ -251,6 +328,10 @@ class FailureWatch:
                     open_shell(testbed.portal, vm.running_agent())
                 except Exception as error:  # noqa: BLE001 - it is told; see above
                     print(f"No shell in {vm.name}: {error!r}", flush=True)  # noqa: T201
+
+
+def _panic(panic: Panic) -> str:
+    return f"VM {panic.vm}: {panic_words(panic.console)}"
 
 
 def _reason(error: BaseException) -> str:

@@ -7,10 +7,11 @@ bounded, and safe to be shown on a terminal.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec
 
 from qubes_itests.host.command import run
 from qubes_itests.report.journal import read_journal
@@ -18,7 +19,7 @@ from qubes_itests.report.names import file_name
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import pluggy
 
@@ -31,7 +32,27 @@ __all__ = ["LOG_LIMIT", "Artifacts", "tail"]
 #: Bytes of one log that are kept: its end, where the cause is.
 LOG_LIMIT = 1 << 20
 _TREE_LIMIT = 2000
+_Arguments = ParamSpec("_Arguments")
 _COPY_TIMEOUT = 300.0
+
+
+def _or_told(method: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Have what goes wrong in a method of `Artifacts` told at the end of the run.
+
+    A failure is worth more than what it leaves: nothing here may take its place.
+    """
+
+    @functools.wraps(method)
+    def guarded(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> None:
+        try:
+            method(*arguments, **options)
+        except Exception as error:  # noqa: BLE001 - of plugins' hooks as well
+            artifacts = arguments[0]
+            assert isinstance(artifacts, Artifacts)  # noqa: S101 - for mypy
+            problem = f"{type(error).__name__}: {error}"
+            artifacts.problems.setdefault(problem)
+
+    return guarded
 
 
 class Artifacts:
@@ -42,6 +63,8 @@ class Artifacts:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        #: What could not be kept, in order: an error each, as keys.
+        self.problems: dict[str, None] = {}
 
     def directory(self, test: str) -> Path:
         """Return the directory of one test, whether it exists or not."""
@@ -51,6 +74,7 @@ class Artifacts:
         """Drop what an earlier run of this test left."""
         shutil.rmtree(self.directory(test), ignore_errors=True)
 
+    @_or_told
     def begin_attempt(self, test: str, number: int) -> None:
         """Keep what an attempt left apart from what the next one will.
 
@@ -71,10 +95,16 @@ class Artifacts:
             return ()
         return tuple(sorted(p.name + "/" * p.is_dir() for p in directory.iterdir()))
 
+    def read(self, test: str, name: str) -> bytes:
+        """Return a file that a test has left; OSError if there is none."""
+        return (self.directory(test) / name).read_bytes()
+
+    @_or_told
     def text(self, test: str, name: str, text: str) -> None:
         """Keep a text, or its end if it is long."""
         self._write_safe(test, name, text.encode("utf-8", "replace")[-LOG_LIMIT:])
 
+    @_or_told
     def collect(self, test: str, testbed: Testbed, hook: pluggy.HookRelay) -> None:
         """Keep what is to be seen of the VMs of a test, while they are there.
 
@@ -91,6 +121,7 @@ class Artifacts:
             tree = "\n".join(_tree(testbed.parts.pool_directory))
             self.text(test, "storage-tree.txt", tree + "\n")
 
+    @_or_told
     def keep_disks(self, test: str, testbed: Testbed) -> None:
         """Copy the disk images of a test's VMs, holes left out."""
         for app in testbed.apps:
@@ -98,6 +129,7 @@ class Artifacts:
                 for name, volume in vm.volumes.items():
                     self._copy_disk(test, vm.name, name, Path(volume.path))
 
+    @_or_told
     def logs(self, test: str, logs: Iterable[Path]) -> None:
         """Keep logs of VMs, which are still there when the VMs are gone.
 
@@ -111,6 +143,8 @@ class Artifacts:
     def pack(self, test: str) -> dict[str, bytes]:
         """Return what a test left, by name, and drop it here; disks stay."""
         directory = self.directory(test)
+        if not directory.is_dir():
+            return {}
         paths = [path for path in directory.iterdir() if path.is_file()]
         files = {path.name: tail(path, LOG_LIMIT) for path in paths}
         for path in paths:
@@ -119,11 +153,13 @@ class Artifacts:
             directory.rmdir()
         return files
 
+    @_or_told
     def add(self, test: str, files: Mapping[str, bytes]) -> None:
         """Keep more files, by name: what `pack` returned elsewhere, for one."""
         for name, data in files.items():
             self._write(test, Path(name).name, data)
 
+    @_or_told
     def write_file(self, name: str, data: bytes) -> None:
         """Write a file about the whole run, at once or not at all."""
         self.root.mkdir(parents=True, exist_ok=True)

@@ -15,13 +15,24 @@ from typing import TYPE_CHECKING
 
 from qubes_itests.host.cache import digest
 from qubes_itests.report.names import one_line
+from qubes_itests.timeline.words import Line, fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import pytest
 
-__all__ = ["COMMAND", "Failure", "cause", "last_run", "load", "show", "state", "store"]
+__all__ = [
+    "COMMAND",
+    "Failure",
+    "LastRun",
+    "cause",
+    "last_run",
+    "load",
+    "show",
+    "state",
+    "store",
+]
 
 #: Set by the script that sets up and starts: how it was called itself.
 _PROGRAM = "QUBES_ITESTS_PROGRAM"
@@ -52,6 +63,7 @@ class Failure:
     :param artifacts: directory with what it left, or an empty string.
     :param files: what is in there.
     :param words: of the command line, without which it is not found again.
+    :param timeline: the last lines of what happened in it.
     """
 
     test: str
@@ -59,6 +71,28 @@ class Failure:
     artifacts: str = ""
     files: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
+    timeline: tuple[Line, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LastRun:
+    """What is told of a run.
+
+    :param failures: its tests that failed, or were interrupted.
+    :param interrupted: whether it was.
+    :param not_run: how many tests were not, for that.
+    """
+
+    failures: tuple[Failure, ...]
+    interrupted: bool = False
+    not_run: int = 0
+
+    def ending(self) -> str:
+        """Return a sentence about the end of a run that was interrupted, else none."""
+        if not self.interrupted:
+            return ""
+        not_run = "1 test was" if self.not_run == 1 else f"{self.not_run} tests were"
+        return f"The run was interrupted: {not_run} not run."
 
 
 def cause(report: pytest.TestReport) -> str:
@@ -70,6 +104,8 @@ def cause(report: pytest.TestReport) -> str:
     where = f"in {when}: " if when in ("setup", "teardown") else ""
     # The package of an error class says nothing that its name does not.
     text = re.sub(r"\A(?:[A-Za-z_]\w*\.)+(?=[A-Z]\w*\b)", "", text.strip())
+    # pytest's own class says nothing either
+    text = text.removeprefix("Failed: ")
     first, _, others = text.partition("\n")
     if first.endswith(":") and others:
         text = f"{first} {one_line(others).removeprefix('- ').removeprefix('| ')}"
@@ -81,39 +117,33 @@ def show(
     command: Sequence[str],
     write: Callable[[str], None],
     limit: int = _SHOWN,
-    *,
-    again: Sequence[str] = (),
-    prefix: str = "--",
 ) -> None:
     """Write what to know and what to type about each failure.
 
     :param command: the words that begin a command line of this program.
     :param limit: how many to show in full.
-    :param again: the words before the id of a test that run it again, if they are not
-        those of this program; then it has no report of the run either.
-    :param prefix: of options after these words.
     """
     for failure in failures[:limit]:
         write("")
-        for line in _lines(failure, command, again, prefix):
+        for line in _lines(failure, command):
             write(line)
     if len(failures) > limit:
         write("")
-        where = "" if again else f": {shlex.join([*command, 'report'])}"
-        write(f"and {len(failures) - limit} more{where}")
+        more = len(failures) - limit
+        write(f"and {more} more: {shlex.join([*command, 'report'])}")
 
 
-def _lines(
-    failure: Failure, command: Sequence[str], words: Sequence[str], prefix: str
-) -> list[str]:
-    words = words or command
+def _lines(failure: Failure, command: Sequence[str]) -> list[str]:
     test = (*failure.words, failure.test)
-    if words is not command:
-        test = (failure.test,)
-    again = shlex.join([*words, *test])
-    inside = shlex.join([*words, f"{prefix}shell-on-failure", *test])
-    disks = shlex.join([*words, f"{prefix}keep=failed", *test])
-    lines = [failure.test, f"  cause       {failure.cause}"]
+    if os.environ.get("CI"):
+        # who reads that is at another machine, in a checkout of the app
+        command, test = ("itests",), tuple(map(_from_here, test))
+    again = shlex.join([*command, *test])
+    inside = shlex.join([*command, "--shell-on-failure", *test])
+    disks = shlex.join([*command, "--keep=failed", *test])
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    happened = (fit(line, width) for line in failure.timeline)
+    lines = [failure.test, *happened, f"  cause       {failure.cause}"]
     if failure.artifacts:
         lines.append(
             f"  artefacts   {failure.artifacts}/  ({', '.join(failure.files)})"
@@ -125,6 +155,12 @@ def _lines(
     elif any(name.endswith(".log") for name in failure.files):
         lines += [f"  look inside {inside}", f"  keep disks  {disks}"]
     return lines
+
+
+def _from_here(word: str) -> str:
+    if os.path.isabs(word) and Path(word).is_relative_to(Path.cwd()):  # noqa: PTH117
+        return os.path.relpath(word)
+    return word
 
 
 def _kept_disks(failure: Failure) -> list[Path]:
@@ -146,19 +182,23 @@ def last_run(cache: Path) -> Path:
     return state(cache) / "last-run.json"
 
 
-def store(path: Path, failures: Sequence[Failure]) -> None:
-    """Write the failures of a run for `load`, at once or not at all."""
+def store(path: Path, run: LastRun) -> None:
+    """Write what a run has left for `load`, at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(json.dumps([dataclasses.asdict(f) for f in failures], indent=1))
+    new.write_text(json.dumps(dataclasses.asdict(run), indent=1))
     new.replace(path)
 
 
-def load(path: Path) -> list[Failure] | None:
+def load(path: Path) -> LastRun | None:
     """Return what `store` wrote, None if there is nothing that can be read."""
     try:
-        rows = json.loads(path.read_text())
-        lists = ("files", "words")
-        return [Failure(**row | {n: tuple(row[n]) for n in lists}) for row in rows]
+        run = json.loads(path.read_text())
+        rows = run["failures"]
+        for row in rows:
+            row["files"], row["words"] = tuple(row["files"]), tuple(row["words"])
+            row["timeline"] = tuple((text, end) for text, end in row["timeline"])
+        found = tuple(Failure(**row) for row in rows)
+        return LastRun(found, run["interrupted"], run["not_run"])
     except (OSError, ValueError, TypeError, KeyError):
         return None

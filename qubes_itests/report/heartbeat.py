@@ -1,135 +1,113 @@
-"""A sign of life while a test runs: what it is, for how long, what is waited for."""
+"""A sign of life: a line about what goes on, drawn or printed now and then."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 import threading
-import time
 from typing import TYPE_CHECKING, TextIO
-
-from qubes_itests.report.names import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Heartbeat", "LastWords", "duration"]
+__all__ = ["Heartbeat", "duration", "real_stdout"]
 
 #: Seconds between two lines where there is no terminal.
 _PLAIN_INTERVAL = 30.0
 _TERMINAL_INTERVAL = 0.25
-_WIDEST = 400
-_LOGS = ("qubes_itests", "qubes")
-
-
-class LastWords(logging.Handler):
-    """Remembers what the harness last logged: that is what it is doing."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.text = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Take a record's message, as one short line of printable characters."""
-        self.text = one_line(record.getMessage(), _WIDEST)
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Hear what the harness and its core log, whatever level is set for them."""
-        logs = [logging.getLogger(name) for name in _LOGS]
-        levels = [log.level for log in logs]
-        for log in logs:
-            log.addHandler(self)
-            log.setLevel(min(log.level, logging.INFO) or logging.INFO)
-        try:
-            yield
-        finally:
-            for log, level in zip(logs, levels, strict=True):
-                log.removeHandler(self)
-                log.setLevel(level)
+_USUAL_COLUMNS = 80
+#: To the beginning of the line, and drop what is on it.
+_ERASE = "\r\x1b[K"
 
 
 class Heartbeat:
-    """Shows a line about each thing that runs, from its own thread.
+    """Shows a line about what goes on, from a thread of its own.
 
-    On a terminal the lines are drawn at the bottom and vanish; elsewhere all of them
-    are printed as one, half a minute after what was shown last.
+    On a terminal it is drawn at the bottom, as wide as that is, and vanishes; elsewhere
+    it is printed, half a minute after what was shown last.
 
     :param output: a text stream that goes where people look, whatever is captured.
-    :param doing: returns what is being waited for, or an empty string.
+    :param text: returns the line; nothing is shown for an empty one.
     """
 
-    def __init__(self, output: TextIO, doing: Callable[[], str]) -> None:
+    def __init__(self, output: TextIO, text: Callable[[], str]) -> None:
         self._output = output
-        self._doing = doing
+        self._text = text
         self._live = output.isatty() and os.environ.get("TERM") != "dumb"
-        self._running: dict[str, float] = {}
+        self._drawn = False
+        # What is written meanwhile comes from the threads of guests and of the loop.
+        self._lock = threading.Lock()
+        self._silent = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def start(self, what: str) -> None:
-        """Begin to show that something runs, beside what else does."""
-        with self.silent():
-            self._running[what] = time.monotonic()
-
-    def end(self, what: str) -> None:
-        """Show no longer that something runs."""
-        with self.silent():
-            self._running.pop(what, None)
+    def start(self) -> None:
+        """Begin to show it."""
+        if self._thread is None and not self._silent:
+            self._stop = threading.Event()
+            self._thread = threading.Thread(
+                target=self._show, args=(self._stop,), daemon=True, name="heartbeat"
+            )
+            self._thread.start()
 
     def stop(self) -> None:
         """Show nothing any more; the terminal's line is free when this returns."""
-        with self.silent():
-            self._running.clear()
-
-    @contextlib.contextmanager
-    def silent(self) -> Iterator[None]:
-        """Show nothing meanwhile, so that there is room for a line of others."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        yield
-        if self._running:
-            self._stop = threading.Event()
-            target = self._draw if self._live else self._print
-            self._thread = threading.Thread(
-                target=target, args=(self._stop,), daemon=True, name="heartbeat"
-            )
-            self._thread.start()
+        with self._lock:
+            self._erase()
 
-    def _lines(self) -> list[str]:
-        now = time.monotonic()
-        running = [f"{what}  {duration(now - t)}" for what, t in self._running.items()]
-        return [*running[:-1], f"{running[-1]}  {self._doing()}".rstrip()]
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Show nothing meanwhile, so that there is room for others."""
+        was_shown = self._thread is not None
+        self.stop()
+        self._silent += 1
+        try:
+            yield
+        finally:
+            self._silent -= 1
+            if was_shown:
+                self.start()
 
-    def _print(self, stop: threading.Event) -> None:
-        while not stop.wait(_PLAIN_INTERVAL):
-            said = ", ".join(self._lines())
-            print(f"  … running: {said}", file=self._output, flush=True)
+    def write(self, line: str) -> None:
+        """Write a line of its own, from any thread; nothing while it is silent."""
+        with self._lock:
+            if not self._silent:
+                self._erase()
+                print(line, file=self._output, flush=True)
 
-    def _draw(self, stop: threading.Event) -> None:
-        from rich.console import Console  # noqa: PLC0415 - 50 ms that a CI run saves
-        from rich.live import Live  # noqa: PLC0415
-        from rich.spinner import Spinner  # noqa: PLC0415
-        from rich.text import Text  # noqa: PLC0415
+    def _erase(self) -> None:
+        if self._drawn:
+            self._output.write(_ERASE)
+            self._output.flush()
+            self._drawn = False
 
-        console = Console(file=self._output, force_terminal=True, highlight=False)
-        spinner = Spinner("dots", style="status.spinner")
-        # sys.stdout is pytest's, which replaces it to capture: what is put there from
-        # this thread meanwhile would stay when pytest believes to have its own back.
-        with Live(
-            spinner,
-            console=console,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        ):
-            while not stop.wait(_TERMINAL_INTERVAL):
-                said = "\n".join(self._lines())
-                spinner.update(text=Text(said, no_wrap=True, overflow="ellipsis"))
+    def _show(self, stop: threading.Event) -> None:
+        while not stop.wait(_TERMINAL_INTERVAL if self._live else _PLAIN_INTERVAL):
+            text = self._text()
+            with self._lock:
+                if not text:
+                    self._erase()
+                elif self._live:
+                    # asked each time: people resize their terminals
+                    room = _columns(self._output) - 1
+                    cut = text if len(text) <= room else f"{text[: room - 1]}…"
+                    self._output.write(f"{_ERASE}{cut}")
+                    self._output.flush()
+                    self._drawn = True
+                else:
+                    print(f"  … {text}", file=self._output, flush=True)
+
+
+def _columns(output: TextIO) -> int:
+    try:
+        return os.get_terminal_size(output.fileno()).columns or _USUAL_COLUMNS
+    except (OSError, ValueError):
+        return _USUAL_COLUMNS
 
 
 def duration(seconds: float) -> str:

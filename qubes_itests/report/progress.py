@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qubes_itests import timeline
 from qubes_itests.report.folding import Folding
-from qubes_itests.report.heartbeat import Heartbeat, LastWords, duration, real_stdout
+from qubes_itests.report.heartbeat import Heartbeat, duration, real_stdout
 from qubes_itests.report.names import one_line
 from qubes_itests.report.results import PHASE, category
+from qubes_itests.timeline.words import describe, doing, fit
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator, Mapping, Sequence
     from contextlib import AbstractContextManager
+
+    from qubes_itests.timeline import Record
 
 __all__ = ["Progress"]
 
@@ -29,25 +34,39 @@ _MARKUP = {
 }
 
 
+#: Seconds from which the rest of a run is worth telling.
+_WORTH_TELLING = 3.0
+_LONGEST_NAME = 40
+
+
 class Progress:
     """A pytest plugin; quiet with ``-q``.
 
     :param config: pytest's; its output is not captured when this is made.
-    :param words: what the harness says.
+    :param usual: returns the seconds that tests took as a rule, by id; may block.
     :param several: whether tests run beside each other, in other processes. Then those
         of a plugin make no section: they mix with others.
     """
 
     def __init__(
-        self, config: pytest.Config, words: LastWords, *, several: bool = False
+        self,
+        config: pytest.Config,
+        usual: Callable[[], Mapping[str, float]],
+        *,
+        several: bool = False,
     ) -> None:
         self._config = config
         self._output = real_stdout()
-        self._words = words
+        self._read_usual = usual
         self._several = several
-        self._heartbeat = Heartbeat(self._output, lambda: self._words.text)
+        self._heartbeat = Heartbeat(self._output, self._doing)
         self._folding = Folding(self._write)
-        self._running = False
+        self._is_running = False
+        #: When each of the tests that run has begun.
+        self._begun: dict[str, float] = {}
+        #: The ids of those that did not end, and the seconds that they took before.
+        self._left: dict[str, float | None] = {}
+        self._total = 0
         self._fold = ""
         self._took: dict[str, float] = {}
         self._parts_failed: set[str] = set()
@@ -55,22 +74,64 @@ class Progress:
         self._beats = config.getoption("capture") != "no"
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_runtestloop(self) -> Generator[None, Any, Any]:
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, Any, Any]:
         """Take the progress of the tests over from the terminal reporter."""
-        self._running = True
+        self._is_running = True
+        if session.items and not self._config.option.collectonly:
+            self._expect([item.nodeid for item in session.items])
+        if self._beats:
+            self._heartbeat.start()
         try:
-            with self._words.listening():
-                return (yield)
+            return (yield)
         finally:
-            self._running = False
+            self._is_running = False
             self._heartbeat.stop()
             self._folding.end()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
+        """Learn of the tests that workers have found, of which each finds all."""
+        if not self._total:
+            # with their groups; see `pytest_plugin.groups`
+            self._expect([test.partition("\0")[0] for test in ids])
+
+    def _expect(self, ids: Sequence[str]) -> None:
+        usual = self._read_usual()
+        self._left = {test: usual.get(test) for test in ids}
+        self._total = len(self._left)
+
+    def _doing(self) -> str:
+        """Return what goes on now, and how long the rest may take, in a line."""
+        begun = dict(self._begun)
+        if not begun:
+            return ""
+        now = time.monotonic()
+        number = self._total - len(self._left) + 1
+        parts = [f"{_short(t)} {duration(now - since)}" for t, since in begun.items()]
+        said = ", ".join(parts)
+        recorder = timeline.current()
+        going_on = next(doing(recorder.open()), "") if recorder else ""
+        if len(begun) == 1 and going_on:
+            (test, since), *_ = begun.items()
+            said = f"{_short(test)}: {going_on}, {duration(now - since)}"
+        times = [
+            seconds for seconds in dict(self._left).values() if seconds is not None
+        ]
+        rest = sum(times) - sum(now - since for since in begun.values())
+        left = f"; about {duration(rest)} left" if rest > _WORTH_TELLING else ""
+        return f"[{min(number, self._total)}/{self._total}] {said}{left}"
+
+    def show_record(self, record: Record) -> None:
+        """Show what a timeline got, from whatever thread; with ``-v``."""
+        if self._is_running and record["kind"] not in ("phase", "event"):
+            for line in describe(record):
+                self._heartbeat.write(fit(line, 0))
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_report_teststatus(self) -> Generator[None, Any, Any]:
         """Have the terminal reporter count without printing."""
         result = yield
-        return (result[0], "", "") if result and self._running else result
+        return (result[0], "", "") if result and self._is_running else result
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Show what begins."""
@@ -78,9 +139,7 @@ class Progress:
         if plugin != self._fold and not self._several:
             self._fold = plugin
             self._folding.begin(plugin)
-        self._words.text = ""
-        if self._beats:
-            self._heartbeat.start(str(nodeid))
+        self._begun[nodeid] = time.monotonic()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -102,7 +161,8 @@ class Progress:
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """Say no more of it."""
-        self._heartbeat.end(str(nodeid))
+        self._begun.pop(nodeid, None)
+        self._left.pop(nodeid, None)
 
     def pytest_enter_pdb(self) -> None:
         """Leave the terminal to the debugger, for the rest of what runs now."""
@@ -147,6 +207,11 @@ class Progress:
         if terminal := self._config.pluginmanager.get_plugin("terminalreporter"):
             terminal.flush()
         print(line, file=self._output, flush=True)
+
+
+def _short(test: str) -> str:
+    """Return the last part of a test's id."""
+    return one_line(test.rpartition("::")[2], _LONGEST_NAME)
 
 
 def _phases(report: pytest.TestReport) -> str:

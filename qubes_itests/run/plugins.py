@@ -14,6 +14,7 @@ from qubes_itests import import_alias
 from qubes_itests.discovery import GROUP, Plugin, Selection, discover
 from qubes_itests.discovery.result import Problem
 from qubes_itests.discovery.selection import TEMPLATES
+from qubes_itests.discovery.sources import name_authors_files
 from qubes_itests.run.result import Prepared
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def named_plugins(templates: Sequence[str]) -> list[tuple[str, Plugin]]:
     :return: each with the name that the ids of its tests begin with.
     """
     import_alias.install()
+    name_authors_files(Prepared.told().copies)
     # The settings know that variable already; what they say is final.
     environment = {k: v for k, v in os.environ.items() if k != TEMPLATES}
     plugins = _chosen(Selection.from_environment(environment, templates))

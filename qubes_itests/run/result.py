@@ -31,6 +31,7 @@ class Prepared:
         each of their tests may take.
     :param words: of the command line, without which the run cannot be repeated.
     :param known_issues: files of apps that have them.
+    :param copies: where apps are installed, each with the directory of the app.
     """
 
     entries: Mapping[str, tuple[str, ...]] | None = None
@@ -39,6 +40,7 @@ class Prepared:
     timeouts: Mapping[str, float] = field(default_factory=dict)
     words: tuple[str, ...] = ()
     known_issues: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def told(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -52,6 +54,7 @@ class Prepared:
             values.get("timeouts", {}),
             tuple(values.get("words", ())),
             tuple(values.get("known_issues", ())),
+            values.get("copies", {}),
         )
 
     def tell(self, environment: MutableMapping[str, str] = os.environ) -> None:

@@ -1,6 +1,12 @@
 """The timeline of a test: what happened to its VMs, when, and who asked for it."""
 
-from qubes_itests.timeline.caller import called_by_guest, called_here, raised_at
+from qubes_itests.timeline.caller import (
+    called_by_guest,
+    called_here,
+    is_machinery,
+    line_of,
+    raised_at,
+)
 from qubes_itests.timeline.recorder import (
     Record,
     Recorder,
@@ -25,6 +31,8 @@ __all__ = [
     "called_here",
     "command",
     "current",
+    "is_machinery",
+    "line_of",
     "lines",
     "note",
     "raised_at",

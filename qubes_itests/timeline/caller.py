@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import linecache
+import os
 import sys
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ __all__ = [
     "called_by_guest",
     "called_here",
     "caller",
+    "is_machinery",
+    "line_of",
     "raised_at",
     "shown_path",
     "source",
@@ -43,12 +45,12 @@ _LONGEST_SOURCE: Final = 200
 def caller() -> str | None:
     """Return the line of the test that asked: ``tests/test_x.py:12``, None if none."""
     known = _CALLER.get()
-    return _found(sys._getframe(1)) if known is None else known or None  # noqa: SLF001
+    return line_of(sys._getframe(1)) if known is None else known or None  # noqa: SLF001
 
 
 def called_here() -> AbstractContextManager[None]:
     """Have tasks that are made, or handed over, in here know the line that calls."""
-    return _called_by(_found(sys._getframe(1)))  # noqa: SLF001
+    return _called_by(line_of(sys._getframe(1)))  # noqa: SLF001
 
 
 def called_by_guest() -> AbstractContextManager[None]:
@@ -70,7 +72,7 @@ def raised_at(error: BaseException) -> str | None:
     where, traceback = None, error.__traceback__
     while traceback is not None:
         frame = traceback.tb_frame
-        if not _is_machinery(frame):
+        if not is_machinery(frame):
             where = f"{shown_path(frame.f_code.co_filename)}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     return where
@@ -82,23 +84,25 @@ def source(where: str) -> str:
     return linecache.getline(path, int(number)).strip()[:_LONGEST_SOURCE]
 
 
-def _found(frame: FrameType | None) -> str | None:
+def line_of(frame: FrameType | None) -> str | None:
+    """Return the innermost line of a test from a frame on, None if there is none."""
     while frame is not None:
-        if not _is_machinery(frame):
+        if not is_machinery(frame):
             return f"{shown_path(frame.f_code.co_filename)}:{frame.f_lineno}"
         frame = frame.f_back
     return None
 
 
-def _is_machinery(frame: FrameType) -> bool:
+def is_machinery(frame: FrameType) -> bool:
+    """Return whether a frame is of what runs tests, not of a test's author."""
     name = frame.f_globals.get("__name__") or ""
     return str(name).partition(".")[0] in _MACHINERY
 
 
 @lru_cache(maxsize=1024)
 def shown_path(path: str) -> str:
-    """Return a path, relative to the current directory if it is below that."""
+    """Return a path as it is found from the current directory, if that is shorter."""
     try:
-        return str(Path(path).relative_to(Path.cwd()))
+        return min(os.path.relpath(path), path, key=len)
     except (OSError, ValueError):
         return path

@@ -11,16 +11,31 @@ if TYPE_CHECKING:
 
     from qubes_itests.timeline.recorder import Record
 
-__all__ = ["called", "describe", "doing", "headline", "last_lines"]
+__all__ = [
+    "Line",
+    "called",
+    "describe",
+    "doing",
+    "fit",
+    "headline",
+    "last_lines",
+    "waited_for",
+]
 
+#: Lines of consoles that are shown in a row.
+_CONSOLE_LINES: Final = 3
+#: What a line says, and its end, which is not to be cut.
+Line = tuple[str, str]
+#: Columns that what a line says gets at least, or its end is in the next one.
+_LEAST: Final = 50
+_INDENT: Final = " " * 9
 #: Lines of the error output of a command that are shown with it.
 _STDERR_LINES: Final = 3
 _LONGEST: Final = 1000
-#: What explains a failure; the rest is for the file.
-_TOLD: Final = (
-    *("state", "start", "run", "service", "policy", "console", "storage"),
-    *("memory", "network", "failure", "log"),
-)
+#: Kinds of records that may explain a failure, all of them.
+_TOLD: Final = ("start", "run", "service", "policy", "console", "network", "log")
+#: Seconds from which an operation of storage is worth telling.
+_SLOW: Final = 0.5
 
 
 def headline(record: Record) -> str:
@@ -39,7 +54,7 @@ _WORDS: Final = {
     "console": "console: {line}",
     "journal": "journal: {line}",
     "storage": "storage: {operation} {volume}",
-    "memory": "memory: {event} of {amount} MiB, {free} of {total} MiB free",
+    "memory": "memory: {event} {amount} MiB, {free} of {total} MiB are free",
     "network": "network: {change} {peer}",
     "event": "event {name} {kwargs}",
     "log": "{level} {logger}: {line}",
@@ -69,36 +84,82 @@ def _ending(record: Record) -> str:
     return f"  → {', '.join([*parts, f'{took:.2f} s'])}"
 
 
-def describe(record: Record) -> list[str]:
+def describe(record: Record) -> list[Line]:
     """Return a record as a line, and the end of what it wrote as errors below that."""
-    text = headline(record)
-    if "duration" in record:
-        text += safe_text(_ending(record))
-    if where := record.get("where"):
-        text += f"  {where}"
     time = record["t"] if isinstance(record["t"], float | int) else 0.0
-    vm = str(record["vm"] or "")
-    lines = [f"{time:9.3f}  {vm:16} {text}".rstrip()]
+    text = f"{time:8.2f} {record['vm'] or ''}".rstrip() + f" {headline(record)}"
+    end = safe_text(_ending(record)) if "duration" in record else ""
+    if where := record.get("where"):
+        end += f"  {where}"
     said = str(record.get("stderr") or "").splitlines()[-_STDERR_LINES:]
-    return lines + [f"{'':28}| {line}" for line in said]
+    return [(text, end), *((f"{_INDENT}| {line}", "") for line in said)]
 
 
-def last_lines(records: list[Record], count: int) -> list[str]:
-    """Return the last lines before a failure, its own included.
+def fit(line: Line, width: int) -> str:
+    """Return a line that is no wider than a terminal, in two where one does not do.
+
+    :param width: columns; 0 for any.
+    """
+    text, end = line
+    if not width or len(text) + len(end) <= width:
+        return text + end
+    room = width - len(end)
+    if room < _LEAST:
+        return (
+            f"{_cut(text, width)}\n{_INDENT}{_cut(end.strip(), width - len(_INDENT))}"
+        )
+    return _cut(text, room) + end
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def last_lines(records: list[Record], count: int) -> list[Line]:
+    """Return the last lines before a failure, as things were then.
 
     :param records: of the test, in order.
     :param count: the most lines.
     """
     kinds = [record["kind"] for record in records]
     if "failure" in kinds:
-        records = records[: kinds.index("failure") + 1]
-    told = [record for record in records if record["kind"] in _TOLD]
-    lines: list[str] = []
-    for record in reversed(told):
+        failure = kinds.index("failure")
+        records = [_as_of(records[failure], record) for record in records[:failure]]
+    lines: list[Line] = []
+    console = 0
+    for record in reversed([record for record in records if _explains(record)]):
+        # of a guest that says a lot its last words do
+        console = console + 1 if record["kind"] == "console" else 0
+        if console > _CONSOLE_LINES:
+            continue
         lines[:0] = describe(record)
         if len(lines) >= count:
             break
     return lines[-count:]
+
+
+def _as_of(moment: Record, record: Record) -> Record:
+    """Return a record as it was at a moment: what its VM's end did to it came later."""
+    match moment["t"], record["t"], record.get("duration"):
+        case float(now), float(begun), float(took) if begun + took > now:
+            return record | {"duration": None, "stderr": "", "ok": None}
+    return record
+
+
+def _explains(record: Record) -> bool:
+    """Return whether a record may explain a failure; others are for the file."""
+    match record["kind"]:
+        case "state":
+            # those of a start are told with it
+            return record["state"] not in ("Transient", "Running", "Halting")
+        case "storage":
+            took = record["duration"]
+            slow = not isinstance(took, float | int) or took > _SLOW
+            return slow or record.get("ok") is False
+        case "memory":
+            return record.get("event") == "refused"
+        case kind:
+            return kind in _TOLD
 
 
 def called(record: Record) -> str:
@@ -111,6 +172,18 @@ def called(record: Record) -> str:
         text = f"{headline(record)} ({record['vm']})"
     where = record.get("where")
     return safe_text(text + (f", {where}" if where else ""), limit=_LONGEST)
+
+
+def waited_for(open_records: list[Record], line: str | None) -> str:
+    """Return what a test waits for: the call of it that began last, or its line.
+
+    :param line: where the test is, None if in no line of its author.
+    """
+    for record in reversed(open_records):
+        # what goes on in the background was begun elsewhere in the test
+        if record["kind"] == "start" or (line and record.get("where") == line):
+            return called(record)
+    return f"the test, {line}" if line else "the harness"
 
 
 def doing(open_records: list[Record]) -> Iterator[str]:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from qubes_itests.core.device.info import DeviceInfo
-    from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["AssignmentMode", "DeviceAssignment"]
 
@@ -39,7 +38,7 @@ class DeviceAssignment:
     def __init__(
         self,
         device: VirtualDevice,
-        frontend_domain: BaseVM | None = None,
+        frontend_domain: Any = None,
         options: Mapping[str, Any] | None = None,
         mode: str | AssignmentMode = AssignmentMode.MANUAL,
     ) -> None:
@@ -54,7 +53,7 @@ class DeviceAssignment:
     @classmethod
     def new(
         cls,
-        backend_domain: BaseVM | None,
+        backend_domain: Any,
         port_id: str,
         devclass: str,
         device_id: str | None = None,
@@ -88,7 +87,7 @@ class DeviceAssignment:
         return self.virtual_device.device_id
 
     @property
-    def backend_domain(self) -> BaseVM | None:
+    def backend_domain(self) -> Any:
         """The VM that exposes the device, None for any."""
         return self.virtual_device.backend_domain
 
@@ -197,10 +196,10 @@ class DeviceAssignment:
         try:
             device = expected_device.accept(properties)
             mode = AssignmentMode(properties.pop("mode", "manual"))
-            frontend = None
-            if (name := properties.pop("frontend_domain", None)) is not None:
-                frontend = expected_device.port.backend.app.domains[name]
-        except (QubesException, ValueError) as error:
+            frontend = properties.pop("frontend_domain", None)
+            if frontend is not None:
+                frontend = expected_device.backend_domain.app.domains[frontend]
+        except (QubesException, ValueError, AttributeError) as error:
             raise ProtocolError(str(error)) from error
         if properties:
             raise ProtocolError(f"an assignment has no {', '.join(sorted(properties))}")

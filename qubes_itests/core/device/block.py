@@ -81,7 +81,7 @@ class BlockDeviceExtension(Extension):
         """Yield the devices that the VM has, with their options."""
         for port, options in list(vm.devices["block"].attached.items()):
             device = VirtualDevice(port)
-            yield port.backend.devices["block"][device.port_id], dict(options)
+            yield device.backend_domain.devices["block"][device.port_id], dict(options)
 
     @handler("device-pre-attach:block")
     async def on_pre_attach(
@@ -149,11 +149,9 @@ class BlockDeviceExtension(Extension):
             await _attach_assigned(vm, assignment)
 
     @handler("device-added:block")
-    async def on_added(
-        self, backend: BaseVM, _event: str, *, device: BlockDevice
-    ) -> None:
+    async def on_added(self, backend: Any, _event: str, *, device: BlockDevice) -> None:
         """Give a new device to the first running VM that waits for it."""
-        for vm in backend.app.domains.startable():
+        for vm in backend.app.domains:
             for assignment in vm.devices["block"].get_assigned_devices():
                 if vm.is_running() and assignment.matches(device):
                     await _attach_assigned(vm, assignment)
@@ -291,15 +289,16 @@ class BlockDevice(DeviceInfo):
         )
 
     @property
-    def attachment(self) -> BaseVM | None:
+    def attachment(self) -> Any:
         """The VM that has it now, None for none."""
         return _attachment(self.port)
 
 
-def _attachment(port: Port) -> BaseVM | None:
+def _attachment(port: Port) -> Any:
+    app: Any = port.backend_domain and port.backend_domain.app
     having = (
         vm
-        for vm in port.backend.app.domains
+        for vm in app.domains
         if "block" in vm.devices and port in vm.devices["block"].attached
     )
     return next(having, None)

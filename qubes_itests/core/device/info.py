@@ -13,8 +13,6 @@ from qubes_itests.core.exc import ProtocolError, QubesException, QubesValueError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from qubes_itests.core.vm.base import BaseVM
-
 __all__ = ["DeviceCategory", "DeviceInfo", "DeviceInterface", "UnknownDevice"]
 
 log = logging.getLogger("qubes.devices")
@@ -186,7 +184,7 @@ class DeviceInfo(VirtualDevice):
         serial: str | None = None,
         interfaces: Iterable[DeviceInterface] | None = None,
         parent: Port | VirtualDevice | None = None,
-        attachment: BaseVM | None = None,
+        attachment: Any = None,
         device_id: str | None = None,
         **data: str,
     ) -> None:
@@ -243,14 +241,14 @@ class DeviceInfo(VirtualDevice):
         return self._parent
 
     @property
-    def attachment(self) -> BaseVM | None:
+    def attachment(self) -> Any:
         """The VM that has it now, None for none."""
         return self._attachment
 
     @property
     def subdevices(self) -> list[DeviceInfo]:
         """The devices that are parts of this one, of the same class."""
-        exposed = self.port.backend.devices[self.devclass]
+        exposed = self.backend_domain.devices[self.devclass]
         return [
             dev
             for dev in exposed
@@ -291,7 +289,7 @@ class DeviceInfo(VirtualDevice):
     def deserialize(
         cls,
         serialization: bytes,
-        expected_backend_domain: BaseVM,
+        expected_backend_domain: Any,
         expected_devclass: str | None = None,
     ) -> DeviceInfo:
         """Read a line of ``admin.vm.device.CLASS.Available``.
@@ -332,7 +330,7 @@ class DeviceInfo(VirtualDevice):
             if field in properties
         }
         if attachment := properties.pop("attachment", ""):
-            options["attachment"] = device.port.backend.app.domains[attachment]
+            options["attachment"] = device.backend_domain.app.domains[attachment]
         encoded = properties.pop("interfaces", "")
         options["interfaces"] = DeviceInterface.from_str_bulk(encoded)
         if "parent_port_id" in properties:

@@ -132,13 +132,6 @@ class Port:
         check_devclass(str(self.devclass))
 
     @property
-    def backend(self) -> BaseVM:
-        """The VM that exposes it; QubesValueError where that may be any."""
-        if self.backend_domain is None:
-            raise QubesValueError(f"expected a device of one VM, got {self}")
-        return self.backend_domain
-
-    @property
     def backend_name(self) -> str:
         """Name of the VM that exposes it, or ``*``."""
         return ANY if self.backend_domain is None else self.backend_domain.name
@@ -202,7 +195,7 @@ class VirtualDevice:
         return self._device_id or ANY
 
     @property
-    def backend_domain(self) -> BaseVM | None:
+    def backend_domain(self) -> Any:
         """The VM that exposes it, None for any."""
         return self.port.backend_domain
 

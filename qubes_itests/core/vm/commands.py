@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qubes_itests.core.exc import QubesValueError, QubesVMNotRunningError
 from qubes_itests.guest.link.frames import Channel
 from qubes_itests.guest.link.process import LONGEST_ANSWER, answer_of
+from qubes_itests.untrusted_text import quoted, safe_text
 
 if TYPE_CHECKING:
     import asyncio
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PIPES", "Commands", "communicate"]
 
+#: Bytes of the error output that are shown with the error of a command.
+_SHOWN: Final = 1000
 _OUTPUTS: Final = {"stdout": Channel.STDOUT, "stderr": Channel.STDERR}
 _NOT_CONNECTED: Final = (None, subprocess.DEVNULL)
 
@@ -171,7 +174,12 @@ async def communicate(
         data = b""  # a process of the host reads on until it is given something
     stdout, stderr = await process.communicate(data)
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command, stdout, stderr)
+        error = subprocess.CalledProcessError(
+            process.returncode, command, stdout, stderr
+        )
+        if said := safe_text((stderr or b"")[-_SHOWN:].strip(), lines=True):
+            error.add_note(quoted(said))
+        raise error
     return stdout or b"", stderr or b""
 
 

@@ -135,7 +135,7 @@ def test_commands_that_fail_fail_the_tests_with_what_they_said(apps):
     log = "itests-artifacts/template-mine.log"
     assert (apps.site.work / log).read_text().endswith("now it goes wrong\n")
     assert log in done.stdout
-    command = rf"run again +.*--app {apps.directory}/wrong wrong::TC_App_mine"
+    command = rf"run again +.*--app {apps.directory}/wrong .*wrong::TC_App_mine"
     assert re.search(command, done.stdout)
     assert re.search(command, apps.site.run("report").stdout)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qubes_itests.report.failures import Failure, load, show, store
+from qubes_itests.report.failures import Failure, LastRun, load, show, store
 from qubes_itests.report.names import file_name, one_line
 
 
@@ -81,8 +82,19 @@ def test_many_failures_are_not_a_flood():
 
 
 def test_failures_can_be_read_again(tmp_path):
-    store(tmp_path / "deep" / "file", [FAILED])
-    assert load(tmp_path / "deep" / "file") == [FAILED]
+    failed = dataclasses.replace(FAILED, timeline=(("runs", "  t.py:3"),))
+    run = LastRun((failed,), interrupted=True, not_run=1)
+    store(tmp_path / "deep" / "file", run)
+    assert load(tmp_path / "deep" / "file") == run
+    assert run.ending() == "The run was interrupted: 1 test was not run."
+
+
+def test_in_a_ci_the_commands_are_for_the_machine_of_the_reader(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CI", "true")
+    words = ("--app", str(tmp_path / "app"), "--template", "debian-12")
+    told = shown([Failure("a::b", "no", words=words)])
+    assert "  run again   itests --app app --template debian-12 a::b" in told
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '[{"test": 1}]', "null"])

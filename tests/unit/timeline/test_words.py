@@ -2,7 +2,7 @@
 
 from qubes_itests import timeline
 from qubes_itests.timeline import Recorder, recording
-from qubes_itests.timeline.words import called, describe, doing, last_lines
+from qubes_itests.timeline.words import called, describe, doing, fit, last_lines
 
 
 def test_a_command_is_told_with_its_end_and_what_it_complained_of():
@@ -10,7 +10,7 @@ def test_a_command_is_told_with_its_end_and_what_it_complained_of():
         timeline.begin("run", "work", command="rve", where="t.py:3").end(
             status=127, stderr="1\n2\n3\nsh: rve: not found\n"
         )
-    first, *said = describe(recorder.records()[0])
+    first, *said = [fit(line, 0) for line in describe(recorder.records()[0])]
     assert '"rve"' in first
     assert "status 127" in first
     assert "t.py:3" in first
@@ -21,14 +21,14 @@ def test_a_command_is_told_with_its_end_and_what_it_complained_of():
 def test_the_last_lines_end_with_the_failure_and_leave_out_what_came_then():
     with recording(Recorder()) as recorder:
         for number in range(20):
-            timeline.note("console", "work", line=str(number))
+            timeline.note("log", "work", level="ERROR", logger="x", line=str(number))
         timeline.begin("phase", name="tearDown")
         timeline.note("failure", text="AssertionError: no")
         timeline.note("state", "work", state="Halted")
-    lines = last_lines(recorder.records(), 10)
+    lines = [fit(line, 0) for line in last_lines(recorder.records(), 10)]
     assert len(lines) == 10
-    assert "AssertionError: no" in lines[-1]
-    assert lines[0].endswith("console: 11")
+    assert lines[0].endswith("ERROR x: 10")
+    assert lines[-1].endswith("ERROR x: 19")
 
 
 def test_what_goes_on_is_told_with_its_step():
@@ -40,3 +40,32 @@ def test_what_goes_on_is_told_with_its_step():
             "work starts: wait",
             'runs "sleep 9" in work',
         ]
+
+
+def test_what_a_failed_test_waited_for_has_not_ended_though_its_vm_has():
+    with recording(Recorder()) as recorder:
+        span = timeline.begin("run", "work", command="sleep 9")
+        timeline.note("failure", text="no end within 1 s")
+        span.end(status=255, stderr="gone")
+    ((_, end),) = last_lines(recorder.records(), 10)
+    assert end.endswith("… has not ended")
+
+
+def test_a_line_is_as_wide_as_it_may_be_and_keeps_its_end():
+    with recording(Recorder()) as recorder:
+        timeline.begin("run", "work", command="x" * 300, where="t.py:3").end(status=1)
+    (line,) = describe(recorder.records()[0])
+    assert len(fit(line, 100)) == 100
+    assert fit(line, 100).endswith("x…  → status 1, 0.00 s  t.py:3")
+    assert [len(part) for part in fit(line, 60).split("\n")] == [60, 35]
+    assert len(fit(line, 0)) > 300
+
+
+def test_a_guest_that_says_a_lot_leaves_room_for_what_was_asked_of_it():
+    with recording(Recorder()) as recorder:
+        timeline.begin("run", "work", command="crash").end(status=1)
+        for number in range(50):
+            timeline.note("console", "work", line=str(number))
+    lines = [fit(line, 0) for line in last_lines(recorder.records(), 10)]
+    assert [line.rpartition(" ")[2] for line in lines[1:]] == ["47", "48", "49"]
+    assert "crash" in lines[0]

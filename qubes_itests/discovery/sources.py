@@ -1,0 +1,103 @@
+"""Modules of installed apps that name the files of their authors.
+
+The tests of an app run from an installed copy. What Python compiles of it bears the
+name of the file in the app's repository that it is a copy of, byte for byte: so
+tracebacks, debuggers and reports name what an author can edit.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import (
+    BYTECODE_SUFFIXES,
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    SourceFileLoader,
+    SourcelessFileLoader,
+)
+from pathlib import Path
+from types import CodeType
+from typing import TYPE_CHECKING
+
+from qubes_itests.host.tree import files_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["name_authors_files"]
+
+
+def name_authors_files(copies: Mapping[str, str]) -> None:
+    """Have modules that are imported from now on name their authors' files.
+
+    :param copies: directories of installed packages, each with that of its app.
+    """
+    for packages, app in copies.items():
+        authored = _Authored(Path(packages), Path(app))
+        sys.path_hooks.insert(0, authored.finder)
+        # who has looked there before was another finder
+        for path in [p for p in sys.path_importer_cache if authored.has(p)]:
+            del sys.path_importer_cache[path]
+
+
+class _Authored:
+    """The modules of one app.
+
+    :param packages: where they are installed.
+    :param app: the directory that they come from.
+    """
+
+    def __init__(self, packages: Path, app: Path) -> None:
+        self._packages = packages
+        self._app = app
+        self._by_name: dict[str, list[Path]] | None = None
+
+    def has(self, path: str) -> bool:
+        """Return whether a directory is that of the packages, or below."""
+        return Path(path).is_relative_to(self._packages)
+
+    def finder(self, path: str) -> FileFinder:
+        """Return what finds modules in a directory; ImportError if it is another's."""
+        if not self.has(path):
+            raise ImportError(path=path)
+        authored = self
+
+        class Loader(SourceFileLoader):
+            def get_code(self, fullname: str) -> CodeType | None:
+                code = super().get_code(fullname)
+                return code and _renamed(code, authored.source(self.path))
+
+        return FileFinder(
+            path,
+            (ExtensionFileLoader, EXTENSION_SUFFIXES),
+            (Loader, SOURCE_SUFFIXES),
+            (SourcelessFileLoader, BYTECODE_SUFFIXES),
+        )
+
+    def source(self, path: str) -> str:
+        """Return the file that a module is a copy of; itself if there is none."""
+        if self._by_name is None:
+            self._by_name = {}
+            for name in files_of(self._app):
+                self._by_name.setdefault(name.name, []).append(self._app / name)
+        copy = Path(path)
+        same = [
+            source
+            for source in self._by_name.get(copy.name, ())
+            if source.is_file() and source.read_bytes() == copy.read_bytes()
+        ]
+        if not same:
+            return path
+        # of several that are the same, that whose folder has the same name
+        same.sort(key=lambda source: source.parent.name != copy.parent.name)
+        return str(same[0])
+
+
+def _renamed(code: CodeType, name: str) -> CodeType:
+    constants = tuple(
+        _renamed(value, name) if isinstance(value, CodeType) else value
+        for value in code.co_consts
+    )
+    return code.replace(co_filename=name, co_consts=constants)

@@ -1,0 +1,63 @@
+"""What recording timelines costs: runs of one suite with it and without it, in turn.
+
+Run: ``.venv/bin/python tests/benchmarks/recorder.py [ROUNDS]``; 20 by default.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from bench import heading, row
+
+#: Commands one after the other, of each kind, and fifty at once.
+TESTS = ("smoke::TC_00_Commands_tiny", "smoke::TC_10_Services_tiny")
+ROUNDS = 20
+
+
+def measured(trace, directory):
+    """Return the seconds of a run, and those of CPU time of all its processes."""
+    words = ["-q", f"--trace={trace}", *TESTS]
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qubes_itests", *words],
+        cwd=directory,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"a run with --trace={trace} ended with status {status}")
+    return time.monotonic() - began, used.ru_utime + used.ru_stime
+
+
+def main():
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
+    figures = {"off": [], "retain-on-failure": [], "on": []}
+    with tempfile.TemporaryDirectory() as directory:
+        measured("off", directory)  # fills the cache
+        for number in range(rounds):
+            # each in turn begins: a machine gets slower and faster in the meantime
+            order = list(figures)[number % 3 :] + list(figures)[: number % 3]
+            for trace in order:
+                figures[trace].append(measured(trace, directory))
+    heading(f"{rounds} runs of {', '.join(TESTS)} each, medians")
+    for index, what in enumerate(("wall time", "CPU time")):
+        without = [figure[index] for figure in figures["off"]]
+        row(f"{what}, --trace=off", f"{statistics.median(without):.2f} s")
+        for trace in ("retain-on-failure", "on"):
+            found = [figure[index] for figure in figures[trace]]
+            more = [a / b - 1 for a, b in zip(found, without, strict=True)]
+            row(
+                f"{what}, --trace={trace}",
+                f"{statistics.median(found):.2f} s,"
+                f" {statistics.median(more):+.1%} of the run beside it",
+            )
+
+
+if __name__ == "__main__":
+    main()
