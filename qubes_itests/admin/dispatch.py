@@ -327,8 +327,8 @@ class Dispatcher:
             await save(self.app)
         return content  # type: ignore[no-any-return]
 
-    def _domain(self, name: str) -> Any:
-        key: Any = name
+    def _domain(self, name: str) -> BaseVM:
+        key: object = name
         if name.startswith("uuid:"):
             if not _UUID.fullmatch(name):
                 raise QubesVMInvalidUUIDError(name.removeprefix("uuid:"))

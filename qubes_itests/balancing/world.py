@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from qubes_itests.balancing.guest_memory import GuestMemory
 from qubes_itests.core.exc import QubesVMStartError
+from qubes_itests.core.vm.appvm import AppVM
 from qubes_itests.qmemman.exc import MemoryRefusedError
 from qubes_itests.qmemman.simulation.scenario import World
 from qubes_itests.qmemman.sizes import MIB, mib
@@ -70,7 +71,7 @@ class VMWorld(World):
         :raise MemoryRefusedError: when there is no memory for it.
         """
         vm = await self.app.create_vm(
-            "AppVM",
+            AppVM,
             name=name,
             label="red",
             memory=memory // MIB,

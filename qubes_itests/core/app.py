@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from qubes_itests.core import config
 from qubes_itests.core.device.block import BlockDeviceExtension
@@ -64,9 +64,15 @@ __all__ = ["VM_CLASSES", "Qubes"]
 
 log = logging.getLogger("qubes.app")
 
+_VM = TypeVar("_VM", bound=QubesVM | RemoteVM)
+
 #: The classes of VMs, by name.
-VM_CLASSES: Mapping[str, type[Any]] = {
-    cls.__name__: cls for cls in (TemplateVM, AppVM, StandaloneVM, DispVM, RemoteVM)
+VM_CLASSES: Mapping[str, type[QubesVM | RemoteVM]] = {
+    "TemplateVM": TemplateVM,
+    "AppVM": AppVM,
+    "StandaloneVM": StandaloneVM,
+    "DispVM": DispVM,
+    "RemoteVM": RemoteVM,
 }
 
 #: Properties of the app that are a default of VMs, and what these call them.
@@ -334,8 +340,14 @@ class Qubes(PoolsMixin):
 
     get_label = staticmethod(find_label)
 
+    @overload
     @staticmethod
-    def get_vm_class(name: str | type[Any]) -> type[Any]:
+    def get_vm_class(name: type[_VM]) -> type[_VM]: ...
+    @overload
+    @staticmethod
+    def get_vm_class(name: str) -> type[Any]: ...
+    @staticmethod
+    def get_vm_class(name: str | type[_VM]) -> type[Any]:
         """Return the VM class of that name; QubesValueError if there is none."""
         if isinstance(name, type):
             return name
@@ -345,9 +357,17 @@ class Qubes(PoolsMixin):
             )
         return VM_CLASSES[name]
 
+    @overload
     def add_new_vm(
-        self, cls: str | type[Any], qid: int | None = None, **properties: Any
-    ) -> Any:
+        self, cls: type[_VM], qid: int | None = None, **properties: Any
+    ) -> _VM: ...
+    @overload
+    def add_new_vm(
+        self, cls: str, qid: int | None = None, **properties: Any
+    ) -> Any: ...
+    def add_new_vm(
+        self, cls: str | type[_VM], qid: int | None = None, **properties: Any
+    ) -> _VM:
         """Make a VM and add it; nothing is made on disk, as `create_vm` does.
 
         :param cls: the class, or its name.
@@ -372,26 +392,30 @@ class Qubes(PoolsMixin):
         vm = vm_class(self, qid=qid, **properties)
         # before its volumes take the place of those of the VM that is there
         self.domains.check_free(vm)
-        if not isinstance(vm, QubesVM):
-            return self.domains.add(vm)
-        vm.storage.is_made = False
         try:
-            vm.init_storage()
+            if isinstance(vm, QubesVM):
+                vm.storage.is_made = False
+                vm.init_storage()
             return self.domains.add(vm)
         except BaseException:
-            vm.storage.unbind()
+            if isinstance(vm, QubesVM):
+                vm.storage.unbind()
             raise
 
+    @overload
+    async def create_vm(self, cls: type[_VM], **options: Any) -> _VM: ...
+    @overload
+    async def create_vm(self, cls: str, **options: Any) -> Any: ...
     async def create_vm(
         self,
-        cls: str | type[Any],
+        cls: str | type[_VM],
         *,
         pool: str | None = None,
         pools: Mapping[str, str] | None = None,
         adopt: bool = False,
         tags: Iterable[str] = (),
         **properties: Any,
-    ) -> Any:
+    ) -> _VM:
         """Make a VM with its volumes, and save the app: all of that, or nothing.
 
         :param cls: the class, or its name.
@@ -403,7 +427,7 @@ class Qubes(PoolsMixin):
         :raise QubesVMAlreadyExistsError: for one that is taken.
         :raise VolumeExistsError: when one of its volumes is there already.
         """
-        vm = self.add_new_vm(cls, **properties)
+        vm: _VM = self.add_new_vm(cls, **properties)
         async with making(vm):
             vm.tags.update(tags)
             await vm.create_on_disk(pool=pool, pools=pools, adopt=adopt)

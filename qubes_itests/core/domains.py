@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import uuid
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from qubes_itests.core import config
 from qubes_itests.core.exc import (
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["VMCollection"]
 
+_VM = TypeVar("_VM", bound=BaseVM)
+
 #: Names of so many disposable VMs that are gone are not given again.
 _REMEMBERED: Final = 1000
 
@@ -50,7 +52,7 @@ class VMCollection:
         #: No number below this one is free.
         self._next_qid = 1
 
-    def add(self, vm: BaseVM, *, announce: bool = True) -> BaseVM:
+    def add(self, vm: _VM, *, announce: bool = True) -> _VM:
         """Add a VM, and return it.
 
         :param announce: whether to enable its events and fire those of a new VM; a VM

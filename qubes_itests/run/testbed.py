@@ -22,6 +22,7 @@ from qubes_itests.balancing.balloons import LibvirtMemory
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.policy.files import fill
 from qubes_itests.core.store.journal import recover
+from qubes_itests.core.vm.templatevm import TemplateVM
 from qubes_itests.core.volume_content import copy_image
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.start.warm import WarmStarts
@@ -277,7 +278,7 @@ class Testbed:
     async def _add_template(self, app: Qubes, name: str, template: Template) -> None:
         size = template.root_image.stat().st_size
         vm = app.add_new_vm(
-            "TemplateVM",
+            TemplateVM,
             name=name,
             label="black",
             kernel=name,

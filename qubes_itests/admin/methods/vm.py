@@ -18,9 +18,11 @@ from qubes_itests.core.exc import (
 )
 from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.core.vm.base import validate_name
+from qubes_itests.core.vm.dispvm import DispVM
 
 if TYPE_CHECKING:
     from qubes_itests.core.labels import Label
+    from qubes_itests.core.vm.base import BaseVM
 
 __all__: list[str] = []
 
@@ -28,7 +30,7 @@ log = logging.getLogger("qubes.admin")
 
 _CREATE: Final = "admin.vm.Create."
 _IN_POOL: Final = "admin.vm.CreateInPool."
-#: Not of Qubes OS, like the other methods on volumes without a VM: see `methods_pool`.
+#: Not of Qubes OS, like the other methods on volumes without a VM, those of pools.
 _ADOPT: Final = "admin.vm.Adopt."
 #: The classes whose VMs keep volumes.
 _ADOPTERS: Final = ("AppVM", "StandaloneVM", "TemplateVM")
@@ -91,7 +93,7 @@ def _wanted_pools(
     return common, {key.removeprefix("pool:"): name for key, name in given.items()}
 
 
-def _template(call: Call) -> Any:
+def _template(call: Call) -> BaseVM | None:
     cls = VM_CLASSES[call.method.rpartition(".")[2]]
     if not call.raw_argument:
         return None
@@ -142,8 +144,7 @@ async def create_disposable(call: Call) -> str:
     default = call.app.dispvm_template
     template = default(call.source) if is_dom0 else call.destination
     call.permit(dispvm_template=template)
-    cls: Any = call.app.get_vm_class("DispVM")
-    vm = await cls.from_appvm(template)
+    vm = await DispVM.from_appvm(template)
     for tag in ("created-by", "disp-created-by"):
         vm.tags.add(f"{tag}-{call.source.name}")
     return f"uuid:{vm.uuid}" if call.payload else str(vm.name)

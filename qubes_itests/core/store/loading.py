@@ -190,7 +190,7 @@ class Loading:
                 )
             return dom0
         with self._at(domain):
-            cls = self._app.get_vm_class(klass)
+            cls: type[BaseVM] = self._app.get_vm_class(klass)
         try:
             return self._app.domains.add(cls(self._app, **identity), announce=False)
         except (QubesException, ValueError, TypeError) as error:

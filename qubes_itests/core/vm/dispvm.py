@@ -154,8 +154,7 @@ class DispVM(QubesVM):
                 " template_for_dispvms, or name another VM"
             )
         properties.setdefault("auto_cleanup", True)
-        vm: Self = await appvm.app.create_vm(cls, template=appvm, **properties)
-        return vm
+        return await appvm.app.create_vm(cls, template=appvm, **properties)
 
     def check_startable(self) -> None:
         """Raise when it must not be started, or its template no more is one."""
