@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
+from qubes_itests.html_report.page import write_report
 from qubes_itests.report import ci, failures
 from qubes_itests.report.failures import COMMAND, Failure
 from qubes_itests.report.history import History, HistoryError
@@ -33,6 +34,7 @@ def execute(command: Command, settings: Settings) -> int:
         results = merge(parts, target)
         seconds = max(part.run.duration or 0.0 for part in parts)
         lines = ci.write(results, settings.app, seconds, target, settings.summary)
+        write_report(target)
     except OSError as error:
         raise HistoryError(f"{error.filename}: {error.strerror}") from error
     try:

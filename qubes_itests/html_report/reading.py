@@ -119,7 +119,9 @@ _KINDS: Final[Mapping[str, _Fields]] = {
     "storage": {
         **_SPAN, "operation": _text, "pool": _text, "volume": _text, "ok": _flag},
     "network": {"change": _text, "peer": _text},
-    "memory": {"targets": _numbers, "used": _numbers, "total": _number},
+    "memory": {
+        "event": _text, "targets": _numbers, "used": _numbers, "holds": _numbers,
+        "free": _number, "total": _number, "amount": _number},
     "console": {"line": _text},
     "journal": {"line": _text},
     "log": {"level": _text, "logger": _text, "line": _text},

@@ -16,11 +16,12 @@ import pytest
 from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.hookspec import PROJECT
 from qubes_itests.host import sandbox
-from qubes_itests.pytest_plugin import header, resandbox, worker
+from qubes_itests.pytest_plugin import async_tests, header, resandbox, worker
 from qubes_itests.pytest_plugin.ci import CIReport
 from qubes_itests.pytest_plugin.collection import PluginNode
 from qubes_itests.pytest_plugin.deadline import Deadline
 from qubes_itests.pytest_plugin.debugger import PostponedCleanUps
+from qubes_itests.pytest_plugin.ending import Ending
 from qubes_itests.pytest_plugin.history import HistoryKeeper, earlier_times
 from qubes_itests.pytest_plugin.known_issues import KnownIssues
 from qubes_itests.pytest_plugin.recording import Recording
@@ -52,6 +53,8 @@ __all__ = ["CONTEXT", "SETTINGS"]
 
 #: Settings that the main job has read already.
 SETTINGS = pytest.StashKey[Settings]()
+#: Whether it is plain pytest that runs, and not the main job.
+PLAIN = pytest.StashKey[bool]()
 
 _PREFIX = "--itests-"
 
@@ -90,6 +93,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if SETTINGS not in config.stash:
         read = worker.settings if worker.is_worker(config) else _settings
         config.stash[SETTINGS] = read(config)
+        config.stash[PLAIN] = True
     settings = config.stash[SETTINGS]
     context = RunContext(settings, plugins_for(settings), worker.part(config))
     config.stash[CONTEXT] = context
@@ -106,6 +110,7 @@ def pytest_configure(config: pytest.Config) -> None:
         watch.require_terminal()
     if config.getoption("usepdb"):
         config.pluginmanager.register(PostponedCleanUps(), "qubes_itests-debugger")
+    config.pluginmanager.register(async_tests, "qubes_itests-async-tests")
     deadline = Deadline(functools.partial(_time_limit, settings), watch.keep_stacks)
     watch.deadline = deadline
     config.pluginmanager.register(deadline, "qubes_itests-deadline")
@@ -126,6 +131,8 @@ def _register_results(
         register(record, "qubes_itests-run-record")
         ends = CIReport(settings, watch.artifacts.root, keeper.results)
         register(ends, "qubes_itests-ci")
+        if PLAIN in config.stash:
+            register(Ending(settings, watch, _PREFIX), "qubes_itests-ending")
 
 
 def _register_choices(
@@ -150,11 +157,17 @@ def _register_choices(
 
 def _time_limit(settings: Settings, item: pytest.Item) -> float:
     """Return the seconds for a test: as told, as its app says, or as usual."""
-    if settings.timeout is not None:
-        return settings.timeout
-    node = item.getparent(PluginNode)
-    of_apps = Prepared.told().timeouts
-    return of_apps.get(node.plugin.name if node else "", DEFAULT_TIMEOUT)
+    limit = settings.timeout
+    if limit is None:
+        node = item.getparent(PluginNode)
+        of_apps = Prepared.told().timeouts
+        limit = of_apps.get(node.plugin.name if node else "", DEFAULT_TIMEOUT)
+    # A process has one timer for signals: what pytest-timeout wants of it we do.
+    if (theirs := item.config.pluginmanager.get_plugin("timeout")) is not None:
+        asked: Any = theirs._get_item_settings(item)  # noqa: SLF001 - it tells nobody else
+        if asked.timeout and asked.method == "signal":
+            return float(min(limit or asked.timeout, asked.timeout))
+    return limit
 
 
 def _register_role(

@@ -117,30 +117,41 @@ def show(
     command: Sequence[str],
     write: Callable[[str], None],
     limit: int = _SHOWN,
+    *,
+    again: Sequence[str] = (),
+    prefix: str = "--",
 ) -> None:
     """Write what to know and what to type about each failure.
 
     :param command: the words that begin a command line of this program.
     :param limit: how many to show in full.
+    :param again: the words before the id of a test that run it again, if they are not
+        those of this program; then it has no report of the run either.
+    :param prefix: of options after these words.
     """
     for failure in failures[:limit]:
         write("")
-        for line in _lines(failure, command):
+        for line in _lines(failure, command, again, prefix):
             write(line)
     if len(failures) > limit:
         write("")
-        more = len(failures) - limit
-        write(f"and {more} more: {shlex.join([*command, 'report'])}")
+        where = "" if again else f": {shlex.join([*command, 'report'])}"
+        write(f"and {len(failures) - limit} more{where}")
 
 
-def _lines(failure: Failure, command: Sequence[str]) -> list[str]:
+def _lines(
+    failure: Failure, command: Sequence[str], words: Sequence[str], prefix: str
+) -> list[str]:
+    words = words or command
     test = (*failure.words, failure.test)
-    if os.environ.get("CI"):
+    if words is not command:
+        test = (failure.test,)
+    elif os.environ.get("CI"):
         # who reads that is at another machine, in a checkout of the app
-        command, test = ("itests",), tuple(map(_from_here, test))
-    again = shlex.join([*command, *test])
-    inside = shlex.join([*command, "--shell-on-failure", *test])
-    disks = shlex.join([*command, "--keep=failed", *test])
+        words, test = ("itests",), tuple(map(_from_here, test))
+    again = shlex.join([*words, *test])
+    inside = shlex.join([*words, f"{prefix}shell-on-failure", *test])
+    disks = shlex.join([*words, f"{prefix}keep=failed", *test])
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     happened = (fit(line, width) for line in failure.timeline)
     lines = [failure.test, *happened, f"  cause       {failure.cause}"]

@@ -252,8 +252,14 @@ class History:
                     continue  # its run goes on
                 try:
                     # one that was killed before its first word has an empty file
-                    if os.fstat(file.fileno()).st_size:
-                        self.add(read_runs(file, path.name))
+                    empty = not os.fstat(file.fileno()).st_size
+                    runs = [] if empty else list(read_runs(file, path.name))
+                except HistoryError as error:
+                    aside = path.replace(self._directory / "unreadable.jsonl")
+                    self._note(f"a run is not kept, but as {aside}: {error}")
+                    continue
+                try:
+                    self.add(runs)
                 except (OSError, sqlite3.Error, HistoryError) as error:
                     self._note(f"results wait in {path}, which cannot be kept: {error}")
                 else:

@@ -118,8 +118,9 @@ class Results:
         else:
             known = self._with(known, report)
         self._open[report.nodeid] = dataclasses.replace(known, worker=worker)
-        # pytest-xdist tells of a test that ended its worker only once
-        if report.when not in ("setup", "call"):
+        # pytest-xdist tells of a test that ended its worker only once. Without an
+        # outcome others follow: pytest-rerunfailures tells of the tear-down of each.
+        if report.when not in ("setup", "call") and known.outcome:
             self._end(report.nodeid)
 
     @pytest.hookimpl(tryfirst=True)

@@ -12,6 +12,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Final
 
+from qubes_itests.run.options import PYTEST
 from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import (
     OPTIONS,
@@ -30,7 +31,13 @@ if TYPE_CHECKING:
     from qubes_itests.run.app_templates import Wishes
     from qubes_itests.run.settings import Settings
 
-__all__ = ["build_templates", "prepare", "prepare_apps", "prepare_listing"]
+__all__ = [
+    "build_templates",
+    "prepare",
+    "prepare_apps",
+    "prepare_listing",
+    "told_again",
+]
 
 #: Seconds between two lines where there is no terminal.
 _PLAIN_INTERVAL: Final = 10.0
@@ -53,7 +60,7 @@ def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
     :raise EnvironmentNotReadyError: a template that no app derives cannot be fetched.
     :raise ImageError: such a template does not build.
     """
-    words = tuple(word for pair in _told_again(settings) for word in pair)
+    words = tuple(word for pair in told_again(settings) for word in pair)
     if not (settings.app or settings.template_spec):
         build_templates(settings, names or settings.templates)
         if words:
@@ -71,16 +78,21 @@ def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
     dataclasses.replace(prepared, templates=problems, words=words).tell()
 
 
-def _told_again(settings: Settings) -> Iterable[tuple[str, ...]]:
-    """Yield the options without which a test is not found again, or is another."""
+def told_again(settings: Settings, prefix: str = "--") -> Iterable[tuple[str, ...]]:
+    """Yield the options without which a test is not found again, or is another.
+
+    :param prefix: of their spellings; with that of pytest those that pytest takes.
+    """
     for option in map(OPTIONS.__getitem__, _TOLD_AGAIN):
         value = getattr(settings, option.name)
+        taken = prefix == "--" or PYTEST in option.commands
+        if value == option.default or not taken:
+            continue
         if isinstance(value, bool):
-            if value != option.default:
-                yield (option.spellings()[0 if value else 1],)
-        elif value != option.default:
+            yield (option.spellings(prefix)[0 if value else 1],)
+        else:
             for one in value if isinstance(value, tuple) else (value,):
-                yield option.spellings()[0], str(one)
+                yield option.spellings(prefix)[0], str(one)
 
 
 def prepare_listing(settings: Settings) -> Settings:

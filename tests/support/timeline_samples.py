@@ -116,9 +116,10 @@ class _Sample:
         for number in range(int(self.now * 4)):
             for vm in self.vms:
                 used[vm] = max(60, min(500, used[vm] + self.chance.randrange(-30, 34)))
-            targets = {vm: int(size * 1.3) + 50 for vm, size in used.items()}
-            sizes = {"targets": targets, "used": dict(used), "total": 4096}
-            self.add("memory", t=number / 4, **sizes)
+            holds = {vm: int(size * 1.3) + 50 for vm, size in used.items()}
+            sizes = {"targets": {}, "used": dict(used), "holds": holds, "total": 4096}
+            event = "refused" if number == 7 else "balance"
+            self.add("memory", t=number / 4, event=event, **sizes, free=90, amount=400)
 
 
 def timeline(test, outcome, vms, chance, calls=24):

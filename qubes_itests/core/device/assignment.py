@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from qubes_itests.core.device.info import DeviceInfo
+    from qubes_itests.core.vm.base import BaseVM
 
 __all__ = ["AssignmentMode", "DeviceAssignment"]
 
@@ -38,7 +39,7 @@ class DeviceAssignment:
     def __init__(
         self,
         device: VirtualDevice,
-        frontend_domain: Any = None,
+        frontend_domain: BaseVM | None = None,
         options: Mapping[str, Any] | None = None,
         mode: str | AssignmentMode = AssignmentMode.MANUAL,
     ) -> None:
@@ -53,7 +54,7 @@ class DeviceAssignment:
     @classmethod
     def new(
         cls,
-        backend_domain: Any,
+        backend_domain: BaseVM | None,
         port_id: str,
         devclass: str,
         device_id: str | None = None,
@@ -87,7 +88,7 @@ class DeviceAssignment:
         return self.virtual_device.device_id
 
     @property
-    def backend_domain(self) -> Any:
+    def backend_domain(self) -> BaseVM | None:
         """The VM that exposes the device, None for any."""
         return self.virtual_device.backend_domain
 
@@ -196,10 +197,10 @@ class DeviceAssignment:
         try:
             device = expected_device.accept(properties)
             mode = AssignmentMode(properties.pop("mode", "manual"))
-            frontend = properties.pop("frontend_domain", None)
-            if frontend is not None:
-                frontend = expected_device.backend_domain.app.domains[frontend]
-        except (QubesException, ValueError, AttributeError) as error:
+            frontend = None
+            if (name := properties.pop("frontend_domain", None)) is not None:
+                frontend = expected_device.port.backend.app.domains[name]
+        except (QubesException, ValueError) as error:
             raise ProtocolError(str(error)) from error
         if properties:
             raise ProtocolError(f"an assignment has no {', '.join(sorted(properties))}")

@@ -81,7 +81,7 @@ class BlockDeviceExtension(Extension):
         """Yield the devices that the VM has, with their options."""
         for port, options in list(vm.devices["block"].attached.items()):
             device = VirtualDevice(port)
-            yield device.backend_domain.devices["block"][device.port_id], dict(options)
+            yield port.backend.devices["block"][device.port_id], dict(options)
 
     @handler("device-pre-attach:block")
     async def on_pre_attach(
@@ -149,9 +149,11 @@ class BlockDeviceExtension(Extension):
             await _attach_assigned(vm, assignment)
 
     @handler("device-added:block")
-    async def on_added(self, backend: Any, _event: str, *, device: BlockDevice) -> None:
+    async def on_added(
+        self, backend: BaseVM, _event: str, *, device: BlockDevice
+    ) -> None:
         """Give a new device to the first running VM that waits for it."""
-        for vm in backend.app.domains:
+        for vm in backend.app.domains.startable():
             for assignment in vm.devices["block"].get_assigned_devices():
                 if vm.is_running() and assignment.matches(device):
                     await _attach_assigned(vm, assignment)
@@ -289,16 +291,15 @@ class BlockDevice(DeviceInfo):
         )
 
     @property
-    def attachment(self) -> Any:
+    def attachment(self) -> BaseVM | None:
         """The VM that has it now, None for none."""
         return _attachment(self.port)
 
 
-def _attachment(port: Port) -> Any:
-    app: Any = port.backend_domain and port.backend_domain.app
+def _attachment(port: Port) -> BaseVM | None:
     having = (
         vm
-        for vm in app.domains
+        for vm in port.backend.app.domains
         if "block" in vm.devices and port in vm.devices["block"].attached
     )
     return next(having, None)

@@ -17,6 +17,7 @@ from qubes_itests.core.exc import QubesException
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator, Mapping
 
+    from qubes_itests.core.app import Qubes
     from qubes_itests.core.device.assignment import DeviceAssignment
     from qubes_itests.core.device.info import DeviceInfo
     from qubes_itests.core.ext import Extension
@@ -42,7 +43,7 @@ _ALLOW = "allow:"
 
 def device_list_change(
     ext: Extension,
-    current_devices: Mapping[str, Any],
+    current_devices: Mapping[str, BaseVM | None],
     vm: BaseVM,
     path: str | None,
     device_class: type[DeviceInfo],
@@ -107,10 +108,10 @@ def _later(coroutine: Coroutine[Any, Any, Any]) -> None:
 
 
 def _wanted(
-    app: Any, devclass: str, ports: set[str]
-) -> dict[str, dict[Any, DeviceAssignment]]:
+    app: Qubes, devclass: str, ports: set[str]
+) -> dict[str, dict[BaseVM, DeviceAssignment]]:
     """Return for each port the VMs that are to have what has come there, and how."""
-    wanted: dict[str, dict[Any, DeviceAssignment]] = {}
+    wanted: dict[str, dict[BaseVM, DeviceAssignment]] = {}
     for frontend, assignment in _assignments(app, devclass):
         for device in assignment.devices:
             if device.port_id not in ports or not assignment.matches(device):
@@ -122,7 +123,9 @@ def _wanted(
     return wanted
 
 
-def _assignments(app: Any, devclass: str) -> Iterator[tuple[Any, DeviceAssignment]]:
+def _assignments(
+    app: Qubes, devclass: str
+) -> Iterator[tuple[BaseVM, DeviceAssignment]]:
     for vm in app.domains:
         if vm.is_running():
             assigned = vm.devices[devclass].get_assigned_devices()
@@ -152,9 +155,9 @@ def detach_attached_devices_on_shutdown(
 
 def compare_device_cache(
     vm: BaseVM,
-    devices_cache: Mapping[str, Mapping[str, Any]],
-    current_devices: Mapping[str, Any],
-) -> tuple[set[str], dict[str, Any], dict[str, Any], set[str]]:
+    devices_cache: Mapping[str, Mapping[str, BaseVM | None]],
+    current_devices: Mapping[str, BaseVM | None],
+) -> tuple[set[str], dict[str, BaseVM], dict[str, BaseVM], set[str]]:
     """Return the ports that are new, attached, detached, and gone.
 
     :param vm: the VM that exposes them.
@@ -178,7 +181,7 @@ def compare_device_cache(
 
 
 async def resolve_conflicts_and_attach(
-    ext: Any, to_attach: Mapping[str, Mapping[Any, DeviceAssignment]]
+    ext: Any, to_attach: Mapping[str, Mapping[BaseVM, DeviceAssignment]]
 ) -> None:
     """Attach devices; where several VMs are to have one, the user chooses.
 
@@ -199,7 +202,7 @@ async def resolve_conflicts_and_attach(
 
 
 async def confirm_device_attachment(
-    device: DeviceInfo, frontends: Mapping[Any, DeviceAssignment]
+    device: DeviceInfo, frontends: Mapping[BaseVM, DeviceAssignment]
 ) -> str:
     """Ask the user which VM shall have a device.
 
@@ -209,7 +212,7 @@ async def confirm_device_attachment(
     """
     names = [vm.name for vm in frontends]
     params = {
-        "source": device.backend_domain.name,
+        "source": device.backend_name,
         "device_name": device.description,
         "argument": device.port_id,
         "targets": names,

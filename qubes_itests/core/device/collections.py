@@ -95,7 +95,7 @@ class DeviceCollection:
             )
         device = assignment.device
         if isinstance(device, UnknownDevice) or not assignment.matches(device):
-            exposed = device.backend_domain.devices[self.devclass]
+            exposed = device.port.backend.devices[self.devclass]
             raise UnrecognizedDevice(
                 f"there is no {self.devclass} device {assignment}:"
                 f" {device.backend_name} exposes"

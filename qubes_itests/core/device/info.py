@@ -13,6 +13,8 @@ from qubes_itests.core.exc import ProtocolError, QubesException, QubesValueError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from qubes_itests.core.vm.base import BaseVM
+
 __all__ = ["DeviceCategory", "DeviceInfo", "DeviceInterface", "UnknownDevice"]
 
 log = logging.getLogger("qubes.devices")
@@ -184,7 +186,7 @@ class DeviceInfo(VirtualDevice):
         serial: str | None = None,
         interfaces: Iterable[DeviceInterface] | None = None,
         parent: Port | VirtualDevice | None = None,
-        attachment: Any = None,
+        attachment: BaseVM | None = None,
         device_id: str | None = None,
         **data: str,
     ) -> None:
@@ -241,14 +243,14 @@ class DeviceInfo(VirtualDevice):
         return self._parent
 
     @property
-    def attachment(self) -> Any:
+    def attachment(self) -> BaseVM | None:
         """The VM that has it now, None for none."""
         return self._attachment
 
     @property
     def subdevices(self) -> list[DeviceInfo]:
         """The devices that are parts of this one, of the same class."""
-        exposed = self.backend_domain.devices[self.devclass]
+        exposed = self.port.backend.devices[self.devclass]
         return [
             dev
             for dev in exposed
@@ -289,7 +291,7 @@ class DeviceInfo(VirtualDevice):
     def deserialize(
         cls,
         serialization: bytes,
-        expected_backend_domain: Any,
+        expected_backend_domain: BaseVM,
         expected_devclass: str | None = None,
     ) -> DeviceInfo:
         """Read a line of ``admin.vm.device.CLASS.Available``.
@@ -330,7 +332,7 @@ class DeviceInfo(VirtualDevice):
             if field in properties
         }
         if attachment := properties.pop("attachment", ""):
-            options["attachment"] = device.backend_domain.app.domains[attachment]
+            options["attachment"] = device.port.backend.app.domains[attachment]
         encoded = properties.pop("interfaces", "")
         options["interfaces"] = DeviceInterface.from_str_bulk(encoded)
         if "parent_port_id" in properties:

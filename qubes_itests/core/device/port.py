@@ -132,6 +132,13 @@ class Port:
         check_devclass(str(self.devclass))
 
     @property
+    def backend(self) -> BaseVM:
+        """The VM that exposes it; QubesValueError where that may be any."""
+        if self.backend_domain is None:
+            raise QubesValueError(f"expected a device of one VM, got {self}")
+        return self.backend_domain
+
+    @property
     def backend_name(self) -> str:
         """Name of the VM that exposes it, or ``*``."""
         return ANY if self.backend_domain is None else self.backend_domain.name
@@ -195,7 +202,7 @@ class VirtualDevice:
         return self._device_id or ANY
 
     @property
-    def backend_domain(self) -> Any:
+    def backend_domain(self) -> BaseVM | None:
         """The VM that exposes it, None for any."""
         return self.port.backend_domain
 

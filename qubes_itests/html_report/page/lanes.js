@@ -1,6 +1,6 @@
 // The time line of a test: a lane for its phases and one for each VM, over its memory.
 
-const BAR = 16, STRIP = 7, LINES = 9, GAP = 6, MOST_ROWS = 6, MOST_LANES = 40;
+const BAR = 16, STRIP = 7, LINES = 9, DISK = 5, GAP = 6, MOST_ROWS = 6, MOST_LANES = 40;
 const SPANS = new Set(["start", "run", "service", "storage"]);
 const SAID = new Set(["console", "journal", "log"]);
 
@@ -10,7 +10,7 @@ function end(record, test) {
 }
 
 function failed(record) {
-  return record.ok === false || record.error !== undefined || record.kind === "failure" || record.decision === "deny" ||
+  return record.ok === false || record.error !== undefined || record.kind === "failure" || record.decision === "deny" || record.event === "refused" ||
     (record.status !== undefined && record.status !== 0);
 }
 
@@ -25,6 +25,7 @@ function label(record, short = (vm) => vm) {
     case "state": return `is ${record.state ?? ""}${record.cause ? `: ${record.cause}` : ""}`;
     case "phase": return record.name ?? "";
     case "failure": return firstLine(record.text);
+    case "memory": return `memory ${record.event ?? ""}: ${record.amount ?? "?"} MiB, ${record.free ?? "?"} MiB are free`;
     default: return record.line ?? record.name ?? record.kind;
   }
 }
@@ -83,27 +84,40 @@ class Lanes {
       if (record.kind === "service" && record.target && record.target !== record.vm) {
         lane(record.target)?.items.push({ record, ghost: true });
       }
-      if (record.kind === "memory") {
-        for (const [vm, used] of Object.entries(record.used ?? {})) {
-          lane(vm)?.memory.push({ t: record.t, used, target: record.targets?.[vm] });
-        }
-      }
+      if (record.kind === "memory") this.addMemory(record, lanes, lane);
     }
     for (const one of lanes.values()) this.pack(one);
-    return [...lanes.values()];
+    // Who comes first is above: a caller, and the disposable that it has started.
+    const first = ({ items, states, memory, lines }) =>
+      Math.min(items[0]?.record.t ?? Infinity, states[0]?.t ?? Infinity, lines[0] ?? Infinity, memory.length ? 1e9 : Infinity);
+    return [...lanes.values()].sort((one, other) => first(one) - first(other));
+  }
+
+  // A guest that reports nothing uses what it holds, as far as anybody knows; a VM that is
+  // told no more of holds nothing.
+  addMemory({ t, used = {}, holds = {} }, lanes, lane) {
+    for (const vm of Object.keys({ ...used, ...holds })) {
+      const most = holds[vm] ?? used[vm];
+      lane(vm)?.memory.push({ t, used: used[vm] ?? most, held: most });
+    }
+    for (const { memory } of lanes.values()) {
+      if (memory.length && memory.at(-1).t !== t) memory.push({ t, used: 0, held: 0 });
+    }
   }
 
   pack(lane) {
     const ends = [];
     lane.items.sort((one, other) => one.record.t - other.record.t);
     for (const item of lane.items) {
+      // Thin and on one row below: storage has many short operations at once.
+      if (item.record.kind === "storage") continue;
       let row = ends.findIndex((until) => until <= item.record.t);
       if (row < 0) row = ends.length < MOST_ROWS ? ends.length : ends.indexOf(Math.min(...ends));
       item.row = row;
       ends[row] = Math.max(end(item.record, this.test), item.record.t + this.test.duration / 400);
     }
     lane.rows = Math.max(1, ends.length);
-    lane.most = lane.memory.reduce((most, { used, target = 0 }) => Math.max(most, used, target), 0);
+    lane.most = lane.memory.reduce((most, { used, held }) => Math.max(most, used, held), 0);
   }
 
   get gutter() { return this.box.clientWidth < 600 ? 84 : 132; }
@@ -129,7 +143,7 @@ class Lanes {
     const places = new Map();
     for (const lane of this.lanes) {
       lane.y = y;
-      lane.height = STRIP + lane.rows * (BAR + 2) + LINES + GAP;
+      lane.height = STRIP + lane.rows * (BAR + 2) + DISK + LINES + GAP;
       this.drawLane(lane, parts, width, places);
       y += lane.height;
     }
@@ -178,14 +192,15 @@ class Lanes {
   drawLane(lane, { back, bars }, width, places) {
     const { y, height } = lane, base = y + height - GAP / 2 - LINES;
     const cut = Math.floor((this.gutter - 16) / 7.3);
-    const short = this.test.short(lane.vm);
+    const short = shortName(lane.vm);
     const name = short.length > cut ? `${short.slice(0, cut - 1)}…` : short;
     back.push(svg("rect", { class: "ground", x: 0, y, width, height: height - GAP / 2 }));
     back.push(svg("text", { class: "name", x: 8, y: y + 18 }, name, svg("title", {}, lane.vm)));
     if (lane.memory.length) {
-      const used = lane.memory.map((point) => point.used);
-      const words = `${Math.min(...used)}–${Math.max(...used)} MiB`;
-      if (lane.rows > 1 || height > 36) back.push(svg("text", { class: "small", x: 8, y: y + 31 }, words));
+      const used = lane.memory.map((point) => point.used).filter(Boolean);
+      if (!used.length) used.push(0);
+      const words = `${[...new Set([Math.min(...used), Math.max(...used)])].join("–")} MiB`;
+      if (height > 36) back.push(svg("text", { class: "small", x: 8, y: y + 31 }, words));
       bars.push(...this.curves(lane, base));
     }
     lane.states.forEach((record, index) => {
@@ -193,11 +208,11 @@ class Lanes {
       bars.push(this.rect(record, record.t, until, y + 1, STRIP - 2, `state ${record.state ?? ""}`, `${lane.vm} ${label(record)}`));
     });
     for (const item of lane.items) {
-      const top = y + STRIP + item.row * (BAR + 2);
-      const { record, ghost } = item;
+      const { record, ghost } = item, thin = record.kind === "storage";
+      const top = y + STRIP + (thin ? lane.rows : item.row) * (BAR + 2);
       places.set(record, { ...places.get(record), [ghost ? "to" : "from"]: top });
-      const words = ghost ? `${record.service ?? ""} from ${this.test.short(record.vm)}` : label(record, this.test.short);
-      bars.push(this.bar(record, top, BAR, words, `${record.kind}${ghost ? " ghost" : ""}`));
+      const words = ghost ? `${record.service ?? ""} from ${shortName(record.vm)}` : label(record, shortName);
+      bars.push(this.bar(record, top, thin ? DISK : BAR, words, `${record.kind}${ghost ? " ghost" : ""}`));
     }
     bars.push(this.ticks(lane, y + height - GAP / 2 - LINES + 1));
   }
@@ -213,7 +228,7 @@ class Lanes {
     const first = this.x(memory[0].t).toFixed(1);
     return [
       svg("path", { class: "memory", d: `${used}V${base}H${first}Z` }),
-      svg("path", { class: "target", d: path((point) => point.target ?? point.used) }),
+      svg("path", { class: "held", d: path((point) => point.held) }),
     ];
   }
 
@@ -251,7 +266,7 @@ class Lanes {
     // Text begins where the bar is seen.
     const left = Math.max(x, this.x(from)), letters = Math.floor((Math.min(x + width, this.x(to)) - left - 6) / 6.4);
     const text = bad && !words.startsWith("✗") ? `✗ ${words}` : words;
-    if (letters >= 3) {
+    if (letters >= 3 && height >= BAR) {
       const shown = text.length > letters ? `${text.slice(0, letters - 1)}…` : text;
       group.append(svg("text", { x: left + 4, y: y + height / 2 + 4 }, shown));
     }

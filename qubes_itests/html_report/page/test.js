@@ -1,11 +1,13 @@
 // One test: what became of it, its time line, its calls, and what was said meanwhile.
 
 const ACTIONS = new Set(["start", "run", "service", "policy", "storage", "network", "state", "failure", "event"]);
+const ASKED = new Set(["granted", "refused"]); // of memory, what somebody asked for
 const CHOICES = {
-  "calls and starts": (record) => record.kind === "start" || record.kind === "run" || record.kind === "service" || record.kind === "failure" || (record.kind === "policy" && !record.call),
+  "calls and starts": (record) => record.kind === "start" || record.kind === "run" || record.kind === "service" || record.kind === "failure" || (record.kind === "policy" && !record.call) || record.event === "refused",
   "what failed": failed,
   "everything": () => true,
 };
+const USUAL = "test-inst-"; // how names of VMs begin in tests of Qubes OS
 const LOGS = ["console", "journal", "log"];
 
 // The index is of the test's timelines: 0 is that of its last attempt.
@@ -22,21 +24,15 @@ function sameService({ service: one = "" }, { service: other = "" }) {
   return one.replace(/\+$/, "") === other.replace(/\+$/, "");
 }
 
-// The call that a decision was about; one that was denied has begun in no case, or was refused.
-function nearest(calls, decision, last) {
-  const fits = calls.filter((one) => !one.policy && one.vm === decision.vm && sameService(one, decision) &&
-    (decision.decision !== "deny" || one.status === 126) &&
-    decision.t >= one.t - 0.05 && decision.t <= end(one, { duration: last }) + 0.05);
-  return fits.sort((one, other) => Math.abs(one.t - decision.t) - Math.abs(other.t - decision.t))[0];
+// The call that a decision was about: the next one, for which a disposable may have to start
+// first. One that was denied has begun in no case, or was refused.
+function called(calls, decision) {
+  return calls.find((one) => !one.policy && one.vm === decision.vm && sameService(one, decision) &&
+    one.t >= decision.t - 0.05 && (decision.decision !== "deny" || (one.status === 126 && one.t < decision.t + 0.05)));
 }
 
-// What all names of VMs begin with says nothing about any of them: "test-inst-", usually.
-function commonPrefix(vms) {
-  const names = vms.filter((vm) => vm !== "dom0");
-  if (names.length < 2) return "";
-  let prefix = names[0];
-  for (const name of names) while (!name.startsWith(prefix)) prefix = prefix.slice(0, -1);
-  return prefix.slice(0, prefix.lastIndexOf("-") + 1);
+function shortName(vm = "") {
+  return vm.startsWith(USUAL) ? vm.slice(USUAL.length) : vm;
 }
 
 // Number the records, and bring calls together with the decisions about them.
@@ -51,12 +47,11 @@ function prepare(test, timeline) {
   });
   for (const record of records) {
     if (record.kind !== "policy") continue;
-    const call = nearest(waiting, record, last);
+    const call = called(waiting, record);
     if (call) [call.policy, record.call] = [record, call];
   }
-  const vms = timeline?.vms ?? [], prefix = commonPrefix(vms);
   return {
-    ...test, records, vms, short: (vm = "") => (vm.startsWith(prefix) ? vm.slice(prefix.length) || vm : vm), started: timeline?.started, left: timeline?.left_out ?? {},
+    ...test, records, vms: timeline?.vms ?? [], started: timeline?.started, left: timeline?.left_out ?? {},
     dropped: timeline?.dropped ?? 0, duration: Math.max(test.duration ?? 0, last, 1e-3),
   };
 }
@@ -162,7 +157,7 @@ class TestView {
     this.whole_line = html("pre", { class: "whole-line", tabindex: 0, hidden: true });
     this.lines = new List(box, {
       label: "Lines", height: 20, empty: "no lines in this range",
-      row: (record, row) => row.append(when(record), html("span", { class: "vm" }, this.test.short(record.vm)), html("span", { class: "line" }, record.kind === "log" ? `${record.level ?? ""} ${record.logger ?? ""}: ${record.line ?? ""}` : record.line ?? "")),
+      row: (record, row) => row.append(when(record), html("span", { class: "vm" }, shortName(record.vm)), html("span", { class: "line" }, record.kind === "log" ? `${record.level ?? ""} ${record.logger ?? ""}: ${record.line ?? ""}` : record.line ?? "")),
       choose: (record) => { this.whole_line.hidden = false; this.whole_line.textContent = record.line ?? ""; },
     });
     this.said_lines = html("div", { class: "said" }, html("div", { class: "row" }, this.vm, this.grep), box, this.whole_line);
@@ -174,8 +169,8 @@ class TestView {
     row.classList.toggle("bad", failed(record));
     const dot = html("span", { class: `dot ${record.kind} ${record.decision ?? ""}`, "aria-hidden": "true" });
     const status = record.status !== undefined && record.status !== 0 ? `status ${record.status}  ` : "";
-    const text = html("span", { class: "what" }, dot, failed(record) ? "✗ " : "", label(record, this.test.short));
-    row.append(when(record), html("span", { class: "vm" }, this.test.short(record.vm)), text, html("span", { class: "took" }, status + took(record.duration)));
+    const text = html("span", { class: "what" }, dot, failed(record) ? "✗ " : "", label(record, shortName));
+    row.append(when(record), html("span", { class: "vm" }, shortName(record.vm)), text, html("span", { class: "took" }, status + took(record.duration)));
     row.title = sentence(record);
   }
 
@@ -186,7 +181,7 @@ class TestView {
 
   refresh() {
     const { records } = this.test, words = this.grep.value.toLowerCase();
-    const all = records.filter((record) => ACTIONS.has(record.kind));
+    const all = records.filter((record) => ACTIONS.has(record.kind) || (record.kind === "memory" && ASKED.has(record.event)));
     const actions = all.filter((record) => CHOICES[this.kind](record) && this.within(record));
     this.actions.show(actions, this.chosen);
     this.actionsCount.textContent = `${actions.length} of ${all.length}`;
@@ -250,7 +245,7 @@ class TestView {
       row("status", status), row("where", record.where), row("source", record.source && html("code", {}, record.source)), row("user", record.user), row("service", record.service), row("target", record.target),
       row("error", record.error), row("state", record.state), row("cause", record.cause),
       row("operation", record.operation), row("pool", record.pool), row("volume", record.volume),
-      row("change", record.change), row("peer", record.peer), row("name", record.name), row("keywords", record.kwargs),
+      row("memory", record.kind === "memory" ? label(record) : undefined), row("change", record.change), row("peer", record.peer), row("name", record.name), row("keywords", record.kwargs),
       row("policy", decision?.decision), row("by rule", decision?.rule),
       row("began", `${at(record.t)}${this.test.started ? `, ${clock(this.test.started + record.t)}` : ""}`),
       row("took", record.duration === undefined ? undefined : took(record.duration)),
@@ -281,7 +276,7 @@ class TestView {
       if (before ? record.t >= time : record.t > time) break;
       if (record.kind === "state" && known.has(record.vm)) known.get(record.vm).state = record.state;
       if (record.kind === "memory") {
-        for (const [vm, used] of Object.entries(record.used ?? {})) if (known.has(vm)) known.get(vm).used = used;
+        for (const [vm, used] of Object.entries({ ...record.holds, ...record.used })) if (known.has(vm)) known.get(vm).used = used;
       }
     }
     return known;
@@ -319,5 +314,5 @@ function legend() {
     key("run", "command"), key("service", "service call"), key("start", "start, with its steps"), key("storage", "storage"), key("bad", "✗ failed"),
     key("arrow allow", "call allowed by policy"), key("arrow deny", "denied"), key("arrow ask", "asked"),
     key("state Running", "running"), key("state Transient", "starting, halting"), key("state Halted", "halted"),
-    key("memory", "memory used, line: its target"), key("ticks", "lines of console, journal, log"));
+    key("memory", "memory used, line: what the VM holds"), key("ticks", "lines of console, journal, log"));
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 SUITE = """
@@ -86,3 +88,46 @@ def test_pytest_documents_the_fixtures(suite):
     for name in names:
         at = out.index(f"\n{name} ")
         assert "no docstring available" not in out[at : at + 200], name
+
+
+ASYNC = """
+import asyncio, threading
+import pytest
+
+def is_on_the_loop_of_the_run():
+    return threading.current_thread() is not threading.main_thread()
+
+async def test_core(qubes_app):
+    assert is_on_the_loop_of_the_run()
+    vm = await qubes_app.create_vm("AppVM", name="work", label="red")
+    assert vm in qubes_app.domains
+
+async def test_fails(portal):
+    await asyncio.sleep(0)
+    assert 1 == 2, "awaited"
+
+@pytest.mark.asyncio
+async def test_marked(portal):
+    assert not is_on_the_loop_of_the_run()
+
+async def test_hangs(portal):
+    await asyncio.Event().wait()
+"""
+
+
+def test_asynchronous_tests_run_on_the_loop_of_the_run_and_failures_are_told(site):
+    (site.work / "test_suite.py").write_text(ASYNC)
+    words = ("-p", "qubes_itests", "--itests-timeout=3", "-rA")
+    done = site.run(*words, program="pytest", QUBES_ITESTS_HYPERVISOR="test")
+    assert "2 failed, 2 passed" in done.stdout, done.stdout + done.stderr
+    passed = [line for line in done.stdout.splitlines() if line.startswith("PASSED")]
+    assert [line.rpartition("::")[2] for line in passed] == ["test_core", "test_marked"]
+    assert "did not end within 3 s" in done.stdout
+    again = "-m pytest -p qubes_itests --itests-timeout 3.0 test_suite.py::test_fails"
+    end = done.stdout[done.stdout.index(" 2 passed") :]
+    assert (
+        "\ntest_suite.py::test_fails\n"
+        "  cause       AssertionError: awaited\n"
+        "  artefacts   itests-artifacts/test_suite.py.test_fails"
+    ) in end
+    assert f"  run again   {sys.executable} {again}\n" in end

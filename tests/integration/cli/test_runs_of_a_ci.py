@@ -83,6 +83,8 @@ def test_machines_share_the_tests_and_their_results_are_merged(site):
     assert "\n  cause       AssertionError: 1 != 2 : 100 % numbers\n" in done.stdout
     assert sorted(ran_in(site, "whole")) == sorted([*one, *two])
     assert (site.work / "whole/itests-junit.xml").read_text().count("<testcase") == 4
+    page = (site.work / "whole/report.html").read_text()
+    assert all(test in page for test in (*one, *two))
     done = site.run("merge", "part-1", "--artifacts", "half")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (
         4,

@@ -62,6 +62,10 @@ class Network:
 
     def reaches(self, vm, other):
         pings, connects = self.pings(vm, other.ip), self.connects(vm, other)
+        if pings != connects:
+            # on a busy machine an answer takes more than the second that either waits
+            pings = self.pings_in_the_end(vm, other.ip)
+            connects = any(self.connects(vm, other) for _ in range(10))
         assert pings == connects
         return pings
 

@@ -137,6 +137,19 @@ def test_a_line_that_was_cut_takes_nothing_with_it(history, tmp_path):
     assert not path.exists()
 
 
+def test_a_file_that_is_no_run_is_told_once_and_kept_apart(history, tmp_path):
+    place = tmp_path / "history/pending"
+    place.mkdir(parents=True)
+    (place / "x.jsonl").write_text("nonsense\n")
+    keep(history, 1, result("a::b"))
+    (problem,) = history.problems
+    assert "a run is not kept" in problem
+    assert (tmp_path / "history/unreadable.jsonl").read_text() == "nonsense\n"
+    assert outcomes(history) == {"a::b": ["passed"]}
+    history.collect()
+    assert history.problems == [problem]
+
+
 def test_runs_that_end_at_once_all_keep_their_results(history, begin):
     runs = [begin(number) for number in range(4)]
     for process in runs:

@@ -101,6 +101,9 @@ class _Repeated:
                 first = item.config.hook.pytest_runtest_makereport(item=item, call=call)
                 first.outcome, first.longrepr = "rerun", "lost"
                 item.ihook.pytest_runtest_logreport(report=first)
+                # as pytest-rerunfailures does
+                first.outcome, first.when = "passed", "teardown"
+                item.ihook.pytest_runtest_logreport(report=first)
             if "mixed" in item.name:
                 report.outcome, report.longrepr = "failed", "flaky: once"
                 setattr(report, ATTEMPTS, (4, 1))
