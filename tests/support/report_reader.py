@@ -6,6 +6,10 @@ import contextlib
 import shutil
 
 from selenium import webdriver
+from selenium.common.exceptions import (
+    NoSuchElementException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
@@ -51,6 +55,7 @@ class Reader:
         self.browser.get("about:blank")
         self.browser.get(f"{self.path.as_uri()}{fragment}")
         self.until(lambda: self.all("main h2"))
+        self.settled()
 
     def all(self, selector):
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
@@ -68,7 +73,20 @@ class Reader:
         ActionChains(self.browser).send_keys(*keys).perform()
 
     def until(self, condition):
-        return WebDriverWait(self.browser, DEADLINE, 0.02).until(lambda _: condition())
+        # What is asked may be drawn anew between finding and asking.
+        wait = WebDriverWait(
+            self.browser,
+            DEADLINE,
+            0.02,
+            ignored_exceptions=[NoSuchElementException, StaleElementReferenceException],
+        )
+        return wait.until(lambda _: condition())
+
+    def settled(self):
+        """Wait until what depends on the size of something drawn has been drawn."""
+        self.browser.execute_async_script(
+            "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
+        )
 
     def open_failed(self):
         """Open a test that failed from the overview, and return its id."""
@@ -77,6 +95,7 @@ class Reader:
         name = link.text
         link.click()
         self.until(lambda: self.text("main h2 .id") == name)
+        self.settled()
         return name
 
     def problems(self):

@@ -85,6 +85,7 @@ class _Sample:
         took = round(self.chance.expovariate(6) + 0.01, 4)
         words = {"command": self.chance.choice(COMMANDS), "user": "user", "status": 0}
         output = {"stderr": "", "stdout_bytes": self.chance.randrange(5000)}
+        output["source"] = "done = await vm.run_for_stdio(command)"
         self.add("run", vm, duration=took, where=where, **words | output | fields)
         self.now += took + 0.01
 

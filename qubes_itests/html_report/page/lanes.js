@@ -54,7 +54,7 @@ class Lanes {
     box.addEventListener("pointerleave", () => { this.cursor.hidden = true; });
     box.addEventListener("dblclick", () => this.zoom([0, this.test.duration]));
     box.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
-    new ResizeObserver(() => this.draw()).observe(box);
+    new ResizeObserver(() => box.clientWidth !== this.drawnWidth && this.draw()).observe(box);
   }
 
   words() {
@@ -137,6 +137,7 @@ class Lanes {
   draw() {
     const width = this.box.clientWidth;
     if (!width) return;
+    this.drawnWidth = width;
     this.drawAxis(width);
     const parts = { back: [], bars: [], arrows: [], front: [] };
     let y = this.drawPhases(0, parts);

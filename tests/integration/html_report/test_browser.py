@@ -83,6 +83,7 @@ def test_a_failed_test_shows_the_call_that_failed(reader):
     assert "127: command not found" in details
     assert "bash: line 1: rve: command not found" in details
     assert "tests/test_split.py:64" in details
+    assert "done = await vm.run_for_stdio(command)" in details
     assert "user" in details
     assert reader.text("pre.cause.bad")
 
