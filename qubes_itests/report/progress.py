@@ -12,7 +12,7 @@ from qubes_itests.report.folding import Folding
 from qubes_itests.report.heartbeat import Heartbeat, duration, real_stdout
 from qubes_itests.report.names import one_line
 from qubes_itests.report.results import PHASE, category
-from qubes_itests.timeline.words import describe, doing, fit
+from qubes_itests.timeline.words import describe, doing, explains, fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -122,8 +122,9 @@ class Progress:
         return f"[{min(number, self._total)}/{self._total}] {said}{left}"
 
     def show_record(self, record: Record) -> None:
-        """Show what a timeline got, from whatever thread; with ``-v``."""
-        if self._is_running and record["kind"] not in ("phase", "event"):
+        """Show what a timeline got, from whatever thread: with ``-vv`` all of it."""
+        all_of_it = self._config.get_verbosity() > 1
+        if self._is_running and (all_of_it or explains(record)):
             for line in describe(record):
                 self._heartbeat.write(fit(line, 0))
 

@@ -16,6 +16,7 @@ __all__ = [
     "called",
     "describe",
     "doing",
+    "explains",
     "fit",
     "headline",
     "last_lines",
@@ -127,7 +128,7 @@ def last_lines(records: list[Record], count: int) -> list[Line]:
         records = [_as_of(records[failure], record) for record in records[:failure]]
     lines: list[Line] = []
     console = 0
-    for record in reversed([record for record in records if _explains(record)]):
+    for record in reversed([record for record in records if explains(record)]):
         # of a guest that says a lot its last words do
         console = console + 1 if record["kind"] == "console" else 0
         if console > _CONSOLE_LINES:
@@ -146,7 +147,7 @@ def _as_of(moment: Record, record: Record) -> Record:
     return record
 
 
-def _explains(record: Record) -> bool:
+def explains(record: Record) -> bool:
     """Return whether a record may explain a failure; others are for the file."""
     match record["kind"]:
         case "state":

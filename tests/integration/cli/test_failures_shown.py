@@ -72,7 +72,7 @@ def ending(output, test):
 
 def test_the_end_tells_which_command_ended_how_and_the_traceback_only_the_test(site):
     site.install("guests", GUESTS, FOR_TEMPLATE)
-    done = site.run("--timeout=20", "--junitxml=x.xml", "guests")
+    done = site.run("-v", "--timeout=20", "--junitxml=x.xml", "guests")
     assert done.returncode == 21, done.stdout + done.stderr
     case = "guests::TC_VM_tiny"
     typo = ending(done.stdout, f"{case}::test_1_typo")
@@ -97,6 +97,8 @@ def test_the_end_tells_which_command_ended_how_and_the_traceback_only_the_test(s
     assert "GuestProcess.wait" in (
         (kept / "guests.TC_VM_tiny.test_3_hangs" / "stacks.txt").read_text()
     )
+    live = done.stdout[: done.stdout.index("= FAILURES =")]
+    assert re.search(r"^ +\d+\.\d\d test-inst-one starts  → \d", live, re.MULTILINE)
     # frames of ours and of asyncio are in no traceback
     shown = done.stdout[done.stdout.index("= FAILURES =") :]
     assert not re.search(r"/(qubes_itests|asyncio|concurrent)/[\w/]+\.py:\d", shown)
