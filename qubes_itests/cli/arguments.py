@@ -43,17 +43,17 @@ _COMMANDS = {
     "doctor": _SubCommand("doctor", "check what this machine needs to run tests"),
     "shell": _SubCommand(
         "shell", "open a shell in a fresh VM made from a template",
-        (("target", None, "VM-or-template", "a template, or a kept VM's folder"),)),
+        (("target", None, "VM-or-template", "a template, or a kept VM's directory"),)),
     "clean": _SubCommand("clean", "remove what killed runs left behind"),
     "report": _SubCommand(
         "last_run", "show the failures of the last run again, or make its report.html",
         (("words", "*", "[html|trace [DIR]]",
-          "make the report of the artefacts in DIR, or files for Perfetto"),)),
+          "what to make of the artefacts in DIR: report.html, files for Perfetto"),)),
     "history": _SubCommand(
         "history", "show how tests went in earlier runs",
         (("words", "*", "[TEST...]", "ids of tests, or how they begin"),)),
     "merge": _SubCommand(
-        "merge", "put together what the machines of a run in several parts have left",
+        "merge", "merge the results of machines that shared a run into those of one",
         (("words", "+", "DIR...", "the artefacts of each, with run.json"),)),
     "memory": _SubCommand(
         "memory", "show who holds the memory, live, or plot it as an SVG",
@@ -67,10 +67,10 @@ _COMMANDS = {
     "orphans": _SubCommand(
         "orphans", "list, take over or remove volumes of `serve` that no VM has",
         (("words", "*", "[remove POOL:VOLUME... | adopt NAME CLASS [TEMPLATE]]",
-          "what to do; without words they are listed"),)),
+          "what to do; by default they are listed"),)),
     "template": _SubCommand(
-        "template", "build a template before the first run that needs it, or list them",
-        (("words", "+", "list | build NAME...", "what to do"),)),
+        "template", "build templates before the first run that needs them, or list all",
+        (("words", "+", "list | build NAME...", "list all, or build those named"),)),
 }
 # fmt: on
 #: With these pytest runs no test.
@@ -120,13 +120,13 @@ class Command:
         "write the results of all runs into FILE, for another machine to import")
     add: tuple[str, ...] = option(
         (), None, "FILE", "history",
-        "add the results in FILE, which --export has written elsewhere, or those among"
-        " the artefacts in the directory FILE")
+        "add the results in FILE, written by --export on another machine, or in the"
+        " artefacts of a run, if FILE is their directory")
     directory: str = option(
         "", None, "DIR", "serve", "keep the VMs in DIR until the next time")
     print_env: bool = option(
         False, None, "", "serve",
-        "print the environment in which client tools call the newest server, and end")
+        "print the environment that has client tools call the newest server, and exit")
     socket: str = option(
         "", None, "PATH", "qvm orphans",
         "call the server with the socket PATH (default: the newest)")

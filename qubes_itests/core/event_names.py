@@ -125,7 +125,7 @@ EVENTS: Final = (
     ),
     Event(
         "domain-pre-start",
-        "a VM, before it starts; `mem_required` in MiB",
+        "a VM, before it starts; `mem_required` in bytes",
         (*_GUID, "mem_required"),
         announces=True,
     ),

@@ -57,8 +57,9 @@ class Option:
         default = self.default
         if isinstance(default, tuple):
             return f"{self.meaning}; may be given several times"
-        if default is None or default is False or default == "":
-            return self.meaning  # the meaning names the default, or it is obvious
+        named = "(default:" in self.meaning
+        if named or default is None or default is False or default == "":
+            return self.meaning  # which names the default, or it is obvious
         if isinstance(default, enum.Enum):
             default = default.value
         return f"{self.meaning} (default: {'yes' if default is True else default})"

@@ -229,17 +229,17 @@ class Settings:
     # fmt: off
     keep: Keep = option(  # noqa: RUF009 - it makes a field
         Keep.NEVER, _one_of(Keep), "WHICH", _TESTS,
-        "keep the disk images of VMs: never, always, or those of failed tests (failed)")
+        "keep the disk images of VMs: never, after failed tests (failed), or always")
     trace: Trace = option(  # noqa: RUF009 - it makes a field
         Trace.RETAIN_ON_FAILURE, _one_of(Trace), "WHEN", _TESTS,
-        "keep the timelines of tests: of all (on), of those that failed"
-        " (retain-on-failure), or of none and record nothing (off)")
+        "keep the timelines of all tests (on) or of those that failed"
+        " (retain-on-failure), or record none (off)")
     trace_events: bool = option(
         False, _flag, "", _TESTS,
-        "have the events of the core in timelines")
+        "record the events of the core in timelines, too")
     shell_on_failure: bool = option(
         False, _flag, "", _TESTS,
-        "open a shell in a VM of a test that has failed, before the VM is removed")
+        "open a shell in each VM of a test that has failed, before they are removed")
     artifacts: Path = option(  # noqa: RUF009 - it makes a field
         Path("itests-artifacts"), _path, "DIR", f"{_VMS} template merge {PYTEST}",
         "put logs and other artefacts of failed tests and templates into DIR")
@@ -256,26 +256,26 @@ class Settings:
         "run each test NUMBER times; one that fails and passes is flaky (default: 1)")
     until_fail: bool = option(
         False, _flag, "", _TESTS,
-        "repeat a test until it fails; with --repeat so many times at most")
+        "repeat each test until it fails, at most as many times as --repeat says")
     rerun_failed: int = option(
         0, _number_of_runs, "NUMBER", _TESTS,
-        "run a test that fails up to NUMBER times more; if it passes then it is flaky,"
-        " which is no success (default: 0)")
+        "run a failed test again, up to NUMBER times; one that then passes is flaky,"
+        " which is no success either")
     known_issues: tuple[Path, ...] = option(
         (), _files, "FILE", _TESTS,
-        "expect the tests to fail that FILE has, each with a reference")
+        "expect the tests that FILE lists to fail; each needs a reference")
     shard: tuple[int, int] | None = option(
         None, _shard, "I/N", _TESTS,
-        "run only the part I of N of the tests, for as many machines; all parts take as"
-        " long, as far as --times says it")
+        "run only part I of N of the tests, so that N machines share them; with --times"
+        " all parts take about as long")
     times: Path | None = option(  # noqa: RUF009 - it makes a field
         None, _path, "FILE", _TESTS,
-        "take from FILE, of `history --export`, how long tests take (default: with"
-        " workers the history of this machine, with --shard all tests count alike)")
+        "read how long tests take from FILE, written by `history --export` (default:"
+        " with workers the history of this machine; with --shard all count alike)")
     summary: Path | None = option(  # noqa: RUF009 - it makes a field
         None, _path, "FILE", _TESTS + " merge",
-        "write a summary of the run in Markdown to FILE"
-        " (default: where GitHub wants it, if it does)")
+        "write a summary of the run, in Markdown, to FILE"
+        " (default: the file that GitHub names in its CI, if any)")
     template: tuple[str, ...] = option(
         (), _templates, "NAME", f"{_VMS} list {PYTEST}",
         "run tests on the template NAME"

@@ -36,5 +36,10 @@ def test_the_page_has_all_options_as_they_are():
     assert PAGE.read_text() == expected(), f"run {Path(__file__).name} to write it"
 
 
+def test_no_option_has_two_defaults():
+    for option in (*OPTIONS.values(), *options(Command)):
+        assert option.help.count("(default:") <= 1, option.name
+
+
 if __name__ == "__main__":
     PAGE.write_text(expected())
