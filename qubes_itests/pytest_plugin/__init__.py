@@ -20,7 +20,7 @@ from qubes_itests.pytest_plugin import async_tests, header, resandbox, worker
 from qubes_itests.pytest_plugin.ci import CIReport
 from qubes_itests.pytest_plugin.collection import PluginNode
 from qubes_itests.pytest_plugin.deadline import Deadline
-from qubes_itests.pytest_plugin.debugger import PostponedCleanUps
+from qubes_itests.pytest_plugin.debugger import FailurePrompt
 from qubes_itests.pytest_plugin.ending import Ending
 from qubes_itests.pytest_plugin.history import HistoryKeeper, earlier_times
 from qubes_itests.pytest_plugin.known_issues import KnownIssues
@@ -109,7 +109,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if settings.shell_on_failure and not config.option.collectonly:
         watch.require_terminal()
     if config.getoption("usepdb"):
-        config.pluginmanager.register(PostponedCleanUps(), "qubes_itests-debugger")
+        config.pluginmanager.register(FailurePrompt(), "qubes_itests-debugger")
     config.pluginmanager.register(async_tests, "qubes_itests-async-tests")
     deadline = Deadline(functools.partial(_time_limit, settings), watch.keep_stacks)
     watch.deadline = deadline

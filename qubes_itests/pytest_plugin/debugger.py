@@ -1,4 +1,4 @@
-"""Clean-ups of a test under pytest's debugger.
+"""A prompt of pytest's debugger at a failure: alone on the terminal, all still there.
 
 With ``--pdb`` pytest puts `tearDown` off until the prompt is left, so that one finds
 what the test had.  unittest's clean-ups belong behind `tearDown`, and one finds little
@@ -7,18 +7,23 @@ after them; pytest has them where they were.
 
 from __future__ import annotations
 
+import contextlib
 import unittest
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qubes_itests.pytest_plugin.tracebacks import hide_below_tests
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-__all__ = ["PostponedCleanUps"]
+    from qubes_itests.report.progress import Progress
+
+__all__ = ["FailurePrompt"]
 
 
-class PostponedCleanUps:
+class FailurePrompt:
     """A pytest plugin for runs with ``--pdb``."""
 
     @pytest.hookimpl(wrapper=True)
@@ -31,6 +36,19 @@ class PostponedCleanUps:
         ):
             _postpone(case)
         return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_exception_interact(
+        self, node: pytest.Collector | pytest.Item, call: pytest.CallInfo[Any]
+    ) -> Generator[None, Any, Any]:
+        """Have the prompt at the test's own line, and the terminal for it alone."""
+        assert call.excinfo is not None  # noqa: S101 - else this hook is not called
+        hide_below_tests(call.excinfo.value)
+        plugins = node.config.pluginmanager
+        progress: Progress | None = plugins.get_plugin("qubes_itests-progress")
+        # from here on: the traceback comes before the prompt is told of
+        with progress.silent() if progress else contextlib.nullcontext():
+            return (yield)
 
 
 def _postpone(case: unittest.TestCase) -> None:

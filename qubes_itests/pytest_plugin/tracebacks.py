@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import pytest
 
-__all__ = ["hide_machinery"]
+__all__ = ["hide_below_tests", "hide_machinery"]
 
 #: pytest leaves out frames whose module has this name, if its function says so.
 _FRAMES = "__tracebackhide__"
@@ -36,6 +36,19 @@ def hide_machinery(error: BaseException) -> None:
         vars(one)[_MARK] = True
     for frame in filter(is_machinery, frames):
         frame.f_globals[_FRAMES] = _is_marked
+
+
+def hide_below_tests(error: BaseException) -> None:
+    """Have pytest's debugger begin at the last line of a test in an error's traceback.
+
+    What the test had is there; `down` goes to what it called.
+    """
+    frames = list(_frames(error))
+    if all(map(is_machinery, frames)):
+        return
+    while is_machinery(frame := frames.pop()):
+        # the debugger looks at variables of functions alone, not of their modules
+        frame.f_locals[_FRAMES] = True
 
 
 def _is_marked(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:

@@ -160,6 +160,10 @@ class Worker:
         with with_groups(session):
             return (yield)
 
+    def pytest_enter_pdb(self) -> None:
+        """Say why there is no prompt; the debugger would only say that it quits."""
+        pytest.fail("a breakpoint() needs a terminal, which workers lack: leave -n out")
+
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
         """Let a signal end what has nothing to clean up any more, without a word."""

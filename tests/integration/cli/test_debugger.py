@@ -30,6 +30,7 @@ PLUGIN = """
         def test_bad(self):
             self.fail("on purpose")
         def test_early(self): pass
+        def test_stops(self): breakpoint()
         def test_good(self):
             self.addCleanup(self.addCleanup, self.tell, "added late")
         def test_ugly(self):
@@ -88,21 +89,49 @@ def test_what_fails_on_the_way_out_is_told(site):
     ]
 
 
+WATCHED = """
+    import threading
+    from _pytest import debugging
+
+    enter = debugging._enter_pdb
+
+    def tell_and_enter(*arguments):
+        names = [thread.name for thread in threading.enumerate()]
+        print("drawing:", "heartbeat" in names)
+        return enter(*arguments)
+
+    debugging._enter_pdb = tell_and_enter
+"""
+
+
 def test_the_prompt_is_alone_on_the_terminal(site):
-    """No live line is drawn over it, though output is captured."""
-    site.install("debugged", PLUGIN)
+    """No live line is drawn over it, though output is captured, nor over what leads."""
+    site.install("debugged", WATCHED + PLUGIN)
     words = ("--hypervisor=test", "--pdb", "debugged::TC_VM::test_bad")
     command = [sys.executable, "-m", "qubes_itests", *words]
     user = TerminalUser(command, site.work, site.environment, site.timeout)
     try:
-        user.read_until("(Pdb) ")
+        user.read_until("drawing: False")
+        # not in the method of unittest that raises, where there is nothing of the test
+        user.read_until('-> self.fail("on purpose")\r\n(Pdb) ')
         user.type("import threading; [t.name for t in threading.enumerate()]\r")
         user.read_until("\n['MainThread'")
         assert "heartbeat" not in user.read_until("(Pdb) ")
+        user.type("down\r")
+        user.read_until("-> raise self.failureException(msg)")
+        user.read_until("(Pdb) ")
         user.type("c\r")
         assert user.finish() == 1
     finally:
         user.close()
+
+
+def test_a_worker_says_that_it_has_no_prompt(site):
+    site.install("debugged", PLUGIN)
+    done = site.run("--hypervisor=test", "-n1", "debugged::TC_VM::test_stops")
+    assert done.returncode == 1, done.stdout + done.stderr
+    said = "a breakpoint() needs a terminal, which workers lack: leave -n out"
+    assert said in done.stdout
 
 
 STOPPED = """
