@@ -15,9 +15,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import subprocess
+import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qubes_itests.exc import DeadlineError
 from qubes_itests.guest.link.frames import GONE
+from qubes_itests.untrusted_text import quoted, safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -28,6 +31,12 @@ if TYPE_CHECKING:
 __all__ = ["Done", "ExitStatus", "ProcessWrapper", "VMWrapper", "unwrapped"]
 
 _T = TypeVar("_T")
+#: Seconds between two attempts of a command that is waited for.
+_PAUSE = 0.2
+#: Seconds for a command to end that was killed.
+_PATIENCE = 2.0
+#: Bytes of error output that an error tells.
+_SAID = 2000
 
 
 class VMWrapper:
@@ -159,6 +168,74 @@ class VMWrapper:
         starting = self._vm.run(command, user=user, **streams)
         process = self._loop.run_until_complete(starting)
         return self._wrapped(process, streams)
+
+    def succeed(
+        self, command: str, user: str | None = None, timeout: float = 60.0
+    ) -> str:
+        """Run a command that has to succeed, and return its output.
+
+        :param command: for the user's shell.
+        :param user: who runs it; by default the VM's `default_user`.
+        :param timeout: seconds that it may take.
+        :return: what it wrote; bytes that are no UTF-8 are escaped.
+        :raise AssertionError: it ended with another status than 0; what it wrote to
+            its error output is told.
+        :raise DeadlineError: it did not end in time.
+        """
+        status, output, said = self._attempt(command, user, timeout)
+        if status is None:
+            raise DeadlineError(f"end of {command!r} in {self}", timeout)
+        if status:
+            raise AssertionError(
+                f"{command!r} in {self} ended with status {status}"
+                + (f":\n{quoted(said)}" if said else "")
+            )
+        return output.decode("utf-8", "backslashreplace")
+
+    def wait_until(
+        self, command: str, timeout: float = 60.0, user: str | None = None
+    ) -> str:
+        """Run a command again and again until it succeeds, and return its output.
+
+        :param command: for the user's shell.
+        :param timeout: seconds for all attempts together.
+        :param user: who runs it; by default the VM's `default_user`.
+        :return: what it wrote at last; bytes that are no UTF-8 are escaped.
+        :raise DeadlineError: it did not succeed in time; the last attempt is told.
+        """
+        end, last = time.monotonic() + timeout, "it did not end"
+        while (left := end - time.monotonic()) > 0:
+            status, output, said = self._attempt(command, user, left)
+            if status == 0:
+                return output.decode("utf-8", "backslashreplace")
+            if status is not None:
+                last = f"status {status}\n{said}".strip()
+            # a guest that is emulated has other things to do as well
+            time.sleep(min(_PAUSE, max(0.0, end - time.monotonic())))
+        raise DeadlineError(f"success of {command!r} in {self}", timeout, last)
+
+    def _attempt(
+        self, command: str, user: str | None, timeout: float
+    ) -> tuple[int | None, bytes, str]:
+        """Return status (None: it did not end in time), output and error output."""
+
+        async def within() -> tuple[int | None, bytes, str]:
+            pipe = subprocess.PIPE
+            process = await self._vm.run(command, user=user, stdout=pipe, stderr=pipe)
+            try:
+                async with asyncio.timeout(timeout):
+                    output, errors = await process.communicate()
+            except TimeoutError:
+                process.kill()
+                # A guest that hangs does not even end it.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_PATIENCE):
+                        await process.communicate()
+                return None, b"", ""
+            said = safe_text((errors or b"")[-_SAID:], lines=True)
+            return process.returncode, output or b"", said.strip()
+
+        return self._loop.run_until_complete(within())
 
     def run_service(  # noqa: PLR0917 - as in Qubes OS
         self,

@@ -39,7 +39,9 @@ class _SubCommand(NamedTuple):
 # fmt: off
 _COMMANDS = {
     "run": _SubCommand("run", "run the tests of all installed plugins (the default)"),
-    "list": _SubCommand("listing", "list the tests without running them"),
+    "list": _SubCommand(
+        "listing", "list the tests without running them",
+        (("words", "*", "[SELECTOR...]", "ids of tests, or how they begin"),)),
     "doctor": _SubCommand("doctor", "check what this machine needs to run tests"),
     "shell": _SubCommand(
         "shell", "open a shell in a fresh VM made from a template",
@@ -108,6 +110,9 @@ class Command:
     tool: str = ""
     words: tuple[str, ...] = ()
     # fmt: off
+    expression: str = option(
+        "", None, "EXPRESSION", "list",
+        "list only tests whose ids match, as -k of pytest selects them", short="-k")
     json: bool = option(False, None, "", "list doctor history", "print JSON, not text")
     cache: bool = option(
         False, None, "", "clean", "also remove images and saved states")

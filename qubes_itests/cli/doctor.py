@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.exit_codes import ExitCode
-from qubes_itests.host.preflight import check_all
+from qubes_itests.host import memory
+from qubes_itests.host.cache import Cache
+from qubes_itests.host.kernel import find_kernel
+from qubes_itests.host.preflight import Check, check_all
+from qubes_itests.hypervisor.kvm import kvm_usable
+from qubes_itests.report.names import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from qubes_itests.cli.arguments import Command
-    from qubes_itests.host.preflight import Check
     from qubes_itests.run.settings import Settings
 
 __all__ = ["execute"]
@@ -23,7 +28,7 @@ _COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m"}
 
 def execute(command: Command, _settings: Settings) -> int:
     """Print them; the exit status is that of a run on this machine."""
-    checks = check_all()
+    checks = [*check_all(), *_facts()]
     failed = [check for check in checks if check.state == "fail"]
     if command.json:
         print(json.dumps([check.as_dict() for check in checks], indent=2))
@@ -31,6 +36,26 @@ def execute(command: Command, _settings: Settings) -> int:
         print("\n".join(_lines(checks)))
         print(_verdict(failed))
     return failed[0].exit_code if failed else ExitCode.OK
+
+
+def _facts() -> Iterator[Check]:
+    """Yield what is no need of a run, and decides how fast it is."""
+    try:
+        cache = Cache()
+        verdict = kvm_usable(cache, find_kernel(cache).image)
+        how = "guests use it" if verdict.usable else "guests are emulated"
+        state: Literal["ok", "warn"] = "ok" if verdict.usable else "warn"
+        yield Check("KVM", state, f"{how}: {one_line(verdict.reason, 120)}")
+        content = cache.content()
+    except (EnvironmentNotReadyError, OSError):
+        return  # what is missing has been told
+    yield Check("memory", "ok", f"{memory.for_vms()} MiB for VMs")
+    kinds = {entry.kind for entry in content}
+    # what templates are made of has no entry of its own
+    built = sorted(kinds & {"tiny", "debian", "layer"})
+    yield Check("templates", "ok", f"built: {', '.join(built) or 'none yet'}")
+    size, limit = sum(entry.size for entry in content), cache.limit
+    yield Check("cache size", "ok", f"{size >> 20} MiB of {limit >> 20} MiB")
 
 
 def _lines(checks: Sequence[Check]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ __all__ = ["execute"]
 
 #: Of a table that goes into a file or a pipe.
 _WIDTH = 120
+#: Seconds between two looks for a run.
+_PAUSE = 0.5
 
 
 def execute(command: Command, _settings: Settings) -> int:
@@ -35,6 +38,11 @@ def execute(command: Command, _settings: Settings) -> int:
         raise HarnessError(f"Expected one timeline, got {len(files)}.")
     cache = Cache()
     path = Path(files[0]) if files else _newest(cache)
+    if path is None and not plotting and sys.stdout.isatty():
+        print("Waiting for a run with --memory-budget; Ctrl-C ends this.")
+        while path is None:
+            time.sleep(_PAUSE)
+            path = _newest(cache)
     if path is None:
         raise HarnessError(
             "No run balances memory now: begin one with --memory-budget=4096, or name"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qubes_itests.report.failures import COMMAND
-from qubes_itests.run.plugins import PROBLEM, named_plugins
+from qubes_itests.run.plugins import PROBLEM, meant, named_plugins
 from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import OPTIONS
 
@@ -141,14 +141,7 @@ def collect(
 
 
 def _meant(word: str, ids: Sequence[str]) -> list[str]:
-    # Whole names first: `test_1` shall not run test_10 too.
-    ends = ("::", "@", "[")
-    whole = [
-        name
-        for name in ids
-        if name == word or name.startswith(tuple(word + e for e in ends))
-    ]
-    if found := whole or [name for name in ids if name.startswith(word)]:
+    if found := meant(word, ids):
         return found
     # Of a plugin that cannot be run there is one test only, which says why.
     if (problem := f"{word.partition('::')[0]}::{PROBLEM}") in ids:

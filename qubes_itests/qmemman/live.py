@@ -49,7 +49,8 @@ def render(record: Record) -> RenderableType:
         f"{record.time:.1f} s  {record.event}{note and ' '}{note.strip()}"
         f"  |  free {mib(record.free)} of {mib(record.total)}"
     )
-    return Group(Text(head, style="bold"), table)
+    legend = Text("MiB; # is used, - is held and not used", style="dim")
+    return Group(Text(head, style="bold"), table, legend)
 
 
 def _cells(domain: DomainRecord, total: int) -> Iterator[Text]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 
-__all__ = ["PROBLEM", "named_plugins", "node_name", "test_ids"]
+__all__ = ["PROBLEM", "meant", "named_plugins", "node_name", "test_ids"]
 
 #: Name of the test that fails when something is wrong with a plugin itself.
 PROBLEM = "plugin"
@@ -95,6 +95,14 @@ def test_ids(name: str, plugin: Plugin) -> Iterator[tuple[str, str | None]]:
         for method in unittest.TestLoader().getTestCaseNames(cls):
             if getattr(getattr(cls, method), "__test__", True):
                 yield f"{name}::{entry.name}::{method}", entry.template
+
+
+def meant(word: str, ids: Sequence[str]) -> list[str]:
+    """Return the ids of tests that a selector means."""
+    # Whole names first: `test_1` shall not run test_10 too.
+    ends = tuple(word + end for end in ("::", "@", "["))
+    whole = [name for name in ids if name == word or name.startswith(ends)]
+    return whole or [name for name in ids if name.startswith(word)]
 
 
 def node_name(name: str) -> str:

@@ -99,3 +99,10 @@ def test_a_machine_for_which_no_test_is_left_succeeds_but_no_wrong_selection(sit
     assert "shard 3/3: 0 of 1 tests" in done.stdout
     none = site.run(*NO_GUESTS, *shard, "-k", "no_such_test")
     assert none.returncode == 5
+
+
+def test_a_template_that_nobody_offers_is_wrong_usage_at_once(site):
+    done = site.run("--template", "debain-12", "shared")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "--template: expected one of tiny, " in done.stderr
+    assert "got 'debain-12'" in done.stderr

@@ -67,7 +67,7 @@ def plugin(tmp_path, monkeypatch):
         ("--cov run", "run", "--cov run"),
         ("--cov run run -x", "run", "--cov run -x"),
         ("--keep=failed --cov list smoke", "run", "--cov list smoke"),
-        ("-k list list", "list", "-k list"),
+        ("-m doctor doctor", "doctor", "-m doctor"),
         ("-x smoke list", "run", "-x smoke list"),
         ("-n 2 doctor", "doctor", "-n 2"),
         ("-n doctor", "run", "-n doctor"),

@@ -252,3 +252,32 @@ def test_help_names_the_sub_commands(site):
     out = site.run("--help").stdout
     for name in ("run", "list", "doctor", "shell", "clean", "report"):
         assert f"\n  {name} " in out
+
+
+def test_list_takes_selectors_and_an_expression(site):
+    site.install("alpha", PLUGIN, ONCE)
+
+    def listed(*words):
+        done = site.run("list", *words)
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stdout.splitlines() if line[0] != "#"]
+
+    assert listed("alpha::TC_One::test_1") == ["alpha::TC_One::test_1"]
+    assert len(listed("alp")) == 2
+    assert listed("alpha", "-k", "TEST_10 or nothing") == ["alpha::TC_One::test_10"]
+    for words in (["alphabet"], ["-k", "a and"]):
+        done = site.run("list", *words)
+        assert done.returncode == 4
+        assert "Traceback" not in done.stderr
+
+
+def test_doctor_says_what_decides_how_fast_a_run_is(site, tmp_path):
+    image = tmp_path / "vmlinuz-1"
+    image.write_bytes(b"no kernel")
+    told = {"QUBES_ITESTS_KERNEL": f"{image}:{tmp_path}", "QUBES_ITESTS_KVM": "0"}
+    checks = json.loads(site.run("doctor", "--json", **told).stdout)
+    found = {check["name"]: check["message"] for check in checks}
+    assert found["KVM"].startswith("guests are emulated: ")
+    assert found["templates"] == "built: none yet"
+    assert found["cache size"] == "0 MiB of 20480 MiB"
+    assert found["memory"].endswith(" MiB for VMs")

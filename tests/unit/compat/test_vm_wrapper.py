@@ -8,6 +8,7 @@ import pytest
 
 from qubes_itests.compat_core2 import ProcessWrapper, VMWrapper
 from qubes_itests.core.exc import QubesVMNotRunningError
+from qubes_itests.exc import DeadlineError
 from qubes_itests.portal import PortalError
 
 
@@ -186,3 +187,32 @@ def test_from_the_loops_thread_it_raises(started, portal):
 
     portal.run(call_all(), timeout=10)
     process.communicate()
+
+
+def test_succeed_returns_the_output_or_says_what_was_wrong(started):
+    assert started.succeed("echo a; printf '\\377'") == "a\n\\xff"
+    with pytest.raises(AssertionError) as failed:
+        started.succeed("echo 'no such \033[2J thing' >&2; exit 7")
+    assert str(failed.value) == (
+        "\"echo 'no such \\x1b[2J thing' >&2; exit 7\" in fake ended with status 7:\n"
+        "| no such \\x1b[2J thing"
+    )
+    with pytest.raises(
+        DeadlineError, match=r"no end of 'exec sleep 60' in fake within 0\.1 s"
+    ):
+        started.succeed("exec sleep 60", timeout=0.1)
+
+
+def test_wait_until_repeats_a_command_until_it_succeeds(started, tmp_path):
+    file = tmp_path / "attempts"
+    command = f"echo x >> {file}; test $(wc -l < {file}) -ge 3 && echo done"
+    assert started.wait_until(command) == "done\n"
+    assert file.read_text() == "x\n" * 3
+
+
+def test_wait_until_tells_the_last_attempt(started):
+    with pytest.raises(DeadlineError) as late:
+        started.wait_until("echo not yet >&2; exit 3", timeout=0.3)
+    assert str(late.value).endswith("last seen:\n| status 3\n| not yet")
+    with pytest.raises(DeadlineError, match="it did not end"):
+        started.wait_until("exec sleep 60", timeout=0.1)
