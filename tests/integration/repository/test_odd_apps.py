@@ -175,7 +175,7 @@ def test_what_is_wrong_with_one_app_fails_its_tests_alone(places):
         "requires: '-rfile' is neither a package of Python",
         "f_tests:list_tests lists no test class, so nothing is tested",
         f"policy: {policy} is another file than that of",
-        "did not end within 1 s",
+        "no end within 1 s",
     ):
         assert said in done.stdout
 
