@@ -46,6 +46,11 @@ _COMMANDS = {
     "shell": _SubCommand(
         "shell", "open a shell in a fresh VM made from a template",
         (("target", None, "VM-or-template", "a template, or a kept VM's directory"),)),
+    "ps": _SubCommand(
+        "ps", "show the runs under way, what their tests wait for, and their VMs"),
+    "attach": _SubCommand(
+        "attach", "open a shell in a VM of a run under way, also of one that hangs",
+        (("target", None, "[RUN/]VM", "as `ps` shows them"),)),
     "clean": _SubCommand("clean", "remove what killed runs left behind"),
     "report": _SubCommand(
         "last_run", "show the failures of the last run again, or make its report.html",
@@ -93,7 +98,8 @@ class Command:
     :param misspelt: of `run`: its first word, if it resembles a sub-command.
     :param given: the settings that were given, converted.
     :param rest: for `run` what pytest gets.
-    :param target: of `shell`: a template, or the directory of a kept VM.
+    :param target: of `shell`: a template, or the directory of a kept VM; of `attach`:
+        a VM, after the name of its run and a slash if need be.
     :param tool: of `qvm`: its name.
     :param words: of `history` tests; of `merge` directories; of `memory` ``plot`` or
         not, and a timeline; of `report` ``html`` and a directory, or nothing; of `qvm`
@@ -113,7 +119,8 @@ class Command:
     expression: str = option(
         "", None, "EXPRESSION", "list",
         "list only tests whose ids match, as -k of pytest selects them", short="-k")
-    json: bool = option(False, None, "", "list doctor history", "print JSON, not text")
+    json: bool = option(
+        False, None, "", "list doctor history ps", "print JSON, not text")
     cache: bool = option(
         False, None, "", "clean", "also remove images and saved states")
     output: str = option(

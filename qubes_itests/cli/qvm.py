@@ -30,4 +30,4 @@ def execute(command: Command, _settings: Settings) -> int:
     # what other tools do not need: an event loop
     from qubes_itests.serve.console import open_console
 
-    return open_console(place, command.words[0])
+    return open_console(place.relay_socket, command.words[0], CONSOLE)

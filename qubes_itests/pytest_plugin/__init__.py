@@ -24,6 +24,7 @@ from qubes_itests.pytest_plugin.debugger import FailurePrompt
 from qubes_itests.pytest_plugin.ending import Ending
 from qubes_itests.pytest_plugin.history import HistoryKeeper, earlier_times
 from qubes_itests.pytest_plugin.known_issues import KnownIssues
+from qubes_itests.pytest_plugin.reach import RunReach
 from qubes_itests.pytest_plugin.recording import Recording
 from qubes_itests.pytest_plugin.repetition import Repetition
 from qubes_itests.pytest_plugin.run_record import RunRecord
@@ -103,6 +104,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if settings.trace is not Trace.OFF and not worker.distributes(config):
         recording = Recording(settings, watch.artifacts)
         config.pluginmanager.register(recording, "qubes_itests-recording")
+    if not worker.distributes(config):
+        reach = RunReach(config, context)
+        config.pluginmanager.register(reach, "qubes_itests-reach")
     _register_role(config, context, watch)
     _register_results(config, settings, watch)
     _register_choices(config, settings, watch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import re
 import traceback
@@ -22,6 +23,7 @@ from qubes_itests.exc import UsageError
 from qubes_itests.guest.exc import GuestGoneError
 from qubes_itests.guest.link.frames import GONE, REFUSED
 from qubes_itests.guest.link.process import GuestTerminal
+from qubes_itests.hypervisor.exc import HypervisorError
 from qubes_itests.serve.imports import import_volume
 from qubes_itests.serve.wire import (
     CALL,
@@ -30,6 +32,7 @@ from qubes_itests.serve.wire import (
     IMPORT,
     LONGEST,
     RESIZE,
+    STATUS,
     STDERR,
     STDIN,
     STDOUT,
@@ -39,7 +42,7 @@ from qubes_itests.serve.wire import (
 from qubes_itests.unix_server import UnixServer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
 
     from qubes_itests.core.app import Qubes
@@ -53,6 +56,8 @@ log = logging.getLogger("qubes_itests.serve")
 
 #: Seconds that a command has to end when nobody listens to it any more.
 _END_TIMEOUT: Final = 5.0
+#: Seconds that a hypervisor has to tell how much memory a VM holds.
+_MEMORY_TIMEOUT: Final = 2.0
 _COMMAND: Final = re.compile(r"(?P<user>[^:]*):(?:nogui:)?(?P<rest>.+)", re.DOTALL)
 _SERVICE: Final = re.compile(r"QUBESRPC (?P<service>[!-~]+)(?: (?P<source>[!-~]+))?")
 
@@ -92,16 +97,23 @@ class Wanted:
 class CallServer(UnixServer):
     """An async context manager that serves calls on a socket.
 
-    :param app: whose VMs are called.
+    :param apps: returns those whose VMs are called.
     :param path: of the socket, in a directory that only its owner writes to.
+    :param doing: returns what is told with the VMs of what goes on, as JSON has it.
     """
 
     most = 512
     limit = LONGEST
 
-    def __init__(self, app: Qubes, path: Path) -> None:
+    def __init__(
+        self,
+        apps: Callable[[], Sequence[Qubes]],
+        path: Path,
+        doing: Callable[[], Mapping[str, object]] = dict,
+    ) -> None:
         super().__init__(path)
-        self.app = app
+        self.apps = apps
+        self.doing = doing
         self.farewell = _refusal("too many calls are under way already", REFUSED)
 
     async def converse(self, client: Client) -> None:
@@ -109,7 +121,7 @@ class CallServer(UnixServer):
         # What was asked for is of use to nobody else.  The program has half-closed, or
         # sends nothing: only its hang-up says that it went.
         with client.watched(client.task.cancel):
-            await Answer(self.app, client).give()
+            await Answer(self, client).give()
 
 
 def _refusal(text: str, status: int) -> bytes:
@@ -121,12 +133,12 @@ def _refusal(text: str, status: int) -> bytes:
 class Answer:
     """What one program gets.
 
-    :param app: whose VMs are called.
+    :param server: whose client it is.
     :param client: the program.
     """
 
-    def __init__(self, app: Qubes, client: Client) -> None:
-        self._app = app
+    def __init__(self, server: CallServer, client: Client) -> None:
+        self._server = server
         self._client = client
         self._reader = client.reader
         self._writer = client.writer
@@ -160,18 +172,48 @@ class Answer:
             return await self._call(*fields)
         if kind == IMPORT and len(fields) == 3:  # noqa: PLR2004
             vm, volume, method = fields
-            reply = await import_volume(self._app, vm, volume, method, self._stdin())
+            app = self._app_of(vm)
+            reply = await import_volume(app, vm, volume, method, self._stdin())
             await self._send(STDOUT, reply)
             return 0
         if kind == TERMINAL and len(fields) == 3:  # noqa: PLR2004
             return await self._terminal(*fields)
+        if kind == STATUS:
+            status = {**self._server.doing(), "vms": await self._vms()}
+            text = json.dumps(status).encode()
+            for start in range(0, len(text), LONGEST):
+                await self._send(STDOUT, text[start : start + LONGEST])
+            return 0
         raise UsageError(
             "expected a call, an import or a terminal, of three fields, got a frame of"
             f" kind {kind} with {len(fields)}"
         )
 
+    def _app_of(self, name: str) -> Qubes:
+        """Return the app with that VM; any if none has it.
+
+        :raise UsageError: when there is no app, as between two tests.
+        """
+        if not (apps := self._server.apps()):
+            raise UsageError(f"there is no VM {name!r}, as no test has any now")
+        return next((app for app in apps if _key(name) in app.domains), apps[0])
+
+    async def _vms(self) -> list[dict[str, object]]:
+        """Return the VMs that have a domain: name, state, MiB that they hold."""
+        vms = [
+            vm
+            for app in self._server.apps()
+            for vm in app.domains.startable()
+            if vm.is_running()
+        ]
+        memory = await asyncio.gather(*map(_memory, vms))
+        return [
+            {"name": vm.name, "state": vm.get_power_state(), "memory": held}
+            for vm, held in zip(vms, memory, strict=True)
+        ]
+
     def _running(self, name: str) -> GuestAgent:
-        vm = self._app.domains.get(_key(name))
+        vm = self._app_of(name).domains.get(_key(name))
         if not isinstance(vm, QubesVM):
             raise UsageError(f"there is no VM {name!r} that runs commands")
         if not vm.is_running():
@@ -262,6 +304,17 @@ class Answer:
     async def _send(self, kind: int, data: bytes) -> None:
         self._writer.write(frame(kind, data))
         await self._writer.drain()
+
+
+async def _memory(vm: QubesVM) -> int | None:
+    """Return the MiB that a VM holds; None when nobody can tell."""
+    if vm.domain is None:
+        return None
+    try:
+        async with asyncio.timeout(_MEMORY_TIMEOUT):
+            return (await vm.domain.memory_statistics()).actual >> 20
+    except (HypervisorError, TimeoutError):
+        return None  # it ends, or the hypervisor is stuck
 
 
 def _key(name: str) -> str | uuid.UUID:

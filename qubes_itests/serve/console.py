@@ -1,4 +1,4 @@
-"""A root shell in a VM of a server: what ``qvm-console`` gives here."""
+"""A root shell in a VM of a run: what ``qvm-console`` and ``attach`` give."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from qubes_itests.shell import WAY_OUT, open_session, require_terminal
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
-    from qubes_itests.serve.place import Place
+    from pathlib import Path
 
 __all__ = ["open_console"]
 
 
-def open_console(place: Place, vm: str) -> int:
-    """Let the person at the terminal use a root shell in a running VM of a server.
+def open_console(socket: Path, vm: str, what: str) -> int:
+    """Let the person at the terminal use a root shell in a running VM.
 
-    :param place: the server's.
+    :param socket: that of the VM's `CallServer`.
     :param vm: the name of the VM.
+    :param what: the command that opens the shell.
     :return: the exit status, as `open_session` has it.
     :raise UsageError: when nobody sits at one.
     """
-    require_terminal("qvm-console")
+    require_terminal(what)
     print(f"A root shell in {vm}. {WAY_OUT}.", flush=True)  # noqa: T201
 
     async def opened(columns: int, rows: int, name: str) -> _ServedTerminal:
-        path = connectable(str(place.relay_socket))
+        path = connectable(str(socket))
         terminal = _ServedTerminal(vm, *await asyncio.open_unix_connection(path))
         terminal.send(TERMINAL, f"{vm}\0{columns}x{rows}\0{name}".encode())
         return terminal
@@ -87,7 +88,7 @@ class _ServedTerminal:
                 kind, length = HEADER.unpack(header)
                 data = await self._reader.readexactly(length)
             except (EOFError, ConnectionError):
-                raise GuestGoneError(self._vm, "the server has ended") from None
+                raise GuestGoneError(self._vm, "the run has ended") from None
             if kind == EXIT:
                 self._status = int(data)
             elif kind == STDERR:

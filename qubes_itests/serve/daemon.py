@@ -130,7 +130,7 @@ def wait_for_end() -> None:
 
 async def _open_sockets(app: Qubes, place: Place) -> contextlib.AsyncExitStack:
     async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(CallServer(app, place.relay_socket))
+        await stack.enter_async_context(CallServer(lambda: (app,), place.relay_socket))
         # last: who finds this one may go on
         admin = await stack.enter_async_context(AdminServer(app, place.admin_socket))
         offer_to_vms(app, admin.dispatcher)

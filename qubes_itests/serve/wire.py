@@ -1,8 +1,8 @@
 """The frames between the daemon and the programs that the client tools call.
 
 Frames: each is a kind, a length and so many bytes.  A program sends one `CALL`,
-`IMPORT` or `TERMINAL`, then `STDIN`, the last one empty, and for a terminal `RESIZE`
-among them; the daemon sends `STDOUT` and `STDERR`, then `EXIT`.
+`IMPORT`, `TERMINAL` or `STATUS`, then `STDIN`, the last one empty, and for a terminal
+`RESIZE` among them; the daemon sends `STDOUT` and `STDERR`, then `EXIT`.
 This module uses the standard library alone, for it is a part of those programs too.
 """
 
@@ -16,6 +16,7 @@ __all__ = [
     "IMPORT",
     "LONGEST",
     "RESIZE",
+    "STATUS",
     "STDERR",
     "STDIN",
     "STDOUT",
@@ -42,6 +43,8 @@ EXIT = 6
 TERMINAL = 7
 #: Its new size, in the same form.
 RESIZE = 8
+#: Asks what goes on; the answer is JSON.
+STATUS = 9
 
 
 def frame(kind: int, data: bytes = b"") -> bytes:

@@ -24,7 +24,7 @@ from qubes_itests.serve.wire import (
 
 @pytest.fixture
 def server(app, tmp_path, run):
-    server = CallServer(app, tmp_path / "qrexec.sock")
+    server = CallServer(lambda: (app,), tmp_path / "qrexec.sock")
     run(server.__aenter__())
     yield server
     run(server.__aexit__(None, None, None))

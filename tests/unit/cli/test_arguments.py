@@ -133,7 +133,7 @@ def test_orphans_are_listed_unless_words_say_more():
 ALL = [*OPTIONS.values(), *options(Command)]
 NAMES = (
     *("run", "list", "doctor", "shell", "clean", "report", "memory", "serve", "qvm"),
-    *("orphans", "template", "history", "merge"),
+    *("orphans", "template", "history", "merge", "ps", "attach"),
 )
 
 
@@ -159,7 +159,8 @@ def test_each_sub_command_refuses_the_options_of_others(name, capsys):
         if name not in option.commands:
             words = [option.spellings()[0], *(["3"] if option.metavar else [])]
             needed = {"shell": ["tiny"], "qvm": ["qvm-ls"], "template": ["list"]} | {
-                "merge": ["x"]
+                "merge": ["x"],
+                "attach": ["vm"],
             }
             with pytest.raises(SystemExit) as ended:
                 parse([name, *words, *needed.get(name, ())])
