@@ -15,6 +15,7 @@ from qubes_itests.core.events import handler
 from qubes_itests.core.exc import (
     QubesException,
     QubesNoTemplateError,
+    QubesPoolNotFoundError,
     QubesValueError,
     QubesVMNotStartedError,
 )
@@ -22,8 +23,8 @@ from qubes_itests.core.ext import Extensions
 from qubes_itests.core.host import QubesHost, VMMConnection
 from qubes_itests.core.labels import LABELS, Label, find_label
 from qubes_itests.core.policy import Policy
-from qubes_itests.core.pools import PoolsMixin
-from qubes_itests.core.properties import Property, VMProperty
+from qubes_itests.core.pools import Pools
+from qubes_itests.core.properties import Property, PropertyHolder, VMProperty
 from qubes_itests.core.store.file import StoreFile
 from qubes_itests.core.store.journal import Journal
 from qubes_itests.core.store.opening import load_store, open_store
@@ -113,7 +114,28 @@ def _timeout(name: Literal["qrexec_timeout", "shutdown_timeout"]) -> Property[in
     )
 
 
-class Qubes(PoolsMixin):
+def _pool(app: Qubes, _prop: object, value: Pool | str | None) -> Pool | None:
+    if value in (None, ""):
+        return None
+    try:
+        return app.get_pool(value)
+    except QubesPoolNotFoundError as error:
+        # as a refusal, as of any other value that the property does not take
+        raise ValueError(str(error)) from None
+
+
+def _default_pool(kind: str) -> Property[Pool | None]:
+    return Property(
+        f"default_pool_{kind}",
+        allow_none=True,
+        setter=_pool,
+        load_stage=3,
+        default=lambda app: app.default_pool,
+        doc=f"The pool of {kind} volumes that name none.",
+    )
+
+
+class Qubes(PropertyHolder):
     """A Qubes system: the VMs, and all that they share.
 
     :param store: the file that `save` writes and `load` reads; None to keep nothing.
@@ -131,6 +153,8 @@ class Qubes(PoolsMixin):
     :raise QubesValueError: without a hypervisor, where there is to be one.
     """
 
+    #: The pools, by name.
+    pools: Pools
     #: The labels, by index.
     labels: Mapping[int, Label] = LABELS
 
@@ -184,6 +208,18 @@ class Qubes(PoolsMixin):
         default=True,
         doc="Whether VMs look for updates; not used here.",
     )
+    default_pool: Property[Pool | None] = Property(
+        "default_pool",
+        allow_none=True,
+        setter=_pool,
+        load_stage=3,
+        default=lambda app: next(iter(app.pools.values()), None),
+        doc="The pool of volumes that name none.",
+    )
+    default_pool_root: Property[Pool | None] = _default_pool("root")
+    default_pool_private: Property[Pool | None] = _default_pool("private")
+    default_pool_volatile: Property[Pool | None] = _default_pool("volatile")
+    default_pool_kernel: Property[Pool | None] = _default_pool("kernel")
     default_kernel: Property[str | None] = Property(
         "default_kernel",
         allow_none=True,
@@ -224,8 +260,7 @@ class Qubes(PoolsMixin):
         self.host = QubesHost()
         #: Asked for memory by each start; None where memory is not balanced.
         self.qmemman: MemorySource | None = None
-        self.pools: dict[str, Pool] = {}
-        self.volumes_going: set[tuple[str, str]] = set()
+        self.pools = Pools(self)
         self.policy = Policy(directory=directory / "policy.d")
         #: Services of dom0 that VMs may call, by name.
         self.host_services: dict[str, HostService] = {
@@ -452,6 +487,28 @@ class Qubes(PoolsMixin):
     async def clone_vm(self, source: QubesVM, name: str, **options: Any) -> Any:
         """Make a copy of a halted VM; see `qubes_itests.core.vm.cloning.clone_vm`."""
         return await clone_vm(self, source, name, **options)
+
+    def get_pool(self, pool: Pool | str) -> Pool:
+        """Return a storage pool by itself or its name; see `Pools.find`."""
+        return self.pools.find(pool)
+
+    async def add_pool(
+        self, name: Pool | str | None = None, *, driver: str = "", **options: Any
+    ) -> Pool:
+        """Set up a storage pool, add it under its name, and return it; see `Pools`."""
+        return await self.pools.add(name, driver=driver, **options)
+
+    async def remove_pool(self, name: str) -> None:
+        """Forget a storage pool; what is in it stays; see `Pools.remove`."""
+        await self.pools.remove(name)
+
+    async def find_orphans(self, pool: Pool) -> list[str]:
+        """Return the ids of the volumes in a pool that no VM has; see `Pools`."""
+        return await self.pools.find_orphans(pool)
+
+    async def remove_orphan(self, pool: Pool, vid: str) -> None:
+        """Remove a volume that no VM has, with its revisions; see `Pools`."""
+        await self.pools.remove_orphan(pool, vid)
 
     async def start_autostart(self) -> dict[str, Exception]:
         """Start the VMs that start with the system; return why some did not."""

@@ -83,7 +83,7 @@ class Storage:
         """
         settings = dict(volume_config)
         app = self.vm.app
-        named = settings.pop("pool", None) or app.default_pool_of(name)
+        named = settings.pop("pool", None) or app.pools.default_of(name)
         pool = app.get_pool("" if named is None else named)
         if len(self.volumes) >= _MOST_VOLUMES:
             raise QubesValueError(f"VM {self.vm} has as many volumes as disk names")
@@ -145,7 +145,7 @@ class Storage:
         if adopt:
             keeping = [v for v in self.volumes.values() if v.keeps_image]
             for pool in {volume.pool for volume in keeping}:
-                orphans = await self.vm.app.find_orphans(pool, besides=self.vm)
+                orphans = await self.vm.app.pools.find_orphans(pool, besides=self.vm)
                 there += [v for v in keeping if v.pool is pool and v.vid in orphans]
         await self._make(make, besides=there)
 

@@ -242,5 +242,5 @@ async def _settle(app: Qubes, note: Note) -> None:
     log.warning("the %s VM %s was interrupted: its volumes go", what, note.name)
     for pool, vid in note.volumes:
         # The note is old if another VM has the volume by now.
-        if (pool, vid) not in app.owned_volumes():
-            await app.remove_unowned(app.get_pool(pool), vid)
+        if (pool, vid) not in app.pools.owned_volumes():
+            await app.pools.remove_unowned(app.get_pool(pool), vid)

@@ -86,6 +86,6 @@ def test_default_pool_is_one_that_there_is(app):
     app.default_pool = app.get_pool("default")
     assert app.default_pool is app.pools["default"]
     assert app.default_pool == "default"
-    assert app.default_pool_private == app.default_pool_of("root") == "default"
+    assert app.default_pool_private == app.pools.default_of("root") == "default"
     app.default_pool = None
     assert app.default_pool is None

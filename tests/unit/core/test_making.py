@@ -545,7 +545,7 @@ def test_an_orphan_is_removed_or_taken_over_but_not_both(app, monkeypatch, first
         assert (path.read_bytes() == b"precious") == (first == "taken over")
 
     asyncio.run(scenario())
-    assert app.volumes_going == set()
+    assert app.pools.volumes_going == set()
 
 
 def test_what_was_taken_over_survives_a_creation_that_fails(app, monkeypatch):
