@@ -229,6 +229,8 @@ class Property(Generic[T]):
                 new = self.setter(instance, self, value)
             if new is None and (self.setter is not None or self.allow_none):
                 return None
+            if self.allow_none and new == "":
+                return None  # as the store and the Admin API write it
             if self.type is not None and new.__class__ is not self.type:
                 convert: Callable[[Any], T] = _CONVERSIONS.get(self.type, self.type)
                 new = convert(new)

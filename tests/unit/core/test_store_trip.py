@@ -133,6 +133,16 @@ def state(vm):
     )
 
 
+@pytest.mark.parametrize("value", [None, ""])
+def test_text_that_is_none_comes_back(tmp_path, value):
+    """None is written as empty text, and so empty text is None."""
+    app = with_pool(tmp_path)
+    app.add_new_vm("RemoteVM", name="far", label="red", remote_name=value)
+    app.save(lock=False)
+    assert app.domains["far"].remote_name is None
+    assert load(app).domains["far"].remote_name is None
+
+
 @hypothesis.settings(deadline=None, max_examples=60)
 @hypothesis.given(
     st.lists(VM, max_size=8),
