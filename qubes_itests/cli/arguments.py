@@ -46,6 +46,7 @@ _COMMANDS = {
     "shell": _SubCommand(
         "shell", "open a shell in a fresh VM made from a template",
         (("target", None, "VM-or-template", "a template, or a kept VM's directory"),)),
+    "repl": _SubCommand("repl", "open a Python prompt with an app and VMs"),
     "ps": _SubCommand(
         "ps", "show the runs under way, what their tests wait for, and their VMs"),
     "attach": _SubCommand(
@@ -161,7 +162,7 @@ class Command:
             return _NO_TESTS.isdisjoint(self.rest)
         if self.name == "serve":
             return not self.print_env
-        return self.name == "shell"
+        return self.name in ("shell", "repl")
 
 
 _ALL = (*OPTIONS.values(), *options(Command))

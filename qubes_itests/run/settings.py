@@ -76,7 +76,7 @@ class Keep(enum.Enum):
 
 
 #: The commands that run tests, and those that start VMs.
-_TESTS, _VMS = f"run {PYTEST}", "run serve shell"
+_TESTS, _VMS = f"run {PYTEST}", "run serve shell repl"
 #: The templates that tests run on by default.
 _TEMPLATES = ("tiny",)
 #: Seconds.

@@ -133,7 +133,7 @@ def test_orphans_are_listed_unless_words_say_more():
 ALL = [*OPTIONS.values(), *options(Command)]
 NAMES = (
     *("run", "list", "doctor", "shell", "clean", "report", "memory", "serve", "qvm"),
-    *("orphans", "template", "history", "merge", "ps", "attach"),
+    *("orphans", "template", "history", "merge", "ps", "attach", "repl"),
 )
 
 
