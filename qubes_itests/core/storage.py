@@ -452,7 +452,7 @@ class Storage:
         self.vm.fire_event("domain-verify-files")
         return True
 
-    async def clone(self, source: QubesVM, pool: str | None = None) -> None:
+    async def clone(self, source: QubesVM, pool: Pool | str | None = None) -> None:
         """Make the volumes as copies of another VM's.
 
         Only those that keep their contents are copied; the others are made anew.  If
@@ -482,7 +482,7 @@ class Storage:
         await self._make(copy)
 
 
-def in_pool(config: Mapping[str, Any], pool: str | None) -> dict[str, Any]:
+def in_pool(config: Mapping[str, Any], pool: Pool | str | None) -> dict[str, Any]:
     """Return a volume's configuration with another pool, where it can have another.
 
     A snapshot has to be where its source is, and stays there.

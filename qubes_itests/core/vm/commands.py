@@ -132,7 +132,7 @@ class Commands:
         :raise DeadlineError: when it does not end in time.
         :raise GuestError: when it writes too much, or the guest goes away.
         """
-        process = await self._vm.run(command, user=user, **PIPES)
+        process = await self.run(command, user, **PIPES)
         answer = await answer_of(
             process, what, timeout=timeout, input=input, limit=limit
         )
@@ -152,7 +152,7 @@ class Commands:
 
         :param user: who runs it; by default the service's own choice.
         """
-        process = await self._vm.run_service(service, user=user, **PIPES)
+        process = await self.run_service(service, user=user, **PIPES)
         answer = await answer_of(process, what, timeout=timeout, input=input)
         answer.check(service)
         return answer.stdout, answer.stderr

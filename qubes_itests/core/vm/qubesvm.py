@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qubes_itests.guest.link.agent import GuestAgent
     from qubes_itests.guest.link.process import GuestProcess
     from qubes_itests.hypervisor.contract import Domain
+    from qubes_storage.pool import Pool
     from qubes_storage.volume import Volume
 
 __all__ = ["QubesVM"]
@@ -569,7 +570,7 @@ class QubesVM(BaseVM):
 
     # on disk
 
-    def init_storage(self, pool: Any = None) -> None:
+    def init_storage(self, pool: Pool | str | None = None) -> None:
         """Bind the volumes, all but snapshots in `pool` if one is named."""
         self.storage.unbind()
         for name, value in self.volume_settings().items():
@@ -602,8 +603,8 @@ class QubesVM(BaseVM):
 
     async def create_on_disk(
         self,
-        pool: Any = None,
-        pools: Any = None,
+        pool: Pool | str | None = None,
+        pools: Mapping[str, Pool | str] | None = None,
         *,
         images: Mapping[str, Path] | None = None,
         adopt: bool = False,
@@ -618,13 +619,9 @@ class QubesVM(BaseVM):
             to make those.
         :raise VolumeExistsError: when there is such a volume already.
         """
-        if pools:
-            for name, of_volume in pools.items():
-                self._volume_changes.setdefault(name, {})
-                self._volume_changes[name] = {
-                    **self._volume_changes[name],
-                    "pool": of_volume,
-                }
+        for name, its_pool in (pools or {}).items():
+            before = self._volume_changes.get(name, {})
+            self._volume_changes[name] = {**before, "pool": its_pool}
         if pool is not None or pools:
             self.init_storage(pool)
         with self.being("made"):
@@ -653,7 +650,9 @@ class QubesVM(BaseVM):
         await self.storage.remove()
         self._settle()
 
-    async def clone_disk_files(self, src: QubesVM, pool: Any = None) -> None:
+    async def clone_disk_files(
+        self, src: QubesVM, pool: Pool | str | None = None
+    ) -> None:
         """Make the VM's volumes as copies of another VM's, which must be halted.
 
         :param src: the VM to copy.

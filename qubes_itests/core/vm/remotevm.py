@@ -11,6 +11,8 @@ from qubes_itests.core.vm.base import BaseVM
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from qubes_storage.pool import Pool
+
 __all__ = ["RemoteVM"]
 
 
@@ -62,12 +64,14 @@ class RemoteVM(BaseVM):
 
     async def create_on_disk(
         self,
-        pool: str | None = None,
-        pools: Mapping[str, str] | None = None,
+        pool: Pool | str | None = None,
+        pools: Mapping[str, Pool | str] | None = None,
         *,
         adopt: bool = False,
     ) -> None:
         """Do nothing: it has no volumes here."""
 
-    async def clone_disk_files(self, src: BaseVM, pool: str | None = None) -> None:
+    async def clone_disk_files(
+        self, src: BaseVM, pool: Pool | str | None = None
+    ) -> None:
         """Do nothing: it has no volumes here."""

@@ -92,6 +92,14 @@ def test_each_test_that_shows_a_promise_is_there():
         assert has_tests or name.startswith("tests/benchmarks/"), name
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_pages_name_are_there(name):
+    """By their paths in the repository or, of modules, in the package."""
+    for path in re.findall(r"`((?:\w+/)+\w+\.(?:py|c|h))`", page(name)):
+        homes = (ROOT, ROOT / "qubes_itests")
+        assert any((home / path).exists() for home in homes), path
+
+
 def test_the_table_of_layers_has_those_of_the_contract():
     """And no others."""
     contract = configparser.ConfigParser()
