@@ -33,12 +33,10 @@ _CALLER: Final[contextvars.ContextVar[str | None]] = contextvars.ContextVar(
     "caller", default=None
 )
 #: What tests are run by; what else calls is the tests' authors'.
-_MACHINERY: Final = frozenset({
-    *("qubes_itests", "qubes_storage", "asyncio", "concurrent", "contextlib"),
-    *("_pytest", "pytest", "pluggy", "unittest", "threading", "runpy", "xdist"),
-    *("execnet", "functools", "importlib", "_frozen_importlib", "__main__"),
-})  # fmt: skip
-
+_MACHINERY: Final = sys.stdlib_module_names | {
+    *("qubes_itests", "qubes_storage", "_pytest", "pytest", "pluggy", "pytest_asyncio"),
+    *("xdist", "execnet", "importlib", "__main__"),
+}
 _LONGEST_SOURCE: Final = 200
 
 

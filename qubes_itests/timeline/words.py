@@ -178,13 +178,13 @@ def called(record: Record) -> str:
 def waited_for(open_records: list[Record], line: str | None) -> str:
     """Return what a test waits for: the call of it that began last, or its line.
 
-    :param line: where the test is, None if in no line of its author.
+    :param line: where the test is, None where its thread is in none of its lines.
     """
     for record in reversed(open_records):
         # what goes on in the background was begun elsewhere in the test
         if record["kind"] == "start" or (line and record.get("where") == line):
             return called(record)
-    return f"the test, {line}" if line else "the harness"
+    return f"the test, {line}" if line else "the test"
 
 
 def doing(open_records: list[Record]) -> Iterator[str]:
