@@ -72,7 +72,7 @@ def _adopt(place: Place, name: str, cls: str, template: str) -> None:
                 f"volume {vid} is in the pools {pools[volume]} and {pool}: remove one"
             )
     if not pools:
-        raise UsageError(f"there is no volume without a VM of the name {name!r}")
+        raise UsageError(f"there is no orphan of a VM {name!r}")
     where = "".join(f" pool:{volume}={pool}" for volume, pool in pools.items())
     payload = f"name={name} label=red{where}".encode(errors="replace")
     call(place, Request(f"admin.vm.Adopt.{cls}", template, payload=payload))

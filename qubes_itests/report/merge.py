@@ -85,7 +85,7 @@ def read_part(place: Path) -> Part:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         found = safe_text(str(error), limit=80)
         raise HistoryError(
-            f"{path}: expected what a run has left, got {found}"
+            f"{path}: expected the results of a run, got {found}"
         ) from error
     junit = next(iter(sorted({*place.glob("*.xml"), *directory.glob("*.xml")})), None)
     return Part(directory, junit, run, results, document)

@@ -100,7 +100,7 @@ def _chain(
             raise SpecError(
                 spec.source,
                 f"base is {spec.base}, but {own[0].base} in {own[0].source}: layers of"
-                " one template lie over one base",
+                " one template take the same base",
             )
     base = own[0].base
     if base == name or base not in groups:

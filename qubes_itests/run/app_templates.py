@@ -146,8 +146,8 @@ def _check_policy(
                 if before.read_bytes() != path.read_bytes():
                     raise SpecError(
                         spec.source,
-                        f"policy: {path.name} is another file than that of"
-                        f" {other.source}, and a run has one of a name",
+                        f"policy: {path.name} differs from the file of that name in"
+                        f" {other.source}, and a run takes one file of each name",
                     )
 
 
@@ -223,7 +223,7 @@ class AppTemplates:
             known = ", ".join(self._bases)
             raise ImageError(
                 f"template {name}",
-                f"there is no template {wanted.base!r} to lie over; there are: {known}",
+                f"base: expected one of {known}, got {wanted.base!r}",
             )
         return wanted
 

@@ -171,9 +171,8 @@ def test_a_base_that_is_not_there_is_told(apps):
     spec = "[qubes_itests:template:mine]\nbase = debain-12\n"
     done = apps.run(apps.make("lost", spec=spec))
     assert done.returncode == 1
-    assert (
-        "there is no template 'debain-12' to lie over; there are: tiny," in done.stdout
-    )
+    assert "base: expected one of tiny, " in done.stdout
+    assert "got 'debain-12'" in done.stdout
 
 
 def test_two_apps_with_one_entry_name_are_both_run(apps):

@@ -174,7 +174,7 @@ def test_what_is_wrong_with_one_app_fails_its_tests_alone(places):
         f"pip cannot install {places.directory}/broken",
         "requires: '-rfile' is neither a package of Python",
         "f_tests:list_tests lists no test class, so nothing is tested",
-        f"policy: {policy} is another file than that of",
+        f"policy: {policy} differs from the file of that name in",
         "no end within 1 s",
     ):
         assert said in done.stdout

@@ -258,6 +258,6 @@ def test_volumes_without_a_vm_are_told_taken_over_and_removed(serve, site, tmp_p
         assert "lost" in names(served.client)
         again = orphans("adopt", "lost", "AppVM", "tiny")
         assert again.returncode == 4
-        assert "no volume without a VM of the name 'lost'" in again.stderr
+        assert "no orphan of a VM 'lost'" in again.stderr
     assert (shared / "appvms" / "lost" / "private.img").read_bytes() == b"precious"
     assert not (shared / "appvms" / "old").exists()

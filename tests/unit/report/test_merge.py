@@ -100,7 +100,7 @@ def test_a_machine_chooses_no_path_and_gives_no_link(part, tmp_path):
     [{"format": "x"}, {"version": 2}, {"id": "x"}, {"tests": [7]}, {"tests": None}],
 )
 def test_what_is_no_result_of_a_run_is_refused(part, changed):
-    with pytest.raises(HistoryError, match="expected what a run has left"):
+    with pytest.raises(HistoryError, match="expected the results of a run"):
         read_part(part(1, **changed))
 
 
