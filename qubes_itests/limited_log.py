@@ -38,7 +38,7 @@ class LimitedLog:
     def info(self, source: str, message: str, *args: object) -> None:
         """Log what a source is the reason of.
 
-        :param source: name of a VM, say; each has a number of its own.
+        :param source: name of a VM, say; each is counted by itself.
         """
         self._pass_on(logging.INFO, source, message, args)
 

@@ -49,7 +49,7 @@ async def handle_vm_call(
 ) -> int:
     """Answer one call, which the policy has allowed and sent to dom0.
 
-    What the VM asked for as target is what the call is about, whoever answers it.
+    What the VM asked for as target is what the call is about, whichever VM answers.
 
     :param source: the VM that calls.
     :param call: names the method and the target; everything in it is the guest's word.

@@ -580,7 +580,7 @@ class Qubes(PropertyHolder):
         except Exception as error:  # noqa: BLE001 - an extension's; the caller is told
             self.problems.append(f"an extension did not let the app go: {error!r}")
         self.extensions.close()
-        # The pools before the store: whoever gets the store claims its pools next.
+        # The pools before the store: who gets the store claims its pools next.
         for pool in self.pools.values():
             pool.unclaim()
         if self.store is not None:

@@ -181,7 +181,7 @@ def _connected_pair(
 
 async def _end(process: asyncio.subprocess.Process) -> None:
     """End what a program has left running, itself included."""
-    # It has a session of its own, so its group is its number; the group lives on with
+    # It has its own session, so its group is its number; the group lives on with
     # children that it has left.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -57,7 +57,7 @@ def check_size(volume: Volume, action: str, size: int) -> None:
 def kept_by(volume: Volume) -> Volume:
     """Return the volume whose committed image a start of this one begins with.
 
-    A snapshot that keeps nothing of its own begins with what its source does.
+    A snapshot that keeps nothing begins with what its source does.
     """
     while volume.source is not None and not volume.save_on_stop:
         volume = volume.source

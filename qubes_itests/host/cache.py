@@ -3,7 +3,7 @@
 An entry is a directory that is either absent or complete. It is built beside its
 place under a lock of its key, flushed to the disk, and renamed; so neither a crash
 nor a second run can show a half-made one. What a killed builder leaves is removed by
-whoever builds or runs next. An entry whose files have changed since counts as absent.
+the next build or run. An entry whose files have changed since counts as absent.
 
 Together the entries have a bound. Beyond it those go that were not used longest; not
 those that a process has used which is alive, or that were used within the hour.
@@ -312,7 +312,7 @@ def _use(place: Path) -> bool:
                 os.close(descriptor)
                 return True
             _let_go(place)
-            # whoever removes it has it exclusively, and has renamed it by then
+            # the process that removes it has it exclusively, and has renamed it by then
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if place.is_dir() and place.stat().st_ino == inode:
                 break

@@ -104,7 +104,7 @@ class LoopDevice:
         os.close(self._fd)
 
     def _attach(self, image: int) -> bool:
-        # The number is no more than a proposal: whoever asks at the same time gets the
+        # The number is no more than a proposal: who asks at the same time gets the
         # same one. It is decided by LOOP_CONFIGURE, which only one of them can do.
         self._path = _node(_free_number())
         try:

@@ -1,6 +1,6 @@
 """Both ends of a sandbox: the process that waits outside, and PID 1 inside.
 
-A program of its own (``sandbox_init.py MARK [--outer-network] COMMAND…``), the option
+A separate program (``sandbox_init.py MARK [--outer-network] COMMAND…``), the option
 for `sandbox.outer_network`, that uses the standard
 library alone, and little of that, so that it starts at once. The outer process makes
 the PID namespace, waits, and passes signals on; PID 1 dies with it, sets up the other
@@ -211,7 +211,7 @@ def set_up() -> None:
 def have_services() -> None:
     """Have an empty folder for services of dom0 in here, whatever the machine has.
 
-    A Qubes VM has services of its own there, which are not the run's. Where there is no
+    A Qubes VM has its own services there, which are not the run's. Where there is no
     such folder, /etc is overlaid, and what is written to it ends with the sandbox; a
     system that cannot do that, for its /etc is an overlay of overlays, goes without.
     """

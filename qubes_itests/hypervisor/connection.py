@@ -1,7 +1,7 @@
 """libvirt connection for coroutines.
 
 Blocking calls run in threads, a few for each domain: a QEMU that hangs holds up calls
-of its own domain alone, and those have a deadline. libvirt's own printing of errors is
+of one domain alone, and those have a deadline. libvirt's own printing of errors is
 off, and what libvirt raises becomes an error of :mod:`qubes_itests.hypervisor.exc` that
 carries libvirt's words and its error code.
 """
@@ -121,7 +121,7 @@ class Connection:
         **kwargs: P.kwargs,
     ) -> R:
         """Do what `call` does, however long it takes: for what must not be given up."""
-        # Threads of its own for each domain. In a pool for all, the calls of one QEMU
+        # Separate threads for each domain. In a pool for all, the calls of one QEMU
         # that hangs would take every thread, and all other domains hang with it.
         threads = self._threads.get(domain)
         if threads is None:

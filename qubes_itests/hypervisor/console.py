@@ -35,7 +35,7 @@ _PANIC = b"Kernel panic - not syncing"
 
 
 class Console:
-    """Collects what comes out of a named pipe, in a thread of its own.
+    """Collects what comes out of a named pipe, in its own thread.
 
     The pipe exists before the hypervisor opens it, so that nothing is lost; it ends
     when the last writer does.  The log holds the beginning and the end of what was

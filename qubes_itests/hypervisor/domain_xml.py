@@ -25,7 +25,7 @@ __all__ = [
 #: The virtio-serial port on which the guest's agent listens.
 CHANNEL_NAME = "org.qubes_itests.agent"
 
-#: QEMU's XML namespace of libvirt, for what has no element of its own.
+#: QEMU's XML namespace of libvirt, for what libvirt has no element for.
 _QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 ET.register_namespace("qemu", _QEMU)
 

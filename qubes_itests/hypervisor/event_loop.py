@@ -1,7 +1,7 @@
 """Event loop of libvirt on asyncio, safe to be called from any thread.
 
 libvirt calls its event loop from whatever thread it happens to be in, and the QEMU
-driver has threads of its own.  libvirtaio alone would touch asyncio from there; a
+driver has its own threads.  libvirtaio alone would touch asyncio from there; a
 timer armed by such a thread would then sleep until something else wakes the loop.
 Here every change is carried out by the loop's own thread.
 

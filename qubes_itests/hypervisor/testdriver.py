@@ -99,7 +99,7 @@ class TestHypervisor(LibvirtHypervisor):
         directory: Path,
         cache: Cache | Path,
     ) -> TestHypervisor:
-        """Open an empty test driver of its own; any number may be open at once.
+        """Open an empty test driver; any number may be open at once.
 
         :param directory: an existing directory for the driver's definition.
         :param cache: not used.

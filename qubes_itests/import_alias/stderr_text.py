@@ -15,7 +15,7 @@ _LONGEST: Final = 4096
 def sanitize_stderr_for_log(untrusted_stderr: bytes) -> str:
     """Return the begin of a guest's error output, all but printable ASCII as ``_``.
 
-    So it is one line, for lines of its own could pass for those of others.  In Qubes OS
+    So it is one line, for separate lines could pass for those of others.  In Qubes OS
     it is part of `qubes.utils`.
     """
     return "".join(

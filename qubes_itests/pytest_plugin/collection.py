@@ -73,7 +73,7 @@ class PluginNode(pytest.Module):
         return self.plugin.module or types.ModuleType(self.name)
 
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
-        """Hand each class to whoever makes nodes of classes."""
+        """Hand each class to the plugin that makes nodes of classes."""
         if self.plugin.problems:
             text = "\n\n".join(map(str, self.plugin.problems))
             yield ProblemItem.from_parent(self, name=PROBLEM, text=text)

@@ -38,7 +38,7 @@ _IDLE = ("_worker", "select", "_run_once", "poll", "_collect")
 class Deadline:
     """A pytest plugin that limits the time of every test.
 
-    Set-up and test share one limit; the tear-down has one of its own, so that a test
+    Set-up and test share one limit; the tear-down has its own, so that a test
     that hung is still cleaned up.
 
     :param limit: returns the limit of a test, in seconds; 0 for none.

@@ -66,7 +66,7 @@ class Recording:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self) -> Generator[None, Any, Any]:
-        """Record the phase; each attempt has a timeline of its own."""
+        """Record the phase; each attempt has its own timeline."""
         if self._is_over:
             self._begin()
         with begin("phase", name="setup"):

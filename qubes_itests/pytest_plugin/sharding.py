@@ -24,8 +24,8 @@ SHARD = "qubes_itests-shard"
 def group_of(item: pytest.Item) -> str:
     """Return the group of a test.
 
-    It is that of its `xdist_group` marks; without them its class, which has VMs and
-    fixtures of its own; and the module for what is in no class.
+    It is that of its `xdist_group` marks; without them its class, which has its
+    own VMs and fixtures; and the module for what is in no class.
     """
     names = {
         str(mark.args[0] if mark.args else mark.kwargs.get("name", "default"))

@@ -228,7 +228,7 @@ class FailureWatch:
         :param directory: of the run that they were of.
         :param since: the seconds since the epoch when the test began.
         """
-        # each testbed of a run has a directory of its own in it
+        # each testbed of a run has its own directory in it
         logs = [log for vms in directory.glob("*/vm") for log in GuestLogs(vms).all()]
         self.artifacts.logs(test, [p for p in logs if p.stat().st_mtime >= since])
 

@@ -22,7 +22,7 @@ _ERASE = "\r\x1b[K"
 
 
 class Heartbeat:
-    """Shows a line about what goes on, from a thread of its own.
+    """Shows a line about what goes on, from its own thread.
 
     On a terminal it is drawn at the bottom, as wide as that is, and vanishes; elsewhere
     it is printed, half a minute after what was shown last.
@@ -74,7 +74,7 @@ class Heartbeat:
                 self.start()
 
     def write(self, line: str) -> None:
-        """Write a line of its own, from any thread; nothing while it is silent."""
+        """Write a separate line, from any thread; nothing while it is silent."""
         with self._lock:
             if not self._silent:
                 self._erase()

@@ -2,7 +2,7 @@
 
 A repository declares templates in its setup.cfg or pyproject.toml (`read_specs`), of
 which `derive` makes layers over those that there are. Its plugin is installed into an
-environment of its own (`install`).
+separate environment (`install`).
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ async def _end(vm: QubesVM) -> None:
 
 
 class _SafeFormatter(logging.Formatter):
-    """Has each record begin a line of its own, and no text within it do so."""
+    """Begins a new line for each record, and for no text within one."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = safe_text(super().format(record), lines=True, limit=None)

@@ -37,7 +37,7 @@ def offer_programs(place: Place, block: Path) -> None:
     write_program(place.programs / "qrexec-client", [*program, "qrexec-client"])
     for name in METHODS:
         write_program(place.services / name, [*program, name])
-    # a service of dom0 runs on the machine of whoever calls it, as that user
+    # a service of dom0 runs on the machine and as the user that calls it
     write_program(place.services / "qubes.VMShell", ["/bin/bash", "-s", "--"])
     # the tools ask root for what the server's user may do by itself
     write_program(place.dom0_programs / "sudo", ["env"])

@@ -226,7 +226,7 @@ class QrexecClient:
         return [path, *([argument] if argument else [])]
 
     def _run_in_dom0(self, text: str) -> int:
-        """Run a service of dom0, which is the machine of whoever asks for it."""
+        """Run a service of dom0, which is the machine of the caller."""
         user, _, rest = text.partition(":")
         if user != "DEFAULT" or not rest.startswith("QUBESRPC "):
             raise UsageError(

@@ -88,7 +88,7 @@ def _restore(terminal: RawTerminal, modes: list[object]) -> None:
     # A terminal that has gone has no modes. At once (TCSANOW), as one that is stopped
     # by a key would not be drained.
     with contextlib.suppress(termios.error):
-        # What answers a query of the guest is no command to whoever reads next.
+        # What answers a query of the guest is no command to what reads next.
         termios.tcflush(terminal.input, termios.TCIFLUSH)
         termios.tcsetattr(terminal.input, termios.TCSANOW, modes)  # type: ignore[arg-type]
     if os.environ.get("TERM", "dumb") != "dumb":

@@ -173,7 +173,7 @@ class QubesTestCase(EventAssertions, TimedTestCase):
             raise LeakError(leaks)
 
     def _forget_vms(self) -> None:
-        # A function of its own: in `_end` the variables would hold a VM, which would be
+        # A separate function: in `_end` the variables would hold a VM, which would be
         # found as a leak.
         for name, value in tuple(vars(self).items()):
             if _holds_vm(value):

@@ -268,7 +268,7 @@ class Firewall:
         self.rules = other.rules
 
     def save(self) -> None:
-        """Save the app, and tell whoever enforces the rules: ``firewall-changed``."""
+        """Save the app, and tell what enforces the rules: ``firewall-changed``."""
         self._vm.app.save()
         self._vm.fire_event("firewall-changed")
 

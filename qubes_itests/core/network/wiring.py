@@ -188,7 +188,7 @@ class Wiring:
 
         async def change() -> None:
             async with self._rewiring:
-                # whoever had the lock before may have ended the run
+                # the task that had the lock before may have ended the run
                 if not self.is_live:
                     return
                 if not self.vm.is_paused():

@@ -39,7 +39,7 @@ class _Domain0:
 
 
 class AdminVM(BaseVM):
-    """Dom0: it always runs, has no domain of its own here, and offers services."""
+    """Dom0: it always runs, has no domain here, and offers services."""
 
     own_names = re.compile("dom0")
 
@@ -65,7 +65,7 @@ class AdminVM(BaseVM):
     def __init__(self, app: Qubes) -> None:
         super().__init__(app, name="dom0", qid=0, uuid="0" * 32)
         self.libvirt_domain = _Domain0()
-        #: Its database, which whoever runs in dom0 writes to.
+        #: Its database, which programs in dom0 write to.
         self.untrusted_qdb = OwnQubesDB(self._on_qdb_change)
         self._watched_paths: set[str] = set()
 
@@ -113,7 +113,7 @@ class AdminVM(BaseVM):
 
         :param service: ``SERVICE`` or ``SERVICE+ARGUMENT``.
         :param source: the VM that calls, or its name; dom0 by default.
-        :param user: who runs it; by default whoever runs the tests.
+        :param user: who runs it; by default the user that runs the tests.
         :param autostart: accepted for callers of Qubes OS: dom0 always runs.
         :param gui: what handlers of ``domain-cmd-pre-run`` are told.
         :param filter_esc: cannot be had.

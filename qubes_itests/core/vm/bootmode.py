@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT", "default_mode", "kernel_options", "user"]
 
-#: The mode without options of its own.
+#: The mode that adds no options.
 DEFAULT: Final = "default"
 
 

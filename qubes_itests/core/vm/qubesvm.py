@@ -546,7 +546,7 @@ class QubesVM(BaseVM):
 
     @stateless_property(type=bool)
     def updateable(self) -> bool:
-        """Whether what is installed in it stays: it has a root of its own."""
+        """Whether what is installed in it stays: it has its own root."""
         return self.template_or_none is None
 
     @property

@@ -1,4 +1,4 @@
-"""What has to hold of VMs, whoever wants it otherwise."""
+"""The rules that changes of VMs may not break."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""StandaloneVM: a VM with a root filesystem of its own."""
+"""StandaloneVM: a VM with its own root filesystem."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["StandaloneVM"]
 
 
 class StandaloneVM(QubesVM):
-    """A VM with a root filesystem of its own, often a copy of a template's."""
+    """A VM with its own root filesystem, often a copy of a template's."""
 
     volume_config: ClassVar[Mapping[str, Mapping[str, Any]]] = TemplateVM.volume_config
 

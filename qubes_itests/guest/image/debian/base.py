@@ -143,7 +143,7 @@ class _Build:
             *_keyring(),
             self._release.suite,
             PLACE / "root.tar",
-            # without sources of its own it knows where Debian is
+            # without its own sources it knows where Debian is
             *(["-"] if sources else []),
         ]
         return confined(self._place, arguments)

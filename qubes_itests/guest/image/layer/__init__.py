@@ -1,7 +1,7 @@
-"""Layers: what an app adds to a template, as an image of its own over the template's.
+"""Layers: what an app adds to a template, as a separate image over the template's.
 
 Packages are fetched outside of any sandbox (`fetch_packages`), as that takes a network.
-The rest happens without one, in a sandbox of its own (`build_layers`): the image is a
+The rest happens without one, in its own sandbox (`build_layers`): the image is a
 reflink of the one below it, where the filesystem has those.
 """
 

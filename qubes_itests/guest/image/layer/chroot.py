@@ -202,7 +202,7 @@ def _pack(source: Path, name: str, archive: IO[bytes]) -> None:
             member = tar.gettarinfo(source / path, name or str(path))
             member.uid = member.gid = 0
             member.uname = member.gname = "root"
-            # as git knows them: the rest is the umask of whoever checked them out
+            # as git knows them: the rest is the umask of the checkout
             executable = not member.isfile() or member.mode & 0o100
             member.mode = 0o755 if executable else 0o644
             if member.isreg():

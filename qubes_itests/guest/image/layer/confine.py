@@ -1,6 +1,6 @@
 """The last step before a command runs in a root image: nothing of the host is left.
 
-A program of its own (``confine.py ROOT COMMAND…``), started in fresh mount, PID, IPC,
+A separate program (``confine.py ROOT COMMAND…``), started in fresh mount, PID, IPC,
 UTS and cgroup namespaces, that uses the standard library alone. The host's root is
 unmounted, not only out of sight as after chroot(2), which a process of root leaves
 (``nsenter --target 1 --mount`` is enough).

@@ -63,7 +63,7 @@ def fetch_packages(
 
 
 class _Fetch:
-    """One use of apt, with lists, state and options of its own."""
+    """One use of apt, with its own lists, state and options."""
 
     def __init__(
         self, template: str, base: Path, scratch: Path, say: Callable[[str], None]
