@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from qubes_itests.compat_core2 import ProcessWrapper, VMWrapper, unwrapped
+from qubes_itests.core.events import Emitter
 from qubes_itests.core.exc import (
     QubesVMInUseError,
     QubesVMNotRunningError,
@@ -473,5 +474,4 @@ def _holds_vm(value: Any) -> bool:
         return any(_holds_vm(item) for item in (*value, *value.values()))
     if isinstance(value, (list, tuple, set, frozenset)):
         return any(_holds_vm(item) for item in value)
-    # an app or a VM of any class, told by what both have
-    return hasattr(type(value), "fire_event")
+    return isinstance(value, Emitter)  # an app, or a VM of any class
