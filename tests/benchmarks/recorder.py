@@ -6,7 +6,6 @@ Run: ``.venv/bin/python tests/benchmarks/recorder.py [ROUNDS]``; 20 by default.
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,17 +43,14 @@ def main():
             # each in turn begins: a machine gets slower and faster in the meantime
             for trace in sorted(figures, reverse=bool(number % 2)):
                 figures[trace].append(measured(trace, directory))
-    heading(f"{rounds} runs of {', '.join(TESTS)} each, medians")
+    heading(f"{rounds} runs of {', '.join(TESTS)} each")
     for index, what in enumerate(("wall time", "CPU time")):
         without = [figure[index] for figure in figures["off"]]
-        row(f"{what}, --trace=off", f"{statistics.median(without):.2f} s")
         found = [figure[index] for figure in figures["retain-on-failure"]]
-        more = [a / b - 1 for a, b in zip(found, without, strict=True)]
-        row(
-            f"{what}, recorded",
-            f"{statistics.median(found):.2f} s,"
-            f" {statistics.median(more):+.1%} of the run beside it",
-        )
+        row(f"{what}, --trace=off", without)
+        row(f"{what}, recorded", found)
+        more = [100 * (a / b - 1) for a, b in zip(found, without, strict=True)]
+        row(f"{what}, more than in the run beside it", more, "%")
 
 
 if __name__ == "__main__":
