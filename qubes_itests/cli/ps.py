@@ -32,7 +32,7 @@ def execute(command: Command, _settings: Settings) -> int:
     if command.json:
         print(json.dumps(found, indent=2))
     elif not found:
-        print("No run is under way whose VMs could be reached.")
+        print("No run is under way.")
     else:
         for name, status in found.items():
             for line in _lines(name, status):
@@ -42,16 +42,14 @@ def execute(command: Command, _settings: Settings) -> int:
 
 def _lines(name: str, status: dict[str, Any]) -> Iterator[str]:
     if error := status.get("error"):
-        yield f"{name}  {error}"
+        yield error
         return
-    yield f"{name}  {status.get('directory') or 'serve'}"
+    yield f"{name}  pid {status['pid']}  {status.get('directory', 'serve')}"
     if test := status.get("test"):
-        since = duration(status["seconds"])
-        yield f"  {test}: {status['phase']}, {since}"
+        yield f"  {test}: {status['phase']}, {duration(status['seconds'])}"
+        yield f"  at {status['waits']}"
     elif "test" in status:
-        yield "  between two tests"
-    if waits := status.get("waits") or status.get("line"):
-        yield f"  at {waits}"
+        yield "  no test has begun, or the last one has ended"
     for vm in status["vms"]:
         memory = "" if vm["memory"] is None else f"{vm['memory']:6} MiB"
         yield f"    {vm['name']:31} {vm['state']:10} {memory}".rstrip()

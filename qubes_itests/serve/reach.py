@@ -1,21 +1,22 @@
 """The way into runs under way, from outside of their sandboxes.
 
-Each process that runs tests has a `CallServer` on a socket in its part of the run's
-directory, which its event loop answers, whatever the test does.
+Each process that has VMs answers on the socket of a `CallServer` in its part of the
+run's directory: a server of ``serve``, and whatever runs tests. The event loop does,
+which no test can hold up.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import socket
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.exc import HarnessError
+from qubes_itests.exc import HarnessError, UsageError
 from qubes_itests.host import rundir
 from qubes_itests.serve.place import Place
-from qubes_itests.serve.program import Relay, request
-from qubes_itests.serve.wire import EXIT, STATUS, STDOUT
+from qubes_itests.serve.wire import EXIT, HEADER, STATUS, STDOUT, connectable, frame
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 
     from qubes_itests.host.cache import Cache
 
-__all__ = ["SOCKET", "Reached", "under_way"]
+__all__ = ["Reached", "under_way"]
 
-#: The socket, from the directory of the run or of a worker.
-SOCKET: Final = "reach/qrexec.sock"
-#: Seconds that a run has to say what it does: its event loop never waits.
+#: Seconds that a run has to say what it does.
 _TIMEOUT: Final = 10.0
+#: Process, user and group of the other end of a socket; see unix(7).
+_CREDENTIALS: Final = struct.Struct("3i")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,33 +44,44 @@ class Reached:
     socket: Path
 
     def status(self) -> dict[str, Any]:
-        """Return what it does: see `CallServer`.
+        """Return what it does, as `CallServer` tells it, and its ``pid``.
 
         :raise HarnessError: when it does not answer.
         """
         try:
-            relay = Relay(os.fspath(self.socket), request(STATUS))
-            with relay.socket:
-                relay.socket.settimeout(_TIMEOUT)
-                relay.socket.sendall(relay.request)
-                answer = b""
-                for kind, data in relay.frames():
-                    if kind == EXIT:
-                        break
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(_TIMEOUT)
+                connection.connect(connectable(str(self.socket)))
+                connection.sendall(frame(STATUS))
+                stream, answer, kind = connection.makefile("rb"), b"", STATUS
+                while kind != EXIT:
+                    kind, length = HEADER.unpack(stream.read(HEADER.size))
+                    data = stream.read(length)
                     answer += data if kind == STDOUT else b""
-            status: dict[str, Any] = json.loads(answer)
-        except (OSError, ValueError) as error:
+                # not what it says of itself: in its sandbox it has another number
+                options = (socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+                pid, *_owner = _CREDENTIALS.unpack(connection.getsockopt(*options))
+            return {"pid": pid, **json.loads(answer)}
+        except (OSError, ValueError, struct.error) as error:
             reason = str(error) or type(error).__name__
             raise HarnessError(f"run {self.name} does not answer: {reason}") from error
-        return status
 
 
 def under_way(cache: Cache) -> Iterator[Reached]:
-    """Yield what can be reached of the runs that are alive."""
-    for run in rundir.under_way(cache):
-        # the second are those of workers
-        for path in sorted((*run.glob(SOCKET), *run.glob(f"*/{SOCKET}"))):
-            yield Reached(str(path.parent.parent.relative_to(run.parent)), path)
-        relay = Place.of_run(run).relay_socket
-        if relay.is_socket():
-            yield Reached(run.name, relay)
+    """Yield what can be reached of the runs that are alive.
+
+    :raise UsageError: when they are another user's.
+    """
+    try:
+        for run in rundir.under_way(cache):
+            # the others are those of workers
+            for part in (run, *sorted(run.iterdir())):
+                path = Place.of_run(part).relay_socket
+                if path.is_socket():
+                    yield Reached(str(part.relative_to(run.parent)), path)
+    except FileNotFoundError:
+        return  # the run has just ended
+    except PermissionError as error:
+        raise UsageError(
+            f"the runs in {cache.root} are another user's: {error.strerror}"
+        ) from None

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 from conditions import wait_until
 from terminal_user import TerminalUser
@@ -32,11 +33,12 @@ PLUGIN = """
 
 
 @contextlib.contextmanager
-def running(site, *words):
+def running(site, *words, program="qubes_itests"):
     """Run tests in the background; their run is killed in the end."""
     site.install("hung", PLUGIN)
+    timeout = "--itests-timeout=0" if program == "pytest" else "--timeout=0"
     run = subprocess.Popen(
-        [sys.executable, "-m", "qubes_itests", "--timeout=0", *words],
+        [sys.executable, "-m", program, timeout, *words],
         cwd=site.work,
         env=site.environment,
         stdin=subprocess.DEVNULL,
@@ -70,7 +72,7 @@ def attach(site, vm):
 def test_a_run_that_hangs_is_shown_and_entered(site):
     with running(site, "hung::TC_Hangs") as run:
         wait_until(
-            lambda: any("until [" in s["waits"] for s in status(site)),
+            lambda: any("until [" in s.get("waits", "") for s in status(site)),
             "command that the run waits for",
             timeout=site.timeout,
         )
@@ -82,7 +84,10 @@ def test_a_run_that_hangs_is_shown_and_entered(site):
         assert (vm["name"], vm["state"]) == ("test-inst-one", "Running")
         assert vm["memory"] > 0
         shown = site.run("ps").stdout
-        assert f"{found['name']}  {site.work}\n  {found['test']}: call, " in shown
+        head = f"{found['name']}  pid {found['pid']}  {site.work}\n"
+        assert f"{head}  {found['test']}: call, " in shown
+        # that of the process outside of its sandbox
+        assert b"hung::TC_Hangs" in Path(f"/proc/{found['pid']}/cmdline").read_bytes()
         assert '\n  at vm.run("until [ -e /tmp/go ]; do sleep 0.1; done") of ' in shown
 
         with attach(site, "test-inst-halted") as user:
@@ -104,7 +109,7 @@ def test_each_worker_is_shown_and_nothing_after_a_kill(site):
     words = ("-n2", "--hypervisor=test", "-k", "Sleeps", "hung")
     with running(site, *words):
         wait_until(
-            lambda: sum(s["phase"] == "call" for s in status(site)) == 2,
+            lambda: sum("hung.py" in s.get("waits", "") for s in status(site)) == 2,
             "tests of two workers",
             timeout=site.timeout,
         )
@@ -114,8 +119,27 @@ def test_each_worker_is_shown_and_nothing_after_a_kill(site):
             "TC_Sleeps",
             "TC_SleepsToo",
         }
-        assert all(s["line"].partition(":")[0].endswith("hung.py") for s in found)
+        assert all(s["waits"].startswith("the test, ../site/hung.py:") for s in found)
     assert status(site) == []
+
+
+def test_a_first_test_is_shown_that_has_no_testbed_yet(site):
+    """Under plain pytest: what a fixture hangs at is seen as well."""
+    (site.work / "test_plain.py").write_text(
+        "import time, pytest\n"
+        "@pytest.fixture\n"
+        "def slow(): time.sleep(1000)\n"
+        "def test_plain(slow): pass\n"
+    )
+    with running(site, "-p", "qubes_itests", program="pytest"):
+        wait_until(
+            lambda: [s.get("phase") for s in status(site)] == ["setup"],
+            "set-up of the test",
+            timeout=site.timeout,
+        )
+        (found,) = status(site)
+        assert found["test"] == "test_plain.py::test_plain"
+        assert (found["waits"], found["vms"]) == ("the test, test_plain.py:3", [])
 
 
 def test_it_needs_a_terminal(site):

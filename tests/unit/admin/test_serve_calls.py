@@ -1,6 +1,7 @@
 """The socket that the client tools' programs call, without guests: who is told what."""
 
 import contextlib
+import json
 import logging
 import socket
 
@@ -15,8 +16,10 @@ from qubes_itests.serve.wire import (
     EXIT,
     HEADER,
     IMPORT,
+    STATUS,
     STDERR,
     STDIN,
+    STDOUT,
     TERMINAL,
     frame,
 )
@@ -189,3 +192,26 @@ def test_an_import_that_breaks_off_changes_nothing(server, app, caplog):
         wait_until(lambda: ended == [False])
     assert volume.size == 4 << 20
     assert [r.message for r in caplog.records if r.levelno >= logging.ERROR] == []
+
+
+def test_a_status_tells_of_vms_and_of_what_goes_on(app, tmp_path, run):
+    """In as many frames as it takes."""
+    doing = {"test": "x" * 100_000}
+    server = CallServer(lambda: (app,), tmp_path / "qrexec.sock", lambda: doing)
+    run(server.__aenter__())
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(30)
+            connection.connect(str(server.path))
+            connection.sendall(frame(STATUS))
+            answer = frames(b"".join(iter(lambda: connection.recv(65536), b"")))
+    finally:
+        run(server.__aexit__(None, None, None))
+    assert json.loads(answer[STDOUT]) == {**doing, "vms": []}
+    assert answer[EXIT] == b"0"
+
+
+def test_between_two_tests_no_vm_is_there(server, call):
+    server.apps = tuple
+    answer = call(frame(TERMINAL, b"work\x0080x24\0linux"))
+    assert b"there is no VM 'work', as no test has any now" in answer[STDERR]
