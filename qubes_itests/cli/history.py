@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
 from qubes_itests.report.heartbeat import duration
-from qubes_itests.report.history import History, HistoryError
+from qubes_itests.report.history import History
 from qubes_itests.report.merge import read_results
+from qubes_itests.report.result_file import HistoryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -11,9 +11,10 @@ from qubes_itests.host.cache import Cache
 from qubes_itests.html_report.page import write_report
 from qubes_itests.report import ci, failures
 from qubes_itests.report.failures import COMMAND, Failure
-from qubes_itests.report.history import History, HistoryError
+from qubes_itests.report.history import History
 from qubes_itests.report.merge import merge, problems, read_part
 from qubes_itests.report.names import file_name
+from qubes_itests.report.result_file import HistoryError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,14 +11,9 @@ import pytest
 from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
-from qubes_itests.report.history import (
-    History,
-    HistoryError,
-    Log,
-    Run,
-    times_in,
-)
+from qubes_itests.report.history import History, times_in
 from qubes_itests.report.merge import read_results
+from qubes_itests.report.result_file import HistoryError, Log, Run
 from qubes_itests.report.results import Results, TestResult
 
 if TYPE_CHECKING:

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qubes_itests.report.history import (
+from qubes_itests.report.names import file_name
+from qubes_itests.report.result_file import (
     HistoryError,
     Run,
     read_result,
     read_run,
     read_runs,
 )
-from qubes_itests.report.names import file_name
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import json
 import pytest
 from plugin_site import PluginSite
 
-from qubes_itests.report.history import History, Run
+from qubes_itests.report.history import History
+from qubes_itests.report.result_file import Run
 from qubes_itests.report.results import TestResult
 
 MINUTE = 60.0

@@ -16,20 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qubes_itests.report import history as module
-from qubes_itests.report.history import (
-    History,
-    HistoryError,
-    Run,
-    TestHistory,
-    read_runs,
-)
+from qubes_itests.report.history import History, TestHistory
+from qubes_itests.report.result_file import HistoryError, Run, read_runs
 from qubes_itests.report.results import TestResult
 
 #: A run in a process of its own: two results, the word, and then the end of its input.
 RUN = """
 import sys
 from pathlib import Path
-from qubes_itests.report.history import History, Run
+from qubes_itests.report.history import History
+from qubes_itests.report.result_file import Run
 from qubes_itests.report.results import TestResult
 
 history = History(Path(sys.argv[1]))

@@ -7,9 +7,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from qubes_itests.report.history import HistoryError
 from qubes_itests.report.merge import merge, problems, read_part
 from qubes_itests.report.names import file_name
+from qubes_itests.report.result_file import HistoryError
 
 
 @pytest.fixture
