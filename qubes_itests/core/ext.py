@@ -61,7 +61,8 @@ class Extension:
 
     def __init__(self) -> None:
         #: For extensions of devices: by VM and port, which VM has the device.
-        self.devices_cache: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+        self.devices_cache: defaultdict[str, dict[str, BaseVM | None]]
+        self.devices_cache = defaultdict(dict)
 
     def ensure_detach(self, vm: BaseVM, port: Port) -> None:
         """Undo what is left of an attachment when a device has gone by itself."""
