@@ -73,9 +73,12 @@ def harmful(text):
 def test_the_terminal_gets_text(done):
     assert harmful(done.stdout) == []
     assert harmful(done.stderr) == []
-    # of the assertion, the log, the print; each with its own mark or heading
+    # of the assertion, the print, the timeline; each with its own mark or heading
     assert r"\x1b[2J\x1b]0;title\x07\x9b\u202e\rFAKE: 1 passed" in done.stdout
-    assert re.search(r"stderr of test\.Lie\+ in test-inst-liar: \\x1b\[2J", done.stdout)
+    assert re.search(
+        r"calls test\.Lie\+ in test-inst-liar .*\n +\| \\x23#\[error\]forged\n",
+        done.stdout,
+    )
     assert "::group::liar" in done.stdout
     # the one for the failed test, which is the run's own
     assert done.stdout.count("::error title=") == 1
