@@ -54,7 +54,7 @@ class RunReach:
             self._context.portal.run(server.__aenter__())
         except (OSError, HarnessError) as error:
             # tests that need none of this may run all the same
-            log.warning("nobody can look into this run: %s", error)
+            log.warning("nobody can look into this run: %s", str(error))
             return (yield)
         try:
             return (yield)
