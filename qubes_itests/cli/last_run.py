@@ -55,8 +55,12 @@ def _export(directory: Path) -> int:
             exported = trace_events(*load(path.read_bytes()))
         except ValueError as error:
             raise ConfigurationError(str(path), str(error)) from error
-        path.with_name(trace.NAME).write_bytes(exported)
-        print(f"Wrote {path.with_name(trace.NAME)}.")
+        target = path.with_name(trace.NAME)
+        # Artefacts may be anybody's, and what has that name there a link to elsewhere.
+        target.unlink(missing_ok=True)
+        with target.open("xb") as file:
+            file.write(exported)
+        print(f"Wrote {target}.")
     return ExitCode.OK
 
 

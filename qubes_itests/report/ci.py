@@ -218,11 +218,13 @@ def write(
         if result.bad and (found := place(result.where, apps))
     }
     step = os.environ.get("GITHUB_STEP_SUMMARY")
+    # whatever the locale is, and bytes that names of files have
+    text = summary(results, places, seconds).encode("utf-8", "backslashreplace")
     if file is not None:
-        file.write_text(summary(results, places, seconds))
+        file.write_bytes(text)
     elif step:
-        with Path(step).open("a") as steps:
-            steps.write(summary(results, places, seconds))
+        with Path(step).open("ab") as steps:
+            steps.write(text)
     if os.environ.get("GITLAB_CI"):
         directory.mkdir(parents=True, exist_ok=True)
         rows = json.dumps(code_quality(results, places), indent=1)

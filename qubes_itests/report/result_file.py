@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import fcntl
 import json
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -42,6 +41,9 @@ _FORMAT, _VERSION = "qubes_itests-history", 1
 _MOST_BYTES = 64 << 20
 #: Characters of a test's id, of a cause and of other texts.
 _LONGEST = {"test": 1000, "cause": 500, "where": 500, "worker": 50, "outcome": 20}
+#: Of seconds, since the epoch until the year 2242, and of counts: what is larger is no
+#: time of a calendar, or not even a float.
+_LARGEST = 1 << 33
 _ID = re.compile(r"[0-9a-f]{32}")
 _OUTCOMES = frozenset(
     ("passed", "failed", "error", "skipped", "xfailed", "xpassed", "flaky")
@@ -85,10 +87,15 @@ class Log:
 
     def __init__(self, path: Path, run: Run) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Unbuffered: what is written is safe from the death of this process.
-        self._file: IO[bytes] = path.open("xb", buffering=0)
-        # Held until the file is closed: while it is, nobody takes the run for ended.
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        while True:
+            # Unbuffered: what is written is safe from the death of this process.
+            self._file: IO[bytes] = path.open("xb", buffering=0)
+            # Held until it is closed: while it is, nobody takes the run for ended.
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            # Until then it was an empty file of nobody, which another run may remove.
+            if os.fstat(self._file.fileno()).st_nlink:
+                break
+            self._file.close()
         self._run = run
         self._write({"format": _FORMAT, "version": _VERSION, **_plain(run)})
 
@@ -238,7 +245,7 @@ def read_result(row: dict[str, object]) -> TestResult:
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(value)
-    if not 0 <= value < math.inf:
+    if not 0 <= value <= _LARGEST:
         raise ValueError(value)
     return float(value)
 

@@ -24,6 +24,8 @@ def make_safe(report: pytest.TestReport) -> None:
         report.longrepr = path, line, safe_text(reason, limit=None)
     else:
         report.longrepr = _safe(report.longrepr)
+    if hasattr(report, "wasxfail"):  # pytest sets it of what was expected to fail
+        report.wasxfail = safe_text(str(report.wasxfail), limit=None)
     report.sections = _safe(report.sections)
     report.user_properties = _safe(report.user_properties)
     part = getattr(report, "context", None)

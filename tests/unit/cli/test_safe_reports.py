@@ -38,6 +38,9 @@ TESTS = r"""
     def test_skip():
         pytest.skip(BAD)
 
+    def test_expected():
+        pytest.xfail(BAD)
+
     def test_subtest(subtests):
         with subtests.test(BAD, said=BAD):
             print(BAD)

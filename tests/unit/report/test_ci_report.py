@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qubes_itests.report.ci import Place, code_quality, errors, place, summary
+from qubes_itests.report.ci import (
+    Place,
+    code_quality,
+    errors,
+    place,
+    summary,
+    write,
+)
 from qubes_itests.report.results import TestResult
 
 
@@ -104,3 +111,13 @@ def test_no_text_leaves_its_cell_or_its_line(test, cause, where):
     rows = [r for r in summary(results, {}, 1.0, {}).splitlines() if " failed | " in r]
     (row,) = (row for row in rows if row.startswith("|"))
     assert len(re.findall(r"(?<!\\)\|", row)) == 5
+
+
+def test_any_name_of_a_file_can_be_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "step"))
+    bad = [result("a::b", cause="é…", where="\udcff.py:3")]
+    for file in (None, tmp_path / "file"):
+        write(bad, (), 1.0, tmp_path, file)
+    said = (tmp_path / "file").read_text(encoding="utf-8")
+    assert (tmp_path / "step").read_text(encoding="utf-8") == said
+    assert "`é…` | `\\udcff.py:3` |" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import signal
@@ -326,6 +327,8 @@ def lines(*rows):
         [HEADER, RESULT | {"duration": -1}],
         [HEADER, RESULT | {"duration": float("nan")}],
         [HEADER, RESULT | {"duration": True}],
+        [HEADER, RESULT | {"duration": 10**400}],
+        [HEADER, RESULT | {"started": 1e18}],
         [HEADER, RESULT | {"attempts": 1, "failed": 2}],
         [HEADER, RESULT | {"phases": [1]}],
         [HEADER, RESULT | {"test": 7}],
@@ -373,3 +376,18 @@ def test_a_file_that_is_cut_anywhere_is_read_up_to_there(rows, cut):
     complete = part[: part.rindex(b"\n") + 1]
     read = list(read_runs(io.BytesIO(part), "file"))
     assert read == list(read_runs(io.BytesIO(complete), "file"))
+
+
+def test_a_run_that_begins_while_another_ends_keeps_its_results(
+    history, tmp_path, monkeypatch
+):
+    lock, others = fcntl.flock, [History(tmp_path)]
+
+    def late(file, how):
+        if others:
+            others.pop().collect()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    keep(history, 1, result("a::b"))
+    assert outcomes(history) == {"a::b": ["passed"]}

@@ -83,3 +83,13 @@ def test_names_are_of_one_line_and_steer_nothing(text):
     for event in json.loads(trace_events(header, recorder.records()))["traceEvents"]:
         assert "\n" not in event["name"]
         assert "\x1b" not in event["name"]
+
+
+def test_the_command_writes_through_no_link(tmp_path):
+    victim, link = tmp_path / "victim", tmp_path / "trace.json"
+    victim.write_text("mine")
+    link.symlink_to(victim)
+    (tmp_path / "timeline.jsonl").write_bytes(dump(*timeline()))
+    assert export(tmp_path) == 0
+    assert victim.read_text() == "mine"
+    assert not link.is_symlink()
