@@ -77,9 +77,12 @@ class Repetition:
         """Run a test as often as it takes, and report it once."""
         hook, name = item.ihook, item.nodeid
         hook.pytest_runtest_logstart(nodeid=name, location=item.location)
-        made, bad = 0, []
+        made, bad, properties = 0, [], len(item.user_properties)
         while True:
             if made:
+                # else each report tells of all attempts before it, and grows with them
+                del item.user_properties[properties:]
+                item._report_sections.clear()  # noqa: SLF001 - there is no other way
                 log.info("attempt %d of %s", made + 1, max(self._most, self._again + 1))
                 self._watch.begin_attempt(name, made)
             reports = runtestprotocol(item, log=False, nextitem=nextitem)

@@ -150,8 +150,10 @@ class Recorder:
         #: Seconds since the epoch.
         self.started = time.time()
         self._zero = time.monotonic()
-        # Consoles, the event loop, threads of storage and the test itself meet here.
-        self._lock = threading.Lock()
+        # Consoles, the event loop, threads of storage and the test itself meet here. A
+        # deadline comes as a signal, in the test's thread, which may have it, and asks
+        # what is open.
+        self._lock = threading.RLock()
         self._rings: dict[str, _Ring] = {}
         self._open: dict[int, Span] = {}
         self._numbers = itertools.count()

@@ -69,3 +69,12 @@ def test_it_is_as_wide_as_the_terminal_and_follows_its_size(terminal):
     assert b"\r\x1b[Ka line of others\r\n" in rest
     assert b"nothing" not in rest
     assert rest.endswith((b"\x1b[K", b"\n"))
+
+
+def test_a_reader_that_has_gone_fails_nobody_who_reports():
+    reader, writer = os.pipe()
+    os.close(reader)
+    output = os.fdopen(writer, "w")
+    Heartbeat(output, str).write("a line")
+    with pytest.raises(BrokenPipeError):
+        output.close()

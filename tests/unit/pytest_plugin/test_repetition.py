@@ -79,3 +79,32 @@ def test_an_app_names_its_own_file(tmp_path):
         "[qubes_itests]\nknown_issues = tests/known-issues\n"
     )
     assert own_known_issues(tmp_path) == (tmp_path / "tests/known-issues",)
+
+
+def test_a_report_tells_of_its_own_attempt_alone(tmp_path, monkeypatch):
+    (tmp_path / "test_some_attempts.py").write_text(
+        "seen = []\n"
+        "def test_third_fails(record_property):\n"
+        "    seen.append(1)\n"
+        "    print('attempt', len(seen))\n"
+        "    record_property('attempt', len(seen))\n"
+        "    assert len(seen) < 3\n"
+    )
+    reports = []
+
+    class Watch:
+        def begin_attempt(self, test, number):
+            pass
+
+        def pytest_runtest_logreport(self, report):
+            reports.append(report)
+
+    watch = Watch()
+    monkeypatch.chdir(tmp_path)
+    repetition = Repetition(Config(), Settings(until_fail=True, repeat=5), watch)
+    words = ["-q", "-p", "no:cacheprovider", "-p", "no:asyncio", "-c", "/dev/null"]
+    words += ["--rootdir=.", "--import-mode=importlib", "."]
+    pytest.main(words, [repetition, watch])
+    (failure,) = [report for report in reports if report.failed]
+    assert failure.capstdout == "attempt 3\n"
+    assert failure.user_properties == [("attempt", 3)]

@@ -212,3 +212,19 @@ def test_an_error_tells_the_last_line_of_the_test_in_its_traceback():
 
 async def division():
     return 1 // 0
+
+
+def test_a_deadline_may_ask_in_the_middle_of_a_record():
+    class Interrupted(Recorder):
+        def time(self):
+            # as the handler of a signal does, in the thread that is interrupted
+            asked.append(self.open())
+            return super().time()
+
+    asked = []
+    recorder = Interrupted()
+    thread = threading.Thread(target=recorder.note, args=("log", None, {}), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert asked == [[]]
+    assert len(recorder.records()) == 1
