@@ -6,6 +6,7 @@ import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
 from qubes_itests.html_report.page import write_report
@@ -41,7 +42,7 @@ def execute(command: Command, settings: Settings) -> int:
     try:
         # each machine's run on its own, as it was
         History(Cache().root).add([(part.run, list(part.results)) for part in parts])
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError, HarnessError) as error:
         print(f"history: the results are not kept: {error}")
     failures.show([_failure(r, target) for r in results if r.bad], COMMAND, print)
     print(f"\nMerged {len(results)} tests of {len(parts)} machines into {target}.")

@@ -75,12 +75,12 @@ class HistoryKeeper:
             status: int = session.exitstatus
             took = time.time() - self.results.started
             try:
-                if not self._problems:
-                    self._log.end(took, _OUTCOMES.get(status, "failed"))
+                with self._log as log:
+                    if not self._problems:
+                        log.end(took, _OUTCOMES.get(status, "failed"))
+                self._history.collect()
             except OSError as error:
                 self._problems.append(str(error))
-            self._log.close()
-            self._history.collect()
             self._problems += self._history.problems
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         for problem in self._problems:

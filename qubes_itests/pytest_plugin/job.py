@@ -125,7 +125,10 @@ class Job:
             interrupted,
             session.testscollected - len(ended | watch.failures.keys()),
         )
-        failures.store(failures.last_run(self._cache), last)
+        try:
+            failures.store(failures.last_run(self._cache), last)
+        except OSError as error:  # the failures themselves are to be told
+            watch.artifacts.problems.setdefault(f"{type(error).__name__}: {error}")
         leaks, panics = context.close(), watch.panics
         if distributes(config):
             controller = _role(config)

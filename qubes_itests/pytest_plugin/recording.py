@@ -9,6 +9,7 @@ import pytest
 
 from qubes_itests.report.results import PHASE, RERUN
 from qubes_itests.run.settings import Trace
+from qubes_itests.testcase.outcomes import TimedTestCase
 from qubes_itests.timeline import Record, Recorder, begin, recording
 from qubes_itests.timeline.document import NAME, Header, dump
 from qubes_itests.timeline.logs import recording_logs
@@ -95,9 +96,9 @@ class Recording:
             starts = self._recorder.records("start")
             starts, self._starts = starts[len(self._starts) :], starts
             times += [(f"start of {s['vm']}", s["duration"]) for s in starts]
-        if call.when == "call" and isinstance(item, pytest.Function):
-            phases = getattr(item.instance, "phases", {})
-            times += [(f"{PHASE}{name}", seconds) for name, seconds in phases.items()]
+        case = item.instance if isinstance(item, pytest.Function) else None
+        if call.when == "call" and isinstance(case, TimedTestCase):
+            times += [(f"{PHASE}{name}", took) for name, took in case.phases.items()]
         item.user_properties += [(n, f"{t:.3f} s") for n, t in times if t is not None]
         return (yield)
 

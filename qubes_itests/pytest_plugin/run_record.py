@@ -58,8 +58,10 @@ class RunRecord:
         plan = session.config.stash.get(PLAN, "")
         ended = self._results.ended
         outcome = "failed" if any(result.bad for result in ended) else "passed"
+        told = ended
         if exitstatus == ExitCode.INTERRUPTED:
             outcome = "interrupted"
+            told = [*ended, *self._results.unfinished]
         document = {
             "format": "qubes_itests.run",
             "version": 1,
@@ -72,7 +74,7 @@ class RunRecord:
             "suite": suite(session.config),
             "shard": shard and {"number": shard[0], "of": shard[1], "plan": plan},
             "host": _host(),
-            "tests": [self._told(result) for result in ended],
+            "tests": [self._told(result) for result in told],
         }
         self._artifacts.write_file(NAME, json.dumps(document, indent=1).encode())
         from qubes_itests.html_report.page import write_report  # noqa: PLC0415 - here only
@@ -99,7 +101,7 @@ class RunRecord:
             "attempts": result.attempts,
             "failed": result.failed,
             "phases": dict(result.phases),
-            "cause": result.cause,
+            "cause": result.cause if result.outcome else "interrupted",
             "where": result.where,
             "artifacts": directory.name if directory.is_dir() else None,
             "worker": result.worker or None,

@@ -85,7 +85,12 @@ class FailureWatch:
         testbed = self._context.opened_testbed
         before = self._panics_seen = len(testbed.panics) if testbed else 0
         random.seed(f"{self._settings.seed}:{item.nodeid}")
-        result = yield
+        try:
+            result = yield
+        except KeyboardInterrupt as error:
+            # here, for fixtures start VMs: a set-up hangs as a test does
+            self._interrupted(item, error)
+            raise
         if (directory := self._vm_directory()) is not None:
             self._logs.found(directory)
         testbed = self._context.opened_testbed
@@ -111,11 +116,8 @@ class FailureWatch:
             self._listen(item)
         try:
             result = yield
-        except KeyboardInterrupt as error:
-            self._interrupted(item, error)
-            raise
         except BaseException as error:
-            if not isinstance(error, pytest.skip.Exception):
+            if not isinstance(error, (pytest.skip.Exception, KeyboardInterrupt)):
                 self._failed(item, error)
             raise
         self._check_panics(item)

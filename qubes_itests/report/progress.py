@@ -11,7 +11,7 @@ from qubes_itests import timeline
 from qubes_itests.report.folding import Folding
 from qubes_itests.report.heartbeat import Heartbeat, duration, real_stdout
 from qubes_itests.report.names import one_line
-from qubes_itests.report.results import PHASE, category
+from qubes_itests.report.results import category, phases
 from qubes_itests.timeline.words import describe, doing, explains, fit
 
 if TYPE_CHECKING:
@@ -217,11 +217,7 @@ def _short(test: str) -> str:
 
 def _phases(report: pytest.TestReport) -> str:
     """Return the times of the parts of a test, for people, if they are known."""
-    told = [
-        f"{name.removeprefix(PHASE)} {float(str(value).removesuffix(' s')):.1f}"
-        for name, value in report.user_properties
-        if name.startswith(PHASE)
-    ]
+    told = [f"{name} {seconds:.1f}" for name, seconds in phases(report).items()]
     return f"  ({', '.join(told)})" if told else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -15,7 +16,16 @@ from qubes_itests.report import failures
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["ATTEMPTS", "PHASE", "RERUN", "WHERE", "Results", "TestResult", "category"]
+__all__ = [
+    "ATTEMPTS",
+    "PHASE",
+    "RERUN",
+    "WHERE",
+    "Results",
+    "TestResult",
+    "category",
+    "phases",
+]
 
 #: The attribute of a report of a repeated test: how often it ran, how often it failed.
 ATTEMPTS = "itests_attempts"
@@ -26,6 +36,8 @@ RERUN = "rerun"
 WHERE = "itests_where"
 #: How names of properties of a report begin that are times of the test's parts.
 PHASE = "time of "
+#: What such a property says.
+_SECONDS = re.compile(r"([0-9]{1,9}\.[0-9]{3}) s")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +88,19 @@ def category(report: pytest.TestReport) -> str | None:
     if report.failed and report.when != "call":
         return "error"
     return report.outcome
+
+
+def phases(report: pytest.TestReport) -> dict[str, float]:
+    """Return the seconds that the parts of a test took, by name, as its report tells.
+
+    Tests record properties as well: one whose name is such and that is no time is not
+    meant.
+    """
+    return {
+        str(name).removeprefix(PHASE): float(seconds[1])
+        for name, value in report.user_properties
+        if str(name).startswith(PHASE) and (seconds := _SECONDS.fullmatch(str(value)))
+    }
 
 
 class Results:
@@ -140,6 +165,11 @@ class Results:
         for test in [test for test, known in self._open.items() if known.outcome]:
             self._end(test)
 
+    @property
+    def unfinished(self) -> list[TestResult]:
+        """Those that have begun, and of which no outcome is known."""
+        return list(self._open.values())
+
     def _with(self, known: TestResult, report: Any) -> TestResult:
         part = vars(report).get("context")
         outcome = category(report) or ""
@@ -156,11 +186,6 @@ class Results:
             where = known.where or self._where(report)
         elif report.skipped:
             cause = vars(report).get("wasxfail") or failures.cause(report)
-        phases = {
-            name.removeprefix(PHASE): float(str(value).removesuffix(" s"))
-            for name, value in report.user_properties
-            if name.startswith(PHASE)
-        }
         return dataclasses.replace(
             known,
             outcome=outcome,
@@ -169,7 +194,7 @@ class Results:
             failed=failed,
             cause=cause,
             where=where,
-            phases=phases or known.phases,
+            phases=phases(report) or known.phases,
         )
 
     def _where(self, report: Any) -> str:

@@ -7,9 +7,12 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from qubes_itests.cli.arguments import Command
+from qubes_itests.cli.merge import execute
 from qubes_itests.report.merge import merge, problems, read_part
 from qubes_itests.report.names import file_name
 from qubes_itests.report.result_file import HistoryError
+from qubes_itests.run.settings import Settings
 
 
 @pytest.fixture
@@ -70,6 +73,11 @@ def test_parts_become_one_run(part, tmp_path):
     )
 
 
+def test_a_test_that_was_interrupted_has_no_result(part, tmp_path):
+    parts = [read_part(part(1, ("a::b", "passed"), ("a::c", ""), of=1))]
+    assert [r.test for r in merge(parts, tmp_path / "whole")] == ["a::b"]
+
+
 def test_a_part_that_is_missing_or_planned_otherwise_is_told(part):
     first, third = read_part(part(1, of=3)), read_part(part(3, of=3))
     assert list(problems([first, third])) == ["shard 2/3 is missing"]
@@ -110,3 +118,16 @@ def test_what_is_there_already_is_not_overwritten(part, tmp_path):
         merge([read_part(place)], place)
     with pytest.raises(HistoryError, match=r"run\.json: No such file"):
         read_part(tmp_path / "nowhere")
+
+
+def test_a_history_that_cannot_be_used_hides_no_failure(
+    part, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("QUBES_ITESTS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/history").touch()
+    command = Command(name="merge", words=(str(part(1, ("a::b", "failed"), of=1)),))
+    assert execute(command, Settings(artifacts=tmp_path / "whole")) == 1
+    said = capsys.readouterr().out
+    assert "history: the results are not kept" in said
+    assert "run again" in said

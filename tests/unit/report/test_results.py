@@ -116,3 +116,17 @@ def test_a_test_that_failed_and_passed_is_flaky(results):
     assert (again.outcome, again.attempts, again.failed) == ("flaky", 2, 1)
     assert again.cause == "lost"
     assert (mixed.outcome, mixed.attempts, mixed.failed) == ("flaky", 4, 1)
+
+
+def test_a_property_of_a_test_is_no_time_of_its_parts(results):
+    told = results(
+        """
+        def test_own(record_property):
+            record_property("time of day", "noon")
+            record_property("time of call", "1.500 s")
+            record_property(7, "eight")
+        def test_next(): pass
+        """
+    )
+    assert told["test_own"].phases == {"call": 1.5}
+    assert told["test_next"].outcome == "passed"
