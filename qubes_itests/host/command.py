@@ -138,8 +138,9 @@ def started(
         yield process
     finally:
         # Only if it was not waited for: its number is that of the group, and could be
-        # another's by now.
-        if process.poll() is None:
+        # another's by now. Not `poll`, which waits for one that has ended: children
+        # that it has left may live, and hold its pipes.
+        if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, ending)
             process.wait()

@@ -121,6 +121,16 @@ def test_the_deadline_ends_the_children_too(tmp_path):
     _wait_until_nobody_reads(fifo)
 
 
+def test_the_deadline_ends_the_children_of_a_program_that_has_ended(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    script = f"(exec 3<>{fifo}; sleep 600) & echo started >&2"
+    with pytest.raises(DeadlineError) as caught:
+        run(["sh", "-c", script], timeout=0.5)
+    assert caught.value.evidence == "started"
+    _wait_until_nobody_reads(fifo)
+
+
 def _wait_until_nobody_reads(fifo: Path) -> None:
     code = """
 import os, sys
