@@ -142,6 +142,11 @@ class BaseVM(PropertyHolder):
         return None
 
     @property
+    def keyboard_layout(self) -> str:
+        """LAYOUT+VARIANT+OPTIONS of its keyboard."""
+        return "us++"
+
+    @property
     def is_net_vm(self) -> bool:
         """Whether it may be others' netvm: it has `provides_network`, and set."""
         return False

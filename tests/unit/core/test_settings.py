@@ -279,3 +279,12 @@ def test_a_time_for_a_start_that_somebody_has_set_is_exact(
     assert start_deadline(work) == 60
     del work.qrexec_timeout, template.qrexec_timeout, app.default_qrexec_timeout
     assert start_deadline(work) == 240
+
+
+def test_keyboard_layout_is_that_of_the_guivm(app, work):
+    app.domains["dom0"].keyboard_layout = "de++"
+    assert work.keyboard_layout == "de++"
+    work.guivm = app.add_new_vm("RemoteVM", name="far", label="red")
+    assert work.keyboard_layout == "us++"
+    work.guivm = None
+    assert work.keyboard_layout == "us++"
