@@ -130,13 +130,15 @@ class UnixServer(abc.ABC):
         """
         loop = asyncio.get_running_loop()
         async with contextlib.AsyncExitStack() as stack:
-            listening = _listen(self.path)
-            stack.callback(self.path.unlink, missing_ok=True)
-            stack.callback(listening.close)
             self.epoll = stack.enter_context(select.epoll())
             loop.add_reader(self.epoll.fileno(), self._hung_up)
             stack.callback(loop.remove_reader, self.epoll.fileno())
             stack.push_async_callback(self._end_clients)
+            listening = _listen(self.path)
+            # Before the clients end, which may take long: once nobody listens, another
+            # server may take the path, and it is that one's socket then.
+            stack.callback(self.path.unlink, missing_ok=True)
+            stack.callback(listening.close)
             # asyncio accepts as many as the backlog in one go, and only then has each
             # of them come to `_connected`: descriptors could run out in between.  So
             # it gets a small one, and the kernel a large one, as a client that does

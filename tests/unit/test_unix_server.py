@@ -94,3 +94,34 @@ def test_two_do_not_take_a_socket_at_once(tmp_path):
                 await Echo(server.path).__aenter__()
 
     asyncio.run(program())
+
+
+def test_a_server_that_ends_slowly_leaves_the_socket_of_the_next(tmp_path):
+    async def program():
+        begun, ending, may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        class Slow(Echo):
+            async def converse(self, client):
+                begun.set()
+                try:
+                    await client.reader.read()
+                finally:
+                    ending.set()
+                    await may_end.wait()
+
+        first = await Slow(tmp_path / "socket").__aenter__()
+        _reader, writer = await connected(first)
+        await begun.wait()
+        end = asyncio.create_task(first.__aexit__())
+        await ending.wait()
+        async with Echo(first.path) as second:
+            second.timeout = 30
+            may_end.set()
+            await end
+            reader, other = await connected(second)
+            other.write(b"hello\n")
+            assert await reader.readline() == b"hello\n"
+        for each in (writer, other):
+            each.close()
+
+    asyncio.run(program())
