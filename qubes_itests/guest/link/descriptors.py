@@ -148,16 +148,22 @@ class MergedReader(LosableReader):
 
     async def run(self) -> None:
         """Pass on what comes until all have ended."""
-        try:
-            await asyncio.gather(*map(self._pass_on, self._sources))
-        except GuestGoneError as error:
-            self.lose(error)
-        else:
+        # Each to its end: when the guest went away, one may have nothing more while the
+        # reader of this holds up what the other has.
+        ends = await asyncio.gather(*map(self._pass_on, self._sources))
+        lost = next((error for error in ends if error is not None), None)
+        if lost is None:
             self.feed_eof()
+        else:
+            self.lose(lost)
 
-    async def _pass_on(self, source: asyncio.StreamReader) -> None:
-        while data := await source.read(_CHUNK):
-            # asyncio's own pause has nobody to tell but this gate; without it a slow
-            # reader of the merged output would have us collect it all here
-            await self._gate.open.wait()
-            self.feed_data(data)
+    async def _pass_on(self, source: asyncio.StreamReader) -> GuestGoneError | None:
+        try:
+            while data := await source.read(_CHUNK):
+                # asyncio's own pause has nobody to tell but this gate; without it a
+                # slow reader of the merged output would have us collect it all here
+                await self._gate.open.wait()
+                self.feed_data(data)
+        except GuestGoneError as error:
+            return error
+        return None

@@ -133,9 +133,10 @@ class GuestReader(LosableReader):
 
     def feed_data(self, data: bytes | memoryview) -> None:  # type: ignore[override]  # asyncio: iterables
         """Take bytes of the guest."""
-        if self._stopped:
+        if self._complete:
             # It was on its way when STOP was sent. No credit for it: the guest must
-            # run out of credit, should it go on for ever.
+            # run out of credit, should it go on for ever. Or it is why a command did
+            # not start, of which the guest has closed the output.
             return
         self._owed += len(data)
         self.received += len(data)

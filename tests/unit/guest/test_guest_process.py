@@ -252,3 +252,29 @@ async def test_merged_outputs_are_read_before_the_guest_went(connect):
     assert await process.stdout.read(10) == b"why"
     with pytest.raises(GuestGoneError):
         await process.stdout.read(10)
+
+
+async def test_merged_outputs_that_are_read_late_are_read_to_the_end(connect):
+    """One has ended long before the other, which the reader holds up, may go on."""
+    process, peer, _ = await spawn(connect)
+    process.merge()
+    for _ in range(WINDOW // PAYLOAD_MAX):
+        peer.send(F.DATA, process.pid, 2, b"x" * PAYLOAD_MAX)
+    await lose(peer, process)
+    for _ in range(10):  # until all that does not wait for the reader is done
+        await asyncio.sleep(0)
+    left = WINDOW // PAYLOAD_MAX * PAYLOAD_MAX
+    while left:
+        left -= len(await process.stdout.read(10_000))
+    with pytest.raises(GuestGoneError):
+        await process.stdout.read(1)
+
+
+async def test_a_command_that_did_not_start_may_have_closed_its_outputs(connect):
+    process, peer, _ = await spawn(connect)
+    peer.send(F.EOF, process.pid, 2)
+    peer.send(F.EXIT, process.pid, payload=b"\2\x7fnot there")
+    async with asyncio.timeout(10):
+        assert await process.wait() == 127
+    assert process.failure == "not there"
+    assert await process.stderr.read() == b""
