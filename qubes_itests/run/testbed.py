@@ -297,7 +297,7 @@ class Testbed:
 
         If the client of Qubes OS is installed, its tools are in the PATH from then on.
 
-        :raise AlreadyServedError: when that of another app is.
+        :raise HarnessError: when that of another app is.
         """
         server = AdminServer(app, ADMIN_SOCKET)
         self._servers[app] = await server.__aenter__()
