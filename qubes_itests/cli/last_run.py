@@ -14,6 +14,7 @@ from qubes_itests.run.settings import ConfigurationError
 from qubes_itests.timeline import trace_events as trace
 from qubes_itests.timeline.document import NAME, load
 from qubes_itests.timeline.trace_events import trace_events
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
@@ -53,8 +54,9 @@ def _export(directory: Path) -> int:
     for path in found:
         try:
             exported = trace_events(*load(path.read_bytes()))
-        except ValueError as error:
-            raise ConfigurationError(str(path), str(error)) from error
+        except (ValueError, KeyError, TypeError) as error:
+            problem = f"expected a timeline: {safe_text(str(error), limit=80)}"
+            raise ConfigurationError(str(path), problem) from error
         target = path.with_name(trace.NAME)
         # Artefacts may be anybody's, and what has that name there a link to elsewhere.
         target.unlink(missing_ok=True)

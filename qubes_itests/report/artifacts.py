@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ParamSpec
 from qubes_itests.host.command import run
 from qubes_itests.report.journal import read_journal
 from qubes_itests.report.names import file_name
+from qubes_itests.timeline.document import NAME as TIMELINE
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
@@ -146,7 +147,13 @@ class Artifacts:
         if not directory.is_dir():
             return {}
         paths = [path for path in directory.iterdir() if path.is_file()]
-        files = {path.name: tail(path, LOG_LIMIT) for path in paths}
+        # a timeline is bounded where it is made, and nothing without its first line
+        files = {
+            path.name: path.read_bytes()
+            if path.name == TIMELINE
+            else tail(path, LOG_LIMIT)
+            for path in paths
+        }
         for path in paths:
             path.unlink()
         with contextlib.suppress(OSError):  # disks

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qubes_itests.report.artifacts import Artifacts
+from qubes_itests.report.artifacts import LOG_LIMIT, Artifacts
+from qubes_itests.timeline.document import Header, dump, load
 
 
 def test_they_are_moved_but_for_disks(tmp_path):
@@ -26,3 +27,14 @@ def test_none_leaves_its_directory(tmp_path):
     artifacts.add("a::b", {"../../outside": b"x"})
     assert artifacts.files("a::b") == ("outside",)
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_long_timeline_goes_to_another_machine_as_a_whole(tmp_path):
+    header = Header(test="a::b", started=0.0, outcome="failed", duration=1.0)
+    line = "\x1b" * 2000
+    records = [{"t": 0.0, "kind": "log", "vm": None, "line": line}] * 200
+    there = Artifacts(tmp_path)
+    there.add("a::b", {"timeline.jsonl": dump(header, records), "long": b"x" * 2**21})
+    files = there.pack("a::b")
+    assert load(files["timeline.jsonl"])[0] == header
+    assert len(files["long"]) == LOG_LIMIT

@@ -93,3 +93,11 @@ def test_the_command_writes_through_no_link(tmp_path):
     assert export(tmp_path) == 0
     assert victim.read_text() == "mine"
     assert not link.is_symlink()
+
+
+@pytest.mark.parametrize("record", [b"7", b"{}", b'{"t": 1, "kind": "service"}'])
+def test_what_is_no_record_is_refused(tmp_path, record):
+    header, _ = timeline()
+    (tmp_path / "timeline.jsonl").write_bytes(dump(header, []) + record + b"\n")
+    with pytest.raises(ConfigurationError, match="expected a timeline"):
+        export(tmp_path)
