@@ -29,7 +29,7 @@ from qubes_itests.pytest_plugin.recording import Recording
 from qubes_itests.pytest_plugin.repetition import Repetition
 from qubes_itests.pytest_plugin.run_record import RunRecord
 from qubes_itests.pytest_plugin.sharding import SHARD, Shard
-from qubes_itests.pytest_plugin.watch import FailureWatch
+from qubes_itests.pytest_plugin.watch import PANICS, FailureWatch
 from qubes_itests.pytest_plugin.worker import Worker
 from qubes_itests.run.app_templates import TemplateProblemError, plugins_for
 from qubes_itests.run.context import RunContext
@@ -99,6 +99,9 @@ def pytest_configure(config: pytest.Config) -> None:
     context = RunContext(settings, plugins_for(settings), worker.part(config))
     config.stash[CONTEXT] = context
     config.pluginmanager.register(_Offers(context.plugins), "qubes_itests-offers")
+    config.addinivalue_line(
+        "markers", f"{PANICS}: a guest's kernel panics in this test, as it is meant to"
+    )
     watch = FailureWatch(config, context)
     config.pluginmanager.register(watch, "qubes_itests-failures")
     if settings.trace is not Trace.OFF and not worker.distributes(config):

@@ -39,10 +39,12 @@ if TYPE_CHECKING:
     from qubes_itests.run.testbed import Panic, Testbed
     from qubes_itests.timeline.words import Line
 
-__all__ = ["FailureWatch"]
+__all__ = ["PANICS", "FailureWatch"]
 
 #: Lines of a timeline that are shown with a failure.
 _TIMELINE_LINES = 10
+#: The mark of a test that has a guest's kernel panic on purpose.
+PANICS = "guest_panics"
 #: Lines of an error in the timeline.
 _REASON_LINES = 10
 #: The attribute of a report that has the artefacts.
@@ -94,7 +96,8 @@ class FailureWatch:
         if (directory := self._vm_directory()) is not None:
             self._logs.found(directory)
         testbed = self._context.opened_testbed
-        if testbed and (panics := testbed.panics[before:]):
+        panics = testbed.panics[before:] if testbed else []
+        if panics and not item.get_closest_marker(PANICS):
             self.panics[item.nodeid] = [_panic(panic) for panic in panics]
         return result
 
@@ -134,9 +137,11 @@ class FailureWatch:
         return result
 
     def _check_panics(self, item: pytest.Item) -> None:
-        """Fail a test of which a guest's kernel has panicked."""
+        """Fail a test of which a guest's kernel has panicked, unless it is meant to."""
         testbed = self._context.opened_testbed
         panics = testbed.panics[self._panics_seen :] if testbed else []
+        if item.get_closest_marker(PANICS):
+            return
         if panics and item.nodeid not in self.failures:
             self._panics_seen += len(panics)
             text = "\n".join(f"a guest's kernel panicked: {_panic(p)}" for p in panics)

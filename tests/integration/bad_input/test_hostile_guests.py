@@ -70,7 +70,9 @@ def causes(done, site):
     """Return the line with the cause of each failure."""
     assert done.returncode == 21, done.stdout + done.stderr  # a guest has panicked
     found = re.findall(
-        r"^hostile::(\S+)\n  cause +(.*)$", site.run("report").stdout, re.MULTILINE
+        r"^hostile::(\S+)\n(?: .*\n)*?  cause +(.*)$",
+        site.run("report").stdout,
+        re.MULTILINE,
     )
     return dict(found)
 

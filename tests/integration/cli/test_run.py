@@ -251,12 +251,13 @@ def test_a_panic_of_a_guest_has_an_exit_status_of_its_own(site):
     assert "Kernel panic - not syncing: sysrq triggered crash" in last
 
 
-def test_a_template_that_does_not_exist_fails_its_own_tests_only(site):
+def test_a_template_that_does_not_exist_is_wrong_usage(site):
     site.install("guests", VM_PLUGIN, FOR_TEMPLATE)
     done = site.run("--template=nosuch", "--template=tiny", "-k", "good")
-    assert done.returncode == 1
-    assert "there is no template 'nosuch'" in done.stdout
-    assert re.search(r"PASSED +guests::TC_VM_tiny::test_good", done.stdout)
+    assert done.returncode == 4
+    assert "--template: expected one of tiny, debian-12, debian-13" in done.stderr
+    assert "got 'nosuch'" in done.stderr
+    assert done.stdout == ""
 
 
 def test_no_root_is_one_sentence_and_its_status(site):

@@ -109,6 +109,7 @@ def test_concurrent_starts_are_one(vm, run, events):
     assert events.count("domain-start") == 1
 
 
+@pytest.mark.guest_panics
 @pytest.mark.parametrize("end", ["inside", "kill", "crash"])
 def test_each_run_ends_once_before_the_next_begins(vm, run, sh, events, end):
     async def end_and_restart():
@@ -230,6 +231,7 @@ def test_start_may_be_prohibited(vm, run, events):
     assert [event for event in events if "feature" not in event] == []
 
 
+@pytest.mark.guest_panics
 def test_guest_without_agent_fails_the_start_and_leaves_nothing(app, vm, run, events):
     """Its init is not there: the kernel panics, and the error shows that."""
     vm.kernelopts = "rdinit=/nowhere init=/nowhere"
