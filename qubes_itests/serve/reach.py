@@ -61,7 +61,7 @@ class Reached:
                 # not what it says of itself: in its sandbox it has another number
                 options = (socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
                 pid, *_owner = _CREDENTIALS.unpack(connection.getsockopt(*options))
-            return {"pid": pid, **json.loads(answer)}
+            return {**json.loads(answer), "pid": pid}
         except (OSError, ValueError, struct.error) as error:
             reason = str(error) or type(error).__name__
             raise HarnessError(f"run {self.name} does not answer: {reason}") from error
