@@ -16,7 +16,7 @@ from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.core.vm.templatevm import TemplateVM
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.vm.dispvm import DispVM
@@ -101,6 +101,11 @@ class AppVM(QubesVM):
         return [
             vm for vm in self.app.domains.disposables() if vm.template_or_none is self
         ]
+
+    @property
+    def derived_vms(self) -> Sequence[DispVM]:
+        """The disposable VMs that are made from this one."""
+        return self.dispvms if self.template_for_dispvms else ()
 
     @handler("property-pre-set:template_for_dispvms")
     def on_pre_set_dispvms(

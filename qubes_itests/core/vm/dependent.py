@@ -35,8 +35,8 @@ class Dependents(Extension):
         self, vm: QubesVM, _event: str, name: str, **_kwargs: Any
     ) -> None:
         """Tell the VMs that take their default from a template."""
-        for each in vm.app.domains.startable():
-            if each.template_or_none is vm and each.property_is_default(name):
+        for each in vm.derived_vms:
+            if each.property_is_default(name):
                 _tell_reset(each, name)
 
     @handler("domain-feature-set:boot-mode.active", vm=QubesVM)

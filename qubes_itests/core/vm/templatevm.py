@@ -11,7 +11,7 @@ from qubes_itests.core.vm import bootmode
 from qubes_itests.core.vm.qubesvm import QubesVM
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["TemplateVM"]
 
@@ -62,6 +62,11 @@ class TemplateVM(QubesVM):
         return [
             vm for vm in self.app.domains.startable() if vm.template_or_none is self
         ]
+
+    @property
+    def derived_vms(self) -> Sequence[QubesVM]:
+        """The VMs that start from this one."""
+        return self.appvms
 
     @property
     def offered_bootmode(self) -> str | None:
