@@ -77,11 +77,14 @@ class Interface:
     :param bridge: name of the bridge.
     :param tap: name of a tap device that is there and set up already; instead of a
         bridge.
+    :param place: of those in the machine where interfaces go, the one that this has;
+        None for any that is free.
     """
 
     mac: str
     bridge: str = ""
     tap: str = ""
+    place: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +206,35 @@ class Domain(abc.ABC):
         The file is complete when this returns, and absent when it raises.  It loads
         into other domains (other name, UUID, directory) of the same `state_key`.
         """
+
+    async def freeze(self, path: Path) -> DomainSpec:
+        """Write all of a paused domain but its disks to a file for `thaw`.
+
+        That is its memory, whatever it lies in, and its devices.  The domain stays
+        paused, and can go on.  The file is complete when this returns, and absent when
+        it raises.
+
+        :return: what a domain that is thawed from it has to be: the spec, with the
+            disks and the interfaces that it has now.
+        :raise StateError: when it is not paused.
+        :raise HypervisorError: for what else went wrong, as a full disk; or the back
+            end cannot: not all can.
+        """
+        del path
+        raise HypervisorError(self.spec.name, "freeze", "the back end cannot")
+
+    async def thaw(self, path: Path) -> None:
+        """Bring a halted domain to where another one was frozen; it is paused then.
+
+        Its spec is what `freeze` returned.  Name, UUID and directory may be others, and
+        so may the images of the disks, with the same contents, and the taps.
+
+        :raise StateError: when it runs already.
+        :raise SavedStateError: when the file does not load; it is halted then.
+        :raise HypervisorError: for what else went wrong; or the back end cannot.
+        """
+        del path
+        raise HypervisorError(self.spec.name, "thaw", "the back end cannot")
 
     @abc.abstractmethod
     async def wait_stopped(self, timeout: float | None = None) -> DomainState:
@@ -333,6 +365,14 @@ class Hypervisor(abc.ABC):
 
         :return: a function that ends the subscription.
         """
+
+    async def machine(self) -> dict[str, str]:
+        """Return what must be the same where a frozen domain is thawed, in words.
+
+        Such are the hypervisor's version, the machine type and the CPU.  Empty where
+        the back end freezes nothing.
+        """
+        return {}
 
     @abc.abstractmethod
     async def state_key(self, spec: DomainSpec) -> str | None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
 import libvirt
 
 from qubes_itests.exc import DeadlineError
+from qubes_itests.hypervisor.contract import Disk, Interface
+from qubes_itests.hypervisor.domain_xml import SPARE_PORTS
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
 
 if TYPE_CHECKING:
     from qubes_itests.hypervisor.connection import Connection
 
-__all__ = ["LiveDevices", "find_device"]
+__all__ = ["LiveDevices", "find_device", "plugged_in"]
 
 #: Seconds that a guest may take to let go of a device.
 _RELEASE = 10.0
@@ -38,6 +41,42 @@ def find_device(xml: str, kind: str, key: str) -> ET.Element | None:
             if value == key:
                 return element
     return None
+
+
+def plugged_in(xml: str) -> tuple[tuple[Disk, ...], tuple[Interface, ...]]:
+    """Return the disks and interfaces of a live definition, in places that they keep.
+
+    :raise ValueError: for one that a new domain would have elsewhere.
+    """
+    devices = ET.fromstring(xml).find("devices")  # noqa: S314 - libvirt's own
+    if devices is None:
+        return (), ()
+    disks = tuple(_disk(element) for element in devices.iterfind("disk"))
+    return disks, tuple(
+        _interface(element) for element in devices.iterfind("interface")
+    )
+
+
+def _disk(element: ET.Element) -> Disk:
+    name, path = element.findtext("serial", ""), _attribute(element, "source", "file")
+    path = path or _attribute(element, "source", "dev")
+    return Disk(name, Path(path), read_only=element.find("readonly") is not None)
+
+
+def _interface(element: ET.Element) -> Interface:
+    mac, place = _attribute(element, "mac", "address"), 0
+    if _attribute(element, "address", "type") == "pci":
+        place = int(_attribute(element, "address", "bus"), 16)
+    if not 0 < place <= SPARE_PORTS:
+        raise ValueError(f"interface {mac} is in no place for interfaces")
+    bridge = _attribute(element, "source", "bridge")
+    tap = "" if bridge else _attribute(element, "target", "dev")
+    return Interface(mac, bridge=bridge, tap=tap, place=place)
+
+
+def _attribute(element: ET.Element, tag: str, name: str) -> str:
+    found = element.find(tag)
+    return "" if found is None else found.get(name, "")
 
 
 class LiveDevices:

@@ -23,7 +23,7 @@ from qubes_itests.hypervisor.exc import HypervisorError, StateError
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from qubes_itests.hypervisor.connection import Connection
@@ -176,6 +176,14 @@ class LibvirtDomain(Domain):
         return lifecycle_state(state)
 
     async def start(self, *, saved_state: Path | None = None) -> None:
+        await self._begin(
+            lambda: self._create(saved_state), loading=saved_state is not None
+        )
+
+    async def _begin(
+        self, create: Callable[[], Awaitable[None]], *, loading: bool
+    ) -> None:
+        """Begin a run; what a `create` that fails has made is undone."""
         async with self._changing:
             if self._undefined:
                 raise StateError(self.spec.name, "start", "it is not defined any more")
@@ -189,13 +197,22 @@ class LibvirtDomain(Domain):
             self._last = DomainState.HALTED
             self._announced = None
             self._destroying = self.panicked = False
-            self._loading = saved_state is not None
+            self._loading = loading
             try:
-                await self._create(saved_state)
+                await create()
             except BaseException:
                 # also when cancelled: a QEMU that nobody has a handle of would stay
                 await to_its_end(self._undo_start())
                 raise
+
+    def _announce_paused(self) -> None:
+        """Tell of a run that has begun with a state, and is paused."""
+        # libvirt's events may be on their way still, and are no news then
+        if self._announced is None:
+            self._publish(self, LifecycleEvent.STARTED)
+        self._loading = False
+        self._announced = LifecycleEvent.PAUSED
+        self._publish(self, LifecycleEvent.PAUSED)
 
     async def _undo_start(self) -> None:
         if self._native is not None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CHANNEL_NAME",
     "KERNEL_OPTIONS",
+    "SPARE_PORTS",
     "Machine",
     "channel_path",
     "console_pipe",
@@ -30,7 +31,7 @@ _QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 ET.register_namespace("qemu", _QEMU)
 
 #: Ports that wait for a hot-plugged device; a network interface takes one each.
-_SPARE_PORTS = 4
+SPARE_PORTS = 4
 
 #: libvirt puts its own devices below this slot.
 _FIRST_SLOT = 0x10
@@ -85,12 +86,13 @@ def domain_xml(
     *,
     direct_disks: frozenset[str] = frozenset(),
     incoming: str | None = None,
+    plugged: bool = True,
 ) -> str:
     """Return the definition of a domain.
 
     :param direct_disks: names of the disks whose files can be opened with O_DIRECT.
-    :param incoming: QEMU's address of a saved state to start from; no disks and no
-        interfaces then.
+    :param incoming: QEMU's address of a saved state to start from.
+    :param plugged: whether it has disks and interfaces from the beginning.
     """
     root = ET.Element("domain", type="kvm" if machine.kvm else "qemu")
     _add(root, "name", spec.name)
@@ -106,10 +108,10 @@ def domain_xml(
     devices = _devices(spec, machine)
     root.append(devices)
     root.append(_capabilities())
-    if incoming is None:
+    if plugged:
         devices.extend(_disk(d, direct=d.name in direct_disks) for d in spec.disks)
         devices.extend(_interface(interface) for interface in spec.interfaces)
-    else:
+    if incoming is not None:
         line = ET.SubElement(root, f"{{{_QEMU}}}commandline")
         for argument in ("-incoming", incoming):
             ET.SubElement(line, f"{{{_QEMU}}}arg", value=argument)
@@ -164,7 +166,7 @@ def _devices(spec: DomainSpec, machine: Machine) -> ET.Element:
     _place(_add(devices, "controller", type="virtio-serial", ports="2"), 1)
     _place(_add(devices, "controller", type="scsi", model="virtio-scsi"), 2)
     _add(devices, "controller", type="pci", index="0", model="pcie-root")
-    for index in range(1, 1 + _SPARE_PORTS):
+    for index in range(1, 1 + SPARE_PORTS):
         port = _add(devices, "controller", type="pci", model="pcie-root-port")
         port.set("index", str(index))
     console = _add(devices, "serial", type="pipe")
@@ -201,6 +203,10 @@ def _disk(disk: Disk, *, direct: bool) -> ET.Element:
     _add(element, "source").set("dev" if kind == "block" else "file", str(disk.path))
     _add(element, "target", dev=_target(disk.name), bus="scsi")
     _add(element, "serial", disk.name)
+    # One target each. By itself libvirt has another controller for each seven of them,
+    # which takes a port of an interface.
+    place = _add(element, "address", type="drive", controller="0", bus="0", unit="0")
+    place.set("target", str(ord(disk.name[-1]) - ord("a")))
     if disk.read_only:
         _add(element, "readonly")
     return element
@@ -220,6 +226,11 @@ def _interface(interface: Interface) -> ET.Element:
         _add(element, "source", bridge=interface.bridge)
     _add(element, "model", type="virtio")
     _add(element, "rom", enabled="no")
+    if interface.place is not None:
+        # libvirt numbers the buses behind the spare ports from 1 on
+        _add(
+            element, "address", type="pci", bus=f"0x{interface.place:02x}", slot="0x00"
+        )
     return element
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 from uuid import UUID
 
+import libvirt
+
 from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.host.cache import Cache, digest
 from qubes_itests.host.kernel import find_kernel
@@ -135,6 +137,20 @@ class QemuHypervisor(LibvirtHypervisor):
             return f"the path {spec.directory} is too long for a socket in it"
         return ""
 
+    async def machine(self) -> dict[str, str]:
+        number = await self._connection.call(
+            "", "ask", self._connection.native.getVersion
+        )
+        major, minor, micro = number // 10**6, number // 1000 % 1000, number % 1000
+        kvm = self._machine.kvm
+        return {
+            "QEMU": f"{major}.{minor}.{micro}",
+            "libvirt": str(libvirt.getVersion()),
+            "machine type": self._machine.machine,
+            "virtualization": "KVM" if kvm else "emulation",
+            "CPU": await asyncio.to_thread(_host_cpu) if kvm else self._machine.cpu,
+        }
+
     async def state_key(self, spec: DomainSpec) -> str | None:
         # what a disk boots is no state that others could begin from
         if spec.kernel is None:
@@ -153,7 +169,7 @@ class QemuHypervisor(LibvirtHypervisor):
             initramfs=Path("/initramfs"),
         )
         return digest(
-            domain_xml(neutral, self._machine, incoming="defer"),
+            domain_xml(neutral, self._machine, incoming="defer", plugged=False),
             spec.kernel,
             spec.initramfs,
             emulator_key(self._machine.emulator),
@@ -164,6 +180,17 @@ class QemuHypervisor(LibvirtHypervisor):
             await asyncio.to_thread(self._capabilities.store)
         finally:
             await super()._disconnect()
+
+
+def _host_cpu() -> str:
+    """Return the CPU that guests see whose CPUs are those of this machine."""
+    first = Path("/proc/cpuinfo").read_text(encoding="ascii").partition("\n\n")[0]
+    fields = {
+        name.strip(): value.strip()
+        for name, _, value in (line.partition(":") for line in first.splitlines())
+    }
+    features = digest(fields.get("flags", ""), fields.get("microcode", ""))
+    return f"{fields.get('model name', 'unknown')} ({features[:8]})"
 
 
 def _kvm_works(cache: Cache, kernel: Path | None) -> bool:

@@ -9,6 +9,7 @@ import errno
 import os
 import select
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,8 @@ import libvirt
 
 from qubes_itests.exc import DeadlineError
 from qubes_itests.hypervisor.console import Console
-from qubes_itests.hypervisor.devices import LiveDevices
+from qubes_itests.hypervisor.contract import DomainState
+from qubes_itests.hypervisor.devices import LiveDevices, plugged_in
 from qubes_itests.hypervisor.domain import LibvirtDomain
 from qubes_itests.hypervisor.domain_xml import (
     Machine,
@@ -26,6 +28,7 @@ from qubes_itests.hypervisor.domain_xml import (
     domain_xml,
     interface_xml,
 )
+from qubes_itests.hypervisor.exc import HypervisorError, StateError
 from qubes_itests.hypervisor.saved_state import SavedState, save_state
 from qubes_storage.uninterrupted import to_its_end
 
@@ -81,18 +84,22 @@ class QemuDomain(LibvirtDomain):
     async def _create(self, saved_state: Path | None) -> None:
         await asyncio.to_thread(self._console.open)
         if saved_state is None:
-
-            def describe() -> str:
-                disks = self.spec.disks
-                direct = frozenset(d.name for d in disks if _opens_direct(d.path))
-                return domain_xml(self.spec, self._machine, direct_disks=direct)
-
-            await self._create_native(await asyncio.to_thread(describe), 0)
+            await self._create_native(await asyncio.to_thread(self._definition), 0)
             return
+        xml = domain_xml(self.spec, self._machine, incoming="defer", plugged=False)
+        await self._load(xml, saved_state, run=True)
+
+    async def _load(self, xml: str, saved_state: Path, *, run: bool) -> None:
         with SavedState(self.spec.name, saved_state) as state:
-            xml = domain_xml(self.spec, self._machine, incoming="defer")
             await self._create_native(xml, libvirt.VIR_DOMAIN_START_PAUSED)
-            await state.load(self._connection, self._native)
+            await state.load(self._connection, self._native, run=run)
+
+    def _definition(self, *, incoming: str | None = None) -> str:
+        disks = self.spec.disks
+        direct = frozenset(d.name for d in disks if _opens_direct(d.path))
+        return domain_xml(
+            self.spec, self._machine, direct_disks=direct, incoming=incoming
+        )
 
     async def _create_native(self, xml: str, flags: int) -> None:
         async def create() -> None:
@@ -127,6 +134,27 @@ class QemuDomain(LibvirtDomain):
                 await save_state(self._connection, self.spec.name, native, path)
             finally:
                 await self._stop()
+
+    async def freeze(self, path: Path) -> DomainSpec:
+        native = self._running("freeze")
+        if (state := await self.state()) is not DomainState.PAUSED:
+            raise StateError(self.spec.name, "freeze", f"it is {state.value}")
+        xml = await self._call("freeze", native.XMLDesc)
+        try:
+            disks, interfaces = plugged_in(xml)
+        except ValueError as error:
+            raise HypervisorError(self.spec.name, "freeze", str(error)) from error
+        await save_state(self._connection, self.spec.name, native, path)
+        return replace(self.spec, disks=disks, interfaces=interfaces)
+
+    async def thaw(self, path: Path) -> None:
+        async def create() -> None:
+            await asyncio.to_thread(self._console.open)
+            xml = await asyncio.to_thread(self._definition, incoming="defer")
+            await self._load(xml, path, run=False)
+
+        await self._begin(create, loading=True)
+        self._announce_paused()
 
     async def open_channel(
         self, protocol: Callable[[], asyncio.BaseProtocol], *, timeout: float = 10.0

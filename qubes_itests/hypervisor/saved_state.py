@@ -78,6 +78,12 @@ async def save_state(
     try:
         # stopped first, or the guest dirties pages as fast as they are written
         await connection.call(domain, "save", native.suspend)
+        # All of the memory, whatever file it lies in.
+        await monitor.execute(
+            "save",
+            "migrate-set-capabilities",
+            capabilities=[{"capability": "x-ignore-shared", "state": False}],
+        )
         # QEMU's default is a network's speed, which would make the save take seconds
         await monitor.execute(
             "save", "migrate-set-parameters", **{"max-bandwidth": 1 << 40}
@@ -131,9 +137,10 @@ class SavedState:
         words = f"its saved state did not load: {reason}"
         return SavedStateError(self._domain, "start", words)
 
-    async def load(self, connection: Connection, native: Any) -> None:
-        """Load into a domain that waits for it, and let it run.
+    async def load(self, connection: Connection, native: Any, *, run: bool) -> None:
+        """Load into a domain that waits for it.
 
+        :param run: whether its virtual CPUs run from then on.
         :raise SavedStateError: it did not load; the domain is of no use then.
         """
         monitor = _Monitor(connection, self._domain, native)
@@ -141,7 +148,8 @@ class SavedState:
             await monitor.pass_file("start", self._fd)
             await monitor.execute("start", "migrate-incoming", uri=f"fd:{_FD_NAME}")
             await _wait_migrated(monitor, "start")
-            await connection.call(self._domain, "start", native.resume)
+            if run:
+                await connection.call(self._domain, "start", native.resume)
         except (HypervisorError, DeadlineError) as error:
             raise self._error(error) from error
 

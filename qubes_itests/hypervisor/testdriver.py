@@ -58,6 +58,9 @@ class _TestDomain(LibvirtDomain):
     async def save(self, path: Path) -> None:
         self._refuse("save")
 
+    async def freeze(self, path: Path) -> DomainSpec:
+        self._refuse("freeze")
+
     async def open_channel(
         self,
         protocol: Callable[[], asyncio.BaseProtocol],

@@ -147,6 +147,7 @@ async def test_calls_that_need_a_running_domain(domain, tmp_path):
         domain.pause(),
         domain.resume(),
         domain.save(tmp_path / "state"),
+        domain.freeze(tmp_path / "state"),
         domain.open_channel(asyncio.Protocol),
         domain.attach_disk(Disk("xvda", tmp_path / "image")),
         domain.detach_disk("xvda"),

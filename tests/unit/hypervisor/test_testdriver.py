@@ -39,6 +39,7 @@ async def test_what_needs_a_guest_is_refused(tmp_path):
         calls = [
             domain.open_channel(asyncio.Protocol),
             domain.save(tmp_path / "state"),
+            domain.freeze(tmp_path / "state"),
             domain.attach_disk(Disk("xvda", tmp_path / "image")),
             domain.detach_disk("xvda"),
             domain.resize_disk("xvda", 1 << 20),
@@ -57,6 +58,9 @@ async def test_no_saved_states(tmp_path):
         assert await hypervisor.state_key(spec) is None
         with pytest.raises(SavedStateError):
             await domain.start(saved_state=tmp_path / "state")
+        with pytest.raises(HypervisorError, match="cannot thaw"):
+            await domain.thaw(tmp_path / "state")
+        assert await hypervisor.machine() == {}
         assert await domain.state() is DomainState.HALTED
         await domain.start()
 
