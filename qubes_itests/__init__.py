@@ -1,7 +1,6 @@
 """Run Qubes OS integration tests anywhere, against real VMs.
 
-``pytest -p qubes_itests`` loads the fixtures; ``python -m qubes_itests`` is the main
-job.
+``pytest -p qubes_itests`` loads the fixtures; ``itests`` is the main job.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command ``python -m qubes_itests``."""
+"""The program ``itests``, which is ``python -m qubes_itests`` as well."""
 
 from __future__ import annotations
 

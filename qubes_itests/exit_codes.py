@@ -11,7 +11,7 @@ __all__ = ["ExitCode"]
 
 
 class ExitCode(enum.IntEnum):
-    """What the exit status of ``qubes-itests``, ``itests`` and ``run-tests`` says."""
+    """What the exit status of ``itests`` and ``run-tests`` says."""
 
     OK = 0
     TESTS_FAILED = 1

@@ -17,6 +17,7 @@ from qubes_itests.cli.arguments import parse
 from qubes_itests.core.exc import QubesException
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.program import NAME
 from qubes_itests.run.settings import load
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def command_line(arguments: Sequence[str]) -> int:
             settings = prepare_listing(settings)
         return int(module.execute(command, settings))
     except (HarnessError, QubesException) as error:
-        print(f"qubes-itests: {error}", file=sys.stderr)
+        print(f"{NAME}: {error}", file=sys.stderr)
         if isinstance(error, HarnessError):
             return int(error.exit_code)
         return ExitCode.INTERNAL_ERROR
@@ -93,7 +94,8 @@ def _enter_sandbox(command: Command, settings: Settings) -> None:
 
     if not sandbox.active():
         _prepare(command, settings)
-    # -P keeps files of the current directory from being taken for modules.  It has to
-    # be handed on: the interpreter begins anew in the sandbox.
-    safe = ["-P"] if sys.flags.safe_path else []
+    # -P keeps files of the current directory from being taken for modules, as they are
+    # not here unless Python was asked for our module there: it begins anew in the
+    # sandbox.
+    safe = [] if str(Path.cwd()) in sys.path else ["-P"]
     sandbox.reexec([sys.executable, *safe, "-m", "qubes_itests", *command.arguments])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from qubes_itests import __version__
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.program import NAME
 from qubes_itests.run.options import PYTEST, option, options
 from qubes_itests.run.settings import OPTIONS, convert
 
@@ -293,19 +294,19 @@ def _parser(name: str) -> argparse.ArgumentParser:
     if name != "run":
         usage = " ".join([name, "[options]", *(words[2] for words in command.words)])
     parser = _Parser(
-        prog="qubes-itests" if name == "run" else f"qubes-itests {name}",
+        prog=NAME if name == "run" else f"{NAME} {name}",
         description="Run Qubes OS integration tests against real VMs."
         if name == "run"
         else f"{command.meaning[0].upper()}{command.meaning[1:]}.",
         epilog=_epilog() if name == "run" else None,
-        usage=f"qubes-itests {usage}",
+        usage=f"{NAME} {usage}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     for dest, number, metavar, meaning in command.words:
         parser.add_argument(dest, nargs=number, metavar=metavar, help=meaning)
     if name == "run":
-        version = f"qubes-itests {__version__}"
+        version = f"{NAME} {__version__}"
         parser.add_argument("--version", "-V", action="version", version=version)
     places = "also in [tool.qubes_itests] of pyproject.toml, and QUBES_ITESTS_*"
     settings = None
@@ -329,7 +330,7 @@ sub-commands, before or after the options (--help after one shows its own):
 {rows}
 
 A selector is the beginning of a test's id as `list` shows it:
-  qubes-itests smoke
-  qubes-itests smoke::TC_Run_tiny::test_010_run
+  {NAME} smoke
+  {NAME} smoke::TC_Run_tiny::test_010_run
 Options of pytest keep their meaning: -k -m -x --lf -v --junitxml=FILE ...
 and so does -n NUMBER of pytest-xdist: of workers, each in its own sandbox."""

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
 from qubes_itests.html_report.page import write_report
+from qubes_itests.program import COMMAND
 from qubes_itests.report import failures
-from qubes_itests.report.failures import COMMAND, last_run
+from qubes_itests.report.failures import last_run
 from qubes_itests.run.settings import ConfigurationError
 from qubes_itests.timeline import trace_events as trace
 from qubes_itests.timeline.document import NAME, load

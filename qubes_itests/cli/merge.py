@@ -10,8 +10,9 @@ from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
 from qubes_itests.html_report.page import write_report
+from qubes_itests.program import COMMAND
 from qubes_itests.report import ci, failures
-from qubes_itests.report.failures import COMMAND, Failure
+from qubes_itests.report.failures import Failure
 from qubes_itests.report.history import History
 from qubes_itests.report.merge import merge, problems, read_part
 from qubes_itests.report.names import file_name

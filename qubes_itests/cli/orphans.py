@@ -10,6 +10,7 @@ from qubes_itests.admin.protocol import Request
 from qubes_itests.exc import UsageError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
+from qubes_itests.program import NAME
 from qubes_itests.serve.admin_client import call
 from qubes_itests.serve.place import find
 
@@ -43,7 +44,7 @@ def execute(command: Command, _settings: Settings) -> int:
         case ("adopt", name, cls, template):
             _adopt(place, name, cls, template)
         case _:
-            sys.stderr.write(f"qubes-itests orphans: {_USAGE} {command.words}\n")
+            sys.stderr.write(f"{NAME} orphans: {_USAGE} {command.words}\n")
             return ExitCode.USAGE_ERROR
     return ExitCode.OK
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.program import typed
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
@@ -38,8 +38,7 @@ def execute(command: Command, settings: Settings) -> int:
 
 
 def _ready(server: Serving) -> str:
-    state, program = server.state, os.environ.get("QUBES_ITESTS_PROGRAM", "")
-    program = program or "python -m qubes_itests"
+    state = server.state
     keeps = "kept" if server.kept else "gone when this ends; --directory=DIR keeps it"
     return f"""\
 ready
@@ -48,7 +47,7 @@ ready
   state        {state.directory} ({keeps})
   filesystems  {state.mount_point("btrfs")} and {state.mount_point("xfs")}
 in another terminal:
-  {program} qvm qvm-ls
+  {typed("qvm", "qvm-ls")}
 or, for the tools by themselves:
-  eval "$({program} serve --print-env)"
+  eval "$({typed("serve", "--print-env")})"
 Ctrl-C ends it."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from qubes_itests.exc import EnvironmentNotReadyError, HarnessError
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.program import typed
 from qubes_itests.untrusted_text import quoted
 
 if TYPE_CHECKING:
@@ -164,6 +165,6 @@ class NotFetchedError(EnvironmentNotReadyError):
         super().__init__(
             f"The packages of the template {template} are not here yet, and a run has"
             " no network to fetch them.",
-            f"Build it before: python -m qubes_itests template build {template}",
+            f"Build it before: {typed('template', 'build', template)}",
         )
         self.template = template

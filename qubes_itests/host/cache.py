@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Final
 
 from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.host.contents import damage, last_use, note_use, record
+from qubes_itests.program import typed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -137,8 +138,7 @@ class Cache:
                     if error.errno in (errno.ENOSPC, errno.EDQUOT):
                         raise EnvironmentNotReadyError(
                             f"The disk of the cache {self.root} is full.",
-                            "Make room there, by python -m qubes_itests clean --cache"
-                            " for instance.",
+                            f"Make room there: {typed('clean', '--cache')}",
                         ) from error
                     raise
         return place

@@ -16,10 +16,12 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from typing import TYPE_CHECKING
 
 from qubes_itests.exc import EnvironmentNotReadyError, HarnessError
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.program import typed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,7 +77,7 @@ class MissingToolError(EnvironmentNotReadyError):
     def __init__(self, need: str, remedy: str = "") -> None:
         super().__init__(
             f"{need} is not installed.",
-            remedy or "See: python -m qubes_itests doctor",
+            remedy or f"See: {typed('doctor')}",
         )
         self.need = need
 
@@ -96,7 +98,8 @@ class NoKernelError(EnvironmentNotReadyError):
     exit_code = ExitCode.NO_KERNEL
 
     def __init__(self, reason: str, name: str = "") -> None:
-        command = f"python -m qubes_itests.host.kernel fetch {name}".rstrip()
+        words = [sys.executable, "-m", "qubes_itests.host.kernel", "fetch", name]
+        command = shlex.join(filter(None, words))
         other = "" if name else "; or name one in QUBES_ITESTS_KERNEL"
         super().__init__(
             f"There is no kernel for guests ({reason}).",

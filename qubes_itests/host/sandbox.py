@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qubes_itests.host.exc import NoSandboxError, NotRootError
+from qubes_itests.program import typed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -66,7 +67,7 @@ def require() -> None:
     if not active():
         raise NoSandboxError(
             "This makes mounts and processes, and would leave them on this machine.",
-            "Run it by python -m qubes_itests, or by pytest -p qubes_itests.",
+            f"Run it by {typed()}, or by pytest -p qubes_itests.",
         )
 
 

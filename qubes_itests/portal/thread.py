@@ -47,7 +47,7 @@ class Portal:
     :param name: of the thread.
     """
 
-    def __init__(self, name: str = "qubes-itests event loop") -> None:
+    def __init__(self, name: str = "itests event loop") -> None:
         self.loop = PortalLoop()
         self._ready = threading.Event()
         # A daemon: a callback that blocks for ever must not keep the process from

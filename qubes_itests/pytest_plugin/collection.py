@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
-import shlex
 import types
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qubes_itests.report.failures import COMMAND
+from qubes_itests.program import typed
 from qubes_itests.run.plugins import PROBLEM, meant, named_plugins
 from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import OPTIONS
@@ -156,6 +155,5 @@ def _meant(word: str, ids: Sequence[str]) -> list[str]:
     pairs = zip(told[::2], told[1::2], strict=True)
     words = [text for pair in pairs if pair[0] in taken for text in pair]
     raise pytest.UsageError(
-        f"no test's id begins with {word!r}.{hint}"
-        f" `{shlex.join([*COMMAND, 'list', *words])}` shows all."
+        f"no test's id begins with {word!r}.{hint} `{typed('list', *words)}` shows all."
     )

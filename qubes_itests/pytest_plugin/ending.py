@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qubes_itests.program import COMMAND
 from qubes_itests.report import failures
 from qubes_itests.run.preparation import told_again
 
@@ -48,7 +49,7 @@ class Ending:
             command = [sys.executable, "-m", "pytest", "-p", "qubes_itests", *words]
             failures.show(
                 list(self._watch.failures.values()),
-                failures.COMMAND,
+                COMMAND,
                 terminal.write_line,
                 again=command,
                 prefix=self._prefix,

@@ -13,6 +13,7 @@ from qubes_itests import __version__
 from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.fixtures.session import CONTEXT
+from qubes_itests.program import COMMAND, NAME
 from qubes_itests.pytest_plugin import SETTINGS, header
 from qubes_itests.pytest_plugin.collection import Selection, collect, nodes
 from qubes_itests.pytest_plugin.extensions import ExtensionSwitch
@@ -137,7 +138,7 @@ class Job:
         _settle_status(session, trouble)
         terminal = config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None:
-            failures.show(found, failures.COMMAND, terminal.write_line)
+            failures.show(found, COMMAND, terminal.write_line)
             if config.stash[SETTINGS].app and set(filter(None, terminal.stats)) == {
                 "skipped"
             }:
@@ -233,6 +234,6 @@ class _Header:
         if terminal is None or self._config.get_verbosity() < 0:
             return
         seed = self._config.stash[SETTINGS].seed
-        terminal.write_line(f"qubes-itests {__version__}, pytest {pytest.__version__}")
+        terminal.write_line(f"{NAME} {__version__}, pytest {pytest.__version__}")
         for line in [*header.all_lines(self._config), f"seed: {seed}"]:
             terminal.write_line(line)

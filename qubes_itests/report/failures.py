@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qubes_itests.host.cache import digest
+from qubes_itests.program import NAME
 from qubes_itests.report.names import one_line
 from qubes_itests.timeline.words import Line, fit
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     import pytest
 
 __all__ = [
-    "COMMAND",
     "Failure",
     "LastRun",
     "cause",
@@ -33,22 +33,6 @@ __all__ = [
     "state",
     "store",
 ]
-
-#: Set by the script that sets up and starts: how it was called itself.
-_PROGRAM = "QUBES_ITESTS_PROGRAM"
-
-
-def _command() -> tuple[str, ...]:
-    """Return the words by which this program can be started once more, from here."""
-    if program := os.environ.get(_PROGRAM):
-        return (program,)
-    directory = os.path.dirname(sys.executable)  # noqa: PTH120 - of links as well
-    activated = os.path.dirname(shutil.which("python") or "") == directory  # noqa: PTH120
-    return ("python" if activated else sys.executable, "-m", "qubes_itests")
-
-
-#: How a person starts this program.
-COMMAND = _command()
 
 #: More than these are a flood; `report` shows them all.
 _SHOWN = 5
@@ -148,7 +132,7 @@ def _lines(
         test = (failure.test,)
     elif os.environ.get("CI"):
         # who reads that is at another machine, in a checkout of the app
-        words, test = ("itests",), tuple(map(_from_here, test))
+        words, test = (NAME,), tuple(map(_from_here, test))
     again = shlex.join([*words, *test])
     inside = shlex.join([*words, f"{prefix}shell-on-failure", *test])
     disks = shlex.join([*words, f"{prefix}keep=failed", *test])

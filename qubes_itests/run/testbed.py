@@ -29,6 +29,7 @@ from qubes_itests.guest.start.warm import WarmStarts
 from qubes_itests.host import memory
 from qubes_itests.host.kernel import find_kernel
 from qubes_itests.hypervisor.contract import LifecycleEvent
+from qubes_itests.program import typed
 from qubes_itests.run.client_tools import write_tools
 from qubes_itests.run.hooks import offer, offers
 from qubes_storage.image_pool import ImagePool
@@ -69,7 +70,7 @@ def current() -> Testbed:
     """Return the testbed of this run; HarnessError outside of a run."""
     if not _current:
         raise HarnessError(
-            "no testbed: run this test with `python -m qubes_itests`, or with"
+            f"no testbed: run this test with `{typed()}`, or with"
             " `pytest -p qubes_itests` and the fixture `testbed`"
         )
     return _current[-1]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from qubes_itests.exc import UsageError
 from qubes_itests.host import rundir
+from qubes_itests.program import typed
 from qubes_itests.serve.wire import connectable
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ __all__ = ["VARIABLE", "Place", "find"]
 
 #: Names the directory of the server to call.
 VARIABLE: Final = "QUBES_ITESTS_SERVE"
-_BEGIN: Final = "begin with `python -m qubes_itests serve`."
+_BEGIN: Final = f"begin with `{typed('serve')}`."
 
 _NAME: Final = "serve"
 

@@ -10,6 +10,7 @@ from typing import Final
 from qubes_itests.guest.exc import ImageError
 from qubes_itests.host.command import CommandError, run
 from qubes_itests.host.packages import find_program
+from qubes_itests.program import typed
 
 __all__ = [
     "AGENT_LINKS",
@@ -138,7 +139,7 @@ def find_tool(name: str) -> Path:
     if found is None:
         raise ImageError(
             "root image",
-            f"{name} is not installed; see: python -m qubes_itests doctor",
+            f"{name} is not installed; see: {typed('doctor')}",
         )
     return found
 

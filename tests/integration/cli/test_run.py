@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ET
 from plugin_site import FOR_TEMPLATE, ONCE
 
 #: Enough for tests without guests, and quick.
-AGAIN = "  run again   python -m qubes_itests"
+AGAIN = "  run again   itests"
 NO_GUESTS = ("--hypervisor", "test")
 
 PLUGIN = """
@@ -229,7 +229,7 @@ def test_a_failure_leaves_what_its_vms_said_and_had(site):
     assert b"precious" in disk.read_bytes()
     assert f"appvms/{vm}/" in (kept / "storage-tree.txt").read_text()
     place = f"itests-artifacts/{kept.name}/disks/{vm}"
-    assert f"  look inside python -m qubes_itests shell {place}" in done.stdout
+    assert f"  look inside itests shell {place}" in done.stdout
 
 
 def test_templates_and_vms_are_in_the_junit_file(site):
@@ -265,7 +265,7 @@ def test_no_root_is_one_sentence_and_its_status(site):
     done = site.run_as_nobody()
     assert done.returncode == 10, done.stderr
     assert done.stderr == (
-        "qubes-itests: Tests mount filesystems and make namespaces, which only root"
+        "itests: Tests mount filesystems and make namespaces, which only root"
         " may. Run the same command with sudo.\n"
     )
 

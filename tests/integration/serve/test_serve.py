@@ -152,7 +152,7 @@ def test_without_a_server_it_says_how_to_begin(site):
     for words in (("qvm", "qvm-ls"), ("serve", "--print-env")):
         done = site.run(*words)
         assert done.returncode == 4
-        assert "begin with `python -m qubes_itests serve`" in done.stderr
+        assert "begin with `itests serve`" in done.stderr
 
 
 def test_a_memory_budget_holds(serve):

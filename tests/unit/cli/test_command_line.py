@@ -116,7 +116,7 @@ def test_the_list_that_is_offered_has_the_options_that_list_takes(site):
     site.install("alpha", PLUGIN)
     told = json.dumps({"words": ["--template", "tiny", "--timeout", "9"]})
     done = site.run("--collect-only", "alpha::TC_Onr", QUBES_ITESTS_PREPARED=told)
-    assert "qubes_itests list --template tiny` shows all." in done.stderr
+    assert "`itests list --template tiny` shows all." in done.stderr
 
 
 def test_another_suite_in_the_directory_does_not_leak_in(site):
@@ -153,7 +153,7 @@ def test_an_unknown_key_in_the_configuration_is_told_before_anything_else(site):
     (site.work / "pyproject.toml").write_text("[tool.qubes_itests]\ncolour = 1\n")
     done = site.run("list")
     assert done.returncode == 4
-    assert done.stderr.startswith("qubes-itests: pyproject.toml: unknown key 'colour'")
+    assert done.stderr.startswith("itests: pyproject.toml: unknown key 'colour'")
 
 
 def test_report_says_that_there_was_no_run(site):
@@ -216,7 +216,7 @@ def test_a_misspelt_sub_command_is_told_before_anything_is_made_ready(site, tmp_
     done = site.run("docter")
     assert done.returncode == 4
     assert done.stderr == (
-        "qubes-itests: docter: expected a sub-command or the beginning of a test's id;"
+        "itests: docter: expected a sub-command or the beginning of a test's id;"
         " did you mean `doctor`?\n"
     )
     assert not (tmp_path / "cache").exists()

@@ -96,5 +96,5 @@ def test_what_is_no_history_is_one_sentence(site, tmp_path, text):
         path.write_text(text)
     done = site.run("history", "--add", str(path))
     assert done.returncode == 4
-    assert done.stderr.startswith(f"qubes-itests: {path}")
+    assert done.stderr.startswith(f"itests: {path}")
     assert "Traceback" not in done.stderr

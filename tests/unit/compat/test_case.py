@@ -72,7 +72,7 @@ def test_template_of_the_class():
 
 def test_outside_a_run_it_says_so():
     assert not testbed_module._current
-    assert "python -m qubes_itests" in failure(lambda _: None)
+    assert "or with `pytest -p qubes_itests`" in failure(lambda _: None)
 
 
 def test_skip_in_set_up_still_cleans_up(bed):
