@@ -46,7 +46,8 @@ def _lines(name: str, status: dict[str, Any]) -> Iterator[str]:
         return
     yield f"{name}  pid {status['pid']}  {status.get('directory', 'serve')}"
     if test := status.get("test"):
-        yield f"  {test}: {status['phase']}, {duration(status['seconds'])}"
+        stopped = ", its deadline stands still" if status["stopped"] else ""
+        yield f"  {test}: {status['phase']}, {duration(status['seconds'])}{stopped}"
         yield f"  at {status['waits']}"
     elif "test" in status:
         yield "  no test has begun, or the last one has ended"

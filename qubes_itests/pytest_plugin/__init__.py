@@ -107,8 +107,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if settings.trace is not Trace.OFF and not worker.distributes(config):
         recording = Recording(settings, watch.artifacts)
         config.pluginmanager.register(recording, "qubes_itests-recording")
+    deadline = Deadline(functools.partial(_time_limit, settings), watch.keep_stacks)
+    watch.deadline = deadline
     if not worker.distributes(config):
-        reach = RunReach(config, context)
+        reach = RunReach(config, context, deadline)
         config.pluginmanager.register(reach, "qubes_itests-reach")
     _register_role(config, context, watch)
     _register_results(config, settings, watch)
@@ -118,8 +120,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("usepdb"):
         config.pluginmanager.register(FailurePrompt(), "qubes_itests-debugger")
     config.pluginmanager.register(async_tests, "qubes_itests-async-tests")
-    deadline = Deadline(functools.partial(_time_limit, settings), watch.keep_stacks)
-    watch.deadline = deadline
+    # the last, so that its clock runs around what the others do
     config.pluginmanager.register(deadline, "qubes_itests-deadline")
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from qubes_itests import timeline
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.program import NAME
 from qubes_itests.timeline import line_of
 from qubes_itests.timeline.words import waited_for
 
@@ -29,6 +30,8 @@ __all__ = ["Deadline", "stacks"]
 
 #: Seconds for a signal to reach Python code before the process counts as stuck.
 _GRACE = 30.0
+#: Seconds between looks at whether the person who looks at a test has gone.
+_LOOK_AGAIN = 0.5
 #: Threads that have nothing to do with what hangs.
 _OURS = ("deadline", "heartbeat")
 #: Functions in which threads wait for work: executors, loops, console readers.
@@ -56,19 +59,39 @@ class Deadline:
         self._test = ""
         self._end = 0.0
         self._fired = False
+        self._lock = threading.Lock()
+        self._people = 0
+        self._stopped_at: float | None = None
+        self._stood = 0.0
 
     @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Stop the clock, for a person who looks at a failed test."""
-        left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
-        started = time.monotonic()
-        self._end += 1e9
+    def stopped(self) -> Iterator[None]:
+        """Stop the clock while a person looks at a test; in any thread, and nested."""
+        with self._lock:
+            self._people += 1
+            if self._people == 1:
+                self._stopped_at = time.monotonic()
         try:
             yield
         finally:
-            self._end += time.monotonic() - started - 1e9
-            if left:
-                signal.setitimer(signal.ITIMER_REAL, left)
+            with self._lock:
+                self._people -= 1
+                if not self._people and self._stopped_at is not None:
+                    # In this order: the signal handler, which may come in between, can
+                    # take no lock, and finds a clock that is slow but not fast.
+                    self._stood += time.monotonic() - self._stopped_at
+                    self._stopped_at = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody looks."""
+        return self._stopped_at is not None
+
+    def _now(self) -> float:
+        """Return the seconds of a clock that stands still while somebody looks."""
+        stopped_at = self._stopped_at
+        now = time.monotonic() if stopped_at is None else stopped_at
+        return now - self._stood
 
     def pytest_enter_pdb(self) -> None:
         """Stop the clock for good: somebody goes through the test by hand.
@@ -82,7 +105,7 @@ class Deadline:
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None]:
         """Begin a test's time."""
         self._seconds = self._limit(item)
-        self._end = time.monotonic() + self._seconds
+        self._end = self._now() + self._seconds
         with self._limited(item):
             return (yield)
 
@@ -95,7 +118,7 @@ class Deadline:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None]:
         """Begin the time of the tear-down."""
-        self._end = time.monotonic() + self._seconds
+        self._end = self._now() + self._seconds
         with self._limited(item):
             return (yield)
 
@@ -110,7 +133,7 @@ class Deadline:
             target=self._watch, args=(item.nodeid, done), daemon=True, name="deadline"
         )
         previous = signal.signal(signal.SIGALRM, self._expire)
-        signal.setitimer(signal.ITIMER_REAL, max(self._end - time.monotonic(), 0.001))
+        signal.setitimer(signal.ITIMER_REAL, max(self._end - self._now(), 0.001))
         watcher.start()
         try:
             yield
@@ -122,8 +145,15 @@ class Deadline:
 
     def _expire(self, _number: int, frame: FrameType | None) -> None:
         __tracebackhide__ = True
+        if self.is_stopped:
+            signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN)
+            return
+        if (left := self._end - self._now()) > 0:
+            signal.setitimer(signal.ITIMER_REAL, left)
+            return
         self._fired = True
         # A TestCase goes on with its tearDown, which may hang as well.
+        self._end = self._now() + self._seconds
         signal.setitimer(signal.ITIMER_REAL, self._seconds)
         self._expired(self._test)
         recorder = timeline.current()
@@ -132,11 +162,11 @@ class Deadline:
 
     def _watch(self, nodeid: str, done: threading.Event) -> None:
         while not done.wait(1.0):
-            if self._fired or time.monotonic() < self._end + _GRACE:
+            if self._fired or self._now() < self._end + _GRACE:
                 continue
             # Nothing can be raised in a thread that never comes back to Python.
             faulthandler.dump_traceback(sys.__stderr__ or 2)
-            text = f"\nqubes-itests: {nodeid} hangs outside Python; the run ends here\n"
+            text = f"\n{NAME}: {nodeid} hangs outside Python; the run ends here\n"
             os.write(2, text.encode())
             os._exit(ExitCode.INTERNAL_ERROR)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from qubes_itests.core.app import Qubes
+    from qubes_itests.pytest_plugin.deadline import Deadline
     from qubes_itests.run.context import RunContext
 
 __all__ = ["RunReach"]
@@ -33,9 +34,13 @@ class RunReach:
 
     :param config: pytest's.
     :param context: the run.
+    :param deadline: stands still while somebody is in a shell of ``attach``.
     """
 
-    def __init__(self, config: pytest.Config, context: RunContext) -> None:
+    def __init__(
+        self, config: pytest.Config, context: RunContext, deadline: Deadline
+    ) -> None:
+        self._deadline = deadline
         self._directory = str(config.invocation_params.dir)
         self._context = context
         self._test = self._phase = ""
@@ -50,7 +55,7 @@ class RunReach:
             # a directory of its own: that of the run is locked as long as it lives
             path = Place.of_run(self._context.directory).relay_socket
             path.parent.mkdir(mode=0o700)
-            server = CallServer(self._apps, path, self._doing)
+            server = CallServer(self._apps, path, self._doing, self._deadline.stopped)
             self._context.portal.run(server.__aenter__())
         except (OSError, HarnessError) as error:
             # tests that need none of this may run all the same
@@ -99,4 +104,5 @@ class RunReach:
             waits = waited_for(recorder.open() if recorder else [], line)
             seconds = round(time.monotonic() - self._began, 3)
             told |= {"phase": self._phase, "seconds": seconds, "waits": waits}
+            told["stopped"] = self._deadline.is_stopped
         return told

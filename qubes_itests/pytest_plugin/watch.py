@@ -320,7 +320,7 @@ class FailureWatch:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._uncaptured())
             if self.deadline:
-                stack.enter_context(self.deadline.suspended())
+                stack.enter_context(self.deadline.stopped())
             if progress:
                 stack.enter_context(progress.silent())
             for vm in [vm for app in testbed.apps for vm in app.domains.startable()]:

@@ -43,6 +43,7 @@ from qubes_itests.unix_server import UnixServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from qubes_itests.core.app import Qubes
@@ -100,6 +101,7 @@ class CallServer(UnixServer):
     :param apps: returns those whose VMs are called.
     :param path: of the socket, in a directory that only its owner writes to.
     :param doing: returns what is told with the VMs of what goes on, as JSON has it.
+    :param visit: returns a context that is entered while somebody uses a terminal.
     """
 
     most = 512
@@ -110,10 +112,12 @@ class CallServer(UnixServer):
         apps: Callable[[], Sequence[Qubes]],
         path: Path,
         doing: Callable[[], Mapping[str, object]] = dict,
+        visit: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         super().__init__(path)
         self.apps = apps
         self.doing = doing
+        self.visit = visit
         self.farewell = _refusal("too many calls are under way already", REFUSED)
 
     async def converse(self, client: Client) -> None:
@@ -225,7 +229,8 @@ class Answer:
         terminal = await self._running(name).open_terminal(
             columns=columns, rows=rows, user="root", environment={"TERM": kind}
         )
-        return await self._relay(terminal)
+        with self._server.visit():
+            return await self._relay(terminal)
 
     async def _call(self, name: str, text: str, flags: str) -> int:
         wanted = Wanted.parse(text)

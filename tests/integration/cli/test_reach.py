@@ -93,10 +93,12 @@ def test_a_run_that_hangs_is_shown_and_entered(site):
         with attach(site, "test-inst-halted") as user:
             user.read_until("there is no running VM 'test-inst-halted' in the runs")
             assert user.finish() == 4
+        assert not found["stopped"]
         with attach(site, f"{found['name']}/test-inst-one") as user:
             user.read_until("# ")
             user.type("hostname; stty size\r")
             user.read_until("test-inst-one\r\n30 100\r\n")
+            assert [s["stopped"] for s in status(site)] == [True]
             user.type("exit 3\r")
             assert user.finish() == 3
         with attach(site, f"{found['name']}/test-inst-one") as user:

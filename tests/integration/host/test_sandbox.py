@@ -295,7 +295,7 @@ def test_a_mark_that_leaked_elsewhere_does_not_count():
 def test_outside_require_says_how_to_get_in(monkeypatch):
     monkeypatch.delenv("QUBES_ITESTS_SANDBOX", raising=False)
     with pytest.raises(
-        NoSandboxError, match="Run it by .*itests, or by pytest -p"
+        NoSandboxError, match=r"Run it by .*itests, or by pytest -p"
     ) as caught:
         sandbox.require()
     assert caught.value.exit_code == 13
