@@ -22,6 +22,7 @@ from qubes_itests.report.guest_logs import GuestLogs, panic_words
 from qubes_itests.report.heartbeat import duration
 from qubes_itests.report.results import RERUN, WHERE
 from qubes_itests.report.safe_report import make_safe
+from qubes_itests.run.app_templates import wishes_of
 from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import Keep
 from qubes_itests.shell import WAY_OUT, open_shell, require_terminal
@@ -64,6 +65,7 @@ class FailureWatch:
         self._settings = context.settings
         self._start = config.invocation_params.dir
         self.artifacts = Artifacts(self._start / context.settings.artifacts)
+        self._guest_files = wishes_of(context.settings).artifacts
         self._logs = GuestLogs(None)
         self._seen = ""
         # In tests of the harness its frames are what one wants to see.
@@ -273,7 +275,8 @@ class FailureWatch:
         if testbed is None or self._seen == item.nodeid:
             return
         self._seen = item.nodeid
-        self.artifacts.collect(item.nodeid, testbed, self._context.plugins.hook)
+        hook = self._context.plugins.hook
+        self.artifacts.collect(item.nodeid, testbed, hook, self._guest_files)
         for app in testbed.apps:
             self.artifacts.add(item.nodeid, timeline_files(app, LOG_LIMIT))
         self._keep_logs(item.nodeid)

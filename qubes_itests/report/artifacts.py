@@ -14,18 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
 
 from qubes_itests.host.command import run
-from qubes_itests.report.journal import read_journal
+from qubes_itests.report.guest_files import read_guests
 from qubes_itests.report.names import file_name
 from qubes_itests.timeline.document import NAME as TIMELINE
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import pluggy
 
-    from qubes_itests.core.vm.qubesvm import QubesVM
-    from qubes_itests.hypervisor.contract import Domain
     from qubes_itests.run.testbed import Testbed
 
 __all__ = ["LOG_LIMIT", "Artifacts", "tail"]
@@ -106,18 +104,33 @@ class Artifacts:
         self._write_safe(test, name, text.encode("utf-8", "replace")[-LOG_LIMIT:])
 
     @_or_told
-    def collect(self, test: str, testbed: Testbed, hook: pluggy.HookRelay) -> None:
+    def collect(
+        self,
+        test: str,
+        testbed: Testbed,
+        hook: pluggy.HookRelay,
+        guest_files: Sequence[str] = (),
+    ) -> None:
         """Keep what is to be seen of the VMs of a test, while they are there.
 
         :param hook: of the plugins that may have more to tell.
+        :param guest_files: absolute paths in the VMs, with wildcards of a shell.
         """
-        for app in testbed.apps:
-            for vm in app.domains.startable():
-                if vm.domain is not None:
-                    self._collect_vm(test, vm, vm.domain, hook)
-                    if journal := read_journal(testbed.portal, vm):
-                        name = f"{file_name(vm.name)}.journal.txt"
-                        self._write_safe(test, name, journal)
+        vms = [vm for app in testbed.apps for vm in app.domains.startable()]
+        started = [(vm, domain) for vm in vms if (domain := vm.domain) is not None]
+        directory = self.directory(test)
+        for vm, domain in started:
+            with contextlib.suppress(Exception):  # a dead domain has no definition
+                text = domain.definition()
+                self.text(test, f"{file_name(vm.name)}.domain.xml", text)
+            directory.mkdir(parents=True, exist_ok=True)
+            hook.qubes_itests_artifacts(test=test, vm=vm, directory=directory)
+        reading = read_guests([vm for vm, _domain in started], guest_files)
+        files, problems = testbed.portal.run(reading)
+        self.problems |= dict.fromkeys(problems)
+        for name, data in files.items():
+            write = self._write if name.endswith(".bin") else self._write_safe
+            write(test, name, data)
         if testbed.apps:
             tree = "\n".join(_tree(testbed.parts.pool_directory))
             self.text(test, "storage-tree.txt", tree + "\n")
@@ -174,16 +187,6 @@ class Artifacts:
         new.write_bytes(data)
         new.replace(self.root / name)
 
-    def _collect_vm(
-        self, test: str, vm: QubesVM, domain: Domain, hook: pluggy.HookRelay
-    ) -> None:
-        with contextlib.suppress(Exception):  # a dead domain has no definition
-            text = domain.definition()
-            self.text(test, f"{file_name(vm.name)}.domain.xml", text)
-        directory = self.directory(test)
-        directory.mkdir(parents=True, exist_ok=True)
-        hook.qubes_itests_artifacts(test=test, vm=vm, directory=directory)
-
     def _write_safe(self, test: str, name: str, data: bytes) -> None:
         """Write a text that may be a guest's."""
         text = safe_text(data, lines=True, limit=None)
@@ -192,6 +195,8 @@ class Artifacts:
     def _write(self, test: str, name: str, data: bytes) -> None:
         directory = self.directory(test)
         directory.mkdir(parents=True, exist_ok=True)
+        # a new file, and not where a link leads that a test has put there
+        (directory / name).unlink(missing_ok=True)
         (directory / name).write_bytes(data)
 
     def _copy_disk(self, test: str, vm: str, volume: str, path: Path) -> None:

@@ -65,6 +65,8 @@ class TemplateSpec:
         setup.py; empty for where they are found.
     :param requires: what its tests need on the machine that runs them.
     :param policy: files of qrexec policy.
+    :param artifacts: absolute paths in guests, with wildcards of a shell: what failed
+        tests leave of them.
     """
 
     app: str
@@ -80,6 +82,7 @@ class TemplateSpec:
     plugin: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     policy: tuple[PolicyFile, ...] = ()
+    artifacts: tuple[str, ...] = ()
 
 
 def read_specs(
@@ -211,10 +214,13 @@ def _found(key: str, named: str, place: Repositories) -> Path:
         raise ValueError(f"{key}: {error}") from None
 
 
+def _words(value: object) -> list[str]:
+    return [word for line in _lines(value) for word in line.split()]
+
+
 def _requires(value: object, _place: Repositories) -> tuple[str, ...]:
-    words = [word for line in _lines(value) for word in line.split()]
     try:
-        return tuple(dict.fromkeys(map(check_requirement, words)))
+        return tuple(dict.fromkeys(map(check_requirement, _words(value))))
     except ValueError as error:
         raise ValueError(f"requires: {error}") from None
 
@@ -233,6 +239,15 @@ def _policy_file(line: str, place: Repositories) -> PolicyFile:
             " format of Qubes OS 4.0 is written as: FILE -> SERVICE"
         )
     return PolicyFile(found)
+
+
+def _artifact(path: str) -> str:
+    if path.startswith("/") and path.isprintable() and ".." not in path.split("/"):
+        return path
+    raise ValueError(
+        "artifacts: expected an absolute path in the guest, which may have wildcards,"
+        f" got {path!r}"
+    )
 
 
 def _script(value: object, _place: Repositories) -> str:
@@ -272,4 +287,5 @@ _KEYS: Final[dict[str, tuple[str, Callable[[object, Repositories], object]]]] = 
         "policy",
         lambda v, place: tuple(_policy_file(x, place) for x in _lines(v)),
     ),
+    "artifacts": ("artifacts", lambda v, _place: tuple(map(_artifact, _words(v)))),
 }

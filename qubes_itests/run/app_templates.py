@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.exc import ImageError
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _PLUGIN: Final = "apps"
+_T = TypeVar("_T")
 
 
 class TemplateProblemError(HarnessError):
@@ -75,7 +76,12 @@ class Wishes:
     @property
     def policy(self) -> tuple[PolicyFile, ...]:
         """The files of policy, each once."""
-        return tuple(dict.fromkeys(f for spec in self.specs for f in spec.policy))
+        return _each_once(spec.policy for spec in self.specs)
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """The paths in guests of which failed tests leave what is there."""
+        return _each_once(spec.artifacts for spec in self.specs)
 
     @property
     def derived(self) -> tuple[str, ...]:
@@ -91,7 +97,7 @@ class Wishes:
         return _each_once(names) or self.derived or tuple(default)
 
 
-def _each_once(lists: Iterable[Iterable[str]]) -> tuple[str, ...]:
+def _each_once(lists: Iterable[Iterable[_T]]) -> tuple[_T, ...]:
     return tuple(dict.fromkeys(word for words in lists for word in words))
 
 

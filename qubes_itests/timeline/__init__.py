@@ -18,6 +18,7 @@ from qubes_itests.timeline.recorder import (
     lines,
     note,
     recording,
+    unrecorded,
     wants_events,
 )
 
@@ -37,5 +38,6 @@ __all__ = [
     "note",
     "raised_at",
     "recording",
+    "unrecorded",
     "wants_events",
 ]

@@ -8,6 +8,7 @@ show when they are taken out: most tests pass, and nobody looks.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import itertools
 import math
 import threading
@@ -32,6 +33,7 @@ __all__ = [
     "lines",
     "note",
     "recording",
+    "unrecorded",
     "wants_events",
 ]
 
@@ -307,6 +309,10 @@ def _key(name: str) -> str:
 
 _Recorder = TypeVar("_Recorder", bound=Recorder | None)
 _current: Recorder | None = None
+#: Whether commands that this task begins are the harness's own.
+_unrecorded: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "unrecorded", default=False
+)
 
 
 def current() -> Recorder | None:
@@ -344,9 +350,22 @@ def begin(kind: str, vm: str | None = None, **fields: Value) -> Span:
 
 def command(kind: str, vm: str | None, **fields: Value) -> Span:
     """Do as `begin`, and tell which line of the test asked for it."""
-    if _current is None:
+    if _current is None or _unrecorded.get():
         return _UNWANTED
     return _current.begin(kind, vm, {**fields, "where": caller()})
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Have no commands recorded that this task begins in here: no test asked for them.
+
+    Others of the harness, such as the services that a start needs, are recorded.
+    """
+    token = _unrecorded.set(True)
+    try:
+        yield
+    finally:
+        _unrecorded.reset(token)
 
 
 def lines(kind: str, vm: str, text: bytes) -> bytes:

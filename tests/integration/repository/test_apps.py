@@ -214,19 +214,26 @@ def test_a_template_is_built_by_itself_from_a_file(apps, tmp_path):
 
 PLAIN = """
     def test_marked(vm_factory):
-        assert vm_factory().run("[ -e /etc/marked ]", wait=True) == 0
+        assert vm_factory("one").run("[ -e /etc/marked ]", wait=True) == 0
+        assert False, "on purpose"
 """
 
 
 def test_a_plain_suite_of_pytest_has_derived_templates_too(apps, tmp_path):
     path = tmp_path / "spec.cfg"
     path.write_text(
-        "[qubes_itests:template:marked]\nbase = tiny\nrun = : >/etc/marked\n"
+        "[qubes_itests:template:marked]\nbase = tiny\nrun = echo so >/etc/marked\n"
+        "artifacts = /etc/mark* /nothing\n"
     )
     (apps.site.work / "test_it.py").write_text(textwrap.dedent(PLAIN))
     words = ("-p", "qubes_itests", "-q", "--itests-template-spec", str(path))
     done = apps.site.run(*words, program="pytest")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "cause       AssertionError: on purpose" in done.stdout
+    (kept,) = apps.site.work.glob("itests-artifacts/*/one.file.etc_marked.txt")
+    assert kept.read_text() == "so\n"
+    page = apps.site.work / "itests-artifacts/report.html"
+    assert f"{kept.parent.name}/{kept.name}" in page.read_text()
 
 
 def test_odd_files_in_an_app_are_passed_over(apps):

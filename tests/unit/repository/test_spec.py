@@ -184,6 +184,7 @@ def test_what_tests_need_beside_a_template(tmp_path, toml):
         "requires": ["pillow numpy", "debian:libmagic1", "other:."],
         "policy": ["30-app.policy", "policy.d", "other:old -> app.Service+arg"],
         "copy": ["other:. -> /opt/other", "other:old -> /opt/"],
+        "artifacts": ["/var/log/app/*.log /home/user/.app/[a-c]?", "/rw/config/app"],
     }
     if toml:
         text = "[tool.qubes_itests.template.t]\nbase = 'b'\n"
@@ -199,6 +200,9 @@ def test_what_tests_need_beside_a_template(tmp_path, toml):
         PolicyFile(app / "30-app.policy"),
         PolicyFile(app / "policy.d"),
         PolicyFile(other / "old", "app.Service+arg"),
+    )
+    assert spec.artifacts == (
+        *("/var/log/app/*.log", "/home/user/.app/[a-c]?", "/rw/config/app"),
     )
     assert spec.copies == (Copy(other, "/opt/other"), Copy(other / "old", "/opt/old"))
 
@@ -223,6 +227,9 @@ def test_a_repository_is_where_the_command_line_says(tmp_path):
         ("policy = file ->", "expected the name of a service, got ''"),
         ("policy = ../x", "policy: '../x' is not in"),
         ("requires = -e.", "requires: '-e.' is neither"),
+        ("artifacts = var/log/x", "expected an absolute path in the guest"),
+        ("artifacts = /var/../x", "which may have wildcards, got '/var/../x'"),
+        ("artifacts = /var/\a", "artifacts: expected an absolute path"),
         ("copy = gone:. -> /opt", "copy: there is no repository 'gone'"),
     ],
 )
