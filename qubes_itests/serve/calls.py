@@ -38,6 +38,7 @@ from qubes_itests.serve.wire import (
     STDOUT,
     TERMINAL,
     frame,
+    read_header,
 )
 from qubes_itests.unix_server import UnixServer
 
@@ -295,11 +296,7 @@ class Answer:
 
     async def _frame(self) -> tuple[int, bytes]:
         try:
-            kind, length = HEADER.unpack(await self._reader.readexactly(HEADER.size))
-            if length > LONGEST:
-                raise UsageError(
-                    f"expected {LONGEST} bytes at most, got a frame of {length}"
-                )
+            kind, length = read_header(await self._reader.readexactly(HEADER.size))
             return kind, await self._reader.readexactly(length)
         except asyncio.IncompleteReadError:
             # The end of the stream is not the end of the input, which is an empty

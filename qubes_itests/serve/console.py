@@ -17,6 +17,7 @@ from qubes_itests.serve.wire import (
     TERMINAL,
     connectable,
     frame,
+    read_header,
 )
 from qubes_itests.shell import WAY_OUT, open_session, require_terminal
 from qubes_itests.untrusted_text import safe_text
@@ -85,13 +86,18 @@ class _ServedTerminal:
         while self._status is None:
             try:
                 header = await self._reader.readexactly(HEADER.size)
-                kind, length = HEADER.unpack(header)
+                kind, length = read_header(header)
                 data = await self._reader.readexactly(length)
+                if kind == EXIT:
+                    self._status = int(data)
             except (EOFError, ConnectionError):
                 raise GuestGoneError(self._vm, "the run has ended") from None
+            except ValueError as error:
+                reason = f"the run does not answer as runs do: {error}"
+                raise GuestGoneError(self._vm, reason) from None
             if kind == EXIT:
-                self._status = int(data)
-            elif kind == STDERR:
+                break
+            if kind == STDERR:
                 self.failure += safe_text(data.decode(errors="replace").strip())
             else:
                 return data

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         STDOUT,
         connectable,
         frame,
+        read_header,
     )
 else:
     from wire import (
@@ -52,6 +53,7 @@ else:
         STDOUT,
         connectable,
         frame,
+        read_header,
     )
 
 USAGE = 2
@@ -358,7 +360,7 @@ class Relay:
         """Yield what the daemon sends."""
         stream: BinaryIO = self.socket.makefile("rb")
         while header := stream.read(HEADER.size):
-            kind, length = HEADER.unpack(header)
+            kind, length = read_header(header)
             yield kind, stream.read(length)
 
 
@@ -444,6 +446,9 @@ if __name__ == "__main__":
         reason = error.strerror or str(error)
         about = f": {error.filename}" if error.filename else ""
         sys.stderr.write(f"{sys.argv[3]}: {reason}{about}\n")
+        code = GONE
+    except ValueError as error:
+        sys.stderr.write(f"{sys.argv[3]}: the server is none of ours: {error}\n")
         code = GONE
     sys.stdout.flush()
     # the thread that reads the input may wait for ever

@@ -23,6 +23,7 @@ __all__ = [
     "TERMINAL",
     "connectable",
     "frame",
+    "read_header",
 ]
 
 #: Kind and length.
@@ -50,6 +51,19 @@ STATUS = 9
 def frame(kind: int, data: bytes = b"") -> bytes:
     """Return the bytes of a frame."""
     return HEADER.pack(kind, len(data)) + data
+
+
+def read_header(data: bytes) -> tuple[int, int]:
+    """Return the kind and the length of a frame, of which this is the beginning.
+
+    :raise ValueError: it is cut, or the frame is longer than any.
+    """
+    if len(data) < HEADER.size:
+        raise ValueError(f"expected {HEADER.size} bytes of a header, got {len(data)}")
+    kind, length = HEADER.unpack(data)
+    if length > LONGEST:
+        raise ValueError(f"expected {LONGEST} bytes at most, got a frame of {length}")
+    return kind, length
 
 
 #: Bytes that the path of a Unix socket may have; see unix(7).
