@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import sqlite3
@@ -17,6 +18,7 @@ from qubes_itests.report.heartbeat import duration
 from qubes_itests.report.history import History
 from qubes_itests.report.merge import read_results
 from qubes_itests.report.result_file import HistoryError
+from qubes_itests.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,23 +48,31 @@ _LEGEND = "  ".join(f"{mark} {outcome}" for outcome, mark in _MARKS.items())
 def execute(command: Command, _settings: Settings) -> int:
     """Show it, or write or read results."""
     history = History(Cache().root)
-    history.collect()
-    for problem in history.problems:
-        print(f"history: {problem}", file=sys.stderr)
     try:
+        history.collect()
+        for problem in history.problems:
+            print(f"history: {problem}", file=sys.stderr)
         if command.export:
             return _export(history, Path(command.export))
         if command.add:
             return _add(history, command.add)
         return _show(history, command)
-    except sqlite3.Error as error:
+    except BrokenPipeError:
+        raise  # no fault of the history: the reader of our output has gone
+    except (OSError, sqlite3.Error) as error:
         raise HistoryError(f"the history cannot be used: {error}") from error
 
 
 def _export(history: History, path: Path) -> int:
+    data = io.BytesIO()
+    number = history.write(data)
     try:
-        with path.open("wb") as file:
-            number = history.write(file)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            # as /dev/stdout: what takes its place would be read by nobody
+            path.write_bytes(data.getvalue())
+        else:
+            with whole_file(path) as file:
+                file.write(data.getvalue())
     except OSError as error:
         raise HistoryError(f"{path}: {error.strerror}") from error
     print(f"Wrote {number} runs to {path}.")

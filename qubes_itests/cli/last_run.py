@@ -16,6 +16,7 @@ from qubes_itests.timeline import trace_events as trace
 from qubes_itests.timeline.document import NAME, load
 from qubes_itests.timeline.trace_events import trace_events
 from qubes_itests.untrusted_text import safe_text
+from qubes_itests.whole_file import whole_file
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
@@ -46,9 +47,14 @@ def execute(command: Command, settings: Settings) -> int:
 
 
 def _export(directory: Path) -> int:
-    """Write trace events beside each timeline in a directory, or one level below."""
+    """Write trace events beside the timelines of a run, of each attempt, or of one."""
+    root = directory.resolve()
     found = sorted(
-        path for pattern in (NAME, f"*/{NAME}") for path in directory.glob(pattern)
+        path
+        for pattern in (NAME, f"*/{NAME}", f"*/attempt-*/{NAME}")
+        for path in directory.glob(pattern)
+        # artefacts may be anybody's, and a folder a link to elsewhere
+        if path.resolve().is_relative_to(root)
     )
     if not found:
         raise ConfigurationError("report", f"there is no {NAME} in {directory}")
@@ -59,9 +65,7 @@ def _export(directory: Path) -> int:
             problem = f"expected a timeline: {safe_text(str(error), limit=80)}"
             raise ConfigurationError(str(path), problem) from error
         target = path.with_name(trace.NAME)
-        # Artefacts may be anybody's, and what has that name there a link to elsewhere.
-        target.unlink(missing_ok=True)
-        with target.open("xb") as file:
+        with whole_file(target) as file:  # a link of that name is not followed
             file.write(exported)
         print(f"Wrote {target}.")
     return ExitCode.OK

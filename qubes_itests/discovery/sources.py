@@ -21,7 +21,7 @@ from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING
 
-from qubes_itests.host.tree import files_of
+from qubes_itests.host.tree import Originals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,8 +51,7 @@ class _Authored:
 
     def __init__(self, packages: Path, app: Path) -> None:
         self._packages = packages
-        self._app = app
-        self._by_name: dict[str, list[Path]] | None = None
+        self._originals = Originals(app)
 
     def has(self, path: str) -> bool:
         """Return whether a directory is that of the packages, or below."""
@@ -78,21 +77,7 @@ class _Authored:
 
     def source(self, path: str) -> str:
         """Return the file that a module is a copy of; itself if there is none."""
-        if self._by_name is None:
-            self._by_name = {}
-            for name in files_of(self._app):
-                self._by_name.setdefault(name.name, []).append(self._app / name)
-        copy = Path(path)
-        same = [
-            source
-            for source in self._by_name.get(copy.name, ())
-            if source.is_file() and source.read_bytes() == copy.read_bytes()
-        ]
-        if not same:
-            return path
-        # of several that are the same, that whose folder has the same name
-        same.sort(key=lambda source: source.parent.name != copy.parent.name)
-        return str(same[0])
+        return str(self._originals.find(Path(path)) or path)
 
 
 def _renamed(code: CodeType, name: str) -> CodeType:

@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.html_report.reading import read_run, read_timeline
+from qubes_itests.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,15 +54,11 @@ def write_report(directory: Path) -> Path:
     """
     run, tests = read_run(directory / RUN)
     target = directory / REPORT
-    new = directory / f".{REPORT}.{os.getpid()}"
     try:
-        with new.open("w", encoding="utf-8") as file:
-            file.writelines(_page(directory, run, tests))
-        new.replace(target)
+        with whole_file(target) as file:
+            file.writelines(part.encode() for part in _page(directory, run, tests))
     except OSError as error:
         raise HarnessError(f"The report cannot be written: {error}.") from error
-    finally:
-        new.unlink(missing_ok=True)
     return target
 
 
@@ -123,7 +120,8 @@ def _packed(value: Json) -> str:
 def _folder(directory: Path, name: str) -> Path | None:
     """Return the folder of a test, None if it is none or elsewhere."""
     folder = directory / name
-    with contextlib.suppress(OSError, ValueError):
+    # a loop of links is a RuntimeError until Python 3.13
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
         if name and folder.resolve().is_relative_to(directory.resolve()):
             return folder if folder.is_dir() else None
     return None

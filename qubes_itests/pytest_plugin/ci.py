@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -36,7 +35,7 @@ class CIReport:
         """Write the summary, and print what the CI shows in the code."""
         if not self._results.ended:
             return
-        seconds = time.time() - self._results.started
+        seconds = self._results.took
         terminal = session.config.pluginmanager.get_plugin("terminalreporter")
         try:
             lines = ci.write(

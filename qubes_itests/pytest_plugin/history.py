@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -73,7 +72,7 @@ class HistoryKeeper:
             session.exitstatus = ExitCode.FLAKY
         if self._log is not None and self._history is not None:
             status: int = session.exitstatus
-            took = time.time() - self.results.started
+            took = self.results.took
             try:
                 with self._log as log:
                     if not self._problems:

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import sys
-import time
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -67,7 +66,7 @@ class RunRecord:
             "version": 1,
             "id": self._results.run,
             "started": self._results.started,
-            "duration": round(time.time() - self._results.started, 6),
+            "duration": round(self._results.took, 6),
             "command": sys.orig_argv,
             "seed": self._settings.seed,
             "outcome": outcome,

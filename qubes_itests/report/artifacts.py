@@ -18,6 +18,7 @@ from qubes_itests.report.guest_files import read_guests
 from qubes_itests.report.names import file_name
 from qubes_itests.timeline.document import NAME as TIMELINE
 from qubes_itests.untrusted_text import safe_text
+from qubes_itests.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -183,9 +184,8 @@ class Artifacts:
     def write_file(self, name: str, data: bytes) -> None:
         """Write a file about the whole run, at once or not at all."""
         self.root.mkdir(parents=True, exist_ok=True)
-        new = self.root / f".{name}.{os.getpid()}"
-        new.write_bytes(data)
-        new.replace(self.root / name)
+        with whole_file(self.root / name) as file:
+            file.write(data)
 
     def _write_safe(self, test: str, name: str, data: bytes) -> None:
         """Write a text that may be a guest's."""

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qubes_itests.host.tree import Originals
 from qubes_itests.report.heartbeat import duration
+from qubes_itests.timeline.caller import START
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +28,6 @@ __all__ = ["Place", "code_quality", "errors", "place", "summary", "write"]
 #: Of a summary and of annotations: more is a flood, and the artefacts have all.
 _MOST_TOLD = 50
 _ORDER = ("failed", "error", "flaky", "passed", "skipped", "xfailed", "xpassed")
-_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +42,20 @@ class Place:
     line: int
 
 
-def place(where: str, apps: Iterable[Path] = ()) -> Place | None:
+def place(where: str, apps: Iterable[Originals] = ()) -> Place | None:
     """Return where a line is in its repository; None if it is in none.
 
-    :param where: ``FILE:LINE``, relative to the current directory.
-    :param apps: directories of repositories. Of the tests of an app that run from a
-        copy the file is there that has the same name and content.
+    :param where: ``FILE:LINE``, relative to where the run was called.
+    :param apps: repositories whose tests run from a copy.
     """
     name, _, line = where.rpartition(":")
     if not name or not line.isdecimal():
         return None
-    path = Path(name).absolute()
+    path = Path(START, name)
     try:
-        if (root := _root(path)) is None and (found := _original(path, apps)):
-            path, root = found, _root(found)
+        if (root := _root(path)) is None:
+            path = next(filter(None, (app.find(path) for app in apps)), path).absolute()
+            root = _root(path)
     except OSError:
         return None
     if root is None or not path.is_file():
@@ -65,18 +66,6 @@ def place(where: str, apps: Iterable[Path] = ()) -> Place | None:
 def _root(path: Path) -> Path | None:
     """Return the root of a checkout by git, which may be that of a work tree."""
     return next((up for up in path.parents if (up / ".git").exists()), None)
-
-
-def _original(copy: Path, apps: Iterable[Path]) -> Path | None:
-    if not copy.is_file() or copy.stat().st_size > _MOST_BYTES:
-        return None
-    content = copy.read_bytes()
-    for app in apps:
-        for path in app.rglob(copy.name):
-            same_size = path.is_file() and path.stat().st_size == len(content)
-            if same_size and path.read_bytes() == content:
-                return path.absolute()
-    return None
 
 
 def errors(results: Iterable[TestResult], places: Mapping[str, Place]) -> Iterator[str]:
@@ -212,10 +201,11 @@ def write(
     :return: the lines.
     :raise OSError: a file cannot be written.
     """
+    originals = [Originals(app) for app in apps]
     places = {
         result.test: found
         for result in results
-        if result.bad and (found := place(result.where, apps))
+        if result.bad and (found := place(result.where, originals))
     }
     step = os.environ.get("GITHUB_STEP_SUMMARY")
     # whatever the locale is, and bytes that names of files have

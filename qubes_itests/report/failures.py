@@ -17,6 +17,7 @@ from qubes_itests.host.cache import digest
 from qubes_itests.program import NAME
 from qubes_itests.report.names import one_line
 from qubes_itests.timeline.words import Line, fit
+from qubes_itests.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -180,9 +181,8 @@ def last_run(cache: Path) -> Path:
 def store(path: Path, run: LastRun) -> None:
     """Write what a run has left for `load`, at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(json.dumps(dataclasses.asdict(run), indent=1))
-    new.replace(path)
+    with whole_file(path) as file:
+        file.write(json.dumps(dataclasses.asdict(run), indent=1).encode())
 
 
 def load(path: Path) -> LastRun | None:

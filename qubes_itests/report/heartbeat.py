@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import sys
 import threading
 from typing import TYPE_CHECKING, TextIO
+
+from qubes_itests.timeline.words import cut
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,6 +20,8 @@ __all__ = ["Heartbeat", "duration", "real_stdout"]
 _PLAIN_INTERVAL = 30.0
 _TERMINAL_INTERVAL = 0.25
 _USUAL_COLUMNS = 80
+#: Lines that wait for a terminal that is stopped (Ctrl-S); more are dropped.
+_MOST_LINES = 1000
 #: To the beginning of the line, and drop what is on it.
 _ERASE = "\r\x1b[K"
 
@@ -25,7 +30,8 @@ class Heartbeat:
     """Shows a line about what goes on, from its own thread.
 
     On a terminal it is drawn at the bottom, as wide as that is, and vanishes; elsewhere
-    it is printed, half a minute after what was shown last.
+    it is printed, half a minute after what was shown last. Nobody but its thread
+    writes: what a terminal blocks that is stopped must not be the event loop.
 
     :param output: a text stream that goes where people look, whatever is captured.
     :param text: returns the line; nothing is shown for an empty one.
@@ -36,29 +42,26 @@ class Heartbeat:
         self._text = text
         self._live = output.isatty() and os.environ.get("TERM") != "dumb"
         self._drawn = False
-        # What is written meanwhile comes from the threads of guests and of the loop.
-        self._lock = threading.Lock()
         self._silent = 0
-        self._stop = threading.Event()
+        #: Lines of others; None ends the thread. It takes no lock that a signal's
+        #: handler, which reports as well, could find taken in its own thread.
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to show it."""
         if self._thread is None and not self._silent:
-            self._stop = threading.Event()
             self._thread = threading.Thread(
-                target=self._show, args=(self._stop,), daemon=True, name="heartbeat"
+                target=self._show, daemon=True, name="heartbeat"
             )
             self._thread.start()
 
     def stop(self) -> None:
         """Show nothing any more; the terminal's line is free when this returns."""
-        self._stop.set()
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        with self._lock:
-            self._erase()
+            thread, self._thread = self._thread, None
+            self._lines.put(None)
+            thread.join()
 
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:
@@ -74,35 +77,45 @@ class Heartbeat:
                 self.start()
 
     def write(self, line: str) -> None:
-        """Write a separate line, from any thread; nothing while it is silent."""
-        # Who reports something is starting a VM: a reader that has gone, or is slow and
-        # does not block, must not have that fail. pytest will find it out.
-        with self._lock, contextlib.suppress(OSError):
-            if not self._silent:
-                self._erase()
-                print(line, file=self._output, flush=True)
+        """Have a separate line shown soon, from any thread; none while it is silent."""
+        if self._thread is not None and self._lines.qsize() < _MOST_LINES:
+            self._lines.put(line)
+
+    def _show(self) -> None:
+        interval = _TERMINAL_INTERVAL if self._live else _PLAIN_INTERVAL
+        while True:
+            try:
+                line = self._lines.get(timeout=interval)
+            except queue.Empty:
+                line = ""
+            # a terminal or a reader that has gone: pytest will find it out
+            with contextlib.suppress(OSError):
+                if line == "":
+                    self._draw()
+                else:
+                    self._erase()
+                    if line is not None:
+                        print(line, file=self._output, flush=True)
+            if line is None:
+                return
+
+    def _draw(self) -> None:
+        text = self._text()
+        if not text:
+            self._erase()
+        elif self._live:
+            # asked each time: people resize their terminals
+            self._output.write(f"{_ERASE}{cut(text, _columns(self._output) - 1)}")
+            self._output.flush()
+            self._drawn = True
+        else:
+            print(f"  … {text}", file=self._output, flush=True)
 
     def _erase(self) -> None:
         if self._drawn:
             self._output.write(_ERASE)
             self._output.flush()
             self._drawn = False
-
-    def _show(self, stop: threading.Event) -> None:
-        while not stop.wait(_TERMINAL_INTERVAL if self._live else _PLAIN_INTERVAL):
-            text = self._text()
-            with self._lock:
-                if not text:
-                    self._erase()
-                elif self._live:
-                    # asked each time: people resize their terminals
-                    room = _columns(self._output) - 1
-                    cut = text if len(text) <= room else f"{text[: room - 1]}…"
-                    self._output.write(f"{_ERASE}{cut}")
-                    self._output.flush()
-                    self._drawn = True
-                else:
-                    print(f"  … {text}", file=self._output, flush=True)
 
 
 def _columns(output: TextIO) -> int:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress"]
 
-_MARKUP = {
+#: Of the outcomes that are ours; those of other plugins have their name.
+_MARKUP: Mapping[str, tuple[str, Mapping[str, bool]]] = {
     "passed": ("PASSED", {"green": True}),
     "failed": ("FAILED", {"red": True}),
     "error": ("ERROR", {"red": True}),
@@ -59,7 +60,9 @@ class Progress:
         self._output = real_stdout()
         self._read_usual = usual
         self._several = several
-        self._heartbeat = Heartbeat(self._output, self._doing)
+        # Output that is not captured and a live line would write over each other.
+        beats = config.getoption("capture") != "no"
+        self._heartbeat = Heartbeat(self._output, self._doing if beats else str)
         self._folding = Folding(self._write)
         self._is_running = False
         #: When each of the tests that run has begun.
@@ -70,8 +73,6 @@ class Progress:
         self._fold = ""
         self._took: dict[str, float] = {}
         self._parts_failed: set[str] = set()
-        # Output that is not captured and a live line would write over each other.
-        self._beats = config.getoption("capture") != "no"
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, Any, Any]:
@@ -79,8 +80,7 @@ class Progress:
         self._is_running = True
         if session.items and not self._config.option.collectonly:
             self._expect([item.nodeid for item in session.items])
-        if self._beats:
-            self._heartbeat.start()
+        self._heartbeat.start()
         try:
             return (yield)
         finally:
@@ -135,7 +135,8 @@ class Progress:
         return (result[0], "", "") if result and self._is_running else result
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Show what begins."""
+        """Show what begins; a debugger that had the terminal is done with."""
+        self._heartbeat.start()
         plugin = str(nodeid).partition("::")[0]
         if plugin != self._fold and not self._several:
             self._fold = plugin
@@ -192,7 +193,7 @@ class Progress:
     ) -> None:
         if self._config.get_verbosity() < 0 and outcome == "passed":
             return
-        word, markup = _MARKUP[outcome]
+        word, markup = _MARKUP.get(outcome, (outcome.upper(), {}))
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         if terminal is None:
             return

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
-from qubes_itests.report.results import TestResult
+from qubes_itests.report.results import OUTCOMES, TestResult
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
@@ -45,9 +45,6 @@ _LONGEST = {"test": 1000, "cause": 500, "where": 500, "worker": 50, "outcome": 2
 #: time of a calendar, or not even a float.
 _LARGEST = 1 << 33
 _ID = re.compile(r"[0-9a-f]{32}")
-_OUTCOMES = frozenset(
-    ("passed", "failed", "error", "skipped", "xfailed", "xpassed", "flaky")
-)
 
 
 class HistoryError(HarnessError):
@@ -146,27 +143,27 @@ def write_run(file: IO[bytes], run: Run, results: Iterable[TestResult]) -> None:
     file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def read_runs(
-    lines: Iterable[bytes], source: str
-) -> Iterator[tuple[Run, list[TestResult]]]:
+def read_runs(file: IO[bytes], source: str) -> Iterator[tuple[Run, list[TestResult]]]:
     """Yield the runs in a file that `Log` or `write_run` have made.
 
     A last line that was cut by a crash is left out. The file may be anybody's: texts
     are bounded and made safe, and what is no result is refused.
 
-    :param lines: of the file.
+    :param file: it, at its beginning.
     :param source: its name, for errors.
     :raise HistoryError: it has no results, or those of a newer program.
     """
     run: Run | None = None
     results: list[TestResult] = []
     size = 0
+    # a line may be as long as a file
+    lines = iter(lambda: file.readline(_MOST_BYTES + 1 - size), b"")
     for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            break
         size += len(line)
         if size > _MOST_BYTES:
             raise HistoryError(f"{source}: it has more than {_MOST_BYTES >> 20} MiB")
+        if not line.endswith(b"\n"):
+            break
         try:
             row = json.loads(line)
             match row:
@@ -220,7 +217,7 @@ def read_result(row: dict[str, object]) -> TestResult:
     :raise ValueError: it is none; so are KeyError and TypeError.
     """
     texts = {name: _text(row.get(name) or "", most) for name, most in _LONGEST.items()}
-    if texts["outcome"] not in _OUTCOMES:
+    if texts["outcome"] not in OUTCOMES:
         raise ValueError(texts["outcome"])
     attempts, failed = int(_number(row["attempts"])), int(_number(row["failed"]))
     if not 0 <= failed <= attempts < 1 << 31:

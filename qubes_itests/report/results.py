@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qubes_itests.report import failures
+from qubes_itests.report.names import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 __all__ = [
     "ATTEMPTS",
+    "OUTCOMES",
     "PHASE",
     "RERUN",
     "WHERE",
@@ -27,6 +29,9 @@ __all__ = [
     "phases",
 ]
 
+OUTCOMES = frozenset(
+    ("passed", "failed", "error", "skipped", "xfailed", "xpassed", "flaky")
+)
 #: The attribute of a report of a repeated test: how often it ran, how often it failed.
 ATTEMPTS = "itests_attempts"
 #: The outcome of a report of a failed attempt after which others follow; that of
@@ -115,6 +120,7 @@ class Results:
         #: Of the run, unlike that of any other.
         self.run = uuid.uuid4().hex
         self.started = time.time()
+        self._zero = time.monotonic()
         #: In the order in which they ended.
         self.ended: list[TestResult] = []
 
@@ -166,6 +172,11 @@ class Results:
             self._end(test)
 
     @property
+    def took(self) -> float:
+        """The seconds since the run began, whatever became of the clock."""
+        return time.monotonic() - self._zero
+
+    @property
     def unfinished(self) -> list[TestResult]:
         """Those that have begun, and of which no outcome is known."""
         return list(self._open.values())
@@ -186,6 +197,9 @@ class Results:
             where = known.where or self._where(report)
         elif report.skipped:
             cause = vars(report).get("wasxfail") or failures.cause(report)
+        elif outcome and outcome not in OUTCOMES:
+            # of another plugin, for which it is no failure
+            outcome, cause = "skipped", one_line(outcome)
         return dataclasses.replace(
             known,
             outcome=outcome,

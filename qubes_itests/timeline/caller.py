@@ -8,6 +8,7 @@ import linecache
 import os
 import sys
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -16,13 +17,13 @@ if TYPE_CHECKING:
     from types import FrameType
 
 __all__ = [
+    "START",
     "called_by_guest",
     "called_here",
     "caller",
     "is_machinery",
     "line_of",
     "raised_at",
-    "shown_path",
     "source",
 ]
 
@@ -38,6 +39,8 @@ _MACHINERY: Final = sys.stdlib_module_names | {
     *("xdist", "execnet", "importlib", "__main__"),
 }
 _LONGEST_SOURCE: Final = 200
+#: The directory that the process began in, which a test may leave: people are there.
+START: Final = os.path.realpath("/proc/self/cwd")
 
 
 def caller() -> str | None:
@@ -71,7 +74,7 @@ def raised_at(error: BaseException) -> str | None:
     while traceback is not None:
         frame = traceback.tb_frame
         if not is_machinery(frame):
-            where = f"{shown_path(frame.f_code.co_filename)}:{traceback.tb_lineno}"
+            where = _shown(frame, traceback.tb_lineno)
         traceback = traceback.tb_next
     return where
 
@@ -79,14 +82,15 @@ def raised_at(error: BaseException) -> str | None:
 def source(where: str) -> str:
     """Return the text of a line that `caller` has named, at most 200 characters."""
     path, _, number = where.rpartition(":")
-    return linecache.getline(path, int(number)).strip()[:_LONGEST_SOURCE]
+    text = linecache.getline(str(Path(START, path)), int(number))
+    return text.strip()[:_LONGEST_SOURCE]
 
 
 def line_of(frame: FrameType | None) -> str | None:
     """Return the innermost line of a test from a frame on, None if there is none."""
     while frame is not None:
         if not is_machinery(frame):
-            return f"{shown_path(frame.f_code.co_filename)}:{frame.f_lineno}"
+            return _shown(frame, frame.f_lineno)
         frame = frame.f_back
     return None
 
@@ -97,10 +101,15 @@ def is_machinery(frame: FrameType) -> bool:
     return str(name).partition(".")[0] in _MACHINERY
 
 
+def _shown(frame: FrameType, line: int | None) -> str:
+    # instructions that the compiler has added are of no line
+    return f"{_path(frame.f_code.co_filename)}:{line or frame.f_code.co_firstlineno}"
+
+
 @lru_cache(maxsize=1024)
-def shown_path(path: str) -> str:
-    """Return a path as it is found from the current directory, if that is shorter."""
+def _path(path: str) -> str:
+    """Return a path as it is found from `START`, if that is shorter."""
     try:
-        return min(os.path.relpath(path), path, key=len)
+        return min(os.path.relpath(path, START), path, key=len)
     except (OSError, ValueError):
         return path

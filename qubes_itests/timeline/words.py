@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import unicodedata
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.untrusted_text import safe_text
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Line",
     "called",
+    "cut",
     "describe",
     "doing",
     "explains",
@@ -102,18 +105,30 @@ def fit(line: Line, width: int) -> str:
     :param width: columns; 0 for any.
     """
     text, end = line
-    if not width or len(text) + len(end) <= width:
+    if not width:
         return text + end
-    room = width - len(end)
-    if room < _LEAST:
-        return (
-            f"{_cut(text, width)}\n{_INDENT}{_cut(end.strip(), width - len(_INDENT))}"
-        )
-    return _cut(text, room) + end
+    room = width - sum(map(_columns, end))
+    if room < _LEAST and sum(map(_columns, text)) > room:
+        return f"{cut(text, width)}\n{_INDENT}{cut(end.strip(), width - len(_INDENT))}"
+    return cut(text, room) + end
 
 
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+def cut(text: str, width: int) -> str:
+    """Return a text that is safe to show, or as much of it as columns have room for."""
+    if sum(map(_columns, text)) <= width:
+        return text
+    used = itertools.accumulate(map(_columns, text))
+    return "".join(c for c, end in zip(text, used, strict=True) if end < width) + "…"
+
+
+def _columns(character: str) -> int:
+    """Return how many columns of a terminal a character takes; none if it is a mark.
+
+    Of what is seen: the others, that join or turn characters, are escaped by then.
+    """
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def last_lines(records: list[Record], count: int) -> list[Line]:

@@ -61,12 +61,14 @@ def test_it_is_as_wide_as_the_terminal_and_follows_its_size(terminal):
         streams = sys.stdout, sys.stderr
         with heartbeat.silent():
             heartbeat.write("nothing")
+        wait_until(lambda: wide.encode() in shown.read(4096), "the line again")
         heartbeat.write("a line of others")
         assert (sys.stdout, sys.stderr) == streams
     finally:
         heartbeat.stop()
-    rest = shown.read(4096)
-    assert b"\r\x1b[Ka line of others\r\n" in rest
+    rest = b""
+    while b"\r\x1b[Ka line of others\r\n" not in rest:
+        rest += shown.read(4096)
     assert b"nothing" not in rest
     assert rest.endswith((b"\x1b[K", b"\n"))
 
@@ -75,6 +77,32 @@ def test_a_reader_that_has_gone_fails_nobody_who_reports():
     reader, writer = os.pipe()
     os.close(reader)
     output = os.fdopen(writer, "w")
-    Heartbeat(output, str).write("a line")
+    heartbeat = Heartbeat(output, str)
+    heartbeat.start()
+    heartbeat.write("a line")
+    heartbeat.write("another")
+    heartbeat.stop()
     with pytest.raises(BrokenPipeError):
         output.close()
+
+
+def test_a_terminal_that_is_stopped_holds_up_nobody_who_reports(terminal):
+    """Ctrl-S: the event loop reports, and must go on; Ctrl-Q shows what came."""
+    output, shown = terminal
+    heartbeat = Heartbeat(output, str)
+    termios.tcflow(output.fileno(), termios.TCOOFF)
+    heartbeat.start()
+    try:
+        for number in range(5000):
+            heartbeat.write(f"line {number}.")
+    finally:
+        termios.tcflow(output.fileno(), termios.TCOON)
+    ended = threading.Thread(target=heartbeat.stop)
+    ended.start()
+    seen = b""
+    while b"line 999." not in seen:
+        seen += shown.read(4096)
+    ended.join(30)
+    assert not ended.is_alive()
+    assert b"line 0." in seen
+    assert b"line 4999." not in seen

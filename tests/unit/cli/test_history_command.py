@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 
 import pytest
 from plugin_site import PluginSite
@@ -97,4 +98,39 @@ def test_what_is_no_history_is_one_sentence(site, tmp_path, text):
     done = site.run("history", "--add", str(path))
     assert done.returncode == 4
     assert done.stderr.startswith(f"itests: {path}")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(site, keep, tmp_path):
+    """The history is read before its file is touched."""
+    keep(1, "a::test_1")
+    out = tmp_path / "results.jsonl"
+    out.write_text("the earlier one")
+    done = site.run("history", "--export", "/proc/results.jsonl")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "itests: /proc/results.jsonl: No such file" in done.stderr
+    with sqlite3.connect(tmp_path / "cache/history/results.sqlite") as database:
+        database.execute("PRAGMA user_version = 99")
+    done = site.run("history", "--export", str(out))
+    assert "of a newer program" in done.stderr
+    assert out.read_text() == "the earlier one"
+
+
+def test_an_export_goes_where_a_link_or_a_device_leads(site, keep, tmp_path):
+    keep(1, "a::test_1")
+    out, link = tmp_path / "results.jsonl", tmp_path / "link"
+    out.touch()
+    link.symlink_to(out)
+    site.run("history", "--export", str(link))
+    shown = site.run("history", "--export", "/dev/stdout").stdout
+    assert link.is_symlink()
+    assert shown.startswith(out.read_text())
+    assert out.read_text()
+
+
+def test_a_history_that_cannot_be_used_is_one_sentence(site, tmp_path):
+    (tmp_path / "cache/history/pending/x.jsonl").mkdir(parents=True)
+    done = site.run("history")
+    assert done.returncode == 4
+    assert done.stderr.startswith("itests: the history cannot be used: ")
     assert "Traceback" not in done.stderr

@@ -7,6 +7,7 @@ import traceback
 import pytest
 
 from qubes_itests.discovery.sources import name_authors_files
+from qubes_itests.host.tree import Originals
 
 TEST = "def fail():\n    def inner():\n        return 1 // 0\n    return inner()\n"
 
@@ -69,3 +70,15 @@ def test_of_equal_files_that_in_a_folder_of_the_same_name_is_meant(places):
     name_authors_files({str(packages): str(app)})
     module = importlib.import_module("my_tests.suite")
     assert frames_of(module) == [str(app / "my_tests/suite.py")] * 2
+
+
+def test_a_file_that_vanishes_or_cannot_be_read_is_nobodys_original(places):
+    app, packages = places
+    write(packages / "my_tests/__init__.py", text="")
+    write(packages / "my_tests/suite.py", app / "tests/suite.py", app / "other/x.py")
+    originals = Originals(app)
+    assert originals.find(packages / "my_tests/suite.py") == app / "tests/suite.py"
+    (app / "tests/suite.py").unlink()
+    assert originals.find(packages / "my_tests/suite.py") is None
+    assert originals.find(packages / "my_tests/gone.py") is None
+    assert Originals(app / "gone").find(packages / "my_tests/suite.py") is None

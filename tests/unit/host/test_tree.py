@@ -69,3 +69,28 @@ def test_what_does_not_count_gives_the_same_key(tree):
     (tree / "src/__pycache__/y.pyc").write_text("x")
     os.utime(tree / "src/main.c", (1, 1))
     assert tree_digest(tree) == before
+
+
+@pytest.fixture
+def vanishing(tree, monkeypatch):
+    """Have a file of the tree vanish between its listing and its reading."""
+    file, read = tree / "src/main.c", Path.lstat
+    (tree / "src/other.c").touch()
+
+    def lstat(path):
+        file.unlink(missing_ok=True)
+        return read(path)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    return tree
+
+
+def test_a_file_that_vanishes_meanwhile_does_not_count(vanishing):
+    digest = tree_digest(vanishing)
+    assert not (vanishing / "src/main.c").exists()
+    assert tree_digest(vanishing) == digest
+
+
+def test_a_tree_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        tree_digest(tmp_path / "nowhere")

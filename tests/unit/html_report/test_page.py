@@ -228,3 +228,10 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkey
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_folder_that_is_a_loop_of_links_is_none(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    (test,) = made(tmp_path, [{"test": "t", "artifacts": "a"}]).run["tests"]
+    assert "files" not in test

@@ -8,6 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qubes_itests.host import tree
+from qubes_itests.host.tree import Originals
+from qubes_itests.report import ci
 from qubes_itests.report.ci import (
     Place,
     code_quality,
@@ -28,7 +31,7 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / "app/.git").mkdir(parents=True)
     (tmp_path / "app/tests").mkdir()
     (tmp_path / "app/tests/a.py").write_text("the test")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ci, "START", str(tmp_path))
     return tmp_path / "app"
 
 
@@ -41,14 +44,25 @@ def test_of_a_copy_the_file_of_the_app_is_told_which_is_the_same(repository, tmp
     copy = tmp_path / "cache/site-packages/a.py"
     copy.parent.mkdir(parents=True)
     copy.write_text("the test")
-    assert place(f"{copy}:7", [repository]) == Place("tests/a.py", 7)
+    assert place(f"{copy}:7", [Originals(repository)]) == Place("tests/a.py", 7)
     copy.write_text("another")
-    assert place(f"{copy}:7", [repository]) is None
+    assert place(f"{copy}:7", [Originals(repository)]) is None
+
+
+def test_an_app_is_walked_once_however_many_tests_have_failed(
+    repository, tmp_path, monkeypatch
+):
+    walks = []
+    monkeypatch.setattr(tree, "files_of", lambda app: walks.append(app) or [])
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    results = [result(f"a::{n}", where=f"{tmp_path}/copy{n}.py:1") for n in range(9)]
+    lines = write(results, [repository], 1.0, tmp_path, tmp_path / "summary.md")
+    assert (len(lines), walks) == (9, [repository])
 
 
 @pytest.mark.parametrize("where", ["", "a.py", "a.py:x", "nowhere.py:1", "\0:1", ":1"])
 def test_what_is_nowhere_has_no_place(repository, where):
-    assert place(where, [repository]) is None
+    assert place(where, [Originals(repository)]) is None
 
 
 def test_github_shows_failures_at_their_lines():

@@ -217,10 +217,11 @@ def test_a_run_is_added_once_however_often_it_comes(history, tmp_path):
     keep(history, 1, result("a::b"))
     file = io.BytesIO()
     assert history.write(file) == 1
-    lines = file.getvalue().splitlines(keepends=True)
-    assert history.add(read_runs(lines, "x")) == 0
+    file.seek(0)
+    assert history.add(read_runs(file, "x")) == 0
     other = History(tmp_path / "other")
-    assert other.add(read_runs(lines, "x")) == 1
+    file.seek(0)
+    assert other.add(read_runs(file, "x")) == 1
     assert other.tests() == history.tests()
     assert list(other.runs()) == list(history.runs())
 
@@ -338,16 +339,34 @@ def lines(*rows):
 def test_what_is_no_result_is_refused_and_nothing_of_it_is_kept(history, rows):
     good = lines(HEADER | {"id": "1" * 32}, RESULT) if HEADER in rows else []
     with pytest.raises(HistoryError):
-        history.add(read_runs([*good, *lines(*rows)], "file"))
+        history.add(read_runs(io.BytesIO(b"".join([*good, *lines(*rows)])), "file"))
     assert history.tests() == []
 
 
 def test_texts_of_a_file_are_bounded_and_safe_to_show():
     hostile = "\x1b[2J::error::" + "x" * 9999
     rows = lines(HEADER, RESULT | {"cause": hostile, "test": hostile})
-    ((_, (read,)),) = read_runs(rows, "file")
+    ((_, (read,)),) = read_runs(io.BytesIO(b"".join(rows)), "file")
     assert "\x1b" not in read.cause + read.test
     assert len(read.cause) <= 500
+
+
+class Endless(io.BytesIO):
+    """A line without end; what is asked for at once is bounded."""
+
+    given = 0
+
+    def readline(self, size=-1, /):
+        assert 0 < size <= (64 << 20) + 1
+        self.given += size
+        return bytes(size)
+
+
+def test_a_line_without_end_is_not_read_to_its_end():
+    file = Endless()
+    with pytest.raises(HistoryError, match="more than 64 MiB"):
+        list(read_runs(file, "file"))
+    assert file.given <= (64 << 20) + 1
 
 
 @given(st.binary(max_size=300))

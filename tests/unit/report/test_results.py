@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -130,3 +131,24 @@ def test_a_property_of_a_test_is_no_time_of_its_parts(results):
     )
     assert told["test_own"].phases == {"call": 1.5}
     assert told["test_next"].outcome == "passed"
+
+
+def test_a_clock_that_is_put_back_makes_no_negative_time(monkeypatch):
+    results = Results(lambda _result: None)
+    monkeypatch.setattr(time, "time", lambda: results.started - 3600)
+    assert 0 <= results.took < 60
+
+
+def test_an_outcome_of_another_plugin_is_none_of_a_test(results):
+    """It is counted as pytest does: as no failure; and can be read again."""
+
+    class Other:
+        @pytest.hookimpl(wrapper=True)
+        def pytest_runtest_makereport(self, call):
+            report = yield
+            if call.when == "call":
+                report.outcome = "postponed"
+            return report
+
+    (told,) = results("def test_x(): pass", Other()).values()
+    assert (told.outcome, told.cause) == ("skipped", "postponed")

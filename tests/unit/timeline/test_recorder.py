@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import threading
 
 import pytest
@@ -228,3 +229,25 @@ def test_a_deadline_may_ask_in_the_middle_of_a_record():
     thread.join(10)
     assert asked == [[]]
     assert len(recorder.records()) == 1
+
+
+def test_instructions_of_no_line_are_of_the_beginning_of_their_function():
+    code = compile("where = line_of(frame())", "x.py", "exec").replace(co_linetable=b"")
+    told = {"line_of": timeline.line_of, "frame": sys._getframe}
+    with recording(Recorder()) as recorder:
+        exec(code, told)  # noqa: S102 - no function that is compiled has such code
+        timeline.note("failure", where=told["where"])
+    assert recorder.records()[0]["where"] == "x.py:1"
+
+
+def test_a_line_is_named_as_people_find_it_wherever_a_test_has_gone(
+    tmp_path, monkeypatch
+):
+    recorder = Recorder()
+    with recording(recorder):
+        timeline.command("run", "work", command="true").end()
+        monkeypatch.chdir(tmp_path)
+        timeline.command("run", "work", command="true").end()
+    first, second = recorder.records()
+    assert first["where"].split(":")[0] == second["where"].split(":")[0]
+    assert "timeline.command" in second["source"]

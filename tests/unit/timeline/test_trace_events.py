@@ -101,3 +101,14 @@ def test_what_is_no_record_is_refused(tmp_path, record):
     (tmp_path / "timeline.jsonl").write_bytes(dump(header, []) + record + b"\n")
     with pytest.raises(ConfigurationError, match="expected a timeline"):
         export(tmp_path)
+
+
+def test_the_command_finds_the_attempts_and_nothing_elsewhere(tmp_path, capsys):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for place in (run / "a/attempt-1", other):
+        place.mkdir(parents=True)
+        (place / "timeline.jsonl").write_bytes(dump(*timeline()))
+    (run / "b").symlink_to(other)
+    assert export(run) == 0
+    assert capsys.readouterr().out == f"Wrote {run}/a/attempt-1/trace.json.\n"
+    assert not (other / "trace.json").exists()

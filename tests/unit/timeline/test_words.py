@@ -1,8 +1,12 @@
 """Records in words."""
 
+import unicodedata
+
+import pytest
+
 from qubes_itests import timeline
 from qubes_itests.timeline import Recorder, recording
-from qubes_itests.timeline.words import called, describe, doing, fit, last_lines
+from qubes_itests.timeline.words import called, cut, describe, doing, fit, last_lines
 
 
 def test_a_command_is_told_with_its_end_and_what_it_complained_of():
@@ -69,3 +73,15 @@ def test_a_guest_that_says_a_lot_leaves_room_for_what_was_asked_of_it():
     lines = [fit(line, 0) for line in last_lines(recorder.records(), 10)]
     assert [line.rpartition(" ")[2] for line in lines[1:]] == ["47", "48", "49"]
     assert "crash" in lines[0]
+
+
+@pytest.mark.parametrize("text", ["猫" * 99, "e\u0301" * 99, "é" * 99, "\uff46" * 99])
+def test_a_line_is_as_many_columns_wide_as_terminals_show_it(text):
+    whole = cut(text, 198)
+    assert whole == text
+    narrow = cut(text, 21)
+    assert narrow.endswith("…")
+    wide = unicodedata.east_asian_width(text[0]) in "WF"
+    seen = [c for c in narrow if not unicodedata.combining(c)]
+    assert len(seen) == (11 if wide else 21)
+    assert fit((text, "  end"), 80).endswith("…  end")
