@@ -20,6 +20,7 @@ from qubes_itests.timeline.recorder import (
     recording,
     unrecorded,
     wants_events,
+    wants_log_of,
 )
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "recording",
     "unrecorded",
     "wants_events",
+    "wants_log_of",
 ]

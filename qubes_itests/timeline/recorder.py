@@ -35,6 +35,7 @@ __all__ = [
     "recording",
     "unrecorded",
     "wants_events",
+    "wants_log_of",
 ]
 
 #: What a record may have in its fields: what JSON has.
@@ -137,6 +138,7 @@ class Recorder:
     """The timeline of one test, as long as it grows.
 
     :param events: whether events of the core are wanted.
+    :param kernel_logs: whether those of guests without a journal are wanted.
     :param listener: is called with each record that is complete, in the thread that
         reported it and under no lock; it must be quick.
     """
@@ -145,9 +147,11 @@ class Recorder:
         self,
         *,
         events: bool = False,
+        kernel_logs: bool = False,
         listener: Callable[[Record], None] | None = None,
     ) -> None:
         self.events = events
+        self.kernel_logs = kernel_logs
         self.listener = listener
         #: Seconds since the epoch.
         self.started = time.time()
@@ -166,8 +170,18 @@ class Recorder:
 
     def note(self, kind: str, vm: str | None, fields: Record) -> None:
         """Record a moment; the parameters are those of `note` of this module."""
+        self._note(kind, vm, fields, None)
+
+    def note_at(self, when: float, kind: str, vm: str | None, fields: Record) -> None:
+        """Record a moment that is over, as far as it was in this test.
+
+        :param when: seconds since the epoch.
+        """
+        self._note(kind, vm, fields, max(0.0, when - self.started))
+
+    def _note(self, kind: str, vm: str | None, fields: Record, t: float | None) -> None:
         record = Span(None, kind, vm, {n: _cut(v) for n, v in fields.items()})
-        self._add(record)
+        self._add(record, t=t)
         if self.listener is not None:
             self.listener(_plain(record))
 
@@ -178,10 +192,12 @@ class Recorder:
         self._add(span, is_open=True)
         return span
 
-    def _add(self, record: Span, *, is_open: bool = False) -> None:
+    def _add(
+        self, record: Span, *, is_open: bool = False, t: float | None = None
+    ) -> None:
         record.size = _OVERHEAD + _length(record.fields)
         with self._lock:
-            record.t = self.time()
+            record.t = self.time() if t is None else min(t, self.time())
             record.number = next(self._numbers)
             if is_open:
                 self._open[record.number] = record
@@ -242,7 +258,7 @@ class Recorder:
                 for span in ring.records
                 if kind in kinds or not kinds
             ]
-        spans.sort(key=lambda span: span.number)
+        spans.sort(key=lambda span: (span.t, span.number))
         return [_plain(span) for span in spans]
 
 
@@ -371,6 +387,16 @@ def unrecorded() -> Iterator[None]:
 def lines(kind: str, vm: str, text: bytes) -> bytes:
     """Report what a guest says, and return what is not a whole line yet."""
     return b"" if _current is None else _current.lines(kind, vm, text)
+
+
+def wants_log_of(init: str) -> bool:
+    """Return whether the log of a guest is wanted.
+
+    :param init: who is process 1 in it: ``agent`` or ``systemd``.
+    """
+    if _current is None:
+        return False
+    return init == "systemd" or _current.kernel_logs
 
 
 def wants_events() -> bool:

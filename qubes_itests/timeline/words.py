@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qubes_itests.timeline.recorder import Record
 
 __all__ = [
+    "ERROR",
     "Line",
     "called",
     "cut",
@@ -38,6 +39,8 @@ _STDERR_LINES: Final = 3
 _LONGEST: Final = 1000
 #: Kinds of records that may explain a failure, all of them.
 _TOLD: Final = ("start", "run", "service", "policy", "console", "network", "log")
+#: The least severe priority of syslog that is an error.
+ERROR: Final = 3
 #: Seconds from which an operation of storage is worth telling.
 _SLOW: Final = 0.5
 
@@ -174,6 +177,9 @@ def explains(record: Record) -> bool:
             return slow or record.get("ok") is False
         case "memory":
             return record.get("event") == "refused"
+        case "journal":
+            priority = record.get("priority")
+            return isinstance(priority, int) and priority <= ERROR
         case kind:
             return kind in _TOLD
 

@@ -47,6 +47,7 @@ from qubes_itests.core.vm.start_memory import reserve_memory
 from qubes_itests.core.vm.step import Step
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.exc import GuestGoneError
+from qubes_itests.guest.link.journal import GuestJournal
 from qubes_itests.guest.start.boot import boot
 from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.hypervisor.exc import StateError
@@ -109,6 +110,8 @@ class Life:
         self.domain: Domain | None = None
         #: The agent of the present run.
         self.agent: GuestAgent | None = None
+        #: What is recorded of its log, None if nothing is.
+        self.journal: GuestJournal | None = None
         #: Seconds since the epoch of the last start, None before the first.
         self.started_at: float | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -271,11 +274,12 @@ class Life:
             await vm.storage.start()
             undo.push_async_callback(vm.storage.stop)
         with step("boot"):
+            who = identity(vm)
             vm.directory.mkdir(parents=True, exist_ok=True)
             self.domain, self.agent = await boot(
                 vm.app.hypervisor,
                 domain_spec(vm, vm.directory, files),
-                identity(vm),
+                who,
                 timeout=start_deadline(vm),
                 warm=vm.app.warm_starts,
                 on_call=lambda call: qrexec.handle_call(vm, call),
@@ -285,8 +289,11 @@ class Life:
                 on_step=step.part,
             )
             undo.push_async_callback(self.domain.undefine)
+            self.journal = None
             if self.agent is not None:
                 undo.push_async_callback(self.agent.close)
+                if timeline.wants_log_of(who.init):
+                    self.journal = GuestJournal(self.agent, who.init)
         with step("announce itself"):
             await vm.fire_event_async("domain-spawn", start_guid=start_guid)
             self.state = PowerState.RUNNING

@@ -98,6 +98,37 @@ def test_a_flood_of_lines_is_cut_and_an_endless_line_is_not_kept_whole():
     assert recorder.dropped > 9000
 
 
+def test_what_comes_late_has_its_place_in_time_if_that_is_in_the_test():
+    recorder = Recorder()
+    recorder.note("log", None, {"line": "first"})
+    recorder.note_at(recorder.started - 100, "journal", "work", {"line": "before"})
+    recorder.note_at(recorder.started + 1e-9, "journal", "work", {"line": "early"})
+    recorder.note_at(recorder.started + 100, "journal", "work", {"line": "late"})
+    records = recorder.records()
+    said = [record["line"] for record in records]
+    assert said == ["before", "early", "first", "late"]
+    assert records[0]["t"] == 0
+    assert records[-1]["t"] <= recorder.time()
+
+
+def test_a_log_is_wanted_while_a_test_is_recorded_and_that_of_a_kernel_if_asked_for():
+    with recording(None):
+        assert not timeline.wants_log_of("systemd")
+    with recording(Recorder()):
+        assert timeline.wants_log_of("systemd")
+        assert not timeline.wants_log_of("agent")
+    with recording(Recorder(kernel_logs=True)):
+        assert timeline.wants_log_of("agent")
+
+
+def test_commands_of_the_harness_itself_are_not_recorded():
+    with recording(Recorder()) as recorder:
+        with timeline.unrecorded():
+            timeline.command("run", "work", command="theirs").end(status=0)
+        timeline.command("run", "work", command="ours").end(status=0)
+    assert [record["command"] for record in recorder.records()] == ["ours"]
+
+
 def test_threads_that_report_at_once_lose_nothing():
     def report(vm):
         for _ in range(200):

@@ -35,6 +35,15 @@ def test_the_last_lines_end_with_the_failure_and_leave_out_what_came_then():
     assert lines[-1].endswith("ERROR x: 19")
 
 
+def test_errors_of_a_journal_are_told_and_its_other_lines_are_not():
+    with recording(Recorder()) as recorder:
+        for priority in (2, 3, 4, 6):
+            timeline.note("journal", "work", line=f"p{priority}", priority=priority)
+        timeline.note("journal", "work", line="of an earlier version")
+    lines = [fit(line, 0) for line in last_lines(recorder.records(), 10)]
+    assert [line.split()[-1] for line in lines] == ["p2", "p3"]
+
+
 def test_what_goes_on_is_told_with_its_step():
     with recording(Recorder()) as recorder:
         timeline.begin("phase", name="call")

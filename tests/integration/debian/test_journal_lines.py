@@ -1,0 +1,56 @@
+"""Lines of the journal of a guest in the timeline of a test."""
+
+import pytest
+
+from qubes_itests import timeline
+from qubes_itests.guest.exc import GuestGoneError
+
+
+def want_kernel_logs():
+    """Have the log of guests without a journal, too."""
+    timeline.current().kernel_logs = True
+
+
+#: Before a VM starts, for the first test and for those after it.
+for_all = pytest.fixture(scope="module", autouse=True)(want_kernel_logs)
+for_each = pytest.fixture(autouse=True)(want_kernel_logs)
+
+
+def test_what_a_guest_logs_is_recorded_when_it_came_bounded_and_safe_to_show(pair):
+    recorder = timeline.current()
+    pair.sh(pair.work, "sleep 0.3")
+    before = recorder.time()
+    tool = "systemd-cat --priority=err --identifier='od d'"
+    level, command = "", tool
+    if pair.init != "systemd":
+        level, command = "<3>", "cat >/dev/kmsg"
+    hostile = rf"""printf '{level}\033[31m \377 {{"a": 1}}\n' | {command}"""
+    pair.sh(pair.work, hostile, user="root")
+    pair.run(pair.work.life.journal.settle(60))
+    records = [r for r in recorder.records("journal") if r["vm"] == "work"]
+    assert len(records) > 20
+    (said,) = [r for r in records if '\\x1b[31m \\xff {"a": 1}' in r["line"]]
+    assert said["priority"] == 3
+    assert before - 1 < said["t"] < recorder.time()
+    times = [r["t"] for r in recorder.records()]
+    assert times == sorted(times)
+    commands = [r["command"] for r in recorder.records("run")]
+    assert hostile in commands
+    assert not any("journalctl" in c or "kmsg" in c for c in {*commands} - {hostile})
+    if pair.init == "systemd":  # the kernel itself bounds what it takes
+        pair.sh(pair.work, "yes hello | head -n 3000 | systemd-cat", user="root")
+        pair.run(pair.work.life.journal.settle(60))
+        assert 1000 < len(recorder.records("journal")) <= 2000
+
+
+def test_the_log_ends_with_the_guest_and_begins_with_the_next_start(pair):
+    recorder = timeline.current()
+    pair.run(pair.vault.kill())
+    first = pair.vault.life.journal
+    pair.run(pair.vault.start())
+    assert pair.vault.life.journal is not first
+    pair.run(pair.vault.life.journal.settle(60))
+    said = [r for r in recorder.records("journal") if r["vm"] == "vault"]
+    assert said[0]["t"] > 0
+    with pytest.raises(GuestGoneError):
+        pair.run(first.settle(60))
