@@ -44,6 +44,8 @@ _LONGEST_PAUSE: Final = 0.3
 _POWER_OFF: Final = b"\0"
 _REBOOT: Final = b"\1"
 _SEED_BYTES: Final = 64
+#: Of the time for a second stage what its disks have to appear.
+_DISKS_PART: Final = 0.75
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,11 +162,13 @@ class GuestAgent:
         filesystem that does not grow.
 
         :param identity: who it is.
-        :param timeout: seconds; the guest gets to know the number.
+        :param timeout: seconds; the guest waits for its disks for a part of that.
         :raise GuestRefusedError: the guest could not, with its reason.
         :raise DeadlineError: it did not answer in time.
         """
-        payload = identity.payload(timeout)
+        # For less than we wait for its answer, or that would come too late: of a disk
+        # that is missing nobody would be told.
+        payload = identity.payload(_DISKS_PART * timeout)
         # Only during stage two: later LOG lines are the agent's everyday remarks.
         self._connection.log.listener = self._warn
         try:

@@ -127,11 +127,14 @@ async def test_a_start_that_fails_undoes_itself(machines, hypervisor, warm):
         assert hypervisor.domains() == ()
 
 
-async def test_a_disk_that_is_missing(machines, hypervisor):
+async def test_a_disk_that_is_missing(machines, hypervisor, warm):
+    """The guest says so while there is still somebody to hear it."""
     spec = machines.spec("work")
     spec = replace(spec, disks=spec.disks[:1])
+    # the time is for the disk, and not for a boot, which takes what the machine has
+    assert await warm.state_for(spec, 120)
     with pytest.raises(BootError, match="no disk xvdb"):
-        await machines.boot(spec, timeout=10)
+        await machines.boot(spec, timeout=10, warm=warm)
     assert hypervisor.domains() == ()
 
 

@@ -73,7 +73,7 @@ async def test_enter_tells_who_the_vm_is(connect):
     identity = Identity(
         name="work", root="xvda", db={"/qubes-vm-type": "AppVM"}, services=("cups",)
     )
-    entering = asyncio.ensure_future(agent.enter(identity, timeout=5))
+    entering = asyncio.ensure_future(agent.enter(identity, timeout=8))
     frame = await peer.expect(F.ENTER)
     peer.send(F.DONE)
     await entering
@@ -86,7 +86,7 @@ async def test_enter_tells_who_the_vm_is(connect):
         "root-mode": "rw",
         "default-user": "user",
         "init": "agent",
-        "deadline": "5",
+        "deadline": "6",
         "db:/qubes-vm-type": "AppVM",
         "service:cups": "1",
     }
