@@ -16,6 +16,9 @@ root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
 table=$root/qubes_itests/host/packages.tsv
 venv=$root/.venv
 stamp=$venv/.set-up
+# There while something is installed: whatever a kill leaves half made is made anew. A pip
+# of which some files are there can be imported, and does not run.
+unfinished=$venv/.unfinished
 log=$root/build/setup.log
 : "${PYTHON:=python3}" "${HOME:=/root}"
 # A root shell that su opened may lack these.
@@ -124,7 +127,7 @@ install_failed() {
 
 make_venv() {
     local good='import sys, pip; sys.exit(sys.version_info < (3, 11))'
-    if "$venv/bin/python" -c "$good" 2>/dev/null &&
+    if [ ! -e "$unfinished" ] && "$venv/bin/python" -c "$good" 2>/dev/null &&
         [[ $(cat "$venv/.made-with" 2>/dev/null || echo "$PYTHON") = "$PYTHON" ]]; then
         return
     fi
@@ -132,7 +135,10 @@ make_venv() {
         die $MISSING_TOOL "$PYTHON is not Python 3.11 or newer." \
             "Name one: PYTHON=/path/to/python3 $0"
     say "making .venv with $PYTHON"
-    rm -rf -- "$venv"
+    # its interpreter first: what is left of it by a kill must not pass for whole
+    rm -rf -- "${venv:?}/bin" "$venv"
+    mkdir -- "$venv"
+    : >"$unfinished"
     logged $MISSING_TOOL "$PYTHON cannot make a virtual environment" \
         "$PYTHON" -m venv "$venv"
     echo "$PYTHON" >"$venv/.made-with"
@@ -154,7 +160,11 @@ install_project() {
     for name in "${!PIP_@}" "${!PYTHON@}"; do unset+=(--unset="$name"); done
     mapfile -d '' settings < <("$venv/bin/python" -I \
         "$root/qubes_itests/host/pip_settings.py" "$venv/bin/python" 2>>"$log")
-    env "${unset[@]}" "${settings[@]}" "${pip[@]}" >>"$log" 2>&1 </dev/null && return
+    : >"$unfinished"
+    env "${unset[@]}" "${settings[@]}" "${pip[@]}" >>"$log" 2>&1 </dev/null &&
+        rm -- "$unfinished" && return
+    # what pip cannot do it undoes
+    rm -- "$unfinished"
     tail -n 15 -- "$log" >&2
     ! tail -n 60 -- "$log" | grep -q -i -E \
         'connection|resolution|unreachable|timed out|no matching' ||
