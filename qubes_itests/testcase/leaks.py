@@ -159,6 +159,9 @@ def _described(task: asyncio.Task[Any]) -> str:
 
 def _holders(vm: object) -> str:
     """Return what kinds of objects hold a VM."""
+    # What the plugin of pytest has frozen, the lists of modules among them, is not
+    # searched otherwise.
+    gc.unfreeze()
     kinds = {type(holder).__name__ for holder in gc.get_referrers(vm)}
     return (
         ", ".join(sorted(kinds - {"frame", "list_iterator"})) or "nothing that is known"

@@ -71,7 +71,12 @@ def test_nothing_of_a_report_steers_a_terminal_or_a_ci(tmp_path, style):
         capture_output=True,
         timeout=60,
         check=False,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ".", "LC_ALL": "C.UTF-8"},
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": ".",
+            "LC_ALL": "C.UTF-8",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # they take longer than the tests
+        },
     )
     shown = done.stdout.decode()
     assert "6 failed, 1 skipped" in shown, shown

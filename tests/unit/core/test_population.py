@@ -1,8 +1,8 @@
 """Any sequence of making, cloning, changing, starting, removing VMs holds together."""
 
 import asyncio
-import inspect
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -66,7 +66,7 @@ class Population(RuleBasedStateMachine):
         except QubesException:
             assert self.app.domains.keys() == before
         else:
-            done[inspect.stack()[1].function] += 1
+            done[sys._getframe(1).f_code.co_name] += 1
 
     @rule(cls=st.sampled_from(["TemplateVM", "AppVM", "StandaloneVM"]), n=numbers)
     def make(self, cls, n):
