@@ -46,7 +46,7 @@ def _lines(name: str, status: dict[str, Any]) -> Iterator[str]:
         return
     yield f"{name}  pid {status['pid']}  {status.get('directory', 'serve')}"
     if test := status.get("test"):
-        stopped = ", its deadline stands still" if status["stopped"] else ""
+        stopped = ", its deadline stands still" if status.get("stopped") else ""
         yield f"  {test}: {status['phase']}, {duration(status['seconds'])}{stopped}"
         yield f"  at {status['waits']}"
     elif "test" in status:

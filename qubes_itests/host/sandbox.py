@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ __all__ = [
     "command",
     "enter_outer_network",
     "ignored_signals",
+    "interrupt_once",
     "interruptible",
     "reexec",
     "require",
@@ -183,7 +185,15 @@ def interruptible() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def _interrupt_on_signals() -> None:
+def interrupt_once() -> None:
+    """Have only the first signal that ends a process raise KeyboardInterrupt.
+
+    For a process that nobody sits at: who began it and ends it has the second word.
+    """
+    _interrupt_on_signals(echo=math.inf)
+
+
+def _interrupt_on_signals(echo: float = _ECHO) -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     ignored = ignored_signals()
@@ -191,7 +201,7 @@ def _interrupt_on_signals() -> None:
         # SIG_IGN would be passed on to all that we start, tests' commands included;
         # a function is not, and they begin with the default
         signal.signal(number, _stay)
-    interrupt = _Interrupt()
+    interrupt = _Interrupt(echo)
     for number in _ENDING:
         if number not in ignored:
             signal.signal(number, interrupt)
@@ -206,14 +216,17 @@ class _Interrupt:
 
     A signal to a whole process group comes twice: directly, and passed on by the
     sandbox's parent. The second must not break the clean-up that the first began.
+
+    :param echo: seconds within which another signal is that of the same act.
     """
 
-    def __init__(self) -> None:
-        self._last = float("-inf")
+    def __init__(self, echo: float) -> None:
+        self._echo = echo
+        self._last = -math.inf
 
     def __call__(self, _number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
-        repeated = now - self._last < _ECHO
+        repeated = now - self._last < self._echo
         self._last = now
         if not repeated:
             raise KeyboardInterrupt

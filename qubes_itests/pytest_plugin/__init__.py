@@ -136,7 +136,7 @@ def _register_results(
     register(keeper.results, "qubes_itests-results")
     register(keeper, "qubes_itests-history")
     if not config.option.collectonly:
-        record = RunRecord(settings, watch.artifacts, keeper.results)
+        record = RunRecord(settings, watch, keeper.results)
         register(record, "qubes_itests-run-record")
         ends = CIReport(settings, watch.artifacts.root, keeper.results)
         register(ends, "qubes_itests-ci")

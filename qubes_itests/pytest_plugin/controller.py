@@ -27,9 +27,11 @@ from qubes_itests.pytest_plugin.groups import GroupScheduling
 from qubes_itests.pytest_plugin.history import earlier_times
 from qubes_itests.pytest_plugin.sharding import SHARD
 from qubes_itests.pytest_plugin.worker import KEY, PLAN
+from qubes_itests.report.heartbeat import duration
 from qubes_itests.run.settings import plain
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Generator, Sequence
 
     from execnet import Gateway
@@ -37,12 +39,15 @@ if TYPE_CHECKING:
 
     from qubes_itests.pytest_plugin.sharding import Shard
     from qubes_itests.pytest_plugin.watch import FailureWatch
+    from qubes_itests.report.results import Results
     from qubes_itests.run.context import RunContext
 
 __all__ = ["Controller", "most_workers"]
 
 #: MiB of a `--memory-budget` that are dom0's, and so a number only.
 _DOM0 = 1024
+#: Seconds that workers have after Ctrl-C to keep what their tests leave, and to end.
+_LAST_WORDS = 20.0
 _SELECTING = (
     "QUBES_TEST_EXTRA_INCLUDE",
     "QUBES_TEST_EXTRA_EXCLUDE",
@@ -115,9 +120,9 @@ class Controller:
 
         :raise pytest.exit.Exception: with the status of what should have started it.
         """
-        process = getattr(gateway._io, "popen", None)  # noqa: SLF001
-        if process is not None and process.poll() is not None:
-            raise _not_started(gateway.spec, process.poll())
+        process = _process(gateway)
+        if process and (status := process.poll()) is not None:
+            raise _not_started(gateway.spec, status)
         self._starting = self._starting[1:]
 
     @pytest.hookimpl(wrapper=True)
@@ -171,13 +176,19 @@ class Controller:
     @pytest.hookimpl
     def pytest_testnodedown(self, node: WorkerController) -> None:
         """Take up what a worker has found out."""
-        output = getattr(node, "workeroutput", {}).get(KEY, {})
+        if node in self._nodes:
+            self._nodes.remove(node)
+        output = _output(node)
         self.leaks += output.get("leaks", ())
         self.panics |= output.get("panics", {})
         if plan := output.get("plan"):
             self._config.stash[PLAN] = plan
         if stop := output.get("stop"):
             self.stops.append(tuple(stop))
+        if told := output.get("interrupted"):
+            test, cause, files = told
+            self._watch.artifacts.add(test, files)
+            self._watch.tell(test, f"in {node.gateway.id}: {cause}")
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Remember when a test began."""
@@ -217,13 +228,44 @@ class Controller:
     def pytest_keyboard_interrupt(
         self, excinfo: pytest.ExceptionInfo[BaseException]
     ) -> None:
-        """Have the workers clean up now, who may not have heard of it."""
+        """Have the workers clean up now, who may not have heard of it, and tell.
+
+        pytest-xdist listens to none of them any more.
+        """
         if isinstance(excinfo.value, Interrupted):
             return
         for node in self._nodes:
-            process = getattr(node.gateway._io, "popen", None)  # noqa: SLF001
-            if process is not None and process.poll() is None:
+            if (process := _process(node.gateway)) and process.poll() is None:
                 process.send_signal(signal.SIGINT)
+        end = time.monotonic() + _LAST_WORDS
+        while time.monotonic() < end and not all(map(_has_ended, self._nodes)):
+            time.sleep(0.05)
+        for node in tuple(self._nodes):
+            self.pytest_testnodedown(node)
+        results: Results | None
+        results = self._config.pluginmanager.get_plugin("qubes_itests-results")
+        for result in results.unfinished if results else ():
+            if result.test not in self._watch.failures:
+                took = duration(time.time() - result.started)
+                cause = f"interrupted after {took}; its worker did not say where"
+                self._watch.tell(result.test, cause)
+
+
+def _process(gateway: Gateway) -> subprocess.Popen[bytes] | None:
+    """Return the process here that a worker is, or by which it is reached, if any."""
+    process: subprocess.Popen[bytes] | None
+    process = getattr(gateway._io, "popen", None)  # noqa: SLF001
+    return process
+
+
+def _output(node: WorkerController) -> dict[str, Any]:
+    """Return what a worker said at its end; nothing before, or if it said nothing."""
+    output: dict[str, Any] = vars(node).get("workeroutput", {}).get(KEY, {})
+    return output
+
+
+def _has_ended(node: WorkerController) -> bool:
+    return bool(_output(node)) or bool(node.channel.isclosed())
 
 
 def _place(spec: XSpec) -> str:

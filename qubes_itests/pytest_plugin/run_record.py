@@ -18,7 +18,7 @@ from qubes_itests.pytest_plugin.history import suite
 from qubes_itests.pytest_plugin.worker import PLAN
 
 if TYPE_CHECKING:
-    from qubes_itests.report.artifacts import Artifacts
+    from qubes_itests.pytest_plugin.watch import FailureWatch
     from qubes_itests.report.results import Results, TestResult
     from qubes_itests.run.settings import Settings
 
@@ -32,15 +32,16 @@ class RunRecord:
     """A pytest plugin, of the process that speaks for the run.
 
     :param settings: of the run.
-    :param artifacts: where the file goes.
+    :param watch: knows where the file goes, and what interrupted tests waited for.
     :param results: of the tests.
     """
 
     def __init__(
-        self, settings: Settings, artifacts: Artifacts, results: Results
+        self, settings: Settings, watch: FailureWatch, results: Results
     ) -> None:
         self._settings = settings
-        self._artifacts = artifacts
+        self._artifacts = watch.artifacts
+        self._failures = watch.failures
         self._results = results
         self._page = ""
 
@@ -92,6 +93,10 @@ class RunRecord:
 
     def _told(self, result: TestResult) -> dict[str, object]:
         directory = self._artifacts.directory(result.test)
+        cause = result.cause
+        if not result.outcome:
+            failure = self._failures.get(result.test)
+            cause = failure.cause if failure else "interrupted"
         return {
             "test": result.test,
             "outcome": result.outcome,
@@ -100,7 +105,7 @@ class RunRecord:
             "attempts": result.attempts,
             "failed": result.failed,
             "phases": dict(result.phases),
-            "cause": result.cause if result.outcome else "interrupted",
+            "cause": cause,
             "where": result.where,
             "artifacts": directory.name if directory.is_dir() else None,
             "worker": result.worker or None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ class FailureWatch:
         self._guest_files = wishes_of(context.settings).artifacts
         self._logs = GuestLogs(None)
         self._seen = ""
+        self._began = 0.0
         # In tests of the harness its frames are what one wants to see.
         ours, settings = Path(qubes_itests.__file__), config.inipath
         self._hides = not settings or not ours.is_relative_to(settings.parent)
@@ -85,6 +87,7 @@ class FailureWatch:
         """Begin and end a test: its artefacts, its random numbers, its guests."""
         self.artifacts.begin(item.nodeid)
         self._seen = ""
+        self._began = time.monotonic()
         self._logs = GuestLogs(self._vm_directory())
         testbed = self._context.opened_testbed
         before = self._panics_seen = len(testbed.panics) if testbed else 0
@@ -152,10 +155,10 @@ class FailureWatch:
 
     def _interrupted(self, item: pytest.Item, error: KeyboardInterrupt) -> None:
         """Keep what a test has that is interrupted, and what it was waiting for."""
+        took = duration(time.monotonic() - self._began)
         recorder = current()
-        took = f" after {duration(recorder.time())}" if recorder else ""
         what = waited_for(recorder.open() if recorder else [], raised_at(error))
-        self.interrupted = item.nodeid, f"interrupted{took}: {what}"
+        self.interrupted = item.nodeid, f"interrupted after {took}: {what}"
         self._failed(item, error)
 
     @pytest.hookimpl(tryfirst=True)
@@ -164,7 +167,7 @@ class FailureWatch:
         if self.interrupted is not None:
             test, cause = self.interrupted
             self._keep_logs(test)
-            self._tell(test, cause)
+            self.tell(test, cause)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -195,9 +198,9 @@ class FailureWatch:
         self._keep_logs(test)
         if is_remote(self._config):
             setattr(report, _FILES, self.artifacts.pack(test))
-        self._tell(test, failures.cause(report))
+        self.tell(test, failures.cause(report))
 
-    def _tell(self, test: str, cause: str) -> None:
+    def tell(self, test: str, cause: str) -> None:
         """Have the end of the run tell of a failure; its first cause is the one."""
         directory = self.artifacts.directory(test)
         if directory.is_relative_to(self._start):

@@ -132,6 +132,9 @@ class Worker:
         self._context = context
         self._watch = watch
         self._stop: tuple[int, str] | None = None
+        # Ctrl-C comes from the terminal and, for those who are at none, from the
+        # controller: the second one broke off what the first one has a worker tell.
+        sandbox.interrupt_once()
 
     def stop(self, session: pytest.Session, status: int, text: str) -> None:
         """Run no tests, and have the controller end the run."""
@@ -164,6 +167,17 @@ class Worker:
         """Say why there is no prompt; the debugger would only say that it quits."""
         pytest.fail("a breakpoint() needs a terminal, which workers lack: leave -n out")
 
+    def _interrupted(self) -> tuple[str, str, dict[str, bytes]] | None:
+        """Return a test that was interrupted, why it had not ended, and what it left.
+
+        pytest-xdist carries no word of it; the files, too, from another machine only.
+        """
+        if self._watch.interrupted is None:
+            return None
+        test, cause = self._watch.interrupted
+        remote = is_remote(self._config)
+        return test, cause, self._watch.artifacts.pack(test) if remote else {}
+
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
         """Let a signal end what has nothing to clean up any more, without a word."""
@@ -179,6 +193,7 @@ class Worker:
         output[KEY] = {
             "leaks": self._context.close(),
             "panics": self._watch.panics,
+            "interrupted": self._interrupted(),
             "stop": self._stop,
             "plan": self._config.stash.get(PLAN, ""),
         }

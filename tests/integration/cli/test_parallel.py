@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from conditions import wait_until
 from leftovers import leftovers, wait_for_no_leftovers
 from plugin_site import FOR_TEMPLATE
 
@@ -238,8 +240,10 @@ VMS = """
             subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
 
     class TC_Wait(WithVM):
-        def test_wait(self):
+        def test_1_wait(self):
             threading.Event().wait()
+        def test_2_is_not_reached(self):
+            pass
 
     class TC_Wait_Too(TC_Wait):
         pass
@@ -306,7 +310,7 @@ def test_a_vm_for_which_there_is_no_memory_does_not_start(guests):
 
 
 @pytest.mark.parametrize("whole_group", [True, False])
-def test_ctrl_c_leaves_nothing(guests, whole_group):
+def test_ctrl_c_leaves_nothing_and_each_worker_tells_where_it_was(guests, whole_group):
     """To all processes, as a terminal sends it, or to the first one alone."""
     cache = Path(guests.environment["QUBES_ITESTS_CACHE"])
     command = [sys.executable, "-m", "qubes_itests", "-n", "2", "-k", "wait", "guests"]
@@ -322,6 +326,11 @@ def test_ctrl_c_leaves_nothing(guests, whole_group):
         )
     try:
         _wait_for_guests(cache, process, 2)
+        wait_until(
+            lambda: guests.run("ps").stdout.count("the test, ../site/guests.py:") == 2,
+            "two tests that hang",
+            timeout=guests.timeout,
+        )
         (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
         assert process.wait(30) == 2
     finally:
@@ -330,6 +339,22 @@ def test_ctrl_c_leaves_nothing(guests, whole_group):
     said = (guests.work / "output").read_text()
     assert "KeyboardInterrupt" in said
     assert "INTERNALERROR" not in said
+    told = re.findall(
+        r"\n  cause +in (gw\d): interrupted after [^:]*: the test, ../site/guests",
+        said,
+    )
+    assert sorted(told) == ["gw0", "gw1"]
+    assert "The run was interrupted: 2 tests were not run." in said
+    artifacts = guests.work / "itests-artifacts"
+    run = json.loads((artifacts / "run.json").read_text())
+    assert run["outcome"] == "interrupted"
+    for test in run["tests"]:
+        assert re.match(r"in gw\d: interrupted after ", test["cause"])
+        kept = {path.suffix for path in (artifacts / test["artifacts"]).iterdir()}
+        assert {".log", ".xml", ".jsonl"} <= kept
+    report = guests.run("report").stdout
+    assert report.startswith("The run was interrupted: 2 tests were not run.\n")
+    assert report.count("  cause       in gw") == 2
     assert wait_for_no_leftovers(cache) == []
 
 

@@ -81,7 +81,8 @@ def test_a_test_that_was_interrupted_is_in_run_json(tmp_path, monkeypatch):
     kept = tmp_path / "kept"
     kept.mkdir()
     config = SimpleNamespace(stash={}, rootpath=tmp_path)
-    record = RunRecord(Settings(), Artifacts(kept), results)
+    watch = SimpleNamespace(artifacts=Artifacts(kept), failures={})
+    record = RunRecord(Settings(), watch, results)
     record.pytest_sessionfinish(SimpleNamespace(config=config), ExitCode.INTERRUPTED)
     told = json.loads((kept / "run.json").read_text())
     rows = [(row["test"], row["outcome"], row["cause"]) for row in told["tests"]]
