@@ -2,7 +2,8 @@
 
 The tests of an app run from an installed copy. What Python compiles of it bears the
 name of the file in the app's repository that it is a copy of, byte for byte: so
-tracebacks, debuggers and reports name what an author can edit.
+tracebacks, debuggers and reports name what an author can edit. A module that is loaded
+once more is what its author has made of that file since.
 """
 
 from __future__ import annotations
@@ -35,11 +36,17 @@ def name_authors_files(copies: Mapping[str, str]) -> None:
     :param copies: directories of installed packages, each with that of its app.
     """
     for packages, app in copies.items():
-        authored = _Authored(Path(packages), Path(app))
+        if (packages, app) in _finders:
+            continue
+        authored = _finders[packages, app] = _Authored(Path(packages), Path(app))
         sys.path_hooks.insert(0, authored.finder)
         # who has looked there before was another finder
         for path in [p for p in sys.path_importer_cache if authored.has(p)]:
             del sys.path_importer_cache[path]
+
+
+#: By packages and app: only who has found a file before knows it when it was edited.
+_finders: dict[tuple[str, str], _Authored] = {}
 
 
 class _Authored:
@@ -52,6 +59,7 @@ class _Authored:
     def __init__(self, packages: Path, app: Path) -> None:
         self._packages = packages
         self._originals = Originals(app)
+        self._sources: dict[str, str] = {}
 
     def has(self, path: str) -> bool:
         """Return whether a directory is that of the packages, or below."""
@@ -65,8 +73,14 @@ class _Authored:
 
         class Loader(SourceFileLoader):
             def get_code(self, fullname: str) -> CodeType | None:
+                source = authored.source(self.path)
+                if source == self.path:
+                    return super().get_code(fullname)
+                written = self.get_data(source)
+                if written != self.get_data(self.path):
+                    return self.source_to_code(written, source)
                 code = super().get_code(fullname)
-                return code and _renamed(code, authored.source(self.path))
+                return code and _renamed(code, source)
 
         return FileFinder(
             path,
@@ -76,8 +90,10 @@ class _Authored:
         )
 
     def source(self, path: str) -> str:
-        """Return the file that a module is a copy of; itself if there is none."""
-        return str(self._originals.find(Path(path)) or path)
+        """Return the file that a module is or was a copy of; itself for none."""
+        if path not in self._sources:
+            self._sources[path] = str(self._originals.find(Path(path)) or path)
+        return self._sources[path]
 
 
 def _renamed(code: CodeType, name: str) -> CodeType:

@@ -51,6 +51,20 @@ def test_code_has_the_name_of_the_file_it_is_a_copy_of(places, times):
         del sys.modules["my_tests.suite"]
 
 
+def test_a_module_that_is_loaded_again_is_what_its_author_has_made_of_it(places):
+    app, packages = places
+    write(packages / "my_tests/__init__.py", text="")
+    write(packages / "my_tests/suite.py", app / "tests/suite.py")
+    for text in (TEST, TEST + "edited = True\n", TEST):
+        write(app / "tests/suite.py", text=text)
+        # as each discovery does
+        name_authors_files({str(packages): str(app)})
+        module = importlib.import_module("my_tests.suite")
+        assert hasattr(module, "edited") == (text != TEST)
+        assert frames_of(module) == [str(app / "tests/suite.py")] * 2
+        del sys.modules["my_tests.suite"]
+
+
 def test_what_was_generated_or_changed_keeps_its_own_name(places):
     app, packages = places
     write(packages / "my_tests/__init__.py", text="")
