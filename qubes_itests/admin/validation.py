@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.admin.values import parse_bool
+from qubes_itests.admin.values import PRINTABLE, parse_bool
 from qubes_itests.core.exc import (
     ProtocolError,
     QubesLabelNotFoundError,
@@ -49,7 +49,6 @@ _NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,18}")
 _FEATURE: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _TAG: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LABEL: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_PRINTABLE: Final = re.compile(r"[ -~]*")
 
 
 def ascii_text(data: bytes) -> str:
@@ -64,7 +63,7 @@ def printable(call: Call, data: bytes) -> str:
     """Take one line of ASCII without control characters."""
     del call
     text = ascii_text(data)
-    if not _PRINTABLE.fullmatch(text):
+    if not PRINTABLE.fullmatch(text):
         raise ProtocolError("expected a payload without control characters")
     return text
 
@@ -76,7 +75,7 @@ def lines(call: Call, data: bytes) -> list[str]:
     """
     del call
     found = ascii_text(data).removesuffix("\n").split("\n") if data else []
-    if not all(map(_PRINTABLE.fullmatch, found)):
+    if not all(map(PRINTABLE.fullmatch, found)):
         raise ProtocolError("expected lines without control characters")
     return found
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qubes_itests.core.properties import Property, PropertyHolder
 
 __all__ = [
+    "PRINTABLE",
     "escape",
     "parse_bool",
     "parse_value",
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 _INTEGER: Final = re.compile(r"-?(?:0|[1-9][0-9]{0,18})")
-_PRINTABLE: Final = re.compile(r"[ -~]*")
+PRINTABLE: Final = re.compile(r"[ -~]*")
 _VM_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -89,13 +90,13 @@ def _parse_vm(_prop: Property[Any], text: str) -> str | None:
 
 
 def _parse_label(_prop: Property[Any], text: str) -> str:
-    if not text or text.isdigit() or not _PRINTABLE.fullmatch(text):
+    if not text or text.isdigit() or not PRINTABLE.fullmatch(text):
         raise ValueError("expected the name of a label")
     return text
 
 
 def _parse_str(prop: Property[Any], text: str) -> str | None:
-    if not _PRINTABLE.fullmatch(text):
+    if not PRINTABLE.fullmatch(text):
         raise ValueError("expected no control characters")
     return None if not text and prop.allow_none else text
 

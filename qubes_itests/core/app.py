@@ -484,7 +484,7 @@ class Qubes(PropertyHolder):
             )
         return found
 
-    async def clone_vm(self, source: QubesVM, name: str, **options: Any) -> Any:
+    async def clone_vm(self, source: QubesVM, name: str, **options: Any) -> QubesVM:
         """Make a copy of a halted VM; see `qubes_itests.core.vm.cloning.clone_vm`."""
         return await clone_vm(self, source, name, **options)
 

@@ -163,7 +163,14 @@ class Emitter:
         """
         self._instance_handlers.remove((event, function))
 
-    def _handlers(self, event: str, *, pre_event: bool) -> tuple[Handler, ...]:
+    def _handlers(
+        self, event: str, kwargs: dict[str, Any], *, pre_event: bool
+    ) -> tuple[Handler, ...]:
+        """Return those of an event that is fired now, in their order."""
+        if not self.events_enabled:
+            return ()
+        if timeline.wants_events():
+            self._report(event, kwargs)
         resolved = self._resolved
         handlers = resolved.get((event, pre_event))
         if handlers is None:
@@ -188,11 +195,7 @@ class Emitter:
         :raise RuntimeError: when a handler is asynchronous.
         """
         effects: list[Any] = []
-        if not self.events_enabled:
-            return effects
-        if timeline.wants_events():
-            self._report(event, kwargs)
-        for function in self._handlers(event, pre_event=pre_event):
+        for function in self._handlers(event, kwargs, pre_event=pre_event):
             effect = function(self, event, **kwargs)
             if effect is None:
                 continue
@@ -214,11 +217,7 @@ class Emitter:
         particular order; a handler must not rely on another that is after it.)
         """
         effects: list[Any] = []
-        if not self.events_enabled:
-            return effects
-        if timeline.wants_events():
-            self._report(event, kwargs)
-        for function in self._handlers(event, pre_event=pre_event):
+        for function in self._handlers(event, kwargs, pre_event=pre_event):
             effect = function(self, event, **kwargs)
             if isinstance(effect, Awaitable):
                 effect = await effect

@@ -12,6 +12,7 @@ from qubes_itests.core import events as events_
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from qubes_itests.core.device.assignment import DeviceAssignment
     from qubes_itests.core.device.port import Port
     from qubes_itests.core.events import Emitter
     from qubes_itests.core.vm.base import BaseVM
@@ -66,6 +67,10 @@ class Extension:
 
     def ensure_detach(self, vm: BaseVM, port: Port) -> None:
         """Undo what is left of an attachment when a device has gone by itself."""
+
+    async def attach_and_notify(self, vm: BaseVM, assignment: DeviceAssignment) -> None:
+        """Attach a device that a VM is to have; for extensions of devices."""
+        raise NotImplementedError
 
     def register(self) -> None:
         """Add it to the app that was made last, and to each that is made later."""

@@ -103,6 +103,7 @@ class Property(Generic[T]):
         is called on a new value, and its ValueError becomes the refusal's reason.
     :param default: a value, or a function of the object that gives one; without it,
         reading an unset property is an AttributeError.
+    :param of_template: whether a VM that has a template has, by default, its value.
     :param allow_none: whether it takes None, which may be written as empty text.
     :param setter: called as ``setter(object, property, value)`` before `type`; returns
         the value to store, or raises ValueError.  `forbidden` refuses all.
@@ -127,6 +128,7 @@ class Property(Generic[T]):
         *,
         type: Callable[[Any], T] | None = None,  # noqa: A002 - its name in Qubes OS
         default: T | Callable[[Any], T] | _Mark = NO_DEFAULT,
+        of_template: bool = False,
         allow_none: bool = False,
         setter: Callable[[Any, Property[T], Any], Any] | None = None,
         save_via: Callable[[Any, Property[T], T], str] | None = None,
@@ -139,6 +141,7 @@ class Property(Generic[T]):
         self.name = self.__name__ = name
         self.type = type
         self.default = default
+        self.of_template = of_template
         self.allow_none = allow_none
         self.setter = setter
         self.save_via = save_via
@@ -190,6 +193,9 @@ class Property(Generic[T]):
 
     def get_default(self, instance: PropertyHolder) -> T:
         """Return its default; AttributeError without one."""
+        template = instance.template_or_none if self.of_template else None
+        if template is not None:
+            return self.__get__(template, type(template))
         if isinstance(self.default, _Mark):
             raise AttributeError(  # noqa: TRY004 - what reading an unset name raises
                 f"property {self.name!r} of {instance} is not set"
@@ -379,6 +385,11 @@ class PropertyHolder(Emitter):
 
     #: The app that it is, or belongs to.
     app: Qubes
+
+    @property
+    def template_or_none(self) -> PropertyHolder | None:
+        """The VM that it is made from; None of what is made from no other."""
+        return None
 
     def __init__(self, **properties: Any) -> None:
         super().__init__()

@@ -181,7 +181,7 @@ def compare_device_cache(
 
 
 async def resolve_conflicts_and_attach(
-    ext: Any, to_attach: Mapping[str, Mapping[BaseVM, DeviceAssignment]]
+    ext: Extension, to_attach: Mapping[str, Mapping[BaseVM, DeviceAssignment]]
 ) -> None:
     """Attach devices; where several VMs are to have one, the user chooses.
 

@@ -10,7 +10,6 @@ from qubes_itests.core.exc import QubesVMError, QubesVMNotHaltedError
 from qubes_itests.core.labels import Label, find_label
 from qubes_itests.core.properties import Property, stateless_property
 from qubes_itests.core.vm.base import BaseVM
-from qubes_itests.core.vm.commands import PIPES, communicate
 from qubes_itests.core.vm.database import OwnQubesDB
 from qubes_itests.core.vm.settings import keyboard_layout
 
@@ -129,18 +128,3 @@ class AdminVM(BaseVM):
         )
         caller = "dom0" if source is None else self.app.domains[source].name
         return await dom0_services.start(service, caller, user, **streams)
-
-    async def run_service_for_stdio(
-        self,
-        service: str,
-        *,
-        input: bytes | None = None,  # noqa: A002 - as in Qubes OS
-        **options: Any,
-    ) -> tuple[bytes, bytes]:
-        """Run a service to its end and return its output and its error output.
-
-        :param input: what it reads.
-        :raise subprocess.CalledProcessError: when it ends with another status than 0.
-        """
-        process = await self.run_service(service, **(PIPES | options))
-        return await communicate(process, service, input)

@@ -15,15 +15,18 @@ from qubes_itests.core.labels import Label, find_label
 from qubes_itests.core.log import get_vm_logger
 from qubes_itests.core.network.firewall import Firewall
 from qubes_itests.core.properties import Property, PropertyHolder, stateless_property
+from qubes_itests.core.vm.commands import PIPES, communicate
 from qubes_itests.core.vm.features import Features, Tags
 
 if TYPE_CHECKING:
+    import asyncio
     import logging
     from collections.abc import Iterator, Mapping
 
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.vm.appvm import AppVM
     from qubes_itests.core.vm.qubesvm import QubesVM
+    from qubes_itests.guest.link.process import GuestProcess
     from qubes_storage.volume import Volume
 
 __all__ = ["BaseVM", "validate_name"]
@@ -188,6 +191,31 @@ class BaseVM(PropertyHolder):
 
     async def remove_from_disk(self) -> None:
         """Remove its volumes."""
+
+    async def run_service(
+        self,
+        service: str,
+        source: BaseVM | str | None = None,
+        user: str | None = None,
+        **options: Any,
+    ) -> GuestProcess | asyncio.subprocess.Process:
+        """Start a qrexec service in it: NotImplementedError here."""
+        raise NotImplementedError
+
+    async def run_service_for_stdio(
+        self,
+        service: str,
+        *,
+        input: bytes | None = None,  # noqa: A002 - as in Qubes OS
+        **options: Any,
+    ) -> tuple[bytes, bytes]:
+        """Run a service to its end and return its output and its error output.
+
+        :param input: what it reads.
+        :raise subprocess.CalledProcessError: when it ends with another status than 0.
+        """
+        process = await self.run_service(service, **(PIPES | options))
+        return await communicate(process, service, input)
 
     @property
     def log(self) -> logging.Logger:

@@ -26,7 +26,7 @@ async def clone_vm(
     cls: str | type[QubesVM] | None = None,
     pool: str | None = None,
     **properties: Any,
-) -> Any:
+) -> QubesVM:
     """Make a VM as a copy of another one, which must be halted.
 
     It has the other's properties, features, tags, assigned devices, firewall rules,

@@ -54,16 +54,15 @@ class QubesVM(BaseVM):
     #: The volumes of the class, by name; see `Storage.init_volume`.
     volume_config: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
-    memory: Property[int] = Property(
+    memory = Property[int](
         "memory",
         type=int,
         setter=settings.memory,
-        default=settings.of_template(
-            lambda vm: vm.memory, lambda _vm: config.defaults["memory"]
-        ),
+        of_template=True,
+        default=lambda _vm: config.defaults["memory"],
         doc="Memory at start, MiB; at least a tenth of maxmem.",
     )
-    maxmem: Property[int] = Property(
+    maxmem = Property[int](
         "maxmem",
         type=int,
         setter=settings.max_memory,
@@ -72,44 +71,43 @@ class QubesVM(BaseVM):
         doc="The most that balancing may give, MiB, at most 10 x memory; 0: it is not"
         " balanced.",
     )
-    vcpus: Property[int] = Property(
+    vcpus = Property[int](
         "vcpus",
         type=int,
         setter=settings.positive,
-        default=settings.of_template(
-            lambda vm: vm.vcpus, lambda _vm: config.defaults["vcpus"]
-        ),
+        of_template=True,
+        default=lambda _vm: config.defaults["vcpus"],
         doc="Virtual CPUs. Where they are emulated, a guest has one unless this is set,"
         " in its template or in the VM.",
     )
-    virt_mode: Property[str] = Property(
+    virt_mode = Property[str](
         "virt_mode",
         setter=settings.virt_mode,
         default=settings.default_virt_mode,
         doc="pvh or hvm; by default hvm when PCI devices are assigned, which pvh cannot"
         " have, else the template's, else pvh.",
     )
-    kernel: Property[str | None] = Property(
+    kernel = Property[str | None](
         "kernel",
         allow_none=True,
         setter=settings.kernel_name,
-        default=settings.of_template(
-            lambda vm: vm.kernel, lambda vm: vm.app.default_kernel
-        ),
+        of_template=True,
+        default=lambda vm: vm.app.default_kernel,
         doc="Name of one of the app's kernels; None to boot from the image, which pvh"
         " cannot.",
     )
-    kernelopts: Property[str] = Property(
+    kernelopts = Property[str](
         "kernelopts",
         type=str,
         setter=settings.kernel_options,
         default=settings.default_kernel_options,
         doc="Added to the kernel's command line.",
     )
-    default_user: Property[str] = Property(
+    default_user = Property[str](
         "default_user",
         setter=settings.user,
-        default=settings.of_template(lambda vm: vm.default_user, lambda _vm: "user"),
+        of_template=True,
+        default="user",
         doc="Who runs commands.",
     )
     default_dispvm: VMProperty[AppVM | None] = VMProperty(
@@ -118,39 +116,37 @@ class QubesVM(BaseVM):
         default=lambda vm: vm.app.default_dispvm,
         doc="What its disposable VMs are made from.",
     )
-    qrexec_timeout: Property[int] = Property(
+    qrexec_timeout = Property[int](
         "qrexec_timeout",
         type=int,
         setter=settings.positive,
-        default=settings.of_template(
-            lambda vm: vm.qrexec_timeout, lambda vm: vm.app.default_qrexec_timeout
-        ),
+        of_template=True,
+        default=lambda vm: vm.app.default_qrexec_timeout,
         doc="How long the guest may take to answer: after a start, and when it is to"
         " enlarge a filesystem; seconds.",
     )
-    shutdown_timeout: Property[int] = Property(
+    shutdown_timeout = Property[int](
         "shutdown_timeout",
         type=int,
         setter=settings.positive,
-        default=settings.of_template(
-            lambda vm: vm.shutdown_timeout, lambda vm: vm.app.default_shutdown_timeout
-        ),
+        of_template=True,
+        default=lambda vm: vm.app.default_shutdown_timeout,
         doc="How long a shutdown may take, seconds.",
     )
-    autostart: Property[bool] = Property(
+    autostart = Property[bool](
         "autostart", type=bool, default=False, doc="Start it with the system."
     )
-    include_in_backups: Property[bool] = Property(
+    include_in_backups = Property[bool](
         "include_in_backups", type=bool, default=True, doc="Have it in backups."
     )
-    installed_by_rpm: Property[bool] = Property(
+    installed_by_rpm = Property[bool](
         "installed_by_rpm",
         type=bool,
         default=False,
         clone=False,
         doc="Whether a package of dom0 brought it, as templates mostly come.",
     )
-    backup_timestamp: Property[int | None] = Property(
+    backup_timestamp = Property[int | None](
         "backup_timestamp",
         type=int,
         setter=settings.timestamp,
@@ -171,12 +167,11 @@ class QubesVM(BaseVM):
     management_dispvm: VMProperty[AppVM | None] = VMProperty(
         "management_dispvm",
         check=settings.check_for_dispvms,
-        default=settings.of_template(
-            lambda vm: vm.management_dispvm, lambda vm: vm.app.management_dispvm
-        ),
+        of_template=True,
+        default=lambda vm: vm.app.management_dispvm,
         doc="What disposable VMs that manage it are made from.",
     )
-    keyboard_layout: Property[str] = Property(
+    keyboard_layout = Property[str](
         "keyboard_layout",
         setter=settings.keyboard_layout,
         default=lambda vm: "us++" if vm.guivm is None else vm.guivm.keyboard_layout,
@@ -184,21 +179,21 @@ class QubesVM(BaseVM):
     )
     debug = Property[bool]("debug", type=bool, default=False, doc="Debug mode.")
 
-    bootmode: Property[str] = Property(
+    bootmode = Property[str](
         "bootmode",
         type=str,
         load_stage=4,
         default=bootmode.default_mode,
         doc="Name of its boot mode; one that there is not stands for the default one.",
     )
-    mac: Property[str] = Property(
+    mac = Property[str](
         "mac",
         setter=addresses.check_mac,
         default=addresses.default_mac,
         clone=False,
         doc="Hardware address of the interface to its net VM.",
     )
-    provides_network: Property[bool] = Property(
+    provides_network = Property[bool](
         "provides_network", type=bool, default=False, doc="May be others' netvm."
     )
     netvm: VMProperty[QubesVM | None] = VMProperty(
@@ -207,14 +202,14 @@ class QubesVM(BaseVM):
         default=settings.default_netvm,
         doc="The VM that connects this one to the network; None for no network at all.",
     )
-    ip: Property[IPv4Address | None] = Property(
+    ip = Property[IPv4Address | None](
         "ip",
         type=IPv4Address,
         default=lambda vm: addresses.ipv4_of(vm) if vm.is_networked() else None,
         clone=False,
         doc="Its IPv4 address.",
     )
-    ip6: Property[IPv6Address | None] = Property(
+    ip6 = Property[IPv6Address | None](
         "ip6",
         type=IPv6Address,
         default=addresses.default_ip6,
@@ -413,17 +408,6 @@ class QubesVM(BaseVM):
         """
         process = await self.run(command, **(PIPES | options))
         return await communicate(process, command, input)
-
-    async def run_service_for_stdio(
-        self,
-        service: str,
-        *,
-        input: bytes | None = None,  # noqa: A002 - as in Qubes OS
-        **options: Any,
-    ) -> tuple[bytes, bytes]:
-        """Run a service to its end; as `run_for_stdio`."""
-        process = await self.run_service(service, **(PIPES | options))
-        return await communicate(process, service, input)
 
     # its network; see `Wiring`
 

@@ -6,15 +6,13 @@ The settings themselves are declared in the classes; `QubesVM` has most of them.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.core import config
 from qubes_itests.core.network.addresses import upstream
 from qubes_itests.core.properties import to_int
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.vm.base import BaseVM
     from qubes_itests.core.vm.qubesvm import QubesVM
@@ -32,32 +30,17 @@ __all__ = [
     "keyboard_layout",
     "max_memory",
     "memory",
-    "of_template",
     "positive",
     "timestamp",
     "user",
     "virt_mode",
 ]
 
-_T = TypeVar("_T")
-
 _MOST_MEMORY: Final = 10
 _MOST_OPTIONS: Final = 512
 _KERNEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _LAYOUT: Final = re.compile(r"[a-zA-Z0-9]+\+[a-zA-Z0-9-_]*\+[a-zA-Z0-9:_,-]*")
 _USER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,+-]{0,31}")
-
-
-def of_template(
-    read: Callable[[QubesVM], _T], otherwise: Callable[[QubesVM], _T]
-) -> Callable[[QubesVM], _T]:
-    """Return a default: that of the VM's template, or of a VM that has none."""
-
-    def find(vm: QubesVM) -> _T:
-        template = vm.template_or_none
-        return otherwise(vm) if template is None else read(template)
-
-    return find
 
 
 def positive(_holder: object, _prop: object, value: object) -> int:
