@@ -23,6 +23,7 @@ from qubes_itests.pytest_plugin.collection import PluginNode
 from qubes_itests.pytest_plugin.deadline import Deadline
 from qubes_itests.pytest_plugin.debugger import FailurePrompt
 from qubes_itests.pytest_plugin.ending import Ending
+from qubes_itests.pytest_plugin.guest_complaints import COMPLAINS, GuestComplaints
 from qubes_itests.pytest_plugin.history import HistoryKeeper, earlier_times
 from qubes_itests.pytest_plugin.known_issues import KnownIssues
 from qubes_itests.pytest_plugin.reach import RunReach
@@ -103,10 +104,25 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", f"{PANICS}: a guest's kernel panics in this test, as it is meant to"
     )
+    config.addinivalue_line(
+        "markers",
+        f"{COMPLAINS}(*patterns): guests log errors or dump core in this test, as they"
+        " are meant to; with regular expressions, lines in which one is found",
+    )
     watch = FailureWatch(config, context)
     config.pluginmanager.register(watch, "qubes_itests-failures")
+    of_apps = Prepared.told().complaints.values()
+    complaints = bool(settings.fail_on) or any(each["fail_on"] for each in of_apps)
+    if complaints and settings.trace is Trace.OFF:
+        raise pytest.UsageError(
+            "fail_on: lines of guests are looked for in timelines, of which --trace=off"
+            " records none"
+        )
+    if complaints:
+        guests = GuestComplaints(context)
+        config.pluginmanager.register(guests, "qubes_itests-complaints")
     if settings.trace is not Trace.OFF and not worker.distributes(config):
-        recording = Recording(settings, watch.artifacts)
+        recording = Recording(settings, watch.artifacts, kernel_logs=complaints)
         config.pluginmanager.register(recording, "qubes_itests-recording")
     deadline = Deadline(functools.partial(_time_limit, settings), watch.keep_stacks)
     watch.deadline = deadline

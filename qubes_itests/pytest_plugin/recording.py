@@ -28,10 +28,14 @@ class Recording:
 
     :param settings: of the run.
     :param artifacts: where timelines go.
+    :param kernel_logs: as `Recorder` has it.
     """
 
-    def __init__(self, settings: Settings, artifacts: Artifacts) -> None:
+    def __init__(
+        self, settings: Settings, artifacts: Artifacts, *, kernel_logs: bool = False
+    ) -> None:
         self._settings = settings
+        self._kernel_logs = kernel_logs
         self._artifacts = artifacts
         #: Is told each record, as `Recorder` tells it.
         self.listener: Callable[[Record], None] | None = None
@@ -61,7 +65,9 @@ class Recording:
         self._recording.close()
         self._outcome, self._starts, self._is_over = "", [], False
         self._recorder = Recorder(
-            events=self._settings.trace_events, listener=self.listener
+            events=self._settings.trace_events,
+            kernel_logs=self._kernel_logs,
+            listener=self.listener,
         )
         self._recording.enter_context(recording(self._recorder))
 

@@ -17,6 +17,7 @@ from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import (
     OPTIONS,
     ConfigurationError,
+    own_complaints,
     own_known_issues,
     own_timeout,
 )
@@ -46,7 +47,7 @@ _WIDTH: Final = 78
 _TOLD_AGAIN: Final = (
     *("app", "template", "template_spec", "plugin", "requires", "repository", "policy"),
     *("timeout", "start_timeout", "hypervisor", "filesystem", "memory_budget"),
-    *("host_memory", "warm"),
+    *("host_memory", "warm", "fail_on", "allow_line"),
 )
 
 
@@ -118,6 +119,7 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
 
     cache, found, wrong = Cache(), [], dict(wishes.problems)
     timeouts: dict[str, float] = {}
+    complaints: dict[str, dict[str, tuple[str, ...]]] = {}
     issues: list[str] = []
     for app in settings.app:
         if not app.is_dir():
@@ -131,6 +133,8 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
                 limit = own_timeout(app, settings.template_spec)
                 if limit is not None:
                     timeouts |= dict.fromkeys(installed.entries, limit)
+                theirs = own_complaints(app, settings.template_spec)
+                complaints |= dict.fromkeys(installed.entries, theirs)
                 issues += [str(path.absolute()) for path in own_known_issues(app)]
                 found.append(installed)
             except (InstallError, ConfigurationError, ValueError, OSError) as error:
@@ -150,6 +154,7 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
         wrong,
         timeouts=timeouts,
         known_issues=tuple(issues),
+        complaints=complaints,
         copies={str(each.packages): str(each.app.absolute()) for each in found},
     )
     prepared.tell()

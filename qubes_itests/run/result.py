@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping
+    from collections.abc import Mapping, MutableMapping, Sequence
 
 __all__ = ["Prepared"]
 
@@ -31,6 +31,8 @@ class Prepared:
         each of their tests may take.
     :param words: of the command line, without which the run cannot be repeated.
     :param known_issues: files of apps that have them.
+    :param complaints: for entry points whose apps say them, the settings ``fail_on``
+        and ``allow_line``.
     :param copies: where apps are installed, each with the directory of the app.
     """
 
@@ -41,6 +43,7 @@ class Prepared:
     words: tuple[str, ...] = ()
     known_issues: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
+    complaints: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
 
     @classmethod
     def told(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -55,6 +58,7 @@ class Prepared:
             tuple(values.get("words", ())),
             tuple(values.get("known_issues", ())),
             values.get("copies", {}),
+            values.get("complaints", {}),
         )
 
     def tell(self, environment: MutableMapping[str, str] = os.environ) -> None:

@@ -67,6 +67,13 @@ class Trace(enum.Enum):
     OFF = "off"
 
 
+class Complaint(enum.StrEnum):
+    """What guests log that fails a test."""
+
+    COREDUMP = "coredump"
+    JOURNAL = "journal"
+
+
 class Keep(enum.Enum):
     """Of which tests the disks are kept among the artefacts."""
 
@@ -103,6 +110,25 @@ def _one_of(kinds: type[_Enum]) -> Callable[[object], _Enum]:
             raise ValueError(f"expected one of {known}, got {value!r}") from None
 
     return read
+
+
+def _complaints(value: object) -> tuple[Complaint, ...]:
+    return tuple(map(_one_of(Complaint), _words(value)))
+
+
+def _patterns(value: object) -> tuple[str, ...]:
+    lines = value.strip().splitlines() if isinstance(value, str) else value
+    if not isinstance(lines, list | tuple) or not all(map(str, lines)):
+        raise ValueError(f"expected a list of regular expressions, got {value!r}")
+    found = tuple(map(str, lines))
+    for pattern in found:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"expected a regular expression, got {pattern!r}: {error}"
+            ) from None
+    return found
 
 
 def _flag(value: object) -> bool:
@@ -264,6 +290,13 @@ class Settings:
     known_issues: tuple[Path, ...] = option(
         (), _files, "FILE", _TESTS,
         "expect the tests that FILE lists to fail; each needs a reference")
+    fail_on: tuple[Complaint, ...] = option(
+        (), _complaints, "WHAT", _TESTS,
+        "fail a test if a program in its VMs dumps core (coredump), or something there"
+        " logs an error (journal)")
+    allow_line: tuple[str, ...] = option(
+        (), _patterns, "REGEX", _TESTS,
+        "with --fail-on pass over lines in which REGEX is found")
     shard: tuple[int, int] | None = option(
         None, _shard, "I/N", _TESTS,
         "run only part I of N of the tests, so that N machines share them; with --times"
@@ -371,6 +404,22 @@ def own_known_issues(directory: Path) -> tuple[Path, ...]:
     """
     named = cast("tuple[Path, ...]", _from_files(directory).get("known_issues", ()))
     return tuple(directory / path for path in named)
+
+
+def own_complaints(
+    directory: Path, others: Iterable[Path] = ()
+) -> dict[str, tuple[str, ...]]:
+    """Return ``fail_on`` and ``allow_line`` as the files in an app's directory say.
+
+    :param others: files that say it where those do not.
+    :raise ConfigurationError: for an unknown key or a bad value.
+    """
+    tables = [_from_files(directory), *(_from_file(path) or {} for path in others)]
+    found: dict[str, tuple[str, ...]] = {}
+    for name in ("fail_on", "allow_line"):
+        values = (table[name] for table in tables if name in table)
+        found[name] = cast("tuple[str, ...]", next(values, ()))
+    return found
 
 
 def plain(settings: Settings) -> dict[str, object]:

@@ -54,6 +54,8 @@ class TimedTestCase(unittest.TestCase):
     #: Seconds of ``setUp``, the test, and ``tearDown`` with the clean-ups; empty if the
     #: test did not come to its second part.
     phases: Mapping[str, float] = MappingProxyType({})
+    #: Is called after a test that has passed, before its ``tearDown``, and may fail it.
+    check: Callable[[], object] | None = None
 
     def run(
         self, result: unittest.TestResult | None = None
@@ -77,6 +79,8 @@ class TimedTestCase(unittest.TestCase):
         self._next_phase()
         try:
             super()._callTestMethod(method)  # type: ignore[misc]
+            if self.check is not None:
+                self.check()
         finally:
             self._next_phase()
 

@@ -125,8 +125,10 @@ def test_an_app_that_is_no_directory_is_a_mistake_of_the_caller(tmp_path):
 
 
 def test_what_is_told_is_what_was_found():
+    complaints = {"a": {"fail_on": ["journal"], "allow_line": ["x y"]}}
     prepared = Prepared(
-        {"a": ("t",)}, {"x": "y"}, {"t": "z" * 9000}, {"a": 5.0}, ("--app", "d")
+        *({"a": ("t",)}, {"x": "y"}, {"t": "z" * 9000}, {"a": 5.0}, ("--app", "d")),
+        complaints=complaints,
     )
     environment = {}
     prepared.tell(environment)
@@ -134,4 +136,5 @@ def test_what_is_told_is_what_was_found():
     assert (told.entries, told.apps) == ({"a": ("t",)}, {"x": "y"})
     assert (told.words, told.timeouts) == (("--app", "d"), {"a": 5.0})
     assert told.templates == {"t": "z" * 8000}
+    assert told.complaints == complaints
     assert Prepared.told({}) == Prepared()

@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from qubes_itests import timeline
 from qubes_itests.guest.exc import GuestError
@@ -32,6 +32,8 @@ _KERNEL_LOG: Final = "exec cat /dev/kmsg"
 _CHUNK: Final = 64 << 10
 #: Bytes of a line of either.
 _LONGEST: Final = 32 << 10
+#: Lines of one entry that are recorded.
+_MOST_LINES: Final = 20
 #: Bytes a second that are read: a guest that logs all the time is slowed down, not us.
 _RATE: Final = 512 << 10
 #: As the kernel's documentation has it (ABI/testing/dev-kmsg).
@@ -109,22 +111,28 @@ class GuestJournal:
         read = _entry if self._has_journald else _kernel_line
         if len(line) > _LONGEST or (said := read(line)) is None:
             return
-        priority, text, when = said
+        priority, source, message, when = said
         for mark, seen in self._marks.items():
-            if mark in text:
+            if mark in message:
                 seen.set()
                 return
         recorder = timeline.current()
-        if recorder is not None:
-            # of the guest's own clock only what can be
-            when = min(max(when or time.time(), self._since), time.time())
-            recorder.note_at(
-                when, "journal", self._agent.vm, {"line": text, "priority": priority}
-            )
+        if recorder is None:
+            return
+        # of the guest's own clock only what can be
+        when = min(max(when or time.time(), self._since), time.time())
+        for text in message.split("\n")[:_MOST_LINES]:
+            fields: timeline.Record = {"line": f"{source}: {text}"}
+            fields["priority"] = priority
+            recorder.note_at(when, "journal", self._agent.vm, fields)
 
 
-def _entry(line: bytes) -> tuple[int, str, float] | None:
-    """Return priority, text and time of an entry, None if it is none."""
+#: What is logged: priority, who says it, what, and when if that is known.
+_Said: TypeAlias = "tuple[int, str, str, float | None]"
+
+
+def _entry(line: bytes) -> _Said | None:
+    """Return an entry of the journal; None for what is none."""
     try:
         fields = json.loads(line)
         priority = int(fields.get("PRIORITY", 6))
@@ -135,8 +143,8 @@ def _entry(line: bytes) -> tuple[int, str, float] | None:
     ):
         return None
     name, pid = _text(fields.get("SYSLOG_IDENTIFIER")), _text(fields.get("_PID"))
-    source = name + (f"[{pid}]" if pid else "")
-    return priority, f"{source or 'unknown'}: {_text(fields.get('MESSAGE'))}", when
+    source = (name or "unknown") + (f"[{pid}]" if pid else "")
+    return priority, source, _text(fields.get("MESSAGE")), when
 
 
 def _text(value: object) -> str:
@@ -149,6 +157,6 @@ def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _kernel_line(line: bytes) -> tuple[int, str, None] | None:
+def _kernel_line(line: bytes) -> _Said | None:
     match = _KMSG.fullmatch(line.decode("utf-8", "backslashreplace"))
-    return match and (int(match[1]) % _LEVELS, f"kernel: {match[2]}", None)
+    return match and (int(match[1]) % _LEVELS, "kernel", match[2], None)

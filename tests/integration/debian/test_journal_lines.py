@@ -4,6 +4,8 @@ import pytest
 
 from qubes_itests import timeline
 from qubes_itests.guest.exc import GuestGoneError
+from qubes_itests.pytest_plugin.guest_complaints import _SAYS
+from qubes_itests.run.settings import Complaint
 
 
 def want_kernel_logs():
@@ -41,6 +43,13 @@ def test_what_a_guest_logs_is_recorded_when_it_came_bounded_and_safe_to_show(pai
         pair.sh(pair.work, "yes hello | head -n 3000 | systemd-cat", user="root")
         pair.run(pair.work.life.journal.settle(60))
         assert 1000 < len(recorder.records("journal")) <= 2000
+
+
+def test_a_program_that_crashes_is_seen(pair):
+    pair.sh(pair.work, """perl -e 'unpack "p", pack "J", 1' || true""")
+    pair.run(pair.work.life.journal.settle(60))
+    records = timeline.current().records("journal")
+    assert any(_SAYS[Complaint.COREDUMP](record) for record in records)
 
 
 def test_the_log_ends_with_the_guest_and_begins_with_the_next_start(pair):

@@ -17,8 +17,8 @@ def entry(**fields):
 
 def test_an_entry_is_who_said_it_and_what():
     said = {"SYSLOG_IDENTIFIER": "app", "_PID": "7", "MESSAGE": "so", "PRIORITY": "3"}
-    assert entry(**said) == (3, "app[7]: so", 1.5)
-    assert entry(MESSAGE="so") == (6, "unknown: so", 1.5)
+    assert entry(**said) == (3, "app[7]", "so", 1.5)
+    assert entry(MESSAGE="so") == (6, "unknown", "so", 1.5)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_an_entry_is_who_said_it_and_what():
     ],
 )
 def test_a_text_may_be_bytes_or_many_or_too_long(value, text):
-    assert entry(MESSAGE=value)[1] == f"unknown: {text}"
+    assert entry(MESSAGE=value)[2] == text
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,12 @@ names = st.sampled_from(
 @given(st.dictionaries(names, json_values))
 def test_no_types_of_fields_are_too_odd(fields):
     found = _entry(json.dumps(TIME | fields).encode())
-    assert found is None or [int, str, float] == list(map(type, found))
+    assert found is None or [int, str, str, float] == list(map(type, found))
 
 
 def test_a_line_of_the_kernel_has_its_priority_behind_the_facility():
     assert _kernel_line(b"30,339,5140900,-;app[7]: so") == (
-        6,
-        "kernel: app[7]: so",
-        None,
+        *(6, "kernel", "app[7]: so", None),
     )
     assert _kernel_line(b" SUBSYSTEM=pci") is None
 
