@@ -244,8 +244,11 @@ class Cache:
         if not _use(place) and place.is_dir():
             with self._locked(place):
                 # another process may have made it again meanwhile
-                if not _use(place):
-                    self._drop(place)
+                if not _use(place) and place.is_dir():
+                    # what others use they have found whole, and need by its name
+                    with _locked_at_once(place) as unused:
+                        if unused:
+                            self._drop(place)
         return place in _used
 
     def _drop(self, place: Path) -> None:
@@ -273,7 +276,9 @@ class Cache:
                 _locked_at_once(lock) as free,
                 _locked_at_once(entry.place) as unused,
             ):
-                if free and unused:
+                # a process may have used it since we looked, and be on its way into its
+                # sandbox, where it will use it again
+                if free and unused and last_use(entry.place) == entry.used:
                     log.info("the cache is full: %s goes", entry.place)
                     self._drop(entry.place)
                     total -= entry.size
@@ -307,26 +312,28 @@ def _use(place: Path) -> bool:
             except (FileNotFoundError, NotADirectoryError):
                 _let_go(place)
                 return False
-            inode = os.fstat(descriptor).st_ino
-            if place in _used and _used[place][1] == inode:
-                os.close(descriptor)
+            with contextlib.ExitStack() as stack:
+                stack.callback(os.close, descriptor)
+                inode = os.fstat(descriptor).st_ino
+                if place in _used and _used[place][1] == inode:
+                    return True
+                _let_go(place)
+                # the process that makes room has it exclusively, until it is gone
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                problem = damage(place)
+                # Replaced while its lock was waited for, or while it was looked at by
+                # who has no need of this lock: then what was seen is of neither.
+                if not (place.is_dir() and place.stat().st_ino == inode):
+                    continue
+                if problem:
+                    log.warning("%s is damaged and of no use: %s", place, problem)
+                    return False
+                note_use(place)
+                # Shared, and kept open until the process ends: `_shrink` of others
+                # passes by what it cannot lock.
+                _used[place] = (descriptor, inode)
+                stack.pop_all()
                 return True
-            _let_go(place)
-            # the process that removes it has it exclusively, and has renamed it by then
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if place.is_dir() and place.stat().st_ino == inode:
-                break
-            # it was replaced while its lock was waited for: look again
-            os.close(descriptor)
-        # Shared, and kept open until the process ends: `_shrink` of others passes by
-        # what it cannot lock.
-        if problem := damage(place):
-            os.close(descriptor)
-            log.warning("%s is damaged and of no use: %s", place, problem)
-            return False
-        note_use(place)
-        _used[place] = (descriptor, inode)
-        return True
 
 
 def descriptors_in_use() -> set[str]:
@@ -368,10 +375,7 @@ def disk_usage(directory: Path) -> int:
 
 
 def _entry(place: Path) -> Entry:
-    size, used = disk_usage(place), 0.0
-    with contextlib.suppress(FileNotFoundError):  # another process has dropped it
-        used = last_use(place)
-    return Entry(place, size, used)
+    return Entry(place, disk_usage(place), last_use(place))
 
 
 def _flush_tree(root: Path) -> None:

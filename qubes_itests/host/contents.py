@@ -44,8 +44,11 @@ def record(directory: Path) -> None:
 def damage(directory: Path) -> str | None:
     """Return what is wrong with a directory, None if it is as it was recorded.
 
-    Blocking, for a few milliseconds. Without a record nothing is known, and nothing
-    is wrong: so it is with what earlier versions made.
+    Blocking, for a few milliseconds. One without a record is of no use: it would be
+    unknown when that was used last, and the first to go when the cache is full.
+
+    :raise OSError: it cannot be looked at, which says nothing about it: for lack of
+        descriptors, for instance.
     """
     try:
         found = json.loads((directory / _RECORD).read_text())
@@ -53,7 +56,7 @@ def damage(directory: Path) -> str | None:
             if problem := _difference(directory / name, size, changed, digest):
                 return f"{name} {problem}"
     except FileNotFoundError:
-        return None
+        return f"{_RECORD} is missing"
     except (ValueError, TypeError, AttributeError):
         return f"{_RECORD} cannot be read"
     return None
@@ -66,16 +69,20 @@ def note_use(directory: Path) -> None:
 
 
 def last_use(directory: Path) -> float:
-    """Return when a directory was used last, seconds since the epoch."""
-    path = directory / _RECORD
-    return (path if path.exists() else directory).stat().st_mtime
+    """Return when a directory was used last, seconds since the epoch; 0 for never.
+
+    That is so without a record: it is half made, or another process has dropped it.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        return (directory / _RECORD).stat().st_mtime
+    return 0.0
 
 
 def _difference(path: Path, size: int, changed: int, digest: str) -> str | None:
     try:
         status = path.stat()
-    except OSError as error:
-        return error.strerror or str(error)
+    except (FileNotFoundError, NotADirectoryError):
+        return "is gone"
     if status.st_size != size:
         return f"has {status.st_size} bytes in place of {size}"
     if status.st_mtime_ns == changed:

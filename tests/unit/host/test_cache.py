@@ -2,11 +2,13 @@
 
 import errno
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -233,6 +235,7 @@ DAMAGES = {
     "data is changed": lambda entry: _change(entry / "root.img", 20 << 20),
     "a hole is filled": lambda entry: _change(entry / "root.img", 5 << 20),
     "a folder is gone": lambda entry: shutil.rmtree(entry / "lib"),
+    "the record is gone": lambda entry: (entry / ".contents").unlink(),
     "the record is cut": lambda entry: os.truncate(entry / ".contents", 3),
     "the record is no record": lambda entry: (entry / ".contents").write_text("[1]"),
 }
@@ -265,7 +268,6 @@ def _copy(entry):
     [
         _copy,
         lambda entry: (entry / "lib/__pycache__").mkdir(),
-        lambda entry: (entry / ".contents").unlink(),  # of an earlier version
     ],
 )
 def test_what_changes_no_data_is_no_damage(cache, process, change):
@@ -375,3 +377,121 @@ def test_a_full_disk_is_told_with_what_to_do(cache):
 
     with pytest.raises(EnvironmentNotReadyError, match="clean --cache"):
         cache.entry("image", "key", build)
+
+
+def test_an_entry_that_is_used_all_day_does_not_go_for_want_of_a_record(
+    cache, process, monkeypatch
+):
+    """Without one its use left no trace, and it was the first to go: the kernel."""
+    first = process("""
+        cache.entry("image", "kernel", lambda place: (place / "x").write_bytes(b"x"))
+        os.unlink(cache.root / "image/kernel/.contents")
+    """)
+    first.communicate(timeout=30)
+    os.utime(cache.root / "image/kernel", (1, 1))
+    use = """
+        print(cache.entry("image", "kernel", lambda p: (p / "x").write_bytes(b"new")))
+    """
+    assert "image/kernel" in process(use).communicate(timeout=30)[0]
+    monkeypatch.setenv("QUBES_ITESTS_CACHE_LIMIT", "1K")
+    cache.entry("image", "new", _megabyte)
+    assert _names(cache, "image") == ["kernel", "new"]
+    assert (cache.root / "image/kernel/x").read_bytes() == b"new"
+
+
+def test_what_was_used_since_room_was_looked_for_stays(cache, process, monkeypatch):
+    """As by a run that is on its way into its sandbox: nobody has it for a moment."""
+    build = 'cache.entry("image", "old", lambda place: (place / "x").write_bytes(b"x"))'
+    process(build).communicate(timeout=30)
+    _age(cache.root / "image/old", 5)
+    content = cache.content()
+    process('cache.lookup("image", "old")').communicate(timeout=30)
+    monkeypatch.setattr(Cache, "content", lambda _cache: content)
+    monkeypatch.setenv("QUBES_ITESTS_CACHE_LIMIT", "0")
+    cache.entry("image", "new", _megabyte)
+    assert _names(cache, "image") == ["new", "old"]
+
+
+def test_what_cannot_be_looked_at_is_not_taken_for_damaged(cache, process):
+    """A process without descriptors drops nothing, and holds none afterwards."""
+    build = 'cache.entry("image", "key", lambda place: (place / "x").write_bytes(b"x"))'
+    process(build).communicate(timeout=30)
+    os.utime(cache.root / "image/key/x")  # so that its data is read
+    poor = process("""
+        import resource
+        used = len(os.listdir("/proc/self/fd")) - 1
+        for spare in range(1, 4):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, used + 99))
+            try:
+                found = cache.lookup("image", "key") is not None
+            except OSError as error:
+                found = error.strerror
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + 99, used + 99))
+            print(found, len(os.listdir("/proc/self/fd")) - 1 - used)
+    """)
+    assert poor.communicate(timeout=30)[0].splitlines() == [
+        "Too many open files 0",
+        "True 1",
+        "True 1",
+    ]
+    assert _names(cache, "image") == ["key"]
+
+
+def test_what_another_process_uses_is_not_dropped_by_who_takes_it_for_damaged(
+    cache, process
+):
+    entry = cache.entry("image", "key", lambda place: (place / "x").write_bytes(b"x"))
+    (entry / "x").write_bytes(b"y")
+    looked = process('print(cache.lookup("image", "key"), cache.entries("image"))')
+    assert looked.communicate(timeout=30)[0] == "None []\n"
+    assert (entry / "x").exists()
+
+
+_USER = """
+    import random, time
+    from qubes_itests.host import cache as module
+    module._RECENT = 0.0
+    os.environ["QUBES_ITESTS_CACHE_LIMIT"] = "90K"
+
+    def build(place):
+        for number in range(8):
+            (place / str(number)).write_bytes(key.encode() * 4096)
+
+    while True:
+        key = random.choice("abcdef")
+        if random.random() < 0.5:
+            place = cache.entry("image", key, build)
+        else:
+            place = cache.lookup("image", key)
+        for _ in range(3 if place else 0):
+            whole = [place.joinpath(str(n)).read_bytes() for n in range(8)]
+            if whole != [key.encode() * 4096] * 8:
+                say(f"{key} is not whole")
+            time.sleep(0.002)
+        if random.random() < 0.1:
+            cache.sweep()
+        if random.random() < 0.2:
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+"""
+
+
+def test_no_entry_in_use_goes_and_none_is_half_made_whoever_is_killed(
+    cache, process, tmp_path
+):
+    """Six use more than there is room for, and each is killed and begun again."""
+    kills = random.Random(5)  # noqa: S311
+    users = [process(_USER) for _ in range(6)]
+    for _ in range(40):
+        time.sleep(kills.uniform(0, 0.1))
+        number = kills.randrange(len(users))
+        assert users[number].poll() is None
+        users[number].kill()
+        users[number] = process(_USER)
+    for user in users:
+        user.kill()
+        user.wait(30)
+    assert not (tmp_path / "log").exists()
+    cache.sweep()
+    assert not [name for name in _names(cache, "image") if name.startswith(".")]
+    check = process('print([p.name for p in cache.entries("image")])')
+    assert check.communicate(timeout=30)[0] == f"{_names(cache, 'image')}\n"
