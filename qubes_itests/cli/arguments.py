@@ -47,6 +47,10 @@ _COMMANDS = {
     "shell": _SubCommand(
         "shell", "open a shell in a fresh VM made from a template",
         (("target", None, "VM-or-template", "a template, or a kept VM's directory"),)),
+    "thaw": _SubCommand(
+        "thaw", "open shells in the VMs of a failed test, where they were as it failed",
+        (("words", "+", "DIR [VM...]",
+          "the folder `frozen` that --keep=state made, and in which VMs"),)),
     "repl": _SubCommand("repl", "open a Python prompt with an app and VMs"),
     "ps": _SubCommand(
         "ps", "show the runs under way, what their tests wait for, and their VMs"),
@@ -105,8 +109,8 @@ class Command:
     :param tool: of `qvm`: its name.
     :param words: of `history` tests; of `merge` directories; of `memory` ``plot`` or
         not, and a timeline; of `report` ``html`` and a directory, or nothing; of `qvm`
-        what follows the tool; of `template` ``list``, or ``build`` and names; of
-        `orphans` what to do to which, or nothing.
+        what follows the tool; of `thaw` a directory, then VMs; of `template` ``list``,
+        or ``build`` and names; of `orphans` what to do to which, or nothing.
     """
 
     name: str
@@ -163,7 +167,7 @@ class Command:
             return _NO_TESTS.isdisjoint(self.rest)
         if self.name == "serve":
             return not self.print_env
-        return self.name in ("shell", "repl")
+        return self.name in ("shell", "repl", "thaw")
 
 
 _ALL = (*OPTIONS.values(), *options(Command))

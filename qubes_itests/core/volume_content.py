@@ -8,26 +8,31 @@ from typing import TYPE_CHECKING, Final
 
 from qubes_itests.host.filesystem import make_ext4
 from qubes_storage import Import, exporting
-from qubes_storage.exc import InvalidSizeError
+from qubes_storage.exc import InvalidSizeError, VolumeNotFoundError
 from qubes_storage.ficlone import clone_or_copy, data_extents
 from qubes_storage.operation import typed_errors
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
     from pathlib import Path
 
     from qubes_storage.volume import Volume
 
 __all__ = [
+    "BLOCK",
     "WITH_FILESYSTEM",
     "check_size",
+    "copy_committed",
     "copy_image",
+    "data_blocks",
     "fill_if_empty",
+    "import_blocks",
     "import_filesystem",
     "import_image",
     "is_empty",
     "kept_by",
+    "write_blocks",
     "write_content",
 ]
 
@@ -39,7 +44,7 @@ WITH_FILESYSTEM: Final = ("root", "private")
 _LARGEST_FILESYSTEM: Final = 1 << 40
 
 #: What of an image is looked at in one go, bytes.
-_PART: Final = 1 << 16
+BLOCK: Final = 1 << 16
 
 
 def check_size(volume: Volume, action: str, size: int) -> None:
@@ -72,6 +77,22 @@ async def import_image(volume: Volume, image: Path, size: int | None = None) -> 
     """
     size = volume.size if size is None else size
     await _import(volume, size, lambda path: copy_image(image, path))
+
+
+async def copy_committed(volume: Volume, target: Path) -> bool:
+    """Give an existing file the committed contents of a volume, by reflink if it can.
+
+    :return: False where it has none: it keeps nothing, or only what a VM writes to.
+    :raise OSError: as the operating system says.
+    """
+    if not volume.keeps_image:
+        return False
+    try:
+        async with exporting(volume) as image:
+            await to_its_end(asyncio.to_thread(copy_image, image, target))
+    except VolumeNotFoundError:
+        return False
+    return True
 
 
 async def import_filesystem(volume: Volume) -> None:
@@ -146,12 +167,44 @@ def is_empty(image: Path) -> bool:
 
     :raise OSError: as the operating system says.
     """
+    return not any(True for _ in data_blocks(image))
+
+
+def data_blocks(image: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the blocks of a file that have more than zeroes in them. Blocking.
+
+    :return: where each begins, a multiple of `BLOCK`, and its bytes.
+    :raise OSError: as the operating system says.
+    """
     with image.open("rb", buffering=0) as file:
-        return not any(
-            os.pread(file.fileno(), min(_PART, end - place), place).strip(b"\0")
-            for start, end in data_extents(file.fileno())
-            for place in range(start, end, _PART)
-        )
+        done = 0
+        for start, end in data_extents(file.fileno()):
+            for place in range(max(done, start - start % BLOCK), end, BLOCK):
+                data = os.pread(file.fileno(), BLOCK, place)
+                if data.strip(b"\0"):
+                    yield place, data
+                done = place + BLOCK
+
+
+def write_blocks(path: Path, size: int, blocks: Iterable[tuple[int, bytes]]) -> None:
+    """Have an existing file be of that size and have these blocks, else zeroes.
+
+    :param size: bytes; of a block beyond it only what is within counts.
+    :param blocks: as `data_blocks` yields them.
+    :raise OSError: as the operating system says.
+    """
+    with path.open("r+b", buffering=0) as file:
+        file.truncate(0)
+        for place, data in blocks:
+            os.pwrite(file.fileno(), data, place)
+        file.truncate(size)
+
+
+async def import_blocks(
+    volume: Volume, size: int, blocks: Iterable[tuple[int, bytes]]
+) -> None:
+    """Have a volume begin with these blocks, else zeroes; as `write_blocks`."""
+    await _import(volume, size, lambda path: write_blocks(path, size, blocks))
 
 
 def copy_image(source: Path, target: Path) -> None:

@@ -15,7 +15,7 @@ from qubes_itests.balancing.app_memory import timeline_files
 from qubes_itests.exc import HarnessError
 from qubes_itests.pytest_plugin.deadline import stacks
 from qubes_itests.pytest_plugin.tracebacks import hide_machinery
-from qubes_itests.pytest_plugin.worker import distributes, is_remote
+from qubes_itests.pytest_plugin.worker import distributes, is_remote, is_worker
 from qubes_itests.report import failures
 from qubes_itests.report.artifacts import LOG_LIMIT, Artifacts
 from qubes_itests.report.failures import Failure
@@ -51,6 +51,8 @@ PANICS = "guest_panics"
 _REASON_LINES = 10
 #: The attribute of a report that has the artefacts.
 _FILES = "itests_files"
+#: And the one that has what could not be kept, in a worker.
+_PROBLEMS = "itests_problems"
 
 
 class FailureWatch:
@@ -192,12 +194,16 @@ class FailureWatch:
             self._keep_logs(test)
         if not report.failed:
             return
+        problems = self.artifacts.problems
+        problems |= dict.fromkeys(vars(report).pop(_PROBLEMS, ()))
         # From another machine they come with the report.
         self.artifacts.add(test, vars(report).pop(_FILES, {}))
         self.artifacts.text(test, "failure.txt", report.longreprtext)
         self._keep_logs(test)
         if is_remote(self._config):
             setattr(report, _FILES, self.artifacts.pack(test))
+        if is_worker(self._config):
+            setattr(report, _PROBLEMS, list(problems))
         self.tell(test, failures.cause(report))
 
     def tell(self, test: str, cause: str) -> None:
@@ -278,12 +284,16 @@ class FailureWatch:
         if testbed is None or self._seen == item.nodeid:
             return
         self._seen = item.nodeid
+        if self._settings.keep is Keep.STATE:
+            # first, for what the guests are asked below they do
+            with self.deadline.stopped() if self.deadline else contextlib.nullcontext():
+                self.artifacts.freeze(item.nodeid, testbed)
         hook = self._context.plugins.hook
         self.artifacts.collect(item.nodeid, testbed, hook, self._guest_files)
         for app in testbed.apps:
             self.artifacts.add(item.nodeid, timeline_files(app, LOG_LIMIT))
         self._keep_logs(item.nodeid)
-        if self._settings.keep is not Keep.NEVER:
+        if self._settings.keep in {Keep.FAILED, Keep.ALWAYS}:
             self.artifacts.keep_disks(item.nodeid, testbed)
         if self._settings.shell_on_failure:
             self._open_shell(item, testbed)

@@ -10,12 +10,16 @@ import contextlib
 import functools
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
 
+from qubes_itests.frozen.folder import MANIFEST, NAME, Folder, FrozenError
+from qubes_itests.frozen.freezing import freeze
 from qubes_itests.host.command import run
 from qubes_itests.report.guest_files import read_guests
 from qubes_itests.report.names import file_name
+from qubes_itests.timeline import note
 from qubes_itests.timeline.document import NAME as TIMELINE
 from qubes_itests.untrusted_text import safe_text
 from qubes_itests.whole_file import whole_file
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
     import pluggy
 
+    from qubes_itests.core.app import Qubes
     from qubes_itests.run.testbed import Testbed
 
 __all__ = ["LOG_LIMIT", "Artifacts", "tail"]
@@ -34,6 +39,8 @@ LOG_LIMIT = 1 << 20
 _TREE_LIMIT = 2000
 _Arguments = ParamSpec("_Arguments")
 _COPY_TIMEOUT = 300.0
+#: Tests of a run that are frozen, each of them up to `MOST_BYTES`.
+_MOST_FROZEN = 8
 
 
 def _or_told(method: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
@@ -65,6 +72,7 @@ class Artifacts:
         self.root = root
         #: What could not be kept, in order: an error each, as keys.
         self.problems: dict[str, None] = {}
+        self._began = time.time()
 
     def directory(self, test: str) -> Path:
         """Return the directory of one test, whether it exists or not."""
@@ -143,6 +151,29 @@ class Artifacts:
             for vm in app.domains:
                 for name, volume in vm.volumes.items():
                     self._copy_disk(test, vm.name, name, Path(volume.path))
+
+    def freeze(self, test: str, testbed: Testbed) -> None:
+        """Keep the VMs of a test as they are now, for `thaw`; they go on afterwards."""
+        for app in testbed.apps:
+            self._freeze(test, testbed, app)
+
+    @_or_told
+    def _freeze(self, test: str, testbed: Testbed, app: Qubes) -> None:
+        vms = app.domains.startable()
+        if all(vm.klass == "TemplateVM" and vm.is_halted() for vm in vms):
+            return
+        frozen = self.root.rglob(f"{NAME}*/{MANIFEST}")
+        if sum(p.stat().st_mtime > self._began for p in frozen) >= _MOST_FROZEN:
+            raise FrozenError(f"{_MOST_FROZEN} tests of this run are frozen already")
+        directory = self.directory(test)
+        directory.mkdir(parents=True, exist_ok=True)
+        place = directory / NAME
+        if place.exists():  # that of another app of the test
+            place = directory / f"{NAME}-{len(list(directory.glob(f'{NAME}*'))) + 1}"
+        scratch = testbed.parts.pool_directory
+        testbed.portal.run(freeze(app, place, scratch, test))
+        line = f"all VMs as they are now are in {place.name}: {Folder.read(place)}"
+        note("log", level="INFO", logger="qubes_itests.frozen", line=line)
 
     @_or_told
     def logs(self, test: str, logs: Iterable[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qubes_itests.frozen.folder import NAME as FROZEN
+from qubes_itests.frozen.folder import Folder, FrozenError
 from qubes_itests.host.cache import digest
 from qubes_itests.program import NAME
 from qubes_itests.report.names import one_line
@@ -145,7 +148,15 @@ def _lines(
             f"  artefacts   {failure.artifacts}/  ({', '.join(failure.files)})"
         )
     lines.append(f"  run again   {again}")
-    if kept := _kept_disks(failure):
+    if frozen := sorted(Path(failure.artifacts or os.devnull).glob(f"{FROZEN}*")):
+        program = ("itests",) if os.environ.get("CI") else command
+        for path in frozen:
+            with contextlib.suppress(FrozenError):  # it was removed meanwhile
+                lines.append(f"  frozen      {Folder.read(path)}")
+                lines.append(
+                    f"  thaw        {shlex.join([*program, 'thaw', str(path)])}"
+                )
+    elif kept := _kept_disks(failure):
         shells = [shlex.join([*command, "shell", str(path)]) for path in kept]
         lines += [f"  look inside {shell}" for shell in shells]
     elif any(name.endswith(".log") for name in failure.files):

@@ -80,6 +80,8 @@ class Keep(enum.Enum):
     NEVER = "never"
     FAILED = "failed"
     ALWAYS = "always"
+    #: After failed tests, with the memory.
+    STATE = "state"
 
 
 #: The commands that run tests, and those that start VMs.
@@ -255,7 +257,8 @@ class Settings:
     # fmt: off
     keep: Keep = option(  # noqa: RUF009 - it makes a field
         Keep.NEVER, _one_of(Keep), "WHICH", _TESTS,
-        "keep the disk images of VMs: never, after failed tests (failed), or always")
+        "keep the disk images of VMs: never, after failed tests (failed), or always;"
+        " or after failed tests with their memory, for `thaw` (state)")
     trace: Trace = option(  # noqa: RUF009 - it makes a field
         Trace.RETAIN_ON_FAILURE, _one_of(Trace), "WHEN", _TESTS,
         "keep the timelines of all tests (on) or of those that failed"
@@ -336,21 +339,21 @@ class Settings:
         True, _flag, "", f"{_VMS} {PYTEST}",
         "start VMs from saved states where that is possible")
     hypervisor: str = option(
-        "qemu", _word, "NAME", _VMS,
+        "qemu", _word, "NAME", f"{_VMS} thaw",
         "run VMs with the back end NAME")
     filesystem: str = option(
-        "btrfs", _word, "NAME", _VMS,
+        "btrfs", _word, "NAME", f"{_VMS} thaw",
         "put the disks of VMs on the filesystem NAME, which has reflinks: btrfs or xfs")
     memory_budget: int = option(
         0, _memory_budget, "MIB", f"{_VMS} {PYTEST}",
         "let the VMs of each test share a machine of MIB mebibytes, balanced by"
         " qmemman; 0 for no such limit")
     host_memory: int = option(
-        0, _host_memory, "MIB", f"{_VMS} {PYTEST}",
+        0, _host_memory, "MIB", f"{_VMS} thaw {PYTEST}",
         "let all VMs together take at most MIB mebibytes of the memory of this machine;"
         " 0 for 80 % of what is available")
     start_timeout: int = option(
-        0, _start_timeout, "SECONDS", f"{_VMS} {PYTEST}",
+        0, _start_timeout, "SECONDS", f"{_VMS} thaw {PYTEST}",
         "give up the start of a VM after SECONDS; 0 for 60, and more where guests are"
         " emulated or the machine is busy")
     # fmt: on

@@ -22,6 +22,7 @@ from qubes_itests.balancing.balloons import LibvirtMemory
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.policy.files import fill
 from qubes_itests.core.store.journal import recover
+from qubes_itests.core.store.opening import open_copy
 from qubes_itests.core.vm.templatevm import TemplateVM
 from qubes_itests.core.volume_content import copy_image
 from qubes_itests.exc import HarnessError
@@ -36,7 +37,14 @@ from qubes_storage.image_pool import ImagePool
 from qubes_storage.reflink import ReflinkPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+    from collections.abc import (
+        Callable,
+        Coroutine,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
     import pluggy
 
@@ -246,6 +254,41 @@ class Testbed:
             await self._fill(app, self.parts.pool_directory / POOL_NAME)
             await app.save_async()
         await self._set_limits(app)
+        return app
+
+    async def copy_app(
+        self,
+        document: bytes,
+        source: Path,
+        kernels: Mapping[str, Template],
+        policy: Iterable[str],
+    ) -> Qubes:
+        """Return an app as another one was, whose volumes have no images yet.
+
+        dom0 offers nothing to its VMs, whoever they are from.
+
+        :param document: its state, as in a store.
+        :param source: where that is from, for errors.
+        :param kernels: what its VMs boot.
+        :param policy: all its rules.
+        :raise StoreError: when the state cannot be loaded.
+        :raise PolicyError: for a rule that is none.
+        """
+        number = str(next(self._numbers))
+        directory = self.parts.run_directory / "apps" / number
+        directory.mkdir(parents=True)
+        app = Qubes(
+            hypervisor=self.hypervisor,
+            directory=directory,
+            kernels=kernels,
+            warm_starts=self.warm_starts,
+        )
+        self._apps.append(app)
+        app.host_services.clear()
+        for rule in policy:
+            app.policy.add_rule(rule, first=False)
+        pools = self.parts.pool_directory / number
+        await open_copy(app, document, source, pools)
         return app
 
     async def _shared(self, number: int, templates: Sequence[str]) -> dict[str, Any]:

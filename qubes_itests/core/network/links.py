@@ -70,6 +70,25 @@ class Downlink:
             raise
         return downlink
 
+    @classmethod
+    def taken_up(
+        cls,
+        owner: Wiring,
+        domain: Domain,
+        agent: GuestAgent,
+        bridge: Bridge,
+        tap: Tap,
+    ) -> Self:
+        """Return what a guest has that was thawed: it is plugged in and forwards.
+
+        Routes to its clients are set once more, which the guest does not mind.
+
+        :param tap: the net VM's own way into the bridge; the rest as for the class.
+        """
+        downlink = cls(owner, domain, agent, bridge)
+        downlink._tap = tap
+        return downlink
+
     async def _plug_in(self, address: IPv4Address) -> None:
         self._tap = await _made(Tap.create, self.bridge, DOWNLINK_MAC)
         interface = Interface(DOWNLINK_MAC, tap=self._tap.name)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qubes_itests.core.network.links import Routes
     from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_itests.guest.link.agent import GuestAgent
+    from qubes_itests.host.bridge import Bridge, Tap
     from qubes_itests.hypervisor.contract import Domain
 
 __all__ = ["Wiring"]
@@ -125,6 +126,29 @@ class Wiring:
             log.warning(
                 "VM %s starts without all of its network: %s", vm.name, str(error)
             )
+
+    def take_up_clients(self, bridge: Bridge, tap: Tap) -> None:
+        """Go on as a net VM that was thawed, before its clients do.
+
+        :param bridge: what they are plugged into.
+        :param tap: its own way into that.
+        """
+        domain, agent = self._live()
+        self.downlink = Downlink.taken_up(self, domain, agent, bridge, tap)
+        self.downlink.taken[str(self.address)] = self.vm.name
+
+    async def take_up(self, tap: Tap) -> None:
+        """Go on as a client that was thawed, attached to its net VM by a tap."""
+        vm, netvm = self.vm, self.vm.netvm
+        if netvm is None or netvm.net.downlink is None:
+            raise QubesVMError(
+                vm, f"VM {vm} was attached to a net VM that is not there"
+            )
+        self._loop = asyncio.get_running_loop()
+        downlink = netvm.net.downlink
+        downlink.taken |= dict.fromkeys((vm.mac, str(self.address)), vm.name)
+        self.uplink = Uplink(downlink, vm.mac, self.address, (), tap)
+        await self._announce(self.uplink)
 
     async def attach_clients(self) -> None:
         """Attach the clients that run already, all at once."""

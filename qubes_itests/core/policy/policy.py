@@ -61,6 +61,11 @@ class Policy:
         """What is wrong with the files; while it is set, they deny everything."""
         return self._files.loaded.error
 
+    @property
+    def all_rules(self) -> tuple[Rule, ...]:
+        """Those that were added, then those of the files as last refreshed."""
+        return (*self.rules, *self._files.loaded.rules)
+
     def add_rule(self, rule: Rule | str, *, first: bool = True) -> Rule:
         """Add a rule before (or behind) all others that were added, and return it.
 
@@ -148,13 +153,13 @@ class Policy:
         return self._decide(request, None).allowed
 
     def _decide(self, request: Request, ask: AskHandler | None) -> Decision:
-        added, loaded = tuple(self.rules), self._files.loaded
-        for rule in (*added, *loaded.rules):
+        rules, error = self.all_rules, self.error
+        for rule in rules:
             if rule.matches(request):
-                return decide(request, rule, (*added, *loaded.rules), ask)
+                return decide(request, rule, rules, ask)
         reason = "no rule of the policy matches it"
-        if loaded.error is not None:
-            reason = f"the policy's files cannot be used: {loaded.error}"
+        if error is not None:
+            reason = f"the policy's files cannot be used: {error}"
         return denied(reason, requested=request.destination.requested)
 
 

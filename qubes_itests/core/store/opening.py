@@ -13,13 +13,16 @@ from qubes_itests.core.store.journal import recover
 from qubes_itests.core.store.loading import Loading
 from qubes_itests.core.vm.dispvm import DispVM
 from qubes_storage.exc import StoragePoolException
+from qubes_storage.reflink import ReflinkPool
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.store.file import StoreFile
     from qubes_storage.pool import Pool
 
-__all__ = ["load_store", "open_store"]
+__all__ = ["load_store", "open_copy", "open_store"]
 
 log = logging.getLogger("qubes.store")
 
@@ -83,6 +86,33 @@ async def open_store(app: Qubes, *, lock: bool = False) -> None:
             await _remove(app, vm)
         else:
             vm.fire_event("domain-load")
+
+
+async def open_copy(app: Qubes, data: bytes, source: Path, directory: Path) -> None:
+    """Give a new app the state of another one, in pools of its own, which are empty.
+
+    The document may be anybody's: of a pool only its name counts.  VMs stay that would
+    be removed when their app is opened again.
+
+    :param data: the document.
+    :param source: where it is from, for errors.
+    :param directory: for the pools, on a filesystem with reflinks.
+    :raise StoreFormatError: says what is wrong with it, and where.
+    """
+    app.events_enabled, app.loading = False, True
+    app.domains["dom0"].events_enabled = False
+    with no_collection():
+        root = await asyncio.to_thread(parse, data, source)
+        for number, pool in enumerate(root.grandchildren("pools", "pool")):
+            pool.attributes = {
+                "name": pool.attributes.get("name", ""),
+                "driver": ReflinkPool.driver,
+                "dir_path": str(directory / str(number)),
+            }
+        Loading(app, root, source).run()
+    for each in app.pools.values():
+        await each.setup()
+    _enable_events(app)
 
 
 def _begin(app: Qubes) -> StoreFile:

@@ -47,17 +47,19 @@ from qubes_itests.core.vm.start_memory import reserve_memory
 from qubes_itests.core.vm.step import Step
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.exc import GuestGoneError
+from qubes_itests.guest.link.agent import GuestAgent
 from qubes_itests.guest.link.journal import GuestJournal
 from qubes_itests.guest.start.boot import boot
 from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.hypervisor.exc import StateError
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from qubes_itests.core.vm.qubesvm import QubesVM
-    from qubes_itests.guest.link.agent import GuestAgent
-    from qubes_itests.hypervisor.contract import Domain
+    from qubes_itests.hypervisor.contract import Domain, DomainSpec
 
 __all__ = ["Life", "PowerState"]
 
@@ -300,12 +302,57 @@ class Life:
             self.started_at = time.time()
             await self._tell_run_changed()
             await vm.fire_event_async("domain-start", start_guid=start_guid)
-        self._ending = asyncio.ensure_future(self._end_of_run(self.domain, self.agent))
-        self._ending.add_done_callback(self._task_done)
+        self._watch(self.domain)
+
+    async def thaw(self, spec: DomainSpec, state: Path) -> None:
+        """Begin a run where another one was frozen; its virtual CPUs stand still.
+
+        The volumes have been started.  No event tells of it, as with a VM that runs
+        when the core itself is started: what they cause, the guest has behind it.
+
+        :param spec: of the domain.
+        :param state: what a domain of that spec has written as it was frozen.
+        :raise HypervisorError: it does not load; the VM is halted still.
+        """
+        vm = self._vm
+        vm.directory.mkdir(parents=True, exist_ok=True)
+        domain = await vm.app.hypervisor.define(spec)
+        try:
+            await domain.thaw(state)
+        except BaseException:
+            await to_its_end(domain.undefine())
+            raise
+        # programs that have written to the console ran before
+        domain.distrust_console()
+        self.domain, self.xid, self.started_at = domain, next(_XIDS), time.time()
+        self.state = PowerState.PAUSED
+        self._watch(domain)
+
+    async def go_on(self) -> None:
+        """Take up the connection to the guest of a thawed run, whose CPUs run by now.
+
+        Its agent ends the commands that were on the one before.
+
+        :raise DeadlineError: it does not answer.
+        :raise GuestGoneError: it has stopped.
+        """
+        vm, domain = self._vm, self.running_domain()
+        if domain.spec.kernel is not None:
+            self.agent = await GuestAgent.connect(
+                domain,
+                timeout=start_deadline(vm),
+                on_call=lambda call: qrexec.handle_call(vm, call),
+                log=vm.directory / "agent.log",
+            )
+        self._become(domain, PowerState.RUNNING)
 
     # end
 
-    async def _end_of_run(self, domain: Domain, agent: GuestAgent | None) -> None:
+    def _watch(self, domain: Domain) -> None:
+        self._ending = asyncio.ensure_future(self._end_of_run(domain))
+        self._ending.add_done_callback(self._task_done)
+
+    async def _end_of_run(self, domain: Domain) -> None:
         failures: list[Exception] = []
 
         async def attempt(action: Awaitable[object]) -> None:
@@ -318,8 +365,8 @@ class Life:
         await attempt(domain.wait_stopped())
         async with self.stopped_lock:
             self.state = PowerState.HALTING
-            if agent is not None:
-                await attempt(agent.close())
+            if self.agent is not None:
+                await attempt(self.agent.close())
             for end in (domain.undefine, self._vm.storage.stop):
                 await attempt(end())
             self.agent = None

@@ -134,6 +134,7 @@ ALL = [*OPTIONS.values(), *options(Command)]
 NAMES = (
     *("run", "list", "doctor", "shell", "clean", "report", "memory", "serve", "qvm"),
     *("orphans", "template", "history", "merge", "ps", "attach", "repl"),
+    "thaw",
 )
 
 
@@ -161,6 +162,7 @@ def test_each_sub_command_refuses_the_options_of_others(name, capsys):
             needed = {"shell": ["tiny"], "qvm": ["qvm-ls"], "template": ["list"]} | {
                 "merge": ["x"],
                 "attach": ["vm"],
+                "thaw": ["directory"],
             }
             with pytest.raises(SystemExit) as ended:
                 parse([name, *words, *needed.get(name, ())])

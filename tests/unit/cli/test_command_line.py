@@ -133,7 +133,7 @@ def test_another_suite_in_the_directory_does_not_leak_in(site):
     [
         (
             ["--keep=sometimes"],
-            "--keep: keep: expected one of never, failed, always, got 'sometimes'",
+            "--keep: keep: expected one of never, failed, always, state, got ",
         ),
         (["list", "--no-such-option"], "--no-such-option"),
         (["--shell-on-failure"], "there is no terminal"),

@@ -98,7 +98,7 @@ def test_a_memory_budget_is_mib_or_none(tmp_path):
         ("colour = 1", "unknown key 'colour'"),
         (
             'keep = "sometimes"',
-            "expected one of never, failed, always, got 'sometimes'",
+            "expected one of never, failed, always, state, got 'sometimes'",
         ),
         ("timeout = -1", "expected a number of seconds"),
         ("timeout = true", "expected a number of seconds"),

@@ -1,0 +1,233 @@
+"""The folder of a frozen test is checked as what it may be: anybody's."""
+
+import asyncio
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qubes_itests.core.volume_content import BLOCK, data_blocks, write_blocks
+from qubes_itests.frozen.folder import (
+    BlockFile,
+    Folder,
+    FrozenDisk,
+    FrozenError,
+    FrozenInterface,
+    FrozenVM,
+    Kernel,
+    Link,
+    Manifest,
+    write_manifest,
+)
+from qubes_itests.frozen.thawing import thaw
+
+SIZE = 10 * BLOCK + 512
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a folder with one VM, whose two disks have a block in common."""
+    path = tmp_path / "frozen"
+    path.mkdir()
+    for name in ("memory-1", "kernel-1", "initramfs-1"):
+        (path / name).write_bytes(name.encode())
+    (path / "app.xml").write_bytes(b"<qubes/>")
+    blocks = BlockFile(path)
+    root = blocks.add(SIZE, iter([(0, b"a" * BLOCK), (10 * BLOCK, b"b" * 512)]))
+    private = blocks.add(SIZE, iter([(5 * BLOCK, b"a" * BLOCK)]))
+    blocks.close()
+    vm = FrozenVM(
+        name="work",
+        running=True,
+        state="memory-1",
+        memory=200,
+        max_memory=400,
+        vcpus=1,
+        balanced=True,
+        kernel="tiny",
+        options="",
+        disks=(FrozenDisk("xvda", "root", root, read_only=False),),
+        interfaces=(FrozenInterface("00:16:3e:00:00:01", 1, "up"),),
+    )
+    manifest = Manifest(
+        test="test_it",
+        time=1.5,
+        spread=0.25,
+        machine={"QEMU": "7.2"},
+        kernels=(Kernel("tiny", "kernel-1", "initramfs-1", "", "agent"),),
+        vms=(vm,),
+        volumes=(Link("work", "private", private),),
+        policy=("* * @anyvm @anyvm deny",),
+    )
+    write_manifest(path, manifest)
+    return path, manifest
+
+
+def test_what_was_written_is_read(folder):
+    path, manifest = folder
+    read = Folder.read(path)
+    read.require_whole()
+    assert read.manifest == manifest
+    assert read.app() == b"<qubes/>"
+    assert read.file("memory-1").read_bytes() == b"memory-1"
+    root, private = manifest.vms[0].disks[0].image, manifest.volumes[0].image
+    assert dict(read.blocks(root)) == {
+        0: b"a" * BLOCK,
+        10 * BLOCK: b"b" * 512 + bytes(BLOCK - 512),
+    }
+    assert dict(read.blocks(private)) == {5 * BLOCK: b"a" * BLOCK}
+    # what both have is there once
+    assert (path / "blocks").stat().st_size == 2 * BLOCK
+    assert str(read) == "1 VM, 0 MiB"
+
+
+def set_in(*keys, value):
+    """Return what changes one value of the manifest."""
+
+    def apply(path):
+        manifest = json.loads((path / "manifest.json").read_text())
+        place = manifest
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        (path / "manifest.json").write_text(json.dumps(manifest))
+
+    return apply
+
+
+ENTRY = {"size": 1, "digest": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: (path / "manifest.json").write_text("no"),
+        lambda path: (path / "manifest.json").write_text("[" * 100_000),
+        lambda path: (path / "manifest.json").write_bytes(b" " * (1 << 20) + b"{}"),
+        lambda path: (path / "manifest.json").unlink(),
+        set_in("version", value=2),
+        set_in("format", value="another"),
+        set_in("files", "../../etc/passwd", value=ENTRY),
+        set_in("files", "/etc/passwd", value=ENTRY),
+        set_in("files", "memory-1/../x", value=ENTRY),
+        set_in("files", "blocks", "size", value=1 << 50),
+        set_in("files", "blocks", "size", value=-1),
+        set_in("files", "blocks", "size", value=True),
+        set_in("files", value={}),
+        set_in("vms", value=[{}] * 2000),
+        set_in("vms", value={}),
+        set_in("vms", 0, "state", value="/dev/zero"),
+        set_in("vms", 0, "kernel", value="tiny\nmore"),
+        set_in("vms", 0, "memory", value=401),
+        set_in("vms", 0, "max_memory", value=1 << 40),
+        set_in("vms", 0, "vcpus", value=0),
+        set_in("vms", 0, "disks", 0, "name", value="../xvda"),
+        set_in("vms", 0, "disks", 0, "image", "size", value=1 << 60),
+        set_in("vms", 0, "interfaces", 0, "mac", value="00:16:3e:00:00:01'/>"),
+        set_in("vms", 0, "interfaces", 0, "place", value=0),
+        set_in("spread", value=float("nan")),
+        set_in("policy", value=["a\nb"]),
+        set_in("policy", value="allow"),
+    ],
+)
+def test_a_manifest_that_cannot_be_trusted(folder, damage):
+    path, _ = folder
+    damage(path)
+    with pytest.raises(FrozenError):
+        Folder.read(path)
+
+
+def link(path, name):
+    (path / name).rename(path.parent / "elsewhere")
+    (path / name).symlink_to(path.parent / "elsewhere")
+
+
+def fifo(path, name):
+    (path / name).unlink()
+    os.mkfifo(path / name)
+
+
+@pytest.mark.parametrize("name", ["blocks", "image-1", "memory-1", "kernel-1"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        link,
+        fifo,
+        lambda path, name: (path / name).unlink(),
+        lambda path, name: (path / name).write_bytes(b"longer" * BLOCK),
+        lambda path, name: (path / name).write_bytes(
+            bytes((path / name).stat().st_size)
+        ),
+    ],
+)
+def test_a_file_that_is_not_what_was_written(folder, damage, name):
+    path, _ = folder
+    read = Folder.read(path)
+    damage(path, name)
+    with pytest.raises(FrozenError, match=name):
+        read.require_whole()
+
+
+def test_the_manifest_itself_is_no_link(folder):
+    path, _ = folder
+    link(path, "manifest.json")
+    with pytest.raises(FrozenError):
+        Folder.read(path)
+
+
+@pytest.mark.parametrize("entry", [(11, 0), (0, 2), (1 << 60, 0)])
+def test_blocks_that_cannot_be(folder, entry):
+    path, _ = folder
+    place, number = entry
+    (path / "image-1").write_bytes(
+        place.to_bytes(8, "little") + number.to_bytes(4, "little")
+    )
+    (path / "manifest.json").unlink()
+    _, manifest = folder
+    write_manifest(path, manifest)
+    with pytest.raises(FrozenError, match="cannot be"):
+        Folder.read(path).require_whole()
+
+
+@given(
+    st.dictionaries(
+        st.integers(0, 40), st.binary(min_size=1, max_size=BLOCK), max_size=8
+    ),
+    st.integers(0, BLOCK),
+)
+def test_an_image_comes_out_as_it_went_in(tmp_path_factory, data, rest):
+    path = tmp_path_factory.mktemp("image")
+    source, target = path / "source", path / "target"
+    size = 40 * BLOCK + rest
+    with source.open("wb") as file:
+        for number, block in data.items():
+            file.seek(number * BLOCK)
+            file.write(block)
+        file.truncate(size)
+    target.write_bytes(b"\xff" * 100)
+    write_blocks(target, size, data_blocks(source))
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_a_machine_of_another_kind_is_told_in_what(folder):
+    async def machine():
+        return {"QEMU": "9.0", "CPU": "x"}
+
+    path, _ = folder
+    testbed = SimpleNamespace(hypervisor=SimpleNamespace(machine=machine))
+    match = "QEMU: 7.2 there, 9.0 here; .*CPU: unknown there, x here"
+    with pytest.raises(FrozenError, match=match):
+        asyncio.run(thaw(testbed, Folder.read(path)))
+
+
+def test_a_back_end_that_freezes_nothing(folder):
+    async def machine():
+        return {}
+
+    path, _ = folder
+    testbed = SimpleNamespace(hypervisor=SimpleNamespace(machine=machine, name="test"))
+    with pytest.raises(FrozenError, match="back end 'test' freezes no VMs"):
+        asyncio.run(thaw(testbed, Folder.read(path)))
