@@ -162,12 +162,16 @@ class Domain(abc.ABC):
         """Return the present state; HALTED also when it is not defined any more."""
 
     @abc.abstractmethod
-    async def start(self, *, saved_state: Path | None = None) -> None:
+    async def start(
+        self, *, saved_state: Path | None = None, to_save: Path | None = None
+    ) -> None:
         """Boot the domain, or resume it from a state that `save` wrote.
 
         A domain resumed from a saved state has no disks and no interfaces yet,
         whatever its spec lists: attach them afterwards.
 
+        :param to_save: the path that `save` will be given: clones of that state share
+            its memory then, where the back end has a way.
         :raise StateError: when it runs already.
         :raise SavedStateError: when the state does not load; the domain is halted
             then, and a start without it may follow.
@@ -204,7 +208,9 @@ class Domain(abc.ABC):
         """Write its state to a file for `start`, and halt it.
 
         The file is complete when this returns, and absent when it raises.  It loads
-        into other domains (other name, UUID, directory) of the same `state_key`.
+        into other domains (other name, UUID, directory) of the same `state_key`. There
+        may be files beside it whose names begin with its own, of one that was started
+        `to_save`.
         """
 
     async def freeze(self, path: Path) -> DomainSpec:

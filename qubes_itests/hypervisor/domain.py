@@ -96,7 +96,7 @@ class LibvirtDomain(Domain):
         self._loading = self._destroying = self._undefined = False
 
     @abc.abstractmethod
-    async def _create(self, saved_state: Path | None) -> None:
+    async def _create(self, saved_state: Path | None, to_save: Path | None) -> None:
         """Bring the domain to life; set libvirt's handle as soon as there is one."""
 
     async def _cleanup(self) -> None:
@@ -175,9 +175,11 @@ class LibvirtDomain(Domain):
             return self._last
         return lifecycle_state(state)
 
-    async def start(self, *, saved_state: Path | None = None) -> None:
+    async def start(
+        self, *, saved_state: Path | None = None, to_save: Path | None = None
+    ) -> None:
         await self._begin(
-            lambda: self._create(saved_state), loading=saved_state is not None
+            lambda: self._create(saved_state, to_save), loading=saved_state is not None
         )
 
     async def _begin(

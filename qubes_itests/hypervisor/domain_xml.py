@@ -21,6 +21,7 @@ __all__ = [
     "disk_xml",
     "domain_xml",
     "interface_xml",
+    "memory_arguments",
 ]
 
 #: The virtio-serial port on which the guest's agent listens.
@@ -29,6 +30,11 @@ CHANNEL_NAME = "org.qubes_itests.agent"
 #: QEMU's XML namespace of libvirt, for what libvirt has no element for.
 _QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 ET.register_namespace("qemu", _QEMU)
+
+#: QEMU's name for a domain's memory; a state names it too.
+_MEMORY = "memory"
+#: What shared_memory.c knows a file by that may only be read.
+_READ_ONLY = "/proc/qubes_itests/read-only"
 
 #: Ports that wait for a hot-plugged device; a network interface takes one each.
 SPARE_PORTS = 4
@@ -62,12 +68,15 @@ class Machine:
     :param machine: QEMU's machine type.
     :param cpu: QEMU's CPU model under emulation. A model without ERMS: emulated
         string moves are several times slower than emulated loops.
+    :param memory_library: see shared_memory.c; None where clones have no memory in
+        common.
     """
 
     kvm: bool
     emulator: Path
     machine: str = "q35"
     cpu: str = "Nehalem"
+    memory_library: Path | None = None
 
 
 def channel_path(spec: DomainSpec) -> Path:
@@ -87,12 +96,15 @@ def domain_xml(
     direct_disks: frozenset[str] = frozenset(),
     incoming: str | None = None,
     plugged: bool = True,
+    memory_file: Path | None = None,
 ) -> str:
     """Return the definition of a domain.
 
     :param direct_disks: names of the disks whose files can be opened with O_DIRECT.
     :param incoming: QEMU's address of a saved state to start from.
     :param plugged: whether it has disks and interfaces from the beginning.
+    :param memory_file: what its memory is: the file itself, or with `incoming` a copy
+        on write of it.
     """
     root = ET.Element("domain", type="kvm" if machine.kvm else "qemu")
     _add(root, "name", spec.name)
@@ -108,14 +120,39 @@ def domain_xml(
     devices = _devices(spec, machine)
     root.append(devices)
     root.append(_capabilities())
+    arguments = memory_arguments(
+        spec.max_memory, memory_file, writable=incoming is None
+    )
     if plugged:
         devices.extend(_disk(d, direct=d.name in direct_disks) for d in spec.disks)
         devices.extend(_interface(interface) for interface in spec.interfaces)
     if incoming is not None:
-        line = ET.SubElement(root, f"{{{_QEMU}}}commandline")
-        for argument in ("-incoming", incoming):
-            ET.SubElement(line, f"{{{_QEMU}}}arg", value=argument)
+        arguments += ["-incoming", incoming]
+    line = ET.SubElement(root, f"{{{_QEMU}}}commandline")
+    for argument in arguments:
+        ET.SubElement(line, f"{{{_QEMU}}}arg", value=argument)
+    if memory_file is not None and incoming is not None:
+        library = str(machine.memory_library)
+        ET.SubElement(line, f"{{{_QEMU}}}env", name="LD_PRELOAD", value=library)
     return ET.tostring(root, encoding="unicode")
+
+
+def memory_arguments(size: int, file: Path | None, *, writable: bool) -> list[str]:
+    """Return QEMU's arguments for a domain's memory.
+
+    libvirt's own element would name the file after the domain.
+
+    :param size: MiB.
+    :param file: what it is kept in; None for none.
+    :param writable: whether the file is the memory, or what is copied on write.
+    """
+    kind = "memory-backend-ram"
+    if file is not None:
+        path = str(file) if writable else f"{_READ_ONLY}{file}"
+        share = "on" if writable else "off"
+        kind = f"memory-backend-file,share={share},mem-path={path.replace(',', ',,')}"
+    backend = f"{kind},id={_MEMORY},size={size}M"
+    return ["-object", backend, "-machine", f"memory-backend={_MEMORY}"]
 
 
 def disk_xml(disk: Disk, *, direct: bool) -> str:

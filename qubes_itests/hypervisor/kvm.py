@@ -21,14 +21,16 @@ from qubes_itests.host.packages import find_program
 if TYPE_CHECKING:
     from qubes_itests.host.cache import Cache
 
-__all__ = ["Verdict", "kvm_usable"]
+__all__ = ["EMULATOR", "Verdict", "kvm_usable"]
+
+#: The program that runs guests.
+EMULATOR = "qemu-system-x86_64"
 
 #: Seconds that the probe may take; where KVM works it takes about one.
 DEADLINE = 8.0
 
 _DEVICE = Path("/dev/kvm")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_EMULATOR = "qemu-system-x86_64"
 _PROOF = b"Unable to mount root fs"
 _OPTIONS = "console=ttyS0 panic=-1"
 
@@ -57,9 +59,9 @@ def kvm_usable(cache: Cache, kernel: Path, *, deadline: float = DEADLINE) -> Ver
     value = os.environ.get("QUBES_ITESTS_KVM", "")
     if value in ("0", "1"):
         return Verdict(usable=value == "1", reason=f"QUBES_ITESTS_KVM={value} says so")
-    emulator = find_program(_EMULATOR)
+    emulator = find_program(EMULATOR)
     if emulator is None:
-        return Verdict(usable=False, reason=f"{_EMULATOR} is not installed")
+        return Verdict(usable=False, reason=f"{EMULATOR} is not installed")
     if not os.access(_DEVICE, os.R_OK | os.W_OK):
         return Verdict(usable=False, reason=f"{_DEVICE} is missing or not ours to use")
     key = digest(_BOOT_ID.read_text(), str(emulator), kernel)

@@ -24,9 +24,10 @@ from qubes_itests.host.packages import find_program
 from qubes_itests.hypervisor.connection import Connection
 from qubes_itests.hypervisor.domain_xml import Machine, channel_path, domain_xml
 from qubes_itests.hypervisor.embed import CapabilityCache, emulator_key, make_root
-from qubes_itests.hypervisor.kvm import kvm_usable
+from qubes_itests.hypervisor.kvm import EMULATOR, kvm_usable
 from qubes_itests.hypervisor.libvirt_hypervisor import LibvirtHypervisor
 from qubes_itests.hypervisor.qemu_domain import QemuDomain
+from qubes_itests.hypervisor.shared_memory import link_memory_library
 
 if TYPE_CHECKING:
     from qubes_itests.hypervisor.contract import DomainSpec
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["QemuHypervisor"]
 
 _LOG = logging.getLogger(__name__)
-
-_EMULATOR = "qemu-system-x86_64"
 
 #: What the kernel takes as a socket's path, less its final NUL.
 _SOCKET_PATH = 107
@@ -86,15 +85,14 @@ class QemuHypervisor(LibvirtHypervisor):
         """
         if isinstance(cache, Path):
             cache = Cache(cache)
-        emulator = find_program(_EMULATOR)
+        emulator = find_program(EMULATOR)
         if emulator is None:
             raise EnvironmentNotReadyError(
-                f"{_EMULATOR} is not installed.",
+                f"{EMULATOR} is not installed.",
                 "Install it: apt install qemu-system-x86.",
             )
         if kvm is None:
             kvm = await asyncio.to_thread(_kvm_works, cache, kernel)
-        machine = Machine(kvm=kvm, emulator=emulator)
         root = directory / "libvirt"
         excess = len(str(root)) + _MONITOR - _SOCKET_PATH
         if excess > 0:
@@ -102,8 +100,10 @@ class QemuHypervisor(LibvirtHypervisor):
                 f"The path {root} is {excess} bytes too long for the sockets in it.",
                 "Set QUBES_ITESTS_CACHE to a directory with a shorter path.",
             )
-        capabilities = CapabilityCache(cache, root, machine.emulator)
+        capabilities = CapabilityCache(cache, root, emulator)
         await asyncio.to_thread(make_root, root)
+        library = await asyncio.to_thread(link_memory_library, cache, emulator, root)
+        machine = Machine(kvm=kvm, emulator=emulator, memory_library=library)
         # before the driver opens, which reads it then and not again
         await asyncio.to_thread(capabilities.fetch)
         connection = await Connection.open(
@@ -168,11 +168,14 @@ class QemuHypervisor(LibvirtHypervisor):
             kernel=Path("/kernel"),
             initramfs=Path("/initramfs"),
         )
+        library = self._machine.memory_library
         return digest(
             domain_xml(neutral, self._machine, incoming="defer", plugged=False),
             spec.kernel,
             spec.initramfs,
             emulator_key(self._machine.emulator),
+            library or "no memory in common",
+            _host_cpu() if self._machine.kvm else "",
         )
 
     async def _disconnect(self) -> None:

@@ -28,8 +28,17 @@ from qubes_itests.hypervisor.domain_xml import (
     domain_xml,
     interface_xml,
 )
-from qubes_itests.hypervisor.exc import HypervisorError, StateError
-from qubes_itests.hypervisor.saved_state import SavedState, save_state
+from qubes_itests.hypervisor.exc import (
+    HypervisorError,
+    SavedStateError,
+    StateError,
+)
+from qubes_itests.hypervisor.saved_state import (
+    SavedState,
+    make_memory_file,
+    memory_file,
+    save_state,
+)
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
@@ -73,6 +82,8 @@ class QemuDomain(LibvirtDomain):
         super().__init__(connection, spec, publish, forget)
         self._machine = machine
         self._pid_file = run_directory / f"{spec.name}.pid"
+        #: What its memory is in if it will be saved.
+        self._memory_file: Path | None = None
         self._console = Console(spec.name, console_pipe(spec), self.console_log())
 
     def console_log(self) -> Path:
@@ -81,24 +92,48 @@ class QemuDomain(LibvirtDomain):
     def _describe(self) -> str:
         return domain_xml(self.spec, self._machine)
 
-    async def _create(self, saved_state: Path | None) -> None:
+    async def _create(self, saved_state: Path | None, to_save: Path | None) -> None:
         await asyncio.to_thread(self._console.open)
-        if saved_state is None:
-            await self._create_native(await asyncio.to_thread(self._definition), 0)
+        if saved_state is not None:
+            await self._load(saved_state, plugged=False, run=True)
             return
-        xml = domain_xml(self.spec, self._machine, incoming="defer", plugged=False)
-        await self._load(xml, saved_state, run=True)
+        if to_save is not None and self._machine.memory_library is not None:
+            self._memory_file = memory_file(to_save)
+            size = self.spec.max_memory << 20
+            await asyncio.to_thread(make_memory_file, self._memory_file, size)
+        xml = await asyncio.to_thread(self._definition, memory=self._memory_file)
+        await self._create_native(xml, 0)
 
-    async def _load(self, xml: str, saved_state: Path, *, run: bool) -> None:
+    async def _load(self, saved_state: Path, *, plugged: bool, run: bool) -> None:
         with SavedState(self.spec.name, saved_state) as state:
-            await self._create_native(xml, libvirt.VIR_DOMAIN_START_PAUSED)
+            xml = await asyncio.to_thread(
+                self._definition, "defer", plugged=plugged, memory=state.memory
+            )
+            try:
+                await self._create_native(xml, libvirt.VIR_DOMAIN_START_PAUSED)
+            except HypervisorError as error:
+                if state.memory is None:
+                    raise
+                # QEMU may not take the memory; a cold start does without
+                raise SavedStateError(self.spec.name, "start", error.reason) from error
             await state.load(self._connection, self._native, run=run)
 
-    def _definition(self, *, incoming: str | None = None) -> str:
-        disks = self.spec.disks
+    def _definition(
+        self,
+        incoming: str | None = None,
+        *,
+        plugged: bool = True,
+        memory: Path | None = None,
+    ) -> str:
+        disks = self.spec.disks if plugged else ()
         direct = frozenset(d.name for d in disks if _opens_direct(d.path))
         return domain_xml(
-            self.spec, self._machine, direct_disks=direct, incoming=incoming
+            self.spec,
+            self._machine,
+            direct_disks=direct,
+            incoming=incoming,
+            plugged=plugged,
+            memory_file=memory,
         )
 
     async def _create_native(self, xml: str, flags: int) -> None:
@@ -115,6 +150,9 @@ class QemuDomain(LibvirtDomain):
         # the console first: its log is whole only when QEMU's end of the pipe is read
         await asyncio.to_thread(self._console.close)
         await asyncio.to_thread(channel_path(self.spec).unlink, missing_ok=True)
+        if self._memory_file is not None:
+            await asyncio.to_thread(self._memory_file.unlink, missing_ok=True)
+            self._memory_file = None
 
     async def _pull_plug(self) -> None:
         await asyncio.to_thread(kill_qemu, self._pid_file, self.spec.name)
@@ -130,8 +168,14 @@ class QemuDomain(LibvirtDomain):
         # in any case, for after a migration its CPUs must not run on
         async with self._changing:
             native = self._running("save")
+            if self._memory_file not in (None, memory_file(path)):
+                where = f"it was started to be saved beside {self._memory_file}"
+                raise HypervisorError(self.spec.name, "save", where)
             try:
-                await save_state(self._connection, self.spec.name, native, path)
+                await save_state(
+                    self._connection, self.spec.name, native, path, self._memory_file
+                )
+                self._memory_file = None  # it is the state's
             finally:
                 await self._stop()
 
@@ -150,8 +194,7 @@ class QemuDomain(LibvirtDomain):
     async def thaw(self, path: Path) -> None:
         async def create() -> None:
             await asyncio.to_thread(self._console.open)
-            xml = await asyncio.to_thread(self._definition, incoming="defer")
-            await self._load(xml, path, run=False)
+            await self._load(path, plugged=True, run=False)
 
         await self._begin(create, loading=True)
         self._announce_paused()

@@ -1,7 +1,11 @@
-"""Saved states: a domain's memory and devices in a file, and back.
+"""Saved states: a domain's memory and devices in files, and back.
 
 libvirt's own save and restore insist on one UUID.  A state is written here by QEMU's
 migration to a file, which other domains of the same machine can load.
+
+Where clones share memory that file holds the devices alone. The memory is a file beside
+it, in which the saved domain ran, and which nobody writes any more: each clone has a
+private mapping of it, so that it owns only those pages that it has changed.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import asyncio
 import json
 import os
 import secrets
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import libvirt_qemu
 
@@ -22,12 +26,40 @@ if TYPE_CHECKING:
 
     from qubes_itests.hypervisor.connection import Connection
 
-__all__ = ["SavedState", "save_state"]
+__all__ = ["SavedState", "make_memory_file", "memory_file", "save_state"]
 
 #: Seconds for one direction; a small guest takes one or two under emulation.
 _DEADLINE = 60.0
 _POLL = 0.01
 _FD_NAME = "qubes_itests-state"
+
+#: What a file begins with whose memory is elsewhere, to its full length: the size of
+#: that file and when it was changed last. QEMU's own data begins otherwise.
+_HEADER: Final = "memory {} bytes of {} ns"
+_HEADER_LENGTH: Final = 64
+
+
+def memory_file(path: Path) -> Path:
+    """Return the file beside a state in which the memory is that its clones share."""
+    return path.with_name(f"{path.name}.memory")
+
+
+def make_memory_file(file: Path, size: int) -> None:
+    """Make the memory of a domain that will be saved, all of it a hole. Blocking.
+
+    :param size: bytes.
+    """
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.truncate(descriptor, size)
+    finally:
+        os.close(descriptor)
+
+
+def _header(memory: Path) -> bytes:
+    status = memory.stat()
+    text = _HEADER.format(status.st_size, status.st_mtime_ns)
+    return text.ljust(_HEADER_LENGTH - 1).encode() + b"\n"
 
 
 class _Monitor:
@@ -58,6 +90,16 @@ class _Monitor:
         )
         self._result(action, answer[0] if isinstance(answer, tuple) else answer)
 
+    async def leave_out_shared_memory(self, action: str, *, out: bool) -> None:
+        """Have memory left out of the state, or not, that others share; on both sides.
+
+        It changes the format.
+        """
+        capability = {"capability": "x-ignore-shared", "state": out}
+        await self.execute(
+            action, "migrate-set-capabilities", capabilities=[capability]
+        )
+
     def _result(self, action: str, answer: str) -> Any:
         parsed = json.loads(answer)
         if "error" in parsed:
@@ -66,10 +108,15 @@ class _Monitor:
 
 
 async def save_state(
-    connection: Connection, domain: str, native: Any, path: Path
+    connection: Connection,
+    domain: str,
+    native: Any,
+    path: Path,
+    memory: Path | None = None,
 ) -> None:
     """Write a domain's state to `path`; its virtual CPUs stay stopped.
 
+    :param memory: the file in which it runs; it becomes part of the state.
     :raise HypervisorError: it did not work; there is no file then.
     """
     monitor = _Monitor(connection, domain, native)
@@ -78,26 +125,36 @@ async def save_state(
     try:
         # stopped first, or the guest dirties pages as fast as they are written
         await connection.call(domain, "save", native.suspend)
-        # All of the memory, whatever file it lies in.
-        await monitor.execute(
-            "save",
-            "migrate-set-capabilities",
-            capabilities=[{"capability": "x-ignore-shared", "state": False}],
-        )
+        await monitor.leave_out_shared_memory("save", out=memory is not None)
         # QEMU's default is a network's speed, which would make the save take seconds
         await monitor.execute(
             "save", "migrate-set-parameters", **{"max-bandwidth": 1 << 40}
         )
+        if memory is not None:
+            os.lseek(fd, _HEADER_LENGTH, os.SEEK_SET)
         await monitor.pass_file("save", fd)
         await monitor.execute("save", "migrate", uri=f"fd:{_FD_NAME}")
         await _wait_migrated(monitor, "save")
         # On disk before it has its name: the name is what later runs trust, and after
         # a power cut it could be that of a file with holes, from which guests crash.
+        if memory is not None:
+            await asyncio.to_thread(_seal, memory)
+            os.pwrite(fd, _header(memory), 0)
         await asyncio.to_thread(os.fsync, fd)
         temporary.replace(path)
     finally:
         os.close(fd)
         temporary.unlink(missing_ok=True)
+
+
+def _seal(memory: Path) -> None:
+    """Make a memory what it stays: on the disk, and not for writing."""
+    descriptor = os.open(memory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fchmod(descriptor, 0o400)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 async def _wait_migrated(monitor: _Monitor, action: str) -> None:
@@ -123,8 +180,11 @@ class SavedState:
 
     :param domain: name of the domain that it is loaded into.
     :param path: what `save_state` wrote.
-    :raise SavedStateError: there is no such file.
+    :raise SavedStateError: there is no such file, or its memory is not what it was.
     """
+
+    #: The file that is the domain's memory; None if that is in the state itself.
+    memory: Path | None = None
 
     def __init__(self, domain: str, path: Path) -> None:
         self._domain = domain
@@ -132,6 +192,24 @@ class SavedState:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise self._error(error) from error
+        try:
+            self._find_memory(memory_file(path))
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _find_memory(self, file: Path) -> None:
+        header = os.read(self._fd, _HEADER_LENGTH)
+        if not header.startswith(_HEADER.partition(" ")[0].encode()):
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            return
+        try:
+            expected, mode = _header(file), file.stat().st_mode
+        except OSError as error:
+            raise self._error(error) from error
+        if header != expected or mode & 0o222:
+            raise self._error(f"{file} was written to")
+        self.memory = file
 
     def _error(self, reason: object) -> SavedStateError:
         words = f"its saved state did not load: {reason}"
@@ -145,6 +223,8 @@ class SavedState:
         """
         monitor = _Monitor(connection, self._domain, native)
         try:
+            if self.memory is not None:
+                await monitor.leave_out_shared_memory("start", out=True)
             await monitor.pass_file("start", self._fd)
             await monitor.execute("start", "migrate-incoming", uri=f"fd:{_FD_NAME}")
             await _wait_migrated(monitor, "start")

@@ -40,7 +40,7 @@ class _TestDomain(LibvirtDomain):
     def _describe(self) -> str:
         return _domain_xml(self.spec)
 
-    async def _create(self, saved_state: Path | None) -> None:
+    async def _create(self, saved_state: Path | None, to_save: Path | None) -> None:
         if saved_state is not None:
             raise SavedStateError(
                 self.spec.name, "start", "the test back end has no saved states"

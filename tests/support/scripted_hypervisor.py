@@ -45,8 +45,10 @@ class ScriptedDomain(Domain):
     async def state(self) -> DomainState:
         return self.present
 
-    async def start(self, *, saved_state: Path | None = None) -> None:
-        assert saved_state is None
+    async def start(
+        self, *, saved_state: Path | None = None, to_save: Path | None = None
+    ) -> None:
+        assert saved_state is to_save is None
         await self.hypervisor.pace()
         self.hypervisor.fail_perhaps(self, "start")
         if self.present not in _STOPPED:

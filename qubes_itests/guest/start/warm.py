@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.link.agent import GuestAgent
+from qubes_itests.hypervisor.exc import HypervisorError
 
 if TYPE_CHECKING:
     from qubes_itests.host.cache import Cache
@@ -108,7 +109,12 @@ class WarmStarts:
         )
         domain = await self._hypervisor.define(blank)
         try:
-            await domain.start()
+            try:
+                await domain.start(to_save=path)
+            except HypervisorError as error:
+                # such as a filesystem of the cache that files cannot be mapped from
+                log.warning("VMs like %s share no memory: %s", spec.name, str(error))
+                await domain.start()
             agent = await GuestAgent.connect(domain, timeout=limit)
             try:
                 await _balloon_up(domain, limit)

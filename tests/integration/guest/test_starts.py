@@ -9,6 +9,7 @@ import pytest
 from qubes_itests.guest.exc import BootError
 from qubes_itests.guest.start.warm import WarmStarts
 from qubes_itests.host.cache import Cache
+from qubes_itests.host.command import run
 from qubes_itests.hypervisor.contract import DomainState, LifecycleEvent
 
 MIB = 1 << 20
@@ -93,6 +94,21 @@ async def test_a_state_that_does_not_load_is_dropped(machines, hypervisor, direc
     _, agent = await machines.boot(spec, warm=warm)
     assert await (await agent.spawn("true")).wait() == 0
     assert cache.lookup("stage-one", key) is None
+
+
+async def test_a_cache_without_room(machines, hypervisor, directory):
+    """Stage one has nowhere to keep its memory: the VM boots, and nothing is left."""
+    place = directory / "cache"
+    place.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place])
+    try:
+        warm = WarmStarts(Cache(place), hypervisor)
+        _, agent = await machines.boot(machines.spec("work"), warm=warm)
+        assert await (await agent.spawn("true")).wait() == 0
+        assert not Cache(place).entries("stage-one")
+        assert not list(place.glob("stage-one/.*"))
+    finally:
+        run(["umount", place])
 
 
 async def test_starts_at_once_make_one_state(machines, hypervisor, directory):

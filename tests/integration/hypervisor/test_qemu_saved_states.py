@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
+import os
+import re
 import time
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from qemu_processes import processes
 
+from qubes_itests.host.cache import digest, disk_usage
+from qubes_itests.host.command import run
 from qubes_itests.hypervisor.contract import Disk, DomainState, LifecycleEvent
 from qubes_itests.hypervisor.exc import HypervisorError, SavedStateError
+from qubes_itests.hypervisor.saved_state import memory_file
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -24,11 +32,11 @@ async def hypervisor(open_qemu):
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def saved(hypervisor, make_spec, connect_shell, directory):
     domain = await hypervisor.define(make_spec(name="original"))
-    await domain.start()
+    path = directory / "state"
+    await domain.start(to_save=path)
     shell = await connect_shell(domain)
     await shell.run("mark=remembered")
     shell.close()
-    path = directory / "state"
     await domain.save(path)
     assert await domain.state() is DomainState.HALTED
     await domain.undefine()
@@ -62,6 +70,86 @@ async def test_clones(hypervisor, saved, make_spec, connect_shell, directory):
     end()
 
 
+async def test_clones_share_memory_and_nothing_else(
+    hypervisor, saved, make_spec, connect_shell, eventually
+):
+    """What one writes no other sees; what it gives back is given back, and no more."""
+    memory = memory_file(saved)
+    before = digest(memory)
+    assert disk_usage(saved.parent) < memory.stat().st_size == 160 << 20
+    domains = [await hypervisor.define(make_spec()) for _ in range(2)]
+    await asyncio.gather(*(domain.start(saved_state=saved) for domain in domains))
+    shells = [await connect_shell(domain) for domain in domains]
+    for number, shell in enumerate(shells):
+        await shell.run(f"mark=of_{number}; {_fill(number, 30)}")
+    for number, shell in enumerate(shells):
+        assert await shell.run("echo $mark") == f"of_{number}\n"
+        assert await shell.run("md5sum < /f") == _md5(number, 30)
+    full = [_private_memory(domain) for domain in domains]
+    await shells[0].run("rm /f")
+    await domains[0].set_memory_target(80 << 20)
+    await eventually(lambda: _private_memory(domains[0]) < full[0] - (25 << 20))
+    assert await shells[1].run("md5sum < /f; rm /f") == _md5(1, 30)
+    # what was given back, and so is the file's again, serves as well as any other
+    await domains[0].set_memory_target(160 << 20)
+    assert await shells[0].run(f"{_fill(2, 40)}; md5sum < /f") == _md5(2, 40)
+    third = await hypervisor.define(make_spec())
+    await third.start(saved_state=saved)
+    shell = await connect_shell(third)
+    assert await shell.run("echo $mark; ls /f 2> /dev/null || true") == "remembered\n"
+    assert digest(memory) == before
+    assert memory.stat().st_mode & 0o777 == 0o400
+    for end in (*shells, shell):
+        end.close()
+    for domain in (*domains, third):
+        await domain.undefine()
+    assert digest(memory) == before
+
+
+async def test_without_memory_in_common(
+    hypervisor, make_spec, connect_shell, directory, monkeypatch
+):
+    """Where QEMU cannot share it a state holds all of the memory, and loads as well."""
+    machine = dataclasses.replace(hypervisor._machine, memory_library=None)
+    spec = make_spec()
+    shared = await hypervisor.state_key(spec)
+    monkeypatch.setattr(hypervisor, "_machine", machine)
+    assert await hypervisor.state_key(spec) != shared
+    domain = await hypervisor.define(spec)
+    path = directory / "whole"
+    await domain.start(to_save=path)
+    shell = await connect_shell(domain)
+    await shell.run("mark=whole")
+    shell.close()
+    await domain.save(path)
+    assert not memory_file(path).exists()
+    await domain.start(saved_state=path)
+    shell = await connect_shell(domain)
+    assert await shell.run("echo $mark") == "whole\n"
+    shell.close()
+    await domain.undefine()
+
+
+def _fill(digit, megabytes):
+    """Return a command that fills a file with lines of one digit."""
+    block = f"yes {digit} | head -c 1000000 > /block"
+    return f"{block}; for i in $(seq {megabytes}); do cat /block; done > /f"
+
+
+def _md5(digit, megabytes):
+    """Return what md5sum says of that file."""
+    content = f"{digit}\n".encode() * (500_000 * megabytes)
+    return f"{hashlib.md5(content, usedforsecurity=False).hexdigest()}  -\n"
+
+
+def _private_memory(domain):
+    """Return how many bytes of a domain's memory are its own."""
+    (process,) = processes(domain.spec.name)
+    text = Path(f"/proc/{process}/smaps").read_text()
+    mapping = text[text.index("state.memory") :]
+    return 1024 * int(re.search(r"Anonymous: +([0-9]+) kB", mapping)[1])
+
+
 def _cut(data):
     return data[: len(data) // 2]
 
@@ -74,13 +162,38 @@ def _garble_tail(data):
     return data[:-200_000] + b"\xa5" * 200_000
 
 
-@pytest.mark.parametrize(
-    "damage", [_cut, _garble_head, _garble_tail, lambda _data: b""]
-)
+def _cut_memory(path):
+    memory_file(path).chmod(0o600)
+    os.truncate(memory_file(path), 1 << 20)
+    memory_file(path).chmod(0o400)
+
+
+def _write_memory(path):
+    with memory_file(path).open("r+b") as file:
+        file.write(b"\xa5")
+
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(_cut(path.read_bytes())),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbled head": lambda path: path.write_bytes(_garble_head(path.read_bytes())),
+    "garbled tail": lambda path: path.write_bytes(_garble_tail(path.read_bytes())),
+    "memory gone": lambda path: memory_file(path).unlink(),
+    "memory cut": _cut_memory,
+    "memory written": _write_memory,
+    "memory writable": lambda path: memory_file(path).chmod(0o600),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 async def test_a_damaged_state(hypervisor, saved, make_spec, directory, damage):
     """It is said soon, no domain is left, and a cold start may follow."""
-    bad = directory / "bad"
-    bad.write_bytes(damage(saved.read_bytes()))
+    place = directory / "bad"
+    place.mkdir(exist_ok=True)
+    for file in (saved, memory_file(saved)):
+        run(["cp", "--preserve", "--sparse=always", file, place])
+    bad = place / saved.name
+    DAMAGES[damage](bad)
     domain = await hypervisor.define(make_spec())
     before = time.monotonic()
     with pytest.raises(SavedStateError, match="did not load"):
@@ -88,8 +201,9 @@ async def test_a_damaged_state(hypervisor, saved, make_spec, directory, damage):
     assert time.monotonic() - before < 10
     assert await domain.state() is DomainState.HALTED
     assert [path.name for path in domain.spec.directory.iterdir()] == ["console.log"]
-    await domain.start()
-    assert await domain.state() is DomainState.RUNNING
+    if damage == "cut":
+        await domain.start()
+        assert await domain.state() is DomainState.RUNNING
     await domain.undefine()
 
 
@@ -107,7 +221,13 @@ async def test_a_save_that_fails_leaves_no_file(hypervisor, make_spec, directory
         await domain.save(directory / "no" / "such" / "directory")
     assert await domain.state() is DomainState.HALTED
     assert not (directory / "no").exists()
+    place = directory / "unsaved"
+    place.mkdir()
+    await domain.start(to_save=place / "state")
+    with pytest.raises(HypervisorError, match="beside"):
+        await domain.save(place / "another")
     await domain.undefine()
+    assert not list(place.iterdir())
 
 
 async def test_the_key_is_of_what_shapes_a_state(hypervisor, make_spec, tmp_path):

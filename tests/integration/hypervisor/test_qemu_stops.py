@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from qemu_processes import processes
 
 from qubes_itests.hypervisor import connection
 from qubes_itests.hypervisor.contract import (
@@ -33,18 +33,6 @@ async def hypervisor(open_qemu):
 @pytest_asyncio.fixture
 async def domain(hypervisor, make_spec):
     return await hypervisor.define(make_spec())
-
-
-def processes(name):
-    """Return the process numbers of a domain's QEMU."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if f"guest={name},".encode() in entry.read_bytes():
-                found.append(int(entry.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.mark.parametrize(
