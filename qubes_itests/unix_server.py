@@ -11,9 +11,10 @@ import os
 import resource
 import select
 import socket
+import time
 from typing import TYPE_CHECKING, Final, Self
 
-from qubes_itests.exc import HarnessError
+from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.limited_log import LimitedLog
 
 if TYPE_CHECKING:
@@ -26,11 +27,12 @@ log = logging.getLogger(__name__)
 
 #: Who may connect: owner and group.
 _MODE: Final = 0o660
-#: Descriptors that are left to all else: guests, disks, programs.
-_OTHER_DESCRIPTORS: Final = 512
 _BACKLOG: Final = 256
 #: Connections that are accepted in one go, before any that is too many is closed.
 _ACCEPTED: Final = 32
+#: Seconds that others may take to begin in the same directory, and between two looks.
+_TURN_TIMEOUT: Final = 10.0
+_TURN_PAUSE: Final = 0.02
 
 
 class Client:
@@ -83,14 +85,27 @@ class Client:
         """Have `gone` called once when it closes its end altogether.
 
         asyncio looks no more at a socket whose other end has half-closed, as one does
-        that has sent its request and waits.  epoll tells of hang-ups unasked.
+        that has sent its request and waits.  epoll tells of hang-ups unasked; but not
+        of those that asyncio has found first, in a write: it closes our end then.
         """
+        if self.writer.transport.is_closing():
+            gone()  # and its socket has no number any more
+            yield
+            return
         watch, descriptor = self._server, self.writer.get_extra_info("socket").fileno()
         watch.epoll.register(descriptor, 0)
         watch.watched[descriptor] = gone
+
+        async def closed_by_asyncio() -> None:
+            with contextlib.suppress(OSError):
+                await self.writer.wait_closed()
+            watch.hung_up(descriptor, gone)
+
+        ending = asyncio.create_task(closed_by_asyncio())
         try:
             yield
         finally:
+            ending.cancel()
             watch.unwatch(descriptor, gone)
 
 
@@ -134,7 +149,8 @@ class UnixServer(abc.ABC):
             loop.add_reader(self.epoll.fileno(), self._hung_up)
             stack.callback(loop.remove_reader, self.epoll.fileno())
             stack.push_async_callback(self._end_clients)
-            listening = _listen(self.path)
+            async with _turn(self.path.parent):
+                listening = _listen(self.path)
             # Before the clients end, which may take long: once nobody listens, another
             # server may take the path, and it is that one's socket then.
             stack.callback(self.path.unlink, missing_ok=True)
@@ -160,11 +176,14 @@ class UnixServer(abc.ABC):
         """Serve a client; its connection is closed when this returns or raises."""
 
     def capacity(self) -> int:
-        """Return how many clients there may be, with the descriptors there are."""
+        """Return how many clients there may be, with half of the descriptors there are.
+
+        The others are left to all else: guests, disks, programs.
+        """
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if limit == resource.RLIM_INFINITY:
             return self.most
-        return max(1, min(self.most, limit - _OTHER_DESCRIPTORS))
+        return min(self.most, limit // 2)
 
     # what clients do
 
@@ -221,9 +240,14 @@ class UnixServer(abc.ABC):
     def _hung_up(self) -> None:
         for descriptor, _events in self.epoll.poll(0):
             if (gone := self.watched.get(descriptor)) is not None:
-                # epoll would tell of it again and again
-                self.unwatch(descriptor, gone)
-                gone()
+                self.hung_up(descriptor, gone)
+
+    def hung_up(self, descriptor: int, gone: Callable[[], object]) -> None:
+        """Call what is to be called when the other end of a socket is closed, once."""
+        if self.watched.get(descriptor) is gone:
+            # first: epoll would tell of it again and again
+            self.unwatch(descriptor, gone)
+            gone()
 
     def unwatch(self, descriptor: int, gone: Callable[[], object]) -> None:
         """Call `gone` no more when the other end of a socket is closed."""
@@ -241,19 +265,18 @@ def _listen(path: Path) -> socket.socket:
         listening = stack.enter_context(socket.socket(socket.AF_UNIX))
         # before the bind: at no moment may anybody else connect
         os.fchmod(listening.fileno(), _MODE)
-        with _turn(path.parent):
-            _remove_stale(path)
-            listening.bind(str(path))
-            path.chmod(_MODE)
-            # within the turn: until then it looks as if nobody served it
-            listening.listen(_BACKLOG)
+        _remove_stale(path)
+        listening.bind(str(path))
+        path.chmod(_MODE)
+        # at once: until then it looks as if nobody served it
+        listening.listen(_BACKLOG)
         listening.setblocking(False)
         stack.pop_all()
     return listening
 
 
-@contextlib.contextmanager
-def _turn(directory: Path) -> Iterator[None]:
+@contextlib.asynccontextmanager
+async def _turn(directory: Path) -> AsyncIterator[None]:
     """Keep other processes from taking a socket of a directory meanwhile.
 
     Of two that find the same stale socket, the second would remove what the first one
@@ -261,12 +284,19 @@ def _turn(directory: Path) -> Iterator[None]:
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HarnessError(
-                f"another process locks {directory}: try again"
-            ) from None
+        end = time.monotonic() + _TURN_TIMEOUT
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise DeadlineError(
+                        f"lock of {directory}, which another process has",
+                        _TURN_TIMEOUT,
+                    ) from None
+                # not waited for in the call: other tasks of this loop may not stand
+                await asyncio.sleep(_TURN_PAUSE)
         yield
     finally:
         os.close(descriptor)

@@ -103,18 +103,12 @@ class _SocketStream(EventStream):
         self._transport = client.writer.transport
 
     async def wait_closed(self) -> None:
-        # A connection that asyncio has closed is in no epoll any more, which so would
-        # never tell of it.
-        if not self._transport.is_closing():
-            with self._client.watched(self._drop):
-                await super().wait_closed()
+        with self._client.watched(self._drop):
+            await super().wait_closed()
 
     def _write(self, data: bytes) -> None:
-        self._transport.write(data)
-        if self._transport.is_closing():
-            # The write found the other end closed, and asyncio closes ours before
-            # epoll is asked again.
-            self.close()
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
     def _backlog(self) -> int:
         return self._transport.get_write_buffer_size()
