@@ -61,12 +61,15 @@ def _open(testbed: Testbed, folder: Folder, wanted: tuple[str, ...]) -> int:
     print(f"{folder}")
     for name, vm in vms.items():
         if vm.klass != "TemplateVM" or vm.is_running():
-            print(f"  {safe_text(name)} ({vm.klass}): {vm.get_power_state()}")
+            mute = vm.get_power_state() == "Running" and vm.agent is None
+            state = f"{vm.get_power_state()}{', without an agent that answers' * mute}"
+            print(f"  {safe_text(name)} ({vm.klass}): {state}")
     status: int = ExitCode.OK
-    shells = wanted or [vm.name for vm in vms.values() if vm.agent is not None]
-    for name in shells:
+    for name, vm in vms.items():
+        if vm.agent is None or name not in (wanted or vms):
+            continue
         print(
             f"\nA root shell in {safe_text(name)}; exit ends it. {WAY_OUT}.", flush=True
         )
-        status = open_shell(testbed.portal, vms[name].running_agent())
+        status = open_shell(testbed.portal, vm.agent)
     return status

@@ -255,8 +255,12 @@ class Folder:
     def require_whole(self) -> None:
         """Check that all files are what they were when they were written; blocking.
 
-        :raise FrozenError: one of them is not.
+        :raise FrozenError: one of them is not, or there is one more.
         """
+        # what reads a file may look for others beside it
+        for each in self.path.iterdir():
+            if each.name not in (MANIFEST, *self._files):
+                raise FrozenError(f"{self.path}: {each.name!r} does not belong there")
         for name, expected in self._files.items():
             with self._open(name) as file:
                 digest = _digest(file)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qubes_itests.core.network.addresses import DOWNLINK_MAC
 from qubes_itests.core.volume_content import import_blocks, write_blocks
+from qubes_itests.exc import HarnessError
 from qubes_itests.frozen.folder import FrozenError
 from qubes_itests.frozen.freezing import kind_of
 from qubes_itests.guest.image.template import Template
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from qubes_itests.run.testbed import Testbed
 
 __all__ = ["thaw"]
+
+log = logging.getLogger("qubes_itests.frozen")
 
 
 async def thaw(testbed: Testbed, folder: Folder, wanted: Iterable[str] = ()) -> Qubes:
@@ -73,8 +77,8 @@ async def thaw(testbed: Testbed, folder: Folder, wanted: Iterable[str] = ()) -> 
             await _load(vm, each, folder, wires)
         # One tight loop, as they were stopped.
         await asyncio.gather(*(vm.running_domain().resume() for vm in running))
-        await asyncio.gather(*(vm.life.go_on() for vm in running))
-        await wires.hand_over(running)
+        await asyncio.gather(*map(_go_on, running))
+        await wires.hand_over([vm for vm in running if vm.agent is not None])
         stack.pop_all()
     return app
 
@@ -91,6 +95,14 @@ def _check_kind(there: dict[str, str], here: dict[str, str]) -> None:
             "it was frozen on a machine of another kind, and does not start on this"
             f" one: {'; '.join(differing)}"
         )
+
+
+async def _go_on(vm: QubesVM) -> None:
+    try:
+        await vm.life.go_on()
+    except HarnessError as error:
+        # a guest that hung when the test failed is one that somebody looks for
+        log.warning("VM %s goes on, and does not answer: %s", vm.name, str(error))
 
 
 def _vm(app: Qubes, name: str) -> QubesVM:
@@ -203,4 +215,7 @@ class _Wires:
                 vm.net.take_up_clients(self._bridges[vm], tap)
         for vm in running:
             if vm.netvm in running and vm.mac in self._taps[vm]:
-                await vm.net.take_up(self._taps[vm][vm.mac])
+                try:
+                    await vm.net.take_up(self._taps[vm][vm.mac])
+                except HarnessError as error:
+                    log.warning("VM %s lacks a net VM: %s", vm.name, str(error))

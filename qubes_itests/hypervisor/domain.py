@@ -260,8 +260,12 @@ class LibvirtDomain(Domain):
 
     async def pause(self) -> None:
         native = self._running("pause")
-        if await self.state() is not DomainState.PAUSED:
+        try:
+            # Not asked first: who pauses several wants them to stop at one moment.
             await self._call("pause", native.suspend)
+        except HypervisorError:
+            if await self.state() is not DomainState.PAUSED:
+                raise
 
     async def resume(self) -> None:
         native = self._running("resume")

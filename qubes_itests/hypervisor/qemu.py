@@ -22,6 +22,7 @@ from qubes_itests.host.cache import Cache, digest
 from qubes_itests.host.kernel import find_kernel
 from qubes_itests.host.packages import find_program
 from qubes_itests.hypervisor.connection import Connection
+from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.hypervisor.domain_xml import Machine, channel_path, domain_xml
 from qubes_itests.hypervisor.embed import CapabilityCache, emulator_key, make_root
 from qubes_itests.hypervisor.kvm import EMULATOR, kvm_usable
@@ -30,7 +31,6 @@ from qubes_itests.hypervisor.qemu_domain import QemuDomain
 from qubes_itests.hypervisor.shared_memory import link_memory_library
 
 if TYPE_CHECKING:
-    from qubes_itests.hypervisor.contract import DomainSpec
     from qubes_itests.hypervisor.domain import LibvirtDomain
 
 __all__ = ["QemuHypervisor"]
@@ -44,6 +44,18 @@ _MONITOR = len("/lib/qemu/domain-99999-12345678901234567890/monitor.sock")
 
 #: How many times longer a guest may take whose CPUs are emulated.
 _EMULATED = 2.0
+
+
+#: A domain, for what all of them have.
+_ANY = DomainSpec(
+    name="any",
+    uuid=UUID(int=0),
+    directory=Path("/"),
+    memory=1,
+    max_memory=1,
+    kernel=Path("/kernel"),
+    initramfs=Path("/initramfs"),
+)
 
 
 class QemuHypervisor(LibvirtHypervisor):
@@ -143,12 +155,15 @@ class QemuHypervisor(LibvirtHypervisor):
         )
         major, minor, micro = number // 10**6, number // 1000 % 1000, number % 1000
         kvm = self._machine.kvm
+        nowhere = replace(self._machine, emulator=Path("/"), memory_library=None)
+        definition = domain_xml(_ANY, nowhere, incoming="defer", plugged=False)
         return {
             "QEMU": f"{major}.{minor}.{micro}",
             "libvirt": str(libvirt.getVersion()),
             "machine type": self._machine.machine,
             "virtualization": "KVM" if kvm else "emulation",
             "CPU": await asyncio.to_thread(_host_cpu) if kvm else self._machine.cpu,
+            "devices": digest(definition)[:8],
         }
 
     async def state_key(self, spec: DomainSpec) -> str | None:

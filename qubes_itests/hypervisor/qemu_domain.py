@@ -106,6 +106,9 @@ class QemuDomain(LibvirtDomain):
 
     async def _load(self, saved_state: Path, *, plugged: bool, run: bool) -> None:
         with SavedState(self.spec.name, saved_state) as state:
+            if plugged and state.memory is not None:
+                reason = "a frozen domain has all of its memory with it"
+                raise SavedStateError(self.spec.name, "thaw", reason)
             xml = await asyncio.to_thread(
                 self._definition, "defer", plugged=plugged, memory=state.memory
             )

@@ -230,7 +230,9 @@ class SavedState:
             await _wait_migrated(monitor, "start")
             if run:
                 await connection.call(self._domain, "start", native.resume)
-        except (HypervisorError, DeadlineError) as error:
+        except HypervisorError as error:
+            raise self._error(error.reason) from error
+        except DeadlineError as error:
             raise self._error(error) from error
 
     def __enter__(self) -> Self:

@@ -76,6 +76,8 @@ _XIDS: Final = itertools.count(1)
 
 #: Seconds that a guest has to get ready for being suspended, and to wake up again.
 _SERVICE_TIMEOUT: Final = 10.0
+#: Seconds that the agent of a thawed guest has to answer.
+_ANSWER_TIMEOUT: Final = 30.0
 #: Seconds that a guest has to set its clock.
 _CLOCK_TIMEOUT: Final = 20.0
 
@@ -333,18 +335,18 @@ class Life:
 
         Its agent ends the commands that were on the one before.
 
-        :raise DeadlineError: it does not answer.
+        :raise DeadlineError: it does not answer; it runs all the same.
         :raise GuestGoneError: it has stopped.
         """
         vm, domain = self._vm, self.running_domain()
+        self._become(domain, PowerState.RUNNING)
         if domain.spec.kernel is not None:
             self.agent = await GuestAgent.connect(
                 domain,
-                timeout=start_deadline(vm),
+                timeout=_ANSWER_TIMEOUT * vm.app.hypervisor.slowness,
                 on_call=lambda call: qrexec.handle_call(vm, call),
                 log=vm.directory / "agent.log",
             )
-        self._become(domain, PowerState.RUNNING)
 
     # end
 

@@ -162,6 +162,20 @@ async def test_a_state_that_does_not_load(hypervisor, make_spec, directory):
     await asyncio.wait_for(domain.undefine(), 10)
 
 
+async def test_memory_that_others_share_is_none_of_a_frozen_guest(
+    hypervisor, make_spec, directory
+):
+    """Such a state would have QEMU open whatever is there by the name of that file."""
+    saved = await hypervisor.define(make_spec())
+    await saved.start(to_save=directory / "shared")
+    await saved.save(directory / "shared")
+    await saved.undefine()
+    domain = await hypervisor.define(make_spec())
+    with pytest.raises(SavedStateError, match="has all of its memory with it"):
+        await domain.thaw(directory / "shared")
+    await domain.undefine()
+
+
 async def test_the_machine_in_words(hypervisor):
     machine = await hypervisor.machine()
     assert machine["virtualization"] in ("KVM", "emulation")

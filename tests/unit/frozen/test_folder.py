@@ -171,6 +171,14 @@ def test_a_file_that_is_not_what_was_written(folder, damage, name):
         read.require_whole()
 
 
+@pytest.mark.parametrize("name", ["memory-1.memory", "image-9", ".hidden"])
+def test_a_file_that_the_manifest_does_not_list(folder, name):
+    path, _ = folder
+    (path / name).symlink_to("/etc/passwd")
+    with pytest.raises(FrozenError, match="does not belong"):
+        Folder.read(path).require_whole()
+
+
 def test_the_manifest_itself_is_no_link(folder):
     path, _ = folder
     link(path, "manifest.json")
