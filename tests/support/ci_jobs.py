@@ -19,9 +19,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["GITHUB", "GITLAB", "Done", "GitHubJob", "GitLabJob", "make_checkout"]
+__all__ = [
+    "GITHUB",
+    "GITHUB_MERGE",
+    "GITLAB",
+    "Done",
+    "GitHubJob",
+    "GitLabJob",
+    "make_checkout",
+]
 
 GITHUB = ROOT / "ci/github.yml"
+GITHUB_MERGE = ROOT / ".github/workflows/app-merge.yml"
 GITLAB = ROOT / "ci/gitlab.yml"
 
 _EXPRESSION = re.compile(r"\$\{\{(.*?)\}\}", re.DOTALL)
@@ -67,11 +76,12 @@ class Done:
 
 
 class GitHubJob:
-    """The job of the reusable workflow.
+    """The job of a reusable workflow.
 
     :param workspace: an empty directory, which gets the checkouts.
     :param itests: the program in place of ours.
     :param app: copied as the app.
+    :param workflow: its file.
     :param cache_hit: whether the cache of the very key was there.
     :param environment: of all steps.
     :param options: of `subprocess.run`, such as the user.
@@ -83,12 +93,13 @@ class GitHubJob:
         itests: str,
         app: Path,
         *,
+        workflow: Path = GITHUB,
         cache_hit: bool = False,
         environment: Mapping[str, str] = os.environ,
         **options: object,
     ) -> None:
         self.workspace = workspace
-        self.definition = yaml.safe_load(GITHUB.read_text())
+        self.definition = yaml.safe_load(workflow.read_text())
         shutil.copytree(app, workspace / "app")
         make_checkout(workspace / "qubes_itests", itests)
         hit = "true" if cache_hit else "false"
@@ -165,11 +176,12 @@ class GitHubJob:
 
 
 class GitLabJob:
-    """A job that extends the template.
+    """A job that extends a template.
 
     :param project: a directory with the app, which is its project.
     :param itests: the program in place of ours.
     :param directory: an empty one for everything else.
+    :param template: what it extends.
     :param environment: of all scripts.
     """
 
@@ -179,10 +191,13 @@ class GitLabJob:
         itests: str,
         directory: Path,
         *,
+        template: str = ".qubes-itests",
         environment: Mapping[str, str] = os.environ,
     ) -> None:
         self.project = project
-        (self.definition,) = yaml.safe_load(GITLAB.read_text()).values()
+        templates = yaml.safe_load(GITLAB.read_text())
+        first = templates[".qubes-itests"]
+        self.definition = first | templates[template]
         self._work = directory / "work"
         self._repository = directory / "group/qubes_itests.git"
         self._environment = dict(environment)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ci_jobs import GITHUB, GITLAB, GitHubJob, GitLabJob
+from ci_jobs import GITHUB, GITHUB_MERGE, GITLAB, GitHubJob, GitLabJob
 from documented import ROOT, blocks, page
 
 SCRIPT = ROOT / "ci/app-tests"
@@ -104,11 +104,13 @@ def gitlab(tmp_path, app, variables):
 
 def scripts():
     """Return every piece of shell in both files, as it runs."""
-    (github,) = yaml.safe_load(GITHUB.read_text())["jobs"].values()
-    (gitlab,) = yaml.safe_load(GITLAB.read_text()).values()
+    (tests,) = yaml.safe_load(GITHUB.read_text())["jobs"].values()
+    (merge,) = yaml.safe_load(GITHUB_MERGE.read_text())["jobs"].values()
     parts = ("before_script", "script", "after_script")
-    steps = [step["run"] for step in github["steps"] if "run" in step]
-    texts = [*steps, *("\n".join(gitlab[part]) for part in parts)]
+    steps = [*tests["steps"], *merge["steps"]]
+    texts = [step["run"] for step in steps if "run" in step]
+    for job in yaml.safe_load(GITLAB.read_text()).values():
+        texts += ["\n".join(job[part]) for part in parts if part in job]
     return [f"set -e\n{text}" for text in texts]
 
 
@@ -128,20 +130,25 @@ def test_shell_is_sound(text):
 
 
 def test_shell_is_found():
-    assert len(scripts()) == 8
+    assert len(scripts()) == 12
 
 
-def test_the_workflow_can_be_called_and_do_little():
+def test_the_workflow_is_where_github_looks_for_it():
     """GitHub takes workflows from one folder only, and no link for a file there."""
     assert GITHUB.resolve() == ROOT / ".github/workflows/app-tests.yml"
     assert not GITHUB.resolve().is_symlink()
-    definition = yaml.safe_load(GITHUB.read_text())
+    (job,) = yaml.safe_load(GITHUB.read_text())["jobs"].values()
+    assert job["concurrency"]["cancel-in-progress"] is True
+    assert job["timeout-minutes"] == "${{ inputs.timeout-minutes }}"
+
+
+@pytest.mark.parametrize("workflow", [GITHUB, GITHUB_MERGE])
+def test_a_workflow_can_be_called_and_do_little(workflow):
+    definition = yaml.safe_load(workflow.read_text())
     assert list(definition[True]) == ["workflow_call"]
     assert definition["permissions"] == {}
     (job,) = definition["jobs"].values()
     assert job["permissions"] == {"contents": "read"}
-    assert job["concurrency"]["cancel-in-progress"] is True
-    assert job["timeout-minutes"] == "${{ inputs.timeout-minutes }}"
     for step in job["steps"]:
         # What others typed reaches the shell as environment only.
         assert "${{" not in step.get("run", "")
@@ -291,24 +298,87 @@ def test_a_failed_run_fails_the_job_of_gitlab(gitlab, app):
     assert (app / "itests-junit.xml").exists()
 
 
+#: Leaves what `merge` leaves of the parts that it was given.
+MERGER = """#!/bin/bash
+[ "$1" = merge ] || exit 9
+printf '%s\n' "$@" >"$RECORD"
+mkdir -p itests-artifacts
+for part in "${@:2:$#-5}"; do
+    cat "$part/itests-junit.xml" >>itests-artifacts/itests-junit.xml
+done
+echo "# both" >itests-summary.md
+exit "$STATUS"
+"""
+
+
+def fill_parts(directory):
+    """Leave what two machines have come to."""
+    for number in "12":
+        place = directory / "itests-parts" / f"itests-{number}"
+        place.mkdir(parents=True)
+        (place / "itests-junit.xml").write_text(f"{number}\n")
+
+
+@pytest.mark.parametrize("status", ["0", "1"])
+def test_the_results_of_several_machines_are_merged_on_github(
+    tmp_path, app, variables, record, status
+):
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    environment = variables | {"STATUS": status}
+    job = GitHubJob(
+        workspace, MERGER, app, workflow=GITHUB_MERGE, environment=environment
+    )
+    fill_parts(workspace)
+    done = job.run()
+    assert done.failed == (status == "1"), done.output
+    assert done.ran == [
+        *("Get qubes_itests", "Get the results of the machines", "Merge them"),
+        *("Sum up", "Keep the results"),
+    ]
+    assert record.read_text().split() == [
+        *("merge", "itests-parts/itests-1", "itests-parts/itests-2"),
+        *("--artifacts", f"{workspace}/itests-artifacts"),
+        *("--summary", f"{workspace}/itests-summary.md"),
+    ]
+    assert (workspace / "itests-junit.xml").read_text() == "1\n2\n"
+    assert done.summary == "# both\n"
+
+
+def test_each_machine_of_gitlab_has_its_place_and_a_job_merges_them(
+    gitlab, tmp_path, app, variables, record
+):
+    for number in ("1", "2"):
+        done = gitlab(CI_NODE_INDEX=number, CI_NODE_TOTAL="2").run()
+        assert not done.failed, done.output
+    assert {path.name for path in (app / "itests-parts").iterdir()} == {"1", "2"}
+    assert (app / "itests-parts/2/itests-artifacts/console.log").is_file()
+    assert (app / "itests-cache.tar").is_file()
+    directory = tmp_path / "merging"
+    directory.mkdir()
+    merging = {"template": ".qubes-itests-merge", "environment": variables}
+    job = GitLabJob(app, MERGER, directory, **merging)
+    done = job.run()
+    assert not done.failed, done.output
+    parts = [f"{app}/itests-parts/{number}" for number in "12"]
+    assert record.read_text().splitlines()[:3] == ["merge", *parts]
+    assert (app / "itests-junit.xml").read_text() == 2 * "<testsuites/>\n"
+    assert (app / "itests-summary.md").read_text() == "# both\n"
+
+
 def examples():
     """Return the files that the guide has maintainers write.
 
-    They are GitHub's, GitLab's, and GitHub's for several machines.
+    They are GitHub's, GitLab's, and those of both for several machines.
     """
-    github, gitlab, several = blocks("docs/ci.md", "yaml")
-    return github, gitlab, f"on: push\n{several}"
+    github, gitlab, several, parallel = blocks("docs/ci.md", "yaml")
+    included = gitlab[: gitlab.index("itests:")]
+    return github, gitlab, f"on: push\n{several}", f"{included}{parallel}"
 
 
 @pytest.mark.parametrize(
     ("text", "schema"),
-    list(
-        zip(
-            examples(),
-            ["github-workflows", "gitlab-ci", "github-workflows"],
-            strict=True,
-        )
-    ),
+    list(zip(examples(), 2 * ["github-workflows", "gitlab-ci"], strict=True)),
 )
 def test_the_examples_of_the_guide_are_of_their_formats(text, schema, tmp_path):
     file = tmp_path / "example.yml"
@@ -325,25 +395,32 @@ def git(*words):
 
 
 def test_the_examples_of_the_guide_call_what_there_is():
-    github, gitlab, several = map(yaml.safe_load, examples())
-    (job,) = yaml.safe_load(GITLAB.read_text()).values()
-    ref = job["variables"]["ITESTS_REF"]
+    github, gitlab, several, parallel = map(yaml.safe_load, examples())
+    templates = yaml.safe_load(GITLAB.read_text())
+    ref = templates[".qubes-itests"]["variables"]["ITESTS_REF"]
     assert ref == "main" or git("tag", "--list", ref) == ref
-    workflow = GITHUB.resolve().relative_to(ROOT)
-    inputs = yaml.safe_load(GITHUB.read_text())[True]["workflow_call"]["inputs"]
-    for example in (github, several):
-        called = example["jobs"]["itests"]
-        assert called["uses"] == f"OWNER/qubes_itests/{workflow}@{ref}"
-        assert called["with"].keys() <= inputs.keys()
-    (included,) = gitlab["include"]
-    assert (included["ref"], ROOT / included["file"]) == (ref, GITLAB)
-    template = yaml.safe_load(GITLAB.read_text())[gitlab["itests"]["extends"]]
-    assert gitlab["itests"]["variables"].keys() <= template["variables"].keys()
+    called = [*github["jobs"].values(), *several["jobs"].values()]
+    for job in called:
+        repository, _, path = job["uses"].partition("/.github/")
+        assert (repository, path.partition("@")[2]) == ("OWNER/qubes_itests", ref)
+        workflow = ROOT / ".github" / path.partition("@")[0]
+        inputs = yaml.safe_load(workflow.read_text())[True]["workflow_call"]["inputs"]
+        assert job["with"].keys() <= inputs.keys()
+    # whose names are those that the last job looks for
+    names = [job["with"].get("name") for job in called[1:]]
+    assert names == ["itests-${{ matrix.part }}", "itests"]
+    for pipeline in (gitlab, parallel):
+        (included,) = pipeline.pop("include")
+        assert (included["ref"], ROOT / included["file"]) == (ref, GITLAB)
+        for job in pipeline.values():
+            assert job["extends"] in templates
+            known = templates[".qubes-itests"]["variables"]
+            assert job.get("variables", {}).keys() <= known.keys()
 
 
 def test_the_guide_tells_of_every_input():
     inputs = yaml.safe_load(GITHUB.read_text())[True]["workflow_call"]["inputs"]
-    (job,) = yaml.safe_load(GITLAB.read_text()).values()
+    job = yaml.safe_load(GITLAB.read_text())[".qubes-itests"]
     own = {"ITESTS_WORK"}  # nobody needs to change it
     told = set(re.findall(r"`([\w-]+)`", page("docs/ci.md")))
     assert {*inputs, *job["variables"]} - own <= told
