@@ -474,7 +474,9 @@ class Qubes(PropertyHolder):
         :param caller: the VM that asks; its `default_dispvm` counts, if it has one.
         :raise QubesNoTemplateError: when that is None.
         """
-        holder = caller if isinstance(caller, QubesVM) else self
+        # found among the VMs first: what stands for one counts as it
+        vm = None if caller is None else self.domains[caller]
+        holder = vm if isinstance(vm, QubesVM) else self
         found = holder.default_dispvm
         if found is None:
             raise QubesNoTemplateError(

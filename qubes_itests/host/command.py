@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 _TAIL = 2000
+#: Seconds that a program has to end when it is asked to; then it is killed.
+_ENDING_TIMEOUT: Final = 30.0
 _SYSTEM_DIRECTORIES: Final = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 #: Who runs it, and how the network is reached. All else may change what a program
 #: makes: CFLAGS, TAR_OPTIONS, XZ_DEFAULTS, MKE2FS_CONFIG, GIT_DIR, PYTHONPATH and more.
@@ -143,7 +145,11 @@ def started(
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, ending)
-            process.wait()
+            try:
+                process.wait(_ENDING_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe is not None:
                 # A daemon that left the group may hold the other end for ever.

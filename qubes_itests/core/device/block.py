@@ -113,7 +113,7 @@ class BlockDeviceExtension(Extension):
     async def on_pre_detach(self, vm: QubesVM, _event: str, *, port: Port) -> None:
         """Pull the disk out."""
         options = vm.devices["block"].attached.get(port)
-        domain = vm.domain
+        domain = vm.domain if isinstance(vm, QubesVM) else None
         if options is None or domain is None:
             raise DeviceNotAssigned(f"block device {port} is not attached to VM {vm}")
 

@@ -69,6 +69,7 @@ class LosableReader(asyncio.StreamReader):
     """
 
     _lost: Exception | None = None
+    _buffer: bytearray
 
     def lose(self, error: Exception) -> None:
         """Take note that the rest will never come."""
@@ -78,11 +79,23 @@ class LosableReader(asyncio.StreamReader):
         super().feed_eof()
 
     async def read(self, n: int = -1) -> bytes:
-        """Read as `asyncio.StreamReader` does; what was lost is no end."""
-        data = await super().read(n)
-        if self._lost is not None and n and not data:
-            raise self._lost
-        return data
+        """Read as `asyncio.StreamReader` does; what was lost is no end.
+
+        To read to an end that will never come leaves all that had come.
+        """
+        taken: list[bytes] = []
+        try:
+            while data := await super().read(n if n >= 0 else _LIMIT):
+                if n >= 0:
+                    return data
+                taken.append(data)
+            if self._lost is not None and n:
+                raise self._lost  # noqa: TRY301 - as a wait that is cancelled does
+        except BaseException:
+            # asyncio has taken it out of the buffer
+            self._buffer[:0] = b"".join(taken)
+            raise
+        return b"".join(taken)
 
     async def readexactly(self, n: int) -> bytes:
         """Read so many bytes; when fewer are left, `read` still returns those."""
@@ -102,7 +115,6 @@ class LosableReader(asyncio.StreamReader):
         if self._lost is None:
             return left
         # asyncio has taken it out of the buffer
-        self._buffer: bytearray
         self._buffer += left.partial
         return self._lost
 

@@ -347,6 +347,10 @@ async def test_dom0_gets_no_devices(app, image):
     device = await expose(app, image)
     with pytest.raises(exc.QubesVMError, match="no domain"):
         await block(app.domains["dom0"]).attach(DeviceAssignment(device))
+    with pytest.raises(exc.DeviceNotAssigned, match="not attached to VM dom0"):
+        await app.domains["dom0"].fire_event_async(
+            "device-pre-detach:block", pre_event=True, port=device.port
+        )
 
 
 async def test_assignments_and_their_events(app, work, events):

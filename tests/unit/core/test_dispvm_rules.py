@@ -7,6 +7,7 @@ import pytest
 import pytest_asyncio
 from scripted_app import make_app, make_vm
 
+from qubes_itests.compat_core2 import VMWrapper
 from qubes_itests.core import exc
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.device.assignment import DeviceAssignment
@@ -337,7 +338,9 @@ async def test_directories_that_are_there_do_not_matter(app):
         (pool / "appvms" / name).mkdir(parents=True)
         (app.directory / "vms" / name).mkdir(parents=True)
     work = await make_vm(app, "AppVM", "work")
-    copy = await app.clone_vm(work, "copy")
+    # also of what stands for a VM, in tests that are no coroutines
+    copy = await app.clone_vm(VMWrapper(work), "copy")
+    assert type(copy) is type(work)
     await copy.start()
     await copy.kill()
 
@@ -532,6 +535,7 @@ async def test_the_default_of_who_asks_goes_first(app, base):
     other = await make_vm(app, "AppVM", "other", template_for_dispvms=True)
     work = await make_vm(app, "AppVM", "work", default_dispvm=other)
     assert app.dispvm_template(work) is other
+    assert app.dispvm_template(VMWrapper(work)) is other
     assert app.dispvm_template(app.domains["dom0"]) is base
     work.default_dispvm = None
     with pytest.raises(exc.QubesNoTemplateError, match="default_dispvm of work is"):

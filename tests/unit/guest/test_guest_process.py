@@ -218,6 +218,9 @@ async def test_what_a_guest_wrote_before_it_went_is_read_first(connect):
     for too_much in (process.stdout.readline(), process.stdout.readexactly(5)):
         with pytest.raises(GuestGoneError):
             await too_much
+    # nor does who reads to an end that never comes have it for nothing
+    with pytest.raises(GuestGoneError):
+        await process.stdout.read()
     assert await process.stdout.read(100) == b"rest"
     for again in (process.stdout.read(), process.stdout.readline()):
         with pytest.raises(GuestGoneError):

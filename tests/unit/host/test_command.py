@@ -1,6 +1,7 @@
 """Programs of the host: output, errors, deadlines."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 
 from qubes_itests.exc import DeadlineError
 from qubes_itests.guest.image.rootfs import find_tool
-from qubes_itests.host.command import CommandError, run
+from qubes_itests.host import command
+from qubes_itests.host.command import CommandError, run, started
 from qubes_itests.host.exc import MissingToolError
 from qubes_itests.host.packages import find_program
 
@@ -128,6 +130,20 @@ def test_the_deadline_ends_the_children_of_a_program_that_has_ended(tmp_path):
     with pytest.raises(DeadlineError) as caught:
         run(["sh", "-c", script], timeout=0.5)
     assert caught.value.evidence == "started"
+    _wait_until_nobody_reads(fifo)
+
+
+def test_a_program_that_does_not_end_when_asked_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_ENDING_TIMEOUT", 0.2)
+    fifo, null = tmp_path / "fifo", subprocess.DEVNULL
+    os.mkfifo(fifo)
+    script = f"trap '' TERM; exec 3<>{fifo}; echo ready; while :; do sleep 600; done"
+    pipe, term = subprocess.PIPE, signal.SIGTERM
+    with started(
+        ["sh", "-c", script], stdin=null, stdout=pipe, stderr=null, ending=term
+    ) as process:
+        assert process.stdout.readline() == b"ready\n"
+    assert process.returncode == -signal.SIGKILL
     _wait_until_nobody_reads(fifo)
 
 

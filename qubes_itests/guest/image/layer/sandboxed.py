@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["build_layers", "main"]
 
 _TAIL: Final = 2000
+#: Seconds that the builder has to end after its last word.
+_END_TIMEOUT: Final = 10.0
 
 
 def build_layers(
@@ -59,7 +62,9 @@ def build_layers(
         ) as process,
     ):
         answer = _converse(process, layers, say)
-        process.wait()
+        # It has said all. What does not end is killed when the context does.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_END_TIMEOUT)
         errors.seek(0)
         said = safe_text(errors.read()[-_TAIL:], lines=True, limit=None)
     if answer is None:
