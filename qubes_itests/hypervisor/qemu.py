@@ -8,6 +8,7 @@ sandbox's first process, and end with it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -68,10 +69,10 @@ class QemuHypervisor(LibvirtHypervisor):
         connection: Connection,
         machine: Machine,
         capabilities: CapabilityCache,
-        run_directory: Path,
+        root: Path,
     ) -> None:
         super().__init__(connection)
-        self._run_directory = run_directory
+        self._root = root
         self._machine = machine
         self.slowness = 1.0 if machine.kvm else _EMULATED
         self._capabilities = capabilities
@@ -121,8 +122,7 @@ class QemuHypervisor(LibvirtHypervisor):
         connection = await Connection.open(
             f"qemu:///embed?root={quote(str(root))}", keep=True
         )
-        run_directory = root / "run" / "qemu"
-        hypervisor = cls(connection, machine, capabilities, run_directory)
+        hypervisor = cls(connection, machine, capabilities, root)
         await hypervisor._listen()
         return hypervisor
 
@@ -133,7 +133,7 @@ class QemuHypervisor(LibvirtHypervisor):
             self._publish,
             self._forget,
             machine=self._machine,
-            run_directory=self._run_directory,
+            root=self._root,
         )
 
     def _problem(self, spec: DomainSpec) -> str:
@@ -186,8 +186,8 @@ class QemuHypervisor(LibvirtHypervisor):
         library = self._machine.memory_library
         return digest(
             domain_xml(neutral, self._machine, incoming="defer", plugged=False),
-            spec.kernel,
-            spec.initramfs,
+            _contents(spec.kernel, _version(spec.kernel)),
+            _contents(spec.initramfs, _version(spec.initramfs)),
             emulator_key(self._machine.emulator),
             library or "no memory in common",
             _host_cpu() if self._machine.kvm else "",
@@ -198,6 +198,17 @@ class QemuHypervisor(LibvirtHypervisor):
             await asyncio.to_thread(self._capabilities.store)
         finally:
             await super()._disconnect()
+
+
+@functools.lru_cache(maxsize=64)
+def _contents(path: Path, _version: tuple[int, ...]) -> str:
+    """Return a digest of a file's contents, read once for each of its versions."""
+    return digest(path)
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _host_cpu() -> str:

@@ -9,6 +9,7 @@ import errno
 import os
 import select
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +59,8 @@ __all__ = ["QemuDomain", "kill_qemu"]
 _RETRY = 0.01
 #: Bytes; the largest unit in which file systems write past the page cache.
 _WHOLE_BLOCK = 4096
+#: Bytes; that in which a kernel image counts its set-up code.
+_SETUP_UNIT = 512
 #: Seconds until a killed process must be gone.
 _GONE = 5.0
 
@@ -66,7 +69,7 @@ class QemuDomain(LibvirtDomain):
     """One QEMU process, while it runs.
 
     :param machine: what it has in common with its hypervisor's other domains.
-    :param run_directory: where libvirt keeps the numbers of its processes.
+    :param root: libvirt's directory.
     """
 
     def __init__(
@@ -77,11 +80,12 @@ class QemuDomain(LibvirtDomain):
         forget: Callable[[Domain], None],
         *,
         machine: Machine,
-        run_directory: Path,
+        root: Path,
     ) -> None:
         super().__init__(connection, spec, publish, forget)
         self._machine = machine
-        self._pid_file = run_directory / f"{spec.name}.pid"
+        self._root = root
+        self._pid_file = root / "run" / "qemu" / f"{spec.name}.pid"
         #: What its memory is in if it will be saved.
         self._memory_file: Path | None = None
         self._console = Console(spec.name, console_pipe(spec), self.console_log())
@@ -101,7 +105,9 @@ class QemuDomain(LibvirtDomain):
             self._memory_file = memory_file(to_save)
             size = self.spec.max_memory << 20
             await asyncio.to_thread(make_memory_file, self._memory_file, size)
-        xml = await asyncio.to_thread(self._definition, memory=self._memory_file)
+        xml = await asyncio.to_thread(
+            self._definition, self.spec, memory=self._memory_file
+        )
         await self._create_native(xml, 0)
 
     async def _load(self, saved_state: Path, *, plugged: bool, run: bool) -> None:
@@ -109,9 +115,19 @@ class QemuDomain(LibvirtDomain):
             if plugged and state.memory is not None:
                 reason = "a frozen domain has all of its memory with it"
                 raise SavedStateError(self.spec.name, "thaw", reason)
-            xml = await asyncio.to_thread(
-                self._definition, "defer", plugged=plugged, memory=state.memory
-            )
+
+            def describe() -> str:
+                kernel = self.spec.kernel
+                if kernel is not None:
+                    kernel = setup_part(kernel, self._root)
+                return self._definition(
+                    replace(self.spec, kernel=kernel),
+                    "defer",
+                    plugged=plugged,
+                    memory=state.memory,
+                )
+
+            xml = await asyncio.to_thread(describe)
             try:
                 await self._create_native(xml, libvirt.VIR_DOMAIN_START_PAUSED)
             except HypervisorError as error:
@@ -123,15 +139,16 @@ class QemuDomain(LibvirtDomain):
 
     def _definition(
         self,
+        spec: DomainSpec,
         incoming: str | None = None,
         *,
         plugged: bool = True,
         memory: Path | None = None,
     ) -> str:
-        disks = self.spec.disks if plugged else ()
+        disks = spec.disks if plugged else ()
         direct = frozenset(d.name for d in disks if _opens_direct(d.path))
         return domain_xml(
-            self.spec,
+            spec,
             self._machine,
             direct_disks=direct,
             incoming=incoming,
@@ -241,6 +258,29 @@ class QemuDomain(LibvirtDomain):
 
     async def detach_interface(self, mac: str) -> None:
         await self._devices("detach an interface from").detach("interface", mac)
+
+
+def setup_part(kernel: Path, directory: Path) -> Path:
+    """Return a kernel image cut down to what QEMU itself looks at. Blocking.
+
+    A guest that loads a state does not boot; and QEMU keeps a copy of the image in its
+    memory, which is more than an idle guest has of its own.
+
+    :param directory: where the image is made, once.
+    """
+    with kernel.open("rb") as file:
+        head = file.read(_SETUP_UNIT * 2)
+        if head[0x202:0x206] != b"HdrS":  # no bzImage
+            return kernel
+        status = os.fstat(file.fileno())
+        cut = directory / f"setup-{status.st_ino}-{status.st_mtime_ns}"
+        if not cut.exists():
+            # the first byte of the kernel proper is what QEMU insists on
+            size = (1 + (head[0x1F1] or 4)) * _SETUP_UNIT + 1
+            temporary = cut.with_suffix(f".{threading.get_ident()}")
+            temporary.write_bytes(head + file.read(size - len(head)))
+            temporary.replace(cut)
+    return cut
 
 
 def _opens_direct(path: Path) -> bool:

@@ -30,7 +30,7 @@ __all__ = ["SavedState", "make_memory_file", "memory_file", "save_state"]
 
 #: Seconds for one direction; a small guest takes one or two under emulation.
 _DEADLINE = 60.0
-_POLL = 0.01
+_POLL = 0.002
 _FD_NAME = "qubes_itests-state"
 
 #: What a file begins with whose memory is elsewhere, to its full length: the size of

@@ -18,6 +18,7 @@ from qubes_itests.host.cache import digest, disk_usage
 from qubes_itests.host.command import run
 from qubes_itests.hypervisor.contract import Disk, DomainState, LifecycleEvent
 from qubes_itests.hypervisor.exc import HypervisorError, SavedStateError
+from qubes_itests.hypervisor.qemu_domain import setup_part
 from qubes_itests.hypervisor.saved_state import memory_file
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -252,3 +253,15 @@ async def test_the_key_is_of_what_shapes_a_state(hypervisor, make_spec, tmp_path
         for change in changes
     ]
     assert len({key, *keys}) == 1 + len(changes)
+
+
+async def test_a_clone_holds_no_kernel_image(kernel, tmp_path):
+    """What QEMU is given has the set-up code of a bzImage, and all of another file."""
+    cut = setup_part(kernel.image, tmp_path)
+    whole, part = kernel.image.read_bytes(), cut.read_bytes()
+    assert whole.startswith(part)
+    assert len(part) == (1 + part[0x1F1]) * 512 + 1
+    assert setup_part(kernel.image, tmp_path) == cut
+    other = tmp_path / "vmlinux"
+    other.write_bytes(b"\x7fELF" + bytes(2000))
+    assert setup_part(other, tmp_path) == other
