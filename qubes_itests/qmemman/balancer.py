@@ -77,6 +77,7 @@ class Balancer:
         self.refusal: Refusal | None = None
         self._backend = backend
         self._recorder = recorder
+        self._has_ordered = False
         self._reports: dict[str, int | None] = {}
 
     def note_report(self, domid: str, untrusted: bytes) -> None:
@@ -110,8 +111,9 @@ class Balancer:
             raise too_small(self.total, dom0.current)
         assignable = int(reading.free * self.policy.overhead_factor)
         promised = sum(max(0, d.last_target - d.current) for d in self.domains.values())
-        # before dom0 reports it holds everything, and that is no news
-        if assignable < promised + self.policy.free_minimum and self.reported(DOM0):
+        # Before the first target dom0 holds what it booted with, which may be all: that
+        # is no news, and nobody has given away what is not there.
+        if self._has_ordered and assignable < promised + self.policy.free_minimum:
             _log.warning("free memory %d is low: %d are promised", assignable, promised)
         # Less what others may still take: a VM that starts with memory that an earlier
         # target gives to another one would have it taken away while it boots.
@@ -317,6 +319,7 @@ class Balancer:
         self.free -= max(domain.current, target) - domain.actual
         actual = max(domain.current, target)
         self._update([replace(domain, last_target=target, actual=actual)])
+        self._has_ordered = True
         try:
             async with asyncio.timeout(_CALL_TIMEOUT):
                 await self._backend.set_target(order)

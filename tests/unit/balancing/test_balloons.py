@@ -11,6 +11,7 @@ import pytest
 from qubes_itests.balancing.balloons import LibvirtMemory
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.hypervisor.testdriver import TestHypervisor
+from qubes_itests.qmemman.balancer import Balancer
 from qubes_itests.qmemman.budget import MemoryBudget
 from qubes_itests.qmemman.contract import Order
 from qubes_itests.qmemman.exc import DomainGoneError
@@ -118,3 +119,22 @@ async def test_domains_from_before(tmp_path, make_spec):
         before = asyncio.all_tasks()
         await memory.read()
         assert asyncio.all_tasks() <= before
+
+
+async def test_a_dom0_that_has_booted_with_everything_is_no_news(tmp_path, caplog):
+    """Memory is low when somebody has given away too much of it, and only then."""
+    budget = MemoryBudget(total=2000 * MIB, dom0=2000 * MIB, dom0_used=300 * MIB)
+    async with (
+        await TestHypervisor.open(tmp_path, tmp_path) as hypervisor,
+        LibvirtMemory(hypervisor, budget) as memory,
+    ):
+        balancer = Balancer(memory)
+        end = balancer.subscribe(lambda: None)
+        assert balancer.reported("0")
+        await balancer.balance()
+        assert await balancer.balloon(1000 * MIB)
+        assert [line for line in caplog.messages if "is low" in line] == []
+        memory.dom0.holds = 1990 * MIB
+        await balancer.refresh()
+        end()
+    assert len([line for line in caplog.messages if "is low" in line]) == 1
