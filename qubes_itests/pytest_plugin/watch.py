@@ -192,19 +192,20 @@ class FailureWatch:
         if report.outcome == RERUN and not distributes(self._config):
             self.artifacts.text(test, "failure.txt", report.longreprtext)
             self._keep_logs(test)
-        if not report.failed:
-            return
         problems = self.artifacts.problems
         problems |= dict.fromkeys(vars(report).pop(_PROBLEMS, ()))
-        # From another machine they come with the report.
+        # From another machine they come with the report; timelines of tests that have
+        # passed, too, if they are wanted.
         self.artifacts.add(test, vars(report).pop(_FILES, {}))
-        self.artifacts.text(test, "failure.txt", report.longreprtext)
-        self._keep_logs(test)
+        if report.failed:
+            self.artifacts.text(test, "failure.txt", report.longreprtext)
+            self._keep_logs(test)
         if is_remote(self._config):
             setattr(report, _FILES, self.artifacts.pack(test))
         if is_worker(self._config):
             setattr(report, _PROBLEMS, list(problems))
-        self.tell(test, failures.cause(report))
+        if report.failed:
+            self.tell(test, failures.cause(report))
 
     def tell(self, test: str, cause: str) -> None:
         """Have the end of the run tell of a failure; its first cause is the one."""

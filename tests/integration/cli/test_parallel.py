@@ -422,7 +422,8 @@ def test_workers_on_other_machines(guests):
     machine = guests.site / "machine.sh"
     machine.write_text(MACHINE.format(work=guests.work))
     on = f"2*popen//on=sh {machine}"
-    done = guests.run("--tx", on, "-k", "TC_One or TC_Good", "guests", "mixed")
+    words = ("--trace", "on", "-k", "TC_One or TC_Good", "guests", "mixed")
+    done = guests.run("--tx", on, *words)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 failed, 3 passed, 1 skipped" in done.stdout
     assert "\nworkers: 2, each in its own sandbox\n" in done.stdout
@@ -433,6 +434,10 @@ def test_workers_on_other_machines(guests):
     names = {path.name.partition(".")[2] for path in kept.iterdir()}
     assert names >= {"txt", "agent.log", "console.log", "domain.xml"}
     assert "on purpose" in (kept / "failure.txt").read_text()
+    # of those that have passed, and to their ends
+    for test in ("guests.TC_Good_tiny.test_bad", "mixed.TC_One.test_1"):
+        (recorded,) = kept.parent.glob(f"{test}*/timeline.jsonl")
+        assert '"name":"teardown"' in recorded.read_text()
     assert wait_for_no_leftovers(Path(guests.environment["QUBES_ITESTS_CACHE"])) == []
 
 

@@ -60,7 +60,8 @@ class Place:
         for module in (life, start_memory):
             monkeypatch.setattr(module, "boot_files", lambda _vm: "initramfs")
             monkeypatch.setattr(module, "domain_spec", self.domain_spec)
-        monkeypatch.setattr(life, "identity", lambda _vm: None)
+        who = SimpleNamespace(init="agent")
+        monkeypatch.setattr(life, "identity", lambda _vm: who)
 
     async def boot(self, _hypervisor, spec, _identity, *, on_domain_start, **_options):
         self.booted.append(spec.name)
