@@ -43,7 +43,9 @@ _MOST_FILES, _MOST_ATTEMPTS = 100, 10
 #: Slow is what takes so many times as long as in three quarters of the tests, and some
 #: seconds.
 _SLOW_TIMES, _SLOW_SECONDS = 3, 1.0
-_SCRIPTS: Final = ("elements.js", "lists.js", "lanes.js", "test.js", "run.js")
+_SCRIPTS: Final = (
+    *("elements.js", "lists.js", "lanes.js", "workers.js", "test.js", "run.js"),
+)
 
 
 def write_report(directory: Path) -> Path:

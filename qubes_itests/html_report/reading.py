@@ -123,7 +123,7 @@ _KINDS: Final[Mapping[str, _Fields]] = {
         "event": _text, "targets": _numbers, "used": _numbers, "holds": _numbers,
         "free": _number, "total": _number, "amount": _number},
     "console": {"line": _text},
-    "journal": {"line": _text},
+    "journal": {"line": _text, "priority": _number},
     "log": {"level": _text, "logger": _text, "line": _text},
     "event": {"name": _text, "kwargs": _text},
 }
@@ -134,7 +134,7 @@ _RUN: Final[_Fields] = {
 _TEST: Final[_Fields] = {
     "test": _text, "outcome": _text, "duration": _seconds, "phases": _numbers,
     "cause": _lines, "where": _text, "artifacts": _text, "worker": _text,
-    "attempts": _number, "failed": _number}
+    "attempts": _number, "failed": _number, "started": _number, "earlier": _texts}
 # fmt: on
 #: Which kinds get room first. Of each group the end stays: there the failure is.
 _GROUPS: Final = (

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["SUITE", "HistoryKeeper", "earlier_times", "suite"]
+__all__ = ["SUITE", "HistoryKeeper", "earlier_outcomes", "earlier_times", "suite"]
 
 #: Whose ids of tests a run has, where it is not that of a directory: see `Run`.
 SUITE = pytest.StashKey[str]()
@@ -103,9 +103,24 @@ def earlier_times(config: pytest.Config, file: Path | None) -> Mapping[str, floa
             return times_in(read_results(file), suite(config))
         except HistoryError as error:
             raise pytest.UsageError(f"--times: {error}") from None
+    history = _history()
+    return history.times(suite(config)) if history else {}
+
+
+def earlier_outcomes(config: pytest.Config, run: str) -> Mapping[str, list[str]]:
+    """Return what came of the tests of a suite in earlier runs, by id. Blocking.
+
+    :param run: the id of this one.
+    """
+    history = _history()
+    return history.recent(suite(config), run) if history else {}
+
+
+def _history() -> History | None:
+    """Return that of this machine, None if it has none that could be read."""
     try:
         history = History(Cache().root)
         history.collect()
     except (OSError, EnvironmentNotReadyError):
-        return {}
-    return history.times(suite(config))
+        return None
+    return history

@@ -14,7 +14,7 @@ from qubes_itests import __version__
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host import memory
-from qubes_itests.pytest_plugin.history import suite
+from qubes_itests.pytest_plugin.history import earlier_outcomes, suite
 from qubes_itests.pytest_plugin.worker import PLAN
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class RunRecord:
         if exitstatus == ExitCode.INTERRUPTED:
             outcome = "interrupted"
             told = [*ended, *self._results.unfinished]
+        earlier = earlier_outcomes(session.config, self._results.run)
         document = {
             "format": "qubes_itests.run",
             "version": 1,
@@ -74,7 +75,10 @@ class RunRecord:
             "suite": suite(session.config),
             "shard": shard and {"number": shard[0], "of": shard[1], "plan": plan},
             "host": _host(),
-            "tests": [self._told(result) for result in told],
+            "tests": [
+                self._told(result) | {"earlier": earlier.get(result.test, [])}
+                for result in told
+            ],
         }
         self._artifacts.write_file(NAME, json.dumps(document, indent=1).encode())
         from qubes_itests.html_report.page import write_report  # noqa: PLC0415 - here only

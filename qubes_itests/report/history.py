@@ -61,6 +61,8 @@ _MOST_PENDING = 200
 _PATIENCE = 10.0
 #: Of how many results of a test its usual time is taken.
 _RECENT = 10
+#: And so many of its outcomes are shown with a run.
+_SHOWN = 20
 #: Of the outcomes those whose time says how long a test takes.
 _TELLING = ("passed", "flaky", "xfailed")
 
@@ -208,6 +210,30 @@ class History:
         except (sqlite3.Error, HistoryError) as error:
             self._note(f"the times of earlier runs cannot be read: {error}")
         return {name: statistics.median(times) for name, times in recent.items()}
+
+    def recent(self, suite: str, but: str) -> dict[str, list[str]]:
+        """Return what the last runs of the tests of a suite came to.
+
+        :param but: the id of a run that is not meant.
+        :return: outcomes by id, at most 20, the newest last; empty where the history
+            cannot be read, which is in `problems`.
+        """
+        if not self._file.exists():
+            return {}
+        recent: dict[str, list[str]] = {}
+        try:
+            with self._connected() as database:
+                for name, outcome in database.execute(
+                    "SELECT name, outcome FROM (SELECT name, outcome, started,"
+                    " row_number() OVER (PARTITION BY test ORDER BY started DESC)"
+                    " AS nth FROM results JOIN tests ON tests.id = test"
+                    " WHERE suite = ? AND run != ?) WHERE nth <= ? ORDER BY started",
+                    (suite, but, _SHOWN),
+                ):
+                    recent.setdefault(name, []).append(outcome)
+        except (sqlite3.Error, HistoryError) as error:
+            self._note(f"the results of earlier runs cannot be read: {error}")
+        return recent
 
     def tests(self, beginning: str = "") -> list[TestHistory]:
         """Return the histories of tests, by suite and id.

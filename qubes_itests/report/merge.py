@@ -139,14 +139,17 @@ def merge(parts: Sequence[Part], target: Path) -> list[TestResult]:
         raise HistoryError(f"{target}: expected an empty directory, or none")
     results = [result for part in parts for result in part.results]
     tests = []
-    for part in parts:
+    for number, part in enumerate(parts, 1):
+        machine = f"machine {part.shard[0] if part.shard else number}"
         for row, result in zip(part.document["tests"], part.results, strict=True):
             folder = file_name(result.test)
             source = part.directory / folder
             kept = source.is_dir() and not source.is_symlink()
             if kept and not (target / folder).exists():
                 shutil.copytree(source, target / folder, ignore=_links)
-            tests.append({**row, "artifacts": folder if kept else None})
+            worker = f"{machine} {result.worker}".rstrip()
+            more = {"artifacts": folder if kept else None, "worker": worker}
+            tests.append({**row, **more})
     outcomes = [part.run.outcome for part in parts]
     worst = next((o for o in ("interrupted", "failed") if o in outcomes), "passed")
     document = {

@@ -114,7 +114,11 @@ function overview() {
   const parts = [html("h2", {}, badge(run.outcome), ` ${summary()}`)];
   const bad = tests.filter((test) => BAD.has(test.outcome));
   if (bad.length) parts.push(html("section", {}, html("h3", {}, "What failed"), failures(bad, link)));
-  parts.push(html("section", {}, html("h3", {}, "Where the time went"), times(), html("h4", {}, "The longest tests"), slowest(link)));
+  const chart = workersChart(tests, run, (test) => { list.mark(test); open(test); });
+  const share = chart ? [html("h4", {}, "Which worker ran what"), chart] : [];
+  parts.push(html("section", {}, html("h3", {}, "Where the time went"), times(), share, html("h4", {}, "The longest tests"), slowest(link)));
+  const mixed = unstable(tests, link);
+  if (mixed) parts.push(html("section", {}, html("h3", {}, "What passes now and then"), mixed));
   parts.push(html("section", {}, html("h3", {}, "The run"), facts()));
   find("main").className = "";
   find("main").replaceChildren(...parts);
@@ -129,7 +133,7 @@ function failures(bad, link) {
     causes.get(cause).push(test);
   }
   const rows = [...causes].slice(0, MOST_CAUSES).map(([cause, having]) => {
-    const links = having.slice(0, MOST_OF_A_CAUSE).map((test) => html("li", {}, badge(test.outcome), " ", link(test), html("small", {}, ` ${test.where ?? ""}`)));
+    const links = having.slice(0, MOST_OF_A_CAUSE).map((test) => html("li", {}, badge(test.outcome), " ", link(test), html("small", {}, ` ${test.where ?? ""} `, earlierRuns(test) ?? "")));
     if (having.length > links.length) links.push(html("li", {}, html("small", {}, `and ${having.length - links.length} more: filter by words of the cause`)));
     return html("li", {}, html("pre", { class: "cause bad" }, cause), html("ul", {}, links));
   });

@@ -85,6 +85,8 @@ class TestView {
     const facts = [took(test.duration), test.started ? clock(test.started, true) : "", test.worker ? `worker ${test.worker}` : "", test.attempts > 1 ? `${test.failed} of ${test.attempts} attempts failed` : "", test.where ?? ""];
     const parts = [html("h2", {}, badge(test.outcome), " ", html("span", { class: "id" }, test.test ?? ""))];
     parts.push(html("p", { class: "facts" }, facts.filter(Boolean).join(" · ")));
+    const earlier = earlierRuns(test);
+    if (earlier) parts.push(html("p", { class: "facts" }, earlier));
     if (test.timelines?.length > 1) {
       const choice = html("select", {}, test.timelines.map((name, index) => html("option", { value: index, selected: index === test.shown }, name || "the last")));
       choice.addEventListener("change", () => this.again(Number(choice.value)));
@@ -157,7 +159,7 @@ class TestView {
     this.whole_line = html("pre", { class: "whole-line", tabindex: 0, hidden: true });
     this.lines = new List(box, {
       label: "Lines", height: 20, empty: "no lines in this range",
-      row: (record, row) => row.append(when(record), html("span", { class: "vm" }, shortName(record.vm)), html("span", { class: "line" }, record.kind === "log" ? `${record.level ?? ""} ${record.logger ?? ""}: ${record.line ?? ""}` : record.line ?? "")),
+      row: (record, row) => row.append(when(record), html("span", { class: "vm" }, shortName(record.vm)), html("span", { class: record.priority <= 3 ? "line bad" : "line" }, record.kind === "log" ? `${record.level ?? ""} ${record.logger ?? ""}: ${record.line ?? ""}` : record.line ?? "")),
       choose: (record) => { this.whole_line.hidden = false; this.whole_line.textContent = record.line ?? ""; },
     });
     this.said_lines = html("div", { class: "said" }, html("div", { class: "row" }, this.vm, this.grep), box, this.whole_line);

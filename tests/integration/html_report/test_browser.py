@@ -5,6 +5,9 @@ Without a network, as the sandbox has none.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
 import pytest
 import timeline_samples
 from report_reader import Reader, browser
@@ -58,6 +61,52 @@ def test_the_overview_says_what_failed_and_where_the_time_went(reader, run):
     phases = [cell.text for cell in reader.all(".times:first-of-type th")]
     assert phases[:3] == ["setUp", "test", "tearDown"]
     assert reader.text("#shown") == f"{TESTS} tests"
+
+
+def test_each_worker_has_a_row_of_its_tests_and_of_the_time_it_was_idle(reader, run):
+    reader.open()
+    told = [test for test in run[0]["tests"] if test["duration"]]
+    rows = [row.text.split()[:3] for row in reader.all(".worker")]
+    counts = Counter(test["worker"] for test in told)
+    for name, row in zip(("gw0", "gw1"), rows, strict=False):
+        assert row == [name, str(counts[name]), "tests" + "," * (len(row[2]) > 5)]
+    idle = max(reader.all(".worker .idle"), key=lambda gap: gap.rect["width"])
+    assert idle.get_attribute("title").startswith("idle for 15.")
+    row = idle.find_element(By.XPATH, "../..").text
+    assert 15 <= float(re.search(r"idle for ([\d.]+) s", row)[1]) < 60
+    bars = reader.all(".worker .busy")
+    assert len(bars) == len(told)
+    spans = [(b.rect["x"], b.rect["x"] + b.rect["width"]) for b in bars]
+    track = reader.one(".worker .track").rect
+    for begin, end in spans:
+        assert track["x"] - 1 <= begin < end <= track["x"] + track["width"] + 1
+    slowest = max(told, key=lambda test: test["duration"])
+    widest = max(bars, key=lambda bar: bar.rect["width"])
+    assert widest.get_attribute("title").startswith(slowest["test"])
+    widest.click()
+    reader.until(lambda: reader.text("main h2 .id") == slowest["test"])
+
+
+def test_what_earlier_runs_came_to_is_shown(reader, run):
+    reader.open()
+    mixed = [t for t in run[0]["tests"] if {"passed", "failed"} <= {*t["earlier"]}]
+    section = "section:has(h3):nth-last-of-type(2)"
+    assert reader.text(f"{section} h3") == "What passes now and then"
+    links = [link.text for link in reader.all(f"{section} button")]
+    assert sorted(links) == sorted(test["test"] for test in mixed)
+    test = mixed[0]
+    counted = [outcome for outcome in test["earlier"] if outcome != "skipped"]
+    words = f"passed in {counted.count('passed')} of {len(counted)} earlier runs"
+    (row,) = [r for r in reader.all(f"{section} tr") if test["test"] in r.text]
+    assert words in row.text
+    marks = row.find_elements(By.CSS_SELECTOR, ".earlier .mark")
+    assert [mark.get_attribute("data-outcome") for mark in marks] == test["earlier"]
+    reader.open(f"#{test['test']}")
+    reader.until(lambda: words in reader.text(".heading"))
+    new = next(t for t in run[0]["tests"] if not t["earlier"] and t["duration"])
+    reader.open(f"#{new['test']}")
+    reader.until(lambda: reader.text("main h2 .id") == new["test"])
+    assert "earlier" not in reader.text(".heading")
 
 
 def test_the_list_is_filtered_by_words_and_by_outcomes(reader, run):
@@ -267,6 +316,8 @@ def test_nothing_is_wider_than_the_window(reader, width):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     reader.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
+        reader.open()
+        assert reader.js("document.documentElement.scrollWidth") <= width
         reader.open_failed()
         assert reader.js("document.documentElement.scrollWidth") <= width
     finally:

@@ -203,7 +203,8 @@ def test_without_a_run_the_error_names_the_file(tmp_path):
 
 def test_tests_of_a_run_are_objects(tmp_path):
     path = tmp_path / "run.json"
-    rows = [{"test": "a", "outcome": "passed", "phases": {"test": 1}}, None, 7, "b"]
+    row = {"test": "a", "outcome": "passed", "phases": {"test": 1}, "earlier": []}
+    rows = [row, None, 7, "b"]
     run = {"format": "qubes_itests.run", "version": 1, "seed": 3, "tests": rows}
     path.write_text(json.dumps({**run, "host": {"cpus": 2}, "started": "x"}))
     assert read_run(path) == (

@@ -410,3 +410,25 @@ def test_a_run_that_begins_while_another_ends_keeps_its_results(
     monkeypatch.setattr(fcntl, "flock", late)
     keep(history, 1, result("a::b"))
     assert outcomes(history) == {"a::b": ["passed"]}
+
+
+def test_the_last_outcomes_of_tests_come_without_those_of_one_run(tmp_path):
+    history = History(tmp_path)
+    assert history.recent("", "") == {}
+    for number in range(30):
+        outcome = "failed" if number >= 28 else "passed"
+        keep(history, number, result("a::b", outcome), result("a::c"))
+    keep(history, 99, result("a::b", "error"), suite="other")
+    recent = history.recent("", f"{29:032x}")
+    assert recent == {"a::b": ["passed"] * 19 + ["failed"], "a::c": ["passed"] * 20}
+
+
+def test_a_history_that_cannot_be_read_has_no_last_outcomes(tmp_path):
+    history = History(tmp_path)
+    keep(history, 1, result("a::b"))
+    database = sqlite3.connect(tmp_path / "history/results.sqlite")
+    with contextlib.closing(database):
+        database.execute("PRAGMA user_version = 99")
+    assert history.recent("", "") == {}
+    (problem,) = history.problems
+    assert "the results of earlier runs cannot be read" in problem

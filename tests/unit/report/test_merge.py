@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import xml.etree.ElementTree as ET
 
@@ -64,12 +65,16 @@ def test_parts_become_one_run(part, tmp_path):
     assert (document["outcome"], document["shard"]) == ("failed", None)
     assert (document["started"], document["duration"]) == (8.0, 4.0)
     assert [test["test"] for test in document["tests"]] == ["a::b", "a::c"]
+    workers = [test["worker"] for test in document["tests"]]
+    assert workers == ["machine 1", "machine 2"]
     folder = document["tests"][0]["artifacts"]
     assert (target / folder / "failure.txt").read_text() == "a::b"
     suites = ET.parse(target / "itests-junit.xml").getroot()  # noqa: S314 - our own
     assert [c.get("name") for c in suites.iter("testcase")] == ["a::b", "a::c"]
     assert read_part(target).results == tuple(
-        result for one in parts for result in one.results
+        dataclasses.replace(result, worker=worker)
+        for one, worker in zip(parts, workers, strict=True)
+        for result in one.results
     )
 
 
