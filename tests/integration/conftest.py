@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import tiny_cache
 from plugin_site import PluginSite
 
 from qubes_itests.host.cache import Cache
@@ -16,6 +17,7 @@ from qubes_itests.host.kernel import find_kernel
 @pytest.fixture(scope="session")
 def shared_cache(sandbox):  # noqa: ARG001 - first
     root = Path(tempfile.mkdtemp(prefix="qi-"))
+    tiny_cache.fill(root)
     yield root
     shutil.rmtree(root)
 

@@ -42,6 +42,8 @@ class PluginSite:
         # As after `. .venv/bin/activate`.
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         own = {"PYTHONPATH": str(self.site), "PATH": path}
+        # It imports all of hypothesis at the end of each run, with tests of it or none.
+        own["PYTEST_ADDOPTS"] = "-p no:hypothesispytest"
         self.environment |= {**own, **environment}
 
     def install(self, name: str, text: str, *groups: str) -> None:

@@ -8,9 +8,8 @@ import sys
 import time
 
 import pytest
+import tiny_cache
 from leftovers import leftovers
-
-from qubes_itests.host.cache import Cache
 
 SEED = 20
 MOMENTS = 20
@@ -27,13 +26,6 @@ def _alive(cache):
     return [what for what in leftovers(cache) if not what.startswith("directory")]
 
 
-#: What of the cache a run on `tiny` uses.
-OF_TINY = (
-    *("agent", "directories", "initramfs", "kernel", "kvm"),
-    *("libvirt-capabilities", "stage-one", "tiny"),
-)
-
-
 def _wait_for_nothing(cache, timeout):
     deadline = time.monotonic() + timeout
     while (left := _alive(cache)) and time.monotonic() < deadline:
@@ -43,17 +35,11 @@ def _wait_for_nothing(cache, timeout):
 
 @pytest.fixture
 def cache(tmp_path):
-    """Have a cache of our own, so that what is left can be told from the rest.
-
-    What is dear to build comes from the real one.
-    """
+    """Have a cache of our own, so that what is left can be told from the rest."""
     # runs are told by this name: that of the cache of these tests must be another
     cache = tmp_path / "cache-of-killed-runs"
     cache.mkdir()
-    # no layers of apps, nor what Debian is made from: those are gigabytes
-    kinds = [Cache().root / kind for kind in OF_TINY]
-    known = [kind for kind in kinds if kind.exists()]
-    subprocess.run(["cp", "-a", "--reflink=auto", "--", *known, cache], check=True)
+    tiny_cache.fill(cache)
     return cache
 
 
