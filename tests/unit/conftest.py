@@ -1,4 +1,4 @@
-"""Fixtures that several folders share: the agent's sanitized build, compiled once."""
+"""What several folders share: the agent's sanitized build, compiled once; a profile."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from agent_process import build
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# An example may take as long as its test: how long it does, the machine's load says.
+settings.register_profile("unit", deadline=None)
+settings.load_profile("unit")
 
 
 @pytest.fixture(scope="session")

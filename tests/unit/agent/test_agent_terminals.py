@@ -236,7 +236,6 @@ def test_input_that_nobody_reads_costs_a_window(wire: Wire) -> None:
 
 @settings(
     max_examples=30,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(

@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qubes_itests.core import event_names, events, ext
@@ -182,7 +182,6 @@ def test_wildcards_that_match_no_event_are_refused(pattern):
         events.handler(pattern)
 
 
-@settings(deadline=None)
 @given(data=st.data(), event=st.sampled_from(EVENTS), rest=st.text(min_size=1))
 def test_any_pattern_that_matches_an_event_is_taken(data, event, rest):
     """Made from a name that can be fired, by wildcards in place of its parts."""

@@ -152,7 +152,7 @@ def naive(app, rules, service, source, target):
     return None, ""
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     apps(),
     st.lists(lines(), max_size=12),
@@ -170,7 +170,6 @@ def test_same_answer_as_the_naive_policy(app, rules, service, name, target):
     assert decision.rule is expected, decision
 
 
-@settings(deadline=None)
 @given(st.text(), st.text())
 def test_whatever_a_guest_says_is_answered(service, target):
     """No name makes `evaluate` fail, and none that is not valid is allowed."""

@@ -3,7 +3,7 @@
 import string
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qubes_itests.core.policy import Origin, PolicySyntaxError, Rule
@@ -82,7 +82,6 @@ WORDS = st.sampled_from(
 )
 
 
-@settings(deadline=None)
 @given(
     st.one_of(
         st.text(),
@@ -147,7 +146,6 @@ def rules(draw):
     return " ".join([service, argument, draw(SOURCES), target, action, *parameters])
 
 
-@settings(deadline=None)
 @given(rules())
 def test_every_rule_of_the_language_prints_as_it_was_written(line):
     assert str(Rule.parse(line)) == line

@@ -165,7 +165,6 @@ def test_population():
         settings=settings(
             max_examples=30,
             stateful_step_count=40,
-            deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
         ),

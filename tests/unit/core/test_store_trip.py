@@ -143,7 +143,7 @@ def test_text_that_is_none_comes_back(tmp_path, value):
     assert load(app).domains["far"].remote_name is None
 
 
-@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(
     st.lists(VM, max_size=8),
     st.lists(SETTING, max_size=25),

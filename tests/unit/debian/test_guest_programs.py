@@ -235,7 +235,7 @@ def test_a_command_with_spaces_and_quotes_is_run_as_it_is():
     assert done.stdout == b"a b|it's|-n|\xff\n|"
 
 
-@settings(deadline=None, max_examples=30)  # each starts an interpreter
+@settings(max_examples=30)  # each starts an interpreter
 @given(WORDS)
 def test_any_words_arrive(words):
     line = encoded([b"printf", rb"%s\0", *words])

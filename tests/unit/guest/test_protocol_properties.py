@@ -3,7 +3,7 @@
 import itertools
 import struct
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qubes_itests.guest.exc import ProtocolViolation
@@ -70,7 +70,6 @@ def is_data(event):
 
 
 @given(st.lists(st.binary(max_size=200), max_size=20))
-@settings(deadline=None)
 def test_random_bytes_are_events_or_a_violation(pieces):
     """Nothing else is ever raised, and no more than a frame is kept."""
     protocol = connected()
@@ -82,7 +81,6 @@ def test_random_bytes_are_events_or_a_violation(pieces):
 
 
 @given(st.lists(frames, max_size=30))
-@settings(deadline=None)
 def test_random_frames_keep_every_bound(sent):
     """However frames follow each other, streams and unread bytes stay bounded."""
     protocol = connected()
@@ -99,7 +97,6 @@ def test_random_frames_keep_every_bound(sent):
 
 
 @given(st.lists(frames, max_size=10), st.lists(st.integers(0, 5000), max_size=10))
-@settings(deadline=None)
 def test_where_bytes_are_cut_does_not_matter(sent, cuts):
     """Torn frames give the same events as whole ones, up to the same violation."""
     stream = b"".join(sent)
@@ -115,7 +112,6 @@ def test_where_bytes_are_cut_does_not_matter(sent, cuts):
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_credit_given_is_what_can_be_sent(data):
     """A guest may send exactly what it was given, however it was given."""
     protocol = connected(1)
@@ -134,7 +130,6 @@ def test_credit_given_is_what_can_be_sent(data):
 
 
 @given(st.integers(1, 200), st.integers(0, 250))
-@settings(deadline=None)
 def test_ended_calls_never_come_back(count, again):
     """Old numbers are breaches for ever, without a list of them being kept."""
     protocol = connected(0)

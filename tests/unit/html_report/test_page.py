@@ -129,7 +129,7 @@ def test_hostile_text_runs_nothing(tmp_path, text):
     assert found.scripts[""] == plain.scripts[""]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.text(), st.text())
 def test_any_text_is_data(tmp_path_factory, name, cause):
     found = made(tmp_path_factory.mktemp("any"), [{"test": name, "cause": cause}])

@@ -174,7 +174,7 @@ def texts(value):
                 yield from texts(inner)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(RECORDS, max_size=6), st.integers(0, 2000))
 def test_whatever_is_written_is_read_within_its_room_and_safe(
     tmp_path_factory, records, room

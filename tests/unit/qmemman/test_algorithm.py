@@ -126,7 +126,6 @@ def _expected(state):
     return state.actual if late else min(state.actual, state.last_target)
 
 
-@settings(deadline=None)
 @given(states(), free_memory)
 @example(
     [
@@ -143,7 +142,6 @@ def test_targets_fit_the_machine_and_each_maximum(domains, free):
     assert all(0 <= target <= by_id[domid].maximum for domid, target in targets)
 
 
-@settings(deadline=None)
 @given(states(), free_memory)
 def test_who_lacks_memory_gives_none(domains, free):
     targets = dict(decide_balance(free, domains))
@@ -158,7 +156,6 @@ def test_who_lacks_memory_gives_none(domains, free):
         assert asked.get(d.domid, preferred) >= preferred
 
 
-@settings(deadline=None)
 @given(states(), free_memory)
 def test_who_cannot_respond_or_has_not_reported_is_not_touched(domains, free):
     out = {d.domid for d in domains if d.used is None or d.no_progress or d.paused}
@@ -166,7 +163,6 @@ def test_who_cannot_respond_or_has_not_reported_is_not_touched(domains, free):
     assert out.isdisjoint(domid for domid, _ in touched)
 
 
-@settings(deadline=None)
 @given(states(), free_memory)
 def test_donors_come_first_and_nobody_twice(domains, free):
     actual = {d.domid: d.actual for d in domains}
@@ -176,7 +172,6 @@ def test_donors_come_first_and_nobody_twice(domains, free):
     assert len({domid for domid, _ in targets}) == len(targets)
 
 
-@settings(deadline=None)
 @given(states(), st.integers(1, 1 << 38))
 def test_a_balloon_frees_what_was_asked_or_asks_nobody(domains, amount):
     actual = {d.domid: d.actual for d in domains}
@@ -191,7 +186,7 @@ def test_a_vm_of_less_than_the_least_preference_lets_others_rest():
     assert decide_balance(350 * MIB, [*small, other]) == []
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(states(), free_memory)
 def test_balancing_settles_and_a_steady_state_stays(domains, free):
     """When everybody obeys, some rounds later there is nothing left to decide."""
