@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pytest
 
 
-__all__ = ["Command", "parse", "resembled"]
+__all__ = ["ALL_OPTIONS", "COMMANDS", "Command", "parse", "resembled"]
 
 
 class _SubCommand(NamedTuple):
@@ -38,7 +38,7 @@ class _SubCommand(NamedTuple):
 
 
 # fmt: off
-_COMMANDS = {
+COMMANDS = {
     "run": _SubCommand("run", "run the tests of all installed plugins (the default)"),
     "list": _SubCommand(
         "listing", "list the tests without running them",
@@ -81,6 +81,13 @@ _COMMANDS = {
         "orphans", "list, take over or remove volumes of `serve` that no VM has",
         (("words", "*", "[remove POOL:VOLUME... | adopt NAME CLASS [TEMPLATE]]",
           "what to do; by default they are listed"),)),
+    "init": _SubCommand(
+        "init", "write a first test of an app, what its VMs need, and a job for its CI",
+        (("words", "*", "[DIR]", "the app's (default: the current one)"),)),
+    "completion": _SubCommand(
+        "completion", "print a script that has a shell complete command lines",
+        (("target", None, "SHELL", "bash, zsh, fish, tcsh or powershell"),)),
+    "man": _SubCommand("man", "print the manual page"),
     "template": _SubCommand(
         "template", "build templates before the first run that needs them, or list all",
         (("words", "+", "list | build NAME...", "list all, or build those named"),)),
@@ -105,10 +112,11 @@ class Command:
     :param given: the settings that were given, converted.
     :param rest: for `run` what pytest gets.
     :param target: of `shell`: a template, or the directory of a kept VM; of `attach`:
-        a VM, after the name of its run and a slash if need be.
+        a VM, after the name of its run and a slash if need be; of `completion` a shell.
     :param tool: of `qvm`: its name.
     :param words: of `history` tests; of `merge` directories; of `memory` ``plot`` or
-        not, and a timeline; of `report` ``html`` and a directory, or nothing; of `qvm`
+        not, and a timeline; of `report` ``html`` and a directory, or nothing; of `init`
+        a directory, or nothing; of `qvm`
         what follows the tool; of `thaw` a directory, then VMs; of `template` ``list``,
         or ``build`` and names; of `orphans` what to do to which, or nothing.
     """
@@ -140,6 +148,9 @@ class Command:
         (), None, "FILE", "history",
         "add the results in FILE, written by --export on another machine, or in the"
         " artefacts of a run, if FILE is their directory")
+    ci: str = option(
+        "github", None, "KIND", "init",
+        "write the job for the CI of KIND, which is github or gitlab")
     directory: str = option(
         "", None, "DIR", "serve", "keep the VMs in DIR until the next time")
     print_env: bool = option(
@@ -153,7 +164,7 @@ class Command:
     @property
     def module(self) -> str:
         """The module of this package that carries it out."""
-        return _COMMANDS[self.name].module
+        return COMMANDS[self.name].module
 
     @property
     def shows_tests(self) -> bool:
@@ -170,7 +181,7 @@ class Command:
         return self.name in ("shell", "repl", "thaw")
 
 
-_ALL = (*OPTIONS.values(), *options(Command))
+ALL_OPTIONS = (*OPTIONS.values(), *options(Command))
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -180,7 +191,7 @@ def parse(arguments: Sequence[str]) -> Command:
     """
     name, misspelt, others = "run", "", list(arguments)
     if (position := _first_word(arguments)) is not None:
-        if others[position] in _COMMANDS:
+        if others[position] in COMMANDS:
             name = others.pop(position)
         else:
             misspelt = others[position]
@@ -191,7 +202,7 @@ def parse(arguments: Sequence[str]) -> Command:
         for key, value in vars(known).items()
         if value is not None
     }
-    for made in _ALL:
+    for made in ALL_OPTIONS:
         if made.name in values and name not in made.commands:
             takers = " and ".join(f"`{n}`" for n in made.commands if n != PYTEST)
             given = made.spellings()[0]
@@ -218,7 +229,7 @@ def _first_word(arguments: Sequence[str]) -> int | None:
 
     None if there is none, or it neither is nor resembles the name of a sub-command.
     """
-    takes_value = {s: bool(o.metavar) for o in _ALL for s in o.spellings()}
+    takes_value = {s: bool(o.metavar) for o in ALL_OPTIONS for s in o.spellings()}
     takes_value |= dict.fromkeys(("-h", "--help", "-V", "--version"), False)
     #: What only pytest can tell the meaning of.
     foreign: list[str] = []
@@ -243,11 +254,11 @@ def _first_word(arguments: Sequence[str]) -> int | None:
 
 def resembled(word: str) -> str:
     """Return the sub-command that has such a name or a similar one, or ""."""
-    if word in _COMMANDS or not word.isalpha():
-        return word if word in _COMMANDS else ""
+    if word in COMMANDS or not word.isalpha():
+        return word if word in COMMANDS else ""
     import difflib
 
-    return "".join(difflib.get_close_matches(word, _COMMANDS, n=1))
+    return "".join(difflib.get_close_matches(word, COMMANDS, n=1))
 
 
 class _Answer(Exception):  # noqa: N818 - it is no error
@@ -294,7 +305,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    command, usage = _COMMANDS[name], "[run] [options] [pytest options] [selectors]"
+    command, usage = COMMANDS[name], "[run] [options] [pytest options] [selectors]"
     if name != "run":
         usage = " ".join([name, "[options]", *(words[2] for words in command.words)])
     parser = _Parser(
@@ -314,7 +325,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
         parser.add_argument("--version", "-V", action="version", version=version)
     places = "also in [tool.qubes_itests] of pyproject.toml, and QUBES_ITESTS_*"
     settings = None
-    for made in _ALL:
+    for made in ALL_OPTIONS:
         if name not in made.commands:
             # what is not for a run may be an option of pytest
             if name != "run":
@@ -328,7 +339,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 
 def _epilog() -> str:
-    rows = "\n".join(f"  {name:8} {c.meaning}" for name, c in _COMMANDS.items())
+    rows = "\n".join(f"  {name:10} {c.meaning}" for name, c in COMMANDS.items())
     return f"""\
 sub-commands, before or after the options (--help after one shows its own):
 {rows}

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 
 ONCE = "qubes.tests.extra"
 FOR_TEMPLATE = "qubes.tests.extra.for_template"
+NOBODY = 65534
+#: It reads what root can, as the checkout may be where that user cannot go, and may do
+#: nothing else.
+_AS_NOBODY = (
+    *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+    "--bounding-set=-all,+dac_read_search",
+    *("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"),
+)
 
 
 class PluginSite:
@@ -73,22 +81,13 @@ class PluginSite:
         command = [*launcher, sys.executable, "-m", program, *arguments]
         return self._run(command, variables)
 
-    def run_as_nobody(self) -> subprocess.CompletedProcess[str]:
-        """Run the main job as a user without rights."""
-        # Compiled to nothing but a status: that user may not be able to read us.
-        code = (
-            "import os, sys; from qubes_itests import __main__, cli;"
-            "from qubes_itests.run import options, settings;"
-            "from qubes_itests.cli import arguments, run;"
-            "from qubes_itests.host import cache, preflight, sandbox;"
-            "os.chdir(sys.argv[-1]);"
-            "os.environ['QUBES_ITESTS_CACHE'] = sys.argv.pop();"
-            "os.setgroups([]); os.setresgid(*3*[65534]); os.setresuid(*3*[65534]);"
-            "sys.exit(__main__.main())"
-        )
+    def run_as_nobody(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the program as a user without rights, with a cache of its own."""
         with tempfile.TemporaryDirectory() as cache:
-            Path(cache).chmod(0o777)
-            return self._run([sys.executable, "-c", code, cache], {})
+            for path in (cache, self.work):
+                os.chown(path, NOBODY, NOBODY)
+            variables = {"QUBES_ITESTS_CACHE": cache, "HOME": cache}
+            return self.run(*arguments, launcher=_AS_NOBODY, **variables)
 
     def _run(
         self, command: list[str], variables: Mapping[str, str]

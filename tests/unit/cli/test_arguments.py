@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from qubes_itests.cli.arguments import Command, parse
+from qubes_itests.cli.arguments import COMMANDS, Command, parse
 from qubes_itests.run.options import PYTEST, options
 from qubes_itests.run.settings import OPTIONS, ConfigurationError, Keep
 
@@ -131,11 +131,7 @@ def test_orphans_are_listed_unless_words_say_more():
 
 
 ALL = [*OPTIONS.values(), *options(Command)]
-NAMES = (
-    *("run", "list", "doctor", "shell", "clean", "report", "memory", "serve", "qvm"),
-    *("orphans", "template", "history", "merge", "ps", "attach", "repl"),
-    "thaw",
-)
+NAMES = tuple(COMMANDS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -163,6 +159,7 @@ def test_each_sub_command_refuses_the_options_of_others(name, capsys):
                 "merge": ["x"],
                 "attach": ["vm"],
                 "thaw": ["directory"],
+                "completion": ["bash"],
             }
             with pytest.raises(SystemExit) as ended:
                 parse([name, *words, *needed.get(name, ())])
