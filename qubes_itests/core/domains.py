@@ -17,7 +17,7 @@ from qubes_itests.core.exc import (
     QubesVMNotHaltedError,
 )
 from qubes_itests.core.vm.adminvm import AdminVM
-from qubes_itests.core.vm.base import BaseVM
+from qubes_itests.core.vm.base import DISPOSABLE, BaseVM
 from qubes_itests.core.vm.dispvm import DispVM
 from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_storage.uninterrupted import to_its_end
@@ -213,15 +213,16 @@ class VMCollection:
 
         :raise LookupError: when too many are taken.
         """
-        taken = {vm.disposable_number for vm in self.startable()}
-        taken |= set(self._last_dispids)
-        free = [
-            number
-            for number in range(1, config.max_dispid)
-            if number not in taken
-            and f"{config.dispvm_prefix}{number}" not in self._by_name
-        ]
+        free = set(range(1, config.max_dispid)).difference(
+            (vm.disposable_number for vm in self.startable()),
+            self._last_dispids,
+            (
+                int(n.removeprefix(config.dispvm_prefix))
+                for n in self._by_name
+                if DISPOSABLE.fullmatch(n)
+            ),
+        )
         if not free:
             raise LookupError(f"all numbers below {config.max_dispid} are taken")
-        self._last_dispids.append(secrets.choice(free))
+        self._last_dispids.append(secrets.choice(tuple(free)))
         return self._last_dispids[-1]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from qubes_storage.exc import DriverNotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from qubes_storage.pool import Pool
 
@@ -21,9 +21,20 @@ __all__ = ["GROUP", "driver_names", "driver_parameters", "pool_class"]
 GROUP = "qubes.storage"
 
 
+@functools.lru_cache(maxsize=1)
+def _found_by(
+    entry_points: Callable[..., importlib.metadata.EntryPoints],
+) -> importlib.metadata.EntryPoints:
+    """Return those of drivers: to look through all distributions takes 6 ms each time.
+
+    :param entry_points: that of `importlib.metadata`, where tests may have put another.
+    """
+    return entry_points(group=GROUP)
+
+
 def driver_names() -> tuple[str, ...]:
-    """Return the names of the installed drivers."""
-    return tuple(sorted(importlib.metadata.entry_points(group=GROUP).names))
+    """Return the names of the drivers that were installed at the first call."""
+    return tuple(sorted(_found_by(importlib.metadata.entry_points).names))
 
 
 def pool_class(driver: str) -> type[Pool]:
@@ -31,7 +42,7 @@ def pool_class(driver: str) -> type[Pool]:
 
     :raise DriverNotFoundError: when no such driver is installed.
     """
-    for entry in importlib.metadata.entry_points(group=GROUP, name=driver):
+    for entry in _found_by(importlib.metadata.entry_points).select(name=driver):
         return cast("type[Pool]", entry.load())
     raise DriverNotFoundError(driver, driver_names())
 
