@@ -42,12 +42,15 @@ if TYPE_CHECKING:
 
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.vm.qubesvm import QubesVM
+    from qubes_itests.guest.link.agent import GuestAgent
     from qubes_itests.hypervisor.contract import Domain, DomainSpec, Hypervisor
 
 __all__ = ["freeze", "kind_of"]
 
 #: States of a VM that has a domain which can be stopped where it is.
 _LIVE: Final = ("Running", "Paused", "Suspended")
+#: Seconds that an agent has to answer before its VM is frozen, and afterwards.
+_AGENT_TIMEOUT: Final = 3.0
 
 
 async def kind_of(hypervisor: Hypervisor) -> dict[str, str]:
@@ -74,7 +77,7 @@ async def freeze(app: Qubes, place: Path, scratch: Path, test: str) -> None:
     new = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     clones = Path(tempfile.mkdtemp(prefix="frozen-", dir=scratch))
     try:
-        async with _stopped(app) as moment:
+        async with _commands_left(app), _stopped(app) as moment:
             for number, (vm, domain) in enumerate(moment.domains.items(), 1):
                 await moment.capture(new / f"memory-{number}", vm, domain, clones)
             committed = await _clone_committed(app, clones)
@@ -146,6 +149,29 @@ async def _stopped(app: Qubes) -> AsyncIterator[_Moment]:
         yield moment
     finally:
         await to_its_end(_resume([live[vm] for vm in ran & live.keys()]))
+
+
+@contextlib.asynccontextmanager
+async def _commands_left(app: Qubes) -> AsyncIterator[None]:
+    """Have the agents, as they are meanwhile, leave what runs when they lose the host.
+
+    They do when they are thawed: the command that hung is what somebody looks for.
+    """
+    vms = [vm for vm in app.domains.startable() if not vm.is_paused()]
+    agents = [vm.agent for vm in vms if vm.agent is not None]
+
+    async def tell(agent: GuestAgent, *, leave: bool) -> None:
+        # one that does not answer is frozen as it is
+        with contextlib.suppress(HarnessError):
+            await agent.leave_running(leave=leave, timeout=_AGENT_TIMEOUT)
+
+    await asyncio.gather(*(tell(agent, leave=True) for agent in agents))
+    try:
+        yield
+    finally:
+        await to_its_end(
+            asyncio.gather(*(tell(agent, leave=False) for agent in agents))
+        )
 
 
 async def _resume(domains: Iterable[Domain]) -> None:

@@ -333,8 +333,6 @@ class Life:
     async def go_on(self) -> None:
         """Take up the connection to the guest of a thawed run, whose CPUs run by now.
 
-        Its agent ends the commands that were on the one before.
-
         :raise DeadlineError: it does not answer; it runs all the same.
         :raise GuestGoneError: it has stopped.
         """

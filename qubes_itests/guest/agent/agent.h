@@ -38,7 +38,7 @@ enum {
 };
 
 enum frame_type {
-	HELLO = 0x01, ENTER, DB_WRITE, DB_REMOVE, POWER_OFF, CLOCK, DISK,
+	HELLO = 0x01, ENTER, DB_WRITE, DB_REMOVE, POWER_OFF, CLOCK, DISK, LEAVE,
 	SPAWN = 0x10, CALL, DATA, END_OF_FILE, STOP, CREDIT, SIGNAL, EXIT, RESIZE,
 	READY = 0x81, DONE, FAILED, LOG,
 };
@@ -101,6 +101,7 @@ nfds_t streams_collect(struct pollfd polled[STREAM_FDS]);
 void streams_ready(const struct pollfd *polled, nfds_t count);
 bool streams_sweep(void); /* false: the port is full */
 void streams_reset(void);
+void streams_leave(bool next_time); /* streams_reset kills no command then */
 void stream_reaped(pid_t pid, int status);
 const char *call_open(struct strings request, const char *user, pid_t caller,
                       const int fds[CALL_FDS]); /* NULL, or why not */

@@ -116,6 +116,8 @@ static void control_frame(const struct frame *frame, const uint8_t *payload,
 		problem = testing ? "there is no stage two here" : enter(strings);
 	else if (frame->type == CLOCK)
 		problem = set_clock(now);
+	else if (frame->type == LEAVE)
+		streams_leave(payload[0] == 1);
 	else if (!(first = next_string(&strings)))
 		problem = "nothing is named";
 	else if (frame->type == DISK)
@@ -145,6 +147,7 @@ static const char *take_frame(const struct frame *frame, const uint8_t *payload)
 		[POWER_OFF] = {CONTROL, 1, 1, false},
 		[CLOCK] = {CONTROL, 8, 8, false},
 		[DISK] = {CONTROL, 1, PAYLOAD_MAX, true},
+		[LEAVE] = {CONTROL, 1, 1, false},
 		[SPAWN] = {ON_STREAM, 1, PAYLOAD_MAX, true},
 		[DATA] = {ON_STREAM, 1, PAYLOAD_MAX, false},
 		[END_OF_FILE] = {ON_STREAM, 0, 0, false},

@@ -57,6 +57,10 @@ struct stream {
 };
 
 static struct stream *streams;
+/* Commands of a connection that is no more, with all that they have open here: they wait
+ * for input, or for room for their output, as they did. Nothing is read or written. */
+static struct stream *left;
+static bool leaves;
 static unsigned int stream_count[2]; /* commands, calls */
 static uint32_t last_host, last_guest = 0x80000000u;
 
@@ -472,6 +476,8 @@ void stream_use_stdin(pid_t pid, pid_t sender, uid_t uid)
 	}
 }
 
+static void stream_free(struct stream *stream);
+
 void stream_reaped(pid_t pid, int status)
 {
 	for (struct stream *stream = streams; stream; stream = stream->next) {
@@ -486,6 +492,15 @@ void stream_reaped(pid_t pid, int status)
 		channel_close(&stream->channels[0]);
 		source_drain(&stream->channels[1]);
 		source_drain(&stream->channels[2]);
+		return;
+	}
+	for (struct stream **link = &left; *link; link = &(*link)->next) {
+		struct stream *stream = *link;
+
+		if (stream->pid != pid)
+			continue;
+		*link = stream->next;
+		stream_free(stream);
 		return;
 	}
 }
@@ -552,6 +567,11 @@ void streams_reset(void)
 		struct stream *stream = streams;
 
 		streams = stream->next;
+		if (leaves && stream->pid > 0 && !stream->ended) {
+			stream->next = left;
+			left = stream;
+			continue;
+		}
 		stream_signal(stream, SIGKILL);
 		if (stream->pid == 0 && !stream->ended)
 			stream_end(stream, NOT_STARTED, REFUSED, "the host has disconnected");
@@ -559,6 +579,12 @@ void streams_reset(void)
 	}
 	last_host = 0;
 	last_guest = first_guest;
+	leaves = false;
+}
+
+void streams_leave(bool next_time)
+{
+	leaves = next_time;
 }
 
 /* What is waited for. */

@@ -265,6 +265,21 @@ class GuestAgent:
         except TimeoutError:
             raise self._late("answer to CLOCK", timeout) from None
 
+    async def leave_running(self, *, leave: bool, timeout: float) -> None:
+        """Say what becomes of commands when the connection ends or begins anew.
+
+        :param leave: at the next end they stay as they are, and so does what they wait
+            for; else they are killed, as ever.
+        :param timeout: seconds.
+        :raise DeadlineError: the guest did not answer in time.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                payload = bytes([leave])
+                await self._connection.request(FrameType.LEAVE, payload, "leave them")
+        except TimeoutError:
+            raise self._late("answer to LEAVE", timeout) from None
+
     async def wait_for_disk(self, name: str, state: str, *, timeout: float) -> None:
         """Wait until the guest has a disk as the host has it: it learns of it later.
 

@@ -76,6 +76,7 @@ class FrameType(enum.IntEnum):
     POWER_OFF = 0x05
     CLOCK = 0x06
     DISK = 0x07
+    LEAVE = 0x08
     SPAWN = 0x10
     CALL = 0x11
     DATA = 0x12

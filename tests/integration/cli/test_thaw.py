@@ -32,6 +32,7 @@ PLUGIN = r"""
             # goes on when the command that started it has ended
             one.run("(until [ -e /run/stop ]; do sleep 1; done; echo >/run/stopped)"
                     " </dev/null >/dev/null 2>&1 &", user="root", wait=True)
+            self.hung = one.run("cat; exec sleep 5173", passio_popen=True)
             self.loop.run_until_complete(still.pause())
             self.fail("on purpose")
 
@@ -76,7 +77,10 @@ def thawed(site):
 def say(user, command):
     """Run a command in the shell; return what it shows."""
     user.type(f"{command}; echo e''nd\r")
-    return user.read_until("end\r\n").partition("\r\n")[2].removesuffix("end\r\n")
+    shown = user.read_until("end\r\n").partition("\r\n")[2]
+    # what is typed before the prompt would be shown twice
+    user.read_until("# ")
+    return shown.removesuffix("end\r\n")
 
 
 def contents(folder):
@@ -108,6 +112,8 @@ def test_a_failure_is_thawed_with_all_of_its_vms(site, thawed):
     assert say(user, "cat /root/kept /run/kept; hostname") == (
         "disk\r\nmemory\r\ntest-inst-one\r\n"
     )
+    # what the test waited for is where it was: it reads what nobody writes
+    assert "cat; exec sleep 5173" in say(user, "ps | grep '[s]leep 5173'")
     call = "qrexec-client-vm test-inst-other test.Hello"
     assert say(user, call) == "from test-inst-other\r\n"
     gateway = "$(qubesdb-read /qubes-gateway)"

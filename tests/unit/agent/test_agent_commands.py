@@ -16,6 +16,7 @@ from agent_wire import (
     DATA,
     EOF,
     EXIT,
+    LEAVE,
     SIGNAL,
     SPAWN,
     STOP,
@@ -254,6 +255,29 @@ def test_hello_kills_what_an_earlier_connection_left(wire: Wire) -> None:
     wire.hello()
     wire.last_stream = 0
     wait_until(lambda: ended(wire, pid), f"end of process {pid}")
+
+
+def test_what_is_to_be_left_outlives_the_connection_once(wire: Wire) -> None:
+    """It waits for its input as before, and is no stream any more."""
+    stream = wire.spawn("echo $$; read line; sleep 60")
+    pid = int(wire.expect(DATA, stream).payload)
+    assert wire.control(LEAVE, b"\0") is None
+    assert wire.control(LEAVE, b"\1") is None
+    wire.hello()
+    wire.last_stream = 0
+    other = wire.spawn("echo $$; sleep 60")
+    second = int(wire.expect(DATA, other).payload)
+    wire.hello()
+    wire.last_stream = 0
+    wait_until(lambda: ended(wire, second), f"end of process {second}")
+    assert not ended(wire, pid)
+    # when it has ended there is as much room as before
+    assert wire.run(f"kill {pid}").value == 0
+    wait_until(lambda: ended(wire, pid), f"end of process {pid}")
+    held = [wire.spawn("read line") for _ in range(128)]
+    for each in held:
+        wire.send(EOF, 0, each)
+        assert wire.finish(each).kind == 0
 
 
 def test_host_that_reads_late_loses_nothing(wire: Wire) -> None:

@@ -18,6 +18,7 @@ from agent_wire import (
     EXIT,
     FAILED,
     HELLO,
+    LEAVE,
     POWER_OFF,
     RESIZE,
     SIGNAL,
@@ -88,7 +89,7 @@ def test_types_that_are_not_the_hosts_are_unknown(
     agent: AgentProcess, place: tuple[int, int]
 ) -> None:
     """Each of them, on the control stream as on one that is open, empty or not."""
-    ours = {HELLO, ENTER, DB_WRITE, DB_REMOVE, POWER_OFF, CLOCK, DISK}
+    ours = {HELLO, ENTER, DB_WRITE, DB_REMOVE, POWER_OFF, CLOCK, DISK, LEAVE}
     ours |= {SPAWN, DATA, EOF, STOP, CREDIT, SIGNAL, EXIT, RESIZE}
     with agent.start() as wire:
         for kind in sorted(set(range(256)) - ours):

@@ -136,6 +136,17 @@ async def test_a_clock_that_is_not_set_is_told(connect):
         await setting
 
 
+@pytest.mark.parametrize("leave", [True, False])
+async def test_a_guest_is_told_what_becomes_of_its_commands(connect, leave):
+    agent, peer = await connect()
+    telling = asyncio.ensure_future(agent.leave_running(leave=leave, timeout=5))
+    assert (await peer.expect(F.LEAVE)).payload == bytes([leave])
+    peer.send(F.DONE)
+    await telling
+    with pytest.raises(DeadlineError, match="answer to LEAVE"):
+        await agent.leave_running(leave=leave, timeout=0.01)
+
+
 async def test_the_next_request_does_not_get_the_answer_of_one_given_up(connect):
     agent, peer = await connect()
     first = asyncio.ensure_future(agent.write_db("/first", "1"))
