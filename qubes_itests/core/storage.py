@@ -203,6 +203,8 @@ class Storage:
 
         :param keep_note: until the next save, as the store may have the VM.
         """
+        # Forgotten before the first await: `making` undoes once more what `create` has
+        # undone, and others may have made volumes of these names by then.
         made, self._made = self._made[::-1], []
         failures = await _each(made, lambda volume: volume.remove())
         for error in failures:
@@ -284,6 +286,8 @@ class Storage:
         started: list[Volume] = []
         try:
             for volume in self.volumes.values():
+                # A thread starts it. Were the VM's start killed meanwhile, it would be
+                # started a moment later, with nobody to stop it.
                 await to_its_end(volume.start(), undo=lambda begun: begun.stop())
                 started.append(volume)
         except BaseException:

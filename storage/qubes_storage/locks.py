@@ -165,6 +165,8 @@ class Claims:
         :return: False when somebody else's claim is in the way.
         :raise OSError: when the lock file cannot be opened.
         """
+        # The kernel does not keep our own threads apart, which share one open file:
+        # without the mutex two could take a subject at once, and be counted as one.
         with self._mutex, self._lock_file() as fd:
             kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
             if subject not in self._held and not _set_lock(fd, subject, kind):
@@ -176,6 +178,7 @@ class Claims:
         """Undo one `take`; no error when there was none."""
         with self._mutex:
             count = self._held.pop(subject, 0)
+            # One unlock undoes any number of locks of a byte, so only the last may.
             if count > 1:
                 self._held[subject] = count - 1
             elif count:
@@ -202,6 +205,7 @@ class Claims:
     def close(self) -> None:
         """Drop all claims."""
         with self._mutex:
+            # the kernel drops them with the descriptor
             self._held.clear()
             self._close_if_idle()
 
@@ -248,6 +252,8 @@ class VolumeUse:
 
         :raise VolumeStateError: when another process has it started, or imports.
         """
+        # It is held still after a stop that has lost something. Taken once more then,
+        # it would outlast the `end`, and no other process could start the volume.
         if not self._claims.is_held(self._in_use) and not self._claims.take(
             self._in_use
         ):
@@ -262,6 +268,7 @@ class VolumeUse:
 
     def begin_export(self) -> None:
         """Note a reader of the committed image."""
+        # It cannot fail: nobody takes this one for himself alone, `is_elsewhere` asks.
         self._claims.take(self._exported, shared=True)
         self._exports += 1
 

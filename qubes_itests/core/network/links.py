@@ -50,6 +50,9 @@ class Downlink:
         self.taken: dict[str, str] = {}
         self._tap: Tap | None = None
         self._routes: Routes = {}
+        # A change is the difference from the routes that the one before it has left.
+        # Two at once would start from the same ones, and the second would ask the guest
+        # for what the first has done or undone.
         self._changing = asyncio.Lock()
 
     @classmethod
@@ -92,6 +95,8 @@ class Downlink:
     async def _plug_in(self, address: IPv4Address) -> None:
         self._tap = await _made(Tap.create, self.bridge, DOWNLINK_MAC)
         interface = Interface(DOWNLINK_MAC, tap=self._tap.name)
+        # The hypervisor goes on with it when we are cancelled. Detached before it is
+        # attached, it would stay in the guest, plugged into a tap that is gone.
         await to_its_end(self.domain.attach_interface(interface))
         await set_up_downlink(self.agent, mac=DOWNLINK_MAC, address=address)
 
@@ -107,6 +112,7 @@ class Downlink:
         :raise HarnessError: the guest did not do it.
         """
         async with self._changing:
+            # not before: clients have come and gone while others had their turn
             routes = wanted()
             if self.closed or routes == self._routes:
                 return
@@ -117,6 +123,7 @@ class Downlink:
 
     async def close(self) -> None:
         """Remove the bridge, once the net VM has ended: all clients are cut off."""
+        # First: a change of routes that waits for its turn finds no guest to ask then.
         self.closed = True
         if self._tap is not None:
             await asyncio.to_thread(self._tap.remove)
@@ -169,6 +176,7 @@ class Uplink:
                 undo=lambda _attached: domain.detach_interface(mac),
             )
         except BaseException:
+            # cancelled or not, and only when the domain has let go of it
             await to_its_end(asyncio.to_thread(tap.remove))
             raise
         return cls(downlink, mac, address, behind, tap)
@@ -179,6 +187,8 @@ class Uplink:
         :param behind: the addresses of the VMs that are behind it now.
         """
         if tuple(behind) != self._behind:
+            # Before the thread runs, so that the next call compares with what will be
+            # there, and not with what there was.
             self._behind = tuple(behind)
             sources = (self.address, *behind)
             await asyncio.to_thread(self._tap.filter, self.mac, sources)

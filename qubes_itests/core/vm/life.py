@@ -255,6 +255,7 @@ class Life:
                 # Too late to be killed: that would leave the undoing half done.
                 self._aborted = True
                 raise
+            # From here on the end of the run does what the steps would undo.
             undo.pop_all()
         log.info("VM %s started in %.2f s", self._vm.name, step.succeeded())
 
@@ -367,6 +368,7 @@ class Life:
             self.state = PowerState.HALTING
             if self.agent is not None:
                 await attempt(self.agent.close())
+            # In this order: volumes are committed when no process can write to them.
             for end in (domain.undefine, self._vm.storage.stop):
                 await attempt(end())
             self.agent = None
@@ -391,6 +393,7 @@ class Life:
         """
         if self._ending is not None and self._ending is not asyncio.current_task():
             async with asyncio.timeout(timeout):
+                # whose time is over must not end what is done for all who wait
                 await asyncio.shield(self._ending)
 
     async def shutdown(self, *, force: bool, wait: bool, timeout: float) -> None:

@@ -341,6 +341,7 @@ class HostProtocol:
         """Make a request; `Done` or `Failed` follows, and then the next may."""
         if self._pending:
             raise ValueError("expected an answer before the next request")
+        # first, as it refuses what is too long: then no answer is waited for
         frame = encode(kind, payload=payload)
         self._pending = True
         return frame
