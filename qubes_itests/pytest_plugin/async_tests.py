@@ -1,38 +1,90 @@
-"""``async def`` tests that use our fixtures: on the loop of the run, like the core."""
+"""``async def`` tests and fixtures that use ours: on the loop of the run.
+
+They become plain functions before other plugins see them: in its mode `auto`,
+pytest-asyncio takes all that are asynchronous for its own.
+"""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from qubes_itests.fixtures.session import CONTEXT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 
-__all__ = ["pytest_pyfunc_call"]
+    from qubes_itests.portal import Portal
+
+__all__ = ["pytest_fixture_setup", "pytest_pycollect_makeitem"]
 
 #: With one of them a test has to do with the loop of the run.
 _FIXTURES = frozenset(("portal", "testbed", "qubes_app"))
 #: Plugins run tests with such a mark on loops of their own.
 _OF_OTHERS = ("asyncio", "anyio", "trio")
+_END = object()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run such a test; the thread of the tests waits for it, and its deadline holds."""
-    function = pyfuncitem.obj
-    if not inspect.iscoroutinefunction(function) or _is_of_others(pyfuncitem):
-        return None
-    if _FIXTURES.isdisjoint(pyfuncitem.fixturenames):
-        return None
-    names: Iterable[str] = pyfuncitem._fixtureinfo.argnames  # noqa: SLF001 - as pytest's
-    arguments = {name: pyfuncitem.funcargs[name] for name in names}
-    pyfuncitem.config.stash[CONTEXT].portal.run(function(**arguments))
-    return True
+# the innermost: behind it pytest-asyncio gives a test its mark
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_pycollect_makeitem(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """Have such a test run there; its thread waits for it, and its deadline holds."""
+    made = yield
+    for node in made if isinstance(made, list) else [made]:
+        if not isinstance(node, pytest.Function):
+            continue
+        ours = _is_ours(node, node.fixturenames)
+        if ours and inspect.iscoroutinefunction(node.obj):
+            node.obj = _plain(node.obj, collector.config)
+    return made
 
 
-def _is_of_others(item: pytest.Item) -> bool:
-    return any(item.get_closest_marker(name) for name in _OF_OTHERS)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+) -> Generator[None, Any, Any]:
+    """Have a fixture of such a test run there, too."""
+    function = fixturedef.func
+    asynchronous = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(
+        function
+    )
+    # as of pytest_asyncio.fixture, which is a mark as well
+    of_others = getattr(function, "_force_asyncio_fixture", False)
+    item = request._pyfuncitem  # noqa: SLF001 - for all scopes; pytest-asyncio does so
+    if not asynchronous or of_others or not _is_ours(item, request.fixturenames):
+        return (yield)
+    if inspect.ismethod(function) and request.instance is not None:
+        function = function.__func__.__get__(request.instance)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fixturedef, "func", _plain(function, request.config))
+        return (yield)
+
+
+def _is_ours(item: pytest.Item, fixtures: Iterable[str]) -> bool:
+    return not _FIXTURES.isdisjoint(fixtures) and not any(
+        item.get_closest_marker(name) for name in _OF_OTHERS
+    )
+
+
+def _plain(function: Callable[..., Any], config: pytest.Config) -> Callable[..., Any]:
+    """Return a function without await that has the run's loop call another."""
+
+    def portal() -> Portal:
+        return config.stash[CONTEXT].portal
+
+    if not inspect.isasyncgenfunction(function):
+        return functools.wraps(function)(
+            lambda *words, **named: portal().run(function(*words, **named))
+        )
+
+    @functools.wraps(function)
+    def generate(*words: Any, **named: Any) -> Generator[Any]:
+        values: AsyncGenerator[Any] = function(*words, **named)
+        yield portal().run(anext(values))
+        if portal().run(anext(values, _END)) is not _END:
+            pytest.fail("expected a fixture that yields once", pytrace=False)
+
+    return generate

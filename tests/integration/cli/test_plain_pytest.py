@@ -115,6 +115,56 @@ async def test_hangs(portal):
 """
 
 
+AUTO = (
+    ASYNC[: ASYNC.index("async def test_fails")]
+    + """
+class TestFixtures:
+    number = 0
+
+    @pytest.fixture
+    async def made(self, qubes_app):
+        self.number += 1
+        assert is_on_the_loop_of_the_run()
+        yield await qubes_app.create_vm("AppVM", name="work", label="red")
+        assert is_on_the_loop_of_the_run()
+
+    async def test_awaits(self, made):
+        assert is_on_the_loop_of_the_run()
+        assert (made.name, self.number) == ("work", 1)
+
+    def test_waits(self, made):
+        assert (made.name, self.number) == ("work", 1)
+
+@pytest.mark.asyncio
+async def test_marked(portal):
+    assert not is_on_the_loop_of_the_run()
+
+@pytest.fixture
+async def twice(portal):
+    yield 1
+    yield 2
+
+def test_twice(twice):
+    pass
+"""
+)
+
+
+@pytest.mark.parametrize("mode", ["strict", "auto"])
+def test_in_each_mode_of_pytest_asyncio_what_uses_our_fixtures_is_on_our_loop(
+    site, mode
+):
+    apart = "async def test_apart():\n    assert not is_on_the_loop_of_the_run()\n"
+    text = AUTO + (apart if mode == "auto" else "")
+    (site.work / "test_suite.py").write_text(text)
+    (site.work / "pytest.ini").write_text(f"[pytest]\nasyncio_mode = {mode}\n")
+    words = ("-p", "qubes_itests")
+    done = site.run(*words, program="pytest", QUBES_ITESTS_HYPERVISOR="test")
+    passed = 6 if mode == "auto" else 5
+    assert f" {passed} passed, 1 error" in done.stdout, done.stdout + done.stderr
+    assert "expected a fixture that yields once" in done.stdout
+
+
 def test_asynchronous_tests_run_on_the_loop_of_the_run_and_failures_are_told(site):
     (site.work / "test_suite.py").write_text(ASYNC)
     words = ("-p", "qubes_itests", "--itests-timeout=3", "-rA")
