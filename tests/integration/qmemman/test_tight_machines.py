@@ -12,10 +12,13 @@ import pytest
 from memory_scenarios import KIND
 
 from qubes_itests.core.vm.start_memory import memory_for_start
+from qubes_itests.qmemman import timeline
 from qubes_itests.qmemman.exc import MemoryRefusedError, QmemmanError
 from qubes_itests.qmemman.policy import DEFAULT_POLICY
 
 MIB = 1 << 20
+#: Seconds that what a guest does may take while others have the CPUs.
+_PATIENCE = 60.0
 
 #: What dom0 prefers when it uses 300 MiB, and a VM that idles.
 DOM0, IDLE = 740, 200
@@ -96,7 +99,14 @@ def frozen(name):
 
 
 def test_a_domain_that_hangs_stops_nobody(open_world, run):
-    """QEMU itself stands still: others get memory, and VMs start; it is not lost."""
+    """QEMU itself stands still: others get memory, and VMs start; it is not lost.
+
+    It costs a few steps of the daemon, whatever time these take on a busy machine.
+    """
+
+    def steps(world):
+        records = timeline.read(world.memory.timeline)
+        return sum(record.event == "step" for record in records)
 
     async def program():
         async with open_world(3000) as world:
@@ -104,14 +114,21 @@ def test_a_domain_that_hangs_stops_nobody(open_world, run):
                 await world.start_idle(name, **KIND)
             await world.settled("hangs", "work")
             with frozen("hangs"):
+                before = steps(world)
                 await world.use("work", 900 * MIB)
-                taken = await world.until(
-                    "memory", lambda: world.target("work") >= 1170 * MIB
+                await world.until(
+                    "memory",
+                    lambda: world.target("work") >= 1170 * MIB,
+                    timeout=_PATIENCE,
                 )
-                assert taken < 5
-                await world.until("exclusion", lambda: world.excluded("hangs"))
+                assert steps(world) - before < 30
+                await world.until(
+                    "exclusion", lambda: world.excluded("hangs"), timeout=_PATIENCE
+                )
                 await world.start_idle("late", **KIND)
-            await world.until("inclusion", lambda: not world.excluded("hangs"))
+            await world.until(
+                "inclusion", lambda: not world.excluded("hangs"), timeout=_PATIENCE
+            )
 
     run(program())
 
