@@ -279,7 +279,7 @@ class Life:
             await vm.storage.start()
             undo.push_async_callback(vm.storage.stop)
         with step("boot"):
-            who = identity(vm)
+            who, begun = identity(vm), time.time()
             vm.directory.mkdir(parents=True, exist_ok=True)
             self.domain, self.agent = await boot(
                 vm.app.hypervisor,
@@ -298,7 +298,7 @@ class Life:
             if self.agent is not None:
                 undo.push_async_callback(self.agent.close)
                 if timeline.wants_log_of(who.init):
-                    self.journal = GuestJournal(self.agent, who.init)
+                    self.journal = GuestJournal(self.agent, who.init, begun)
         with step("announce itself"):
             await vm.fire_event_async("domain-spawn", start_guid=start_guid)
             self.state = PowerState.RUNNING

@@ -52,12 +52,14 @@ class GuestJournal:
 
     :param agent: the guest's.
     :param init: as `Identity` has it.
+    :param since: seconds since the epoch when its start began. A clock that says less
+        was saved with the guest, or is wrong.
     """
 
-    def __init__(self, agent: GuestAgent, init: str) -> None:
+    def __init__(self, agent: GuestAgent, init: str, since: float) -> None:
         self._agent = agent
         self._has_journald = init == "systemd"
-        self._since = time.time()
+        self._since = since
         #: What is waited for, by the mark that the guest is to log then.
         self._marks: dict[str, asyncio.Event] = {}
         self._task = asyncio.create_task(self._follow())

@@ -116,6 +116,8 @@ def test_what_failed_can_be_shown_and_run_again(site):
     second = site.run(*NO_GUESTS, "--lf", "mixed")
     assert second.returncode == 1
     assert "1 failed, 6 deselected" in second.stdout
+    (row,) = json.loads(page.with_name("run.json").read_text())["tests"]
+    assert row["earlier"] == ["failed"]
 
 
 def test_a_run_without_failures_leaves_nothing_in_the_directory(site):

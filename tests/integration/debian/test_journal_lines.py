@@ -31,6 +31,11 @@ def test_what_a_guest_logs_is_recorded_when_it_came_bounded_and_safe_to_show(pai
     pair.run(pair.work.life.journal.settle(60))
     records = [r for r in recorder.records("journal") if r["vm"] == "work"]
     assert len(records) > 20
+    if pair.init == "systemd":  # which says when it did what, in the start of the VM
+        (start,) = [r for r in recorder.records("start") if r["vm"] == "work"]
+        early = [r for r in records if r["t"] < start["t"] + start["duration"]]
+        assert any("Reached target" in r["line"] for r in early)
+        assert all(r["t"] >= start["t"] for r in records)
     (said,) = [r for r in records if '\\x1b[31m \\xff {"a": 1}' in r["line"]]
     assert said["priority"] == 3
     assert before - 1 < said["t"] < recorder.time()
