@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import queue
 import resource
 import signal
 from dataclasses import dataclass
-from logging.handlers import RotatingFileHandler
+from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.admin.server import AdminServer
@@ -47,6 +48,8 @@ _SHUTDOWN_TIMEOUT: Final = 30.0
 _DESCRIPTORS: Final = 4096
 #: Bytes of the log; what was before that is kept too, in a file of the same size.
 _LONGEST_LOG: Final = 8 << 20
+#: Records that wait for a terminal that is stopped.
+_MOST_WAITING: Final = 1000
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -179,27 +182,38 @@ class _SafeFormatter(logging.Formatter):
         return text.replace("\n", "\n  | ")
 
 
+class _Waiting(QueueHandler):
+    """Hands records on to another thread; those for which there is no room are lost."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(queue.Full):
+            super().enqueue(record)
+
+
 @contextlib.contextmanager
 def _log(path: Path) -> Iterator[None]:
     """Have what happens in a file and the one before it, and warnings on stderr too."""
-    terminal = logging.StreamHandler()
-    terminal.setLevel(logging.WARNING)
-    handlers: list[logging.Handler] = [terminal]
-    handlers.append(
-        RotatingFileHandler(
-            path, maxBytes=_LONGEST_LOG, backupCount=1, encoding="utf-8"
-        )
+    file = RotatingFileHandler(
+        path, maxBytes=_LONGEST_LOG, backupCount=1, encoding="utf-8"
     )
+    terminal = logging.StreamHandler()
+    file.setFormatter(_SafeFormatter(_FORMAT))
+    terminal.setFormatter(_SafeFormatter(_FORMAT))
+    # The event loop logs, and must not wait for a terminal that somebody has stopped.
+    waiting = _Waiting(queue.Queue(_MOST_WAITING))
+    waiting.setLevel(logging.WARNING)
+    listener = QueueListener(waiting.queue, terminal)
+    listener.start()
     root = logging.getLogger()
     former = root.level
     root.setLevel(logging.INFO)
-    for handler in handlers:
-        handler.setFormatter(_SafeFormatter(_FORMAT))
+    for handler in (file, waiting):
         root.addHandler(handler)
     try:
         yield
     finally:
         root.setLevel(former)
-        for handler in handlers:
+        for handler in (file, waiting):
             root.removeHandler(handler)
             handler.close()
+        listener.stop()

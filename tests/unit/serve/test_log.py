@@ -1,6 +1,11 @@
 """The log of the server is bounded, and each record begins a line of its own."""
 
 import logging
+import os
+import pty
+import sys
+import termios
+import threading
 
 from qubes_itests.serve import daemon
 
@@ -25,3 +30,26 @@ def test_the_log_is_bounded(tmp_path, monkeypatch):
     assert sizes.keys() == {"log", "log.1"}
     assert max(sizes.values()) <= 10_000
     assert "record 999" in (tmp_path / "log").read_text()
+
+
+def test_a_terminal_that_is_stopped_holds_up_nobody_who_logs(tmp_path, monkeypatch):
+    """Ctrl-S: the event loop logs, and serves all clients."""
+    mine, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as output, os.fdopen(mine, "rb", 0) as shown:
+        monkeypatch.setattr(sys, "stderr", output)
+        termios.tcflow(theirs, termios.TCOOFF)
+        try:
+            logging_ = daemon._log(tmp_path / "log")
+            logging_.__enter__()
+            for number in range(3000):
+                logging.getLogger("qubes").warning("record %d.", number)
+        finally:
+            termios.tcflow(theirs, termios.TCOON)
+        ending = threading.Thread(target=logging_.__exit__, args=(None, None, None))
+        ending.start()
+        seen = b""
+        while b"record 999." not in seen:
+            seen += shown.read(4096)
+        ending.join(30)
+        assert not ending.is_alive()
+    assert "record 2999." in (tmp_path / "log").read_text()
