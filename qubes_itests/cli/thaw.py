@@ -26,7 +26,7 @@ def check(command: Command, _settings: Settings) -> None:
     from qubes_itests.frozen.folder import Folder
 
     require_terminal("thaw")
-    Folder.read(Path(command.words[0]))
+    Folder.read(_place(command))
 
 
 def execute(command: Command, settings: Settings) -> int:
@@ -36,13 +36,21 @@ def execute(command: Command, settings: Settings) -> int:
     from qubes_itests.run.app_templates import plugins_for
     from qubes_itests.run.context import RunContext
 
-    folder = Folder.read(Path(command.words[0]).absolute())
+    folder = Folder.read(_place(command))
     context = RunContext(settings, plugins_for(settings))
     try:
         return _open(context.testbed, folder, command.words[1:])
     finally:
         for problem in context.close():
             print(f"left behind: {problem}", file=sys.stderr)
+
+
+def _place(command: Command) -> Path:
+    """Return the folder that is meant: also by that of the test."""
+    from qubes_itests.frozen.folder import NAME
+
+    place = Path(command.words[0]).absolute()
+    return place / NAME if (place / NAME).is_dir() else place
 
 
 def _open(testbed: Testbed, folder: Folder, wanted: tuple[str, ...]) -> int:

@@ -230,7 +230,7 @@ class Folder:
         if len(vms) > 1:
             spread = f", stopped within {self.manifest.spread:.1f} ms"
         size = sum(file.size for file in self._files.values())
-        number = "1 VM" if len(vms) == 1 else f"{len(vms)} VMs"
+        number = {0: "disks alone", 1: "1 VM"}.get(len(vms), f"{len(vms)} VMs")
         return f"{number}{spread}, {size >> 20} MiB"
 
     @classmethod
@@ -269,6 +269,12 @@ class Folder:
         for image in self._images():
             for _ in self._entries(image):
                 pass
+
+    @property
+    def memory(self) -> int:
+        """Bytes of what the VMs have in their memory, all together."""
+        names = {vm.state for vm in self.manifest.vms}
+        return sum(self._files[name].size for name in names & self._files.keys())
 
     def file(self, name: str) -> Path:
         """Return the path of a file of the folder.

@@ -44,6 +44,20 @@ async def thaw(testbed: Testbed, folder: Folder, wanted: Iterable[str] = ()) -> 
     """
     manifest = folder.manifest
     _check_kind(dict(manifest.machine), await kind_of(testbed.hypervisor))
+    limit = testbed.hypervisor.memory_limit
+    if limit is not None and folder.memory >> 20 > limit:
+        raise FrozenError(
+            f"its VMs have {folder.memory >> 20} MiB in their memory, of {limit} MiB"
+            " that VMs may take of this machine's (--host-memory)"
+        )
+    try:
+        return await _thaw(testbed, folder, wanted)
+    except OSError as error:
+        raise FrozenError(f"{folder.path} cannot be thawed: {error}") from error
+
+
+async def _thaw(testbed: Testbed, folder: Folder, wanted: Iterable[str]) -> Qubes:
+    manifest = folder.manifest
     await asyncio.to_thread(folder.require_whole)
     kernels = {
         each.name: Template(

@@ -152,8 +152,10 @@ class FailureWatch:
         if panics and item.nodeid not in self.failures:
             self._panics_seen += len(panics)
             text = "\n".join(f"a guest's kernel panicked: {_panic(p)}" for p in panics)
-            note("failure", panics[0].vm, text=text)
-            pytest.fail(text, pytrace=False)
+            error = pytest.fail.Exception(text, pytrace=False)
+            # here, for in a test that is no TestCase all its VMs are there still
+            self._failed(item, error, panics[0].vm)
+            raise error
 
     def _interrupted(self, item: pytest.Item, error: KeyboardInterrupt) -> None:
         """Keep what a test has that is interrupted, and what it was waiting for."""
@@ -275,12 +277,14 @@ class FailureWatch:
 
             setattr(item, name, told)
 
-    def _failed(self, item: pytest.Item, error: BaseException) -> None:
+    def _failed(
+        self, item: pytest.Item, error: BaseException, vm: str | None = None
+    ) -> None:
         if self._hides:
             # TestCases tell pytest of their errors later, and in a way of their own
             hide_machinery(error)
         if self._seen != item.nodeid:
-            note("failure", text=_reason(error), where=raised_at(error))
+            note("failure", vm, text=_reason(error), where=raised_at(error))
         testbed = self._context.opened_testbed
         if testbed is None or self._seen == item.nodeid:
             return
@@ -360,5 +364,6 @@ def _panic(panic: Panic) -> str:
 
 def _reason(error: BaseException) -> str:
     """Return what an error says, in its first lines."""
-    text = f"{type(error).__name__}: {error}"
+    # pytest's own class says nothing
+    text = f"{type(error).__name__}: {error}".removeprefix("Failed: ")
     return "\n".join(text.splitlines()[:_REASON_LINES])
