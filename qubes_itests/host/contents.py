@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["damage", "last_use", "note_use", "record"]
+__all__ = ["damage", "data_digest", "last_use", "note_use", "record"]
 
 #: In the directory itself; its time of change is that of the last use. (That of the
 #: directory stays that of its making: the jobs of CI systems tell new ones by it.)
@@ -60,6 +60,18 @@ def damage(directory: Path) -> str | None:
     except (ValueError, TypeError, AttributeError):
         return f"{_RECORD} cannot be read"
     return None
+
+
+def data_digest(path: Path) -> str:
+    """Return a digest of a file's data, which differs for other data. Blocking.
+
+    That of an entry's file is the one that was recorded.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        recorded = json.loads((path.parent / _RECORD).read_text()).get(path.name)
+        if recorded is not None:
+            return str(recorded[-1])
+    return _digest(path, path.stat().st_size)
 
 
 def note_use(directory: Path) -> None:

@@ -163,13 +163,20 @@ class Domain(abc.ABC):
 
     @abc.abstractmethod
     async def start(
-        self, *, saved_state: Path | None = None, to_save: Path | None = None
+        self,
+        *,
+        saved_state: Path | None = None,
+        saved_disks: tuple[str, ...] = (),
+        to_save: Path | None = None,
     ) -> None:
         """Boot the domain, or resume it from a state that `save` wrote.
 
-        A domain resumed from a saved state has no disks and no interfaces yet,
-        whatever its spec lists: attach them afterwards.
+        A domain resumed from a saved state has no interfaces yet, and no disks but
+        those, whatever its spec lists: attach the others afterwards.
 
+        :param saved_state: what `save` wrote.
+        :param saved_disks: names of the disks that the state has. Each must hold what
+            it held then, to the byte, for the guest has parts of it in its memory.
         :param to_save: the path that `save` will be given: clones of that state share
             its memory then, where the back end has a way.
         :raise StateError: when it runs already.
@@ -381,12 +388,16 @@ class Hypervisor(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    async def state_key(self, spec: DomainSpec) -> str | None:
+    async def state_key(
+        self, spec: DomainSpec, *, saved_disks: tuple[str, ...] = ()
+    ) -> str | None:
         """Return what a saved state of `spec` depends on, as a short hex digest.
 
         Kernel and initramfs contents, memory, CPUs, machine and the hypervisor's
-        version enter it; names, directories and disks do not.  None where the back
-        end cannot start from saved states.
+        version enter it; names, directories and what disks hold do not.  None where
+        the back end cannot start from saved states.
+
+        :param saved_disks: names of the disks that the state has.
         """
 
     async def __aenter__(self) -> Self:

@@ -96,7 +96,12 @@ class LibvirtDomain(Domain):
         self._loading = self._destroying = self._undefined = False
 
     @abc.abstractmethod
-    async def _create(self, saved_state: Path | None, to_save: Path | None) -> None:
+    async def _create(
+        self,
+        saved_state: Path | None,
+        saved_disks: tuple[str, ...],
+        to_save: Path | None,
+    ) -> None:
         """Bring the domain to life; set libvirt's handle as soon as there is one."""
 
     async def _cleanup(self) -> None:
@@ -176,10 +181,15 @@ class LibvirtDomain(Domain):
         return lifecycle_state(state)
 
     async def start(
-        self, *, saved_state: Path | None = None, to_save: Path | None = None
+        self,
+        *,
+        saved_state: Path | None = None,
+        saved_disks: tuple[str, ...] = (),
+        to_save: Path | None = None,
     ) -> None:
         await self._begin(
-            lambda: self._create(saved_state, to_save), loading=saved_state is not None
+            lambda: self._create(saved_state, saved_disks, to_save),
+            loading=saved_state is not None,
         )
 
     async def _begin(

@@ -95,14 +95,12 @@ def domain_xml(
     *,
     direct_disks: frozenset[str] = frozenset(),
     incoming: str | None = None,
-    plugged: bool = True,
     memory_file: Path | None = None,
 ) -> str:
     """Return the definition of a domain.
 
     :param direct_disks: names of the disks whose files can be opened with O_DIRECT.
     :param incoming: QEMU's address of a saved state to start from.
-    :param plugged: whether it has disks and interfaces from the beginning.
     :param memory_file: what its memory is: the file itself, or with `incoming` a copy
         on write of it.
     """
@@ -123,9 +121,8 @@ def domain_xml(
     arguments = memory_arguments(
         spec.max_memory, memory_file, writable=incoming is None
     )
-    if plugged:
-        devices.extend(_disk(d, direct=d.name in direct_disks) for d in spec.disks)
-        devices.extend(_interface(interface) for interface in spec.interfaces)
+    devices.extend(_disk(d, direct=d.name in direct_disks) for d in spec.disks)
+    devices.extend(_interface(interface) for interface in spec.interfaces)
     if incoming is not None:
         arguments += ["-incoming", incoming]
     line = ET.SubElement(root, f"{{{_QEMU}}}commandline")

@@ -23,7 +23,7 @@ from qubes_itests.host.cache import Cache, digest
 from qubes_itests.host.kernel import find_kernel
 from qubes_itests.host.packages import find_program
 from qubes_itests.hypervisor.connection import Connection
-from qubes_itests.hypervisor.contract import DomainSpec
+from qubes_itests.hypervisor.contract import Disk, DomainSpec
 from qubes_itests.hypervisor.domain_xml import Machine, channel_path, domain_xml
 from qubes_itests.hypervisor.embed import CapabilityCache, emulator_key, make_root
 from qubes_itests.hypervisor.kvm import EMULATOR, kvm_usable
@@ -156,7 +156,7 @@ class QemuHypervisor(LibvirtHypervisor):
         major, minor, micro = number // 10**6, number // 1000 % 1000, number % 1000
         kvm = self._machine.kvm
         nowhere = replace(self._machine, emulator=Path("/"), memory_library=None)
-        definition = domain_xml(_ANY, nowhere, incoming="defer", plugged=False)
+        definition = domain_xml(_ANY, nowhere, incoming="defer")
         return {
             "QEMU": f"{major}.{minor}.{micro}",
             "libvirt": str(libvirt.getVersion()),
@@ -166,13 +166,15 @@ class QemuHypervisor(LibvirtHypervisor):
             "devices": digest(definition)[:8],
         }
 
-    async def state_key(self, spec: DomainSpec) -> str | None:
+    async def state_key(
+        self, spec: DomainSpec, *, saved_disks: tuple[str, ...] = ()
+    ) -> str | None:
         # what a disk boots is no state that others could begin from
         if spec.kernel is None:
             return None
-        return await asyncio.to_thread(self._state_key, spec)
+        return await asyncio.to_thread(self._state_key, spec, saved_disks)
 
-    def _state_key(self, spec: DomainSpec) -> str:
+    def _state_key(self, spec: DomainSpec, saved_disks: tuple[str, ...]) -> str:
         """Digest the definition less what clones may differ in, and the contents."""
         assert spec.kernel is not None and spec.initramfs is not None  # noqa: S101, PT018
         neutral = replace(
@@ -182,10 +184,12 @@ class QemuHypervisor(LibvirtHypervisor):
             directory=Path("/"),
             kernel=Path("/kernel"),
             initramfs=Path("/initramfs"),
+            disks=tuple(Disk(name, Path("/disk")) for name in saved_disks),
+            interfaces=(),
         )
         library = self._machine.memory_library
         return digest(
-            domain_xml(neutral, self._machine, incoming="defer", plugged=False),
+            domain_xml(neutral, self._machine, incoming="defer"),
             _contents(spec.kernel, _version(spec.kernel)),
             _contents(spec.initramfs, _version(spec.initramfs)),
             emulator_key(self._machine.emulator),

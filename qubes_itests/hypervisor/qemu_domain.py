@@ -96,10 +96,17 @@ class QemuDomain(LibvirtDomain):
     def _describe(self) -> str:
         return domain_xml(self.spec, self._machine)
 
-    async def _create(self, saved_state: Path | None, to_save: Path | None) -> None:
+    async def _create(
+        self,
+        saved_state: Path | None,
+        saved_disks: tuple[str, ...],
+        to_save: Path | None,
+    ) -> None:
         await asyncio.to_thread(self._console.open)
         if saved_state is not None:
-            await self._load(saved_state, plugged=False, run=True)
+            disks = tuple(disk for disk in self.spec.disks if disk.name in saved_disks)
+            spec = replace(self.spec, disks=disks, interfaces=())
+            await self._load(saved_state, spec, frozen=False)
             return
         if to_save is not None and self._machine.memory_library is not None:
             self._memory_file = memory_file(to_save)
@@ -110,21 +117,18 @@ class QemuDomain(LibvirtDomain):
         )
         await self._create_native(xml, 0)
 
-    async def _load(self, saved_state: Path, *, plugged: bool, run: bool) -> None:
+    async def _load(self, saved_state: Path, spec: DomainSpec, *, frozen: bool) -> None:
         with SavedState(self.spec.name, saved_state) as state:
-            if plugged and state.memory is not None:
+            if frozen and state.memory is not None:
                 reason = "a frozen domain has all of its memory with it"
                 raise SavedStateError(self.spec.name, "thaw", reason)
 
             def describe() -> str:
-                kernel = self.spec.kernel
+                kernel = spec.kernel
                 if kernel is not None:
                     kernel = setup_part(kernel, self._root)
                 return self._definition(
-                    replace(self.spec, kernel=kernel),
-                    "defer",
-                    plugged=plugged,
-                    memory=state.memory,
+                    replace(spec, kernel=kernel), "defer", memory=state.memory
                 )
 
             xml = await asyncio.to_thread(describe)
@@ -135,24 +139,21 @@ class QemuDomain(LibvirtDomain):
                     raise
                 # QEMU may not take the memory; a cold start does without
                 raise SavedStateError(self.spec.name, "start", error.reason) from error
-            await state.load(self._connection, self._native, run=run)
+            await state.load(self._connection, self._native, run=not frozen)
 
     def _definition(
         self,
         spec: DomainSpec,
         incoming: str | None = None,
         *,
-        plugged: bool = True,
         memory: Path | None = None,
     ) -> str:
-        disks = spec.disks if plugged else ()
-        direct = frozenset(d.name for d in disks if _opens_direct(d.path))
+        direct = frozenset(d.name for d in spec.disks if _opens_direct(d.path))
         return domain_xml(
             spec,
             self._machine,
             direct_disks=direct,
             incoming=incoming,
-            plugged=plugged,
             memory_file=memory,
         )
 
@@ -214,7 +215,7 @@ class QemuDomain(LibvirtDomain):
     async def thaw(self, path: Path) -> None:
         async def create() -> None:
             await asyncio.to_thread(self._console.open)
-            await self._load(path, plugged=True, run=False)
+            await self._load(path, self.spec, frozen=True)
 
         await self._begin(create, loading=True)
         self._announce_paused()

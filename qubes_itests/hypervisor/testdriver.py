@@ -40,7 +40,12 @@ class _TestDomain(LibvirtDomain):
     def _describe(self) -> str:
         return _domain_xml(self.spec)
 
-    async def _create(self, saved_state: Path | None, to_save: Path | None) -> None:
+    async def _create(
+        self,
+        saved_state: Path | None,
+        saved_disks: tuple[str, ...],
+        to_save: Path | None,
+    ) -> None:
         if saved_state is not None:
             raise SavedStateError(
                 self.spec.name, "start", "the test back end has no saved states"
@@ -117,7 +122,9 @@ class TestHypervisor(LibvirtHypervisor):
     def _make(self, spec: DomainSpec) -> LibvirtDomain:
         return _TestDomain(self._connection, spec, self._publish, self._forget)
 
-    async def state_key(self, spec: DomainSpec) -> str | None:
+    async def state_key(
+        self, spec: DomainSpec, *, saved_disks: tuple[str, ...] = ()
+    ) -> str | None:
         return None
 
 

@@ -28,6 +28,7 @@ from qubes_itests.core.volume_content import copy_image
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.start.warm import WarmStarts
 from qubes_itests.host import memory
+from qubes_itests.host.contents import data_digest
 from qubes_itests.host.kernel import find_kernel
 from qubes_itests.hypervisor.contract import LifecycleEvent
 from qubes_itests.program import typed
@@ -215,6 +216,8 @@ class Testbed:
             image.parent.mkdir(exist_ok=True)
             image.touch()
             copy_image(template.root_image, image)
+            if self.warm_starts is not None:
+                self.warm_starts.add_root(image, data_digest(template.root_image))
             self._templates[name] = dataclasses.replace(template, root_image=image)
         return self._templates[name]
 

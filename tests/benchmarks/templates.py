@@ -87,8 +87,11 @@ def starts(app, run, rounds):
     pairs = zip(figures["debian-12"], figures["tiny"], strict=True)
     row("debian-12 / tiny", [a / b for a, b in pairs], "", "< 1.5")
     vms.vms["debian-12"].features["init"] = "systemd"
-    row("debian-12 with systemd", [seconds(vms.start, "debian-12") for _ in range(1)])
-    vms.stop("debian-12")
+    taken = []
+    for _ in range(rounds + 1):
+        taken.append(seconds(vms.start, "debian-12"))
+        vms.stop("debian-12")
+    row("debian-12 with systemd", taken[1:], bound="< 1.5 s")
 
 
 def main():

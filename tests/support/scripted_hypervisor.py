@@ -46,9 +46,13 @@ class ScriptedDomain(Domain):
         return self.present
 
     async def start(
-        self, *, saved_state: Path | None = None, to_save: Path | None = None
+        self,
+        *,
+        saved_state: Path | None = None,
+        saved_disks: tuple[str, ...] = (),
+        to_save: Path | None = None,
     ) -> None:
-        assert saved_state is to_save is None
+        assert (saved_state, saved_disks, to_save) == (None, (), None)
         await self.hypervisor.pace()
         self.hypervisor.fail_perhaps(self, "start")
         if self.present not in _STOPPED:
@@ -222,6 +226,8 @@ class ScriptedHypervisor(Hypervisor):
         self._handlers.append(handler)
         return lambda: self._handlers.remove(handler)
 
-    async def state_key(self, spec: DomainSpec) -> str | None:
-        del spec
+    async def state_key(
+        self, spec: DomainSpec, *, saved_disks: tuple[str, ...] = ()
+    ) -> str | None:
+        del spec, saved_disks
         return None

@@ -102,6 +102,7 @@ def identity(vm: QubesVM) -> Identity:
             if name.startswith("service.") and value
         ),
         init=vm.features.check_with_template("init", "agent"),
+        machine_id=vm.uuid.hex,
     )
 
 

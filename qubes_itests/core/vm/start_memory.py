@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
-from qubes_itests.core.vm.boot_data import boot_files, domain_spec, start_deadline
+from qubes_itests.core.vm.boot_data import (
+    boot_files,
+    domain_spec,
+    identity,
+    start_deadline,
+)
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -68,7 +73,7 @@ async def reserve_memory(
         if files is not None:
             with step("find a saved state"):
                 spec = domain_spec(vm, app.directory, files)
-                await app.warm_starts.state_for(spec, start_deadline(vm))
+                await app.warm_starts.state_for(spec, identity(vm), start_deadline(vm))
     with step("have its memory"):
         if amount is None:
             amount = memory_for_start(

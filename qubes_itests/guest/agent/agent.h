@@ -24,7 +24,6 @@
 #define PORT_NAME "org.qubes_itests.agent"
 #define SOCKET_PATH "/run/qubes/agent.sock"
 #define DB_PATH "/run/qubes/db"
-#define USER_PATH "/run/qubes/default-user"
 
 enum {
 	PROTOCOL_VERSION = 1,
@@ -142,15 +141,19 @@ pid_t spawn(struct strings request, const struct service *service, const int std
 
 /* listener.c */
 #define USE_STDIN "use-stdin"
-void tell_agent(const char *socket_path, pid_t pid);
+#define SESSION_READY "session-ready"
+void tell_agent(const char *socket_path, const char *what, pid_t pid);
 pid_t listener_of(const struct passwd *user); /* 0 or less: there is none */
 void listener_reaped(pid_t pid);
 void listeners_end(void);
 
 /* boot.c, enter.c, disks.c: the duties of init. */
 int boot(void);   /* stage one; the port */
-int resume(void); /* stage two, as a service of another init; the port */
+int resume(void); /* as a service of another init, which waits; the port */
 const char *enter(struct strings request); /* stage two; NULL, or what went wrong */
+extern bool under_systemd;   /* it runs, and has waited for stage two */
+extern bool session_awaited; /* stage two is done but for what systemd starts */
+void session_ready(void);    /* that has come so far: the host has its answer now */
 void make_runtime(void); /* what systemd does at boot */
 const char *set_clock(uint64_t nanoseconds); /* likewise */
 bool mount_kernel(const char *type, const char *path, const char *options);
@@ -158,6 +161,7 @@ _Noreturn void power_off(bool reboot_instead);
 int disks_open(void); /* the socket that tells of changes */
 void disks_ready(void);
 bool disk_wait(const char *path, int milliseconds);
+uint64_t disk_size(int fd); /* bytes, as it is now; and so whether it can be written */
 const char *disk_check(const char *name, const char *state); /* NULL: it is so */
 
 /* qubesdb.c */

@@ -85,7 +85,7 @@ int boot(void)
 
 int resume(void)
 {
-	read_file(USER_PATH, default_user, sizeof default_user);
+	under_systemd = true;
 	return wait_for_port();
 }
 

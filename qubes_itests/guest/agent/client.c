@@ -170,7 +170,7 @@ static void on_signal(int number)
 	int error = errno;
 
 	(void)number;
-	tell_agent(agent_socket, getpid());
+	tell_agent(agent_socket, USE_STDIN, getpid());
 	errno = error;
 }
 

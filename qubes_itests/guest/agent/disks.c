@@ -81,7 +81,7 @@ bool disk_wait(const char *path, int milliseconds)
 }
 
 /* The kernel learns of a disk's new size in its own time, unless it is asked for it. */
-static uint64_t size_now(int fd)
+uint64_t disk_size(int fd)
 {
 	struct stat status;
 	uint64_t size = 0;
@@ -122,7 +122,7 @@ const char *disk_check(const char *name, const char *state)
 	if (fd < 0)
 		return gone ? NULL : "the disk is not there";
 	if (!gone && !there)
-		there = size_now(fd) >= size;
+		there = disk_size(fd) >= size;
 	close(fd);
 	if (there)
 		return NULL;

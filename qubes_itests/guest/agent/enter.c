@@ -2,6 +2,7 @@
 #include "agent.h"
 
 #include <ftw.h>
+#include <inttypes.h>
 #include <linux/fs.h>
 #include <linux/random.h>
 #include <net/if.h>
@@ -9,9 +10,12 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/swap.h>
+#include <sys/un.h>
 #include <time.h>
 
 #define NEW_ROOT "/sysroot"
+/* There if the image has generators that systemd does not bring. */
+#define RUN_GENERATORS "/usr/lib/qubes/run-generators"
 #define SWAP_MAX ((uint64_t)64 << 30)
 #define EXT4_RESIZE _IOW('f', 16, uint64_t)
 
@@ -111,6 +115,19 @@ static void grow(const char *disk, const char *path)
 	}
 	close(fd);
 	close(mounted);
+}
+
+/* What was mounted read-only, so that a saved state of it fits any copy of the disk. */
+static bool make_writable(const char *disk)
+{
+	int fd = open(device(disk), O_RDONLY | O_CLOEXEC);
+
+	disk_size(fd); /* and whether it may be written: it was another one in that state */
+	close(fd);
+	if (mount(NULL, "/", NULL, MS_REMOUNT, "") != 0)
+		return failed(device(disk));
+	grow(disk, "/");
+	return true;
 }
 
 static bool mount_disk(const char *disk, const char *path, unsigned long flags)
@@ -262,25 +279,56 @@ static bool set_entries(struct strings identity)
 	return true;
 }
 
-static bool write_user(void)
+#define BOOT_ID "/proc/sys/kernel/random/boot_id"
+#define FIRST_BOOT_ID "/run/qubes/first-boot-id"
+
+static bool write_file(const char *path, const char *text)
 {
-	int fd = open(USER_PATH, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-	ssize_t length = (ssize_t)strlen(default_user);
-	bool written = write(fd, default_user, (size_t)length) == length;
+	int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0444);
+	ssize_t length = (ssize_t)strlen(text);
+	bool written = write(fd, text, (size_t)length) == length;
 
 	close(fd);
-	return written || failed(USER_PATH);
+	return written;
 }
 
-/* The root's own init becomes process 1, and starts us anew when it is ready. */
+/* In place of the one that systemd has made up while it waited, and bound over the file;
+ * in a root that cannot be written ours is bound over it as well. */
+static bool set_machine_id(const char *id)
+{
+	static const char path[] = "/etc/machine-id", volatile_path[] = "/run/machine-id";
+	char line[NAME_LIMIT];
+
+	snprintf(line, sizeof line, "%.200s\n", id);
+	umount2(path, MNT_DETACH);
+	unlink(volatile_path);
+	return access(path, F_OK) != 0 || write_file(path, line) ||
+	       (write_file(volatile_path, line) &&
+	        mount(volatile_path, path, NULL, MS_BIND, NULL) == 0) ||
+	       failed(path);
+}
+
+/* The root's own init becomes process 1. It starts what needs no identity, us among that,
+ * and waits. */
 static bool hand_over(void)
 {
-	static char *const argv[] = {(char *)(uintptr_t)"/sbin/init", NULL};
+	static char *const argv[] = {(char *)(uintptr_t)"/sbin/init",
+	                             (char *)(uintptr_t)"--unit=qubes-waiting.target", NULL};
 	struct sched_param parameter = {0};
+	char boot_id[64];
 	sigset_t none;
 
-	if (!write_user())
-		return false;
+	/* The filesystem stays read-only, the mount does not: services have copies of that
+	 * which nobody could make writable later. */
+	if (mount(NULL, "/", NULL, MS_REMOUNT | MS_BIND, NULL) != 0 ||
+	    /* else systemd notes that this name is one of its own making */
+	    sethostname("localhost", strlen("localhost")) != 0)
+		return failed("the root");
+	/* The kernel makes its boot ID up when it is first read, which shall be later. */
+	read_file("/proc/sys/kernel/random/uuid", boot_id, sizeof boot_id);
+	if (!write_file(FIRST_BOOT_ID, boot_id) ||
+	    mount(FIRST_BOOT_ID, BOOT_ID, NULL, MS_BIND, NULL) != 0)
+		return failed("the boot ID");
 	/* The new init inherits our children and knows none of them. The port's descriptor is
 	 * closed on exec; what is still to be sent would be lost with our memory. */
 	streams_reset();
@@ -294,6 +342,66 @@ static bool hand_over(void)
 	return failed(argv[0]);
 }
 
+bool under_systemd, session_awaited;
+
+/* What the kernel and systemd have logged so far is of no VM. The number of the next
+ * message is where the journal begins. */
+static void begin_journal(void)
+{
+	int log = open("/dev/kmsg", O_RDWR | O_NONBLOCK | O_CLOEXEC), file;
+	char line[2048] = "<6>qubes: this guest has its identity\n";
+	uint64_t number = 0;
+
+	lseek(log, 0, SEEK_END);
+	if (write(log, line, strlen(line)) > 0 && read(log, line, sizeof line - 1) > 0 &&
+	    sscanf(line, "%*u,%" SCNu64, &number) == 1) {
+		mkdir("/run/systemd/journal", 0755);
+		file = open("/run/systemd/journal/kernel-seqnum", O_WRONLY | O_CREAT | O_CLOEXEC,
+		            0644);
+		if (write(file, &number, sizeof number) != sizeof number)
+			send_text(LOG, "journal: %s", strerror(errno));
+		close(file);
+	}
+	close(log);
+}
+
+/* That this service has started: what is ordered after it has waited for the identity. */
+static void tell_systemd(void)
+{
+	static const char message[] = "READY=1";
+	struct sockaddr_un address = {.sun_family = AF_UNIX,
+	                              .sun_path = "/run/systemd/notify"};
+	int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+
+	sendto(fd, message, strlen(message), MSG_NOSIGNAL, (struct sockaddr *)&address,
+	       sizeof address);
+	close(fd);
+}
+
+void session_ready(void)
+{
+	if (session_awaited)
+		send_frame(DONE, 0, 0, NULL, 0);
+	session_awaited = false;
+}
+
+/* Why there is no such stage two, or NULL. */
+static const char *find_fault(struct strings identity)
+{
+	const char *init = value_of(identity, "init"), *name = value_of(identity, "name");
+	bool systemd = init && strcmp(init, "systemd") == 0;
+
+	if (init && !systemd && strcmp(init, "agent") != 0)
+		return "init is agent or systemd";
+	if (!value_of(identity, "root") || (!name && (!systemd || under_systemd)))
+		return "name and root are needed";
+	if (systemd && name && !under_systemd)
+		return "systemd is started without a name, and waits for it";
+	if (!systemd && under_systemd)
+		return "the init is systemd";
+	return NULL;
+}
+
 const char *enter(struct strings identity)
 {
 	static bool entered;
@@ -302,29 +410,43 @@ const char *enter(struct strings identity)
 	           *swap = value_of(identity, "volatile"),
 	           *user = value_of(identity, "default-user"),
 	           *mode = value_of(identity, "root-mode"),
-	           *init = value_of(identity, "init"),
-	           *root = value_of(identity, "root");
+	           *machine = value_of(identity, "machine-id"),
+	           *name = value_of(identity, "name"), *root = value_of(identity, "root"),
+	           *fault = find_fault(identity);
+	bool read_only = mode && strcmp(mode, "ro") == 0;
 
-	if (entered)
-		return "there is no stage two but one";
-	if (!value_of(identity, "name") || !root)
-		return "name and root are needed";
-	if (init && strcmp(init, "agent") != 0 && strcmp(init, "systemd") != 0)
-		return "init is agent or systemd";
+	if (entered || fault)
+		return entered ? "there is no stage two but one" : fault;
 	if ((seed && !set_seed(seed)) || (now && set_clock(strtoull(now, NULL, 10))) ||
 	    !wait_for_disks(identity) ||
-	    !switch_root(root, mode && strcmp(mode, "ro") == 0))
+	    (!under_systemd && !switch_root(root, read_only || !name)) ||
+	    (under_systemd && !read_only && !make_writable(root)))
 		return problem;
 	entered = true;
+	if (!under_systemd) {
+		mount_rest();
+		loopback_up();
+	}
+	if (!name)
+		return hand_over() ? NULL : problem;
 	if (user)
 		snprintf(default_user, sizeof default_user, "%s", user);
-	mount_rest();
-	loopback_up();
 	if ((private && !mount_private(private)) || !set_entries(identity) ||
-	    (swap && !swap_on(swap)))
+	    (machine && !set_machine_id(machine)) || (swap && !swap_on(swap)))
 		return problem;
-	if (init && strcmp(init, "systemd") == 0)
-		return hand_over() ? NULL : problem;
-	make_runtime();
-	return NULL;
+	if (!under_systemd) {
+		make_runtime();
+		return NULL;
+	}
+	umount2(BOOT_ID, MNT_DETACH);
+	begin_journal();
+	/* What systemd has not seen: units on the private disk, and what generators make of
+	 * an identity. It reads all anew. */
+	if ((access("/usr/local/lib/systemd/system", F_OK) == 0 ||
+	     access(RUN_GENERATORS, F_OK) == 0) && kill(1, SIGHUP) != 0)
+		return failed("process 1") ? NULL : problem;
+	/* The answer is left to session_ready(). */
+	session_awaited = kill(1, SIGRTMIN) == 0; /* to it: "start default.target" */
+	tell_systemd();
+	return session_awaited || failed("process 1") ? NULL : problem;
 }

@@ -14,11 +14,11 @@ static struct {
 	pid_t pid;
 } listeners[LISTENERS];
 
-void tell_agent(const char *socket_path, pid_t pid)
+void tell_agent(const char *socket_path, const char *what, pid_t pid)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	char message[64];
-	int length = snprintf(message, sizeof message, "%s%c%d", USE_STDIN, '\0', (int)pid);
+	int length = snprintf(message, sizeof message, "%s%c%d", what, '\0', (int)pid);
 	int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
 
 	snprintf(address.sun_path, sizeof address.sun_path, "%s", socket_path);
@@ -47,7 +47,7 @@ static _Noreturn void listen_to(const struct passwd *user, pid_t agent)
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	while (getppid() == agent)
 		if (sigwaitinfo(&set, &info) == SIGUSR1)
-			tell_agent(in_root(SOCKET_PATH), info.si_pid);
+			tell_agent(in_root(SOCKET_PATH), USE_STDIN, info.si_pid);
 	_exit(0);
 }
 

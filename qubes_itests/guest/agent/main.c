@@ -51,6 +51,10 @@ int main(int argc, char **argv)
 		run_loop(boot(), disks_open(), false);
 	if (argc == 2 && strcmp(argv[1], "resume") == 0)
 		run_loop(resume(), disks_open(), true);
+	if (argc == 2 && strcmp(argv[1], SESSION_READY) == 0) {
+		tell_agent(SOCKET_PATH, SESSION_READY, getpid());
+		return 0;
+	}
 	fputs("this is the init of a guest; it runs as process 1, or goes on under another\n",
 	      stderr);
 	return 2;

@@ -95,6 +95,7 @@ static void hello(const uint8_t *nonce)
 	port.out.start = port.out.end = 0;
 	port.answered = false;
 	port.connected = true;
+	session_awaited = false; /* by another host */
 	memcpy(answer + 2, nonce, 16);
 	send_frame(READY, 0, 0, answer, sizeof answer);
 }
@@ -126,7 +127,7 @@ static void control_frame(const struct frame *frame, const uint8_t *payload,
 		problem = "the database takes no such entry";
 	if (problem)
 		send_text(FAILED, "%s", problem);
-	else
+	else if (frame->type != ENTER || !session_awaited)
 		send_frame(DONE, 0, 0, NULL, 0);
 }
 
@@ -310,7 +311,7 @@ _Noreturn void run_loop(int port_fd, int disks, bool entered)
 	polled[CALLS].fd = calls_listen();
 	polled[DISKS].fd = disks;
 	if (entered) {
-		/* The host waits for the answer to ENTER, which we have left to this moment. */
+		/* The host waits for the answer to ENTER, which init has left to this moment. */
 		port.connected = true;
 		send_frame(DONE, 0, 0, NULL, 0);
 		port_flush();

@@ -17,6 +17,10 @@ __all__ = ["SETTLE"]
 #: what systemd-tmpfiles says, its unit takes 65 and 73 for success as well. ``nologin``
 #: is for the time until systemd is up. The image is marked as up to date, so that
 #: systemd as process 1 does not make users and indexes anew at each start.
+#:
+#: While that waits for the VM's identity it can read the units that come later, unless
+#: one of them has the host name, the machine ID or the boot ID in it. What generators
+#: of others make may depend on the identity, too: it has to run them again.
 SETTLE: Final = """\
 command -v systemd-tmpfiles >/dev/null || exit 0
 make_files() {
@@ -40,6 +44,18 @@ if [ -x /usr/lib/systemd/systemd-modules-load ] &&
     grep -Eqsv '^[[:space:]]*([#;]|$)' /etc/modules-load.d/*.conf \
         /usr/local/lib/modules-load.d/*.conf /usr/lib/modules-load.d/*.conf; then
     ln -s ../systemd/systemd-modules-load /usr/lib/qubes/load-modules
+fi
+waiting=/etc/systemd/system/qubes-waiting.target.d
+rm -rf "$waiting" /usr/lib/qubes/run-generators
+if ! grep -EqsR --exclude=systemd-journald@.service '%[bHlmq]' \
+    /etc/systemd/system /usr/local/lib/systemd/system /usr/lib/systemd/system; then
+    mkdir -p "$waiting"
+    printf '[Unit]\nBefore=default.target\n' >"$waiting/read-units.conf"
+fi
+if find /etc/systemd/system-generators /usr/local/lib/systemd/system-generators \
+    /usr/lib/systemd/system-generators ! -type d ! -name 'systemd-*' 2>/dev/null |
+    grep -q .; then
+    touch /usr/lib/qubes/run-generators
 fi
 touch -r /usr /etc/.updated /var/.updated
 """

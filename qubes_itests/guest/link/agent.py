@@ -62,6 +62,7 @@ class Identity:
     :param services: names of the enabled services, /run/qubes-service/NAME.
     :param init: who is process 1 when commands run: ``agent``, or ``systemd``, if the
         root has that.
+    :param machine_id: 32 hexadecimal digits for /etc/machine-id, if the root has that.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Identity:
     db: Mapping[str, str] = field(default_factory=dict)
     services: tuple[str, ...] = ()
     init: str = "agent"
+    machine_id: str | None = None
 
     @property
     def disks(self) -> tuple[str, ...]:
@@ -93,6 +95,7 @@ class Identity:
             "root-mode": self.root_mode,
             "default-user": self.default_user,
             "init": self.init,
+            "machine-id": self.machine_id,
             "deadline": str(max(1, int(deadline))),
             **{f"db:{path}": value for path, value in self.db.items()},
             **{f"service:{name}": "1" for name in self.services},
@@ -168,7 +171,21 @@ class GuestAgent:
         """
         # For less than we wait for its answer, or that would come too late: of a disk
         # that is missing nobody would be told.
-        payload = identity.payload(_DISKS_PART * timeout)
+        await self._enter(identity.payload(_DISKS_PART * timeout), timeout)
+
+    async def start_systemd(self, root: str, *, timeout: float) -> None:
+        """Let a guest in stage one start its systemd as far as that needs no identity.
+
+        Nothing is written to its root. `enter` is what it then waits for.
+
+        :param root: the disk that becomes ``/``, as in "xvda".
+        :param timeout: as for `enter`; so are the errors.
+        """
+        deadline = max(1, int(_DISKS_PART * timeout))
+        payload = pack_strings(("init=systemd", f"root={root}", f"deadline={deadline}"))
+        await self._enter(payload, timeout)
+
+    async def _enter(self, payload: bytes, timeout: float) -> None:
         # Only during stage two: later LOG lines are the agent's everyday remarks.
         self._connection.log.listener = self._warn
         try:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.guest.link.agent import Identity
     from qubes_itests.guest.link.calls import CallHandler
-    from qubes_itests.guest.start.warm import WarmStarts
+    from qubes_itests.guest.start.warm import WarmStarts, WarmState
     from qubes_itests.hypervisor.contract import Domain, DomainSpec, Hypervisor
 
 __all__ = ["boot"]
@@ -113,17 +113,24 @@ class _Start:
         end = asyncio.get_running_loop().time() + timeout
         self._begin(self.step)
         domain = self._domain = await hypervisor.define(self._spec)
-        agent = warm and await self._start_warm(domain, warm, end)
+        state = warm and await self._find_state(warm, _left(end) / 2)
+        agent = None
+        if warm and state:
+            agent = await self._start_warm(domain, warm, state, _WARM_PART * _left(end))
         if not agent:
+            state = None
             self._begin("start its domain")
             await domain.start()
             await self._announce()
             if self._spec.kernel is None:
                 return domain, None
             agent = await self._connect(domain, _left(end))
-        self._begin("enter its root")
         # From now on programs run in there, and write to the console what they like.
         domain.distrust_console()
+        if self._identity.init == "systemd" and not (state and state.root):
+            self._begin("start its systemd")
+            await agent.start_systemd(self._identity.root, timeout=_left(end))
+        self._begin("enter its root")
         await agent.enter(self._identity, timeout=_left(end))
         return domain, agent
 
@@ -132,38 +139,41 @@ class _Start:
         if self._on_step is not None:
             self._on_step(step)
 
-    async def _start_warm(
-        self, domain: Domain, warm: WarmStarts, end: float
-    ) -> GuestAgent | None:
+    async def _find_state(self, warm: WarmStarts, limit: float) -> WarmState | None:
         self._begin("find a saved state")
         # Half of the time: a guest that never speaks is then booted where all can see.
-        state = await warm.state_for(self._spec, _left(end) / 2)
-        if state is None:
-            return None
+        return await warm.state_for(self._spec, self._identity, limit)
+
+    async def _start_warm(
+        self, domain: Domain, warm: WarmStarts, state: WarmState, limit: float
+    ) -> GuestAgent | None:
         self._begin("start from a saved state")
         try:
-            await domain.start(saved_state=state)
+            await domain.start(saved_state=state.path, saved_disks=state.disks)
             await self._announce()
-            return await self._connect_and_attach(domain, _WARM_PART * _left(end))
+            return await self._connect_and_attach(domain, state.disks, limit)
         except (SavedStateError, DeadlineError, GuestGoneError) as error:
             # The same domain again: a guest of which nobody knows what it did must not
             # go on, and its disks are free for the next only when it has gone.
             _logger.warning("VM %s boots instead: %s", self._spec.name, str(error))
             await domain.destroy()
-            await warm.discard(self._spec)
+            await warm.discard(state, self._spec.name)
             return None
 
     async def _announce(self) -> None:
         if self._on_domain_start is not None:
             await self._on_domain_start()
 
-    async def _connect_and_attach(self, domain: Domain, limit: float) -> GuestAgent:
+    async def _connect_and_attach(
+        self, domain: Domain, attached: tuple[str, ...], limit: float
+    ) -> GuestAgent:
         # Both at once: plugging in takes QEMU as long as the guest takes to answer, and
         # stage one can do without disks.
         connecting = asyncio.ensure_future(self._connect(domain, limit))
         try:
             for disk in self._spec.disks:
-                await domain.attach_disk(disk)
+                if disk.name not in attached:
+                    await domain.attach_disk(disk)
             for interface in self._spec.interfaces:
                 await domain.attach_interface(interface)
         except BaseException:

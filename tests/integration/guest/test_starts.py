@@ -149,7 +149,7 @@ async def test_a_disk_that_is_missing(machines, hypervisor, warm):
     spec = machines.spec("work")
     spec = replace(spec, disks=spec.disks[:1])
     # the time is for the disk, and not for a boot, which takes what the machine has
-    assert await warm.state_for(spec, 120)
+    assert await warm.state_for(spec, machines.identity(spec.name), 120)
     with pytest.raises(BootError, match="no disk xvdb"):
         await machines.boot(spec, timeout=10, warm=warm)
     assert hypervisor.domains() == ()

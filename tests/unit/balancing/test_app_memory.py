@@ -60,8 +60,8 @@ class Place:
         for module in (life, start_memory):
             monkeypatch.setattr(module, "boot_files", lambda _vm: "initramfs")
             monkeypatch.setattr(module, "domain_spec", self.domain_spec)
-        who = SimpleNamespace(init="agent")
-        monkeypatch.setattr(life, "identity", lambda _vm: who)
+            who = SimpleNamespace(init="agent")
+            monkeypatch.setattr(module, "identity", lambda _vm, who=who: who)
 
     async def boot(self, _hypervisor, spec, _identity, *, on_domain_start, **_options):
         self.booted.append(spec.name)
@@ -128,7 +128,7 @@ async def test_others_have_memory_while_a_saved_state_is_made(p):
     p.machine.dom0.use(500 * MIB)
     making = asyncio.Event()
 
-    async def state_for(spec, _timeout):
+    async def state_for(spec, _identity, _timeout):
         if spec.name == "slow":
             await making.wait()
 

@@ -48,9 +48,14 @@ LINKS: Final = {
     # of whose ports the argument names one
     "etc/qubes-rpc/qubes.ConnectTCP": "/dev/tcp/127.0.0.1",
     f"{_SYSTEM}/default.target": "/usr/lib/systemd/system/multi-user.target",
-    f"{_SYSTEM}/multi-user.target.wants/qubes-qrexec-agent.service": (
-        f"/{_SYSTEM}/qubes-qrexec-agent.service"
-    ),
+    **{
+        f"{_SYSTEM}/multi-user.target.wants/{unit}": f"/{_SYSTEM}/{unit}"
+        for unit in ("qubes-qrexec-agent.service", "qubes-session.service")
+    },
+    # there is no desktop whose programs it would start
+    "etc/systemd/user-generators/systemd-xdg-autostart-generator": "/dev/null",
+    # nobody logs in before the system is up
+    "etc/tmpfiles.d/systemd-nologin.conf": "/dev/null",
     # a VM that lives for seconds needs no login on a console and no maintenance; the
     # documentation names all of these
     **{
@@ -58,6 +63,14 @@ LINKS: Final = {
         for unit in (
             *("apt-daily-upgrade.timer", "apt-daily.timer", "dpkg-db-backup.timer"),
             *("e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer"),
+            *("systemd-update-utmp.service", "systemd-update-utmp-runlevel.service"),
+            # never of use here: firmware, a first boot, disks without a table
+            *("systemd-firstboot.service", "systemd-machine-id-commit.service"),
+            *("systemd-pcrphase.service", "systemd-pcrphase-sysinit.service"),
+            *("systemd-pstore.service", "systemd-repart.service"),
+            # the host gives each VM a seed, and what one leaves in the root of a
+            # template would be that of all its VMs
+            "systemd-random-seed.service",
             "getty.target",
         )
     },

@@ -1,0 +1,140 @@
+"""VMs that start from one saved state of systemd: what each has of its own."""
+
+import time
+
+import pytest
+
+from qubes_itests.guest.start.warm import WarmStarts
+
+pytestmark = pytest.mark.parametrize("pair", ["systemd"], indirect=True)
+
+#: A unit of a VM's own, on its private disk, that looks at who the VM is.
+UNIT = """\
+[Unit]
+ConditionPathExists=/run/qubes-service/test
+ConditionPathExists=!/run/qubes-service/other
+ConditionHost={host}
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'cat /etc/machine-id; qubesdb-read /name; echo %H %m; ls -d ~user'
+StandardOutput=truncate:/run/told
+"""
+
+
+@pytest.fixture
+def states(monkeypatch):
+    """Return a list of the states that starts find from now on."""
+    found = []
+    state_for = WarmStarts.state_for
+
+    async def record(*args):
+        found.append(await state_for(*args))
+        return found[-1]
+
+    monkeypatch.setattr(WarmStarts, "state_for", record)
+    return found
+
+
+def restart(pair, vm):
+    pair.run(vm.shutdown(wait=True, timeout=60))
+    pair.run(vm.start())
+
+
+def test_clones_of_one_state_share_no_identity(pair, sh, states):
+    restart(pair, pair.vault)
+    assert [state.root.name for state in states] == ["xvda"]
+    for command in (
+        "cat /etc/machine-id",
+        "cat /proc/sys/kernel/random/boot_id",
+        "cat /proc/sys/kernel/random/uuid",
+        "head -c 32 /dev/urandom | sha256sum",
+        "hostname",
+        "systemctl show -P InvocationID user@1000",
+    ):
+        assert sh(pair.work, command) != sh(pair.vault, command), command
+
+
+def test_a_vm_is_the_same_machine_at_each_start(pair, sh):
+    before = sh(pair.vault, "cat /etc/machine-id")
+    restart(pair, pair.vault)
+    assert sh(pair.vault, "cat /etc/machine-id") == before == pair.vault.uuid.hex
+
+
+def test_all_programs_see_one_machine(pair, sh):
+    """Process 1 and the bus have run in the state already."""
+    vm = pair.work
+    machine = sh(vm, "cat /etc/machine-id")
+    peer = "org.freedesktop.DBus.Peer GetMachineId"
+    assert sh(vm, f"busctl call org.freedesktop.systemd1 / {peer}", "root") == (
+        f's "{machine}"'
+    )
+    unit = b"[Service]\nType=oneshot\nExecStart=echo %m %H\n"
+    unit += b"StandardOutput=truncate:/run/told\n"
+    sh(vm, "cat >/run/systemd/system/who.service", "root", unit)
+    told = sh(vm, "systemctl start who.service; cat /run/told", "root")
+    assert told == f"{machine} work"
+    assert sh(vm, "grep -c _id /proc/mounts || :") == "0"
+
+
+def test_a_journal_is_of_one_machine(pair, sh):
+    for vm in (pair.work, pair.vault):
+        machine = sh(vm, "cat /etc/machine-id")
+        assert sh(vm, "ls /run/log/journal", "root") == machine
+        assert sh(vm, "journalctl -q -F _MACHINE_ID", "root") == machine
+        assert sh(vm, "journalctl -q -F _HOSTNAME", "root") == vm.name
+        assert len(sh(vm, "journalctl -q -F _BOOT_ID", "root").split()) == 1
+
+
+def test_clocks_are_right_and_timers_elapse(pair, sh):
+    for vm in (pair.work, pair.vault):
+        assert abs(int(sh(vm, "date +%s")) - time.time()) < 5
+    for when in ("--on-active=100ms", "--on-boot=1s", '--on-calendar="*-*-* *:*:0/1"'):
+        sh(
+            pair.work,
+            f"mkfifo /run/elapsed; systemd-run -q --timer-property=AccuracySec=1ms"
+            f" {when} sh -c 'echo >/run/elapsed'; timeout 60 cat /run/elapsed;"
+            " rm /run/elapsed; systemctl stop 'run-*.timer'",
+            "root",
+        )
+
+
+def test_units_of_a_vm_find_who_it_is(pair, sh, states):
+    vm = pair.vault
+    place = "/usr/local/lib/systemd/system"
+    sh(
+        vm,
+        f"mkdir -p {place}/multi-user.target.wants; cat >{place}/told.service;"
+        f" ln -s ../told.service {place}/multi-user.target.wants",
+        "root",
+        UNIT.format(host="vault").encode(),
+    )
+    restart(pair, vm)
+    assert [state.root.name for state in states] == ["xvda"]
+    command = "systemctl start told.service; cat /run/told"
+    told = f"{vm.uuid.hex}\nvault\nvault {vm.uuid.hex}\n/home/user"
+    assert sh(vm, command, "root") == told
+    assert sh(vm, "systemctl show -P ConditionResult told.service") == "yes"
+
+
+def test_logs_of_services_that_began_in_the_state_are_theirs(pair, sh):
+    command = "journalctl -q -u systemd-logind -o cat | grep -c 'New seat'"
+    assert sh(pair.work, command, "root") == "1"
+
+
+def test_the_session_is_that_of_a_user_who_lingers(pair, sh):
+    assert sh(pair.work, "systemctl --user is-system-running --wait") == "running"
+    assert sh(pair.work, "loginctl show-user user -P Linger") == "yes"
+
+
+def test_a_template_that_was_changed_has_no_state(pair, sh, states):
+    template = pair.app.default_template
+    pair.run(template.start())
+    sh(template, "echo changed >/etc/mark", "root")
+    pair.run(template.shutdown(wait=True, timeout=60))
+    del states[:]
+    restart(pair, pair.vault)
+    assert [state.root for state in states] == [None]
+    assert sh(pair.vault, "cat /etc/mark; cat /etc/machine-id") == (
+        f"changed\n{pair.vault.uuid.hex}"
+    )
+    assert sh(pair.vault, "systemctl is-system-running --wait") == "running"
