@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.cache import Cache
 from qubes_itests.html_report.page import write_report
@@ -59,14 +60,16 @@ def _export(directory: Path) -> int:
     if not found:
         raise ConfigurationError("report", f"there is no {NAME} in {directory}")
     for path in found:
+        target = path.with_name(trace.NAME)
         try:
             exported = trace_events(*load(path.read_bytes()))
+            with whole_file(target) as file:  # a link of that name is not followed
+                file.write(exported)
         except (ValueError, KeyError, TypeError) as error:
             problem = f"expected a timeline: {safe_text(str(error), limit=80)}"
             raise ConfigurationError(str(path), problem) from error
-        target = path.with_name(trace.NAME)
-        with whole_file(target) as file:  # a link of that name is not followed
-            file.write(exported)
+        except OSError as error:
+            raise HarnessError(f"{error.filename}: {error.strerror}") from error
         print(f"Wrote {target}.")
     return ExitCode.OK
 

@@ -6,6 +6,7 @@ import pytest
 
 from qubes_itests.cli.arguments import Command
 from qubes_itests.cli.last_run import execute
+from qubes_itests.exc import HarnessError
 from qubes_itests.run.settings import ConfigurationError, Settings
 from qubes_itests.timeline import Recorder, begin, note, recording
 from qubes_itests.timeline.document import Header, dump
@@ -112,3 +113,9 @@ def test_the_command_finds_the_attempts_and_nothing_elsewhere(tmp_path, capsys):
     assert export(run) == 0
     assert capsys.readouterr().out == f"Wrote {run}/a/attempt-1/trace.json.\n"
     assert not (other / "trace.json").exists()
+
+
+def test_a_timeline_that_cannot_be_read_is_one_sentence(tmp_path):
+    (tmp_path / "timeline.jsonl").mkdir()
+    with pytest.raises(HarnessError, match=r"timeline\.jsonl: Is a directory"):
+        export(tmp_path)
