@@ -59,6 +59,10 @@ class Deadline:
         self._test = ""
         self._end = 0.0
         self._fired = False
+        # One for all tests: to start a thread for each of the three parts of a test
+        # took longer than all else that is done about it here.
+        self._watcher: threading.Thread | None = None
+        self._over = threading.Event()
         self._lock = threading.Lock()
         self._people = 0
         self._stopped_at: float | None = None
@@ -127,21 +131,28 @@ class Deadline:
         if not self._seconds:
             yield
             return
-        self._fired, self._test = False, item.nodeid
-        done = threading.Event()
-        watcher = threading.Thread(
-            target=self._watch, args=(item.nodeid, done), daemon=True, name="deadline"
-        )
+        if self._watcher is None:
+            self._watcher = threading.Thread(
+                target=self._watch, daemon=True, name="deadline"
+            )
+            self._watcher.start()
+        # The name after what the thread reads with it, and before the signal can come.
+        self._fired = False
+        self._test = item.nodeid
         previous = signal.signal(signal.SIGALRM, self._expire)
         signal.setitimer(signal.ITIMER_REAL, max(self._end - self._now(), 0.001))
-        watcher.start()
         try:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, previous)
-            done.set()
-            watcher.join()
+            self._test = ""
+
+    def pytest_unconfigure(self) -> None:
+        """End the thread that watches, if there is one."""
+        self._over.set()
+        if self._watcher is not None:
+            self._watcher.join()
 
     def _expire(self, _number: int, frame: FrameType | None) -> None:
         __tracebackhide__ = True
@@ -160,9 +171,10 @@ class Deadline:
         what = waited_for(recorder.open() if recorder else [], line_of(frame))
         pytest.fail(f"no end within {self._seconds:g} s (--timeout): {what}")
 
-    def _watch(self, nodeid: str, done: threading.Event) -> None:
-        while not done.wait(1.0):
-            if self._fired or self._now() < self._end + _GRACE:
+    def _watch(self) -> None:
+        while not self._over.wait(1.0):
+            nodeid = self._test
+            if not nodeid or self._fired or self._now() < self._end + _GRACE:
                 continue
             # Nothing can be raised in a thread that never comes back to Python.
             faulthandler.dump_traceback(sys.__stderr__ or 2)

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 
+from qubes_itests.exit_codes import ExitCode
 from qubes_itests.pytest_plugin.deadline import Deadline
 
 LIMIT = 0.3
+HANGING = """
+import ctypes, signal
+from types import SimpleNamespace
+from qubes_itests.pytest_plugin import deadline
+
+deadline._GRACE = 0.1
+watch = deadline.Deadline(lambda _item: 0.1, print)
+for name in ("a::good", "a::hangs"):
+    item = SimpleNamespace(nodeid=name)
+    for phase in (watch.pytest_runtest_setup(item), watch.pytest_runtest_call(item)):
+        next(phase)
+        if name == "a::hangs":
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+            ctypes.CDLL(None).pause()
+        next(phase, None)
+"""
 
 
 def test_it_stands_still_until_the_last_of_those_who_look_has_gone():
@@ -33,3 +52,12 @@ def test_it_stands_still_until_the_last_of_those_who_look_has_gone():
         time.sleep(60)
     assert expired == ["a::b"]
     phase.close()
+
+
+def test_a_test_that_never_comes_back_to_python_ends_the_run():
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == ExitCode.INTERNAL_ERROR
+    assert ": a::hangs hangs outside Python; the run ends here" in done.stderr
+    assert done.stdout == ""
