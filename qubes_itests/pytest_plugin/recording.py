@@ -28,14 +28,14 @@ class Recording:
 
     :param settings: of the run.
     :param artifacts: where timelines go.
-    :param kernel_logs: as `Recorder` has it.
+    :param whole_logs: as `Recorder` has it.
     """
 
     def __init__(
-        self, settings: Settings, artifacts: Artifacts, *, kernel_logs: bool = False
+        self, settings: Settings, artifacts: Artifacts, *, whole_logs: bool = False
     ) -> None:
         self._settings = settings
-        self._kernel_logs = kernel_logs
+        self._whole_logs = whole_logs
         self._artifacts = artifacts
         #: Is told each record, as `Recorder` tells it.
         self.listener: Callable[[Record], None] | None = None
@@ -66,7 +66,7 @@ class Recording:
         self._outcome, self._starts, self._is_over = "", [], False
         self._recorder = Recorder(
             events=self._settings.trace_events,
-            kernel_logs=self._kernel_logs,
+            whole_logs=self._whole_logs,
             listener=self.listener,
         )
         self._recording.enter_context(recording(self._recorder))

@@ -138,7 +138,8 @@ class Recorder:
     """The timeline of one test, as long as it grows.
 
     :param events: whether events of the core are wanted.
-    :param kernel_logs: whether those of guests without a journal are wanted.
+    :param whole_logs: whether the logs of guests are wanted from their boot on, and the
+        kernel's of those without a journal.
     :param listener: is called with each record that is complete, in the thread that
         reported it and under no lock; it must be quick.
     """
@@ -147,11 +148,11 @@ class Recorder:
         self,
         *,
         events: bool = False,
-        kernel_logs: bool = False,
+        whole_logs: bool = False,
         listener: Callable[[Record], None] | None = None,
     ) -> None:
         self.events = events
-        self.kernel_logs = kernel_logs
+        self.whole_logs = whole_logs
         self.listener = listener
         #: Seconds since the epoch.
         self.started = time.time()
@@ -396,7 +397,7 @@ def wants_log_of(init: str) -> bool:
     """
     if _current is None:
         return False
-    return init == "systemd" or _current.kernel_logs
+    return init == "systemd" or _current.whole_logs
 
 
 def wants_events() -> bool:

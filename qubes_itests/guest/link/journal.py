@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["GuestJournal"]
 
-#: The last lines of the boot, and all that follow. journalctl leaves the text of a
-#: field out that has more than 4096 bytes.
+#: Lines of the boot that come before all that follow. To read all costs as much as to
+#: start journalctl, and most tests do not ask: the last tell how a start ended.
+_LAST_LINES: Final = 50
+_MOST_OF_A_BOOT: Final = 2000
+#: journalctl leaves the text of a field out that has more than 4096 bytes.
 _JOURNAL: Final = (
-    "exec journalctl --boot --follow --lines=200 --output=json"
+    "exec journalctl --boot --follow --lines={} --output=json"
     " --output-fields=MESSAGE,PRIORITY,SYSLOG_IDENTIFIER,_PID"
 )
 _KERNEL_LOG: Final = "exec cat /dev/kmsg"
@@ -91,7 +94,11 @@ class GuestJournal:
             del self._marks[mark]
 
     async def _follow(self) -> None:
-        command = _JOURNAL if self._has_journald else _KERNEL_LOG
+        command = _KERNEL_LOG
+        if self._has_journald:
+            recorder = timeline.current()
+            whole = recorder is not None and recorder.whole_logs
+            command = _JOURNAL.format(_MOST_OF_A_BOOT if whole else _LAST_LINES)
         rest = b""
         # the guest may go at any time, and that is no concern of who only listens
         try:

@@ -117,7 +117,7 @@ def test_a_log_is_wanted_while_a_test_is_recorded_and_that_of_a_kernel_if_asked_
     with recording(Recorder()):
         assert timeline.wants_log_of("systemd")
         assert not timeline.wants_log_of("agent")
-    with recording(Recorder(kernel_logs=True)):
+    with recording(Recorder(whole_logs=True)):
         assert timeline.wants_log_of("agent")
 
 
