@@ -81,12 +81,15 @@ async def freeze(app: Qubes, place: Path, scratch: Path, test: str) -> None:
             for number, (vm, domain) in enumerate(moment.domains.items(), 1):
                 await moment.capture(new / f"memory-{number}", vm, domain, clones)
             committed = await _clone_committed(app, clones)
-            app_state = to_bytes(state_of(app))
+            state = state_of(app)
+        for pool in state.grandchildren("pools", "pool"):
+            # where they are is of no meaning elsewhere, and nobody's business
+            pool.attributes = {"name": pool.attributes["name"]}
         await asyncio.to_thread(app.policy.refresh)
         rules = tuple(map(str, app.policy.all_rules))
         write = _Writing(app, new, moment, committed)
         await to_its_end(
-            asyncio.to_thread(write.write, place, app_state, rules, kind, test)
+            asyncio.to_thread(write.write, place, to_bytes(state), rules, kind, test)
         )
     except BaseException:
         await to_its_end(asyncio.to_thread(shutil.rmtree, new, ignore_errors=True))

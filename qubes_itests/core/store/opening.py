@@ -96,7 +96,7 @@ async def open_copy(app: Qubes, data: bytes, source: Path, directory: Path) -> N
 
     :param data: the document.
     :param source: where it is from, for errors.
-    :param directory: for the pools, on a filesystem with reflinks.
+    :param directory: for the pools, best on a filesystem with reflinks.
     :raise StoreFormatError: says what is wrong with it, and where.
     """
     app.events_enabled, app.loading = False, True
@@ -108,6 +108,7 @@ async def open_copy(app: Qubes, data: bytes, source: Path, directory: Path) -> N
                 "name": pool.attributes.get("name", ""),
                 "driver": ReflinkPool.driver,
                 "dir_path": str(directory / str(number)),
+                "setup_check": "no",
             }
         Loading(app, root, source).run()
     for each in app.pools.values():
