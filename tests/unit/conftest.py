@@ -16,6 +16,13 @@ settings.register_profile("unit", deadline=None)
 settings.load_profile("unit")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have one worker run what needs the agent, which each would compile for itself."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "agent_program" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("agent"))
+
+
 @pytest.fixture(scope="session")
 def agent_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the sanitized build of the agent."""
