@@ -1,6 +1,8 @@
 """The folder of a frozen test is checked as what it may be: anybody's."""
 
 import asyncio
+import contextlib
+import dataclasses
 import json
 import os
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qubes_itests import __version__
 from qubes_itests.core.volume_content import BLOCK, data_blocks, write_blocks
 from qubes_itests.frozen.folder import (
     BlockFile,
@@ -23,6 +26,7 @@ from qubes_itests.frozen.folder import (
     write_manifest,
 )
 from qubes_itests.frozen.thawing import thaw
+from qubes_itests.report.artifacts import Artifacts
 
 SIZE = 10 * BLOCK + 512
 
@@ -239,3 +243,45 @@ def test_a_back_end_that_freezes_nothing(folder):
     testbed = SimpleNamespace(hypervisor=SimpleNamespace(machine=machine, name="test"))
     with pytest.raises(FrozenError, match="back end 'test' freezes no VMs"):
         asyncio.run(thaw(testbed, Folder.read(path)))
+
+
+def test_more_memory_than_vms_may_take_is_not_loaded(folder):
+    async def machine():
+        return dict(manifest.machine)
+
+    path, manifest = folder
+    os.truncate(path / "memory-1", 3 << 20)
+    (path / "manifest.json").unlink()
+    kind = {**manifest.machine, "qubes_itests": __version__}
+    write_manifest(path, dataclasses.replace(manifest, machine=kind))
+    hypervisor = SimpleNamespace(machine=machine, memory_limit=2)
+    with pytest.raises(FrozenError, match="3 MiB in their memory, of 2 MiB"):
+        asyncio.run(thaw(SimpleNamespace(hypervisor=hypervisor), Folder.read(path)))
+
+
+@pytest.mark.parametrize("bound", ["MOST_BYTES", "_MOST_DATA"])
+def test_disks_with_more_than_is_kept(tmp_path, monkeypatch, bound):
+    monkeypatch.setattr(f"qubes_itests.frozen.folder.{bound}", 2 * BLOCK)
+    blocks = BlockFile(tmp_path)
+    with contextlib.closing(blocks), pytest.raises(FrozenError, match="more than"):
+        blocks.add(SIZE, ((n * BLOCK, bytes([n + 1]) * BLOCK) for n in range(10)))
+
+
+def test_a_run_freezes_some_tests_and_no_more(tmp_path):
+    """Whatever attempt or app they are of; those of earlier runs do not count."""
+    vm = SimpleNamespace(klass="AppVM")
+    app = SimpleNamespace(domains=SimpleNamespace(startable=lambda: [vm]))
+    earlier = tmp_path / "old" / "frozen" / "manifest.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
+    os.utime(earlier, (1, 1))
+    artifacts = Artifacts(tmp_path)
+    for number in range(8):
+        place = tmp_path / f"test{number}" / f"attempt-{number}" / "frozen"
+        place.mkdir(parents=True)
+        (place / "manifest.json").touch()
+        os.utime(place / "manifest.json", (2**33, 2**33))
+    artifacts.freeze("test", SimpleNamespace(apps=[app]))
+    (problem,) = artifacts.problems
+    assert "8 tests of this run are frozen already" in problem
+    assert not (tmp_path / "test").exists()
