@@ -73,6 +73,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
     """Start over in a sandbox before anything is collected."""
+    worker.refuse_options(config)
     if resandbox.wanted(config):
         resandbox.enter(config, _settings(config))
     worker.prepare(config)

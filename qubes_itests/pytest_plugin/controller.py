@@ -111,7 +111,7 @@ class Controller:
         """Have each worker's Python start in a sandbox, here or elsewhere."""
         self._starting = list(specs)
         for spec in specs:
-            if sandbox.active() and spec.popen and not spec.via:
+            if sandbox.active():
                 spec.python = shlex.join(_command(spec))
 
     @pytest.hookimpl
@@ -270,7 +270,7 @@ def _has_ended(node: WorkerController) -> bool:
 
 def _place(spec: XSpec) -> str:
     """Return how another machine is reached; an empty string for this one."""
-    return str(spec.on or spec.ssh or spec.socket or spec.via or "")
+    return str(spec.on or "")
 
 
 def _command(spec: XSpec) -> list[str]:

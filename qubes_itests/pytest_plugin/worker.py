@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qubes_itests.host import memory, sandbox
+from qubes_itests.program import typed
 from qubes_itests.run.settings import Settings, convert
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ __all__ = [
     "is_worker",
     "part",
     "prepare",
+    "refuse_options",
     "settings",
     "times",
 ]
@@ -63,6 +66,42 @@ def distributes(config: pytest.Config) -> bool:
         and not option.collectonly
         and not hasattr(config, "workerinput")
     )
+
+
+def refuse_options(config: pytest.Config) -> None:
+    """Refuse what pytest-xdist offers and what is not, or is something else, here.
+
+    :raise pytest.UsageError: with what to do instead.
+    """
+    option = config.option
+    if is_worker(config) or not hasattr(option, "looponfail"):
+        return
+    specs = [*(option.tx or ()), *(option.px or ())]
+    restarts = option.maxworkerrestart
+    if option.looponfail:
+        raise pytest.UsageError(
+            "--looponfail runs files of tests in a process that is no part of this run:"
+            f" `{typed('repl')}` loads tests again and runs them, --until-fail repeats"
+        )
+    if option.dist == "each":
+        raise pytest.UsageError(
+            "--dist=each has several workers run the same test, and what it leaves has"
+            " one name: --repeat runs tests several times"
+        )
+    if option.px or any(re.search(r"\b(?:ssh|socket|via)=", spec) for spec in specs):
+        raise pytest.UsageError(
+            "--tx and --px begin no worker by ssh=, socket= or via= in a sandbox: give"
+            " a command that does, --tx 'popen//on=ssh HOST'"
+        )
+    if option.rsyncdir:
+        raise pytest.UsageError(
+            "--rsyncdir copies nothing to workers that are begun by a command: have the"
+            " files there before"
+        )
+    if restarts is not None and not str(restarts).isdigit():
+        raise pytest.UsageError(
+            f"--max-worker-restart: expected a number, got {restarts!r}"
+        )
 
 
 def prepare(config: pytest.Config) -> None:

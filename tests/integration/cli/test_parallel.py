@@ -169,6 +169,40 @@ def test_exit_statuses_are_those_of_one_process(mixed):
         assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("--dist=load", "--dist=loadscope", "--dist=loadfile", "--dist=worksteal"),
+        *("--maxprocesses=1 -n logical", "--max-worker-restart=0 --maxschedchunk=1"),
+    ],
+)
+def test_options_of_xdist_do_what_they_do_elsewhere(mixed, words):
+    selection = ("mixed::TC_One", "mixed::TC_Two::test_1")
+    done = mixed.run(*NO_GUESTS, "-n", "2", *words.split(), *selection)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 2 passed, 1 skipped" in done.stdout
+    number = 1 if "logical" in words else 2
+    assert f"\nworkers: {number}, each in its own sandbox" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("-f", "--looponfail runs files of tests in a process that is no part"),
+        ("-n 2 --dist=each", "--dist=each has several workers run the same test"),
+        ("--tx ssh=host", "--tx and --px begin no worker by ssh=, socket= or via="),
+        ("--px id=p//popen --tx popen//via=p", "--tx 'popen//on=ssh HOST'"),
+        ("-n 2 --rsyncdir=.", "--rsyncdir copies nothing"),
+        ("-n 2 --max-worker-restart=x", "expected a number, got 'x'"),
+    ],
+)
+def test_options_of_xdist_that_cannot_work_are_refused(site, words, said):
+    done = site.run("-p", "qubes_itests", *words.split(), program="pytest")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 NOT_READY = """
     from qubes_itests.hookspec import hookimpl
     from qubes_itests.host.exc import MissingToolError
