@@ -35,11 +35,23 @@ def execute(command: Command, settings: Settings) -> int:
     from qubes_itests.frozen.folder import Folder
     from qubes_itests.run.app_templates import plugins_for
     from qubes_itests.run.context import RunContext
+    from qubes_itests.serve.calls import CallServer
+    from qubes_itests.serve.place import Place
 
     folder = Folder.read(_place(command))
     context = RunContext(settings, plugins_for(settings))
     try:
-        return _open(context.testbed, folder, command.words[1:])
+        testbed = context.testbed
+        # For `attach`, in other terminals: one can be in several of the VMs at once.
+        socket = Place.of_run(context.directory).relay_socket
+        socket.parent.mkdir(mode=0o700)
+        doing = {"directory": f"thaw {folder.path}"}
+        server = CallServer(lambda: testbed.apps, socket, lambda: doing)
+        testbed.portal.run(server.__aenter__())
+        try:
+            return _open(testbed, folder, command.words[1:])
+        finally:
+            testbed.portal.run(server.__aexit__())
     finally:
         for problem in context.close():
             print(f"left behind: {problem}", file=sys.stderr)

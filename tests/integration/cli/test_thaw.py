@@ -105,6 +105,8 @@ def test_a_failure_is_thawed_with_all_of_its_vms(site, thawed):
     folder = site.work / told[2]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["spread"] == pytest.approx(float(told[1]), abs=0.051)
+    modes = {path.stat().st_mode & 0o444 for path in (folder, *folder.iterdir())}
+    assert modes == {0o444}
     before = contents(folder)
 
     # in those that are named: one that ran, and one that was paused
@@ -114,6 +116,10 @@ def test_a_failure_is_thawed_with_all_of_its_vms(site, thawed):
     )
     # what the test waited for is where it was: it reads what nobody writes
     assert "cat; exec sleep 5173" in say(user, "ps | grep '[s]leep 5173'")
+    # others can look into its VMs, as into those of a run
+    shown = site.run("ps").stdout
+    assert f"thaw {folder}" in shown
+    assert "test-inst-other" in shown
     call = "qrexec-client-vm test-inst-other test.Hello"
     assert say(user, call) == "from test-inst-other\r\n"
     gateway = "$(qubesdb-read /qubes-gateway)"
