@@ -7,210 +7,57 @@ artefact does: what is read is bounded, and checked before any of it is used.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
-import re
 import stat
 import struct
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self
 
 from qubes_itests.core.volume_content import BLOCK
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.frozen.manifest import (
+    BLOCKS,
+    MOST_BYTES,
+    File,
+    Image,
+    Manifest,
+    dump,
+    load,
+)
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator
     from io import BufferedReader
     from pathlib import Path
 
 __all__ = [
     "MANIFEST",
-    "MOST_BYTES",
     "NAME",
     "BlockFile",
     "Folder",
-    "FrozenDisk",
     "FrozenError",
-    "FrozenInterface",
-    "FrozenVM",
-    "Image",
-    "Kernel",
-    "Link",
-    "Manifest",
     "write_manifest",
 ]
 
 #: Of the folder among the artefacts of a test.
 NAME: Final = "frozen"
-_FORMAT, _VERSION = "qubes_itests.frozen", 1
 MANIFEST: Final = "manifest.json"
 _APP: Final = "app.xml"
-_BLOCKS: Final = "blocks"
-
-#: Bytes of all files together, and of what the images hold.
-MOST_BYTES: Final = 16 << 30
-_MOST_DATA: Final = 64 << 30
 #: Bytes of files that are read as a whole.
 _MOST_READ: Final = {MANIFEST: 1 << 20, _APP: 16 << 20}
-#: Of VMs, of images, and of other things in a list.
-_MOST_ITEMS: Final = 1000
-#: Bytes that a disk may have, and MiB that a VM may.
-_LARGEST_DISK: Final = 1 << 50
-_MOST_MEMORY: Final = 1 << 24
-_MOST_CPUS: Final = 64
-_LONGEST: Final = 4096
-
-_FILE: Final = re.compile(
-    r"(?:memory|image|kernel|initramfs)-[0-9]{1,5}|blocks|app\.xml"
-)
-_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
-_MAC: Final = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}")
-_DISK: Final = re.compile(r"xvd[a-z]")
+#: Bytes of what all images hold.
+_MOST_DATA: Final = 64 << 30
 #: A block of an image, and the one of the file `blocks` that it is.
 _ENTRY: Final = struct.Struct("<QI")
-
-_T = TypeVar("_T")
 
 
 class FrozenError(HarnessError):
     """A folder cannot be thawed, or nothing be frozen into it."""
 
     exit_code = ExitCode.USAGE_ERROR
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A disk's contents.
-
-    :param file: says which blocks they are.
-    :param size: bytes.
-    """
-
-    file: str
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class FrozenDisk:
-    """A disk of a domain.
-
-    :param name: ``xvda`` …
-    :param volume: of the VM; empty for a disk that is none.
-    :param image: its contents at the moment.
-    :param read_only: for the guest.
-    """
-
-    name: str
-    volume: str
-    image: Image
-    read_only: bool
-
-
-@dataclass(frozen=True, slots=True)
-class FrozenInterface:
-    """An interface of a domain.
-
-    :param mac: its address.
-    :param place: in the machine, from 1 on.
-    :param link: what it connects: ``up`` to the net VM, ``down`` to clients, or
-        nothing.
-    """
-
-    mac: str
-    place: int
-    link: str
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """What VMs can boot.
-
-    :param name: as the property `kernel` has it.
-    :param kernel: the file.
-    :param initramfs: the file.
-    :param options: of its command line.
-    :param init: as of a template.
-    """
-
-    name: str
-    kernel: str
-    initramfs: str
-    options: str
-    init: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FrozenVM:
-    """A VM that was started.
-
-    :param name: of the VM.
-    :param running: whether its virtual CPUs ran, until all were paused.
-    :param state: the file with its memory.
-    :param memory: MiB at its start; `max_memory`, `vcpus` and `balanced` are as its
-        domain has them, too.
-    :param kernel: the name of what it booted; empty for its own disk.
-    :param options: of the kernel's command line.
-    """
-
-    name: str
-    running: bool
-    state: str
-    memory: int
-    max_memory: int
-    vcpus: int
-    balanced: bool
-    kernel: str
-    options: str
-    disks: tuple[FrozenDisk, ...]
-    interfaces: tuple[FrozenInterface, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """A committed image of a volume, of a VM that runs or not.
-
-    :param vm: its name.
-    :param volume: its name.
-    :param image: the contents.
-    """
-
-    vm: str
-    volume: str
-    image: Image
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """What a folder has.
-
-    :param test: the id of the test.
-    :param time: seconds since the epoch, of the moment.
-    :param spread: milliseconds that lie at most between the stops of two of the VMs.
-    :param machine: what must be the same where it is thawed, by words for it.
-    :param kernels: of the app.
-    :param vms: those that were started.
-    :param volumes: what the volumes of all VMs begin with.
-    :param policy: the rules, one a line.
-    """
-
-    test: str
-    time: float
-    spread: float
-    machine: Mapping[str, str]
-    kernels: tuple[Kernel, ...]
-    vms: tuple[FrozenVM, ...]
-    volumes: tuple[Link, ...]
-    policy: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    size: int
-    digest: str
 
 
 @dataclass(slots=True)
@@ -223,7 +70,7 @@ class Folder:
 
     path: Path
     manifest: Manifest
-    _files: dict[str, _File] = field(default_factory=dict)
+    _files: dict[str, File] = field(default_factory=dict)
 
     def __str__(self) -> str:
         vms, spread = self.manifest.vms, ""
@@ -240,17 +87,10 @@ class Folder:
         :raise FrozenError: it is no such folder, or one that cannot be trusted.
         """
         try:
-            row = _Row(json.loads(_read(path, MANIFEST)))
+            return cls(path, *load(_read(path, MANIFEST)))
         except (ValueError, RecursionError) as error:
-            raise FrozenError(
-                f"{path / MANIFEST}: this is not JSON: {error}"
-            ) from error
-        try:
-            row.text("format", re.compile(re.escape(_FORMAT)))
-            row.number("version", _VERSION, _VERSION)
-            return cls(path, _manifest(row), _files(row))
-        except ValueError as error:
-            raise FrozenError(f"{path / MANIFEST}: {safe_text(str(error))}") from None
+            reason = safe_text(str(error))
+            raise FrozenError(f"{path / MANIFEST}: {reason}") from error
 
     def require_whole(self) -> None:
         """Check that all files are what they were when they were written; blocking.
@@ -291,7 +131,7 @@ class Folder:
 
     def blocks(self, image: Image) -> Iterator[tuple[int, bytes]]:
         """Yield where the data of an image are, in bytes, and the data; blocking."""
-        with self._open(_BLOCKS) as file:
+        with self._open(BLOCKS) as file:
             for place, number in self._entries(image):
                 yield place, os.pread(file.fileno(), BLOCK, number * BLOCK)
 
@@ -301,7 +141,7 @@ class Folder:
         yield from (link.image for link in self.manifest.volumes)
 
     def _entries(self, image: Image) -> Iterator[tuple[int, int]]:
-        there = self._files[_BLOCKS].size // BLOCK
+        there = self._files[BLOCKS].size // BLOCK
         with self._open(image.file) as file:
             while data := file.read(_ENTRY.size):
                 place, number = _ENTRY.unpack(data)
@@ -330,11 +170,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     files = {}
     for each in sorted(path.iterdir()):
         with each.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            files[each.name] = {"size": size, "digest": _digest(file)}
-    head = {"format": _FORMAT, "version": _VERSION}
-    text = json.dumps(head | dataclasses.asdict(manifest) | {"files": files}, indent=1)
-    (path / MANIFEST).write_text(text, encoding="utf-8")
+            files[each.name] = File(os.fstat(file.fileno()).st_size, _digest(file))
+    (path / MANIFEST).write_text(dump(manifest, files), encoding="utf-8")
 
 
 class BlockFile:
@@ -345,7 +182,7 @@ class BlockFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = (path / _BLOCKS).open("xb")
+        self._file = (path / BLOCKS).open("xb")
         self._known: dict[bytes, int] = {}
         self._images = 0
         self._data = 0
@@ -377,148 +214,6 @@ class BlockFile:
     def close(self) -> None:
         """Write what is not written yet."""
         self._file.close()
-
-
-class _Row:
-    """An object of JSON, of which nothing is taken for granted.
-
-    Its methods raise ValueError for what is not as it should be.
-    """
-
-    def __init__(self, value: object) -> None:
-        if not isinstance(value, dict):
-            raise ValueError(f"expected an object, got {value!r:.60}")  # noqa: TRY004
-        self.values: dict[str, Any] = value
-
-    def text(self, name: str, pattern: re.Pattern[str] | None = None) -> str:
-        value = self.values.get(name)
-        fits = isinstance(value, str) and len(value) <= _LONGEST and value.isprintable()
-        if not fits or (pattern is not None and not pattern.fullmatch(str(value))):
-            raise ValueError(f"expected a fitting text as {name}, got {value!r:.60}")
-        return str(value)
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        value = self.values.get(name)
-        if not isinstance(value, list) or len(value) > _MOST_ITEMS:
-            raise ValueError(f"expected a list as {name}, got {value!r:.60}")
-        return tuple(_Row({name: item}).text(name) for item in value)
-
-    def number(self, name: str, least: int, most: int) -> int:
-        value = self.values.get(name)
-        if type(value) is not int or not least <= value <= most:
-            expected = f"a number from {least} to {most}"
-            raise ValueError(f"expected {expected} as {name}, got {value!r:.60}")
-        return value
-
-    def seconds(self, name: str) -> float:
-        value = self.values.get(name)
-        if type(value) not in (int, float) or not 0 <= float(str(value)) < 1 << 40:
-            raise ValueError(f"expected a number as {name}, got {value!r:.60}")
-        return float(str(value))
-
-    def flag(self, name: str) -> bool:
-        value = self.values.get(name)
-        if not isinstance(value, bool):
-            raise ValueError(f"expected yes or no as {name}, got {value!r:.60}")  # noqa: TRY004
-        return value
-
-    def row(self, name: str) -> _Row:
-        return _Row(self.values.get(name))
-
-    def all(self, name: str, read: Callable[[_Row], _T]) -> tuple[_T, ...]:
-        value = self.values.get(name)
-        if not isinstance(value, list) or len(value) > _MOST_ITEMS:
-            raise ValueError(f"expected a list as {name}, got {value!r:.60}")
-        return tuple(read(_Row(item)) for item in value)
-
-    def names(self) -> list[str]:
-        if len(self.values) > _MOST_ITEMS:
-            raise ValueError(f"expected up to {_MOST_ITEMS} members of an object")
-        return list(self.values)
-
-
-def _manifest(row: _Row) -> Manifest:
-    machine = row.row("machine")
-    return Manifest(
-        test=row.text("test"),
-        time=row.seconds("time"),
-        spread=row.seconds("spread"),
-        machine={name: machine.text(name) for name in machine.names()},
-        kernels=row.all("kernels", _kernel),
-        vms=row.all("vms", _vm),
-        volumes=row.all("volumes", _link),
-        policy=row.texts("policy"),
-    )
-
-
-def _kernel(row: _Row) -> Kernel:
-    return Kernel(
-        name=row.text("name"),
-        kernel=row.text("kernel", _FILE),
-        initramfs=row.text("initramfs", _FILE),
-        options=row.text("options"),
-        init=row.text("init"),
-    )
-
-
-def _vm(row: _Row) -> FrozenVM:
-    most = row.number("max_memory", 1, _MOST_MEMORY)
-    return FrozenVM(
-        name=row.text("name"),
-        running=row.flag("running"),
-        state=row.text("state", _FILE),
-        memory=row.number("memory", 1, most),
-        max_memory=most,
-        vcpus=row.number("vcpus", 1, _MOST_CPUS),
-        balanced=row.flag("balanced"),
-        kernel=row.text("kernel"),
-        options=row.text("options"),
-        disks=row.all("disks", _disk),
-        interfaces=row.all("interfaces", _interface),
-    )
-
-
-def _disk(row: _Row) -> FrozenDisk:
-    return FrozenDisk(
-        name=row.text("name", _DISK),
-        volume=row.text("volume"),
-        image=_image(row.row("image")),
-        read_only=row.flag("read_only"),
-    )
-
-
-def _interface(row: _Row) -> FrozenInterface:
-    return FrozenInterface(
-        mac=row.text("mac", _MAC),
-        place=row.number("place", 1, 100),
-        link=row.text("link"),
-    )
-
-
-def _link(row: _Row) -> Link:
-    return Link(row.text("vm"), row.text("volume"), _image(row.row("image")))
-
-
-def _image(row: _Row) -> Image:
-    return Image(row.text("file", _FILE), row.number("size", 0, _LARGEST_DISK))
-
-
-def _files(row: _Row) -> dict[str, _File]:
-    files, total = row.row("files"), 0
-    found = {}
-    for name in files.names():
-        if not _FILE.fullmatch(name):
-            raise ValueError(f"expected a file of a frozen test, got {name!r:.60}")
-        entry = files.row(name)
-        found[name] = _File(
-            entry.number("size", 0, MOST_BYTES), entry.text("digest", _DIGEST)
-        )
-        total += found[name].size
-    if total > MOST_BYTES:
-        raise ValueError(f"its files have more than {MOST_BYTES >> 30} GiB")
-    if _BLOCKS not in found:
-        raise ValueError("it has no images")
-    return found
 
 
 def _digest(file: BufferedReader) -> str:

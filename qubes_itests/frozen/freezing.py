@@ -20,18 +20,16 @@ from qubes_itests.core.store.document import to_bytes
 from qubes_itests.core.store.saving import state_of
 from qubes_itests.core.volume_content import copy_committed, copy_image, data_blocks
 from qubes_itests.exc import HarnessError
-from qubes_itests.frozen.folder import (
+from qubes_itests.frozen.folder import BlockFile, FrozenError, write_manifest
+from qubes_itests.frozen.manifest import (
     MOST_BYTES,
-    BlockFile,
     FrozenDisk,
-    FrozenError,
     FrozenInterface,
     FrozenVM,
     Image,
     Kernel,
     Link,
     Manifest,
-    write_manifest,
 )
 from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.hypervisor.exc import StateError

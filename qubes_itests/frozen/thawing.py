@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.vm.qubesvm import QubesVM
-    from qubes_itests.frozen.folder import Folder, FrozenDisk, FrozenVM
+    from qubes_itests.frozen.folder import Folder
+    from qubes_itests.frozen.manifest import FrozenDisk, FrozenVM
     from qubes_itests.run.testbed import Testbed
 
 __all__ = ["thaw"]

@@ -149,13 +149,11 @@ def _lines(
         )
     lines.append(f"  run again   {again}")
     if frozen := sorted(Path(failure.artifacts or os.devnull).glob(f"{FROZEN}*")):
-        program = ("itests",) if os.environ.get("CI") else command
+        program = (NAME,) if os.environ.get("CI") else command
         for path in frozen:
+            thaw = shlex.join([*program, "thaw", str(path)])
             with contextlib.suppress(FrozenError):  # it was removed meanwhile
-                lines.append(f"  frozen      {Folder.read(path)}")
-                lines.append(
-                    f"  thaw        {shlex.join([*program, 'thaw', str(path)])}"
-                )
+                lines += [f"  frozen      {Folder.read(path)}", f"  thaw        {thaw}"]
     elif kept := _kept_disks(failure):
         shells = [shlex.join([*command, "shell", str(path)]) for path in kept]
         lines += [f"  look inside {shell}" for shell in shells]

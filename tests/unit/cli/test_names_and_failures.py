@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qubes_itests.frozen.folder import BlockFile, write_manifest
+from qubes_itests.frozen.manifest import Manifest
 from qubes_itests.report.failures import Failure, LastRun, load, show, store
 from qubes_itests.report.names import file_name, one_line
 
@@ -68,6 +70,35 @@ def test_kept_disks_come_with_the_command_that_opens_them(tmp_path):
     (tmp_path / "disks" / "vm").mkdir(parents=True)
     lines = shown([Failure("a::b", "no", str(tmp_path), ("disks/", "vm.log"))])
     assert lines[-1] == f"  look inside itests shell {tmp_path}/disks/vm"
+
+
+@pytest.mark.parametrize("ci", ["", "true"])
+def test_a_frozen_test_comes_with_the_command_that_thaws_it(tmp_path, monkeypatch, ci):
+    monkeypatch.setenv("CI", ci)
+    folder = tmp_path / "frozen"
+    folder.mkdir()
+    BlockFile(folder).close()
+    what = Manifest(
+        test="a::b",
+        time=1.0,
+        spread=2.5,
+        machine={},
+        kernels=(),
+        vms=(),
+        volumes=(),
+        policy=(),
+    )
+    write_manifest(folder, what)
+    failure = Failure("a::b", "no", str(tmp_path), ("frozen/", "vm.log"))
+    lines = []
+    show([failure], ["python", "-m", "itests"], lines.append)
+    program = "itests" if ci else "python -m itests"
+    assert lines[-2:] == [
+        "  frozen      disks alone, 0 MiB",
+        f"  thaw        {program} thaw {folder}",
+    ]
+    (folder / "manifest.json").unlink()
+    assert not [line for line in shown([failure]) if "thaw" in line]
 
 
 def test_words_to_copy_are_quoted_for_the_shell():

@@ -16,14 +16,16 @@ from qubes_itests.core.volume_content import BLOCK, data_blocks, write_blocks
 from qubes_itests.frozen.folder import (
     BlockFile,
     Folder,
-    FrozenDisk,
     FrozenError,
+    write_manifest,
+)
+from qubes_itests.frozen.manifest import (
+    FrozenDisk,
     FrozenInterface,
     FrozenVM,
     Kernel,
     Link,
     Manifest,
-    write_manifest,
 )
 from qubes_itests.frozen.thawing import thaw
 from qubes_itests.report.artifacts import Artifacts
