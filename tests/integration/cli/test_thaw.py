@@ -16,9 +16,7 @@ PLUGIN = r"""
 
     class TC_VM(ExtraTestCase):
         def test_bad(self):
-            self.init_networking()
             one, other, still = self.create_vms(["one", "other", "still"])
-            still.netvm = other.netvm = None
             for vm in (one, other, still):
                 vm.start()
             self.create_remote_file(
@@ -91,12 +89,12 @@ def contents(folder):
 
 
 def test_a_failure_is_thawed_with_all_of_its_vms(site, thawed):
-    """With their memory, disks, network and policy; and the folder stays as it is."""
+    """With their memory, disks and policy; and the folder stays as it is."""
     site.install("froze", PLUGIN)
     done = site.run("run", "--keep=state", "froze")
     assert done.returncode == 1, done.stdout + done.stderr
     told = re.search(
-        r"frozen      4 VMs, stopped within ([0-9.]+) ms, [0-9]+ MiB\n"
+        r"frozen      3 VMs, stopped within ([0-9.]+) ms, [0-9]+ MiB\n"
         r"  thaw        .* thaw (\S+)\n",
         done.stdout,
     )
@@ -122,8 +120,6 @@ def test_a_failure_is_thawed_with_all_of_its_vms(site, thawed):
     assert "test-inst-other" in shown
     call = "qrexec-client-vm test-inst-other test.Hello"
     assert say(user, call) == "from test-inst-other\r\n"
-    gateway = "$(qubesdb-read /qubes-gateway)"
-    assert "1 packets received" in say(user, f"ping -c1 -W20 {gateway}")
     assert (
         say(user, "touch /run/stop; until [ -e /run/stopped ]; do sleep 1; done") == ""
     )

@@ -1,0 +1,50 @@
+"""The network of thawed VMs is the core's again, and not the guests' alone."""
+
+import asyncio
+
+from network_devices import links
+
+from qubes_itests.frozen.folder import Folder
+from qubes_itests.frozen.freezing import freeze
+from qubes_itests.frozen.thawing import thaw
+
+
+def test_a_chain_of_net_vms_goes_on_and_can_be_changed(testbed, tmp_path):
+    run, before = testbed.portal.run, links()
+    app = run(testbed.make_app("tiny"))
+
+    async def make(name, **properties):
+        vm = await app.create_vm("AppVM", name=name, label="red", **properties)
+        await vm.start()
+        return vm
+
+    net = run(make("net", netvm=None, provides_network=True))
+    firewall = run(make("firewall", netvm=net, provides_network=True))
+    run(make("far", netvm=firewall))
+    place, scratch = tmp_path / "frozen", testbed.parts.pool_directory
+    run(freeze(app, place, scratch, "test"))
+    run(testbed.close_app(app))
+    assert not list(scratch.glob("frozen-*"))
+
+    app = run(thaw(testbed, Folder.read(place)))
+    net, firewall, far = (app.domains[n] for n in ("net", "firewall", "far"))
+
+    def reaches(one, other):
+        command = f"ping -c1 -W10 {other.ip} >/dev/null && echo reached; true"
+        output, _ = run(one.run_for_stdio(command, user="root"))
+        return output == b"reached\n"
+
+    # also what is behind another: the filters of the taps know of it
+    assert reaches(far, firewall)
+    assert reaches(far, net)
+    assert reaches(net, far)
+    run(far.detach_network())
+    assert far.net.uplink is None
+    run(far.attach_network())
+    assert reaches(far, net)
+    # one that is started now is a client like the others
+    new = run(app.create_vm("AppVM", name="new", label="red", netvm=net))
+    run(asyncio.wait_for(new.start(), 120))
+    assert reaches(new, net)
+    assert run(testbed.close_app(app)) == []
+    assert links() == before
