@@ -30,7 +30,7 @@ __all__ = ["Deadline", "stacks"]
 
 #: Seconds for a signal to reach Python code before the process counts as stuck.
 _GRACE = 30.0
-#: Seconds between looks at whether the person who looks at a test has gone.
+#: Seconds at least until a deadline that was put off is looked at again.
 _LOOK_AGAIN = 0.5
 #: Threads that have nothing to do with what hangs.
 _OURS = ("deadline", "heartbeat")
@@ -156,11 +156,8 @@ class Deadline:
 
     def _expire(self, _number: int, frame: FrameType | None) -> None:
         __tracebackhide__ = True
-        if self.is_stopped:
-            signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN)
-            return
-        if (left := self._end - self._now()) > 0:
-            signal.setitimer(signal.ITIMER_REAL, left)
+        if (left := self._end - self._now()) > 0:  # somebody looks, or has looked
+            signal.setitimer(signal.ITIMER_REAL, max(left, _LOOK_AGAIN))
             return
         self._fired = True
         # A TestCase goes on with its tearDown, which may hang as well.
