@@ -123,7 +123,8 @@ def pytest_configure(config: pytest.Config) -> None:
         guests = GuestComplaints(context)
         config.pluginmanager.register(guests, "qubes_itests-complaints")
     if settings.trace is not Trace.OFF and not worker.distributes(config):
-        recording = Recording(settings, watch.artifacts, whole_logs=complaints)
+        follow = complaints or settings.trace is Trace.ON
+        recording = Recording(settings, watch.artifacts, follow_logs=follow)
         config.pluginmanager.register(recording, "qubes_itests-recording")
     deadline = Deadline(functools.partial(_time_limit, settings), watch.keep_stacks)
     watch.deadline = deadline

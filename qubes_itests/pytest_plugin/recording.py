@@ -28,14 +28,14 @@ class Recording:
 
     :param settings: of the run.
     :param artifacts: where timelines go.
-    :param whole_logs: as `Recorder` has it.
+    :param follow_logs: as `Recorder` has it.
     """
 
     def __init__(
-        self, settings: Settings, artifacts: Artifacts, *, whole_logs: bool = False
+        self, settings: Settings, artifacts: Artifacts, *, follow_logs: bool = False
     ) -> None:
         self._settings = settings
-        self._whole_logs = whole_logs
+        self._follow_logs = follow_logs
         self._artifacts = artifacts
         #: Is told each record, as `Recorder` tells it.
         self.listener: Callable[[Record], None] | None = None
@@ -66,7 +66,7 @@ class Recording:
         self._outcome, self._starts, self._is_over = "", [], False
         self._recorder = Recorder(
             events=self._settings.trace_events,
-            whole_logs=self._whole_logs,
+            follow_logs=self._follow_logs,
             listener=self.listener,
         )
         self._recording.enter_context(recording(self._recorder))

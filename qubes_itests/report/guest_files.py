@@ -46,6 +46,8 @@ async def read_guests(
 ) -> tuple[dict[str, bytes], list[str]]:
     """Read journals and files of VMs, of all at once, for some seconds at most.
 
+    The timeline of the test that runs gets the journals as well.
+
     :param vms: in any state.
     :param patterns: absolute paths in the guests, with wildcards of a shell.
     :return: what was read, by names for artefacts; and what was not, a sentence each.
@@ -86,6 +88,8 @@ async def _parts(
 
     if vm.agent is not None and _has_systemd(vm):
         yield "journal.txt", await ask(_JOURNAL, _LONGEST)
+        if vm.life.journal is not None:
+            await vm.life.journal.read(_TIMEOUT)
     if not patterns:
         return
     globs = " ".join(_SPECIAL.sub(r"\\\g<0>", pattern) for pattern in patterns)

@@ -15,12 +15,12 @@ from qubes_itests.timeline.recorder import (
     begin,
     command,
     current,
+    follows_logs,
     lines,
     note,
     recording,
     unrecorded,
     wants_events,
-    wants_log_of,
 )
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "called_here",
     "command",
     "current",
+    "follows_logs",
     "is_machinery",
     "line_of",
     "lines",
@@ -41,5 +42,4 @@ __all__ = [
     "recording",
     "unrecorded",
     "wants_events",
-    "wants_log_of",
 ]

@@ -30,12 +30,12 @@ __all__ = [
     "begin",
     "command",
     "current",
+    "follows_logs",
     "lines",
     "note",
     "recording",
     "unrecorded",
     "wants_events",
-    "wants_log_of",
 ]
 
 #: What a record may have in its fields: what JSON has.
@@ -138,8 +138,7 @@ class Recorder:
     """The timeline of one test, as long as it grows.
 
     :param events: whether events of the core are wanted.
-    :param whole_logs: whether the logs of guests are wanted from their boot on, and the
-        kernel's of those without a journal.
+    :param follow_logs: whether what guests log is wanted whether the test fails or not.
     :param listener: is called with each record that is complete, in the thread that
         reported it and under no lock; it must be quick.
     """
@@ -148,11 +147,11 @@ class Recorder:
         self,
         *,
         events: bool = False,
-        whole_logs: bool = False,
+        follow_logs: bool = False,
         listener: Callable[[Record], None] | None = None,
     ) -> None:
         self.events = events
-        self.whole_logs = whole_logs
+        self.follow_logs = follow_logs
         self.listener = listener
         #: Seconds since the epoch.
         self.started = time.time()
@@ -390,14 +389,9 @@ def lines(kind: str, vm: str, text: bytes) -> bytes:
     return b"" if _current is None else _current.lines(kind, vm, text)
 
 
-def wants_log_of(init: str) -> bool:
-    """Return whether the log of a guest is wanted.
-
-    :param init: who is process 1 in it: ``agent`` or ``systemd``.
-    """
-    if _current is None:
-        return False
-    return init == "systemd" or _current.whole_logs
+def follows_logs() -> bool:
+    """Return whether what guests log is wanted as it comes."""
+    return _current is not None and _current.follow_logs
 
 
 def wants_events() -> bool:

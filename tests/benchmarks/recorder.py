@@ -1,6 +1,7 @@
 """What recording timelines costs: runs of one suite with it and without it, in turn.
 
-Run: ``.venv/bin/python tests/benchmarks/recorder.py [ROUNDS]``; 20 by default.
+Run: ``.venv/bin/python tests/benchmarks/recorder.py [ROUNDS [systemd]]``; 20 by
+default. With the second word the guests have systemd, whose journal is followed.
 """
 
 from __future__ import annotations
@@ -10,17 +11,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 from bench import heading, row
 
 #: A VM that starts, commands one after the other, and its end.
-TESTS = ("smoke::TC_00_Commands_tiny::test_000_forms_of_run",)
+TEST = "smoke::TC_00_Commands_{}::test_000_forms_of_run"
+SYSTEMD = """
+[qubes_itests:template:withsystemd]
+base = debian-12
+init = systemd
+"""
 ROUNDS = 20
 
 
-def measured(trace, directory):
+def suite(directory, *, systemd):
+    """Return the words of a run."""
+    if not systemd:
+        return [TEST.format("tiny")]
+    spec = Path(directory, "spec.cfg")
+    spec.write_text(SYSTEMD)
+    words = ["--template-spec", str(spec), "--template=withsystemd"]
+    return [*words, TEST.format("withsystemd")]
+
+
+def measured(trace, directory, suite):
     """Return the seconds of a run, and those of CPU time of all its processes."""
-    words = ["-q", f"--trace={trace}", *TESTS]
+    words = ["-q", f"--trace={trace}", *suite]
     began = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "qubes_itests", *words],
@@ -38,12 +55,13 @@ def main():
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     figures = {"off": [], "retain-on-failure": []}
     with tempfile.TemporaryDirectory() as directory:
-        measured("off", directory)  # fills the cache
+        tests = suite(directory, systemd="systemd" in sys.argv)
+        measured("off", directory, tests)  # fills the cache
         for number in range(rounds):
             # each in turn begins: a machine gets slower and faster in the meantime
             for trace in sorted(figures, reverse=bool(number % 2)):
-                figures[trace].append(measured(trace, directory))
-    heading(f"{rounds} runs of {', '.join(TESTS)} each")
+                figures[trace].append(measured(trace, directory, tests))
+    heading(f"{rounds} runs of {tests[-1]} each")
     for index, what in enumerate(("wall time", "CPU time")):
         without = [figure[index] for figure in figures["off"]]
         found = [figure[index] for figure in figures["retain-on-failure"]]

@@ -114,7 +114,7 @@ class Life:
         self.domain: Domain | None = None
         #: The agent of the present run.
         self.agent: GuestAgent | None = None
-        #: What is recorded of its log, None if nothing is.
+        #: What its guest logs in the present run; None without an agent.
         self.journal: GuestJournal | None = None
         #: Seconds since the epoch of the last start, None before the first.
         self.started_at: float | None = None
@@ -297,8 +297,9 @@ class Life:
             self.journal = None
             if self.agent is not None:
                 undo.push_async_callback(self.agent.close)
-                if timeline.wants_log_of(who.init):
-                    self.journal = GuestJournal(self.agent, who.init, begun)
+                self.journal = GuestJournal(self.agent, who.init, begun)
+                if timeline.follows_logs():
+                    self.journal.follow()
         with step("announce itself"):
             await vm.fire_event_async("domain-spawn", start_guid=start_guid)
             self.state = PowerState.RUNNING

@@ -83,3 +83,18 @@ def test_without_timelines_nothing_can_be_found_in_them(site):
     done = site.run("--fail-on=journal", "--trace=off", "case")
     assert done.returncode == 4
     assert "--trace=off records none" in done.stderr + done.stdout
+
+
+FOLLOWS = """
+from qubes_itests import timeline
+
+def test_it():
+    assert timeline.current().follow_logs
+"""
+
+
+def test_logs_are_followed_where_timelines_of_all_tests_are_kept(site):
+    (site.work / "test_it.py").write_text(FOLLOWS)
+    words = ("-p", "qubes_itests", "-q")
+    assert site.run(*words, "--itests-trace=on", program="pytest").returncode == 0
+    assert site.run(*words, program="pytest").returncode == 1

@@ -31,9 +31,14 @@ class Pair:
 
 
 @pytest.fixture(scope="module", params=["agent", "systemd"])
-def pair(testbed, request):
+def init(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pair(testbed, init):
     """Return two VMs with one init; each costs a start, so all tests share them."""
-    pair = Pair(testbed, request.param)
+    pair = Pair(testbed, init)
     yield pair
     assert testbed.portal.run(testbed.close_app(pair.app)) == []
 

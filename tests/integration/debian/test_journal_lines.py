@@ -5,17 +5,19 @@ import pytest
 from qubes_itests import timeline
 from qubes_itests.guest.exc import GuestGoneError
 from qubes_itests.pytest_plugin.guest_complaints import _SAYS
+from qubes_itests.report.guest_files import read_guests
 from qubes_itests.run.settings import Complaint
 
 
-def want_whole_logs():
-    """Have all of a boot, and the logs of guests without a journal, too."""
-    timeline.current().whole_logs = True
+@pytest.fixture(scope="module", params=["agent", "systemd"])
+def init(request):
+    timeline.current().follow_logs = True  # before the first VM starts
+    return request.param
 
 
-#: Before a VM starts, for the first test and for those after it.
-for_all = pytest.fixture(scope="module", autouse=True)(want_whole_logs)
-for_each = pytest.fixture(autouse=True)(want_whole_logs)
+@pytest.fixture(autouse=True)
+def follow_logs():
+    timeline.current().follow_logs = True
 
 
 def test_what_a_guest_logs_is_recorded_when_it_came_bounded_and_safe_to_show(pair):
@@ -61,14 +63,28 @@ def test_the_log_ends_with_the_guest_and_begins_with_the_next_start(pair):
     recorder = timeline.current()
     pair.run(pair.vault.kill())
     first = pair.vault.life.journal
-    # as in most runs
-    recorder.whole_logs = pair.init != "systemd"
     pair.run(pair.vault.start())
     assert pair.vault.life.journal is not first
     pair.run(pair.vault.life.journal.settle(60))
     said = [r for r in recorder.records("journal") if r["vm"] == "vault"]
     assert said[0]["t"] > 0
-    if pair.init == "systemd":
-        assert 50 <= len(said) < 150
     with pytest.raises(GuestGoneError):
         pair.run(first.settle(60))
+
+
+def test_a_journal_that_is_not_followed_is_read_when_a_test_fails(pair):
+    recorder = timeline.current()
+    recorder.follow_logs = False
+    pair.run(pair.vault.kill())
+    pair.run(pair.vault.start())
+    pair.sh(pair.vault, "logger -p err what went wrong || :")
+    assert recorder.records("journal") == []
+    pair.run(read_guests([pair.vault], ()))
+    (start,) = recorder.records("start")
+    found = recorder.records("journal")
+    assert bool(found) == (pair.init == "systemd")
+    if found:
+        (said,) = [r for r in found if "what went wrong" in r["line"]]
+        assert said["priority"] == 3
+        assert all(r["t"] >= start["t"] for r in found)
+        assert said["t"] > start["t"] + start["duration"] - 0.5

@@ -111,14 +111,14 @@ def test_what_comes_late_has_its_place_in_time_if_that_is_in_the_test():
     assert records[-1]["t"] <= recorder.time()
 
 
-def test_a_log_is_wanted_while_a_test_is_recorded_and_that_of_a_kernel_if_asked_for():
-    with recording(None):
-        assert not timeline.wants_log_of("systemd")
-    with recording(Recorder()):
-        assert timeline.wants_log_of("systemd")
-        assert not timeline.wants_log_of("agent")
-    with recording(Recorder(whole_logs=True)):
-        assert timeline.wants_log_of("agent")
+def test_logs_are_followed_where_a_recorder_says_so():
+    for recorder, follows in (
+        (None, False),
+        (Recorder(), False),
+        (Recorder(follow_logs=True), True),
+    ):
+        with recording(recorder):
+            assert timeline.follows_logs() == follows
 
 
 def test_commands_of_the_harness_itself_are_not_recorded():
