@@ -185,7 +185,7 @@ def stacks(loop: asyncio.AbstractEventLoop | None) -> str:
     parts = [
         f"Thread {thread.name}:\n" + "".join(traceback.format_list(stack[-6:]))
         for thread, stack in _other_threads()
-        if not _is_idle(stack)
+        if stack and stack[-1].name not in _IDLE
     ]
     if loop is not None and not loop.is_closed():
         parts += [_describe(task) for task in _tasks(loop)]
@@ -200,11 +200,6 @@ def _other_threads() -> list[tuple[threading.Thread, traceback.StackSummary]]:
         for thread in threading.enumerate()
         if thread.ident in frames and thread.ident != me and thread.name not in _OURS
     ]
-
-
-def _is_idle(stack: traceback.StackSummary) -> bool:
-    """Return whether a thread only waits for work: it has nothing to tell."""
-    return not stack or stack[-1].name in _IDLE
 
 
 def _tasks(loop: asyncio.AbstractEventLoop) -> list[asyncio.Task[Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qubes_itests.admin.dispatch import Call, Destination, method
 from qubes_itests.admin.usage import usage_of
 from qubes_itests.admin.validation import words_among
@@ -11,9 +9,6 @@ from qubes_itests.core.exc import QubesVMNotRunningError
 from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.core.vm.remotevm import RemoteVM
-
-if TYPE_CHECKING:
-    from qubes_itests.core.vm.base import BaseVM
 
 __all__: list[str] = []
 
@@ -71,19 +66,14 @@ async def current_state(call: Call) -> str:
     call.permit()
     vm = call.destination
     usage = await usage_of(vm)
+    most = max(vm.memory, vm.maxmem or 0) if isinstance(vm, QubesVM) else 0
     state = {
         "mem": usage.memory >> 10,
-        "mem_static_max": _most_memory(vm),
+        "mem_static_max": most << 10,
         "cputime": round(usage.cpu_time * 1000),
         "power_state": vm.get_power_state(),
     }
     return " ".join(f"{key}={value}" for key, value in state.items())
-
-
-def _most_memory(vm: BaseVM) -> int:
-    if not isinstance(vm, QubesVM):
-        return 0
-    return max(vm.memory, vm.maxmem or 0) << 10
 
 
 @method("admin.vm.Console", destination=Destination.VM)

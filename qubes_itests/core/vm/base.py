@@ -231,12 +231,10 @@ class BaseVM(PropertyHolder):
     @stateless_property
     def icon(self) -> str:
         """Name of its icon: by its class and its label."""
-        return f"{self._icon_kind()}-{self.label}"
-
-    def _icon_kind(self) -> str:
+        kind = "dispvm" if self.makes_disposables else self.klass.lower()
         if self.features.get("servicevm"):
-            return "servicevm"
-        return "dispvm" if self.makes_disposables else self.klass.lower()
+            kind = "servicevm"
+        return f"{kind}-{self.label}"
 
     @handler(
         *(
