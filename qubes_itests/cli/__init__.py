@@ -67,6 +67,8 @@ def _prepare(command: Command, settings: Settings) -> None:
 
     # First: what follows may take minutes, and mounts images.
     require_ready(Cache())
+    if command.name == "thaw":
+        return  # all that its VMs need is in the folder
     if set(settings.template) - {"tiny"}:
         _check_templates(settings)
     from qubes_itests.run.preparation import prepare

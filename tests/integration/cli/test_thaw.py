@@ -101,6 +101,8 @@ def test_a_failure_is_thawed_with_all_of_its_vms(site, thawed):
     assert told, done.stdout
     assert float(told[1]) > 0
     folder = site.work / told[2]
+    happened = (folder.parent / "timeline.jsonl").read_text()
+    assert "all VMs as they are now are in frozen: 3 VMs, stopped within" in happened
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["spread"] == pytest.approx(float(told[1]), abs=0.051)
     modes = {path.stat().st_mode & 0o444 for path in (folder, *folder.iterdir())}
@@ -159,6 +161,9 @@ def test_a_vm_whose_kernel_has_panicked_is_there_with_its_disks(site, thawed):
     assert "cause       a guest's kernel panicked" in done.stdout
     assert "frozen      disks alone, " in done.stdout
     (folder,) = (site.work / "itests-artifacts").glob("test_panic*")
+    # it brings its template with it, whatever the directory says of templates
+    settings = '[tool.qubes_itests]\ntemplate = ["nowhere"]\n'
+    (site.work / "pyproject.toml").write_text(settings)
     user = thawed(str(folder), "crashed")
     assert say(user, "cat /rw/kept") == "kept\r\n"
     user.type("exit\r")
