@@ -475,4 +475,6 @@ def _report(vm: str, kind: str, user: str, text: str, source: str, *_more: str) 
     """Report that a command, a terminal or a service begins."""
     if kind == "service":
         return command("service", source, target=vm, service=text, user=user or None)
+    if kind == "terminal":
+        text = text or "a shell"
     return command("run", vm, command=text, user=user or None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import re
 
 import pytest
@@ -39,3 +40,11 @@ def test_each_version_of_python_that_is_promised_is_tested():
     text = (ROOT / "setup.cfg").read_text()
     promised = re.findall(r"Python :: (3\.\d+)", text)
     assert JOBS["fast"]["strategy"]["matrix"]["python"] == promised
+
+
+def test_each_package_is_in_the_wheel():
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read(ROOT / "setup.cfg")
+    files = (ROOT / "qubes_itests").rglob("__init__.py")
+    there = [".".join(path.relative_to(ROOT).parent.parts) for path in files]
+    assert settings["options"]["packages"].split() == sorted(there)
