@@ -45,6 +45,7 @@ def site(site):
     environment = site.environment
     environment["PYTHONPATH"] = os.pathsep.join([str(site.site), str(NEIGHBOURS)])
     environment["QUBES_ITESTS_CACHE"] = str(site.work / "cache")
+    del environment["PYTEST_ADDOPTS"]  # that of hypothesis is one of them
     site.install("beside", PLUGIN)
     return site
 
