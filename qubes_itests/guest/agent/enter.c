@@ -10,12 +10,11 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/swap.h>
+#include <sys/sysinfo.h>
 #include <sys/un.h>
 #include <time.h>
 
 #define NEW_ROOT "/sysroot"
-/* There if the image has generators that systemd does not bring. */
-#define RUN_GENERATORS "/usr/lib/qubes/run-generators"
 #define SWAP_MAX ((uint64_t)64 << 30)
 #define EXT4_RESIZE _IOW('f', 16, uint64_t)
 
@@ -124,7 +123,8 @@ static bool make_writable(const char *disk)
 
 	disk_size(fd); /* and whether it may be written: it was another one in that state */
 	close(fd);
-	if (mount(NULL, "/", NULL, MS_REMOUNT, "") != 0)
+	/* What only has been read, all that starts here, is not worth a write. */
+	if (mount(NULL, "/", NULL, MS_REMOUNT | MS_LAZYTIME, "") != 0)
 		return failed(device(disk));
 	grow(disk, "/");
 	return true;
@@ -282,6 +282,24 @@ static bool set_entries(struct strings identity)
 #define BOOT_ID "/proc/sys/kernel/random/boot_id"
 #define FIRST_BOOT_ID "/run/qubes/first-boot-id"
 
+/* As systemd-user-runtime-dir would, which takes longer to start than all of this. */
+static void make_runtime_directory(const struct passwd *user)
+{
+	struct sysinfo system = {.mem_unit = 1};
+	char path[64], options[128];
+	unsigned long long size;
+
+	sysinfo(&system);
+	size = (unsigned long long)system.totalram * system.mem_unit / 10;
+	snprintf(path, sizeof path, "/run/user/%u", user->pw_uid);
+	snprintf(options, sizeof options, "mode=0700,uid=%u,gid=%u,size=%llu,nr_inodes=%llu",
+	         user->pw_uid, user->pw_gid, size, size / 4096);
+	mkdir("/run/user", 0755);
+	if ((mkdir(path, 0700) != 0 && errno != EEXIST) ||
+	    mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, options) != 0)
+		send_text(LOG, "%s: %s", path, strerror(errno));
+}
+
 static bool write_file(const char *path, const char *text)
 {
 	int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0444);
@@ -308,27 +326,35 @@ static bool set_machine_id(const char *id)
 	       failed(path);
 }
 
+/* The kernel makes its boot ID up when it is first read. That shall be later, where VMs
+ * start from a state of this. */
+static bool hide_boot_id(void)
+{
+	char id[64];
+
+	read_file("/proc/sys/kernel/random/uuid", id, sizeof id);
+	return (write_file(FIRST_BOOT_ID, id) &&
+	        mount(FIRST_BOOT_ID, BOOT_ID, NULL, MS_BIND, NULL) == 0) ||
+	       failed(BOOT_ID);
+}
+
 /* The root's own init becomes process 1. It starts what needs no identity, us among that,
- * and waits. */
-static bool hand_over(void)
+ * and waits. What is known of that already it finds when it starts: no state is saved. */
+static bool hand_over(const char *host, const char *machine)
 {
 	static char *const argv[] = {(char *)(uintptr_t)"/sbin/init",
 	                             (char *)(uintptr_t)"--unit=qubes-waiting.target", NULL};
 	struct sched_param parameter = {0};
-	char boot_id[64];
 	sigset_t none;
 
 	/* The filesystem stays read-only, the mount does not: services have copies of that
 	 * which nobody could make writable later. */
 	if (mount(NULL, "/", NULL, MS_REMOUNT | MS_BIND, NULL) != 0 ||
-	    /* else systemd notes that this name is one of its own making */
-	    sethostname("localhost", strlen("localhost")) != 0)
+	    /* without one systemd notes that its is one of its own making */
+	    sethostname(host ? host : "localhost", strlen(host ? host : "localhost")) != 0)
 		return failed("the root");
-	/* The kernel makes its boot ID up when it is first read, which shall be later. */
-	read_file("/proc/sys/kernel/random/uuid", boot_id, sizeof boot_id);
-	if (!write_file(FIRST_BOOT_ID, boot_id) ||
-	    mount(FIRST_BOOT_ID, BOOT_ID, NULL, MS_BIND, NULL) != 0)
-		return failed("the boot ID");
+	if (machine ? !set_machine_id(machine) : !hide_boot_id())
+		return false;
 	/* The new init inherits our children and knows none of them. The port's descriptor is
 	 * closed on exec; what is still to be sent would be lost with our memory. */
 	streams_reset();
@@ -343,6 +369,27 @@ static bool hand_over(void)
 }
 
 bool under_systemd, session_awaited;
+
+/* Whether there are programs that make units and are not systemd's own. */
+static bool has_generators(void)
+{
+	static const char *const places[] = {
+		"/etc/systemd/system-generators", "/usr/local/lib/systemd/system-generators",
+		"/usr/lib/systemd/system-generators"};
+	const struct dirent *entry;
+	bool found = false;
+	DIR *directory;
+
+	for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+		directory = opendir(places[i]);
+		while (directory && (entry = readdir(directory)))
+			if (entry->d_name[0] != '.' && strncmp(entry->d_name, "systemd-", 8) != 0)
+				found = true;
+		if (directory)
+			closedir(directory);
+	}
+	return found;
+}
 
 /* What the kernel and systemd have logged so far is of no VM. The number of the next
  * message is where the journal begins. */
@@ -414,6 +461,7 @@ const char *enter(struct strings identity)
 	           *name = value_of(identity, "name"), *root = value_of(identity, "root"),
 	           *fault = find_fault(identity);
 	bool read_only = mode && strcmp(mode, "ro") == 0;
+	struct passwd *account;
 
 	if (entered || fault)
 		return entered ? "there is no stage two but one" : fault;
@@ -428,7 +476,7 @@ const char *enter(struct strings identity)
 		loopback_up();
 	}
 	if (!name)
-		return hand_over() ? NULL : problem;
+		return hand_over(value_of(identity, "host-name"), machine) ? NULL : problem;
 	if (user)
 		snprintf(default_user, sizeof default_user, "%s", user);
 	if ((private && !mount_private(private)) || !set_entries(identity) ||
@@ -440,10 +488,12 @@ const char *enter(struct strings identity)
 	}
 	umount2(BOOT_ID, MNT_DETACH);
 	begin_journal();
+	if ((account = find_user(default_user, 0)))
+		make_runtime_directory(account);
 	/* What systemd has not seen: units on the private disk, and what generators make of
 	 * an identity. It reads all anew. */
-	if ((access("/usr/local/lib/systemd/system", F_OK) == 0 ||
-	     access(RUN_GENERATORS, F_OK) == 0) && kill(1, SIGHUP) != 0)
+	if ((access("/usr/local/lib/systemd/system", F_OK) == 0 || has_generators()) &&
+	    kill(1, SIGHUP) != 0)
 		return failed("process 1") ? NULL : problem;
 	/* The answer is left to session_ready(). */
 	session_awaited = kill(1, SIGRTMIN) == 0; /* to it: "start default.target" */

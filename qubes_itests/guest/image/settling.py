@@ -19,8 +19,7 @@ __all__ = ["SETTLE"]
 #: systemd as process 1 does not make users and indexes anew at each start.
 #:
 #: While that waits for the VM's identity it can read the units that come later, unless
-#: one of them has the host name, the machine ID or the boot ID in it. What generators
-#: of others make may depend on the identity, too: it has to run them again.
+#: one of them has the host name, the machine ID or the boot ID in it.
 SETTLE: Final = """\
 command -v systemd-tmpfiles >/dev/null || exit 0
 make_files() {
@@ -46,16 +45,11 @@ if [ -x /usr/lib/systemd/systemd-modules-load ] &&
     ln -s ../systemd/systemd-modules-load /usr/lib/qubes/load-modules
 fi
 waiting=/etc/systemd/system/qubes-waiting.target.d
-rm -rf "$waiting" /usr/lib/qubes/run-generators
+rm -rf "$waiting"
 if ! grep -EqsR --exclude=systemd-journald@.service '%[bHlmq]' \
     /etc/systemd/system /usr/local/lib/systemd/system /usr/lib/systemd/system; then
     mkdir -p "$waiting"
     printf '[Unit]\nBefore=default.target\n' >"$waiting/read-units.conf"
-fi
-if find /etc/systemd/system-generators /usr/local/lib/systemd/system-generators \
-    /usr/lib/systemd/system-generators ! -type d ! -name 'systemd-*' 2>/dev/null |
-    grep -q .; then
-    touch /usr/lib/qubes/run-generators
 fi
 touch -r /usr /etc/.updated /var/.updated
 """

@@ -173,17 +173,25 @@ class GuestAgent:
         # that is missing nobody would be told.
         await self._enter(identity.payload(_DISKS_PART * timeout), timeout)
 
-    async def start_systemd(self, root: str, *, timeout: float) -> None:
+    async def start_systemd(
+        self, root: str, *, identity: Identity | None = None, timeout: float
+    ) -> None:
         """Let a guest in stage one start its systemd as far as that needs no identity.
 
         Nothing is written to its root. `enter` is what it then waits for.
 
         :param root: the disk that becomes ``/``, as in "xvda".
+        :param identity: whose names systemd finds already; None where a state is saved,
+            for any VM.
         :param timeout: as for `enter`; so are the errors.
         """
         deadline = max(1, int(_DISKS_PART * timeout))
-        payload = pack_strings(("init=systemd", f"root={root}", f"deadline={deadline}"))
-        await self._enter(payload, timeout)
+        entries = ["init=systemd", f"root={root}", f"deadline={deadline}"]
+        if identity is not None:
+            entries.append(f"host-name={identity.name}")
+            if identity.machine_id is not None:
+                entries.append(f"machine-id={identity.machine_id}")
+        await self._enter(pack_strings(entries), timeout)
 
     async def _enter(self, payload: bytes, timeout: float) -> None:
         # Only during stage two: later LOG lines are the agent's everyday remarks.

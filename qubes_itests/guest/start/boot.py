@@ -113,11 +113,15 @@ class _Start:
         end = asyncio.get_running_loop().time() + timeout
         self._begin(self.step)
         domain = self._domain = await hypervisor.define(self._spec)
-        state = warm and await self._find_state(warm, _left(end) / 2)
-        agent = None
-        if warm and state:
+        state = agent = None
+        if warm is not None:
+            self._begin("find a saved state")
+            # Half of the time: a guest that never speaks is then booted where all see.
+            limit = _left(end) / 2
+            state = await warm.state_for(self._spec, self._identity, limit)
+        if warm is not None and state is not None:
             agent = await self._start_warm(domain, warm, state, _WARM_PART * _left(end))
-        if not agent:
+        if agent is None:
             state = None
             self._begin("start its domain")
             await domain.start()
@@ -129,7 +133,8 @@ class _Start:
         domain.distrust_console()
         if self._identity.init == "systemd" and not (state and state.root):
             self._begin("start its systemd")
-            await agent.start_systemd(self._identity.root, timeout=_left(end))
+            who = self._identity
+            await agent.start_systemd(who.root, identity=who, timeout=_left(end))
         self._begin("enter its root")
         await agent.enter(self._identity, timeout=_left(end))
         return domain, agent
@@ -138,11 +143,6 @@ class _Start:
         self.step = step
         if self._on_step is not None:
             self._on_step(step)
-
-    async def _find_state(self, warm: WarmStarts, limit: float) -> WarmState | None:
-        self._begin("find a saved state")
-        # Half of the time: a guest that never speaks is then booted where all can see.
-        return await warm.state_for(self._spec, self._identity, limit)
 
     async def _start_warm(
         self, domain: Domain, warm: WarmStarts, state: WarmState, limit: float

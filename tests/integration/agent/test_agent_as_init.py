@@ -186,6 +186,7 @@ def test_refused_enter_leaves_stage_one_as_it_was(
     """What is wrong is named; with right keys, and all disks there, it goes on."""
     guest = boot_guest(disks={})
     assert "seed" in (guest.enter(seed="xyz") or "")
+    assert "without a name" in (guest.enter(init="systemd") or "")
     assert "no disk xvda" in (guest.enter(deadline="0.2") or "")
     assert guest.wire.run("true", user="root").value == 127
     for name, image in make_disks(tmp_path, parts.root).items():

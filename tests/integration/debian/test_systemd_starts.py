@@ -21,6 +21,14 @@ StandardOutput=truncate:/run/told
 """
 
 
+#: Waits for it, and shows what it has seen.
+TOLD = "systemctl start told.service; cat /run/told"
+
+
+def told_of(vm):
+    return f"{vm.uuid.hex}\n{vm}\n{vm} {vm.uuid.hex}\n/home/user"
+
+
 @pytest.fixture
 def states(monkeypatch):
     """Return a list of the states that starts find from now on."""
@@ -110,9 +118,7 @@ def test_units_of_a_vm_find_who_it_is(pair, sh, states):
     )
     restart(pair, vm)
     assert [state.root.name for state in states] == ["xvda"]
-    command = "systemctl start told.service; cat /run/told"
-    told = f"{vm.uuid.hex}\nvault\nvault {vm.uuid.hex}\n/home/user"
-    assert sh(vm, command, "root") == told
+    assert sh(vm, TOLD, "root") == told_of(vm)
     assert sh(vm, "systemctl show -P ConditionResult told.service") == "yes"
 
 
@@ -129,12 +135,15 @@ def test_the_session_is_that_of_a_user_who_lingers(pair, sh):
 def test_a_template_that_was_changed_has_no_state(pair, sh, states):
     template = pair.app.default_template
     pair.run(template.start())
-    sh(template, "echo changed >/etc/mark", "root")
+    sh(
+        template,
+        "cat >/etc/systemd/system/told.service; systemctl enable told.service",
+        "root",
+        f"{UNIT.format(host='vault')}[Install]\nWantedBy=multi-user.target\n".encode(),
+    )
     pair.run(template.shutdown(wait=True, timeout=60))
     del states[:]
     restart(pair, pair.vault)
     assert [state.root for state in states] == [None]
-    assert sh(pair.vault, "cat /etc/mark; cat /etc/machine-id") == (
-        f"changed\n{pair.vault.uuid.hex}"
-    )
+    assert sh(pair.vault, TOLD, "root") == told_of(pair.vault)
     assert sh(pair.vault, "systemctl is-system-running --wait") == "running"

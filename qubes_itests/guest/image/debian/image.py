@@ -71,7 +71,7 @@ LINKS: Final = {
             # the host gives each VM a seed, and what one leaves in the root of a
             # template would be that of all its VMs
             "systemd-random-seed.service",
-            "getty.target",
+            *("systemd-journald-audit.socket", "getty.target"),
         )
     },
 }
