@@ -8,20 +8,24 @@ import pytest
 from terminal_user import TerminalUser
 
 PLUGIN = """
-    import signal
     import threading
     from qubes.tests.extra import ExtraTestCase
     from qubes_itests.pytest_plugin import watch
+    from qubes_itests.pytest_plugin.deadline import Deadline
 
-    open_shell = watch.open_shell
+    open_shell, stop, clocks = watch.open_shell, Deadline.stopped, set()
+
+    def stopped(deadline):
+        clocks.add(deadline)
+        return stop(deadline)
 
     def tell_and_open(*arguments):
-        left, _ = signal.getitimer(signal.ITIMER_REAL)
+        stands = [clock.is_stopped for clock in clocks]
         drawing = [t.name for t in threading.enumerate() if t.name == "heartbeat"]
-        print("time left:", left, "drawing:", drawing)
+        print("clock stands:", stands, "drawing:", drawing)
         return open_shell(*arguments)
 
-    watch.open_shell = tell_and_open
+    watch.open_shell, Deadline.stopped = tell_and_open, stopped
 
     class TC_VM(ExtraTestCase):
         def test_bad(self):
@@ -122,7 +126,7 @@ def test_a_shell_after_a_failure(site, start):
     for vm in ("one", "two"):
         user.read_until(f"TC_VM::test_bad failed. A root shell in test-inst-{vm}")
         # no clock runs, and no live line is drawn
-        user.read_until("time left: 0.0 drawing: []")
+        user.read_until("clock stands: [True] drawing: []")
         user.read_until("# ")
         assert say(user, "hostname") == f"test-inst-{vm}\r\n"
         user.type("exit 3\r")
