@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import configparser
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -42,9 +44,17 @@ def test_each_version_of_python_that_is_promised_is_tested():
     assert JOBS["fast"]["strategy"]["matrix"]["python"] == promised
 
 
-def test_each_package_is_in_the_wheel():
+def test_each_package_is_in_the_wheel_with_all_its_files():
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(ROOT / "setup.cfg")
-    files = (ROOT / "qubes_itests").rglob("__init__.py")
-    there = [".".join(path.relative_to(ROOT).parent.parts) for path in files]
-    assert settings["options"]["packages"].split() == sorted(there)
+    packages = settings["options"]["packages"].split()
+    data = settings["options.package_data"]
+    wanted = [Path(*package.split("."), "*.py") for package in packages]
+    for package in packages:
+        globs = re.split(r"[,\s]+", f"{data['*']} {data.get(package, '')}".strip())
+        wanted += [Path(*package.split("."), glob) for glob in globs]
+    taken = {path for pattern in wanted for path in ROOT.glob(str(pattern))}
+    known = ["git", "ls-files", "-z", "qubes_itests"]
+    files = subprocess.check_output(known, cwd=ROOT, text=True).split("\0")[:-1]
+    left = {ROOT / name for name in files} - taken
+    assert {path for path in left if path.is_file()} == set()
