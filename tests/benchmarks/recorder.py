@@ -1,7 +1,7 @@
 """What recording timelines costs: runs of one suite with it and without it, in turn.
 
 Run: ``.venv/bin/python tests/benchmarks/recorder.py [ROUNDS [systemd]]``; 20 by
-default. With the second word the guests have systemd, whose journal is followed.
+default. With the second word the guests have systemd, and their journals are followed.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ def measured(trace, directory, suite):
 
 def main():
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
-    figures = {"off": [], "retain-on-failure": []}
+    systemd = "systemd" in sys.argv
+    recorded = "on" if systemd else "retain-on-failure"
+    figures = {"off": [], recorded: []}
     with tempfile.TemporaryDirectory() as directory:
-        tests = suite(directory, systemd="systemd" in sys.argv)
+        tests = suite(directory, systemd=systemd)
         measured("off", directory, tests)  # fills the cache
         for number in range(rounds):
             # each in turn begins: a machine gets slower and faster in the meantime
@@ -64,7 +66,7 @@ def main():
     heading(f"{rounds} runs of {tests[-1]} each")
     for index, what in enumerate(("wall time", "CPU time")):
         without = [figure[index] for figure in figures["off"]]
-        found = [figure[index] for figure in figures["retain-on-failure"]]
+        found = [figure[index] for figure in figures[recorded]]
         row(f"{what}, --trace=off", without)
         row(f"{what}, recorded", found)
         more = [100 * (a / b - 1) for a, b in zip(found, without, strict=True)]
