@@ -83,7 +83,17 @@ static const char *device(const char *disk)
 	return path;
 }
 
-static bool wait_for_disks(struct strings identity)
+/* What was mounted or looked at in a saved state was another disk in part: with another
+ * size, and not to be written. */
+static void look_again(const char *disk)
+{
+	int fd = open(device(disk), O_RDONLY | O_CLOEXEC);
+
+	disk_size(fd);
+	close(fd);
+}
+
+static bool wait_for_disks(struct strings identity, bool saved)
 {
 	static const char *const keys[] = {"root", "private", "volatile"};
 	const char *deadline = value_of(identity, "deadline"), *disk;
@@ -94,6 +104,8 @@ static bool wait_for_disks(struct strings identity)
 			snprintf(problem, sizeof problem, "no disk %.16s", disk);
 			return false;
 		}
+		if (disk && saved)
+			look_again(disk);
 	}
 	return true;
 }
@@ -119,10 +131,6 @@ static void grow(const char *disk, const char *path)
 /* What was mounted read-only, so that a saved state of it fits any copy of the disk. */
 static bool make_writable(const char *disk)
 {
-	int fd = open(device(disk), O_RDONLY | O_CLOEXEC);
-
-	disk_size(fd); /* and whether it may be written: it was another one in that state */
-	close(fd);
 	/* What only has been read, all that starts here, is not worth a write. */
 	if (mount(NULL, "/", NULL, MS_REMOUNT | MS_LAZYTIME, "") != 0)
 		return failed(device(disk));
@@ -432,6 +440,9 @@ void session_ready(void)
 	session_awaited = false;
 }
 
+/* The root is ours already, mounted read-only: so it is where a state is saved. */
+static bool in_waiting_root;
+
 /* Why there is no such stage two, or NULL. */
 static const char *find_fault(struct strings identity)
 {
@@ -440,7 +451,7 @@ static const char *find_fault(struct strings identity)
 
 	if (init && !systemd && strcmp(init, "agent") != 0)
 		return "init is agent or systemd";
-	if (!value_of(identity, "root") || (!name && (!systemd || under_systemd)))
+	if (!value_of(identity, "root") || (!name && (in_waiting_root || under_systemd)))
 		return "name and root are needed";
 	if (systemd && name && !under_systemd)
 		return "systemd is started without a name, and waits for it";
@@ -459,33 +470,37 @@ const char *enter(struct strings identity)
 	           *mode = value_of(identity, "root-mode"),
 	           *machine = value_of(identity, "machine-id"),
 	           *name = value_of(identity, "name"), *root = value_of(identity, "root"),
-	           *fault = find_fault(identity);
-	bool read_only = mode && strcmp(mode, "ro") == 0;
+	           *init = value_of(identity, "init"), *fault = find_fault(identity);
+	bool read_only = mode && strcmp(mode, "ro") == 0,
+	     by_agent = !init || strcmp(init, "agent") == 0,
+	     waited = in_waiting_root || under_systemd;
 	struct passwd *account;
 
 	if (entered || fault)
 		return entered ? "there is no stage two but one" : fault;
 	if ((seed && !set_seed(seed)) || (now && set_clock(strtoull(now, NULL, 10))) ||
-	    !wait_for_disks(identity) ||
-	    (!under_systemd && !switch_root(root, read_only || !name)) ||
-	    (under_systemd && !read_only && !make_writable(root)))
+	    !wait_for_disks(identity, waited) ||
+	    (!waited && !switch_root(root, read_only || !name)) ||
+	    (waited && !read_only && !make_writable(root)))
 		return problem;
-	entered = true;
-	if (!under_systemd) {
+	entered = name || !by_agent;
+	in_waiting_root = true;
+	if (!waited) {
 		mount_rest();
 		loopback_up();
 	}
+	if (!waited && by_agent)
+		make_runtime();
 	if (!name)
-		return hand_over(value_of(identity, "host-name"), machine) ? NULL : problem;
+		return by_agent || hand_over(value_of(identity, "host-name"), machine) ? NULL
+		                                                                       : problem;
 	if (user)
 		snprintf(default_user, sizeof default_user, "%s", user);
 	if ((private && !mount_private(private)) || !set_entries(identity) ||
 	    (machine && !set_machine_id(machine)) || (swap && !swap_on(swap)))
 		return problem;
-	if (!under_systemd) {
-		make_runtime();
+	if (!under_systemd)
 		return NULL;
-	}
 	umount2(BOOT_ID, MNT_DETACH);
 	begin_journal();
 	if ((account = find_user(default_user, 0)))

@@ -81,6 +81,14 @@ class Identity:
         """Names of the disks it needs."""
         return tuple(d for d in (self.root, self.private, self.volatile) if d)
 
+    @property
+    def saved_disks(self) -> tuple[str, ...]:
+        """Names of those that a guest may have before it has this identity.
+
+        All but the root are blank then. systemd lets programs look at what there is.
+        """
+        return self.disks if self.init == "agent" else (self.root,)
+
     def payload(self, deadline: float) -> bytes:
         """Return the payload of ENTER, with the time of now and a fresh random seed.
 
@@ -173,21 +181,23 @@ class GuestAgent:
         # that is missing nobody would be told.
         await self._enter(identity.payload(_DISKS_PART * timeout), timeout)
 
-    async def start_systemd(
-        self, root: str, *, identity: Identity | None = None, timeout: float
+    async def prepare(
+        self, identity: Identity, *, named: bool = False, timeout: float
     ) -> None:
-        """Let a guest in stage one start its systemd as far as that needs no identity.
+        """Let a guest in stage one go as far as that needs no identity.
 
-        Nothing is written to its root. `enter` is what it then waits for.
+        It mounts its root, to which nothing is written, and with systemd starts that.
+        `enter` is what it then waits for.
 
-        :param root: the disk that becomes ``/``, as in "xvda".
-        :param identity: whose names systemd finds already; None where a state is saved,
-            for any VM.
+        :param identity: whose root and init count.
+        :param named: whether systemd finds its names already; not where a state is
+            saved, for any VM.
         :param timeout: as for `enter`; so are the errors.
         """
         deadline = max(1, int(_DISKS_PART * timeout))
-        entries = ["init=systemd", f"root={root}", f"deadline={deadline}"]
-        if identity is not None:
+        entries = [f"init={identity.init}", f"root={identity.root}"]
+        entries.append(f"deadline={deadline}")
+        if named:
             entries.append(f"host-name={identity.name}")
             if identity.machine_id is not None:
                 entries.append(f"machine-id={identity.machine_id}")

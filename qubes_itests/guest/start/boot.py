@@ -131,10 +131,9 @@ class _Start:
             agent = await self._connect(domain, _left(end))
         # From now on programs run in there, and write to the console what they like.
         domain.distrust_console()
-        if self._identity.init == "systemd" and not (state and state.root):
+        if self._identity.init == "systemd" and not (state and state.disks):
             self._begin("start its systemd")
-            who = self._identity
-            await agent.start_systemd(who.root, identity=who, timeout=_left(end))
+            await agent.prepare(self._identity, named=True, timeout=_left(end))
         self._begin("enter its root")
         await agent.enter(self._identity, timeout=_left(end))
         return domain, agent

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import tempfile
 import uuid
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -27,10 +29,16 @@ __all__ = ["WarmStarts", "WarmState"]
 log = logging.getLogger("qubes_itests.guest")
 
 _STAGE_ONE: Final = "stage-one"
-_SYSTEMD: Final = "systemd"
+#: By what is process 1 there.
+_IN_ROOT: Final = {"agent": "root", "systemd": "systemd"}
 _FILE: Final = "state"
 _BOOT_TIMEOUT: Final = 60.0
 _LOOK: Final = 0.05
+#: The starts in a run after which a state in a root of our init is made: it takes as
+#: long as that many starts gain.
+_WORTH: Final = 15
+#: Bytes of a disk that is blank.
+_BLANK: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,28 +48,23 @@ class WarmState:
     :param kind: of its entry in the cache.
     :param key: likewise.
     :param path: what a domain is started from.
-    :param root: the disk that it has, whose systemd runs and waits for an identity;
-        None for a state of stage one, which has seen no disk.
+    :param disks: names of the disks that it has: the root, over which its init waits
+        for an identity, and blank ones. Stage one has seen none.
     """
 
     kind: str
     key: str
     path: Path
-    root: Disk | None
-
-    @property
-    def disks(self) -> tuple[str, ...]:
-        """Names of the disks that it has."""
-        return (self.root.name,) if self.root else ()
+    disks: tuple[str, ...]
 
 
 class WarmStarts:
     """Saves a guest of each kind of VM, on first use, for all later starts.
 
     A state has no name and no secret, so one serves any number of VMs, and any number
-    of runs. That of stage one has seen no disk; that of systemd has the root mounted,
-    but read-only, and fits every root that holds the same, to the byte. Nothing depends
-    on states: without one VMs boot.
+    of runs. One that has the root mounted, but read-only, fits every root that holds
+    the same, to the byte; that of stage one has seen no disk, and fits all. Nothing
+    depends on states: without one VMs boot.
 
     :param cache: where the states last.
     :param hypervisor: what makes and loads them.
@@ -72,9 +75,11 @@ class WarmStarts:
         self._hypervisor = hypervisor
         self._making: dict[str, asyncio.Future[Path | None]] = {}
         self._roots: dict[Path, str] = {}
+        #: How often a VM was started for which a state in its root would do.
+        self._starts: Counter[str] = Counter()
 
     def add_root(self, image: Path, content: str) -> None:
-        """Have systemd start warm where it is that of a root image.
+        """Have VMs start warm with what is in a root image, where it is theirs.
 
         :param image: which nobody writes to; roots of VMs are reflinks of it.
         :param content: a digest of its data.
@@ -90,26 +95,24 @@ class WarmStarts:
         :return: None when the back end has no saved states, or this one could not be
             made; then it is not tried again.
         """
-        root, content = None, None
-        if identity.init == "systemd":
-            root = next((d for d in spec.disks if d.name == identity.root), None)
-        if root is not None:
-            content = await asyncio.to_thread(self._content, root.path)
-        if content is None:
-            root = None
-        names = () if root is None else (root.name,)
-        key = await self._hypervisor.state_key(spec, saved_disks=names)
+        content = None
+        paths = {disk.name: disk.path for disk in spec.disks}
+        if identity.root in paths and identity.init in _IN_ROOT:
+            content = await asyncio.to_thread(self._content, paths[identity.root])
+        kind, names = _STAGE_ONE, tuple[str, ...]()
+        if content is not None and await self._is_worth(spec, identity, content):
+            kind, names = _IN_ROOT[identity.init], identity.saved_disks
+        key = await self._key(spec, names, content)
         if key is None:
             return None
-        kind = _STAGE_ONE
-        if content is not None:
-            kind, key = _SYSTEMD, digest(key, content)
         found = await asyncio.to_thread(self._cache.lookup, kind, key)
         if found is not None:
-            return WarmState(kind, key, found / _FILE, root)
+            return WarmState(kind, key, found / _FILE, names)
         if key not in self._making:
             limit = min(timeout, _BOOT_TIMEOUT)
-            making = self._make(spec, kind, key, root, limit)
+            disks = tuple(disk for disk in spec.disks if disk.name in names)
+            bare = replace(spec, disks=disks, interfaces=())
+            making = self._make(bare, identity, kind, key, limit)
             self._making[key] = asyncio.ensure_future(making)
         # several starts may wait for it; one that gives up must not end it
         waiting = asyncio.shield(self._making[key])
@@ -118,7 +121,28 @@ class WarmStarts:
         except TimeoutError:
             log.warning("no saved state for %s within %.0f s", spec.name, timeout)
             return None
-        return None if path is None else WarmState(kind, key, path, root)
+        return None if path is None else WarmState(kind, key, path, names)
+
+    async def _key(
+        self, spec: DomainSpec, names: tuple[str, ...], content: str | None
+    ) -> str | None:
+        key = await self._hypervisor.state_key(spec, saved_disks=names)
+        return digest(key, content) if key and names and content else key
+
+    async def _is_worth(
+        self, spec: DomainSpec, identity: Identity, content: str
+    ) -> bool:
+        """Tell whether a state in this root is there, or saves more than it costs."""
+        if identity.init == "systemd":
+            return True
+        key = await self._key(spec, identity.saved_disks, content)
+        if key is None:
+            return False
+        self._starts[key] += 1
+        if self._starts[key] == _WORTH:
+            return True
+        kind = _IN_ROOT[identity.init]
+        return await asyncio.to_thread(self._cache.lookup, kind, key) is not None
 
     def _content(self, path: Path) -> str | None:
         """Return the digest of a root's data, None if nobody knows it."""
@@ -142,14 +166,19 @@ class WarmStarts:
         await asyncio.to_thread(self._cache.discard, state.kind, state.key)
 
     async def _make(
-        self, spec: DomainSpec, kind: str, key: str, root: Disk | None, limit: float
+        self,
+        spec: DomainSpec,
+        identity: Identity,
+        kind: str,
+        key: str,
+        limit: float,
     ) -> Path | None:
         loop = asyncio.get_running_loop()
 
         def build(place: Path) -> None:
             # In a thread, which holds the lock of this key against other runs: flock(2)
             # blocks, and must not block the loop, on which the state is made meanwhile.
-            making = self._save(spec, root, place / _FILE, limit)
+            making = self._save(spec, identity, place / _FILE, limit)
             asyncio.run_coroutine_threadsafe(making, loop).result()
 
         try:
@@ -160,7 +189,11 @@ class WarmStarts:
         return place / _FILE
 
     async def _save(
-        self, spec: DomainSpec, root: Disk | None, path: Path, limit: float
+        self,
+        spec: DomainSpec,
+        identity: Identity,
+        path: Path,
+        limit: float,
     ) -> None:
         directory = Path(tempfile.mkdtemp(dir=spec.directory, prefix=""))
         # Another name, identity and directory than the VM's: its own domain is defined
@@ -171,10 +204,7 @@ class WarmStarts:
             name=f"stage-one-{identifier.hex[:12]}",
             uuid=identifier,
             directory=directory,
-            # Read-only for QEMU, whatever the guest does: a state whose root has been
-            # written to would fit no VM.
-            disks=(replace(root, read_only=True),) if root else (),
-            interfaces=(),
+            disks=tuple(_disk_to_save(d, identity, directory) for d in spec.disks),
         )
         domain = await self._hypervisor.define(blank)
         try:
@@ -187,8 +217,11 @@ class WarmStarts:
             agent = await GuestAgent.connect(domain, timeout=limit)
             try:
                 await _balloon_up(domain, limit)
-                if root is not None:
-                    await agent.start_systemd(root.name, timeout=limit)
+                if spec.disks:
+                    await agent.prepare(identity, timeout=limit)
+                    if identity.init == "agent":
+                        # so that its shell is in memory when a VM runs its first
+                        await (await agent.spawn("true", user="root")).wait()
             finally:
                 # Before it is saved, so that no connection is in the state: each start
                 # begins with HELLO.
@@ -197,6 +230,18 @@ class WarmStarts:
         finally:
             await domain.undefine()
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _disk_to_save(disk: Disk, identity: Identity, directory: Path) -> Disk:
+    """Return what a saved guest has for a disk: it sees no data but the root's."""
+    if disk.name == identity.root:
+        # Read-only for QEMU, whatever the guest does: a state whose root has been
+        # written to would fit no VM.
+        return replace(disk, read_only=True)
+    path = directory / f"{disk.name}.img"
+    path.touch()
+    os.truncate(path, _BLANK)
+    return replace(disk, path=path)
 
 
 def _places(path: Path) -> list[tuple[int, int, int]] | None:

@@ -14,7 +14,7 @@ import pytest
 from qubes_itests.shell import open_shell
 
 #: For what only systemd offers.
-only_systemd = pytest.mark.parametrize("pair", ["systemd"], indirect=True)
+only_systemd = pytest.mark.parametrize("init", ["systemd"], indirect=True)
 
 
 def test_process_1_is_what_the_feature_says(pair, sh):

@@ -6,7 +6,7 @@ import pytest
 
 from qubes_itests.guest.start.warm import WarmStarts
 
-pytestmark = pytest.mark.parametrize("pair", ["systemd"], indirect=True)
+pytestmark = pytest.mark.parametrize("init", ["systemd"], indirect=True)
 
 #: A unit of a VM's own, on its private disk, that looks at who the VM is.
 UNIT = """\
@@ -50,7 +50,7 @@ def restart(pair, vm):
 
 def test_clones_of_one_state_share_no_identity(pair, sh, states):
     restart(pair, pair.vault)
-    assert [state.root.name for state in states] == ["xvda"]
+    assert [state.disks for state in states] == [("xvda",)]
     for command in (
         "cat /etc/machine-id",
         "cat /proc/sys/kernel/random/boot_id",
@@ -117,7 +117,7 @@ def test_units_of_a_vm_find_who_it_is(pair, sh, states):
         UNIT.format(host="vault").encode(),
     )
     restart(pair, vm)
-    assert [state.root.name for state in states] == ["xvda"]
+    assert [state.disks for state in states] == [("xvda",)]
     assert sh(vm, TOLD, "root") == told_of(vm)
     assert sh(vm, "systemctl show -P ConditionResult told.service") == "yes"
 
@@ -144,6 +144,6 @@ def test_a_template_that_was_changed_has_no_state(pair, sh, states):
     pair.run(template.shutdown(wait=True, timeout=60))
     del states[:]
     restart(pair, pair.vault)
-    assert [state.root for state in states] == [None]
+    assert [state.disks for state in states] == [()]
     assert sh(pair.vault, TOLD, "root") == told_of(pair.vault)
     assert sh(pair.vault, "systemctl is-system-running --wait") == "running"
