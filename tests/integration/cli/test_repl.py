@@ -90,8 +90,7 @@ def test_the_tests_of_an_app_are_there_and_loaded_again_after_an_edit(site):
         assert user.finish() == 3
     # what was typed is there the next time: the last line but one
     with prompt(site, "--app=app", "--hypervisor=test") as user:
-        user.type("\x1b[A\x1b[A\r")
-        user.read_until("\n1 tests")
+        user.enter("\x1b[A\x1b[A", "\n1 tests")
         user.type("\x04")
         assert user.finish() == 0
         assert b"left behind" not in user.shown
