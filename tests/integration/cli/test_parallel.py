@@ -172,8 +172,9 @@ def test_exit_statuses_are_those_of_one_process(mixed):
 @pytest.mark.parametrize(
     "words",
     [
-        *("--dist=load", "--dist=loadscope", "--dist=loadfile", "--dist=worksteal"),
-        *("--maxprocesses=1 -n logical", "--max-worker-restart=0 --maxschedchunk=1"),
+        "--dist=load --maxschedchunk=1 --max-worker-restart=0",
+        "--dist=worksteal",
+        "--maxprocesses=1 -n logical",
     ],
 )
 def test_options_of_xdist_do_what_they_do_elsewhere(mixed, words):
