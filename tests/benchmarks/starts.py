@@ -73,10 +73,11 @@ class RawQEMU:
 class RawLoad:
     """QEMU without libvirt, from its start to a guest that runs on from a state.
 
-    It has the arguments, and the environment, of a domain that libvirt has started.
+    It has the arguments, and the environment, of a domain that libvirt has started, and
+    blank disks.
     """
 
-    def __init__(self, domain):
+    def __init__(self, domain, directory):
         (place,) = qemus(domain)
         words = (place / "cmdline").read_text().split("\0")[:-1]
         words.remove("-S")
@@ -86,6 +87,12 @@ class RawLoad:
             re.sub(r"^(socket|pipe),id=(\w+),.*", self._character_device, word)
             for word in words
         ]
+        for number, word in enumerate(self.command):
+            disk = directory / f"{domain.spec.name}-{number}"
+            if word.startswith('{"driver":"file",'):
+                disk.write_bytes(bytes(1 << 20))
+                name = f'"filename":"{disk}"'
+                self.command[number] = re.sub(r'"filename":"[^"]*"', name, word)
         found = re.search(
             r"mem-path=/proc/qubes_itests/read-only(.*)\.memory,", str(words)
         )
@@ -142,7 +149,7 @@ def qemus(*domains):
 class VMs:
     """Eight VMs of a template, started cold or warm, some of them together."""
 
-    def __init__(self, app, run, template):
+    def __init__(self, app, run, template, directory):
         self.app = app
         self.run = run
         self.saved = app.warm_starts
@@ -155,7 +162,7 @@ class VMs:
         for vm in self.vms:
             run(vm.create_on_disk())
         self.start(1, warm=True)  # makes the saved state
-        self.raw_load = RawLoad(self.vms[0].domain)
+        self.raw_load = RawLoad(self.vms[0].domain, directory)
         self.stop(1)
 
     def start(self, number, *, warm):
@@ -230,9 +237,10 @@ def main():
         app_on(bed, *templates) as app,
         tempfile.TemporaryDirectory() as directory,
     ):
-        groups = {name: VMs(app, bed.portal.run, name) for name in templates}
+        place = Path(directory)
+        groups = {name: VMs(app, bed.portal.run, name, place) for name in templates}
         kernel, memory = app.kernels["tiny"].kernel, groups["tiny"].vms[0].memory
-        raw = RawQEMU(kernel, memory, Path(directory))
+        raw = RawQEMU(kernel, memory, place)
         show(*measure(raw, groups, rounds))
 
 
