@@ -142,6 +142,7 @@ pid_t spawn(struct strings request, const struct service *service, const int std
 /* listener.c */
 #define USE_STDIN "use-stdin"
 #define SESSION_READY "session-ready"
+#define RUNTIME_DIRECTORY "runtime-directory"
 void tell_agent(const char *socket_path, const char *what, pid_t pid);
 pid_t listener_of(const struct passwd *user); /* 0 or less: there is none */
 void listener_reaped(pid_t pid);
@@ -155,6 +156,7 @@ extern bool under_systemd;   /* it runs, and has waited for stage two */
 extern bool session_awaited; /* stage two is done but for what systemd starts */
 void session_ready(void);    /* that has come so far: the host has its answer now */
 void make_runtime(void); /* what systemd does at boot */
+bool make_runtime_directory(const struct passwd *user); /* of his session */
 const char *set_clock(uint64_t nanoseconds); /* likewise */
 bool mount_kernel(const char *type, const char *path, const char *options);
 _Noreturn void power_off(bool reboot_instead);

@@ -290,10 +290,12 @@ static bool set_entries(struct strings identity)
 #define BOOT_ID "/proc/sys/kernel/random/boot_id"
 #define FIRST_BOOT_ID "/run/qubes/first-boot-id"
 
-/* As systemd-user-runtime-dir would, which takes longer to start than all of this. */
-static void make_runtime_directory(const struct passwd *user)
+/* As systemd-user-runtime-dir would, which takes longer to start than all of this, and
+ * asks logind. */
+bool make_runtime_directory(const struct passwd *user)
 {
 	struct sysinfo system = {.mem_unit = 1};
+	struct stat parent, status;
 	char path[64], options[128];
 	unsigned long long size;
 
@@ -303,9 +305,11 @@ static void make_runtime_directory(const struct passwd *user)
 	snprintf(options, sizeof options, "mode=0700,uid=%u,gid=%u,size=%llu,nr_inodes=%llu",
 	         user->pw_uid, user->pw_gid, size, size / 4096);
 	mkdir("/run/user", 0755);
-	if ((mkdir(path, 0700) != 0 && errno != EEXIST) ||
-	    mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, options) != 0)
-		send_text(LOG, "%s: %s", path, strerror(errno));
+	mkdir(path, 0700);
+	if (stat("/run/user", &parent) == 0 && stat(path, &status) == 0 &&
+	    status.st_dev != parent.st_dev)
+		return true;
+	return mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, options) == 0;
 }
 
 static bool write_file(const char *path, const char *text)
@@ -474,7 +478,6 @@ const char *enter(struct strings identity)
 	bool read_only = mode && strcmp(mode, "ro") == 0,
 	     by_agent = !init || strcmp(init, "agent") == 0,
 	     waited = in_waiting_root || under_systemd;
-	struct passwd *account;
 
 	if (entered || fault)
 		return entered ? "there is no stage two but one" : fault;
@@ -503,8 +506,6 @@ const char *enter(struct strings identity)
 		return NULL;
 	umount2(BOOT_ID, MNT_DETACH);
 	begin_journal();
-	if ((account = find_user(default_user, 0)))
-		make_runtime_directory(account);
 	/* What systemd has not seen: units on the private disk, and what generators make of
 	 * an identity. It reads all anew. */
 	if ((access("/usr/local/lib/systemd/system", F_OK) == 0 || has_generators()) &&

@@ -55,6 +55,11 @@ int main(int argc, char **argv)
 		tell_agent(SOCKET_PATH, SESSION_READY, getpid());
 		return 0;
 	}
+	if (argc == 3 && strcmp(argv[1], RUNTIME_DIRECTORY) == 0) {
+		const struct passwd *user = find_user(NULL, (uid_t)atoi(argv[2]));
+
+		return user && make_runtime_directory(user) ? 0 : 1;
+	}
 	fputs("this is the init of a guest; it runs as process 1, or goes on under another\n",
 	      stderr);
 	return 2;

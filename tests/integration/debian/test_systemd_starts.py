@@ -132,6 +132,15 @@ def test_the_session_is_that_of_a_user_who_lingers(pair, sh):
     assert sh(pair.work, "loginctl show-user user -P Linger") == "yes"
 
 
+def test_a_session_that_is_started_anew_has_a_directory_of_its_own(pair, sh):
+    sh(pair.vault, "touch $XDG_RUNTIME_DIR/old; sudo systemctl stop user@1000.service")
+    assert sh(pair.vault, "ls /run/user/1000 2>/dev/null || :", "root") == ""
+    pair.run(pair.vault.run_service_for_stdio("qubes.WaitForSession", input=b"user\n"))
+    assert sh(pair.vault, "systemctl --user is-system-running --wait") == "running"
+    command = "stat -f -c %T $XDG_RUNTIME_DIR; ls $XDG_RUNTIME_DIR | grep old || :"
+    assert sh(pair.vault, command) == "tmpfs"
+
+
 def test_a_template_that_was_changed_has_no_state(pair, sh, states):
     template = pair.app.default_template
     pair.run(template.start())
