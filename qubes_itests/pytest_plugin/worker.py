@@ -74,15 +74,18 @@ def refuse_options(config: pytest.Config) -> None:
     :raise pytest.UsageError: with what to do instead.
     """
     option = config.option
-    if is_worker(config) or not hasattr(option, "looponfail"):
+    if is_worker(config):
         return
-    specs = [*(option.tx or ()), *(option.px or ())]
-    restarts = option.maxworkerrestart
-    if option.looponfail:
+    # an option of its own plugin, which can be there without the other and the reverse
+    if getattr(option, "looponfail", False):
         raise pytest.UsageError(
             "--looponfail runs files of tests in a process that is no part of this run:"
             f" `{typed('repl')}` loads tests again and runs them, --until-fail repeats"
         )
+    if not hasattr(option, "tx"):
+        return
+    specs = [*(option.tx or ()), *(option.px or ())]
+    restarts = option.maxworkerrestart
     if option.dist == "each":
         raise pytest.UsageError(
             "--dist=each has several workers run the same test, and what it leaves has"

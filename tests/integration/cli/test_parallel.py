@@ -524,7 +524,7 @@ def test_plugins_of_others_connect_workers_and_controller(site):
         import os, socket, threading
         import pytest
 
-        @pytest.mark.parametrize("word", [b"one", b"two"])
+        @pytest.mark.parametrize("word", [b"one", b"two", b"three", b"four"])
         def test_it(pytestconfig, word):
             pytestconfig.to_controller.sendall(word)
             assert pytestconfig.to_controller.recv(99) == word
@@ -539,7 +539,8 @@ def test_plugins_of_others_connect_workers_and_controller(site):
             assert not [place for place in places if place.startswith("net:")]
     """
     (site.work / "test_suite.py").write_text(textwrap.dedent(text))
-    words = ("-p", "qubes_itests", "-n", "2", "--dist", "each")
+    # so few tests are dealt out in turns, two for each worker
+    words = ("-p", "qubes_itests", "-n", "2", "--dist", "load", "-v")
     done = site.run(*words, program="pytest")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout
