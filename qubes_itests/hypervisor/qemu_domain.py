@@ -57,6 +57,10 @@ if TYPE_CHECKING:
 __all__ = ["QemuDomain", "kill_qemu"]
 
 _RETRY = 0.01
+#: Seconds within which libvirt forgets a domain that has ended; a few milliseconds.
+_FORGETTING = 10.0
+#: What it says until then. The error has no number of its own.
+_BEING_REMOVED = "is already being removed"
 #: Bytes; the largest unit in which file systems write past the page cache.
 _WHOLE_BLOCK = 4096
 #: Bytes; that in which a kernel image counts its set-up code.
@@ -160,9 +164,21 @@ class QemuDomain(LibvirtDomain):
     async def _create_native(self, xml: str, flags: int) -> None:
         async def create() -> None:
             function, name = self._connection.native.createXML, self.spec.name
-            self._native = await self._connection.call_to_end(
-                name, "start", function, xml, flags
-            )
+            loop = asyncio.get_running_loop()
+            deadline = loop.time() + _FORGETTING
+            while True:
+                try:
+                    self._native = await self._connection.call_to_end(
+                        name, "start", function, xml, flags
+                    )
+                except HypervisorError as error:
+                    # libvirt tells of the end of a domain before it has forgotten it,
+                    # and tells nobody when it has: it can only be asked again.
+                    if _BEING_REMOVED not in error.reason or loop.time() > deadline:
+                        raise
+                else:
+                    return
+                await asyncio.sleep(_RETRY)
 
         # The thread cannot be stopped: wait, for what it makes must be undone.
         await to_its_end(create())

@@ -94,6 +94,17 @@ async def test_qemu_is_killed(domain):
     assert await domain.state() is DomainState.HALTED
 
 
+async def test_a_domain_that_ended_starts_again_at_once(domain):
+    """libvirt tells of its end before it has forgotten its name."""
+    for _ in range(12):
+        await domain.start()
+        (process,) = processes(domain.spec.name)
+        os.kill(process, signal.SIGKILL)
+        await domain.wait_stopped(10)
+    await domain.start()
+    await domain.destroy()
+
+
 async def test_a_qemu_that_hangs_delays_no_other(hypervisor, make_spec, monkeypatch):
     """Neither starts nor calls of other domains; its own calls have a deadline."""
     hanging = await hypervisor.define(make_spec())
