@@ -95,7 +95,7 @@ async def test_qemu_is_killed(domain):
 
 
 async def test_a_domain_that_ended_starts_again_at_once(domain):
-    """libvirt tells of its end before it has forgotten its name."""
+    """The hypervisor tells of its end before it has forgotten its name."""
     for _ in range(12):
         await domain.start()
         (process,) = processes(domain.spec.name)
