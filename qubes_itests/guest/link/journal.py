@@ -166,14 +166,14 @@ def _entry(line: bytes) -> _Said | None:
         fields = json.loads(line)
         priority = int(fields.get("PRIORITY", 6))
         when = int(fields["__REALTIME_TIMESTAMP"]) / 1e6
+        name, pid = _text(fields.get("SYSLOG_IDENTIFIER")), _text(fields.get("_PID"))
+        message = _text(fields.get("MESSAGE"))
     except (
         *(ValueError, KeyError, TypeError, AttributeError),
         *(OverflowError, RecursionError),
     ):
         return None
-    name, pid = _text(fields.get("SYSLOG_IDENTIFIER")), _text(fields.get("_PID"))
-    source = (name or "unknown") + (f"[{pid}]" if pid else "")
-    return priority, source, _text(fields.get("MESSAGE")), when
+    return priority, (name or "unknown") + (f"[{pid}]" if pid else ""), message, when
 
 
 def _text(value: object) -> str:

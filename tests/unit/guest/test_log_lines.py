@@ -44,6 +44,11 @@ def test_a_text_may_be_bytes_or_many_or_too_long(value, text):
         b'{"__REALTIME_TIMESTAMP": 1e999}',
         b'{"__REALTIME_TIMESTAMP": "1", "PRIORITY": "high"}',
         b'{"__REALTIME_TIMESTAMP": ' + b"9" * 400 + b"}",
+        # shallow enough for the reader of JSON alone
+        *(
+            b'{"__REALTIME_TIMESTAMP": "1", "%s": %s}' % (name, b"[" * 600 + b"]" * 600)
+            for name in (b"MESSAGE", b"_PID", b"SYSLOG_IDENTIFIER")
+        ),
     ],
 )
 def test_what_is_no_entry_is_passed_over(line):
