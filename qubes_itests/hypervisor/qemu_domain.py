@@ -113,13 +113,19 @@ class QemuDomain(LibvirtDomain):
             await self._load(saved_state, spec, frozen=False)
             return
         if to_save is not None and self._machine.memory_library is not None:
-            self._memory_file = memory_file(to_save)
-            size = self.spec.max_memory << 20
-            await asyncio.to_thread(make_memory_file, self._memory_file, size)
+            # To its end: the thread cannot be stopped, and who has made it removes it.
+            await to_its_end(self._make_memory(memory_file(to_save)))
         xml = await asyncio.to_thread(
             self._definition, self.spec, memory=self._memory_file
         )
         await self._create_native(xml, 0)
+
+    async def _make_memory(self, file: Path) -> None:
+        try:
+            await asyncio.to_thread(make_memory_file, file, self.spec.max_memory << 20)
+        except OSError as error:
+            raise HypervisorError(self.spec.name, "start", str(error)) from error
+        self._memory_file = file
 
     async def _load(self, saved_state: Path, spec: DomainSpec, *, frozen: bool) -> None:
         with SavedState(self.spec.name, saved_state) as state:
@@ -139,9 +145,10 @@ class QemuDomain(LibvirtDomain):
             try:
                 await self._create_native(xml, libvirt.VIR_DOMAIN_START_PAUSED)
             except HypervisorError as error:
-                if state.memory is None:
+                # QEMU may not take the memory; a cold start does without. Whatever else
+                # is wrong would be with that as well, and is no fault of the state.
+                if "backing store" not in error.reason:
                     raise
-                # QEMU may not take the memory; a cold start does without
                 raise SavedStateError(self.spec.name, "start", error.reason) from error
             await state.load(self._connection, self._native, run=not frozen)
 

@@ -11,6 +11,7 @@ private mapping of it, so that it owns only those pages that it has changed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -20,6 +21,7 @@ import libvirt_qemu
 
 from qubes_itests.exc import DeadlineError
 from qubes_itests.hypervisor.exc import HypervisorError, SavedStateError
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,10 +50,14 @@ def make_memory_file(file: Path, size: int) -> None:
     """Make the memory of a domain that will be saved, all of it a hole. Blocking.
 
     :param size: bytes.
+    :raise OSError: it cannot be made, or is there: then it is somebody else's.
     """
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         os.truncate(descriptor, size)
+    except OSError:
+        file.unlink()
+        raise
     finally:
         os.close(descriptor)
 
@@ -142,6 +148,11 @@ async def save_state(
             os.pwrite(fd, _header(memory), 0)
         await asyncio.to_thread(os.fsync, fd)
         temporary.replace(path)
+    except BaseException:
+        # Else QEMU would write on, and at the end stop a guest that runs again by then.
+        with contextlib.suppress(HypervisorError):
+            await to_its_end(monitor.execute("save", "migrate_cancel"))
+        raise
     finally:
         os.close(fd)
         temporary.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import uuid
 import pytest
 import pytest_asyncio
 
+from qubes_itests.hypervisor import saved_state
 from qubes_itests.hypervisor.contract import (
     Disk,
     DomainState,
@@ -148,6 +149,42 @@ async def test_a_freeze_that_fails_leaves_a_domain_that_goes_on(
         await original.freeze(full / "state")
     assert list(full.iterdir()) == []
     await original.resume()
+    shell = await connect_shell(original)
+    assert await shell.run("echo $mark") == "remembered\n"
+    shell.close()
+
+
+async def test_a_freeze_that_is_given_up_leaves_a_domain_that_goes_on(
+    original, connect_shell, directory, monkeypatch
+):
+    """QEMU stops a guest when it has written all of it, however late that is."""
+    execute = saved_state._Monitor.execute
+
+    async def slowly(self, action, command, **arguments):
+        if command == "migrate-set-parameters":
+            arguments["max-bandwidth"] = 1 << 20
+        return await execute(self, action, command, **arguments)
+
+    monkeypatch.setattr(saved_state._Monitor, "execute", slowly)
+    await original.pause()
+    freezing = asyncio.ensure_future(original.freeze(directory / "late"))
+    monitor = saved_state._Monitor(original._connection, "original", original.native)
+
+    async def wait_for(status):
+        found = None
+        while found != status:
+            found = (await monitor.execute("ask", "query-migrate")).get("status")
+            await asyncio.sleep(0.01)
+
+    async with asyncio.timeout(30):
+        await wait_for("active")
+        freezing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await freezing
+        assert not list(directory.glob("*late*"))
+        await original.resume()
+        await wait_for("cancelled")
+    assert await original.state() is DomainState.RUNNING
     shell = await connect_shell(original)
     assert await shell.run("echo $mark") == "remembered\n"
     shell.close()

@@ -19,7 +19,7 @@ from qubes_itests.host.command import run
 from qubes_itests.hypervisor.contract import Disk, DomainState, LifecycleEvent
 from qubes_itests.hypervisor.exc import HypervisorError, SavedStateError
 from qubes_itests.hypervisor.qemu_domain import setup_part
-from qubes_itests.hypervisor.saved_state import memory_file
+from qubes_itests.hypervisor.saved_state import make_memory_file, memory_file
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -206,6 +206,49 @@ async def test_a_damaged_state(hypervisor, saved, make_spec, directory, damage):
         await domain.start()
         assert await domain.state() is DomainState.RUNNING
     await domain.undefine()
+
+
+async def test_a_state_is_not_blamed_for_a_disk(
+    hypervisor, saved, make_spec, directory
+):
+    """Who is told that it does not load deletes it."""
+    disk = Disk("xvda", directory / "no-disk")
+    domain = await hypervisor.define(make_spec(disks=(disk,)))
+    with pytest.raises(HypervisorError, match="no-disk") as caught:
+        await domain.start(saved_state=saved, saved_disks=("xvda",))
+    assert not isinstance(caught.value, SavedStateError)
+    await domain.undefine()
+
+
+async def test_without_the_library_a_state_does_not_load(
+    hypervisor, saved, make_spec, monkeypatch
+):
+    """It is what keeps QEMU from writing to the memory of all."""
+    machine = dataclasses.replace(
+        hypervisor._machine, memory_library=Path("/nowhere/library.so")
+    )
+    monkeypatch.setattr(hypervisor, "_machine", machine)
+    domain = await hypervisor.define(make_spec())
+    with pytest.raises(SavedStateError, match="backing store"):
+        await domain.start(saved_state=saved)
+    await domain.undefine()
+
+
+async def test_the_memory_of_another_state_stays(hypervisor, saved, make_spec):
+    """A domain that would keep its own there does not start, and removes nothing."""
+    before = memory_file(saved).stat()
+    domain = await hypervisor.define(make_spec())
+    with pytest.raises(HypervisorError, match="File exists"):
+        await domain.start(to_save=saved)
+    assert await domain.state() is DomainState.HALTED
+    await domain.undefine()
+    assert memory_file(saved).stat() == before
+
+
+async def test_of_a_memory_that_is_too_large_nothing_is_left(tmp_path):
+    with pytest.raises(OSError, match="File too large"):
+        make_memory_file(tmp_path / "memory", 1 << 62)
+    assert not list(tmp_path.iterdir())
 
 
 async def test_a_missing_state(hypervisor, make_spec, directory):
