@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qubes_itests import timeline
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.link.agent import GuestAgent
+from qubes_itests.guest.link.process import answer_of
 from qubes_itests.host.cache import digest
 from qubes_itests.hypervisor.exc import HypervisorError
 from qubes_storage.ficlone import places_of_data
@@ -75,6 +77,8 @@ class WarmStarts:
         self._hypervisor = hypervisor
         self._making: dict[str, asyncio.Future[Path | None]] = {}
         self._roots: dict[Path, str] = {}
+        #: How states are made shapes them, too.
+        self._recipe = digest(Path(__file__))
         #: How often a VM was started for which a state in its root would do.
         self._starts: Counter[str] = Counter()
 
@@ -92,15 +96,26 @@ class WarmStarts:
         """Return a state for this kind of VM, made if there is none yet.
 
         :param timeout: seconds for the making.
-        :return: None when the back end has no saved states, or this one could not be
-            made; then it is not tried again.
+        :return: None when the back end has no saved states, or none could be made;
+            then it is not tried again.
         """
-        content = None
+        end = asyncio.get_running_loop().time() + timeout
+        content = state = None
         paths = {disk.name: disk.path for disk in spec.disks}
         if identity.root in paths and identity.init in _IN_ROOT:
             content = await asyncio.to_thread(self._content, paths[identity.root])
-        kind, names = _STAGE_ONE, tuple[str, ...]()
         if content is not None and await self._is_worth(spec, identity, content):
+            state = await self._find(spec, identity, content, timeout)
+        # Where that one cannot be made, too: better than to boot.
+        left = end - asyncio.get_running_loop().time()
+        return state or await self._find(spec, identity, None, left)
+
+    async def _find(
+        self, spec: DomainSpec, identity: Identity, content: str | None, timeout: float
+    ) -> WarmState | None:
+        """Return the state in a root with that content, or without that stage one."""
+        kind, names = _STAGE_ONE, tuple[str, ...]()
+        if content is not None:
             kind, names = _IN_ROOT[identity.init], identity.saved_disks
         key = await self._key(spec, names, content)
         if key is None:
@@ -127,7 +142,7 @@ class WarmStarts:
         self, spec: DomainSpec, names: tuple[str, ...], content: str | None
     ) -> str | None:
         key = await self._hypervisor.state_key(spec, saved_disks=names)
-        return digest(key, content) if key and names and content else key
+        return key and digest(key, self._recipe, content or "")
 
     async def _is_worth(
         self, spec: DomainSpec, identity: Identity, content: str
@@ -146,11 +161,11 @@ class WarmStarts:
 
     def _content(self, path: Path) -> str | None:
         """Return the digest of a root's data, None if nobody knows it."""
-        places = _places(path)
-        if not places:
+        if (places := _places(path)) is None:
             return None
+        # a copy: another thread may add one meanwhile
         contents = (
-            text for image, text in self._roots.items() if _places(image) == places
+            text for image, text in [*self._roots.items()] if _places(image) == places
         )
         return next(contents, None)
 
@@ -221,7 +236,9 @@ class WarmStarts:
                     await agent.prepare(identity, timeout=limit)
                     if identity.init == "agent":
                         # so that its shell is in memory when a VM runs its first
-                        await (await agent.spawn("true", user="root")).wait()
+                        with timeline.unrecorded():
+                            process = await agent.spawn("true", user="root")
+                        await answer_of(process, "run a command", timeout=limit)
             finally:
                 # Before it is saved, so that no connection is in the state: each start
                 # begins with HELLO.
@@ -244,10 +261,13 @@ def _disk_to_save(disk: Disk, identity: Identity, directory: Path) -> Disk:
     return replace(disk, path=path)
 
 
-def _places(path: Path) -> list[tuple[int, int, int]] | None:
+def _places(path: Path) -> tuple[int, list[tuple[int, int, int]]] | None:
+    """Return the filesystem of a file, and where its data are there."""
     try:
         with path.open("rb") as file:
-            return places_of_data(file.fileno())
+            places = places_of_data(file.fileno())
+            # other data may be in the same places of another filesystem
+            return (os.fstat(file.fileno()).st_dev, places) if places else None
     except OSError:
         return None
 

@@ -122,7 +122,7 @@ def test_units_of_a_vm_find_who_it_is(pair, sh, states):
     assert sh(vm, "systemctl show -P ConditionResult told.service") == "yes"
 
 
-def test_logs_of_services_that_began_in_the_state_are_theirs(pair, sh):
+def test_logind_starts_once(pair, sh):
     command = "journalctl -q -u systemd-logind -o cat | grep -c 'New seat'"
     assert sh(pair.work, command, "root") == "1"
 

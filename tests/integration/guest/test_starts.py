@@ -87,11 +87,11 @@ async def test_a_state_that_does_not_load_is_dropped(machines, hypervisor, direc
     """A cold start follows, the VM never knows, and the bad state is gone."""
     cache = Cache(directory / "cache")
     spec = machines.spec("work")
-    key = await hypervisor.state_key(spec)
+    warm = WarmStarts(cache, hypervisor)
+    key = await warm._key(spec, (), None)
     cache.entry(
         "stage-one", key, lambda place: (place / "state").write_bytes(b"junk" * 1000)
     ).exists()
-    warm = WarmStarts(cache, hypervisor)
     _, agent = await machines.boot(spec, warm=warm)
     assert await (await agent.spawn("true")).wait() == 0
     assert cache.lookup("stage-one", key) is None
