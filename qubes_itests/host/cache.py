@@ -257,8 +257,8 @@ class Cache:
             # In one step: to remove it takes a while, and half an entry must not be
             # found under its name.
             place.rename(self._temporary(place) / "discarded")
-        with _using:
-            _let_go(place)
+        # `_use` lets go of it. Here nobody may wait for that: callers have locked it,
+        # and a thread that wants to use it waits for that lock in there.
         _sweep(place)
 
     def _shrink(self) -> None:

@@ -447,6 +447,40 @@ def test_what_another_process_uses_is_not_dropped_by_who_takes_it_for_damaged(
     assert (entry / "x").exists()
 
 
+def test_two_threads_that_find_the_same_damage_do_not_wait_for_each_other(
+    cache, process
+):
+    build = 'cache.entry("image", "key", lambda place: (place / "x").write_bytes(b"x"))'
+    process(build).communicate(timeout=30)
+    (cache.root / "image/key/x").write_bytes(b"y")
+    looked = process("""
+        import contextlib, threading
+        from qubes_itests.host import cache as module
+
+        def look():
+            say(str(cache.lookup("image", "key")))
+
+        other, lock = threading.Thread(target=look), module._locked_at_once
+
+        @contextlib.contextmanager
+        def locked(path):
+            with lock(path) as free:
+                if other.ident is None:
+                    # it waits for what is locked here, and has all others wait
+                    other.start()
+                    while not module._using.locked():
+                        pass
+                yield free
+
+        module._locked_at_once = locked
+        look()
+        other.join()
+        print("both")
+    """)
+    assert looked.communicate(timeout=30)[0] == "both\n"
+    assert _names(cache, "image") == []
+
+
 _USER = """
     import random, time
     from qubes_itests.host import cache as module
