@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import queue
 import resource
 import signal
+import threading
 from dataclasses import dataclass
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.admin.server import AdminServer
@@ -50,6 +51,8 @@ _DESCRIPTORS: Final = 4096
 _LONGEST_LOG: Final = 8 << 20
 #: Records that wait for a terminal that is stopped.
 _MOST_WAITING: Final = 1000
+#: Seconds in which they come to the terminal at the end.
+_LAST_WORDS: Final = 5.0
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -185,8 +188,11 @@ class _SafeFormatter(logging.Formatter):
 class _Waiting(QueueHandler):
     """Hands records on to another thread; those for which there is no room are lost."""
 
+    queue: SimpleQueue[logging.LogRecord]
+
     def enqueue(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(queue.Full):
+        # no bound of the queue's own: there has to be room for its end
+        if self.queue.qsize() < _MOST_WAITING:
             super().enqueue(record)
 
 
@@ -200,7 +206,7 @@ def _log(path: Path) -> Iterator[None]:
     file.setFormatter(_SafeFormatter(_FORMAT))
     terminal.setFormatter(_SafeFormatter(_FORMAT))
     # The event loop logs, and must not wait for a terminal that somebody has stopped.
-    waiting = _Waiting(queue.Queue(_MOST_WAITING))
+    waiting = _Waiting(SimpleQueue())
     waiting.setLevel(logging.WARNING)
     listener = QueueListener(waiting.queue, terminal)
     listener.start()
@@ -216,4 +222,7 @@ def _log(path: Path) -> Iterator[None]:
         for handler in (file, waiting):
             root.removeHandler(handler)
             handler.close()
-        listener.stop()
+        # nor does the end of this process
+        ending = threading.Thread(target=listener.stop, daemon=True)
+        ending.start()
+        ending.join(_LAST_WORDS)

@@ -53,3 +53,20 @@ def test_a_terminal_that_is_stopped_holds_up_nobody_who_logs(tmp_path, monkeypat
         ending.join(30)
         assert not ending.is_alive()
     assert "record 2999." in (tmp_path / "log").read_text()
+
+
+def test_a_terminal_that_is_stopped_does_not_hold_up_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(daemon, "_LAST_WORDS", 0.1)
+    mine, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as output, os.fdopen(mine, "rb", 0) as shown:
+        monkeypatch.setattr(sys, "stderr", output)
+        termios.tcflow(theirs, termios.TCOOFF)
+        try:
+            with daemon._log(tmp_path / "log"):
+                for number in range(3000):
+                    logging.getLogger("qubes").warning("record %d.", number)
+        finally:
+            termios.tcflow(theirs, termios.TCOON)
+        seen = b""
+        while b"record 999." not in seen:
+            seen += shown.read(4096)
