@@ -19,6 +19,7 @@ from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.program import NAME
 from qubes_itests.run.settings import load
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +49,9 @@ def command_line(arguments: Sequence[str]) -> int:
             settings = prepare_listing(settings)
         return int(module.execute(command, settings))
     except (HarnessError, QubesException) as error:
-        print(f"{NAME}: {error}", file=sys.stderr)
+        # it may say what guests have said, or a folder that is anybody's
+        text = safe_text(str(error), lines=True, limit=None)
+        print(f"{NAME}: {text}", file=sys.stderr)
         if isinstance(error, HarnessError):
             return int(error.exit_code)
         return ExitCode.INTERNAL_ERROR

@@ -196,7 +196,8 @@ def write_blocks(path: Path, size: int, blocks: Iterable[tuple[int, bytes]]) -> 
     with path.open("r+b", buffering=0) as file:
         file.truncate(0)
         for place, data in blocks:
-            os.pwrite(file.fileno(), data, place)
+            os.lseek(file.fileno(), place, os.SEEK_SET)
+            _write(file.fileno(), data)
         file.truncate(size)
 
 

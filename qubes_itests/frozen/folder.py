@@ -50,6 +50,9 @@ _APP: Final = "app.xml"
 _MOST_READ: Final = {MANIFEST: 1 << 20, _APP: 16 << 20}
 #: Bytes of what all images hold.
 _MOST_DATA: Final = 64 << 30
+_TOO_MUCH: Final = (
+    f"the disks are more than {MOST_BYTES >> 30} GiB, {_MOST_DATA >> 30} GiB unpacked"
+)
 #: A block of an image, and the one of the file `blocks` that it is.
 _ENTRY: Final = struct.Struct("<QI")
 
@@ -106,9 +109,13 @@ class Folder:
                 digest = _digest(file)
             if digest != expected.digest:
                 raise FrozenError(f"{self.path / name}: its contents have changed")
+        unpacked = 0
         for image in self._images():
             for _ in self._entries(image):
-                pass
+                unpacked += BLOCK
+                # a few bytes can name one block, and one file, again and again
+                if unpacked > _MOST_DATA:
+                    raise FrozenError(f"{self.path}: {_TOO_MUCH}")
 
     @property
     def memory(self) -> int:
@@ -165,6 +172,7 @@ class Folder:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Make a folder with all other files in it a frozen one; blocking.
 
+    :raise FrozenError: there is more in it than is read when it is thawed.
     :raise OSError: as the operating system says.
     """
     files = {}
@@ -172,6 +180,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         with each.open("rb") as file:
             files[each.name] = File(os.fstat(file.fileno()).st_size, _digest(file))
     (path / MANIFEST).write_text(dump(manifest, files), encoding="utf-8")
+    Folder.read(path)
 
 
 class BlockFile:
@@ -201,8 +210,7 @@ class BlockFile:
             for place, some in blocks:
                 self._data += BLOCK
                 if self._data > _MOST_DATA or self._file.tell() > MOST_BYTES:
-                    most = f"{MOST_BYTES >> 30} GiB, {_MOST_DATA >> 30} GiB unpacked"
-                    raise FrozenError(f"the disks are more than {most}")
+                    raise FrozenError(_TOO_MUCH)
                 data = some.ljust(BLOCK, b"\0")
                 key = hashlib.blake2b(data, digest_size=20).digest()
                 number = self._known.setdefault(key, len(self._known))

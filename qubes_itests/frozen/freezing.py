@@ -71,9 +71,10 @@ async def freeze(app: Qubes, place: Path, scratch: Path, test: str) -> None:
     :raise HarnessError: says what could not be frozen; OSError likewise.
     """
     kind = await kind_of(app.hypervisor)
+    # First: should the second not be made, this one goes with the run.
+    clones = Path(tempfile.mkdtemp(prefix="frozen-", dir=scratch))
     # A name of its own until it is whole: what is found under the other is taken so.
     new = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-    clones = Path(tempfile.mkdtemp(prefix="frozen-", dir=scratch))
     try:
         async with _commands_left(app), _stopped(app) as moment:
             for number, (vm, domain) in enumerate(moment.domains.items(), 1):
@@ -135,11 +136,14 @@ async def _stopped(app: Qubes) -> AsyncIterator[_Moment]:
     ran = {vm for vm in live if not vm.is_paused()}
     # One tight loop: each domain has a thread of its own that waits for QEMU.
     begun = time.monotonic()
-    ends = await asyncio.gather(
-        *(domain.pause() for domain in live.values()), return_exceptions=True
-    )
-    spread = 1000 * (time.monotonic() - begun)
     try:
+        # To its end: the threads go on when this is cancelled.
+        ends = await to_its_end(
+            asyncio.gather(
+                *(domain.pause() for domain in live.values()), return_exceptions=True
+            )
+        )
+        spread = 1000 * (time.monotonic() - begun)
         for vm, end in zip(list(live), ends, strict=True):
             if isinstance(end, StateError):
                 del live[vm]  # it has just ended by itself

@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from qubes_itests.core.network.addresses import DOWNLINK_MAC
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -48,7 +50,12 @@ _FILE: Final = re.compile(
 )
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _MAC: Final = re.compile(r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}")
+#: The one of an interface towards clients.
+_DOWN: Final = re.compile(DOWNLINK_MAC)
+_LINK: Final = re.compile("up|down|")
 _DISK: Final = re.compile(r"xvd[a-z]")
+#: Seconds since the epoch, which are in the year 6325: dates end with 9999.
+_LATEST: Final = 1 << 37
 
 _T = TypeVar("_T")
 
@@ -244,7 +251,7 @@ class _Row:
 
     def seconds(self, name: str) -> float:
         value = self.values.get(name)
-        if type(value) not in (int, float) or not 0 <= float(str(value)) < 1 << 40:
+        if type(value) not in (int, float) or not 0 <= float(str(value)) < _LATEST:
             raise ValueError(f"expected a number as {name}, got {value!r:.60}")
         return float(str(value))
 
@@ -266,7 +273,7 @@ class _Row:
     def names(self) -> list[str]:
         if len(self.values) > _MOST_ITEMS:
             raise ValueError(f"expected up to {_MOST_ITEMS} members of an object")
-        return list(self.values)
+        return [_Row({"a name": name}).text("a name") for name in self.values]
 
 
 def _manifest(row: _Row) -> Manifest:
@@ -320,10 +327,11 @@ def _disk(row: _Row) -> FrozenDisk:
 
 
 def _interface(row: _Row) -> FrozenInterface:
+    link = row.text("link", _LINK)
     return FrozenInterface(
-        mac=row.text("mac", _MAC),
+        mac=row.text("mac", _DOWN if link == "down" else _MAC),
         place=row.number("place", 1, 100),
-        link=row.text("link"),
+        link=link,
     )
 
 

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qubes_itests.core.exc import QubesException
 from qubes_itests.core.network.addresses import DOWNLINK_MAC
 from qubes_itests.core.volume_content import import_blocks, write_blocks
 from qubes_itests.exc import HarnessError
@@ -115,7 +116,7 @@ def _check_kind(there: dict[str, str], here: dict[str, str]) -> None:
 async def _go_on(vm: QubesVM) -> None:
     try:
         await vm.life.go_on()
-    except HarnessError as error:
+    except (HarnessError, QubesException) as error:
         # a guest that hung when the test failed is one that somebody looks for
         log.warning("VM %s goes on, and does not answer: %s", vm.name, str(error))
 
@@ -226,11 +227,20 @@ class _Wires:
         """Have VMs that go on take up what connects them, net VMs first."""
         for vm in running:
             if vm in self._bridges:
-                tap = self._taps[vm][DOWNLINK_MAC]
-                vm.net.take_up_clients(self._bridges[vm], tap)
+                with _warning(vm):
+                    tap = self._taps[vm][DOWNLINK_MAC]
+                    vm.net.take_up_clients(self._bridges[vm], tap)
         for vm in running:
-            if vm.netvm in running and vm.mac in self._taps[vm]:
-                try:
-                    await vm.net.take_up(self._taps[vm][vm.mac])
-                except HarnessError as error:
-                    log.warning("VM %s lacks a net VM: %s", vm.name, str(error))
+            downlink = None if vm.netvm is None else vm.netvm.net.downlink
+            if downlink is not None and vm.mac in self._taps[vm]:
+                with _warning(vm):
+                    await vm.net.take_up(downlink, self._taps[vm][vm.mac])
+
+
+@contextlib.contextmanager
+def _warning(vm: QubesVM) -> Iterator[None]:
+    """Have one VM whose network does not go on stop no other."""
+    try:
+        yield
+    except (HarnessError, QubesException) as error:
+        log.warning("VM %s goes on without all of its network: %s", vm.name, str(error))

@@ -292,6 +292,8 @@ class Testbed:
             app.policy.add_rule(rule, first=False)
         pools = self.parts.pool_directory / number
         await open_copy(app, document, source, pools)
+        if self.parts.start_timeout is not None:
+            app.default_qrexec_timeout = self.parts.start_timeout
         return app
 
     async def _shared(self, number: int, templates: Sequence[str]) -> dict[str, Any]:

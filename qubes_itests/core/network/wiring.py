@@ -137,15 +137,11 @@ class Wiring:
         self.downlink = Downlink.taken_up(self, domain, agent, bridge, tap)
         self.downlink.taken[str(self.address)] = self.vm.name
 
-    async def take_up(self, tap: Tap) -> None:
+    async def take_up(self, downlink: Downlink, tap: Tap) -> None:
         """Go on as a client that was thawed, attached to its net VM by a tap."""
-        vm, netvm = self.vm, self.vm.netvm
-        if netvm is None or netvm.net.downlink is None:
-            raise QubesVMError(
-                vm, f"VM {vm} was attached to a net VM that is not there"
-            )
+        vm = self.vm
+        self._live()
         self._loop = asyncio.get_running_loop()
-        downlink = netvm.net.downlink
         downlink.taken |= dict.fromkeys((vm.mac, str(self.address)), vm.name)
         self.uplink = Uplink(downlink, vm.mac, self.address, (), tap)
         await self._announce(self.uplink)

@@ -1,15 +1,17 @@
 """The network of thawed VMs is the core's again, and not the guests' alone."""
 
 import asyncio
+import dataclasses
 
 from network_devices import links
 
+from qubes_itests.core.vm.life import Life
 from qubes_itests.frozen.folder import Folder
 from qubes_itests.frozen.freezing import freeze
 from qubes_itests.frozen.thawing import thaw
 
 
-def test_a_chain_of_net_vms_goes_on_and_can_be_changed(testbed, tmp_path):
+def test_a_chain_of_net_vms_goes_on_and_can_be_changed(testbed, tmp_path, monkeypatch):
     run, before = testbed.portal.run, links()
     app = run(testbed.make_app("tiny"))
 
@@ -21,12 +23,27 @@ def test_a_chain_of_net_vms_goes_on_and_can_be_changed(testbed, tmp_path):
     net = run(make("net", netvm=None, provides_network=True))
     firewall = run(make("firewall", netvm=net, provides_network=True))
     run(make("far", netvm=firewall))
+    # ends as soon as it is thawed, which stops no other
+    run(make("gone", netvm=None))
     place, scratch = tmp_path / "frozen", testbed.parts.pool_directory
     run(freeze(app, place, scratch, "test"))
     run(testbed.close_app(app))
     assert not list(scratch.glob("frozen-*"))
 
+    parts = dataclasses.replace(testbed.parts, start_timeout=1234)
+    monkeypatch.setattr(testbed, "parts", parts)
+    go_on = Life.go_on
+
+    async def go_on_or_not(life):
+        if life.domain.spec.name == "gone":
+            await life.domain.destroy()
+            await life.wait_ended(30)
+        await go_on(life)
+
+    monkeypatch.setattr(Life, "go_on", go_on_or_not)
     app = run(thaw(testbed, Folder.read(place)))
+    assert app.domains["gone"].is_halted()
+    assert app.domains["far"].qrexec_timeout == 1234
     net, firewall, far = (app.domains[n] for n in ("net", "firewall", "far"))
 
     def reaches(one, other):

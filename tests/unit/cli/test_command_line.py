@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 from plugin_site import FOR_TEMPLATE, ONCE, PluginSite
 
+from qubes_itests import cli
+from qubes_itests.exc import HarnessError
 from qubes_itests.host.cache import Cache
 from qubes_itests.pytest_plugin.collection import Selection
 from qubes_itests.run.options import PYTEST
@@ -44,6 +46,18 @@ def pytest_unconfigure(config):
 @pytest.fixture
 def site(tmp_path):
     return PluginSite(tmp_path, {"QUBES_ITESTS_CACHE": str(tmp_path / "cache")})
+
+
+def test_an_error_steers_no_terminal(monkeypatch, capsys):
+    """It may say what a guest has said, or a file that is anybody's."""
+
+    def parse(_arguments):
+        raise HarnessError("a VM said \x1b[2J\x9b\nand more")
+
+    monkeypatch.setattr(cli, "parse", parse)
+    assert cli.command_line(["list"]) == HarnessError.exit_code
+    said = capsys.readouterr().err
+    assert said.splitlines() == [r"itests: a VM said \x1b[2J\x9b", "and more"]
 
 
 def test_list_shows_ids_to_copy_once_or_per_template(site):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -13,12 +14,14 @@ from hypothesis import strategies as st
 
 from qubes_itests import __version__
 from qubes_itests.core.volume_content import BLOCK, data_blocks, write_blocks
+from qubes_itests.frozen import freezing
 from qubes_itests.frozen.folder import (
     BlockFile,
     Folder,
     FrozenError,
     write_manifest,
 )
+from qubes_itests.frozen.freezing import freeze
 from qubes_itests.frozen.manifest import (
     FrozenDisk,
     FrozenInterface,
@@ -28,6 +31,7 @@ from qubes_itests.frozen.manifest import (
     Manifest,
 )
 from qubes_itests.frozen.thawing import thaw
+from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.report.artifacts import Artifacts
 
 SIZE = 10 * BLOCK + 512
@@ -134,7 +138,12 @@ ENTRY = {"size": 1, "digest": "0" * 64}
         set_in("vms", 0, "disks", 0, "image", "size", value=1 << 60),
         set_in("vms", 0, "interfaces", 0, "mac", value="00:16:3e:00:00:01'/>"),
         set_in("vms", 0, "interfaces", 0, "place", value=0),
+        set_in("vms", 0, "interfaces", 0, "link", value="down"),
+        set_in("vms", 0, "interfaces", 0, "link", value="sideways"),
+        set_in("machine", "\x1b]0;title\x07", value="1"),
+        set_in("machine", "x" * 5000, value="1"),
         set_in("spread", value=float("nan")),
+        set_in("time", value=1 << 39),
         set_in("policy", value=["a\nb"]),
         set_in("policy", value="allow"),
     ],
@@ -204,6 +213,89 @@ def test_blocks_that_cannot_be(folder, entry):
     write_manifest(path, manifest)
     with pytest.raises(FrozenError, match="cannot be"):
         Folder.read(path).require_whole()
+
+
+def test_an_image_that_unpacks_to_more_than_is_kept(folder, monkeypatch):
+    path, manifest = folder
+    entry = (path / "image-1").read_bytes()[:12]
+    (path / "image-1").write_bytes(9 * entry)
+    (path / "manifest.json").unlink()
+    write_manifest(path, manifest)
+    Folder.read(path).require_whole()
+    # one block, nine times, and the one of the other image
+    monkeypatch.setattr("qubes_itests.frozen.folder._MOST_DATA", 9 * BLOCK)
+    with pytest.raises(FrozenError, match="GiB unpacked"):
+        Folder.read(path).require_whole()
+
+
+def test_what_could_not_be_thawed_is_not_written(folder):
+    path, manifest = folder
+    (path / "manifest.json").unlink()
+    rules = ("* * @anyvm @anyvm deny",) * 1001
+    with pytest.raises(FrozenError, match="policy"):
+        write_manifest(path, dataclasses.replace(manifest, policy=rules))
+
+
+def test_blocks_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """The system may write a part, as the last one of a disk that gets full."""
+    write, pwrite, data = os.write, os.pwrite, os.urandom(BLOCK)
+    monkeypatch.setattr(os, "write", lambda fd, part: write(fd, part[:1000]))
+    monkeypatch.setattr(os, "pwrite", lambda fd, part, at: pwrite(fd, part[:1000], at))
+    target = tmp_path / "target"
+    target.touch()
+    write_blocks(target, 2 * BLOCK, [(BLOCK, data)])
+    assert target.read_bytes() == bytes(BLOCK) + data
+
+
+def test_nothing_stays_among_the_artefacts_without_room_for_clones(tmp_path):
+    async def machine():
+        return {"QEMU": "7.2"}
+
+    app = SimpleNamespace(hypervisor=SimpleNamespace(machine=machine))
+    with pytest.raises(FileNotFoundError):
+        asyncio.run(freeze(app, tmp_path / "frozen", tmp_path / "nowhere", "test"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_freeze_that_is_cancelled_leaves_no_vm_stopped():
+    async def cancel():
+        state, begun = DomainState.RUNNING, asyncio.Event()
+
+        async def suspend():
+            nonlocal state
+            await asyncio.sleep(0.05)
+            state = DomainState.PAUSED
+
+        async def pause():
+            begun.set()
+            # a thread, which goes on
+            await asyncio.shield(asyncio.ensure_future(suspend()))
+
+        async def resume():
+            nonlocal state
+            state = DomainState.RUNNING
+
+        async def ask():
+            return state
+
+        domain = SimpleNamespace(pause=pause, resume=resume, state=ask)
+        vm = Mock(**{"get_power_state.return_value": "Running"})
+        vm.is_paused.return_value, vm.running_domain.return_value = False, domain
+        app = Mock(**{"domains.startable.return_value": [vm]})
+
+        async def stop():
+            async with freezing._stopped(app):
+                pytest.fail("it was cancelled before")
+
+        task = asyncio.create_task(stop())
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(0.2)
+        assert state is DomainState.RUNNING
+
+    asyncio.run(cancel())
 
 
 @given(
