@@ -223,9 +223,6 @@ class _Writing:
         test: str,
     ) -> None:
         """Write it, and give the folder its name."""
-        for path in (self._folder, *self._folder.iterdir()):
-            # as other artefacts are: what gathers these may be another user's
-            path.chmod(0o755 if path.is_dir() else 0o644)
         (self._folder / "app.xml").write_bytes(state)
         kernels = tuple(self._kernels())
         blocks = BlockFile(self._folder)
@@ -249,6 +246,9 @@ class _Writing:
             policy=policy,
         )
         write_manifest(self._folder, manifest)
+        for path in (self._folder, *self._folder.iterdir()):
+            # what gathers artefacts may be another user's
+            path.chmod(0o755 if path.is_dir() else 0o644)
         self._folder.replace(place)
 
     def _kernels(self) -> Iterable[Kernel]:

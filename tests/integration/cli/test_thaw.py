@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -91,7 +92,12 @@ def contents(folder):
 def test_a_failure_is_thawed_with_all_of_its_vms(site, thawed):
     """With their memory, disks and policy; and the folder stays as it is."""
     site.install("froze", PLUGIN)
-    done = site.run("run", "--keep=state", "froze")
+    # which has no say in what is kept for others
+    umask = os.umask(0o027)
+    try:
+        done = site.run("run", "--keep=state", "froze")
+    finally:
+        os.umask(umask)
     assert done.returncode == 1, done.stdout + done.stderr
     told = re.search(
         r"frozen      3 VMs, stopped within ([0-9.]+) ms, [0-9]+ MiB\n"
