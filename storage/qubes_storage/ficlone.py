@@ -115,19 +115,22 @@ def clone_in_slices(source: int, target: int, go_on: Callable[[], bool]) -> bool
 def data_extents(fd: int) -> Iterator[tuple[int, int]]:
     """Yield where each stretch of a file's data begins and ends, in bytes.
 
-    The rest is holes (lseek(2)); a filesystem that knows of none has one stretch.
+    The rest is holes (lseek(2)); a filesystem that knows of none has one stretch, and
+    so has a block device.
 
     :raise OSError: as the operating system says.
     """
-    size, end = os.fstat(fd).st_size, 0
+    size, end = os.lseek(fd, 0, os.SEEK_END), 0
     while end < size:
         try:
             start = os.lseek(fd, end, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
         except OSError as error:
             if error.errno == errno.ENXIO:
                 return
-            raise
-        end = os.lseek(fd, start, os.SEEK_HOLE)
+            if error.errno != errno.EINVAL:
+                raise
+            start, end = end, size  # what block devices answer
         yield start, end
 
 
@@ -175,9 +178,10 @@ def places_of_data(fd: int) -> list[tuple[int, int, int]] | None:
 def copy_sparse(source: int, target: int) -> None:
     """Copy what is not a hole from file descriptor `source` to the empty `target`.
 
+    :param source: of a file or a block device, whose size its status does not tell.
     :raise OSError: as the operating system says.
     """
-    os.ftruncate(target, os.fstat(source).st_size)
+    os.ftruncate(target, os.lseek(source, 0, os.SEEK_END))
     for position, end in data_extents(source):
         os.lseek(target, position, os.SEEK_SET)
         while position < end:

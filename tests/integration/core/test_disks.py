@@ -5,12 +5,14 @@ import logging
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from qubes_itests.admin.dispatch import Dispatcher
 from qubes_itests.admin.methods import METHODS
 from qubes_itests.admin.protocol import Request
+from qubes_itests.core.volume_content import copy_image, is_empty
 from qubes_itests.host.command import run as run_tool
 from qubes_itests.host.loop import loop_devices_over
 from qubes_storage.exc import InvalidSizeError, StoragePoolException
@@ -117,6 +119,20 @@ def test_resizing_a_running_volume_is_seen_by_loop_devices(vm, run, sh):
         assert disk_size(sh, vm, "xvdb") == new
     finally:
         run_tool(["losetup", "--detach", loop])
+
+
+def test_a_block_device_is_copied_as_a_file_is(tmp_path):
+    """As of a disk that dom0 exposes, when its VM is frozen."""
+    image, copy = tmp_path / "image", tmp_path / "copy"
+    image.write_bytes(bytes(3 * MIB) + os.urandom(MIB + 512))
+    copy.touch()
+    loop = run_tool(["losetup", "--find", "--show", image]).strip()
+    try:
+        copy_image(Path(loop), copy)
+        assert not is_empty(Path(loop))
+    finally:
+        run_tool(["losetup", "--detach", loop])
+    assert copy.read_bytes() == image.read_bytes()
 
 
 def test_a_resized_disk_without_filesystem_has_its_size_at_once(vm, run, sh):
