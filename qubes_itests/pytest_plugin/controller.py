@@ -6,6 +6,7 @@ and kills as if it were alone, and ends with the run whatever becomes of either.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -238,8 +239,11 @@ class Controller:
             if (process := _process(node.gateway)) and process.poll() is None:
                 process.send_signal(signal.SIGINT)
         end = time.monotonic() + _LAST_WORDS
-        while time.monotonic() < end and not all(map(_has_ended, self._nodes)):
-            time.sleep(0.05)
+        # A second Ctrl-C does not wait for them. If it were raised from here, pytest
+        # would keep the exit status that it begins with, which is that of a good run.
+        with contextlib.suppress(KeyboardInterrupt):
+            while time.monotonic() < end and not all(map(_has_ended, self._nodes)):
+                time.sleep(0.05)
         for node in tuple(self._nodes):
             self.pytest_testnodedown(node)
         results: Results | None
@@ -265,7 +269,9 @@ def _output(node: WorkerController) -> dict[str, Any]:
 
 
 def _has_ended(node: WorkerController) -> bool:
-    return bool(_output(node)) or bool(node.channel.isclosed())
+    # one that was about to begin has no channel yet
+    channel = vars(node).get("channel")
+    return channel is None or bool(_output(node)) or bool(channel.isclosed())
 
 
 def _place(spec: XSpec) -> str:

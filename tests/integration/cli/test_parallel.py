@@ -450,6 +450,55 @@ exec unshare --net --mount --pid --fork --kill-child --mount-proc \\
 """
 
 
+STUBBORN = """
+    import pathlib, threading, time, unittest
+
+    class TC_Stays(unittest.TestCase):
+        def test_it(self):
+            here = pathlib.Path.cwd()
+            (here / "waits").touch()
+            try:
+                threading.Event().wait()
+            except KeyboardInterrupt:
+                # what comes sooner is taken for an echo of the first
+                time.sleep(1)
+            (here / "stays").touch()
+            while not (here / "goes").exists():
+                time.sleep(0.1)
+
+    def list_tests():
+        return [TC_Stays]
+"""
+
+
+def test_a_second_ctrl_c_ends_the_wait_for_workers_and_loses_nothing(site):
+    site.install("stubborn", STUBBORN)
+    (site.work / "itests-artifacts").mkdir()
+    command = [sys.executable, "-m", "qubes_itests", *NO_GUESTS, "-n", "1", "stubborn"]
+    with subprocess.Popen(
+        command,
+        cwd=site.work,
+        env=site.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            for sign in ("waits", "stays"):
+                wait_until((site.work / sign).exists, sign, timeout=site.timeout)
+                os.kill(process.pid, signal.SIGINT)
+            (site.work / "goes").touch()
+            said, _ = process.communicate(timeout=site.timeout)
+        finally:
+            process.kill()
+    assert process.returncode == 2, said
+    assert "The run was interrupted" in said
+    assert "Traceback" not in said
+    run = json.loads((site.work / "itests-artifacts/run.json").read_text())
+    assert run["outcome"] == "interrupted"
+
+
 def test_workers_on_other_machines(guests):
     """By a transport that ends on this one, in namespaces of its own."""
     guests.environment["SEEN"] = str(guests.site / "seen")
