@@ -58,7 +58,6 @@ class Deadline:
         self._expired = expired
         self._test = ""
         self._end = 0.0
-        self._fired = False
         # One for all tests: to start a thread for each of the three parts of a test
         # took longer than all else that is done about it here.
         self._watcher: threading.Thread | None = None
@@ -136,8 +135,7 @@ class Deadline:
                 target=self._watch, daemon=True, name="deadline"
             )
             self._watcher.start()
-        # The name after what the thread reads with it, and before the signal can come.
-        self._fired = False
+        # before the signal can come
         self._test = item.nodeid
         previous = signal.signal(signal.SIGALRM, self._expire)
         signal.setitimer(signal.ITIMER_REAL, max(self._end - self._now(), 0.001))
@@ -159,7 +157,6 @@ class Deadline:
         if (left := self._end - self._now()) > 0:  # somebody looks, or has looked
             signal.setitimer(signal.ITIMER_REAL, max(left, _LOOK_AGAIN))
             return
-        self._fired = True
         # A TestCase goes on with its tearDown, which may hang as well.
         self._end = self._now() + self._seconds
         signal.setitimer(signal.ITIMER_REAL, self._seconds)
@@ -171,7 +168,7 @@ class Deadline:
     def _watch(self) -> None:
         while not self._over.wait(1.0):
             nodeid = self._test
-            if not nodeid or self._fired or self._now() < self._end + _GRACE:
+            if not nodeid or self._now() < self._end + _GRACE:
                 continue
             # Nothing can be raised in a thread that never comes back to Python.
             faulthandler.dump_traceback(sys.__stderr__ or 2)

@@ -15,17 +15,22 @@ from qubes_itests.pytest_plugin.deadline import Deadline
 
 LIMIT = 0.3
 HANGING = """
-import ctypes, signal
+import ctypes, signal, time
 from types import SimpleNamespace
 from qubes_itests.pytest_plugin import deadline
 
 deadline._GRACE = 0.1
-watch = deadline.Deadline(lambda _item: 0.1, print)
+watch = deadline.Deadline(lambda _item: 0.1, lambda _test: None)
 for name in ("a::good", "a::hangs"):
     item = SimpleNamespace(nodeid=name)
     for phase in (watch.pytest_runtest_setup(item), watch.pytest_runtest_call(item)):
         next(phase)
         if name == "a::hangs":
+            if AFTER:  # a TestCase goes on with its tearDown
+                try:
+                    time.sleep(60)
+                except deadline.pytest.fail.Exception:
+                    pass
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
             ctypes.CDLL(None).pause()
         next(phase, None)
@@ -54,9 +59,15 @@ def test_it_stands_still_until_the_last_of_those_who_look_has_gone():
     phase.close()
 
 
-def test_a_test_that_never_comes_back_to_python_ends_the_run():
+@pytest.mark.parametrize("after", [False, True])
+def test_a_test_that_never_comes_back_to_python_ends_the_run(after):
+    """Also one whose time was over before."""
     done = subprocess.run(
-        [sys.executable, "-c", HANGING], capture_output=True, text=True, check=False
+        [sys.executable, "-c", f"AFTER = {after}\n{HANGING}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == ExitCode.INTERNAL_ERROR
     assert ": a::hangs hangs outside Python; the run ends here" in done.stderr
