@@ -199,7 +199,8 @@ inputs() {
 # is_set_up EXTRAS: the environment that the tests need also serves the runs.
 is_set_up() {
     local done_for='' done_key=''
-    [ -x "$venv/bin/python" ] && [ -r "$stamp" ] && kernel_present || return 1
+    [ -x "$venv/bin/python" ] && [ ! -e "$unfinished" ] && [ -r "$stamp" ] &&
+        kernel_present || return 1
     { read -r done_key && read -r done_for; } <"$stamp" || true
     [[ $done_key = "$(inputs)" && ( $done_for = "$1" || -z $1 ) ]] || return 1
     find_missing "$(distribution)" "$1"

@@ -390,6 +390,14 @@ def test_set_up_that_was_killed_is_taken_up_again(checkout):
     assert done.stdout == "ran whole\n", done.stderr
 
 
+def test_set_up_for_tests_that_was_killed_leaves_no_half_a_program(ready):
+    """The project is installed anew for them, and was set up for runs before."""
+    (ready.root / ".venv/.unfinished").touch()
+    done = ready.run("itests", "whole")
+    assert "making .venv" in done.stderr
+    assert done.stdout == "ran whole\n"
+
+
 def test_two_at_once_set_up_once(checkout):
     def start() -> subprocess.Popen:
         return subprocess.Popen(
