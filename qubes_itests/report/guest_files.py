@@ -98,7 +98,8 @@ async def _parts(
     paths = listed.decode("utf-8", "replace").split("\0")[:-1]
     room, names = _ROOM, set[str]()
     for path in dict.fromkeys(paths[:_MOST_FILES]):
-        limit = min(_LONGEST, room)
+        if not (limit := min(_LONGEST, room)):
+            raise HarnessError(f"{_ROOM >> 20} MiB of them are kept")
         # one that has gone meanwhile
         with contextlib.suppress(subprocess.CalledProcessError):
             data = await ask(f"tail -c {limit} -- {shlex.quote(path)}", limit)

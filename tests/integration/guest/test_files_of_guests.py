@@ -65,6 +65,14 @@ def test_of_many_files_the_first_are_kept_and_that_is_said(work, read):
     assert problem.endswith("of VM work: 32 of them are kept, of 50")
 
 
+def test_of_large_files_the_first_are_kept_and_that_is_said(work, read, monkeypatch):
+    monkeypatch.setattr("qubes_itests.report.guest_files._ROOM", 6)
+    work.run("for n in 1 2 3; do echo abc >/f$n; done", user="root", wait=True)
+    files, (problem,) = read("/f*")
+    assert files == {"work.file.f1.txt": b"abc\n", "work.file.f2.txt": b"c\n"}
+    assert problem.endswith("of VM work: 0 MiB of them are kept")
+
+
 def test_a_guest_that_does_not_answer_is_said_in_a_line(
     work, vm_factory, read, monkeypatch
 ):
