@@ -138,7 +138,8 @@ class _Tests:
         """Load the tests again, from what their authors have made of their files."""
         copies = [Path(packages) for packages in Prepared.told().copies]
         for name, module in tuple(sys.modules.items()):
-            file = vars(module).get("__file__")
+            # None for a module that somebody has blocked
+            file = getattr(module, "__file__", None)
             installed = file and any(map(Path(file).is_relative_to, copies))
             if installed or name.partition(".")[0] in self._packages:
                 del sys.modules[name]
@@ -150,9 +151,11 @@ class _Tests:
         """Run tests.
 
         :param test: an id, or the beginning of one.
+        :raise LookupError: there is no such test.
         """
+        if not (names := meant(test, list(self.classes))):
+            raise LookupError(f"no test's id begins with {test!r}")
         suite = unittest.TestSuite(
-            self.classes[name](name.split("::")[2])
-            for name in meant(test, list(self.classes))
+            self.classes[name](name.split("::")[2]) for name in names
         )
         unittest.TextTestRunner(sys.stdout, verbosity=2).run(suite)

@@ -78,6 +78,8 @@ def test_the_tests_of_an_app_are_there_and_loaded_again_after_an_edit(site):
         user.enter("one.name, two.is_halted()", "('one', True)")
         user.enter("list(tests)", "['app::TC_00_App::test_word']")
         user.enter("run_test('app::TC')", "FAILED (failures=1)")
+        user.enter("run_test('app::TD')", "no test's id begins with 'app::TD'")
+        user.enter("import sys; sys.modules['blocked'] = None", "\n")
         (app / "tests/words.py").write_text("WORD = 'after'\n")
         user.enter("reload()", "\n1 tests")
         user.enter("run_test('app::TC')", "\nOK")
