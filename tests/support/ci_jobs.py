@@ -196,8 +196,7 @@ class GitLabJob:
     ) -> None:
         self.project = project
         templates = yaml.safe_load(GITLAB.read_text())
-        first = templates[".qubes-itests"]
-        self.definition = first | templates[template]
+        self.definition = _extended(templates, template)
         self._work = directory / "work"
         self._repository = directory / "group/qubes_itests.git"
         self._environment = dict(environment)
@@ -256,3 +255,19 @@ class GitLabJob:
             ["tag", tag],
         ):
             subprocess.run(["git", *words], cwd=self._repository, check=True)
+
+
+def _extended(jobs: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a job with all that it extends, key by key, as GitLab has it."""
+    job = dict(jobs[name])
+    base = job.pop("extends", None)
+    return _merged(_extended(jobs, base), job) if base else job
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    inner = {
+        key: _merged(below[key], value)
+        for key, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
+    return below | above | inner

@@ -130,7 +130,7 @@ def test_shell_is_sound(text):
 
 
 def test_shell_is_found():
-    assert len(scripts()) == 12
+    assert len(scripts()) == 13
 
 
 def test_the_workflow_is_where_github_looks_for_it():
@@ -358,6 +358,8 @@ def test_each_machine_of_gitlab_has_its_place_and_a_job_merges_them(
     directory.mkdir()
     merging = {"template": ".qubes-itests-merge", "environment": variables}
     job = GitLabJob(app, MERGER, directory, **merging)
+    # a merge request would show each test once more
+    assert "reports" not in job.definition["artifacts"]
     done = job.run()
     assert not done.failed, done.output
     parts = [f"{app}/itests-parts/{number}" for number in "12"]
