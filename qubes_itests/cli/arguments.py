@@ -86,7 +86,7 @@ COMMANDS = {
         (("words", "*", "[DIR]", "the app's (default: the current one)"),)),
     "completion": _SubCommand(
         "completion", "print a script that has a shell complete command lines",
-        (("target", None, "SHELL", "bash, zsh, fish, tcsh or powershell"),)),
+        (("target", None, "SHELL", "bash, zsh, fish or tcsh"),)),
     "man": _SubCommand("man", "print the manual page"),
     "template": _SubCommand(
         "template", "build templates before the first run that needs them, or list all",
