@@ -67,10 +67,12 @@ async def original(hypervisor, make_spec, connect_shell, directory, bridge):
     shell = await connect_shell(domain)
     await shell.wait_for(f"grep -q {MAC} /sys/class/net/*/address")
     await domain.detach_interface("00:16:3e:5e:6c:00")
-    await shell.wait_for("[ -b /dev/sdi -o -b /dev/sdb ]")
-    await shell.run("mark=remembered")
+    # By its address: names are given in the order in which the disks have answered.
+    name = "$(ls /sys/bus/scsi/devices/0:0:8:0/block)"
+    await shell.wait_for(f"[ -b /dev/{name} ]")
+    await shell.run(f"mark=remembered disk=/dev/{name}")
     # in the guest's memory alone, when it is frozen
-    await shell.run("echo written > /dev/sdb")
+    await shell.run("echo written > $disk")
     shell.close()
     return domain
 
@@ -92,7 +94,7 @@ async def test_a_frozen_guest_is_thawed(
     assert interface.mac == MAC
     await original.resume()
     shell = await connect_shell(original)
-    assert await shell.run("echo $mark; sync; head -n1 /dev/sdb") == (
+    assert await shell.run("echo $mark; sync; head -n1 $disk") == (
         "remembered\nwritten\n"
     )
     shell.close()
@@ -119,13 +121,13 @@ async def test_a_frozen_guest_is_thawed(
         assert await thawed.state() is DomainState.PAUSED
         await thawed.resume()
         shell = await connect_shell(thawed)
-        assert await shell.run("echo $mark; sync; head -n1 /dev/sdb") == (
+        assert await shell.run("echo $mark; sync; head -n1 $disk") == (
             "remembered\nwritten\n"
         )
         assert await shell.run(f"grep -l {MAC} /sys/class/net/*/address")
         # its devices are where libvirt takes them to be
         await thawed.detach_disk("xvdi")
-        await shell.wait_for("[ ! -b /dev/sdb ]")
+        await shell.wait_for("[ ! -b $disk ]")
         await thawed.detach_interface(MAC)
         await shell.wait_for(f"! grep -q {MAC} /sys/class/net/*/address")
         shell.close()
