@@ -239,11 +239,13 @@ def pytest_collection() -> Generator[None, Any, Any]:
     more, they made collecting a fifth slower; and each full collection later, of which
     the leak check makes one a test and `pytest.main` in a test five, took up to 0.2 s.
     """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         return (yield)
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()
         # what is garbage already would stay too, with the files that it holds open
         gc.collect()
         gc.freeze()
