@@ -3,9 +3,9 @@
 import time
 
 import pytest
+from warm_states import found_states
 
 from qubes_itests.guest.start import warm
-from qubes_itests.guest.start.warm import WarmStarts
 
 MIB = 1 << 20
 
@@ -14,15 +14,7 @@ MIB = 1 << 20
 def states(monkeypatch):
     """Return a list of the states that starts find from now on."""
     monkeypatch.setattr(warm, "_WORTH", 2)
-    found = []
-    state_for = WarmStarts.state_for
-
-    async def record(*args):
-        found.append(await state_for(*args))
-        return found[-1]
-
-    monkeypatch.setattr(WarmStarts, "state_for", record)
-    return found
+    return found_states(monkeypatch)
 
 
 def test_two_vms_have_disks_and_secrets_of_their_own(make_vm, run, sh, states):

@@ -3,8 +3,7 @@
 import time
 
 import pytest
-
-from qubes_itests.guest.start.warm import WarmStarts
+from warm_states import found_states
 
 pytestmark = pytest.mark.parametrize("init", ["systemd"], indirect=True)
 
@@ -32,15 +31,7 @@ def told_of(vm):
 @pytest.fixture
 def states(monkeypatch):
     """Return a list of the states that starts find from now on."""
-    found = []
-    state_for = WarmStarts.state_for
-
-    async def record(*args):
-        found.append(await state_for(*args))
-        return found[-1]
-
-    monkeypatch.setattr(WarmStarts, "state_for", record)
-    return found
+    return found_states(monkeypatch)
 
 
 def restart(pair, vm):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
+from warm_states import found_states
 
 from qubes_itests import timeline
 from qubes_itests.exc import DeadlineError
@@ -25,15 +26,7 @@ def states(testbed, qubes_app, tmp_path, monkeypatch):
     image = testbed.template(qubes_app.default_template.name).root_image
     starts.add_root(image, "as it is")
     qubes_app.warm_starts = starts
-    found = []
-    state_for = starts.state_for
-
-    async def record(*args):
-        found.append(await state_for(*args))
-        return found[-1]
-
-    monkeypatch.setattr(starts, "state_for", record)
-    return found
+    return found_states(monkeypatch)
 
 
 def test_clones_share_no_identity_and_have_disks_of_their_own(

@@ -259,12 +259,14 @@ def test_nothing_stays_among_the_artefacts_without_room_for_clones(tmp_path):
 
 def test_a_freeze_that_is_cancelled_leaves_no_vm_stopped():
     async def cancel():
-        state, begun = DomainState.RUNNING, asyncio.Event()
+        state = DomainState.RUNNING
+        begun, cancelled, ended = (asyncio.Event() for _ in range(3))
 
         async def suspend():
             nonlocal state
-            await asyncio.sleep(0.05)
+            await cancelled.wait()
             state = DomainState.PAUSED
+            ended.set()
 
         async def pause():
             begun.set()
@@ -290,9 +292,10 @@ def test_a_freeze_that_is_cancelled_leaves_no_vm_stopped():
         task = asyncio.create_task(stop())
         await begun.wait()
         task.cancel()
+        cancelled.set()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.sleep(0.2)
+        await ended.wait()
         assert state is DomainState.RUNNING
 
     asyncio.run(cancel())
