@@ -3,6 +3,7 @@
 import logging
 import os
 import pty
+import select
 import sys
 import termios
 import threading
@@ -57,6 +58,7 @@ def test_a_terminal_that_is_stopped_holds_up_nobody_who_logs(tmp_path, monkeypat
 
 def test_a_terminal_that_is_stopped_does_not_hold_up_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(daemon, "_LAST_WORDS", 0.1)
+    former = set(threading.enumerate())
     mine, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as output, os.fdopen(mine, "rb", 0) as shown:
         monkeypatch.setattr(sys, "stderr", output)
@@ -67,6 +69,11 @@ def test_a_terminal_that_is_stopped_does_not_hold_up_the_end(tmp_path, monkeypat
                     logging.getLogger("qubes").warning("record %d.", number)
         finally:
             termios.tcflow(theirs, termios.TCOON)
+        left = set(threading.enumerate()) - former
+        assert left
         seen = b""
+        while any(thread.is_alive() for thread in left):
+            if select.select([shown], [], [], 0.1)[0]:
+                seen += shown.read(4096)
         while b"record 999." not in seen:
             seen += shown.read(4096)
