@@ -207,6 +207,32 @@ def test_a_loop_filesystem_goes_with_its_context(kind, run_directory):
     assert loop_devices_over(filesystem.image) == ()
 
 
+@pytest.mark.parametrize("kind", [FilesystemType.BTRFS, FilesystemType.EXT4])
+def test_an_fsync_in_a_loop_filesystem_waits_for_no_disk(kind, run_directory):
+    """It goes with the run: no flush ever gets to the disk of the host."""
+    filesystem = LoopFilesystem(
+        run_directory / "one.img",
+        run_directory / "one",
+        kind=kind,
+        size=kind.minimum_size,
+    )
+
+    def flushes_of_a_write(device: Path) -> int:
+        """Return how many flushes reach a disk when a file is written and fsynced."""
+        statistics = Path("/sys/block", device.name, "stat")
+        before = int(statistics.read_text().split()[15])
+        with (filesystem.mount_point / "file").open("wb", buffering=0) as file:
+            file.write(b"data")
+            os.fsync(file.fileno())
+        return int(statistics.read_text().split()[15]) - before
+
+    with filesystem:
+        (device,) = loop_devices_over(filesystem.image)
+        assert flushes_of_a_write(device) == 0
+        run(["mount", "-o", "remount,barrier", filesystem.mount_point])
+        assert flushes_of_a_write(device) > 0, "they are not counted"
+
+
 @pytest.mark.parametrize(
     "settings",
     [
