@@ -4,14 +4,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import os
-import select
-import signal
 import threading
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import libvirt
@@ -34,6 +30,7 @@ from qubes_itests.hypervisor.exc import (
     SavedStateError,
     StateError,
 )
+from qubes_itests.hypervisor.qemu_process import kill_qemu
 from qubes_itests.hypervisor.saved_state import (
     SavedState,
     make_memory_file,
@@ -44,6 +41,7 @@ from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from qubes_itests.hypervisor.connection import Connection
     from qubes_itests.hypervisor.contract import (
@@ -54,7 +52,7 @@ if TYPE_CHECKING:
         LifecycleHandler,
     )
 
-__all__ = ["QemuDomain", "kill_qemu"]
+__all__ = ["QemuDomain"]
 
 _RETRY = 0.01
 #: Seconds within which libvirt forgets a domain that has ended; a few milliseconds.
@@ -65,8 +63,6 @@ _BEING_REMOVED = "is already being removed"
 _WHOLE_BLOCK = 4096
 #: Bytes; that in which a kernel image counts its set-up code.
 _SETUP_UNIT = 512
-#: Seconds until a killed process must be gone.
-_GONE = 5.0
 
 
 class QemuDomain(LibvirtDomain):
@@ -321,27 +317,3 @@ def _opens_direct(path: Path) -> bool:
         return os.lseek(file, 0, os.SEEK_END) % _WHOLE_BLOCK == 0
     finally:
         os.close(file)
-
-
-def kill_qemu(pid_file: Path, domain: str) -> None:
-    """Kill a domain's QEMU and wait until it is gone. Blocking.
-
-    libvirt asks QEMU to go, and looks again after 0.2 s; what is stopped as if its plug
-    were pulled need not be asked.
-
-    :param pid_file: where libvirt wrote its number. If that is missing, or it names
-        another process by now, nothing happens: libvirt then finds out by itself.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        pid = int(pid_file.read_text())
-        handle = os.pidfd_open(pid)
-        try:
-            # The handle is opened first: so it is this process that is killed.
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if f"guest={domain},".encode() in command:
-                signal.pidfd_send_signal(handle, signal.SIGKILL)
-                poll = select.poll()  # its number may be beyond what select() takes
-                poll.register(handle, select.POLLIN)
-                poll.poll(_GONE * 1000)
-        finally:
-            os.close(handle)
