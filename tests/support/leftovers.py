@@ -15,19 +15,23 @@ if TYPE_CHECKING:
 
 
 def leftovers(cache: Path) -> list[str]:
-    """Return what is there of runs with a cache, and loop devices over lost files.
+    """Return what is there of runs with a cache, and loop devices over lost files."""
+    directories = [
+        f"directory {path}" for path in (cache / "runs").glob("*") if path.is_dir()
+    ]
+    return processes(cache) + _loop_devices(cache) + directories
 
-    Processes are told by what is mounted for them: their names for it are their own.
+
+def processes(cache: Path) -> list[str]:
+    """Return those of runs with a cache.
+
+    They are told by what is mounted for them: their names for it are their own.
     """
-    processes = [
+    return [
         f"process {path.parent.name}: {_text(path.with_name('cmdline'))[:200]}"
         for path in Path("/proc").glob("[0-9]*/mountinfo")
         if f"{cache.name}/runs/" in _text(path)
     ]
-    directories = [
-        f"directory {path}" for path in (cache / "runs").glob("*") if path.is_dir()
-    ]
-    return processes + _loop_devices(cache) + directories
 
 
 def wait_for_no_leftovers(cache: Path, timeout: float = 10.0) -> list[str]:
@@ -47,19 +51,29 @@ def _loop_devices(cache: Path) -> list[str]:
         (f"{os.major(s.st_dev)}:{os.minor(s.st_dev)}", str(s.st_ino))
         for s in _files(cache / "runs")
     }
+    return [
+        f"loop device {device['name']} over {device['back-file']}"
+        for device in _listed()
+        if (str(device["back-maj:min"]).strip(), str(device["back-ino"])) in files
+        or ("(deleted)" in str(device["back-file"]) and device not in _OF_OTHERS)
+    ]
+
+
+def _listed() -> list[dict[str, object]]:
     columns = "NAME,BACK-FILE,BACK-MAJ:MIN,BACK-INO"
     listed = subprocess.run(
         ["losetup", "--list", "--json", "--output", columns],
         check=True,
         capture_output=True,
     )
-    devices = json.loads(listed.stdout or "{}").get("loopdevices", ())
-    return [
-        f"loop device {device['name']} over {device['back-file']}"
-        for device in devices
-        if (str(device["back-maj:min"]).strip(), str(device["back-ino"])) in files
-        or "(deleted)" in str(device["back-file"])
-    ]
+    devices: list[dict[str, object]] = json.loads(listed.stdout or "{}").get(
+        "loopdevices", []
+    )
+    return devices
+
+
+#: Those that other programs have left, as the suite of Qubes' own core does.
+_OF_OTHERS = _listed()
 
 
 def _files(root: Path) -> Iterator[os.stat_result]:

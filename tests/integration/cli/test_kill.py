@@ -2,17 +2,19 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_cache
-from leftovers import leftovers
+from leftovers import leftovers, processes
 
 SEED = 20
 MOMENTS = 20
+#: Runs at a time; no divisor of the number of kinds, or each lane had but one kind.
+AT_ONCE = 3
 #: In this share of them VMs and loop devices must have been there to be left.
 SEEN = 4
 #: Seconds; a run of the plugin below takes longer.
@@ -34,53 +36,66 @@ def _wait_for_nothing(cache, timeout):
 
 
 @pytest.fixture
-def cache(tmp_path):
-    """Have a cache of our own, so that what is left can be told from the rest."""
+def caches(tmp_path):
+    """Have caches of our own, so that what is left can be told from the rest."""
     # runs are told by this name: that of the cache of these tests must be another
-    cache = tmp_path / "cache-of-killed-runs"
-    cache.mkdir()
-    tiny_cache.fill(cache)
-    return cache
+    caches = [tmp_path / f"cache-of-killed-runs-{number}" for number in range(AT_ONCE)]
+    for cache in caches:
+        cache.mkdir()
+        tiny_cache.fill(cache)
+    return caches
 
 
 def _wait_for_vms(cache, process):
     deadline = time.monotonic() + FIRST_VM
-    while "qemu" not in " ".join(_alive(cache)) and process.poll() is None:
+    while "qemu" not in " ".join(processes(cache)) and process.poll() is None:
         assert time.monotonic() < deadline, "no VM has started"
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
-def test_nothing_survives_kill_at_any_moment(cache, tmp_path):
-    """Killed at 20 moments: from its first breath on, and from its first VM on.
-
-    Half of the runs have two workers.
-    """
-    moments = random.Random(SEED)  # noqa: S311
+def _kill_a_run(cache, number, moment):
+    """Tell whether there were VMs and loop devices when it was killed."""
     environment = os.environ | {"QUBES_ITESTS_CACHE": str(cache)}
     environment.pop("QUBES_ITESTS_SANDBOX", None)
-    seen_running = 0
-    for number in range(MOMENTS):
-        moment = moments.uniform(0, LONGEST)
-        workers = ("-n", "2") if number % 4 > 1 else ()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "qubes_itests", *workers, "run", "smoke"],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            stdin=subprocess.DEVNULL,
-        )
-        with_vms = number % 2 == 1
+    workers = ("-n", "2") if number % 4 > 1 else ()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qubes_itests", *workers, "run", "smoke"],
+        cwd=cache.parent,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+    )
+    seen_running = False
+    with_vms = number % 2 == 1
+    try:
         if with_vms:
             _wait_for_vms(cache, process)
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            left = " ".join(_alive(cache))
-            seen_running += "qemu" in left and "loop device" in left
-            process.send_signal(signal.SIGKILL)
+        process.wait(moment)
+    except subprocess.TimeoutExpired:
+        left = " ".join(_alive(cache))
+        seen_running = "qemu" in left and "loop device" in left
+    finally:
+        process.kill()
         process.wait()
-        since = "its first VM" if with_vms else "its start"
-        assert _wait_for_nothing(cache, 10) == [], f"{moment:.2f} s from {since}"
+    since = "its first VM" if with_vms else "its start"
+    assert _wait_for_nothing(cache, 10) == [], f"{moment:.2f} s from {since}"
+    return seen_running
+
+
+def test_nothing_survives_kill_at_any_moment(caches):
+    """Killed at 20 moments: from its first breath on, and from its first VM on.
+
+    Half of the runs have two workers. Several runs at once, for most of the time is
+    that until the moments; each has a cache of its own.
+    """
+    moments = random.Random(SEED)  # noqa: S311
+    runs = [(number, moments.uniform(0, LONGEST)) for number in range(MOMENTS)]
+
+    def kill_some(lane):
+        return [_kill_a_run(caches[lane], *run) for run in runs[lane::AT_ONCE]]
+
+    with ThreadPoolExecutor(AT_ONCE) as lanes:
+        seen_running = sum(map(sum, lanes.map(kill_some, range(AT_ONCE))))
     # else the moments were badly chosen and the test proves nothing
     assert seen_running >= MOMENTS // SEEN

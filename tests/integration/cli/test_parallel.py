@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conditions import wait_until
-from leftovers import leftovers, wait_for_no_leftovers
+from leftovers import processes, wait_for_no_leftovers
 from plugin_site import FOR_TEMPLATE
 
 NO_GUESTS = ("--hypervisor", "test")
@@ -395,7 +395,7 @@ def test_ctrl_c_leaves_nothing_and_each_worker_tells_where_it_was(guests, whole_
 
 def _wait_for_guests(cache, process, number):
     deadline = time.monotonic() + 100
-    while sum("/qemu-system" in what for what in leftovers(cache)) < number:
+    while sum("/qemu-system" in what for what in processes(cache)) < number:
         assert process.poll() is None, "the run has ended"
         assert time.monotonic() < deadline, "no VMs have started"
         time.sleep(0.05)
