@@ -238,17 +238,19 @@ def pytest_collection() -> Generator[None, Any, Any]:
     They stay to the end of the run. Looked through again and again while they become
     more, they made collecting a fifth slower; and each full collection later, of which
     the leak check makes one a test and `pytest.main` in a test five, took up to 0.2 s.
+    Those of a `pytest.main` in a test do not stay, nor does what the test has by then.
     """
-    was_enabled = gc.isenabled()
+    was_enabled, is_outermost = gc.isenabled(), not gc.get_freeze_count()
     gc.disable()
     try:
         return (yield)
     finally:
         if was_enabled:
             gc.enable()
-        # what is garbage already would stay too, with the files that it holds open
-        gc.collect()
-        gc.freeze()
+        if is_outermost:
+            # what is garbage already would stay too, with the files that it holds open
+            gc.collect()
+            gc.freeze()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

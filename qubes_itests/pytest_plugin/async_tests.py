@@ -83,8 +83,11 @@ def _plain(function: Callable[..., Any], config: pytest.Config) -> Callable[...,
     @functools.wraps(function)
     def generate(*words: Any, **named: Any) -> Generator[Any]:
         values: AsyncGenerator[Any] = function(*words, **named)
-        yield portal().run(anext(values))
-        if portal().run(anext(values, _END)) is not _END:
-            pytest.fail("expected a fixture that yields once", pytrace=False)
+        value = portal().run(anext(values, _END))
+        if value is not _END:
+            yield value
+            if portal().run(anext(values, _END)) is _END:
+                return
+        pytest.fail("expected a fixture that yields once", pytrace=False)
 
     return generate

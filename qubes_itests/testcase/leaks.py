@@ -9,7 +9,7 @@ import time
 import warnings
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.host.cache import descriptors_in_use
@@ -51,7 +51,15 @@ class LeakWatch:
     :param portal: the loop whose tasks are looked at.
     """
 
+    #: Whether what the plugin of pytest had frozen has been searched for a holder.
+    _thawed: ClassVar = False
+
     def __init__(self, portal: Portal) -> None:
+        if LeakWatch._thawed:
+            # Not at once, or what the test before this one has left could never go.
+            LeakWatch._thawed = False
+            gc.collect()
+            gc.freeze()
         self._portal = portal
         self._exit = contextlib.ExitStack()
         self._warned = self._exit.enter_context(warnings.catch_warnings(record=True))
@@ -122,10 +130,20 @@ class LeakWatch:
 
         _until(gone)
         return [
-            f"VM object {name}, held by {_holders(vm)}"
+            f"VM object {name}, held by {self._holders(vm)}"
             for name, reference in self._vms
             if (vm := reference()) is not None
         ]
+
+    def _holders(self, vm: object) -> str:
+        """Return what kinds of objects hold a VM."""
+        # What is frozen, the lists of modules among it, is not searched.
+        if gc.get_freeze_count():
+            LeakWatch._thawed = True
+            gc.unfreeze()
+        kinds = {type(holder).__name__ for holder in gc.get_referrers(vm)}
+        kinds -= {"frame", "list_iterator"}
+        return ", ".join(sorted(kinds)) or "nothing that is known"
 
 
 def _open_files() -> dict[str, str]:
@@ -155,14 +173,3 @@ def _described(task: asyncio.Task[Any]) -> str:
     if frame is None:
         return str(name)
     return f"{name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"  # noqa: PTH119 - a name for people
-
-
-def _holders(vm: object) -> str:
-    """Return what kinds of objects hold a VM."""
-    # What the plugin of pytest has frozen, the lists of modules among them, is not
-    # searched otherwise.
-    gc.unfreeze()
-    kinds = {type(holder).__name__ for holder in gc.get_referrers(vm)}
-    return (
-        ", ".join(sorted(kinds - {"frame", "list_iterator"})) or "nothing that is known"
-    )

@@ -43,8 +43,9 @@ async def clone_vm(
     """
     if isinstance(source, AdminVM):
         raise QubesVMError(source, f"{source} cannot be cloned: there is one only")
-    # by its name: what stands for a VM is of another class
-    vm_class = app.get_vm_class(source.klass if cls is None else cls)
+    # what stands for a VM is of another class
+    own: type[Any] = type(app.domains[source])
+    vm_class = own if cls is None else app.get_vm_class(cls)
     has_template = "template" in {prop.name for prop in vm_class.property_list()}
     if has_template and source.template_or_none is not None:
         properties.setdefault("template", source.template_or_none)

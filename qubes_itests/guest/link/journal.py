@@ -108,12 +108,14 @@ class GuestJournal:
                 process = await self._agent.spawn(write, user="root")
             await answer_of(process, "settle its journal", timeout=timeout)
             waiting = asyncio.ensure_future(seen.wait())
-            await asyncio.wait(
-                [waiting, self._following],
-                timeout=timeout,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            waiting.cancel()
+            try:
+                await asyncio.wait(
+                    [waiting, self._following],
+                    timeout=timeout,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+            finally:
+                waiting.cancel()
         finally:
             del self._marks[mark]
 

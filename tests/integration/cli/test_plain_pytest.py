@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -146,6 +147,14 @@ async def twice(portal):
 
 def test_twice(twice):
     pass
+
+@pytest.fixture
+async def never(portal):
+    if not portal:
+        yield
+
+def test_never(never):
+    pass
 """
 )
 
@@ -161,8 +170,12 @@ def test_in_each_mode_of_pytest_asyncio_what_uses_our_fixtures_is_on_our_loop(
     words = ("-p", "qubes_itests")
     done = site.run(*words, program="pytest", QUBES_ITESTS_HYPERVISOR="test")
     passed = 6 if mode == "auto" else 5
-    assert f" {passed} passed, 1 error" in done.stdout, done.stdout + done.stderr
-    assert "expected a fixture that yields once" in done.stdout
+    assert f" {passed} passed, 2 errors" in done.stdout, done.stdout + done.stderr
+    causes = re.findall("^  cause +in (.*)", done.stdout, re.MULTILINE)
+    assert causes == [
+        f"{phase}: expected a fixture that yields once"
+        for phase in ("teardown", "setup")
+    ]
 
 
 def test_asynchronous_tests_run_on_the_loop_of_the_run_and_failures_are_told(site):

@@ -14,6 +14,7 @@ from qubes_itests.core.device.assignment import DeviceAssignment
 from qubes_itests.core.device.port import Port, VirtualDevice
 from qubes_itests.core.store.file import StoreFile
 from qubes_itests.core.store.journal import Journal
+from qubes_itests.core.vm.appvm import AppVM
 from qubes_itests.core.vm.boot_data import qubesdb_entries
 from qubes_itests.core.vm.dispvm import DispVM
 from qubes_storage.exc import StoragePoolException
@@ -392,6 +393,15 @@ async def test_a_clone_is_like_its_source(app):
     }
     await copy.start()
     await copy.kill()
+
+
+@pytest.mark.asyncio
+async def test_a_clone_is_of_the_class_of_its_source_whoever_has_written_that(app):
+    class OwnVM(AppVM):
+        pass
+
+    source = await make_vm(app, OwnVM, "work")
+    assert type(await app.clone_vm(source, "copy")) is OwnVM
 
 
 @pytest.mark.asyncio
