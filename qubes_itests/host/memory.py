@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from qubes_itests.exc import UsageError
 
@@ -15,28 +18,72 @@ LEAST = 512
 _MIB = 1 << 20
 #: The hundredths of it that VMs may take: QEMU itself takes some, and tests do.
 _FOR_VMS = 80
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """Names in the control groups of one version; see cgroups(7)."""
+
+    mounted: str
+    limit: str
+    used: str
+    reclaimed: tuple[str, ...]
+
+
+#: By what /proc/self/cgroup has as their controllers.
+_VERSIONS: Final = {
+    "": _Version("", "memory.max", "memory.current", ("inactive_file", "active_file")),
+    "memory": _Version(
+        "memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
+}
 _AVAILABLE = re.compile(r"^MemAvailable:\s+([0-9]+) kB$", re.MULTILINE)
 
 
 def available(
-    proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")
+    proc: Path = Path("/proc/meminfo"),
+    groups: Path = Path("/sys/fs/cgroup"),
+    own: Path = Path("/proc/self/cgroup"),
 ) -> int:
     """Return how much memory processes can still take without swapping, MiB.
 
-    A container is told of the whole machine's memory; what it may use is the limit of
-    its control group (cgroup v2), which a machine of its own has not.
+    A container, or a service, is told of the whole machine's memory; what it may use is
+    the limit of its control group, or of one above that.
 
     :param proc: the kernel's account of the machine.
-    :param group: where control groups are mounted.
+    :param groups: where control groups are mounted.
+    :param own: the kernel's account of which ones this process is in.
     """
     found = _AVAILABLE.search(proc.read_text())
-    free = int(found[1]) * 1024 if found else 0
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return free // _MIB
-    return max(min(free, limit - used), 0) // _MIB
+    left = [int(found[1]) * 1024 if found else 0]
+    for line in own.read_text().splitlines():
+        _, controllers, name = line.split(":", 2)
+        version = _VERSIONS.get(controllers)
+        if version is None:
+            continue
+        place = groups / version.mounted
+        # A container may be shown its own group as the root, whatever that is called.
+        directory = place / name.lstrip("/")
+        while True:
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                left.append(_left(directory, version))
+            if directory == place:
+                break
+            directory = directory.parent
+    return max(min(left), 0) // _MIB
+
+
+def _left(directory: Path, version: _Version) -> int:
+    """Return how many bytes the processes of a control group may still take."""
+    limit = int((directory / version.limit).read_text())
+    used = int((directory / version.used).read_text())
+    lines = (directory / "memory.stat").read_text().splitlines()
+    account = {key: int(value) for key, value in (line.split() for line in lines)}
+    # What it has read of files counts as used, but goes when memory is wanted.
+    return limit - used + sum(account.get(key, 0) for key in version.reclaimed)
 
 
 def for_vms() -> int:

@@ -15,14 +15,27 @@ def machine(tmp_path):
     return tmp_path
 
 
-def limit(machine, most, used):
-    (machine / "memory.max").write_text(f"{most}\n")
-    (machine / "memory.current").write_text(f"{used}\n")
-    return available(machine / "meminfo", machine)
+def limit(machine, most, used, *, own="0::/", place="", files=0):
+    """Return what is available in a control group with a limit, MiB."""
+    second = place.startswith("memory")
+    names = ("limit_in_bytes", "usage_in_bytes") if second else ("max", "current")
+    directory = machine / place
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"memory.{names[0]}").write_text(f"{most}\n")
+    (directory / f"memory.{names[1]}").write_text(f"{used}\n")
+    total = "total_" if second else ""
+    (directory / "memory.stat").write_text(
+        f"anon 5\n{total}inactive_file {files}\n{total}active_file {files}\n"
+    )
+    (machine / "own").write_text(f"9:cpu:/elsewhere\n{own}\n")
+    return available(machine / "meminfo", machine, machine / "own")
 
 
 def test_without_a_control_group_it_is_what_the_kernel_says(machine):
-    assert available(machine / "meminfo", machine / "none") == 8192
+    (machine / "own").write_text("")
+    assert available(machine / "meminfo", machine, machine / "own") == 8192
+    (machine / "own").write_text("0::/gone/from/here\n4:memory:/\n")
+    assert available(machine / "meminfo", machine, machine / "own") == 8192
 
 
 def test_a_container_may_have_less(machine):
@@ -30,6 +43,29 @@ def test_a_container_may_have_less(machine):
     assert limit(machine, 64 << 30, 1 << 30) == 8192
     assert limit(machine, "max", 1 << 30) == 8192
     assert limit(machine, 1 << 30, 2 << 30) == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "place"),
+    [
+        ("0::/user.slice/run.scope", "user.slice/run.scope"),
+        ("0::/user.slice/run.scope", "user.slice"),
+        ("0::/docker/of-the-host", ""),
+        ("4:memory:/docker/1234", "memory/docker/1234"),
+        ("4:memory:/docker/1234", "memory/docker"),
+        ("4:memory:/docker/of-the-host", "memory"),
+    ],
+)
+def test_the_limit_of_its_own_group_or_of_one_above_counts(machine, own, place):
+    assert limit(machine, 3 << 30, 1 << 30, own=own, place=place) == 2048
+
+
+@pytest.mark.parametrize("place", ["", "memory"])
+def test_what_files_fill_is_available(machine, place):
+    """A container that has built a template has filled its memory with that."""
+    own = f"4:{place}:/" if place else "0::/"
+    most, files = 3 << 30, 1 << 30
+    assert limit(machine, most, most, own=own, place=place, files=files) == 2048
 
 
 def test_this_machine_has_some_and_keeps_some():
