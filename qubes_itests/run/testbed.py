@@ -400,8 +400,8 @@ class Testbed:
         # `_note_panic` tells by this list whose VM has panicked, until no VM runs.
         self._apps.remove(app)
         if app.store is None:
-            for vm in app.domains.startable():
-                await vm.storage.undo()
+            # no VM's volumes are in the way of another's: what is shared has a lock
+            await asyncio.gather(*(vm.storage.undo() for vm in app.domains.startable()))
         for pool in app.pools.values():
             await pool.destroy()
         left = [d.spec.name for d in self.hypervisor.domains()]
