@@ -30,7 +30,11 @@ from qubes_itests.hypervisor.exc import (
     SavedStateError,
     StateError,
 )
-from qubes_itests.hypervisor.qemu_process import kill_qemu
+from qubes_itests.hypervisor.qemu_process import (
+    have_killed_first,
+    kill_qemu,
+    memory_of,
+)
 from qubes_itests.hypervisor.saved_state import (
     SavedState,
     make_memory_file,
@@ -49,7 +53,7 @@ if TYPE_CHECKING:
         Domain,
         DomainSpec,
         Interface,
-        LifecycleHandler,
+        LifecycleEvent,
     )
 
 __all__ = ["QemuDomain"]
@@ -76,7 +80,7 @@ class QemuDomain(LibvirtDomain):
         self,
         connection: Connection,
         spec: DomainSpec,
-        publish: LifecycleHandler,
+        publish: Callable[[LibvirtDomain, LifecycleEvent], None],
         forget: Callable[[Domain], None],
         *,
         machine: Machine,
@@ -164,15 +168,23 @@ class QemuDomain(LibvirtDomain):
             memory_file=memory,
         )
 
+    def memory_held(self) -> int:
+        return memory_of(self._pid_file)
+
     async def _create_native(self, xml: str, flags: int) -> None:
+        def start() -> object:
+            native: object = self._connection.native.createXML(xml, flags)
+            have_killed_first(self._pid_file)
+            return native
+
         async def create() -> None:
-            function, name = self._connection.native.createXML, self.spec.name
+            name = self.spec.name
             loop = asyncio.get_running_loop()
             deadline = loop.time() + _FORGETTING
             while True:
                 try:
                     self._native = await self._connection.call_to_end(
-                        name, "start", function, xml, flags
+                        name, "start", start
                     )
                 except HypervisorError as error:
                     # libvirt tells of the end of a domain before it has forgotten it,

@@ -351,7 +351,7 @@ class Settings:
     host_memory: int = option(
         0, _host_memory, "MIB", f"{_VMS} thaw {PYTEST}",
         "let all VMs together take at most MIB mebibytes of the memory of this machine;"
-        " 0 for 80 % of what is available")
+        " 0 for as much as it has room for, for workers shares of 80 % of that")
     start_timeout: int = option(
         0, _start_timeout, "SECONDS", f"{_VMS} thaw {PYTEST}",
         "give up the start of a VM after SECONDS; 0 for 60, and more where guests are"
