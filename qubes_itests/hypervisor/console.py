@@ -25,6 +25,7 @@ _TAIL = 256 << 10
 _LIMIT = 1 << 20
 
 _CHUNK = 64 << 10
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 
 #: Of the log's end so much is looked at, and so many lines are shown in errors.
 _SHOWN_BYTES = 16384
@@ -53,6 +54,9 @@ class Console:
         self._thread: threading.Thread | None = None
         self._last = b""
         self._dropped = 0
+        #: Held while the thread writes, so that the log can be exchanged.
+        self._writing = threading.Lock()
+        self._target = -1
         #: Whether what is printed is the kernel's word, since nobody else could.
         self.trusted = True
         #: Whether the kernel has said, since `open`, that it panicked.
@@ -66,12 +70,27 @@ class Console:
             os.mkfifo(path, 0o600)
         # without blocking, or it would wait for QEMU, which is started after this
         source = os.open(self._paths[1], os.O_RDONLY | os.O_NONBLOCK)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        target = os.open(self._log, flags, 0o600)
+        self._target = os.open(self._log, _APPEND, 0o600)
         self._thread = threading.Thread(
-            target=self._collect, args=(source, target), name="console", daemon=True
+            target=self._collect, args=(source,), name="console", daemon=True
         )
         self._thread.start()
+
+    def move(self, vm: str, pipe: Path, log: Path) -> None:
+        """Go on as the console of another VM, to whose log it adds. Blocking.
+
+        Both ends of the pipes are open; they are moved, too.
+
+        :param vm: as for the constructor, and so are the others.
+        """
+        with self._writing:
+            self._vm, self._log = vm, log
+            if self._target >= 0:  # else QEMU has gone
+                os.close(self._target)
+                self._target = os.open(log, _APPEND, 0o600)
+            for path in self._paths:
+                path.rename(pipe.with_name(pipe.name + path.suffix))
+            self._paths = [pipe.with_name(pipe.name + end) for end in (".in", ".out")]
 
     def close(self, timeout: float = 5.0) -> None:
         """Wait until all that was printed is in the log; drop the pipes. Blocking."""
@@ -89,7 +108,7 @@ class Console:
         for path in self._paths:
             path.unlink(missing_ok=True)
 
-    def _collect(self, source: int, target: int) -> None:
+    def _collect(self, source: int) -> None:
         poll = select.poll()
         poll.register(source, select.POLLIN)
         line = b""
@@ -107,21 +126,23 @@ class Console:
                     recent = self._last + data
                     self.panicked |= _PANIC in recent
                     self._last = recent[-len(_PANIC) :]
-                target = self._append(target, data)
+                with self._writing:
+                    self._append(data)
                 line = lines("console", self._vm, line + data)
         finally:
             os.close(source)
-            os.close(target)
+            with self._writing:
+                os.close(self._target)
+                self._target = -1
 
-    def _append(self, target: int, data: bytes) -> int:
+    def _append(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # a full disk must not stop the guest
-            os.write(target, data)
-            if os.fstat(target).st_size > _LIMIT:
-                return self._shorten(target)
-        return target
+            os.write(self._target, data)
+            if os.fstat(self._target).st_size > _LIMIT:
+                self._shorten()
 
-    def _shorten(self, target: int) -> int:
-        """Replace the log by its beginning and its end; return the new file."""
+    def _shorten(self) -> None:
+        """Replace the log by its beginning and its end."""
         short = self._log.with_name(self._log.name + ".short")
         with self._log.open("rb") as log:
             head = log.read(_HEAD)
@@ -136,8 +157,8 @@ class Console:
         # all the time, for those who read it meanwhile
         replacement = os.open(short, os.O_WRONLY | os.O_APPEND)
         short.replace(self._log)
-        os.close(target)
-        return replacement
+        os.close(self._target)
+        self._target = replacement
 
 
 def console_tail(domain: Domain) -> str:

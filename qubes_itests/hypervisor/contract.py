@@ -102,6 +102,8 @@ class DomainSpec:
     :param initramfs: initramfs image on the host; None if there is no kernel.
     :param kernel_options: appended to the back end's own kernel command line.
     :param balanced: whether its memory may be changed while it runs.
+    :param spare: whether nobody needs it: it is undefined as soon as one that is
+        defined lacks its memory.
     """
 
     name: str
@@ -116,6 +118,7 @@ class DomainSpec:
     disks: tuple[Disk, ...] = ()
     interfaces: tuple[Interface, ...] = ()
     balanced: bool = True
+    spare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +187,21 @@ class Domain(abc.ABC):
             then, and a start without it may follow.
         :raise HypervisorError: for what else went wrong.
         """
+
+    async def adopt(self, clone: Domain) -> None:
+        """Begin a run as what another domain, which is paused, runs as already.
+
+        The disks of the clone become those of this one; what else it lists is to be
+        attached. The clone is undefined from then on, also when this raises, unless it
+        was not there to be had.
+
+        :param clone: of the same `state_key`, for the disks that it has; none of those
+            may be read-only.
+        :raise StateError: when this one runs already, or the clone is not paused.
+        :raise HypervisorError: for what else went wrong, and this one is halted then;
+            or the back end cannot: not all can.
+        """
+        raise HypervisorError(self.spec.name, "start", f"{clone.spec.name} stays one")
 
     async def press_power_button(self) -> None:
         """Ask a guest without an agent to power off, by ACPI; it may ignore that.
@@ -346,8 +364,8 @@ class Hypervisor(abc.ABC):
     networked: bool = True
     #: Whether its domains take memory of this machine.
     takes_memory: bool = True
-    #: MiB that its domains may have at their starts, all together; None for as long as
-    #: this machine has room. `define` refuses what would be more.
+    #: MiB that its domains may have at their starts, all together; None for no limit.
+    #: `define` refuses what would be more.
     memory_limit: int | None = None
     #: How many times longer a guest may take than one with hardware virtualisation.
     slowness: float = 1.0
@@ -369,8 +387,11 @@ class Hypervisor(abc.ABC):
         """
 
     @abc.abstractmethod
-    def domains(self) -> tuple[Domain, ...]:
-        """Return the domains that are defined, in order of definition."""
+    def domains(self, *, spare: bool = False) -> tuple[Domain, ...]:
+        """Return the domains that are defined, in order of definition.
+
+        :param spare: those that nobody needs, in place of the others.
+        """
 
     @abc.abstractmethod
     def subscribe(self, handler: LifecycleHandler) -> Callable[[], None]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import libvirt
 
 from qubes_itests.exc import DeadlineError
-from qubes_itests.host import memory
 from qubes_itests.hypervisor.contract import (
     Domain,
     DomainSpec,
     DomainState,
     LifecycleEvent,
+    LifecycleHandler,
     MemoryStatistics,
 )
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
@@ -76,10 +76,12 @@ class LibvirtDomain(Domain):
         self,
         connection: Connection,
         spec: DomainSpec,
-        publish: Callable[[LibvirtDomain, LifecycleEvent], None],
+        publish: LifecycleHandler,
         forget: Callable[[Domain], None],
     ) -> None:
         self.spec = spec
+        #: What libvirt calls it in its present run: another domain may have begun that.
+        self.libvirt_name, self.libvirt_uuid = spec.name, spec.uuid
         self._connection = connection
         self._publish = publish
         self._forget = forget
@@ -94,8 +96,6 @@ class LibvirtDomain(Domain):
         self._announced: LifecycleEvent | None = None
         self._ending: asyncio.Future[None] | None = None
         self._loading = self._destroying = self._undefined = False
-        #: What `memory.kills` was when its run began.
-        self.kills = 0
 
     @abc.abstractmethod
     async def _create(
@@ -115,10 +115,6 @@ class LibvirtDomain(Domain):
     def _showed_panic(self) -> bool:
         """Tell whether its console shows a panic; asked after the clean-up."""
         return False
-
-    def memory_held(self) -> int:
-        """Return how much of this machine's memory it has for itself, MiB."""
-        return self.spec.memory
 
     def handle_event(self, event: LifecycleEvent) -> None:
         """Take note of one of libvirt's events; call it on the event loop."""
@@ -212,10 +208,10 @@ class LibvirtDomain(Domain):
             # clean-up which it causes, would hit the run that begins here
             await self._settle()
             self._stopped.clear()
+            self.libvirt_name, self.libvirt_uuid = self.spec.name, self.spec.uuid
             self._last = DomainState.HALTED
             self._announced = None
             self._destroying = self.panicked = False
-            self.kills = memory.kills()
             self._loading = loading
             try:
                 await create()
@@ -223,6 +219,26 @@ class LibvirtDomain(Domain):
                 # also when cancelled: a QEMU that nobody has a handle of would stay
                 await to_its_end(self._undo_start())
                 raise
+
+    async def hand_over(self, heir: LibvirtDomain) -> Any:
+        """Let go of a paused run, which goes on as the heir's; return libvirt's object.
+
+        :raise StateError: it is not paused.
+        """
+        async with self._changing:
+            state, native = await self.state(), self._running("adopt")
+            # Else its end would be that of this domain still.
+            if state is not DomainState.PAUSED or self._ending is not None:
+                raise StateError(self.spec.name, "adopt", f"it is {state.value}")
+            # In one step of the loop, in which no event can come in: each is told to
+            # the one whose UUID it is.
+            heir.libvirt_name, heir.libvirt_uuid = self.libvirt_name, self.libvirt_uuid
+            self._native = None
+            self._undefined = True
+            self._stopped.set()
+            self._connection.forget(self.spec.name)
+            self._forget(self)
+            return native
 
     def _announce_paused(self) -> None:
         """Tell of a run that has begun with a state, and is paused."""

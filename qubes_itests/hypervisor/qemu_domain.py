@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import libvirt
 
 from qubes_itests.exc import DeadlineError
+from qubes_itests.hypervisor.adoption import AdoptedDomain, exchange_disks
 from qubes_itests.hypervisor.console import Console
-from qubes_itests.hypervisor.contract import DomainState
+from qubes_itests.hypervisor.contract import DomainState, LifecycleEvent
 from qubes_itests.hypervisor.devices import LiveDevices, plugged_in
 from qubes_itests.hypervisor.domain import LibvirtDomain
 from qubes_itests.hypervisor.domain_xml import (
@@ -30,11 +31,8 @@ from qubes_itests.hypervisor.exc import (
     SavedStateError,
     StateError,
 )
-from qubes_itests.hypervisor.qemu_process import (
-    have_killed_first,
-    kill_qemu,
-    memory_of,
-)
+from qubes_itests.hypervisor.monitor import Monitor
+from qubes_itests.hypervisor.qemu_process import kill_qemu
 from qubes_itests.hypervisor.saved_state import (
     SavedState,
     make_memory_file,
@@ -53,7 +51,7 @@ if TYPE_CHECKING:
         Domain,
         DomainSpec,
         Interface,
-        LifecycleEvent,
+        LifecycleHandler,
     )
 
 __all__ = ["QemuDomain"]
@@ -80,7 +78,7 @@ class QemuDomain(LibvirtDomain):
         self,
         connection: Connection,
         spec: DomainSpec,
-        publish: Callable[[LibvirtDomain, LifecycleEvent], None],
+        publish: LifecycleHandler,
         forget: Callable[[Domain], None],
         *,
         machine: Machine,
@@ -89,10 +87,9 @@ class QemuDomain(LibvirtDomain):
         super().__init__(connection, spec, publish, forget)
         self._machine = machine
         self._root = root
-        self._pid_file = root / "run" / "qemu" / f"{spec.name}.pid"
         #: What its memory is in if it will be saved.
         self._memory_file: Path | None = None
-        self._console = Console(spec.name, console_pipe(spec), self.console_log())
+        self.console = Console(spec.name, console_pipe(spec), self.console_log())
 
     def console_log(self) -> Path:
         return self.spec.directory / "console.log"
@@ -106,7 +103,7 @@ class QemuDomain(LibvirtDomain):
         saved_disks: tuple[str, ...],
         to_save: Path | None,
     ) -> None:
-        await asyncio.to_thread(self._console.open)
+        await asyncio.to_thread(self.console.open)
         if saved_state is not None:
             disks = tuple(disk for disk in self.spec.disks if disk.name in saved_disks)
             spec = replace(self.spec, disks=disks, interfaces=())
@@ -168,23 +165,15 @@ class QemuDomain(LibvirtDomain):
             memory_file=memory,
         )
 
-    def memory_held(self) -> int:
-        return memory_of(self._pid_file)
-
     async def _create_native(self, xml: str, flags: int) -> None:
-        def start() -> object:
-            native: object = self._connection.native.createXML(xml, flags)
-            have_killed_first(self._pid_file)
-            return native
-
         async def create() -> None:
-            name = self.spec.name
+            function, name = self._connection.native.createXML, self.spec.name
             loop = asyncio.get_running_loop()
             deadline = loop.time() + _FORGETTING
             while True:
                 try:
                     self._native = await self._connection.call_to_end(
-                        name, "start", start
+                        name, "start", function, xml, flags
                     )
                 except HypervisorError as error:
                     # libvirt tells of the end of a domain before it has forgotten it,
@@ -200,20 +189,21 @@ class QemuDomain(LibvirtDomain):
 
     async def _cleanup(self) -> None:
         # the console first: its log is whole only when QEMU's end of the pipe is read
-        await asyncio.to_thread(self._console.close)
+        await asyncio.to_thread(self.console.close)
         await asyncio.to_thread(channel_path(self.spec).unlink, missing_ok=True)
         if self._memory_file is not None:
             await asyncio.to_thread(self._memory_file.unlink, missing_ok=True)
             self._memory_file = None
 
     async def _pull_plug(self) -> None:
-        await asyncio.to_thread(kill_qemu, self._pid_file, self.spec.name)
+        pid_file = self._root / "run" / "qemu" / f"{self.libvirt_name}.pid"
+        await asyncio.to_thread(kill_qemu, pid_file, self.libvirt_name)
 
     def _showed_panic(self) -> bool:
-        return self._console.panicked
+        return self.console.panicked
 
     def distrust_console(self) -> None:
-        self._console.trusted = False
+        self.console.trusted = False
 
     async def save(self, path: Path) -> None:
         # nothing may start or destroy the domain while QEMU writes; and it is stopped
@@ -245,11 +235,37 @@ class QemuDomain(LibvirtDomain):
 
     async def thaw(self, path: Path) -> None:
         async def create() -> None:
-            await asyncio.to_thread(self._console.open)
+            await asyncio.to_thread(self.console.open)
             await self._load(path, self.spec, frozen=True)
 
         await self._begin(create, loading=True)
         self._announce_paused()
+
+    async def adopt(self, clone: Domain) -> None:
+        assert isinstance(clone, QemuDomain)  # noqa: S101 - a back end has its own alone
+
+        async def take() -> None:
+            native = await clone.hand_over(self)
+            self._native = AdoptedDomain(native, clone.spec, self.spec)
+            self.console = clone.console
+            await asyncio.to_thread(self._take_files, clone.spec)
+            disks = {
+                disk.name: (disk, await asyncio.to_thread(_opens_direct, disk.path))
+                for disk in self.spec.disks
+            }
+            monitor = Monitor(self._connection, self.spec.name, self._native)
+            await exchange_disks(monitor, clone.spec.disks, disks)
+            await self._call("start", self._native.resume)
+
+        # To its end: of what is half one domain's and half another's nobody is left.
+        await self._begin(lambda: to_its_end(take()), loading=True)
+        self._announced = LifecycleEvent.STARTED
+        self._publish(self, LifecycleEvent.STARTED)
+
+    def _take_files(self, clone: DomainSpec) -> None:
+        """Move a clone's console and channel to where they are looked for. Blocking."""
+        self.console.move(self.spec.name, console_pipe(self.spec), self.console_log())
+        channel_path(clone).rename(channel_path(self.spec))
 
     async def open_channel(
         self, protocol: Callable[[], asyncio.BaseProtocol], *, timeout: float = 10.0

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import secrets
 from typing import TYPE_CHECKING, Any, Final, Self
 
-import libvirt_qemu
-
 from qubes_itests.exc import DeadlineError
 from qubes_itests.hypervisor.exc import HypervisorError, SavedStateError
+from qubes_itests.hypervisor.monitor import Monitor
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
@@ -68,51 +66,6 @@ def _header(memory: Path) -> bytes:
     return text.ljust(_HEADER_LENGTH - 1).encode() + b"\n"
 
 
-class _Monitor:
-    """QEMU's own protocol, through libvirt."""
-
-    def __init__(self, connection: Connection, domain: str, native: Any) -> None:
-        self._connection = connection
-        self.domain = domain
-        self.native = native
-
-    async def execute(self, action: str, command: str, **arguments: Any) -> Any:
-        text = json.dumps({"execute": command, "arguments": arguments})
-        answer = await self._connection.call(
-            self.domain, action, libvirt_qemu.qemuMonitorCommand, self.native, text, 0
-        )
-        return self._result(action, answer)
-
-    async def pass_file(self, action: str, fd: int) -> None:
-        text = json.dumps({"execute": "getfd", "arguments": {"fdname": _FD_NAME}})
-        answer = await self._connection.call(
-            self.domain,
-            action,
-            libvirt_qemu.qemuMonitorCommandWithFiles,
-            self.native,
-            text,
-            [fd],
-            0,
-        )
-        self._result(action, answer[0] if isinstance(answer, tuple) else answer)
-
-    async def leave_out_shared_memory(self, action: str, *, out: bool) -> None:
-        """Have memory left out of the state, or not, that others share; on both sides.
-
-        It changes the format.
-        """
-        capability = {"capability": "x-ignore-shared", "state": out}
-        await self.execute(
-            action, "migrate-set-capabilities", capabilities=[capability]
-        )
-
-    def _result(self, action: str, answer: str) -> Any:
-        parsed = json.loads(answer)
-        if "error" in parsed:
-            raise HypervisorError(self.domain, action, parsed["error"]["desc"])
-        return parsed["return"]
-
-
 async def save_state(
     connection: Connection,
     domain: str,
@@ -125,20 +78,20 @@ async def save_state(
     :param memory: the file in which it runs; it becomes part of the state.
     :raise HypervisorError: it did not work; there is no file then.
     """
-    monitor = _Monitor(connection, domain, native)
+    monitor = Monitor(connection, domain, native)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         # stopped first, or the guest dirties pages as fast as they are written
         await connection.call(domain, "save", native.suspend)
-        await monitor.leave_out_shared_memory("save", out=memory is not None)
+        await _leave_out_shared_memory(monitor, "save", out=memory is not None)
         # QEMU's default is a network's speed, which would make the save take seconds
         await monitor.execute(
             "save", "migrate-set-parameters", **{"max-bandwidth": 1 << 40}
         )
         if memory is not None:
             os.lseek(fd, _HEADER_LENGTH, os.SEEK_SET)
-        await monitor.pass_file("save", fd)
+        await monitor.pass_file("save", _FD_NAME, fd)
         await monitor.execute("save", "migrate", uri=f"fd:{_FD_NAME}")
         await _wait_migrated(monitor, "save")
         # On disk before it has its name: the name is what later runs trust, and after
@@ -168,7 +121,16 @@ def _seal(memory: Path) -> None:
         os.close(descriptor)
 
 
-async def _wait_migrated(monitor: _Monitor, action: str) -> None:
+async def _leave_out_shared_memory(monitor: Monitor, action: str, *, out: bool) -> None:
+    """Have memory left out of the state, or not, that others share; on both sides.
+
+    It changes the format.
+    """
+    capability = {"capability": "x-ignore-shared", "state": out}
+    await monitor.execute(action, "migrate-set-capabilities", capabilities=[capability])
+
+
+async def _wait_migrated(monitor: Monitor, action: str) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _DEADLINE
     while True:
@@ -232,11 +194,11 @@ class SavedState:
         :param run: whether its virtual CPUs run from then on.
         :raise SavedStateError: it did not load; the domain is of no use then.
         """
-        monitor = _Monitor(connection, self._domain, native)
+        monitor = Monitor(connection, self._domain, native)
         try:
             if self.memory is not None:
-                await monitor.leave_out_shared_memory("start", out=True)
-            await monitor.pass_file("start", self._fd)
+                await _leave_out_shared_memory(monitor, "start", out=True)
+            await monitor.pass_file("start", _FD_NAME, self._fd)
             await monitor.execute("start", "migrate-incoming", uri=f"fd:{_FD_NAME}")
             await _wait_migrated(monitor, "start")
             if run:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import functools
 import inspect
 import threading
+import weakref
 from asyncio import Handle, isfuture  # by their names here: see `waiting`
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
@@ -45,6 +47,8 @@ _SHARED: Final = (
     " the virtual machines;"
 )
 
+_in_background: Final = contextvars.ContextVar("in_background", default=False)
+
 #: Seconds that a call handed over to the loop's thread may take; it only schedules.
 _HANDOVER_TIMEOUT = 60.0
 
@@ -64,6 +68,8 @@ class PortalLoop(asyncio.SelectorEventLoop):
         # thread takes a list away while the one that filled it waits in `hand_over`.
         self._held: dict[int, list[Callable[[], object]]] = {}
         self._made_elsewhere: set[asyncio.Task[Any]] = set()
+        #: The tasks that `in_background` made, and those that they made.
+        self.background: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
         self.failures: list[dict[str, Any]] = []
 
     # -- what thread am I in -------------------------------------------------
@@ -155,14 +161,23 @@ class PortalLoop(asyncio.SelectorEventLoop):
     ) -> asyncio.Task[_T]:
         """Make a task; in another thread, one that begins when that thread waits."""
         if not self._foreign():
-            return super().create_task(coro, **options)
-        with called_here():
             task: asyncio.Task[_T] = super().create_task(coro, **options)
+            if _in_background.get():
+                self.background.add(task)
+            return task
+        with called_here():
+            task = super().create_task(coro, **options)
         # Python 3.14 lists tasks by the thread that made them, and shows a running
         # loop only its own: `asyncio.all_tasks` would miss these.
         self._made_elsewhere.add(task)
         task.add_done_callback(self._made_elsewhere.discard)
         return task
+
+    def in_background(self, coro: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Make a task that goes on beside all tests; in the loop's thread."""
+        context = contextvars.copy_context()
+        context.run(_in_background.set, True)
+        return context.run(self.create_task, coro)
 
     def all_tasks(self) -> set[asyncio.Task[Any]]:
         """Return the tasks that are not done, whichever threads have made them."""

@@ -138,6 +138,8 @@ def settings(config: pytest.Config) -> Settings:
     if is_remote(config):
         room = values["host_memory"] or memory.for_vms()
         values["host_memory"] = room // told["workers"]
+    # all workers of a machine share its CPUs
+    values["clones_ahead"] //= told["workers"]
     return Settings(**values)
 
 

@@ -86,8 +86,7 @@ async def _parts(
         )
         return (await asked)[0]
 
-    init = vm.features.check_with_template("init", "agent")
-    if vm.agent is not None and init == "systemd":
+    if vm.agent is not None and _has_systemd(vm):
         yield "journal.txt", await ask(_JOURNAL, _LONGEST)
         if vm.life.journal is not None:
             await vm.life.journal.read(_TIMEOUT)
@@ -113,3 +112,7 @@ async def _parts(
             yield f"file.{name}{end}", data
     if len(paths) > _MOST_FILES:
         raise HarnessError(f"{_MOST_FILES} of them are kept, of {len(paths)}")
+
+
+def _has_systemd(vm: QubesVM) -> bool:
+    return bool(vm.features.check_with_template("init", "agent") == "systemd")

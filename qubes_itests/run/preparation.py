@@ -47,7 +47,7 @@ _WIDTH: Final = 78
 _TOLD_AGAIN: Final = (
     *("app", "template", "template_spec", "plugin", "requires", "repository", "policy"),
     *("timeout", "start_timeout", "hypervisor", "filesystem", "memory_budget"),
-    *("host_memory", "warm", "fail_on", "allow_line"),
+    *("host_memory", "warm", "clones_ahead", "fail_on", "allow_line"),
 )
 
 

@@ -26,7 +26,9 @@ from qubes_itests.core.store.opening import open_copy
 from qubes_itests.core.vm.templatevm import TemplateVM
 from qubes_itests.core.volume_content import copy_image
 from qubes_itests.exc import HarnessError
+from qubes_itests.guest.start.ahead import ClonesAhead
 from qubes_itests.guest.start.warm import WarmStarts
+from qubes_itests.host import memory
 from qubes_itests.host.contents import data_digest
 from qubes_itests.host.kernel import find_kernel
 from qubes_itests.hypervisor.contract import LifecycleEvent
@@ -94,9 +96,10 @@ class Parts:
     :param open_hypervisor: connects to the hypervisor; awaited on the loop.
     :param templates: functions that build the templates, by name.
     :param warm: start VMs from saved states where the hypervisor can.
+    :param clones_ahead: how many guests may be ready for the next starts.
     :param memory: the machine that the VMs of each app share; None for no limit.
-    :param host_memory: MiB of the real one that all VMs may take; None for as many as
-        it has room for.
+    :param host_memory: MiB of the real one that all VMs may take; None for most of what
+        is available now.
     :param start_timeout: seconds that the start of a VM may take; None for what the
         back end and the load of this machine make reasonable.
     :param run_templates: names of those that tests run on; by default the first.
@@ -109,6 +112,7 @@ class Parts:
     open_hypervisor: Callable[[], Coroutine[Any, Any, Hypervisor]]
     templates: Mapping[str, Callable[[], Template]]
     warm: bool = True
+    clones_ahead: int = 0
     memory: MemoryBudget | None = None
     host_memory: int | None = None
     start_timeout: int | None = None
@@ -172,16 +176,38 @@ class Testbed:
 
     def __enter__(self) -> Self:
         self.hypervisor = self.portal.run(self.parts.open_hypervisor())
-        self.hypervisor.memory_limit = self.parts.host_memory
+        limit = self.parts.host_memory
+        if limit is None and self.hypervisor.takes_memory:
+            limit = memory.for_vms()
+        self.hypervisor.memory_limit = limit
         # Callbacks are called in reverse: the connection is closed last, as the events
         # of the VMs' ends come over it.
         self._exit.callback(lambda: self.portal.run(self.hypervisor.close()))
         self._exit.callback(self.hypervisor.subscribe(self._note_panic))
         if self.parts.warm:
-            self.warm_starts = WarmStarts(self.parts.cache, self.hypervisor)
+            ahead = self._start_ahead() if self.parts.clones_ahead else None
+            self.warm_starts = WarmStarts(self.parts.cache, self.hypervisor, ahead)
         _current.append(self)
         self._exit.callback(_current.remove, self)
         return self
+
+    def _start_ahead(self) -> ClonesAhead:
+        """Begin to keep clones ready for starts, until the testbed is left."""
+        sockets = self.parts.run_directory / "ahead"
+        disks = self.parts.pool_directory / "ahead"
+        for place in (sockets, disks):
+            place.mkdir()
+        most = self.parts.clones_ahead
+        ahead = ClonesAhead(self.hypervisor, most, sockets, disks)
+        loop = self.portal.loop
+        task = self.portal.call(lambda: loop.in_background(ahead.run()))
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.wait([task])
+
+        self._exit.callback(lambda: self.portal.run(end()))
+        return ahead
 
     def __exit__(self, *_exc: object) -> None:
         with self._exit:
@@ -396,8 +422,8 @@ class Testbed:
         # `_note_panic` tells by this list whose VM has panicked, until no VM runs.
         self._apps.remove(app)
         if app.store is None:
-            # no VM's volumes are in the way of another's: what is shared has a lock
-            await asyncio.gather(*(vm.storage.undo() for vm in app.domains.startable()))
+            for vm in app.domains.startable():
+                await vm.storage.undo()
         for pool in app.pools.values():
             await pool.destroy()
         left = [d.spec.name for d in self.hypervisor.domains()]
@@ -456,6 +482,7 @@ def open_testbed(
             open_hypervisor=functools.partial(connect, own, cache, kernel),
             templates=templates,
             warm=settings.warm,
+            clones_ahead=settings.clones_ahead,
             memory=machine(size) if (size := settings.memory_budget) else None,
             host_memory=settings.host_memory or None,
             start_timeout=settings.start_timeout or None,

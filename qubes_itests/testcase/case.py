@@ -104,7 +104,7 @@ class QubesTestCase(EventAssertions, TimedTestCase):
 
         self.log = logging.getLogger(f"qubes.tests.{type(self).__qualname__}")
         self._testbed = testbed.current()
-        self._leaks = LeakWatch(self._testbed.portal)
+        self._leaks = LeakWatch(self._testbed.portal, self._testbed.hypervisor)
         # As clean-ups, which happen even if the rest of setUp fails or skips. This one
         # is the first, so that it comes last, when the app and its VMs are gone.
         self.addCleanup(self._end)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import socket
 import time
 import warnings
 import weakref
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from qubes_itests.core.vm.base import BaseVM
+    from qubes_itests.hypervisor.contract import Hypervisor
     from qubes_itests.portal import Portal
 
 __all__ = ["LeakError", "LeakWatch"]
@@ -49,23 +51,25 @@ class LeakWatch:
     """Compares what there is at the end of a test with what was there at its begin.
 
     :param portal: the loop whose tasks are looked at.
+    :param hypervisor: whose spare domains are no test's.
     """
 
     #: Whether what the plugin of pytest had frozen has been searched for a holder.
     _thawed: ClassVar = False
 
-    def __init__(self, portal: Portal) -> None:
+    def __init__(self, portal: Portal, hypervisor: Hypervisor) -> None:
         if LeakWatch._thawed:
             # Not at once, or what the test before this one has left could never go.
             LeakWatch._thawed = False
             gc.collect()
             gc.freeze()
         self._portal = portal
+        self._hypervisor = hypervisor
         self._exit = contextlib.ExitStack()
         self._warned = self._exit.enter_context(warnings.catch_warnings(record=True))
         warnings.filterwarnings("always", f".*{_NEVER_AWAITED}", RuntimeWarning)
         self._vms: list[tuple[str, weakref.ref[Any]]] = []
-        self._files = _open_files()
+        self._files = self._open_files()
         self._tasks = self._all_tasks()
         # What the loop could not hand to anybody before this test is not its fault.
         portal.take_failures()
@@ -103,7 +107,8 @@ class LeakWatch:
 
     def _all_tasks(self) -> set[asyncio.Task[Any]]:
         # In the loop's thread: the set of tasks changes under any other.
-        return self._portal.call(self._portal.loop.all_tasks)
+        loop = self._portal.loop
+        return self._portal.call(lambda: loop.all_tasks() - set(loop.background))
 
     def _leaked_tasks(self) -> list[str]:
         _until(lambda: not self._all_tasks() - self._tasks)
@@ -116,11 +121,33 @@ class LeakWatch:
         return found
 
     def _leaked_files(self) -> list[str]:
-        def left() -> dict[str, str]:
-            return dict(_open_files().items() - self._files.items())
+        left: dict[str, str] = {}
 
-        _until(lambda: not left())
-        return [f"open file {number}: {target}" for number, target in left().items()]
+        def gone() -> bool:
+            nonlocal left
+            left = dict(self._open_files().items() - self._files.items())
+            return not left
+
+        _until(gone)
+        return [f"open file {number}: {target}" for number, target in left.items()]
+
+    def _open_files(self) -> dict[str, str]:
+        """Return what each file descriptor stands for."""
+        found: dict[str, str] = {}
+        for entry in Path("/proc/self/fd").iterdir():
+            if entry.name in descriptors_in_use():
+                continue
+            with contextlib.suppress(OSError):  # it was the descriptor of the listing
+                target = str(entry.readlink())
+                if not target.startswith(_OF_THE_HARNESS):
+                    found[entry.name] = target
+        # Asked for after them: of one that has just been made this has to know.
+        spare = [d.spec.name for d in self._hypervisor.domains(spare=True)]
+        return {
+            number: target
+            for number, target in found.items()
+            if not any(name in target + _peer(number, target) for name in spare)
+        }
 
     def _leaked_vms(self) -> list[str]:
         def gone() -> bool:
@@ -146,17 +173,15 @@ class LeakWatch:
         return ", ".join(sorted(kinds)) or "nothing that is known"
 
 
-def _open_files() -> dict[str, str]:
-    """Return what each file descriptor stands for."""
-    found: dict[str, str] = {}
-    for entry in Path("/proc/self/fd").iterdir():
-        if entry.name in descriptors_in_use():
-            continue
-        with contextlib.suppress(OSError):  # it was the descriptor of the listing
-            target = str(entry.readlink())
-            if not target.startswith(_OF_THE_HARNESS):
-                found[entry.name] = target
-    return found
+def _peer(number: str, target: str) -> str:
+    """Return the path to which a descriptor is connected if it is of a Unix socket."""
+    if not target.startswith("socket:"):
+        return ""
+    try:
+        with socket.socket(fileno=os.dup(int(number))) as copy:
+            return str(copy.getpeername())
+    except OSError:  # it is not connected, or closed by now
+        return ""
 
 
 def _until(condition: Callable[[], bool]) -> None:

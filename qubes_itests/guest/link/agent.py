@@ -7,7 +7,7 @@ import logging
 import secrets
 import struct
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -202,6 +202,18 @@ class GuestAgent:
             if identity.machine_id is not None:
                 entries.append(f"machine-id={identity.machine_id}")
         await self._enter(pack_strings(entries), timeout)
+
+    async def rehearse(self, identity: Identity, *, timeout: float) -> None:
+        """Have a guest in its waiting root do, and undo, what it can of stage two.
+
+        All of its disks but the root are written to.
+
+        :param identity: whose disks they are; the guest is told nothing else of it.
+        :param timeout: as for `enter`; so are the errors.
+        """
+        unknown = replace(identity, name="", db={}, services=(), machine_id=None)
+        payload = unknown.payload(_DISKS_PART * timeout)
+        await self._enter(payload + pack_strings(["rehearse=1"]), timeout)
 
     async def _enter(self, payload: bytes, timeout: float) -> None:
         # Only during stage two: later LOG lines are the agent's everyday remarks.

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.exc import BootError, GuestGoneError, ProtocolViolation
 from qubes_itests.guest.link.agent import GuestAgent
-from qubes_itests.host import memory
 from qubes_itests.hypervisor.console import console_tail
 from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.hypervisor.exc import HypervisorError, SavedStateError
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.guest.link.agent import Identity
     from qubes_itests.guest.link.calls import CallHandler
+    from qubes_itests.guest.start.ahead import ClonesAhead
     from qubes_itests.guest.start.warm import WarmStarts, WarmState
     from qubes_itests.hypervisor.contract import Domain, DomainSpec, Hypervisor
 
@@ -70,9 +70,11 @@ async def boot(
     start = _Start(
         spec, identity, on_call, log, on_domain_start=on_domain_start, on_step=on_step
     )
+    ahead = None if warm is None else warm.ahead
     try:
-        async with asyncio.timeout(timeout):
-            return await start.run(hypervisor, warm, timeout)
+        with contextlib.nullcontext() if ahead is None else ahead.hold():
+            async with asyncio.timeout(timeout):
+                return await start.run(hypervisor, warm, timeout)
     except BaseException as error:
         expected = isinstance(error, (HarnessError, TimeoutError, OSError, ValueError))
         # Before it is undone: after that every guest has stopped.
@@ -121,7 +123,11 @@ class _Start:
             limit = _left(end) / 2
             state = await warm.state_for(self._spec, self._identity, limit)
         if warm is not None and state is not None:
-            agent = await self._start_warm(domain, warm, state, _WARM_PART * _left(end))
+            limit = _WARM_PART * _left(end)
+            if warm.ahead is not None:
+                agent = await self._start_ahead(domain, warm.ahead, state, limit)
+            if agent is None:
+                agent = await self._start_warm(domain, warm, state, limit)
         if agent is None:
             state = None
             self._begin("start its domain")
@@ -144,11 +150,32 @@ class _Start:
         if self._on_step is not None:
             self._on_step(step)
 
+    async def _start_ahead(
+        self, domain: Domain, ahead: ClonesAhead, state: WarmState, limit: float
+    ) -> GuestAgent | None:
+        """Go on as a clone of the state that was started ahead, if there is one."""
+        async with ahead.clone(state, self._spec, self._identity) as clone:
+            if clone is None:
+                return None
+            self._begin("go on as a clone that was started ahead")
+            try:
+                await domain.adopt(clone)
+                await self._announce()
+                return await self._connect_and_attach(domain, state.disks, limit)
+            except (HypervisorError, DeadlineError, GuestGoneError) as error:
+                _logger.warning(
+                    "VM %s starts without %s: %s",
+                    self._spec.name,
+                    clone.spec.name,
+                    str(error),
+                )
+                await domain.destroy()
+                return None
+
     async def _start_warm(
         self, domain: Domain, warm: WarmStarts, state: WarmState, limit: float
     ) -> GuestAgent | None:
         self._begin("start from a saved state")
-        kills = memory.kills()
         try:
             await domain.start(saved_state=state.path, saved_disks=state.disks)
             await self._announce()
@@ -156,13 +183,8 @@ class _Start:
         except (SavedStateError, DeadlineError, GuestGoneError) as error:
             # The same domain again: a guest of which nobody knows what it did must not
             # go on, and its disks are free for the next only when it has gone.
-            await domain.destroy()
-            if memory.kills() > kills:
-                # The state is none the worse for it, and without one a VM has more
-                # memory of its own.
-                reason = f"this machine was out of memory: {error}"
-                raise HypervisorError(self._spec.name, "start", reason) from error
             _logger.warning("VM %s boots instead: %s", self._spec.name, str(error))
+            await domain.destroy()
             await warm.discard(state, self._spec.name)
             return None
 

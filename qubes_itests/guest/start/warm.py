@@ -23,6 +23,7 @@ from qubes_storage.ficlone import places_of_data
 
 if TYPE_CHECKING:
     from qubes_itests.guest.link.agent import Identity
+    from qubes_itests.guest.start.ahead import ClonesAhead
     from qubes_itests.host.cache import Cache
     from qubes_itests.hypervisor.contract import Disk, Domain, DomainSpec, Hypervisor
 
@@ -52,12 +53,14 @@ class WarmState:
     :param path: what a domain is started from.
     :param disks: names of the disks that it has: the root, over which its init waits
         for an identity, and blank ones. Stage one has seen none.
+    :param root: an image with the data of that root, None for stage one.
     """
 
     kind: str
     key: str
     path: Path
     disks: tuple[str, ...]
+    root: Path | None
 
 
 class WarmStarts:
@@ -70,11 +73,15 @@ class WarmStarts:
 
     :param cache: where the states last.
     :param hypervisor: what makes and loads them.
+    :param ahead: what loads them before VMs need them; None for nothing.
     """
 
-    def __init__(self, cache: Cache, hypervisor: Hypervisor) -> None:
+    def __init__(
+        self, cache: Cache, hypervisor: Hypervisor, ahead: ClonesAhead | None = None
+    ) -> None:
         self._cache = cache
         self._hypervisor = hypervisor
+        self.ahead = ahead
         self._making: dict[str, asyncio.Future[Path | None]] = {}
         self._roots: dict[Path, str] = {}
         #: How states are made shapes them, too.
@@ -100,29 +107,30 @@ class WarmStarts:
             then it is not tried again.
         """
         end = asyncio.get_running_loop().time() + timeout
-        content = state = None
+        root = state = None
         paths = {disk.name: disk.path for disk in spec.disks}
         if identity.root in paths and identity.init in _IN_ROOT:
-            content = await asyncio.to_thread(self._content, paths[identity.root])
-        if content is not None and await self._is_worth(spec, identity, content):
-            state = await self._find(spec, identity, content, timeout)
+            root = await asyncio.to_thread(self._same_root, paths[identity.root])
+        if root is not None and await self._is_worth(spec, identity, self._roots[root]):
+            state = await self._find(spec, identity, root, timeout)
         # Where that one cannot be made, too: better than to boot.
         left = end - asyncio.get_running_loop().time()
         return state or await self._find(spec, identity, None, left)
 
     async def _find(
-        self, spec: DomainSpec, identity: Identity, content: str | None, timeout: float
+        self, spec: DomainSpec, identity: Identity, root: Path | None, timeout: float
     ) -> WarmState | None:
-        """Return the state in a root with that content, or without that stage one."""
-        kind, names = _STAGE_ONE, tuple[str, ...]()
-        if content is not None:
+        """Return the state in a root like that image, or without one stage one."""
+        kind, names, content = _STAGE_ONE, tuple[str, ...](), None
+        if root is not None:
             kind, names = _IN_ROOT[identity.init], identity.saved_disks
+            content = self._roots[root]
         key = await self._key(spec, names, content)
         if key is None:
             return None
         found = await asyncio.to_thread(self._cache.lookup, kind, key)
         if found is not None:
-            return WarmState(kind, key, found / _FILE, names)
+            return WarmState(kind, key, found / _FILE, names, root)
         if key not in self._making:
             limit = min(timeout, _BOOT_TIMEOUT)
             disks = tuple(disk for disk in spec.disks if disk.name in names)
@@ -136,7 +144,7 @@ class WarmStarts:
         except TimeoutError:
             log.warning("no saved state for %s within %.0f s", spec.name, timeout)
             return None
-        return None if path is None else WarmState(kind, key, path, names)
+        return None if path is None else WarmState(kind, key, path, names, root)
 
     async def _key(
         self, spec: DomainSpec, names: tuple[str, ...], content: str | None
@@ -159,15 +167,12 @@ class WarmStarts:
         kind = _IN_ROOT[identity.init]
         return await asyncio.to_thread(self._cache.lookup, kind, key) is not None
 
-    def _content(self, path: Path) -> str | None:
-        """Return the digest of a root's data, None if nobody knows it."""
+    def _same_root(self, path: Path) -> Path | None:
+        """Return the image with a root's data, None if none has the same."""
         if (places := _places(path)) is None:
             return None
         # a copy: another thread may add one meanwhile
-        contents = (
-            text for image, text in [*self._roots.items()] if _places(image) == places
-        )
-        return next(contents, None)
+        return next((i for i in [*self._roots] if _places(i) == places), None)
 
     async def discard(self, state: WarmState, vm: str) -> None:
         """Throw away a state that turned out not to load; none is made in this run.

@@ -91,7 +91,7 @@ def test_data_in_the_same_places_of_another_filesystem_are_others(testbed, tmp_p
         ]
         assert places[0] == places[1]
         starts.add_root(images[0], "a")
-        assert [starts._content(image) for image in images] == ["a", None]
+        assert [starts._same_root(image) for image in images] == [images[0], None]
 
 
 def test_where_that_state_cannot_be_made_stage_one_serves(

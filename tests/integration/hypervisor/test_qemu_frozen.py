@@ -11,7 +11,7 @@ import uuid
 import pytest
 import pytest_asyncio
 
-from qubes_itests.hypervisor import saved_state
+from qubes_itests.hypervisor import monitor
 from qubes_itests.hypervisor.contract import (
     Disk,
     DomainState,
@@ -160,22 +160,22 @@ async def test_a_freeze_that_is_given_up_leaves_a_domain_that_goes_on(
     original, connect_shell, directory, monkeypatch
 ):
     """QEMU stops a guest when it has written all of it, however late that is."""
-    execute = saved_state._Monitor.execute
+    execute = monitor.Monitor.execute
 
     async def slowly(self, action, command, **arguments):
         if command == "migrate-set-parameters":
             arguments["max-bandwidth"] = 1 << 20
         return await execute(self, action, command, **arguments)
 
-    monkeypatch.setattr(saved_state._Monitor, "execute", slowly)
+    monkeypatch.setattr(monitor.Monitor, "execute", slowly)
     await original.pause()
     freezing = asyncio.ensure_future(original.freeze(directory / "late"))
-    monitor = saved_state._Monitor(original._connection, "original", original.native)
+    control = monitor.Monitor(original._connection, "original", original.native)
 
     async def wait_for(status):
         found = None
         while found != status:
-            found = (await monitor.execute("ask", "query-migrate")).get("status")
+            found = (await control.execute("ask", "query-migrate")).get("status")
             await asyncio.sleep(0.01)
 
     async with asyncio.timeout(30):
