@@ -146,9 +146,10 @@ def _details(test: TestHistory) -> Iterator[str]:
     yield f"  results     {drawn}  (the newest on the right)"
     yield f"  flaky       {_flaky(test)}"
     if last := test.last_failure:
-        ago = len(results) - 1 - results.index(last)
+        runs = len(results) - 1 - results.index(last)
+        ago = {0: "in its last run", 1: "1 run ago"}.get(runs, f"{runs} runs ago")
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last.started))
-        yield f"  last failed {when}, {_ago(ago)}: {last.cause}"
+        yield f"  last failed {when}, {ago}: {last.cause}"
         if last.where:
             yield f"              {last.where}"
 
@@ -159,10 +160,6 @@ def _flaky(test: TestHistory) -> str:
     mixed = sum(r.outcome == "flaky" for r in test.counted)
     runs = f"; it failed and passed within {mixed} of them" if mixed else ""
     return f"{test.flakiness:.0%}: of its results differ from the one before{runs}"
-
-
-def _ago(runs: int) -> str:
-    return {0: "in its last run", 1: "1 run ago"}.get(runs, f"{runs} runs ago")
 
 
 def _count(attempts: int) -> str:

@@ -556,21 +556,24 @@ class Qubes(PropertyHolder):
     async def kill_all(self) -> None:
         """Kill the VMs that run and wait until the ends of their runs are dealt with.
 
-        One that cannot be killed is noted in `problems`; the others are killed still.
+        All at once, as when a machine is switched off.  One that cannot be killed is
+        noted in `problems`; the others are killed still.
         """
-        for vm in self.domains.startable():
-            try:
-                if vm.is_starting() or not vm.is_halted():
-                    await vm.kill()
-            except QubesVMNotStartedError:
-                pass  # it ended by itself
-            except Exception as error:  # noqa: BLE001 - others have to be killed, too
-                log.error("VM %s could not be killed: %s", vm.name, str(error))  # noqa: TRY400
-                self.problems.append(f"VM {vm} could not be killed: {error}")
-            # Its storage is stopped after its domain has ended, and the pool may be
-            # removed as soon as this returns.
-            with contextlib.suppress(TimeoutError):
-                await vm.wait_ended(vm.shutdown_timeout)
+        await asyncio.gather(*map(self._kill, self.domains.startable()))
+
+    async def _kill(self, vm: QubesVM) -> None:
+        try:
+            if vm.is_starting() or not vm.is_halted():
+                await vm.kill()
+        except QubesVMNotStartedError:
+            pass  # it ended by itself
+        except Exception as error:  # noqa: BLE001 - others have to be killed, too
+            log.error("VM %s could not be killed: %s", vm.name, str(error))  # noqa: TRY400
+            self.problems.append(f"VM {vm} could not be killed: {error}")
+        # Its storage is stopped after its domain has ended, and the pool may be removed
+        # as soon as this returns.
+        with contextlib.suppress(TimeoutError):
+            await vm.wait_ended(vm.shutdown_timeout)
 
     def close(self) -> None:
         """Have extensions forget the app, whose VMs do not run any more.

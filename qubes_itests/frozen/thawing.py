@@ -16,6 +16,7 @@ from qubes_itests.exc import HarnessError
 from qubes_itests.frozen.folder import FrozenError
 from qubes_itests.frozen.freezing import kind_of
 from qubes_itests.guest.image.template import Template
+from qubes_itests.host import memory
 from qubes_itests.host.bridge import Bridge, Tap
 from qubes_itests.hypervisor.contract import Disk, DomainSpec, Interface
 from qubes_storage.uninterrupted import to_its_end
@@ -46,8 +47,8 @@ async def thaw(testbed: Testbed, folder: Folder, wanted: Iterable[str] = ()) -> 
     """
     manifest = folder.manifest
     _check_kind(dict(manifest.machine), await kind_of(testbed.hypervisor))
-    limit = testbed.hypervisor.memory_limit
-    if limit is not None and folder.memory >> 20 > limit:
+    limit = testbed.hypervisor.memory_limit or memory.for_vms()
+    if folder.memory >> 20 > limit:
         raise FrozenError(
             f"its VMs have {folder.memory >> 20} MiB in their memory, of {limit} MiB"
             " that VMs may take of this machine's (--host-memory)"

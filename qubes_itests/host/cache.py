@@ -16,6 +16,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -180,15 +181,17 @@ class Cache:
         What cannot go stays, and is no error.
         """
         swept = []
-        for lock in self._locks():
-            kind, _, key = lock.name.partition(".")
-            left = list((self.root / kind).glob(f".{glob.escape(key)}@*"))
-            if not left:
+        # One look into each family, not one for each entry that ever was: all runs
+        # begin with this.
+        left = sorted(self.root.glob("*/.*@*"))
+        for place, paths in itertools.groupby(left, _of_leftover):
+            lock = self.root / ".locks" / f"{place.parent.name}.{place.name}"
+            if not lock.exists():
                 continue
             with _locked_at_once(lock) as free:
                 if free:
-                    swept += [_entry(path) for path in left]
-                    _sweep(self.root / kind / key)
+                    swept += [_entry(path) for path in paths]
+                    _sweep(place)
         return swept
 
     @property
@@ -294,6 +297,11 @@ class Cache:
 
     def _temporary(self, place: Path) -> Path:
         return Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}@"))
+
+
+def _of_leftover(path: Path) -> Path:
+    """Return the entry of what a builder left; `_temporary` gave it its name."""
+    return path.with_name(path.name[1:].rpartition("@")[0])
 
 
 def _sweep(place: Path) -> None:

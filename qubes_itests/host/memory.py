@@ -10,7 +10,7 @@ from typing import Final
 
 from qubes_itests.exc import UsageError
 
-__all__ = ["LEAST", "available", "for_vms", "share"]
+__all__ = ["LEAST", "available", "for_vms", "kills", "share"]
 
 #: MiB without which no worker is worth its start.
 LEAST = 512
@@ -84,6 +84,17 @@ def _left(directory: Path, version: _Version) -> int:
     account = {key: int(value) for key, value in (line.split() for line in lines)}
     # What it has read of files counts as used, but goes when memory is wanted.
     return limit - used + sum(account.get(key, 0) for key in version.reclaimed)
+
+
+def kills(account: Path = Path("/proc/vmstat")) -> int:
+    """Return how many processes the kernel has killed for want of memory, ever.
+
+    In whatever control group; it says nowhere else which ones, but in its log.
+
+    :param account: the kernel's counts of events.
+    """
+    found = re.search(r"^oom_kill ([0-9]+)$", account.read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def for_vms() -> int:

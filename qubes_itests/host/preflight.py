@@ -64,7 +64,10 @@ def check_all(cache: Cache | None = None) -> list[Check]:
         _outcome("namespaces", _try_sandbox),
         *(_check_need(need) for need in packages.needs_here()),
         _outcome("cache", lambda: str((cache or Cache()).root)),
-        _outcome("kernel for guests", lambda: _describe_kernel(cache or Cache())),
+        _outcome(
+            "kernel for guests",
+            lambda: "{0.version} ({0.image})".format(find_kernel(cache or Cache())),
+        ),
         _check_user(),
     ]
     if checks[-3].state == "ok":
@@ -128,11 +131,6 @@ def _try_sandbox() -> str:
         problem, _, remedy = sentence.partition(". ")
         raise NoSandboxError(f"{problem}.", remedy) from error
     return "mount, PID, network, IPC"
-
-
-def _describe_kernel(cache: Cache) -> str:
-    kernel = find_kernel(cache)
-    return f"{kernel.version} ({kernel.image})"
 
 
 def _check_need(need: packages.Need) -> Check:

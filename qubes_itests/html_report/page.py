@@ -91,7 +91,8 @@ def _page(directory: Path, run: Record, tests: Sequence[Record]) -> Iterator[str
             if timeline := read_timeline(place / TIMELINE, room):
                 test.setdefault("vms", timeline.get("vms"))
                 name = f"timeline-{number}-{len(names)}"
-                yield _element(name, "text/plain", _packed(timeline))
+                packed = base64.b64encode(zlib.compress(_json(timeline).encode()))
+                yield _element(name, "text/plain", packed.decode())
                 names.append(ascii(place.name)[1:-1] if place != folder else "")
         test["timelines"] = names
     yield _element("run", "application/json", _escaped({**run, "tests": [*tests]}))
@@ -113,10 +114,6 @@ def _json(value: Json) -> str:
 def _escaped(value: Json) -> str:
     """Return JSON that ends no element and begins no comment."""
     return _json(value).replace("<", r"\u003c").replace("&", r"\u0026")
-
-
-def _packed(value: Json) -> str:
-    return base64.b64encode(zlib.compress(_json(value).encode())).decode()
 
 
 def _folder(directory: Path, name: str) -> Path | None:

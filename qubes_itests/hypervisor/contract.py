@@ -364,8 +364,8 @@ class Hypervisor(abc.ABC):
     networked: bool = True
     #: Whether its domains take memory of this machine.
     takes_memory: bool = True
-    #: MiB that its domains may have at their starts, all together; None for no limit.
-    #: `define` refuses what would be more.
+    #: MiB that its domains may have at their starts, all together; None for as long as
+    #: this machine has room. `define` refuses what would be more.
     memory_limit: int | None = None
     #: How many times longer a guest may take than one with hardware virtualisation.
     slowness: float = 1.0

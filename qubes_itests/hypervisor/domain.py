@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import libvirt
 
 from qubes_itests.exc import DeadlineError
+from qubes_itests.host import memory
 from qubes_itests.hypervisor.contract import (
     Domain,
     DomainSpec,
     DomainState,
     LifecycleEvent,
-    LifecycleHandler,
     MemoryStatistics,
 )
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
@@ -76,7 +76,7 @@ class LibvirtDomain(Domain):
         self,
         connection: Connection,
         spec: DomainSpec,
-        publish: LifecycleHandler,
+        publish: Callable[[LibvirtDomain, LifecycleEvent], None],
         forget: Callable[[Domain], None],
     ) -> None:
         self.spec = spec
@@ -96,6 +96,8 @@ class LibvirtDomain(Domain):
         self._announced: LifecycleEvent | None = None
         self._ending: asyncio.Future[None] | None = None
         self._loading = self._destroying = self._undefined = False
+        #: What `memory.kills` was when its run began.
+        self.kills = 0
 
     @abc.abstractmethod
     async def _create(
@@ -115,6 +117,10 @@ class LibvirtDomain(Domain):
     def _showed_panic(self) -> bool:
         """Tell whether its console shows a panic; asked after the clean-up."""
         return False
+
+    def memory_held(self) -> int:
+        """Return how much of this machine's memory it has for itself, MiB."""
+        return self.spec.memory
 
     def handle_event(self, event: LifecycleEvent) -> None:
         """Take note of one of libvirt's events; call it on the event loop."""
@@ -212,6 +218,7 @@ class LibvirtDomain(Domain):
             self._last = DomainState.HALTED
             self._announced = None
             self._destroying = self.panicked = False
+            self.kills = memory.kills()
             self._loading = loading
             try:
                 await create()

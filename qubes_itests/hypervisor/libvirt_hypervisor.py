@@ -12,6 +12,7 @@ from uuid import UUID
 
 import libvirt
 
+from qubes_itests.host import memory
 from qubes_itests.hypervisor.contract import (
     Domain,
     DomainSpec,
@@ -23,7 +24,7 @@ from qubes_itests.hypervisor.domain import is_panic, lifecycle_event
 from qubes_itests.hypervisor.exc import HypervisorError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from qubes_itests.hypervisor.connection import Connection
     from qubes_itests.hypervisor.domain import LibvirtDomain
@@ -34,6 +35,10 @@ _LOG = logging.getLogger(__name__)
 
 #: How many of those that hold memory an error names.
 _HOLDERS = 6
+
+#: For what part of the memory that VMs may yet write to there is room, one of so many:
+#: as many times more of them run than if each had all of its own.
+_GROW = 4
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
 
@@ -80,7 +85,16 @@ class LibvirtHypervisor(Hypervisor):
         if (happened := lifecycle_event(event, detail)) is not None:
             domain.handle_event(happened)
 
-    def _publish(self, domain: Domain, event: LifecycleEvent) -> None:
+    def _publish(self, domain: LibvirtDomain, event: LifecycleEvent) -> None:
+        crashed = event is LifecycleEvent.CRASHED and not domain.panicked
+        if crashed and memory.kills() > domain.kills:
+            running = [d for d in self._domains.values() if d.native is not None]
+            _LOG.error(
+                "domain %s has ended while this machine was out of memory, for which"
+                " the kernel kills processes; %s",
+                domain.spec.name,
+                self._holders((d.memory_held(), d.spec.name) for d in running),
+            )
         # a copy: a handler may unsubscribe itself, or others
         for handler in list(self._handlers.values()):
             try:
@@ -105,7 +119,7 @@ class LibvirtHypervisor(Hypervisor):
 
     async def define(self, spec: DomainSpec) -> Domain:
         for domain in () if spec.spare else self.domains(spare=True):
-            if self._lacks_memory(spec):
+            if self._shortage(spec.memory):
                 await domain.undefine()
         self._check(spec)
         domain = self._make(spec)
@@ -134,25 +148,52 @@ class LibvirtHypervisor(Hypervisor):
             return f"expected 1 to {spec.max_memory} MiB of memory, got {spec.memory}"
         if spec.vcpus < 1:
             return f"expected 1 or more virtual CPUs, got {spec.vcpus}"
-        if self._lacks_memory(spec):
+        return self._shortage(spec.memory)
+
+    def _shortage(self, needed: int) -> str:
+        """Return why there is not enough memory, in words; empty if there is.
+
+        :param needed: MiB.
+        """
+        domains = self._domains.values()
+        if self.memory_limit is not None:
+            if sum(d.spec.memory for d in domains) + needed <= self.memory_limit:
+                return ""
+            holders = self._holders((d.spec.memory, d.spec.name) for d in domains)
             return (
-                f"it needs {spec.memory} MiB; of the {self.memory_limit} MiB that VMs"
-                f" may take of this machine's memory here {self._holders()}"
+                f"it needs {needed} MiB; of the {self.memory_limit} MiB that VMs"
+                f" may take of this machine's memory here {holders}"
                 " (--host-memory, shared out among workers: fewer of them have more)"
             )
-        return ""
+        if not self.takes_memory:
+            return ""
+        # What is about to start has touched nothing of its memory. What runs has most
+        # of it in common with others, and may yet write to all of it, though hardly all
+        # of them will.
+        starting = [(d.spec.memory, d.spec.name) for d in domains if d.native is None]
+        running = [d for d in domains if d.native is not None]
+        kept = sum(size for size, _ in starting)
+        kept += sum(d.spec.memory for d in running) // _GROW
+        left = memory.available()
+        if kept + needed <= left:
+            return ""
+        held = [(d.memory_held(), d.spec.name) for d in running]
+        return (
+            f"it needs {needed} MiB; of this machine's memory {left} MiB are left, of"
+            f" which {kept} MiB are kept for VMs that start or grow;"
+            f" {self._holders(starting + held)}"
+        )
 
-    def _lacks_memory(self, spec: DomainSpec) -> bool:
-        taken = sum(domain.spec.memory for domain in self._domains.values())
-        return self.memory_limit is not None and taken + spec.memory > self.memory_limit
+    @staticmethod
+    def _holders(held: Iterable[tuple[int, str]]) -> str:
+        """Return who holds how much memory, those that hold most first.
 
-    def _holders(self) -> str:
-        """Return who holds how much memory, those that hold most first."""
-        specs = [domain.spec for domain in self._domains.values()]
-        held = sorted(((s.memory, s.name) for s in specs), reverse=True)
-        shown = [f"{name} holds {memory} MiB" for memory, name in held[:_HOLDERS]]
+        :param held: MiB and name of each.
+        """
+        held = sorted(held, reverse=True)
+        shown = [f"{name} holds {size} MiB" for size, name in held[:_HOLDERS]]
         if others := held[_HOLDERS:]:
-            total = sum(memory for memory, _ in others)
+            total = sum(size for size, _ in others)
             shown.append(f"{len(others)} others hold {total} MiB")
         return ", ".join(shown) or "nobody holds any"
 

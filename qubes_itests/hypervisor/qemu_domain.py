@@ -32,7 +32,11 @@ from qubes_itests.hypervisor.exc import (
     StateError,
 )
 from qubes_itests.hypervisor.monitor import Monitor
-from qubes_itests.hypervisor.qemu_process import kill_qemu
+from qubes_itests.hypervisor.qemu_process import (
+    have_killed_first,
+    kill_qemu,
+    memory_of,
+)
 from qubes_itests.hypervisor.saved_state import (
     SavedState,
     make_memory_file,
@@ -51,7 +55,6 @@ if TYPE_CHECKING:
         Domain,
         DomainSpec,
         Interface,
-        LifecycleHandler,
     )
 
 __all__ = ["QemuDomain"]
@@ -78,7 +81,7 @@ class QemuDomain(LibvirtDomain):
         self,
         connection: Connection,
         spec: DomainSpec,
-        publish: LifecycleHandler,
+        publish: Callable[[LibvirtDomain, LifecycleEvent], None],
         forget: Callable[[Domain], None],
         *,
         machine: Machine,
@@ -165,15 +168,27 @@ class QemuDomain(LibvirtDomain):
             memory_file=memory,
         )
 
+    @property
+    def _pid_file(self) -> Path:
+        return self._root / "run" / "qemu" / f"{self.libvirt_name}.pid"
+
+    def memory_held(self) -> int:
+        return memory_of(self._pid_file)
+
     async def _create_native(self, xml: str, flags: int) -> None:
+        def start() -> object:
+            native: object = self._connection.native.createXML(xml, flags)
+            have_killed_first(self._pid_file)
+            return native
+
         async def create() -> None:
-            function, name = self._connection.native.createXML, self.spec.name
+            name = self.spec.name
             loop = asyncio.get_running_loop()
             deadline = loop.time() + _FORGETTING
             while True:
                 try:
                     self._native = await self._connection.call_to_end(
-                        name, "start", function, xml, flags
+                        name, "start", start
                     )
                 except HypervisorError as error:
                     # libvirt tells of the end of a domain before it has forgotten it,
@@ -196,8 +211,7 @@ class QemuDomain(LibvirtDomain):
             self._memory_file = None
 
     async def _pull_plug(self) -> None:
-        pid_file = self._root / "run" / "qemu" / f"{self.libvirt_name}.pid"
-        await asyncio.to_thread(kill_qemu, pid_file, self.libvirt_name)
+        await asyncio.to_thread(kill_qemu, self._pid_file, self.libvirt_name)
 
     def _showed_panic(self) -> bool:
         return self.console.panicked

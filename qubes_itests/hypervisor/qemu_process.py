@@ -1,17 +1,21 @@
-"""The end of a domain's QEMU, so quick that libvirt need not wait for it."""
+"""A domain's QEMU as a process: its memory, and its end.
+
+That is so quick that libvirt need not wait for it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import re
 import select
 import signal
 import time
 from pathlib import Path
 from typing import Final
 
-__all__ = ["kill_qemu"]
+__all__ = ["have_killed_first", "kill_qemu", "memory_of"]
 
 #: Seconds until a killed process must be gone.
 _GONE: Final = 5.0
@@ -20,7 +24,37 @@ _UNTIL_REAPED: Final = 0.001
 #: The number of pidfd_getfd(2), the same on all architectures.
 _PIDFD_GETFD: Final = 438
 
+#: Of the kernel's account of a process: KiB that it shares with no file, or no more.
+_OWN: Final = re.compile(r"^RssAnon:\s+([0-9]+) kB$", re.MULTILINE)
+#: Of 1000; as if it had that part of the machine's memory more than it has.
+_KILLED_FIRST: Final = "500"
+
 _libc = ctypes.CDLL(None)
+
+
+def have_killed_first(pid_file: Path) -> None:
+    """Have a domain's QEMU killed before others when memory runs out. Blocking.
+
+    What starts VMs is to outlast them, and say who held the memory; so is whatever else
+    runs on this machine.
+
+    :param pid_file: where libvirt wrote its number; nothing happens if it has gone.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        place = Path(f"/proc/{int(pid_file.read_text())}")
+        (place / "oom_score_adj").write_text(_KILLED_FIRST)
+
+
+def memory_of(pid_file: Path) -> int:
+    """Return how many MiB a domain's QEMU has for itself; 0 if it has gone.
+
+    :param pid_file: where libvirt wrote its number.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        status = Path(f"/proc/{int(pid_file.read_text())}/status").read_text()
+        if own := _OWN.search(status):
+            return int(own[1]) >> 10
+    return 0
 
 
 def kill_qemu(pid_file: Path, domain: str) -> None:

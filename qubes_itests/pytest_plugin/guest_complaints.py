@@ -103,17 +103,13 @@ class GuestComplaints:
         )
 
 
-def _dumps_core(record: Record) -> bool:
-    return _CORE.search(str(record["line"])) is not None
-
-
 def _is_error(record: Record) -> bool:
     priority = record.get("priority")
     return isinstance(priority, int) and priority <= ERROR
 
 
 _SAYS: Final[dict[Complaint, Callable[[Record], bool]]] = {
-    Complaint.COREDUMP: _dumps_core,
+    Complaint.COREDUMP: lambda record: bool(_CORE.search(str(record["line"]))),
     Complaint.JOURNAL: _is_error,
 }
 

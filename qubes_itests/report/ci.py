@@ -77,16 +77,15 @@ def errors(results: Iterable[TestResult], places: Mapping[str, Place]) -> Iterat
         properties = {"title": f"{result.test} ({result.outcome})"}
         if found := places.get(result.test):
             properties = {"file": found.file, "line": str(found.line), **properties}
-        told = ",".join(f"{key}={_property(v)}" for key, v in properties.items())
+        told = ",".join(
+            f"{key}={_data(value).replace(':', '%3A').replace(',', '%2C')}"
+            for key, value in properties.items()
+        )
         yield f"::error {told}::{_data(result.cause)}"
 
 
 def _data(text: str) -> str:
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-
-
-def _property(text: str) -> str:
-    return _data(text).replace(":", "%3A").replace(",", "%2C")
 
 
 def code_quality(

@@ -86,7 +86,8 @@ async def _parts(
         )
         return (await asked)[0]
 
-    if vm.agent is not None and _has_systemd(vm):
+    init = vm.features.check_with_template("init", "agent")
+    if vm.agent is not None and init == "systemd":
         yield "journal.txt", await ask(_JOURNAL, _LONGEST)
         if vm.life.journal is not None:
             await vm.life.journal.read(_TIMEOUT)
@@ -112,7 +113,3 @@ async def _parts(
             yield f"file.{name}{end}", data
     if len(paths) > _MOST_FILES:
         raise HarnessError(f"{_MOST_FILES} of them are kept, of {len(paths)}")
-
-
-def _has_systemd(vm: QubesVM) -> bool:
-    return bool(vm.features.check_with_template("init", "agent") == "systemd")

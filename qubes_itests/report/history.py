@@ -191,6 +191,8 @@ class History:
     def times(self, suite: str) -> dict[str, float]:
         """Return the seconds that tests of a suite took as a rule.
 
+        Of a suite that is new here those of others: it may be a clone of one of them.
+
         :return: by id; empty where the history cannot be read, which is in `problems`.
         """
         if not self._file.exists():
@@ -198,15 +200,19 @@ class History:
         recent: dict[str, list[float]] = {}
         try:
             with self._connected() as database:
-                for name, seconds in database.execute(
-                    "SELECT name, duration FROM (SELECT name, duration, row_number()"
-                    " OVER (PARTITION BY test ORDER BY results.started DESC) AS nth"
-                    " FROM results JOIN tests ON tests.id = test"
-                    " WHERE suite = ? AND outcome IN (?, ?, ?))"
-                    " WHERE nth <= ?",
-                    (suite, *_TELLING, _RECENT),
-                ):
-                    recent.setdefault(name, []).append(seconds)
+                for own in (True, False):
+                    for name, seconds in database.execute(
+                        "SELECT name, duration FROM (SELECT name, duration,"
+                        " row_number() OVER (PARTITION BY test"
+                        " ORDER BY results.started DESC) AS nth"
+                        " FROM results JOIN tests ON tests.id = test"
+                        " WHERE (suite = ?) = ? AND outcome IN (?, ?, ?))"
+                        " WHERE nth <= ?",
+                        (suite, own, *_TELLING, _RECENT),
+                    ):
+                        recent.setdefault(name, []).append(seconds)
+                    if recent:
+                        break
         except (sqlite3.Error, HistoryError) as error:
             self._note(f"the times of earlier runs cannot be read: {error}")
         return {name: statistics.median(times) for name, times in recent.items()}

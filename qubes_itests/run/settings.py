@@ -115,10 +115,6 @@ def _one_of(kinds: type[_Enum]) -> Callable[[object], _Enum]:
     return read
 
 
-def _complaints(value: object) -> tuple[Complaint, ...]:
-    return tuple(map(_one_of(Complaint), _words(value)))
-
-
 def _patterns(value: object) -> tuple[str, ...]:
     lines = value.strip().splitlines() if isinstance(value, str) else value
     if not isinstance(lines, list | tuple) or not all(map(str, lines)):
@@ -188,11 +184,14 @@ def _integer(value: object) -> int:
     raise ValueError(f"expected a whole number, got {value!r}")
 
 
-def _number_of_runs(value: object) -> int:
-    number = _integer(value)
-    if not 0 <= number <= _MOST_RUNS:
-        raise ValueError(f"expected a number of runs up to {_MOST_RUNS}, got {value!r}")
-    return number
+def _up_to(most: int, what: str) -> Callable[[object], int]:
+    def read(value: object) -> int:
+        number = _integer(value)
+        if not 0 <= number <= most:
+            raise ValueError(f"expected {what}, at most {most}, got {value!r}")
+        return number
+
+    return read
 
 
 def _shard(value: object) -> tuple[int, int]:
@@ -205,6 +204,9 @@ def _shard(value: object) -> tuple[int, int]:
     raise ValueError(f"expected a part of the tests, as in 1/3, got {value!r}")
 
 
+_mebibytes = _up_to(_MOST_MEMORY_BUDGET, "MiB")
+
+
 def _memory_budget(value: object) -> int:
     size = _integer(value)
     if size != 0 and size < LEAST_MEMORY_BUDGET:
@@ -212,23 +214,7 @@ def _memory_budget(value: object) -> int:
             f"a machine of {size} MiB has no memory for a VM beside dom0:"
             f" give it {LEAST_MEMORY_BUDGET} MiB or more, or 0 for no limit"
         )
-    if size > _MOST_MEMORY_BUDGET:
-        raise ValueError(f"expected MiB, at most {_MOST_MEMORY_BUDGET}, got {size}")
-    return size
-
-
-def _host_memory(value: object) -> int:
-    size = _integer(value)
-    if not 0 <= size <= _MOST_MEMORY_BUDGET:
-        raise ValueError(f"expected MiB, from 0 to {_MOST_MEMORY_BUDGET}, got {size}")
-    return size
-
-
-def _start_timeout(value: object) -> int:
-    seconds = _integer(value)
-    if not 0 <= seconds <= _LONGEST_START:
-        raise ValueError(f"expected seconds, at most {_LONGEST_START}, got {value!r}")
-    return seconds
+    return _mebibytes(size)
 
 
 def _clones_ahead(value: object) -> int:
@@ -289,20 +275,20 @@ class Settings:
         "seed the random numbers of tests with NUMBER; a run shows the one that it uses"
         " (default: a new one each time)")
     repeat: int = option(
-        0, _number_of_runs, "NUMBER", _TESTS,
+        0, _up_to(_MOST_RUNS, "a number of runs"), "NUMBER", _TESTS,
         "run each test NUMBER times; one that fails and passes is flaky (default: 1)")
     until_fail: bool = option(
         False, _flag, "", _TESTS,
         "repeat each test until it fails, at most as many times as --repeat says")
     rerun_failed: int = option(
-        0, _number_of_runs, "NUMBER", _TESTS,
+        0, _up_to(_MOST_RUNS, "a number of runs"), "NUMBER", _TESTS,
         "run a failed test again, up to NUMBER times; one that then passes is flaky,"
         " which is no success either")
     known_issues: tuple[Path, ...] = option(
         (), _files, "FILE", _TESTS,
         "expect the tests that FILE lists to fail; each needs a reference")
     fail_on: tuple[Complaint, ...] = option(
-        (), _complaints, "WHAT", _TESTS,
+        (), lambda value: tuple(map(_one_of(Complaint), _words(value))), "WHAT", _TESTS,
         "fail a test if a program in its VMs dumps core (coredump), or something there"
         " logs an error (journal)")
     allow_line: tuple[str, ...] = option(
@@ -361,11 +347,11 @@ class Settings:
         "let the VMs of each test share a machine of MIB mebibytes, balanced by"
         " qmemman; 0 for no such limit")
     host_memory: int = option(
-        0, _host_memory, "MIB", f"{_VMS} thaw {PYTEST}",
+        0, _mebibytes, "MIB", f"{_VMS} thaw {PYTEST}",
         "let all VMs together take at most MIB mebibytes of the memory of this machine;"
-        " 0 for 80 % of what is available")
+        " 0 for as much as it has room for, for workers shares of 80 % of that")
     start_timeout: int = option(
-        0, _start_timeout, "SECONDS", f"{_VMS} thaw {PYTEST}",
+        0, _up_to(_LONGEST_START, "seconds"), "SECONDS", f"{_VMS} thaw {PYTEST}",
         "give up the start of a VM after SECONDS; 0 for 60, and more where guests are"
         " emulated or the machine is busy")
     # fmt: on
@@ -393,9 +379,12 @@ def load(
     :param given: converted values from the command line, which win.
     :raise ConfigurationError: for an unknown key or a bad value.
     """
-    values: dict[str, object] = {}
-    values.update(_from_files(directory))
-    values.update(_from_environment(environment))
+    values = _from_files(directory)
+    if names := environment.get("QUBES_TEST_TEMPLATES", "").strip():
+        values["template"] = convert("template", names, "QUBES_TEST_TEMPLATES")
+    for name, declared in OPTIONS.items():
+        if value := environment.get(declared.variable, "").strip():
+            values[name] = convert(name, value, declared.variable)
     values.update(given or {})
     return Settings(**values)  # type: ignore[arg-type]  # convert() checked them
 
@@ -481,19 +470,17 @@ def _from_file(path: Path) -> dict[str, object] | None:
         return None
     except OSError as error:
         raise ConfigurationError(path.name, error.strerror or str(error)) from None
-    return None if table is None else dict(_converted(table, path.name))
-
-
-def _converted(table: Mapping[str, object], source: str) -> list[tuple[str, object]]:
-    result = []
+    if table is None:
+        return None
+    result = {}
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in OPTIONS:
             known = ", ".join(OPTIONS)
             raise ConfigurationError(
-                source, f"unknown key {key!r} for qubes_itests; known are: {known}"
+                path.name, f"unknown key {key!r} for qubes_itests; known are: {known}"
             )
-        result.append((name, convert(name, value, source)))
+        result[name] = convert(name, value, path.name)
     return result
 
 
@@ -525,13 +512,3 @@ def _read_cfg(path: Path) -> Mapping[str, object] | None:
     # The section, and not what a DEFAULT section would add for everybody.
     own = set(parser["qubes_itests"]) - set(parser.defaults())
     return {key: parser["qubes_itests"][key] for key in sorted(own)}
-
-
-def _from_environment(environment: Mapping[str, str]) -> dict[str, object]:
-    result = {}
-    if names := environment.get("QUBES_TEST_TEMPLATES", "").strip():
-        result["template"] = convert("template", names, "QUBES_TEST_TEMPLATES")
-    for name, declared in OPTIONS.items():
-        if value := environment.get(declared.variable, "").strip():
-            result[name] = convert(name, value, declared.variable)
-    return result

@@ -28,7 +28,6 @@ from qubes_itests.core.volume_content import copy_image
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.start.ahead import ClonesAhead
 from qubes_itests.guest.start.warm import WarmStarts
-from qubes_itests.host import memory
 from qubes_itests.host.contents import data_digest
 from qubes_itests.host.kernel import find_kernel
 from qubes_itests.hypervisor.contract import LifecycleEvent
@@ -98,8 +97,8 @@ class Parts:
     :param warm: start VMs from saved states where the hypervisor can.
     :param clones_ahead: how many guests may be ready for the next starts.
     :param memory: the machine that the VMs of each app share; None for no limit.
-    :param host_memory: MiB of the real one that all VMs may take; None for most of what
-        is available now.
+    :param host_memory: MiB of the real one that all VMs may take; None for as many as
+        it has room for.
     :param start_timeout: seconds that the start of a VM may take; None for what the
         back end and the load of this machine make reasonable.
     :param run_templates: names of those that tests run on; by default the first.
@@ -176,10 +175,7 @@ class Testbed:
 
     def __enter__(self) -> Self:
         self.hypervisor = self.portal.run(self.parts.open_hypervisor())
-        limit = self.parts.host_memory
-        if limit is None and self.hypervisor.takes_memory:
-            limit = memory.for_vms()
-        self.hypervisor.memory_limit = limit
+        self.hypervisor.memory_limit = self.parts.host_memory
         # Callbacks are called in reverse: the connection is closed last, as the events
         # of the VMs' ends come over it.
         self._exit.callback(lambda: self.portal.run(self.hypervisor.close()))
@@ -422,8 +418,8 @@ class Testbed:
         # `_note_panic` tells by this list whose VM has panicked, until no VM runs.
         self._apps.remove(app)
         if app.store is None:
-            for vm in app.domains.startable():
-                await vm.storage.undo()
+            # no VM's volumes are in the way of another's: what is shared has a lock
+            await asyncio.gather(*(vm.storage.undo() for vm in app.domains.startable()))
         for pool in app.pools.values():
             await pool.destroy()
         left = [d.spec.name for d in self.hypervisor.domains()]

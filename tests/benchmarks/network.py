@@ -1,18 +1,15 @@
-"""What a network costs: starts with and without, changes while VMs run, and traffic.
+"""What a network costs: starts with and without, and changes while VMs run.
 
 Run: ``.venv/bin/python tests/benchmarks/network.py [ROUNDS]``
 """
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
 from bench import app_on, heading, row, seconds, testbed
 
 CLIENTS = 6
-MEGABYTES = 32
-PORT = 7000
 
 
 class VMs:
@@ -31,9 +28,6 @@ class VMs:
         self.run(vm.create_on_disk())
         return vm
 
-    def sh(self, vm, command):
-        return self.run(vm.run_for_stdio(command, user="root"))[0].decode()
-
     def start(self, vm):
         took = seconds(lambda: self.run(vm.start()))
         self.run(vm.kill())
@@ -45,27 +39,6 @@ class VMs:
     def restart_net(self):
         self.run(self.net.kill())
         return seconds(lambda: self.run(self.net.start()))
-
-    def transfer(self, vm):
-        """Return MiB a second from a client into the net VM, by TCP."""
-        # what is counted comes back, so that all has arrived
-        received = f"nc -l -p {PORT} -e /usr/bin/wc -c"
-        send = f"dd if=/dev/zero bs=1M count={MEGABYTES} | nc {self.net.ip} {PORT}"
-
-        async def both():
-            receiving = asyncio.ensure_future(self.net.run_for_stdio(received))
-            sending = f"until {send} 2> /dev/null; do sleep 0.05; done"
-            output, _ = await vm.run_for_stdio(sending)
-            await receiving
-            if int(output) != MEGABYTES << 20:
-                sys.exit(f"of {MEGABYTES} MiB {int(output)} bytes arrived")
-
-        return MEGABYTES / seconds(lambda: self.run(both()))
-
-    def ping(self, vm):
-        """Return the milliseconds of each of ten pings."""
-        output = self.sh(vm, f"ping -c 10 -i 0.2 {self.net.ip}")
-        return [float(t.split()[0]) for t in output.split("time=")[1:]]
 
 
 def measure(vms, rounds):
@@ -90,10 +63,6 @@ def measure(vms, rounds):
     for vm in vms.clients[1:]:
         vms.run(vm.start())
     row(f"start of a net VM, {CLIENTS} clients run", [vms.restart_net()])
-
-    heading("Traffic, client to net VM")
-    row("ping", vms.ping(one), "ms")
-    row("TCP", [vms.transfer(one) for _ in range(3)], "MiB/s")
 
 
 def main():

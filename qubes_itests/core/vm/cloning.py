@@ -52,7 +52,9 @@ async def clone_vm(
     vm = app.add_new_vm(vm_class, name=name, label=source.label, **properties)
     async with making(vm):
         _clone_settings(vm, source, given=set(properties))
-        await _clone_assignments(vm, source)
+        for devclass, devices in list(source.devices.items()):
+            for assignment in devices.get_assigned_devices():
+                await vm.devices[devclass].assign(assignment)
         await vm.clone_disk_files(source, pool=pool)
     return vm
 
@@ -65,9 +67,3 @@ def _clone_settings(vm: QubesVM, source: QubesVM, given: set[str]) -> None:
     vm.tags.update(t for t in source.tags if _OF_ORIGIN not in t)
     vm.firewall.rules = source.firewall.rules
     vm.notes = source.notes
-
-
-async def _clone_assignments(vm: QubesVM, source: QubesVM) -> None:
-    for devclass, devices in list(source.devices.items()):
-        for assignment in devices.get_assigned_devices():
-            await vm.devices[devclass].assign(assignment)

@@ -61,16 +61,11 @@ def make_root_image(
     :raise CommandError: it does not fit, say.
     """
     if not keep_times:
-        _forget_times(directory)
+        for path in (directory, *directory.rglob("*")):
+            os.utime(path, (int(_EPOCH), int(_EPOCH)), follow_symlinks=False)
     with image.open("xb") as file:
         file.truncate(size)
     clock = (f"SOURCE_DATE_EPOCH={_EPOCH}", f"E2FSPROGS_FAKE_TIME={_EPOCH}")
     features = ("-t", "ext4", "-b", "4096", "-m", "0", "-J", "size=4")
     names = ("-U", _UUID, "-L", label, "-E", _OPTIONS)
     run(["env", *clock, "mke2fs", "-q", *features, *names, "-d", directory, image])
-
-
-def _forget_times(directory: Path) -> None:
-    when = (int(_EPOCH), int(_EPOCH))
-    for path in (directory, *directory.rglob("*")):
-        os.utime(path, when, follow_symlinks=False)

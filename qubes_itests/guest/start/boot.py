@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.exc import BootError, GuestGoneError, ProtocolViolation
 from qubes_itests.guest.link.agent import GuestAgent
+from qubes_itests.host import memory
 from qubes_itests.hypervisor.console import console_tail
 from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.hypervisor.exc import HypervisorError, SavedStateError
@@ -176,6 +177,7 @@ class _Start:
         self, domain: Domain, warm: WarmStarts, state: WarmState, limit: float
     ) -> GuestAgent | None:
         self._begin("start from a saved state")
+        kills = memory.kills()
         try:
             await domain.start(saved_state=state.path, saved_disks=state.disks)
             await self._announce()
@@ -183,8 +185,13 @@ class _Start:
         except (SavedStateError, DeadlineError, GuestGoneError) as error:
             # The same domain again: a guest of which nobody knows what it did must not
             # go on, and its disks are free for the next only when it has gone.
-            _logger.warning("VM %s boots instead: %s", self._spec.name, str(error))
             await domain.destroy()
+            if memory.kills() > kills:
+                # The state is none the worse for it, and without one a VM has more
+                # memory of its own.
+                reason = f"this machine was out of memory: {error}"
+                raise HypervisorError(self._spec.name, "start", reason) from error
+            _logger.warning("VM %s boots instead: %s", self._spec.name, str(error))
             await warm.discard(state, self._spec.name)
             return None
 

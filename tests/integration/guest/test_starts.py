@@ -1,6 +1,7 @@
 """Cold and warm starts of the mini template."""
 
 import asyncio
+import itertools
 import time
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 
 from qubes_itests.guest.exc import BootError
 from qubes_itests.guest.start.warm import WarmStarts
+from qubes_itests.host import memory
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.command import run
 from qubes_itests.hypervisor.contract import DomainState, LifecycleEvent
@@ -95,6 +97,23 @@ async def test_a_state_that_does_not_load_is_dropped(machines, hypervisor, direc
     _, agent = await machines.boot(spec, warm=warm)
     assert await (await agent.spawn("true")).wait() == 0
     assert cache.lookup("stage-one", key) is None
+
+
+async def test_a_state_is_kept_whose_guest_was_killed_for_want_of_memory(
+    machines, hypervisor, directory, monkeypatch
+):
+    """Without a state the next VMs would take more memory than with it."""
+    cache = Cache(directory / "cache")
+    spec = machines.spec("work")
+    warm = WarmStarts(cache, hypervisor)
+    key = await warm._key(spec, (), None)
+    # It would not load anyway; what counts is that the kernel says it has killed.
+    cache.entry("stage-one", key, lambda place: (place / "state").write_bytes(b"junk"))
+    monkeypatch.setattr(memory, "kills", itertools.count().__next__)
+    with pytest.raises(BootError, match="this machine was out of memory"):
+        await machines.boot(spec, warm=warm)
+    assert cache.lookup("stage-one", key) is not None
+    assert hypervisor.domains() == ()
 
 
 async def test_a_cache_without_room(machines, hypervisor, directory):

@@ -7,9 +7,11 @@ import dataclasses
 import hashlib
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
+import libvirt
 import pytest
 import pytest_asyncio
 from qemu_processes import processes
@@ -169,6 +171,14 @@ def _cut_memory(path):
     memory_file(path).chmod(0o400)
 
 
+def _take_another_memory(path):
+    memory = memory_file(path)
+    size = memory.stat().st_size
+    memory.unlink()
+    make_memory_file(memory, size)
+    memory.chmod(0o400)
+
+
 def _write_memory(path):
     with memory_file(path).open("r+b") as file:
         file.write(b"\xa5")
@@ -182,6 +192,7 @@ DAMAGES = {
     "memory gone": lambda path: memory_file(path).unlink(),
     "memory cut": _cut_memory,
     "memory written": _write_memory,
+    "memory of another": _take_another_memory,
     "memory writable": lambda path: memory_file(path).chmod(0o600),
 }
 
@@ -205,6 +216,18 @@ async def test_a_damaged_state(hypervisor, saved, make_spec, directory, damage):
     if damage == "cut":
         await domain.start()
         assert await domain.state() is DomainState.RUNNING
+    await domain.undefine()
+
+
+@pytest.mark.parametrize("change", [{"memory": 60, "max_memory": 64}, {"vcpus": 2}])
+async def test_a_state_of_a_domain_of_another_kind(
+    hypervisor, saved, make_spec, change
+):
+    """They have keys of their own; should one be mistaken, it does not load."""
+    domain = await hypervisor.define(make_spec(**change))
+    with pytest.raises(SavedStateError, match="did not load"):
+        await domain.start(saved_state=saved)
+    assert await domain.state() is DomainState.HALTED
     await domain.undefine()
 
 
@@ -296,6 +319,29 @@ async def test_the_key_is_of_what_shapes_a_state(hypervisor, make_spec, tmp_path
         for change in changes
     ]
     assert len({key, *keys}) == 1 + len(changes)
+
+
+async def test_a_state_of_another_machine_or_qemu_has_another_key(
+    hypervisor, make_spec, tmp_path, monkeypatch
+):
+    """QEMU itself loads what another CPU has left, and the guest crashes later."""
+    machine, spec = hypervisor._machine, make_spec()
+    updated = tmp_path / machine.emulator.name
+    await asyncio.to_thread(shutil.copyfile, machine.emulator, updated)
+    others = [
+        machine,
+        dataclasses.replace(machine, cpu="Westmere"),
+        dataclasses.replace(machine, machine="pc-q35-7.1"),
+        dataclasses.replace(machine, emulator=updated),
+        dataclasses.replace(machine, kvm=not machine.kvm),
+    ]
+    keys = set()
+    for other in others:
+        monkeypatch.setattr(hypervisor, "_machine", other)
+        keys.add(await hypervisor.state_key(spec))
+    monkeypatch.setattr(libvirt, "getVersion", lambda: 1)
+    keys.add(await hypervisor.state_key(spec))
+    assert len(keys) == len(others) + 1
 
 
 async def test_a_clone_holds_no_kernel_image(kernel, tmp_path):

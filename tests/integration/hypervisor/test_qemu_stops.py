@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from qemu_processes import processes
 
+from qubes_itests.host import memory
 from qubes_itests.hypervisor import connection
 from qubes_itests.hypervisor.contract import (
     Disk,
@@ -79,6 +81,30 @@ async def test_an_early_panic_is_seen_on_the_console(hypervisor, make_spec):
     await domain.start()
     assert await domain.wait_stopped(60) is DomainState.CRASHED
     assert domain.panicked
+
+
+def _account(process, name):
+    return Path(f"/proc/{process}/{name}").read_text()
+
+
+async def test_qemu_is_killed_for_want_of_memory(
+    hypervisor, domain, make_spec, monkeypatch, caplog
+):
+    """It goes before other programs, and it is said who had the memory."""
+    other = await hypervisor.define(make_spec())
+    await asyncio.gather(domain.start(), other.start())
+    (process,) = processes(domain.spec.name)
+    assert _account(process, "oom_score_adj") == "500\n"
+    assert 0 < domain.memory_held() < domain.spec.memory
+    killed = domain.kills + 1
+    monkeypatch.setattr(memory, "kills", lambda: killed)
+    os.kill(process, signal.SIGKILL)
+    assert await domain.wait_stopped(10) is DomainState.CRASHED
+    assert domain.memory_held() == 0
+    (record,) = [each for each in caplog.records if each.levelname == "ERROR"]
+    told = record.getMessage()
+    assert f"{domain.spec.name} has ended while this machine was out of memory" in told
+    assert f"; {other.spec.name} holds " in told
 
 
 async def test_qemu_is_killed(domain):

@@ -14,6 +14,17 @@ from qubes_itests.hypervisor.contract import Interface
 #: What lets a net VM forward from client to client.
 RULE = "iif vif lookup main priority 50"
 
+#: Features of a virtio network device, by their bits: who makes checksums and segments,
+#: in either direction, buffers that one packet has several of, fewer wake-ups.
+OFFLOADS = {
+    "CSUM": 0,
+    "GUEST_CSUM": 1,
+    "GUEST_TSO4": 7,
+    "HOST_TSO4": 11,
+    "MRG_RXBUF": 15,
+    "EVENT_IDX": 29,
+}
+
 
 def test_starting_a_client_started_its_net_vms_first(network):
     times = [vm.start_time for vm in (network.net, network.firewall, network.far)]
@@ -45,6 +56,14 @@ def test_clients_reach_their_net_vms(network):
     assert network.reaches(network.far, network.firewall)
     assert network.reaches(network.far, network.net)
     assert network.reaches(network.net, network.far)
+
+
+def test_what_guests_send_is_neither_cut_nor_summed_up_for_the_wire(network):
+    """Else each segment of TCP and each checksum costs an emulated CPU dearly."""
+    for vm, device in ((network.one, "eth0"), (network.net, "vif")):
+        bits = network.sh(vm, f"cat /sys/class/net/{device}/device/features")
+        missing = {name for name, bit in OFFLOADS.items() if bits[bit] != "1"}
+        assert not missing, device
 
 
 def test_clients_reach_each_other_by_a_rule_of_the_net_vm_only(network):

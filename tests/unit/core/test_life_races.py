@@ -387,3 +387,20 @@ async def test_each_run_has_a_number_of_its_own(app):
         await vm.kill()
         assert vm.xid == -1
     assert numbers[0] == -1 < 0 < numbers[1] < numbers[2]
+
+
+@pytest.mark.asyncio
+async def test_all_vms_are_killed_at_once(app):
+    vms = [await make_vm(app, "AppVM", name) for name in ("one", "two")]
+    all_end = asyncio.Barrier(len(vms))
+
+    async def meet(*_args, **_kwargs):
+        await all_end.wait()
+
+    for vm in vms:
+        await vm.start()
+        vm.add_handler("domain-stopped", meet)
+    async with asyncio.timeout(10):
+        await app.kill_all()
+    assert all(vm.is_halted() for vm in vms)
+    assert app.problems == []

@@ -491,6 +491,9 @@ _USER = """
         for number in range(8):
             (place / str(number)).write_bytes(key.encode() * 4096)
 
+    key = "a"
+    cache.entry("image", key, build)
+    print("begun", flush=True)
     while True:
         key = random.choice("abcdef")
         if random.random() < 0.5:
@@ -515,13 +518,17 @@ def test_no_entry_in_use_goes_and_none_is_half_made_whoever_is_killed(
     """Six use more than there is room for, and each is killed and begun again."""
     kills = random.Random(5)  # noqa: S311
     users = [process(_USER) for _ in range(6)]
-    for _ in range(40):
+    for turn in range(40):
         time.sleep(kills.uniform(0, 0.1))
         number = kills.randrange(len(users))
+        # the others wherever they are
+        is_at_work = turn % 2 == 1
+        assert not is_at_work or users[number].stdout.readline() == "begun\n"
         assert users[number].poll() is None
         users[number].kill()
         users[number] = process(_USER)
     for user in users:
+        assert user.stdout.readline() == "begun\n"
         user.kill()
         user.wait(30)
     assert not (tmp_path / "log").exists()

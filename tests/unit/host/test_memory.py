@@ -3,7 +3,7 @@
 import pytest
 
 from qubes_itests.exc import UsageError
-from qubes_itests.host.memory import LEAST, available, for_vms, share
+from qubes_itests.host.memory import LEAST, available, for_vms, kills, share
 
 MEMINFO = "MemTotal:       16000000 kB\nMemAvailable:    8388608 kB\nSwapFree: 1 kB\n"
 
@@ -70,6 +70,15 @@ def test_what_files_fill_is_available(machine, place):
 
 def test_this_machine_has_some_and_keeps_some():
     assert 0 < for_vms() < available()
+
+
+def test_what_the_kernel_has_killed_is_counted(tmp_path):
+    account = tmp_path / "vmstat"
+    account.write_text("drop_slab 0\noom_kill 25\nnuma_hit 3\n")
+    assert kills(account) == 25
+    account.write_text("drop_slab 0\n")
+    assert kills(account) == 0
+    assert kills() >= 0
 
 
 def test_workers_share_it_evenly():

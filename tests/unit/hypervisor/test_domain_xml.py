@@ -93,6 +93,16 @@ def test_interfaces():
     assert in_tap.find("source") is None
 
 
+def test_the_kernel_moves_packets_where_it_can():
+    """By vhost-net, which libvirt takes under KVM, if it is there.
+
+    Told to take it, libvirt would refuse interfaces where it is not there.
+    """
+    element = ET.fromstring(interface_xml(Interface(INTERFACE.mac, tap="qt1")))
+    assert element.find("model").get("type") == "virtio"
+    assert element.find("driver") is None
+
+
 def test_a_domain_that_loads_a_state_is_told_to_wait_for_it():
     root = parse(incoming="defer")
     argument = "{http://libvirt.org/schemas/domain/qemu/1.0}commandline/*"

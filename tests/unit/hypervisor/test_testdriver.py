@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qubes_itests.host import memory
 from qubes_itests.hypervisor.contract import Disk, DomainSpec, DomainState, Interface
 from qubes_itests.hypervisor.exc import (
     HypervisorError,
@@ -96,6 +97,26 @@ async def test_what_is_more_than_the_memory_that_there_is_is_refused(tmp_path):
             await hypervisor.define(named(tmp_path, "three"))
         await first.undefine()
         await hypervisor.define(named(tmp_path, "three"))
+
+
+async def test_without_a_limit_this_machine_must_have_room(tmp_path, monkeypatch):
+    """For all of what starts, and for a quarter of what runs: VMs share most of it."""
+    monkeypatch.setattr(TestHypervisor, "takes_memory", True)
+    monkeypatch.setattr(memory, "available", lambda: 500)
+    async with await TestHypervisor.open(tmp_path, tmp_path) as hypervisor:
+        first = await hypervisor.define(named(tmp_path, "one"))
+        second = await hypervisor.define(named(tmp_path, "two"))
+        with pytest.raises(HypervisorError, match="of which 400 MiB are kept"):
+            await hypervisor.define(named(tmp_path, "three"))
+        await first.start()
+        await second.start()
+        await hypervisor.define(named(tmp_path, "three"))
+        await hypervisor.define(named(tmp_path, "four"))
+        match = (
+            "needs 200 MiB; of this machine's memory 500 MiB .* 500 MiB .* one holds"
+        )
+        with pytest.raises(HypervisorError, match=match):
+            await hypervisor.define(named(tmp_path, "five"))
 
 
 async def test_of_many_that_hold_memory_those_with_most_are_named(tmp_path):

@@ -255,7 +255,10 @@ def test_times_are_the_median_of_the_last_good_results(history):
         keep(history, number, result("a::b", duration=float(number)))
     keep(history, 30, result("a::b", "failed", duration=300.0))
     assert history.times("") == {"a::b": 15.5}
-    assert history.times("other") == {}
+    # a clone in another folder, which has not run yet
+    assert history.times("other") == {"a::b": 15.5}
+    keep(history, 31, result("a::c", duration=1.0), suite="other")
+    assert history.times("other") == {"a::c": 1.0}
 
 
 def test_tests_of_two_suites_are_apart(history):
