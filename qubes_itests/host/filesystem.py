@@ -13,8 +13,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.host.command import CommandError, run
 from qubes_itests.host.loop import LoopDevice
+from qubes_itests.program import typed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,6 +62,9 @@ _MINIMUM_SIZE = {
     FilesystemType.EXT4: 8 * _MIB,
 }
 
+#: MiB that the smallest of new filesystems take of a disk, and some.
+_ROOM = 16
+
 # Images are sparse and new: there is nothing to discard.  A small btrfs with a single
 # copy of its metadata has so little room for it that, once full, it stays full whatever
 # is removed; so the metadata stays doubled, as is the default.
@@ -104,6 +109,7 @@ def make_filesystem(
     :param options: further arguments for mkfs, ``["-L", "pool"]`` for instance.
     :raise ValueError: when the filesystem does not fit into `size`.
     :raise CommandError: when mkfs fails; the file is gone then.
+    :raise EnvironmentNotReadyError: when it failed for want of room on the disk.
     """
     if size < kind.minimum_size:
         least = kind.minimum_size // _MIB
@@ -112,8 +118,16 @@ def make_filesystem(
         with image.open("wb") as file:
             file.truncate(size)
         run([*_MAKE[kind], *options, image])
-    except BaseException:
+    except BaseException as error:
         image.unlink(missing_ok=True)
+        # Of a full disk mkfs says no more than that it cannot write.
+        left = shutil.disk_usage(image.parent).free // _MIB
+        if isinstance(error, CommandError | OSError) and left < _ROOM:
+            raise EnvironmentNotReadyError(
+                f"The disk is full that {image} would be on: {left} MiB are left.",
+                f"Make room there: {typed('clean', '--cache')}; or name a directory on"
+                " another one in QUBES_ITESTS_CACHE.",
+            ) from error
         raise
 
 

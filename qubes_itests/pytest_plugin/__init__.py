@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.hookspec import PROJECT
 from qubes_itests.host import sandbox
@@ -254,8 +255,11 @@ def pytest_collection() -> Generator[None, Any, Any]:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Say what the tests run in."""
-    return header.all_lines(config)
+    """Say what the tests run in; end the run where that cannot be used."""
+    try:
+        return header.all_lines(config)
+    except EnvironmentNotReadyError as error:
+        raise pytest.exit.Exception(str(error), error.exit_code) from None
 
 
 @pytest.hookimpl(wrapper=True)

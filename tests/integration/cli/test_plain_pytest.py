@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from qubes_itests.host.command import run
+
 SUITE = """
     import os
 
@@ -43,6 +45,29 @@ def test_fixtures_work_in_a_sandbox_and_the_header_says_so(suite):
     assert "\nsandbox: mount, PID, network and IPC namespaces" in done.stdout
     assert f"\ncache: {suite.environment['QUBES_ITESTS_CACHE']}" in done.stdout
     assert "\nhypervisor: qemu, " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "told"),
+    [
+        ("ro", 10, "cannot be used (it is not writable). Name another"),
+        ("size=1m,mode=0700", 1, "The disk is full that "),
+    ],
+)
+def test_a_cache_that_is_read_only_or_full(suite, tmp_path, options, status, told):
+    """It is said in a sentence, and not as an error of the harness."""
+    place = tmp_path / "no room"
+    place.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place])
+    try:
+        suite.environment["QUBES_ITESTS_CACHE"] = str(place)
+        words = ("-p", "qubes_itests", "-k", "test_filesystem")
+        done = suite.run(*words, program="pytest")
+    finally:
+        run(["umount", place])
+    assert done.returncode == status, done.stdout + done.stderr
+    assert told in done.stdout + done.stderr
+    assert "INTERNALERROR" not in done.stdout + done.stderr
 
 
 def test_a_conftest_may_offer_templates(suite):
