@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
+import os
 import re
 from pathlib import Path
 from string import Template
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["execute"]
 
+#: Many apps have one.
+_SETTINGS: Final = "setup.cfg"
 _SETUP_CFG: Final = """\
 # What the tests need in their VMs: docs/templates.md of qubes_itests. A section
 # [qubes_itests:template:debian-12] may also have `packages = …`, of Debian.
@@ -110,9 +114,9 @@ _JOBS: Final = {
 
 
 def execute(command: Command, _settings: Settings) -> int:
-    """Write the files, all of them or none.
+    """Write the files, all of them or none; a setup.cfg of the app is added to.
 
-    :raise UsageError: the app has one of them, or tests.
+    :raise UsageError: the app has one of the others, or tests.
     """
     if len(command.words) > 1:
         problem = f"expected one directory, got `{' '.join(command.words)}`"
@@ -141,7 +145,7 @@ def _files(title: str, ci: str) -> dict[str, str]:
     module = f"{name.replace('-', '_')}_tests"
     job, text = _JOBS[ci]
     texts = {
-        "setup.cfg": _SETUP_CFG,
+        _SETTINGS: _SETUP_CFG,
         "tests/setup.py": _SETUP_PY,
         f"tests/{module}/__init__.py": _TESTS,
         job: text,
@@ -153,6 +157,7 @@ def _files(title: str, ci: str) -> dict[str, str]:
 
 
 def _write(directory: Path, files: Mapping[str, str]) -> None:
+    said: list[str] = []
     with contextlib.ExitStack() as undo:
         try:
             for name, text in files.items():
@@ -161,9 +166,17 @@ def _write(directory: Path, files: Mapping[str, str]) -> None:
                     if not parent.is_dir():
                         parent.mkdir()
                         undo.callback(parent.rmdir)
+                if name == _SETTINGS and path.is_file():
+                    size = _size_without_ours(path)
+                    undo.callback(os.truncate, path, size)
+                    with path.open("a", encoding="utf-8") as file:
+                        file.write(f"\n\n{text}")
+                    said.append(f"Added to {path}.")
+                    continue
                 with path.open("x", encoding="utf-8") as file:
                     undo.callback(path.unlink)
                     file.write(text)
+                said.append(f"Wrote {path}.")
         except FileExistsError as error:
             raise UsageError(
                 f"{error.filename} is there already; nothing was written"
@@ -173,5 +186,17 @@ def _write(directory: Path, files: Mapping[str, str]) -> None:
                 f"{error.filename}: {error.strerror}; nothing was written"
             ) from None
         undo.pop_all()
-    for name in files:
-        print(f"Wrote {directory / name}.")
+    print("\n".join(said))
+
+
+def _size_without_ours(path: Path) -> int:
+    """Return the bytes of a setup.cfg that says nothing yet of what VMs need."""
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string(path.read_text(encoding="utf-8"), path.name)
+    except (configparser.Error, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{path}: {reason}; nothing was written") from None
+    if ours := [name for name in parser.sections() if name.startswith("qubes_itests")]:
+        raise UsageError(f"{path} has [{ours[0]}] already; nothing was written")
+    return path.stat().st_size

@@ -52,7 +52,7 @@ def test_the_job_is_for_the_ci_that_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["setup.cfg", "tests/setup.py", "tests/app_tests/__init__.py", GITHUB]
+    "name", ["tests/setup.py", "tests/app_tests/__init__.py", GITHUB]
 )
 def test_what_is_there_is_kept_and_then_nothing_is_written(tmp_path, name):
     app = tmp_path / "app"
@@ -63,6 +63,43 @@ def test_what_is_there_is_kept_and_then_nothing_is_written(tmp_path, name):
         init(str(app))
     assert tree(app) == [name]
     assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("text", ["[metadata]\nname = app", "", "[a]\n[b]\nx = 1\n"])
+def test_a_setup_cfg_of_the_app_is_added_to(tmp_path, capsys, text):
+    path = tmp_path / "setup.cfg"
+    path.write_text(text)
+    assert init(str(tmp_path)) == 0
+    assert path.read_text().startswith(text)
+    (spec,) = read_specs(tmp_path)
+    assert spec.name == "tiny"
+    assert f"Added to {path}.\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "[qubes_itests:template:tiny]\n",
+            r"has \[qubes_itests:template:tiny\] already",
+        ),
+        ("precious", "no section headers"),
+    ],
+)
+def test_one_that_cannot_be_added_to_is_kept(tmp_path, text, said):
+    (tmp_path / "setup.cfg").write_text(text)
+    with pytest.raises(UsageError, match=f"{said}.*nothing was written"):
+        init(str(tmp_path))
+    assert tree(tmp_path) == ["setup.cfg"]
+    assert (tmp_path / "setup.cfg").read_text() == text
+
+
+def test_one_is_as_it_was_if_something_else_is_in_the_way(tmp_path):
+    (tmp_path / "setup.cfg").write_text("[metadata]")
+    (tmp_path / ".github").touch()
+    with pytest.raises(UsageError, match="nothing was written"):
+        init(str(tmp_path))
+    assert (tmp_path / "setup.cfg").read_text() == "[metadata]"
 
 
 def test_a_link_that_leads_nowhere_is_something_too(tmp_path):
