@@ -141,7 +141,6 @@ pid_t spawn(struct strings request, const struct service *service, const int std
 
 /* listener.c */
 #define USE_STDIN "use-stdin"
-#define SESSION_READY "session-ready"
 #define RUNTIME_DIRECTORY "runtime-directory"
 void tell_agent(const char *socket_path, const char *what, pid_t pid);
 pid_t listener_of(const struct passwd *user); /* 0 or less: there is none */
@@ -154,7 +153,8 @@ int resume(void); /* as a service of another init, which waits; the port */
 const char *enter(struct strings request); /* stage two; NULL, or what went wrong */
 extern bool under_systemd;   /* it runs, and has waited for stage two */
 extern bool session_awaited; /* stage two is done but for what systemd starts */
-void session_ready(void);    /* that has come so far: the host has its answer now */
+int session_open(void);      /* what tells that it has come so far */
+void session_changed(int fd); /* it may have: then the host has its answer now */
 void make_runtime(void); /* what systemd does at boot */
 bool make_runtime_directory(const struct passwd *user); /* of his session */
 const char *set_clock(uint64_t nanoseconds); /* likewise */

@@ -81,12 +81,9 @@ void calls_ready(int socket)
 	const char *problem = "the request is not valid", *first, *second;
 
 	if (count == 0 && part.iov_len > 0 && text[part.iov_len - 1] == '\0' &&
-	    (first = next_string(&request)) && (second = next_string(&request))) {
-		if (strcmp(first, USE_STDIN) == 0)
-			stream_use_stdin(atoi(second), sender.pid, sender.uid);
-		if (strcmp(first, SESSION_READY) == 0 && sender.uid == 0)
-			session_ready();
-	}
+	    (first = next_string(&request)) && (second = next_string(&request)) &&
+	    strcmp(first, USE_STDIN) == 0)
+		stream_use_stdin(atoi(second), sender.pid, sender.uid);
 	if (user && strlen(user->pw_name) < NAME_LIMIT && fds_valid(fds, count) &&
 	    request_valid(request))
 		problem = call_open(request, user->pw_name, sender.pid, fds);

@@ -7,6 +7,7 @@
 #include <linux/random.h>
 #include <net/if.h>
 #include <sched.h>
+#include <sys/inotify.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/swap.h>
@@ -437,10 +438,28 @@ static void tell_systemd(void)
 	close(fd);
 }
 
-void session_ready(void)
+#define DIRECTORY "/run/qubes"
+#define SESSION DIRECTORY "/session"
+
+/* Told when process 1 makes the socket of qubes-session.socket. */
+int session_open(void)
 {
-	if (session_awaited)
-		send_frame(DONE, 0, 0, NULL, 0);
+	int fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
+
+	if (inotify_add_watch(fd, DIRECTORY, IN_CREATE) < 0)
+		die(DIRECTORY);
+	return fd;
+}
+
+void session_changed(int fd)
+{
+	char events[1024];
+
+	while (read(fd, events, sizeof events) > 0)
+		;
+	if (!session_awaited || access(SESSION, F_OK) != 0)
+		return;
+	send_frame(DONE, 0, 0, NULL, 0);
 	session_awaited = false;
 }
 
@@ -534,7 +553,7 @@ const char *enter(struct strings identity)
 	if ((access("/usr/local/lib/systemd/system", F_OK) == 0 || has_generators()) &&
 	    kill(1, SIGHUP) != 0)
 		return failed("process 1") ? NULL : problem;
-	/* The answer is left to session_ready(). */
+	/* The answer is left to session_changed(). */
 	session_awaited = kill(1, SIGRTMIN) == 0; /* to it: "start default.target" */
 	tell_systemd();
 	return session_awaited || failed("process 1") ? NULL : problem;

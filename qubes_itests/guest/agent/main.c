@@ -51,10 +51,6 @@ int main(int argc, char **argv)
 		run_loop(boot(), disks_open(), false);
 	if (argc == 2 && strcmp(argv[1], "resume") == 0)
 		run_loop(resume(), disks_open(), true);
-	if (argc == 2 && strcmp(argv[1], SESSION_READY) == 0) {
-		tell_agent(SOCKET_PATH, SESSION_READY, getpid());
-		return 0;
-	}
 	if (argc == 3 && strcmp(argv[1], RUNTIME_DIRECTORY) == 0) {
 		const struct passwd *user = find_user(NULL, (uid_t)atoi(argv[2]));
 

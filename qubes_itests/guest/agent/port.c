@@ -299,7 +299,7 @@ static void signals_ready(int fd)
 
 _Noreturn void run_loop(int port_fd, int disks, bool entered)
 {
-	enum { PORT, SIGNALS, CALLS, DISKS, STREAMS };
+	enum { PORT, SIGNALS, CALLS, DISKS, SESSION, STREAMS };
 	static struct pollfd polled[STREAMS + STREAM_FDS];
 	bool more = true;
 
@@ -310,6 +310,7 @@ _Noreturn void run_loop(int port_fd, int disks, bool entered)
 	polled[SIGNALS].fd = signals_open();
 	polled[CALLS].fd = calls_listen();
 	polled[DISKS].fd = disks;
+	polled[SESSION].fd = under_systemd ? session_open() : -1;
 	if (entered) {
 		/* The host waits for the answer to ENTER, which init has left to this moment. */
 		port.connected = true;
@@ -335,6 +336,8 @@ _Noreturn void run_loop(int port_fd, int disks, bool entered)
 				calls_ready(polled[CALLS].fd);
 			if (polled[DISKS].revents)
 				disks_ready();
+			if (polled[SESSION].revents)
+				session_changed(polled[SESSION].fd);
 		}
 		port_event();
 		/* Frames first, then the sweep, which frees what has ended: an event of this turn

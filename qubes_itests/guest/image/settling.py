@@ -19,7 +19,10 @@ __all__ = ["SETTLE"]
 #: systemd as process 1 does not make users and indexes anew at each start.
 #:
 #: While that waits for the VM's identity it can read the units that come later, unless
-#: one of them has the host name, the machine ID or the boot ID in it.
+#: one of them has the host name, the machine ID or the boot ID in it. It can make the
+#: files in /run then, unless one of them has these, too (those of systemd's own are of
+#: journals, or removed with age), or is on the private disk, or is one on the root that
+#: has new contents at each start.
 SETTLE: Final = """\
 command -v systemd-tmpfiles >/dev/null || exit 0
 make_files() {
@@ -50,6 +53,15 @@ if ! grep -EqsR --exclude=systemd-journald@.service '%[bHlmq]' \
     /etc/systemd/system /usr/local/lib/systemd/system /usr/lib/systemd/system; then
     mkdir -p "$waiting"
     printf '[Unit]\nBefore=default.target\n' >"$waiting/read-units.conf"
+fi
+of_vm() {
+    grep -EhsR --exclude=systemd.conf --exclude=systemd-tmp.conf \
+        --exclude=journal-nocow.conf "$1" /etc/tmpfiles.d /usr/lib/tmpfiles.d
+}
+if ! of_vm '%[bHlmq]' && ! of_vm '^[^#]*[[:space:]]"?/(home|rw|usr/local)/' &&
+    ! of_vm '^ *(F|w|[fCpcb]\\+)[^[:space:]]*[[:space:]]+"?/([^r]|r[^u])'; then
+    mkdir -p "$waiting"
+    printf '[Unit]\nWants=qubes-tmpfiles.service\n' >"$waiting/make-files.conf"
 fi
 touch -r /usr /etc/.updated /var/.updated
 """

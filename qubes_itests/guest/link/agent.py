@@ -81,14 +81,6 @@ class Identity:
         """Names of the disks it needs."""
         return tuple(d for d in (self.root, self.private, self.volatile) if d)
 
-    @property
-    def saved_disks(self) -> tuple[str, ...]:
-        """Names of those that a guest may have before it has this identity.
-
-        All but the root are blank then. systemd lets programs look at what there is.
-        """
-        return self.disks if self.init == "agent" else (self.root,)
-
     def payload(self, deadline: float) -> bytes:
         """Return the payload of ENTER, with the time of now and a fresh random seed.
 

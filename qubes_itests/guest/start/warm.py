@@ -40,6 +40,8 @@ _LOOK: Final = 0.05
 #: The starts in a run after which a state in a root of our init is made: it takes as
 #: long as that many starts gain.
 _WORTH: Final = 15
+#: A program of the root that reads what starts need, where there is one.
+_REHEARSAL: Final = "[ ! -x /usr/lib/qubes/rehearse ] || /usr/lib/qubes/rehearse"
 #: Bytes of a disk that is blank.
 _BLANK: Final = 1 << 20
 
@@ -123,7 +125,7 @@ class WarmStarts:
         """Return the state in a root like that image, or without one stage one."""
         kind, names, content = _STAGE_ONE, tuple[str, ...](), None
         if root is not None:
-            kind, names = _IN_ROOT[identity.init], identity.saved_disks
+            kind, names = _IN_ROOT[identity.init], identity.disks
             content = self._roots[root]
         key = await self._key(spec, names, content)
         if key is None:
@@ -158,7 +160,7 @@ class WarmStarts:
         """Tell whether a state in this root is there, or saves more than it costs."""
         if identity.init == "systemd":
             return True
-        key = await self._key(spec, identity.saved_disks, content)
+        key = await self._key(spec, identity.disks, content)
         if key is None:
             return False
         self._starts[key] += 1
@@ -239,11 +241,10 @@ class WarmStarts:
                 await _balloon_up(domain, limit)
                 if spec.disks:
                     await agent.prepare(identity, timeout=limit)
-                    if identity.init == "agent":
-                        # so that its shell is in memory when a VM runs its first
-                        with timeline.unrecorded():
-                            process = await agent.spawn("true", user="root")
-                        await answer_of(process, "run a command", timeout=limit)
+                    # so that its shell, and more, is in memory when a VM starts
+                    with timeline.unrecorded():
+                        process = await agent.spawn(_REHEARSAL, user="root")
+                    await answer_of(process, "rehearse a start", timeout=limit)
             finally:
                 # Before it is saved, so that no connection is in the state: each start
                 # begins with HELLO.

@@ -41,7 +41,7 @@ def restart(pair, vm):
 
 def test_clones_of_one_state_share_no_identity(pair, sh, states):
     restart(pair, pair.vault)
-    assert [state.disks for state in states] == [("xvda",)]
+    assert [state.disks for state in states] == [("xvda", "xvdb", "xvdc")]
     for command in (
         "cat /etc/machine-id",
         "cat /proc/sys/kernel/random/boot_id",
@@ -108,9 +108,37 @@ def test_units_of_a_vm_find_who_it_is(pair, sh, states):
         UNIT.format(host="vault").encode(),
     )
     restart(pair, vm)
-    assert [state.disks for state in states] == [("xvda",)]
+    assert [state.disks for state in states] == [("xvda", "xvdb", "xvdc")]
     assert sh(vm, TOLD, "root") == told_of(vm)
     assert sh(vm, "systemctl show -P ConditionResult told.service") == "yes"
+
+
+def test_settings_on_the_private_disk_hold(pair, sh, states):
+    """They are not there yet when systemd sets those of the root."""
+    vm = pair.vault
+    sh(
+        vm,
+        "mkdir -p /usr/local/lib; cd /usr/local/lib; mkdir sysctl.d tmpfiles.d;"
+        " echo 'kernel.domainname = told' >sysctl.d/test.conf;"
+        " echo 'f /run/noted 0600 user user - %H %m' >tmpfiles.d/test.conf",
+        "root",
+    )
+    restart(pair, vm)
+    assert [state.disks for state in states] == [("xvda", "xvdb", "xvdc")]
+    assert sh(vm, "cat /proc/sys/kernel/domainname /run/noted") == (
+        f"told\n{vm} {vm.uuid.hex}"
+    )
+    sh(vm, "rm -r /usr/local/lib/sysctl.d /usr/local/lib/tmpfiles.d", "root")
+
+
+def test_files_of_the_system_are_made(pair, sh):
+    """Those in /run before a state is saved, for none of the image's is of one VM."""
+    active = "systemctl is-active qubes-tmpfiles systemd-tmpfiles-setup || :"
+    assert sh(pair.work, active).split() == ["active", "inactive"]
+    assert sh(pair.work, "stat -c '%A %U' /run/sudo /tmp/.X11-unix").split() == [
+        *("drwx--x--x", "root"),
+        *("drwxrwxrwt", "root"),
+    ]
 
 
 def test_logind_starts_once(pair, sh):

@@ -50,8 +50,11 @@ LINKS: Final = {
     f"{_SYSTEM}/default.target": "/usr/lib/systemd/system/multi-user.target",
     **{
         f"{_SYSTEM}/multi-user.target.wants/{unit}": f"/{_SYSTEM}/{unit}"
-        for unit in ("qubes-qrexec-agent.service", "qubes-session.service")
+        for unit in ("qubes-qrexec-agent.service", "qubes-session.socket")
     },
+    f"{_SYSTEM}/sysinit.target.wants/qubes-local.service": (
+        f"/{_SYSTEM}/qubes-local.service"
+    ),
     # there is no desktop whose programs it would start
     "etc/systemd/user-generators/systemd-xdg-autostart-generator": "/dev/null",
     # nobody logs in before the system is up
@@ -77,6 +80,7 @@ LINKS: Final = {
 }
 _EXECUTABLE: Final = (
     *("etc/qubes-rpc", "etc/qubes/post-install.d"),
+    "etc/systemd/user-environment-generators",
     *("usr/bin", "usr/lib/qubes", "usr/sbin"),
 )
 _DIRECTORIES: Final = (
