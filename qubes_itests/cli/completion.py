@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import enum
 import functools
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 import shtab
@@ -51,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         _add_options(own, name)
         for dest, number, metavar, meaning in command.words:
-            own.add_argument(dest, nargs=number, metavar=metavar, help=meaning)
+            action = own.add_argument(dest, nargs=number, metavar=metavar, help=meaning)
+            for kind in _FILES.keys() & set(re.findall("[A-Z]+", metavar)):
+                action.complete = _FILES[kind]  # type: ignore[attr-defined]
     return parser
 
 

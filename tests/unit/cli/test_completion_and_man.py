@@ -41,6 +41,7 @@ def test_a_shell_completes_commands_options_and_values(tmp_path, capsys, shell):
             ("itests --shell-on-fai", "lure"),
             ("./itests run --trace reta", "in-on-failure"),
             ("itests shell --artifacts a_f", "older"),
+            ("itests merge a_f", "older"),
         ):
             # Ctrl-U drops what is left of the line before
             user.type(f"\x15{typed}\t")
