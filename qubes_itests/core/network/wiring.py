@@ -56,6 +56,7 @@ class Wiring:
         self._opening = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._change: asyncio.Task[None] | None = None
+        self._netvm_start: asyncio.Task[QubesVM] | None = None
 
     # what others ask for
 
@@ -104,6 +105,29 @@ class Wiring:
             await asyncio.shield(self._change)
 
     # what happens to the VM
+
+    def start_netvm(self, *, start_guid: bool) -> None:
+        """Begin to start its net VM; `netvm_started` waits for that.
+
+        :param start_guid: passed on in the events.
+        :raise QubesException: when that must not be started.
+        """
+        netvm = self.vm.netvm
+        if netvm is None:
+            return
+        if netvm.is_halted():
+            netvm.check_startable()
+        self._netvm_start = asyncio.ensure_future(netvm.start(start_guid=start_guid))
+        # If this VM's start fails nobody else looks at the error.
+        self._netvm_start.add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )
+
+    async def netvm_started(self) -> None:
+        """Return when the net VM runs; raise what its start has failed with."""
+        starting, self._netvm_start = self._netvm_start, None
+        if starting is not None:
+            await starting
 
     async def begin(self) -> None:
         """Plug the VM in; what its guest or the net VM's cannot do fails no start."""
@@ -185,6 +209,7 @@ class Wiring:
 
     async def end(self) -> None:
         """Take away what the run had on the host."""
+        self._netvm_start = None
         async with self._rewiring:
             uplink, self.uplink = self.uplink, None
             for gone in (*self._loose, *((uplink,) if uplink else ())):

@@ -300,6 +300,8 @@ class Life:
                 self.journal = GuestJournal(self.agent, who.init, begun)
                 if timeline.follows_logs():
                     self.journal.follow()
+        with step("start its net VM"):
+            await vm.net.netvm_started()
         with step("announce itself"):
             await vm.fire_event_async("domain-spawn", start_guid=start_guid)
             self.state = PowerState.RUNNING

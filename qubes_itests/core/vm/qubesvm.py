@@ -451,15 +451,14 @@ class QubesVM(BaseVM):
             )
 
     @handler("domain-pre-start")
-    async def on_pre_start_net(
+    def on_pre_start_net(
         self,
         _event: str,
         start_guid: bool = True,  # noqa: FBT001, FBT002 - of the event
         **_kwargs: Any,
     ) -> None:
-        """Have the net VM run first."""
-        if self.netvm is not None:
-            await self.netvm.start(start_guid=start_guid)
+        """Have the net VM start beside it, as that takes as long."""
+        self.net.start_netvm(start_guid=start_guid)
 
     @handler("domain-spawn")
     async def on_spawn_net(self, _event: str, **_kwargs: Any) -> None:

@@ -32,6 +32,49 @@ async def test_net_vms_start_first_and_are_plugged_in_first(host, make_vm):
     assert len(host.taps) == 4
 
 
+async def test_a_net_vm_starts_beside_its_client_and_runs_before_that_does(
+    make_vm, monkeypatch
+):
+    net = await make_vm("net", provides_network=True, netvm=None)
+    work = await make_vm("work", netvm=net)
+    booted, seen = asyncio.Event(), []
+    netvm_started = work.net.netvm_started
+
+    async def wait_for_it():
+        booted.set()
+        await netvm_started()
+
+    async def wait_for_the_client(*_args, **_kwargs):
+        await asyncio.wait_for(booted.wait(), 10)
+
+    monkeypatch.setattr(work.net, "netvm_started", wait_for_it)
+    net.add_handler("domain-spawn", wait_for_the_client)
+    work.add_handler(
+        "domain-spawn", lambda *_args, **_kwargs: seen.append(net.is_running())
+    )
+    await work.start()
+    assert seen == [True]
+
+
+async def test_a_vm_whose_net_vm_does_not_start_does_not_either(host, make_vm):
+    net = await make_vm("net", provides_network=True, netvm=None)
+    work = await make_vm("work", netvm=net)
+
+    async def fail(*_args, **_kwargs):
+        await asyncio.sleep(0)
+        raise exc.QubesException("no")
+
+    net.add_handler("domain-pre-start", fail)
+    with pytest.raises(exc.QubesVMStartError, match="could not start its net VM: no"):
+        await work.start()
+    assert work.is_halted()
+    assert net.is_halted()
+    assert not host.taps | host.bridges
+    net.features["prohibit-start"] = "it is broken"
+    with pytest.raises(exc.QubesVMError, match="it is broken"):
+        await work.start()
+
+
 async def test_the_ends_of_runs_leave_nothing(host, make_vm):
     net = await make_vm("net", provides_network=True, netvm=None)
     work = await make_vm("work", netvm=net)
