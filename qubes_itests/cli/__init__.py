@@ -43,7 +43,7 @@ def command_line(arguments: Sequence[str]) -> int:
             check(command, settings)
         if command.in_sandbox:
             _enter_sandbox(command, settings)
-        elif command.shows_tests and settings.app:
+        elif command.shows_tests and (settings.app or settings.core):
             from qubes_itests.run.preparation import prepare_listing
 
             settings = prepare_listing(settings)

@@ -24,7 +24,7 @@ def execute(command: Command, settings: Settings) -> int:
     """Print them; what a plugin prints while it loads does not get in between."""
     output, sys.stdout = sys.stdout, sys.stderr
     try:
-        plugins = named_plugins(settings.templates)
+        plugins = named_plugins(settings.templates, command.words)
     finally:
         sys.stdout = output
     tests = {name: list(test_ids(name, plugin)) for name, plugin in plugins}

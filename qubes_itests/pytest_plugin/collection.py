@@ -111,12 +111,15 @@ class Selection:
         return [item for item in items if item.nodeid in chosen]
 
 
-def nodes(session: pytest.Session, templates: Sequence[str]) -> Iterator[PluginNode]:
+def nodes(
+    session: pytest.Session, templates: Sequence[str], words: Sequence[str] = ()
+) -> Iterator[PluginNode]:
     """Yield a node for each entry point.
 
     :param templates: for the classes that are run once per template.
+    :param words: as for `named_plugins`.
     """
-    for name, plugin in named_plugins(templates):
+    for name, plugin in named_plugins(templates, words):
         # No such file: the path is what pytest makes the ids from.
         path = session.config.rootpath / name
         yield PluginNode.from_parent(session, name=name, path=path, plugin=plugin)

@@ -83,7 +83,7 @@ class Job:
         words = [] if config.args_source.name != "ARGS" else list(config.args)
         templates = self._settings.templates
         try:
-            collect(session, nodes(session, templates), Selection(words))
+            collect(session, nodes(session, templates, words), Selection(words))
         except pytest.UsageError as error:
             if not is_worker(config):
                 raise

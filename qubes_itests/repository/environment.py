@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 
     from qubes_itests.repository.requirements import Requirements
 
-__all__ = ["Environment", "InstallError", "Project", "find_projects", "install"]
+__all__ = [
+    "Environment",
+    "InstallError",
+    "Project",
+    "find_projects",
+    "install",
+    "make_environment",
+    "packages_of",
+]
 
 _KIND: Final = "app"
 _GROUP: Final = "qubes.tests.extra"
@@ -196,10 +204,10 @@ def install(
 
     def build(place: Path) -> None:
         say("installing its tests")
-        _make(place, app, projects, requires)
+        make_environment(place, app, projects, requires)
 
     place = cache.entry(_KIND, key, build)
-    packages = _packages(place)
+    packages = packages_of(place)
     required = (place / _REQUIRED).read_text().split()
     entries = _entries(packages, required)
     if not entries:
@@ -207,34 +215,50 @@ def install(
     return Environment(app, packages, entries)
 
 
-def _packages(place: Path) -> Path:
+def packages_of(place: Path) -> Path:
+    """Return the directory with the packages of an environment."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     return place / "lib" / version / "site-packages"
 
 
-def _make(
-    place: Path, app: Path, projects: Sequence[Project], requires: Requirements
+def make_environment(
+    place: Path,
+    app: Path,
+    projects: Sequence[Project],
+    requires: Requirements,
+    variables: Sequence[str] = (),
 ) -> None:
+    """Make an environment with projects of a repository and what they need. Blocking.
+
+    :param place: an empty directory.
+    :param app: the repository, for errors.
+    :param variables: of the environment in which projects are built: NAME=VALUE.
+    :raise InstallError: pip fails; with what it says.
+    """
     # by a program that knows it by another name: one with a colon in it is refused
     venv = (sys.executable, "-I", "-m", "venv", "--without-pip", str(PLACE))
     run(confined(place, venv), timeout=_TIMEOUT)
     # what is installed beside us is there already, for pip and for the plugin
     beside = [path for path in site.getsitepackages() if Path(path).is_dir()]
     ours = "".join(f"import site; site.addsitedir({p!r})\n" for p in beside)
-    (_packages(place) / "beside.pth").write_text(ours)
+    (packages_of(place) / "beside.pth").write_text(ours)
     if requires.packages:
         _pip(place, app, None, requires.packages)
     for project in map(Project, requires.projects):
         _pip(place, app, project)
     # their tests are not the app's
-    found = importlib.metadata.distributions(path=[str(_packages(place))])
+    found = importlib.metadata.distributions(path=[str(packages_of(place))])
     (place / _REQUIRED).write_text("\n".join(each.name for each in found))
     for project in projects:
-        _pip(place, app, project)
+        _pip(place, app, project, variables=variables)
 
 
 def _pip(
-    place: Path, app: Path, project: Project | None, packages: Sequence[str] = ()
+    place: Path,
+    app: Path,
+    project: Project | None,
+    packages: Sequence[str] = (),
+    variables: Sequence[str] = (),
 ) -> None:
     """Install a project, or else packages of the index."""
     scratch = place / "scratch"
@@ -256,6 +280,7 @@ def _pip(
     command: list[str | Path] = [
         *("sh", "-ec", _IN_TREE, "sh", str(shown / scratch.name), directory, script),
         *("env", *_pip_environment(app, shown / scratch.name / "tmp")),
+        *variables,
         *(*pip, "install", *quiet, "--no-warn-script-location", "--", *wanted),
     ]
     try:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.host import sandbox
 from qubes_itests.host.cache import Cache
+from qubes_itests.run.result import Prepared
 
 if TYPE_CHECKING:
     import asyncio
-    from pathlib import Path
+    import contextlib
 
     import pluggy
 
@@ -86,6 +88,7 @@ class RunContext:
 
         :raise EnvironmentNotReadyError: when the machine lacks something.
         """
+        from qubes_itests.dom0 import modules
         from qubes_itests.run.app_templates import policy_of
         from qubes_itests.run.testbed import open_testbed
 
@@ -93,8 +96,30 @@ class RunContext:
             *(self.portal, self.cache, self.directory, self.settings, self.plugins),
             policy=policy_of(self.settings),
         )
-        self._testbed = self._exit.enter_context(opened)
+        with modules.uncovered():
+            self._testbed = self._exit.enter_context(opened)
+        if core := Prepared.told().core:
+            self._exit.enter_context(self._dom0(self._testbed, Path(core)))
         return self._testbed
+
+    def _dom0(
+        self, testbed: Testbed, core: Path
+    ) -> contextlib.AbstractContextManager[object]:
+        """Return what a core under test needs around it."""
+        from qubes_itests.dom0.opening import open_dom0
+
+        directory = testbed.parts.run_directory / "dom0"
+        storage = testbed.parts.pool_directory / "dom0"
+        for place in (directory, storage):
+            place.mkdir()
+        return open_dom0(
+            *(testbed.portal, testbed.hypervisor),
+            {name: testbed.template(name) for name in testbed.run_templates},
+            core,
+            directory=directory,
+            storage=storage,
+            warm=testbed.warm_starts,
+        )
 
     @property
     def opened_testbed(self) -> Testbed | None:

@@ -8,13 +8,16 @@ import os
 import re
 import unittest
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qubes_itests import import_alias
 from qubes_itests.discovery import GROUP, Plugin, Selection, discover
+from qubes_itests.discovery.core_suites import core_suites
 from qubes_itests.discovery.result import Problem
 from qubes_itests.discovery.selection import TEMPLATES
 from qubes_itests.discovery.sources import name_authors_files
+from qubes_itests.dom0 import modules
 from qubes_itests.run.result import Prepared
 
 if TYPE_CHECKING:
@@ -27,17 +30,24 @@ __all__ = ["PROBLEM", "meant", "named_plugins", "node_name", "test_ids"]
 PROBLEM = "plugin"
 
 
-def named_plugins(templates: Sequence[str]) -> list[tuple[str, Plugin]]:
+def named_plugins(
+    templates: Sequence[str], words: Sequence[str] = ()
+) -> list[tuple[str, Plugin]]:
     """Load the plugins that this environment includes.
 
     An entry point's name may stand in both groups: ``NAME@once`` is then the one
     whose tests do not depend on the template.
 
     :param templates: for the classes that are run once per template.
+    :param words: ids of tests or how ids begin; of a core under test only suites that
+        they can mean are loaded. None for all.
     :return: each with the name that the ids of its tests begin with.
     """
+    told = Prepared.told()
+    name_authors_files(told.copies)
+    if told.core:
+        return [(suite.name, suite) for suite in _core_suites(told, templates, words)]
     import_alias.install()
-    name_authors_files(Prepared.told().copies)
     # The settings know that variable already; what they say is final.
     environment = {k: v for k, v in os.environ.items() if k != TEMPLATES}
     plugins = _chosen(Selection.from_environment(environment, templates))
@@ -52,6 +62,15 @@ def named_plugins(templates: Sequence[str]) -> list[tuple[str, Plugin]]:
         # Two distributions may use one name; `list` shows that, and one can be renamed.
         result.append((name + "+" * (taken[name] - 1), plugin))
     return result
+
+
+def _core_suites(
+    told: Prepared, templates: Sequence[str], words: Sequence[str]
+) -> list[Plugin]:
+    # a real `qubes` is found now, and what it imports has to be there before it is
+    modules.install()
+    source = Path(told.core)
+    return core_suites(source, Path(told.copies[told.core]), templates, words)
 
 
 def _chosen(selection: Selection) -> list[Plugin]:

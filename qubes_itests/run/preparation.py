@@ -36,6 +36,7 @@ __all__ = [
     "build_templates",
     "prepare",
     "prepare_apps",
+    "prepare_core",
     "prepare_listing",
     "told_again",
 ]
@@ -45,7 +46,17 @@ _PLAIN_INTERVAL: Final = 10.0
 _WIDTH: Final = 78
 #: Of the settings those that decide which tests there are and how they go.
 _TOLD_AGAIN: Final = (
-    *("app", "template", "template_spec", "plugin", "requires", "repository", "policy"),
+    *(
+        "core",
+        "qrexec",
+        "app",
+        "template",
+        "template_spec",
+        "plugin",
+        "requires",
+        "repository",
+        "policy",
+    ),
     *("timeout", "start_timeout", "hypervisor", "filesystem", "memory_budget"),
     *("host_memory", "warm", "clones_ahead", "fail_on", "allow_line"),
 )
@@ -62,6 +73,10 @@ def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
     :raise ImageError: such a template does not build.
     """
     words = tuple(word for pair in told_again(settings) for word in pair)
+    if settings.core is not None:
+        build_templates(settings, names or settings.templates)
+        dataclasses.replace(prepare_core(settings), words=words).tell()
+        return
     if not (settings.app or settings.template_spec):
         build_templates(settings, names or settings.templates)
         if words:
@@ -100,6 +115,9 @@ def prepare_listing(settings: Settings) -> Settings:
     """Install the tests of apps; return the settings with which they are to be seen."""
     from qubes_itests.run.app_templates import wishes_of
 
+    if settings.core is not None:
+        prepare_core(settings)
+        return settings
     wishes = wishes_of(settings)
     prepare_apps(settings, wishes)
     template = settings.template or wishes.run_on(settings.templates)
@@ -157,6 +175,34 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
         complaints=complaints,
         copies={str(each.packages): str(each.app.absolute()) for each in found},
     )
+    prepared.tell()
+    return prepared
+
+
+def prepare_core(settings: Settings) -> Prepared:
+    """Install the core under test, and have this process and its children find it."""
+    from qubes_itests.host.cache import Cache
+    from qubes_itests.host.sandbox import interruptible
+    from qubes_itests.repository.core import install_core
+
+    if settings.app:
+        raise ConfigurationError("--app", "expected either --core or --app, got both")
+    checkout = settings.core
+    assert checkout is not None  # noqa: S101 - who asks has looked
+    if not checkout.is_dir():
+        raise ConfigurationError("--core", f"there is no directory {checkout}")
+    if settings.qrexec is not None and not settings.qrexec.is_dir():
+        raise ConfigurationError("--qrexec", f"there is no directory {settings.qrexec}")
+    progress = _Progress()
+    progress.begin(f"core {checkout.name}")
+    try:
+        with interruptible():
+            core = install_core(Cache(), checkout, settings.qrexec, progress.say)
+        progress.good = True
+    finally:
+        progress.end()
+    _use([core.source, core.packages])
+    prepared = Prepared(core=str(core.source), copies={str(core.source): str(checkout)})
     prepared.tell()
     return prepared
 

@@ -33,6 +33,7 @@ class Prepared:
     :param known_issues: files of apps that have them.
     :param complaints: for entry points whose apps say them, the settings ``fail_on``
         and ``allow_line``.
+    :param core: where the core under test is imported from; empty for our own core.
     :param copies: where apps are installed, each with the directory of the app.
     """
 
@@ -44,6 +45,7 @@ class Prepared:
     known_issues: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
     complaints: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    core: str = ""
 
     @classmethod
     def told(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -59,6 +61,7 @@ class Prepared:
             tuple(values.get("known_issues", ())),
             values.get("copies", {}),
             values.get("complaints", {}),
+            values.get("core", ""),
         )
 
     def tell(self, environment: MutableMapping[str, str] = os.environ) -> None:

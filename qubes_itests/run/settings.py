@@ -144,6 +144,10 @@ def _path(value: object) -> Path:
     return Path(value)
 
 
+def _directory(value: object) -> Path:
+    return _path(value).absolute()
+
+
 def _files(value: object) -> tuple[Path, ...]:
     if isinstance(value, str):
         value = value.replace(os.pathsep, "\n").splitlines()
@@ -313,6 +317,13 @@ class Settings:
     app: tuple[Path, ...] = option(
         (), _paths, "DIR", f"{_VMS} list template",
         "run only the tests of the app in DIR")
+    core: Path | None = option(  # noqa: RUF009 - it makes a field
+        None, _directory, "DIR", "run list",
+        "run only the suites of the checkout of core-admin in DIR, on the core there")
+    qrexec: Path | None = option(  # noqa: RUF009 - it makes a field
+        None, _directory, "DIR", "run list",
+        "with --core take the policy from the checkout of core-qrexec in DIR"
+        " (default: core-qrexec or qubes-core-qrexec beside it)")
     template_spec: tuple[Path, ...] = option(
         (), _paths, "FILE", f"{_VMS} list template {PYTEST}",
         "derive the templates that FILE describes")

@@ -15,7 +15,7 @@ def test_packages_that_pip_does_not_find_are_named(tmp_path, monkeypatch):
             options = command[: command.index("--")]
             assert not {"one", "two>=2"} & set(options)
             raise CommandError(["pip"], 1, "ERROR: No matching distribution found")
-        packages = environment._packages(tmp_path / "made")
+        packages = environment.packages_of(tmp_path / "made")
         packages.mkdir(parents=True)
 
     monkeypatch.setattr(environment, "run", run)

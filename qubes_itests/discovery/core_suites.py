@@ -1,0 +1,154 @@
+"""The suites of a checkout of core-admin."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import traceback
+import unittest
+from typing import TYPE_CHECKING, Any, Final
+from unittest import mock
+
+from qubes_itests.discovery.extensions import PluginExtensions
+from qubes_itests.discovery.inspection import has_tests
+from qubes_itests.discovery.result import Plugin, Problem, TestClass
+from qubes_itests.discovery.selection import TEMPLATES
+from qubes_itests.dom0.programs import PROGRAMS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+__all__ = ["core_suites"]
+
+_GROUP: Final = "core"
+_PACKAGE: Final = "qubes.tests"
+_INTEGRATION: Final = "integ."
+#: Modules beside the suites.
+_OTHERS: Final = ("extra", "never_awaited", "run")
+_DISPLAY: Final = "it needs a display in dom0 and in VMs"
+_FEDORA: Final = "it needs dom0's Fedora"
+_NETWORK: Final = "it needs net VMs, which a core under test cannot have here yet"
+#: Suites that cannot run here, and what they need.
+_NOT_HERE: Final = {
+    "integ.audio": _DISPLAY,
+    "integ.backupdispvm": _DISPLAY,
+    "integ.devices_pci": "it needs a PCI device that VMs may have",
+    "integ.dom0_update": _FEDORA,
+    "integ.grub": f"{_FEDORA}, with dracut and grub2",
+    "integ.mime": _DISPLAY,
+    "integ.network": _NETWORK,
+    "integ.network_ipv6": _NETWORK,
+    "integ.salt": "it needs Salt in dom0",
+    "integ.vm_qrexec_gui": _DISPLAY,
+    "integ.vm_update": _FEDORA,
+}
+
+
+class _Programs(PluginExtensions):
+    """Has the core find the programs of dom0 while an integration suite runs.
+
+    Unit tests expect the paths that they have in Qubes OS.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("", ())
+        self._paths: dict[str, str] = {}
+
+    def enter(self) -> None:
+        config: Any = importlib.import_module("qubes.config")
+        self._paths = dict(config.system_path)
+        for name in ("qrexec_daemon", "qrexec_client", "qubesdb_daemon"):
+            program = PROGRAMS / name.replace("_", "-")
+            config.system_path[f"{name}_path"] = os.fspath(program)
+
+    def leave(self) -> None:
+        config: Any = importlib.import_module("qubes.config")
+        config.system_path.update(self._paths)
+
+
+def core_suites(
+    source: Path, checkout: Path, templates: Sequence[str], words: Sequence[str] = ()
+) -> list[Plugin]:
+    """Load suites; the modules of the core and of its platform can be imported.
+
+    :param source: the copy that is imported.
+    :param checkout: what that is a copy of, for git.
+    :param templates: for classes that are made for each template.
+    :param words: ids of tests or how ids begin; suites that none can mean are not
+        loaded. None for all.
+    :return: one for each suite, with the name that ids of its tests begin with.
+    """
+    top = source.joinpath(*_PACKAGE.split("."))
+    names = sorted(
+        ".".join(path.relative_to(top).with_suffix("").parts)
+        for path in top.rglob("*.py")
+        if path.name != "__init__.py"
+    )
+    ids = {f"{_GROUP}::{name}": name for name in names if name not in _OTHERS}
+    programs = _Programs()
+    with _environment(source, checkout, templates):
+        return [
+            _suite(begin, name, programs if name.startswith(_INTEGRATION) else None)
+            for begin, name in ids.items()
+            if not words or any(_may_mean(word, begin) for word in words)
+        ]
+
+
+def _may_mean(word: str, begin: str) -> bool:
+    return begin.startswith(word) or word.startswith(f"{begin}::")
+
+
+@contextlib.contextmanager
+def _environment(
+    source: Path, checkout: Path, templates: Sequence[str]
+) -> Iterator[None]:
+    """Set what suites look up while they are imported."""
+    variables = {TEMPLATES: " ".join(templates)}
+    if (checkout / ".git").exists():
+        # they find their files by the working tree that they are in
+        variables |= {
+            "GIT_DIR": os.fspath(checkout / ".git"),
+            "GIT_WORK_TREE": os.fspath(source),
+        }
+    with mock.patch.dict(os.environ, variables):
+        yield
+
+
+def _suite(begin: str, name: str, extensions: PluginExtensions | None) -> Plugin:
+    module_name = f"{_PACKAGE}.{name}"
+    if name in _NOT_HERE:
+        cls = TestClass(_not_here(name, _NOT_HERE[name]))
+        return Plugin(begin, _GROUP, module_name, _PACKAGE, classes=(cls,))
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - it may raise what it likes
+        detail = traceback.format_exc()
+        problem = Problem(f"{module_name} cannot be imported: {error!r}", detail)
+        return Plugin(begin, _GROUP, module_name, _PACKAGE, problems=(problem,))
+    classes = [
+        TestClass(value)
+        for value in vars(module).values()
+        if has_tests(value) and value.__module__ == module_name
+    ]
+    return Plugin(
+        name=begin,
+        group=_GROUP,
+        target=module_name,
+        distribution=_PACKAGE,
+        module=module,
+        classes=tuple(classes),
+        extensions=extensions,
+    )
+
+
+def _not_here(name: str, reason: str) -> type[unittest.TestCase]:
+    """Return a test in place of a suite's: skipped, with the reason."""
+
+    class NotHere(unittest.TestCase):
+        @unittest.skip(f"{name} cannot run here: {reason}")
+        def test_suite(self) -> None:
+            pass
+
+    return NotHere

@@ -1,0 +1,417 @@
+"""The machine under a core: the domains that it defines, and their guests.
+
+The core and its tests call from their own thread; what they call runs on the event loop
+of the run, in `Machine.run`. A domain that is created paused has no guest yet: only
+when it is resumed has the core written into qubesdb who it is, and that is what a guest
+is told as it starts. So `Guest.resume` begins the start, and whoever needs the guest
+waits for `Guest.agent`, as the daemon of qrexec does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import functools
+import itertools
+import logging
+import os
+import time
+import uuid
+from typing import TYPE_CHECKING, Final
+
+from qubes_itests.dom0.stores import QubesDB, XenStore
+from qubes_itests.dom0.xen_xml import DomainConfig, read_disk, with_disks
+from qubes_itests.exc import HarnessError
+from qubes_itests.guest.link.agent import Identity
+from qubes_itests.guest.start.boot import boot
+from qubes_itests.host.filesystem import make_ext4
+from qubes_itests.hypervisor.contract import DomainSpec
+from qubes_itests.hypervisor.exc import HypervisorError, StateError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+    from pathlib import Path
+    from typing import Any, TypeVar
+
+    from qubes_itests.guest.image.template import Template
+    from qubes_itests.guest.link.agent import GuestAgent
+    from qubes_itests.guest.start.warm import WarmStarts
+    from qubes_itests.hypervisor.contract import Domain, Hypervisor
+    from qubes_itests.portal import Portal
+
+    _T = TypeVar("_T")
+
+__all__ = ["Event", "Guest", "Machine", "State"]
+
+log = logging.getLogger("qubes_itests.dom0")
+
+#: Seconds for the start of a guest with hardware virtualisation.
+_START: Final = 60.0
+#: Seconds for what follows from the end of a guest.
+_END: Final = 60.0
+_ROOT, _PRIVATE, _VOLATILE = "xvda", "xvdb", "xvdc"
+#: Bytes in which ext4 has its superblock.
+_HEAD: Final = 4096
+_SERVICE: Final = "/qubes-service/"
+
+
+_DOM0: Final = DomainConfig(
+    name="Domain-0",
+    uuid=uuid.UUID(int=0),
+    memory=4096,
+    max_memory=4096,
+    vcpus=1,
+    kernel=None,
+    disks=(),
+    xml="<domain type='xen'><name>Domain-0</name><devices/></domain>",
+)
+
+
+class State(enum.IntEnum):
+    """States of a domain, with the numbers of virDomainState."""
+
+    RUNNING = 1
+    PAUSED = 3
+    SHUTOFF = 5
+
+
+class Event(enum.IntEnum):
+    """What happens to a domain, with the numbers of virDomainEventType."""
+
+    STARTED = 2
+    SUSPENDED = 3
+    RESUMED = 4
+    STOPPED = 5
+
+
+class Machine:
+    """Domains, and what a core finds around them.
+
+    :param portal: the thread of the run's event loop.
+    :param hypervisor: that runs the guests.
+    :param directory: of the run, for consoles and logs.
+    :param templates: by name: their kernels are known by the folder that they are in.
+    :param warm: saved states to start from; None boots.
+    """
+
+    def __init__(
+        self,
+        portal: Portal,
+        hypervisor: Hypervisor,
+        directory: Path,
+        templates: Mapping[str, Template],
+        warm: WarmStarts | None = None,
+    ) -> None:
+        self.portal = portal
+        self.hypervisor = hypervisor
+        self.directory = directory
+        self.templates = templates
+        self.warm = warm
+        self.xenstore = XenStore()
+        #: By name of the VM; dom0 has one, too.
+        self.databases: dict[str, QubesDB] = {"dom0": QubesDB()}
+        #: Defined or running.
+        self.guests: dict[uuid.UUID, Guest] = {}
+        # dom0 has a domain, too, of which a core asks for memory and devices
+        dom0 = self.guests[_DOM0.uuid] = Guest(self, _DOM0)
+        dom0.state, dom0.xid = State.RUNNING, 0
+        size = str(_DOM0.memory << 10)
+        self.xenstore.write("/local/domain/0/memory/static-max", size)
+        #: Called on the event loop.
+        self.listeners: list[Callable[[Guest, Event], None]] = []
+        self._xids = itertools.count(1)
+
+    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Run something here for a caller in another thread, who waits for it."""
+        return self.portal.run(coroutine)
+
+    def next_xid(self) -> int:
+        """Return the number of a new domain."""
+        return next(self._xids)
+
+    def find(self, name: str) -> Guest | None:
+        """Return the domain of a name."""
+        found = (guest for guest in self.guests.values() if guest.config.name == name)
+        return next(found, None)
+
+    def tell(self, guest: Guest, event: Event) -> None:
+        """Tell all who listen."""
+        for listener in tuple(self.listeners):
+            listener(guest, event)
+
+    async def define(self, config: DomainConfig) -> Guest:
+        """Define a domain, or define it anew.
+
+        :raise HypervisorError: another one has its name.
+        """
+        other = self.find(config.name)
+        if other is not None and other.config.uuid != config.uuid:
+            reason = f"domain {other.config.uuid} has that name"
+            raise HypervisorError(config.name, "define", reason)
+        guest = self.guests.get(config.uuid)
+        if guest is None:
+            guest = self.guests[config.uuid] = Guest(self, config)
+        guest.config = config
+        return guest
+
+    async def close(self) -> None:
+        """End all guests."""
+        for guest in tuple(self.guests.values())[1:]:
+            with contextlib.suppress(StateError):
+                await guest.destroy()
+        self.guests.clear()
+
+
+class Guest:
+    """A domain that a core has defined, over any number of starts.
+
+    :param config: what its next start takes.
+    """
+
+    def __init__(self, machine: Machine, config: DomainConfig) -> None:
+        self.config = config
+        self.state = State.SHUTOFF
+        #: Number of its present run, -1 without one.
+        self.xid = -1
+        #: XML of the disks that were attached in its present run, by their names.
+        self._attached: dict[str, str] = {}
+        self.domain: Domain | None = None
+        self._machine = machine
+        self._life: asyncio.Task[None] | None = None
+        self._agent: asyncio.Future[GuestAgent] | None = None
+        #: What is undone when it ends, by those who have made it for this run.
+        self.undo = contextlib.ExitStack()
+
+    @property
+    def name(self) -> str:
+        """Its name, which is that of the VM."""
+        return self.config.name
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it runs, or is paused."""
+        return self.state is not State.SHUTOFF
+
+    def _require(self, action: str, *states: State) -> None:
+        if self.state not in states:
+            raise StateError(self.name, action, f"it is {self.state.name.lower()}")
+
+    async def create(self) -> None:
+        """Start it, paused.
+
+        :raise StateError: it is active.
+        :raise HypervisorError: it has a disk or a device that there cannot be.
+        """
+        self._require("start", State.SHUTOFF)
+        if self.config.unsupported:
+            devices = ", ".join(self.config.unsupported)
+            raise HypervisorError(self.name, "start", f"no guest here has: {devices}")
+        for disk in self.config.disks:
+            if not disk.path.exists():
+                reason = f"{disk.name}: there is no {disk.path}"
+                raise HypervisorError(self.name, "start", reason)
+            if disk.name == _PRIVATE and not disk.read_only:
+                await asyncio.to_thread(_format_if_blank, disk.path)
+        machine = self._machine
+        self.state, self.xid = State.PAUSED, machine.next_xid()
+        machine.xenstore.write(f"/local/domain/{self.xid}/name", self.name)
+        started = f"{time.time():.2f}"
+        machine.xenstore.write(f"/vm/{self.config.uuid}/start_time", started)
+        machine.tell(self, Event.STARTED)
+
+    async def resume(self) -> None:
+        """Let it run: its guest is started, or goes on.
+
+        :raise StateError: it is not paused.
+        """
+        self._require("resume", State.PAUSED)
+        if self._life is None:
+            self._agent = asyncio.get_running_loop().create_future()
+            self._life = asyncio.ensure_future(self._live(self._agent))
+        elif self.domain is not None:
+            await self.domain.resume()
+        self.state = State.RUNNING
+        self._machine.tell(self, Event.RESUMED)
+
+    async def suspend(self) -> None:
+        """Have its CPUs stand still.
+
+        :raise StateError: it does not run.
+        :raise HarnessError: its guest did not start.
+        """
+        self._require("suspend", State.RUNNING)
+        await self.agent()
+        if self.domain is not None:
+            await self.domain.pause()
+        self.state = State.PAUSED
+        self._machine.tell(self, Event.SUSPENDED)
+
+    async def destroy(self) -> None:
+        """End it at once; all that follows is done on return.
+
+        :raise StateError: it is not active.
+        """
+        self._require("destroy", State.RUNNING, State.PAUSED)
+        if self._life is None:
+            self._ended()
+        elif self.domain is None:
+            self._life.cancel()
+            await asyncio.wait([self._life], timeout=_END)
+        else:
+            await self.domain.destroy()
+            await asyncio.wait([self._life], timeout=_END)
+
+    async def shutdown(self) -> None:
+        """Ask its guest to power off, as `xl shutdown` does; returns at once."""
+        agent = await self.agent()
+        await agent.power_off()
+
+    async def agent(self) -> GuestAgent:
+        """Return the connection to its guest, when that has started.
+
+        :raise HarnessError: it runs not, or did not start; says why.
+        """
+        if self._agent is None:
+            raise StateError(self.name, "reach the guest of", "it does not run")
+        # shielded: several wait for it, and one of them may be cancelled
+        return await asyncio.shield(self._agent)
+
+    def definition(self) -> str:
+        """Return its XML, with the disks that were attached."""
+        return with_disks(self.config, self._attached.values())
+
+    async def attach_disk(self, xml: str) -> None:
+        """Plug a disk in, and wait until the guest has it; ValueError for bad XML."""
+        disk = read_disk(xml)
+        agent = await self.agent()
+        if self.domain is not None:
+            await self.domain.attach_disk(disk)
+            await agent.wait_for_disk(disk.name, "there", timeout=_END)
+            self._attached[disk.name] = xml
+
+    async def detach_disk(self, xml: str) -> None:
+        """Pull a disk out; ValueError for bad XML."""
+        name = read_disk(xml).name
+        await self.agent()
+        if self.domain is not None:
+            await self.domain.detach_disk(name)
+            self._attached.pop(name, None)
+
+    async def _live(self, started: asyncio.Future[GuestAgent]) -> None:
+        machine = self._machine
+        agent = None
+        try:
+            self.domain, agent = await boot(
+                machine.hypervisor,
+                self._spec(),
+                self._identity(),
+                timeout=_START * machine.hypervisor.slowness,
+                warm=machine.warm,
+                log=machine.directory / f"{self.name}-agent.log",
+            )
+            if agent is None:
+                raise HypervisorError(self.name, "start", "it has no kernel of ours")
+            machine.databases[self.name].pass_on = functools.partial(
+                _pass_on, agent, asyncio.get_running_loop()
+            )
+            started.set_result(agent)
+            await self.domain.wait_stopped()
+        except HarnessError as error:
+            log.warning("%s", error)
+            if not started.done():
+                started.set_exception(error)
+        finally:
+            if agent is not None:
+                await agent.close()
+            if self.domain is not None:
+                await self.domain.undefine()
+            if not started.done():
+                reason = "it was destroyed before its guest had started"
+                started.set_exception(StateError(self.name, "start", reason))
+            started.exception()  # nobody may have waited for it
+            self._ended()
+
+    def _ended(self) -> None:
+        xid = self.xid
+        self.domain, self._life, self._agent = None, None, None
+        self.state, self.xid = State.SHUTOFF, -1
+        self._attached.clear()
+        self.undo.close()
+        self._machine.xenstore.remove(f"/local/domain/{xid}")
+        database = self._machine.databases.pop(self.name, None)
+        if database is not None:
+            database.disconnect()
+        self._machine.tell(self, Event.STOPPED)
+
+    def _template(self) -> Template | None:
+        kernel = self.config.kernel
+        if kernel is None:
+            return None
+        return self._machine.templates.get(kernel.parent.name)
+
+    def _spec(self) -> DomainSpec:
+        machine, config, template = self._machine, self.config, self._template()
+        directory = machine.directory / f"{self.xid}"
+        directory.mkdir()
+        return DomainSpec(
+            name=config.name,
+            uuid=config.uuid,
+            directory=directory,
+            memory=config.memory,
+            max_memory=config.max_memory,
+            # an emulated guest with two waits for one that does not get to run
+            vcpus=1 if machine.hypervisor.slowness > 1 else config.vcpus,
+            kernel=template.kernel if template else config.kernel,
+            initramfs=template.initramfs if template else None,
+            kernel_options=template.kernel_options if template else "",
+            disks=config.disks,
+            balanced=config.max_memory > config.memory,
+        )
+
+    def _identity(self) -> Identity:
+        disks = {disk.name: disk for disk in self.config.disks}
+        template = self._template()
+        entries = self._machine.databases[self.name].texts()
+        root = disks.get(_ROOT)
+        return Identity(
+            name=self.name,
+            root=_ROOT,
+            private=_PRIVATE if _PRIVATE in disks else None,
+            volatile=_VOLATILE if _VOLATILE in disks else None,
+            root_mode="ro" if root is not None and root.read_only else "rw",
+            default_user=entries.get("/default-user") or "user",
+            db=entries,
+            services=tuple(
+                path.removeprefix(_SERVICE)
+                for path, value in entries.items()
+                if path.startswith(_SERVICE) and value == "1"
+            ),
+            init=template.init if template else "agent",
+            machine_id=self.config.uuid.hex,
+        )
+
+
+def _format_if_blank(path: Path) -> None:
+    """Make a filesystem on a disk, as a guest of Qubes OS does with a blank private."""
+    with path.open("rb") as file:
+        blank = not any(file.read(_HEAD))
+        size = file.seek(0, os.SEEK_END)
+    if blank and path.is_file():
+        make_ext4(path, size)
+
+
+def _pass_on(
+    agent: GuestAgent, loop: asyncio.AbstractEventLoop, path: str, value: str | None
+) -> None:
+    """Have a guest's qubesdb follow that of dom0: from any thread, without waiting."""
+
+    async def change() -> None:
+        # a guest that is ending hears of it no more
+        with contextlib.suppress(HarnessError):
+            if value is None:
+                await agent.remove_db(path)
+            else:
+                await agent.write_db(path, value)
+
+    asyncio.run_coroutine_threadsafe(change(), loop)

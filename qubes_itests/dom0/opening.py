@@ -1,0 +1,135 @@
+"""dom0, from a testbed and a checkout to the store with its templates."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from unittest import mock
+
+from qubes_itests.dom0 import modules
+from qubes_itests.dom0.machine import Machine
+from qubes_itests.dom0.place import VAR_LIB_QUBES, dom0_directories
+from qubes_itests.dom0.programs import QREXEC_SOCKETS, Programs
+from qubes_storage.ficlone import clone_or_copy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from qubes_itests.guest.image.template import Template
+    from qubes_itests.guest.start.warm import WarmStarts
+    from qubes_itests.hypervisor.contract import Hypervisor
+    from qubes_itests.portal import Portal
+
+__all__ = ["open_dom0"]
+
+_ANSWER: Final = b"OK\n"
+
+
+@contextlib.contextmanager
+def open_dom0(
+    portal: Portal,
+    hypervisor: Hypervisor,
+    templates: Mapping[str, Template],
+    checkout: Path,
+    *,
+    directory: Path,
+    storage: Path,
+    warm: WarmStarts | None,
+) -> Iterator[Machine]:
+    """Have all that a core needs in this sandbox, with a store that has templates.
+
+    :param templates: by name; the first becomes the default one.
+    :param checkout: of core-admin, whose modules can be imported.
+    :param directory: an existing one, of the run, with a short path.
+    :param storage: an existing one, on a filesystem with reflinks: /var/lib/qubes.
+    """
+    machine = Machine(portal, hypervisor, directory, templates, warm)
+    programs = Programs(machine)
+    QREXEC_SOCKETS.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dom0_directories(storage, checkout / "templates"))
+        stack.enter_context(mock.patch.dict(os.environ, programs.variables()))
+        portal.run(programs.__aenter__())
+        stack.callback(lambda: portal.run(programs.__aexit__()))
+        server = portal.run(_qmemman())
+        stack.callback(portal.call, server.close)
+        modules.use(machine)
+        stack.callback(modules.use, None)
+        stack.callback(lambda: portal.run(machine.close()))
+        # they log to a syslog, if nothing else is set
+        tests: Any = importlib.import_module("qubes.tests")
+        tests.ha_syslog = logging.NullHandler()
+        _make_store(templates)
+        yield machine
+
+
+async def _qmemman() -> asyncio.Server:
+    """Serve a qmemman that grants all that is asked for."""
+
+    async def grant(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # the connection is the reservation: it is kept until the core closes it
+        with contextlib.suppress(OSError, ValueError):
+            while await reader.readline():
+                writer.write(_ANSWER)
+        writer.close()
+
+    return await asyncio.start_unix_server(grant, QREXEC_SOCKETS / "qmemman.sock")
+
+
+def _make_store(templates: Mapping[str, Template]) -> None:
+    """Make the core's store, with the default pools and a TemplateVM for each template.
+
+    By the core itself, as its own installation does it.
+    """
+    core: Any = importlib.import_module("qubes")
+    for name, template in templates.items():
+        kernel = VAR_LIB_QUBES / "vm-kernels" / name
+        kernel.mkdir(parents=True)
+        (kernel / "vmlinuz").symlink_to(template.kernel)
+        (kernel / "initramfs").symlink_to(template.initramfs)
+    for name in ("appvms", "vm-templates", "backup"):
+        (VAR_LIB_QUBES / name).mkdir()
+
+    async def fill() -> None:
+        first = next(iter(templates))
+        app = core.Qubes.create_empty_store(
+            os.fspath(VAR_LIB_QUBES / "qubes.xml"),
+            default_kernel=first,
+        )
+        await app.setup_pools()
+        for name, template in templates.items():
+            vm = app.add_new_vm("TemplateVM", name=name, label="black", kernel=name)
+            await vm.create_on_disk()
+            size = template.root_image.stat().st_size
+            target = await vm.storage.import_data("root", size)
+            await asyncio.to_thread(_copy, template.root_image, Path(target))
+            await vm.storage.import_data_end("root", success=True)
+            vm.features["qrexec"] = "1"
+            vm.features["os"] = "Linux"
+            # no balancing, as in our own core: a guest that is to be saved would have
+            # to give up nine tenths of 4000 MiB first
+            vm.maxmem = 0
+        app.default_template = first
+        # The tests take for granted that there is one; the first that starts a VM
+        # starts it, and it stays.
+        net = app.add_new_vm(
+            "AppVM", name="sys-net", label="red", template=first, provides_network=True
+        )
+        await net.create_on_disk()
+        net.netvm = None
+        app.default_netvm = net
+        app.save()
+        app.close()
+
+    asyncio.run(fill())
+
+
+def _copy(image: Path, root: Path) -> None:
+    """Share the data of an image: by its extents a warm start knows them."""
+    with image.open("rb") as source, root.open("r+b") as target:
+        clone_or_copy(source.fileno(), target.fileno())

@@ -1,0 +1,85 @@
+"""The directories of dom0, as one sandbox has them."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from qubes_itests.host import sandbox
+from qubes_itests.host.command import run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["VAR_LIB_QUBES", "dom0_directories"]
+
+VAR_LIB_QUBES: Final = Path("/var/lib/qubes")
+_ETC_QUBES: Final = Path("/etc/qubes")
+_GROUP: Final = "qubes"
+
+#: Has a directory, $1, on a filesystem of this namespace alone. What the machine has in
+#: there is seen by links to a read-only mount of it; its links are copied. Else each
+#: of hundreds would be a mount; and an overlay cannot lie over those of a container.
+_OWN: Final = """\
+new=$(mktemp -d)
+mount -t tmpfs -o mode=755 none "$new"
+mkdir "$new/.machine"
+mount --rbind "$1" "$new/.machine"
+mount -o remount,bind,ro "$new/.machine"
+cd "$new"
+find .machine -mindepth 1 -maxdepth 1 -type l -exec cp -P -t . {} +
+find .machine -mindepth 1 -maxdepth 1 ! -type l -exec ln -s -t . {} +
+cd /
+mount --move "$new" "$1"
+rmdir "$new"
+"""
+
+
+@contextlib.contextmanager
+def dom0_directories(storage: Path, templates: Path) -> Iterator[None]:
+    """Have /etc and /var/lib as a core expects them, in this sandbox. Blocking.
+
+    Only the mount below /var/lib/qubes is undone: the others end with the sandbox.
+
+    :param storage: a directory that /var/lib/qubes is to be.
+    :param templates: of libvirt's XML, those of the checkout.
+    :raise NoSandboxError: outside a sandbox.
+    """
+    sandbox.require()
+    for place in (Path("/etc"), VAR_LIB_QUBES.parent):
+        if not (place / ".machine").is_dir():
+            run(["sh", "-ec", _OWN, "sh", place], timeout=30)
+    for own in (_ETC_QUBES, VAR_LIB_QUBES):
+        if own.is_symlink():
+            own.unlink()  # the machine is a Qubes VM
+        own.mkdir(exist_ok=True)
+    (_ETC_QUBES / "policy.d").mkdir(exist_ok=True)
+    shown = _ETC_QUBES / "templates"
+    shown.unlink(missing_ok=True)
+    shown.symlink_to(templates)
+    zone = Path("/etc/localtime")
+    if "zoneinfo" not in os.fspath(zone.resolve()):
+        # a core takes the name of the time zone from where the link leads
+        zone.unlink(missing_ok=True)
+        zone.symlink_to("/usr/share/zoneinfo/UTC")
+    _have_group()
+    run(["mount", "--bind", storage, VAR_LIB_QUBES], timeout=30)
+    try:
+        yield
+    finally:
+        run(["umount", "--lazy", VAR_LIB_QUBES], timeout=30)
+
+
+def _have_group() -> None:
+    """Have the group that may use the core, with root, who runs its daemons, in it."""
+    groups = Path("/etc/group")
+    text = groups.read_text(encoding="utf-8")
+    others = [line for line in text.splitlines() if not line.startswith(f"{_GROUP}:")]
+    taken = {group.gr_gid for group in grp.getgrall()}
+    number = next(n for n in range(98, 1000) if n not in taken)
+    groups.unlink()
+    groups.write_text("\n".join([*others, f"{_GROUP}:x:{number}:root", ""]))
+    groups.chmod(0o644)

@@ -1,0 +1,215 @@
+"""The programs of dom0 that a core starts: qubesdb, qrexec, xl.
+
+Each is `client.py`, which hands its streams over. What it has to do is done here, on
+the event loop, and its exit status is the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.dom0.stores import QubesDB
+from qubes_itests.exc import HarnessError
+from qubes_itests.guest.link.frames import Channel
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Mapping, Sequence
+
+    from qubes_itests.dom0.machine import Guest, Machine
+
+__all__ = ["PROGRAMS", "QREXEC_SOCKETS", "Programs"]
+
+log = logging.getLogger("qubes_itests.dom0")
+
+#: Where they are.
+PROGRAMS: Final = Path(__file__).with_name("bin")
+#: Where a core sees whether the qrexec of a VM is there.
+QREXEC_SOCKETS: Final = Path("/run/qubes")
+#: Bytes of the arguments and the variables of one call.
+_LONGEST: Final = 1 << 17
+#: Seconds for a program to say what it wants, once it has connected.
+_TIMEOUT: Final = 10.0
+#: What qrexec-daemon says with its exit status: no agent in time.
+_NO_AGENT: Final = 3
+_USAGE: Final = 2
+_GONE: Final = 255
+
+
+class Programs:
+    """Serves the programs of one machine; an asynchronous context manager.
+
+    :param machine: that they work on.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._path = machine.directory / "programs.sock"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._accepting: asyncio.Task[None] | None = None
+        self._calls: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> None:
+        self._socket.setblocking(False)
+        self._socket.bind(os.fspath(self._path))
+        self._socket.listen(128)
+        self._accepting = asyncio.ensure_future(self._accept())
+
+    async def __aexit__(self, *_exc: object) -> None:
+        tasks = [*filter(None, [self._accepting]), *self._calls]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._socket.close()
+
+    def variables(self) -> dict[str, str]:
+        """Return what the environment of the programs has to have."""
+        return {
+            "QUBES_ITESTS_PYTHON": sys.executable,
+            "QUBES_ITESTS_DOM0": os.fspath(self._path),
+            "PATH": os.pathsep.join([os.fspath(PROGRAMS), os.environ["PATH"]]),
+        }
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(self._socket)
+            call = loop.create_task(self._answer(connection))
+            self._calls.add(call)
+            call.add_done_callback(self._calls.discard)
+
+    async def _answer(self, connection: socket.socket) -> None:
+        with connection, contextlib.ExitStack() as streams:
+            connection.settimeout(_TIMEOUT)
+            try:
+                # recvmsg is one that asyncio has not
+                data, fds, _, _ = await asyncio.to_thread(
+                    socket.recv_fds, connection, _LONGEST, 3
+                )
+                for descriptor in fds:
+                    streams.callback(os.close, descriptor)
+                words, environment = json.loads(data)
+            except (OSError, ValueError) as error:
+                log.warning("a program of dom0 called without arguments: %s", error)
+                return
+            connection.setblocking(False)
+            try:
+                doing = _PROGRAMS[words[0]](self, words[1:], environment, fds)
+                status = await self._while_connected(connection, doing)
+            except (HarnessError, ValueError) as error:
+                os.write(fds[2], f"{words[0]}: {error}\n".encode())
+                status = _USAGE if isinstance(error, ValueError) else 1
+            # before it ends: who reads to the end of its streams waits for that
+            streams.close()
+            with contextlib.suppress(OSError):
+                connection.send(str(status).encode())
+
+    async def _while_connected(
+        self, connection: socket.socket, doing: Coroutine[Any, Any, int]
+    ) -> int:
+        """Return the status, unless the program is killed before it has one."""
+        loop = asyncio.get_running_loop()
+        work = loop.create_task(doing)
+        gone = loop.create_task(loop.sock_recv(connection, 1))
+        try:
+            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+            return await work if work.done() else _GONE
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _qubesdb_daemon(
+        self, words: Sequence[str], _environment: Mapping[str, str], _fds: Sequence[int]
+    ) -> int:
+        _xid, name, *others = words
+        if others:
+            raise ValueError(f"expected XID NAME, got {words}")
+        self._guest(name)
+        self._machine.databases[name] = QubesDB()
+        return 0
+
+    async def _qrexec_daemon(
+        self, words: Sequence[str], environment: Mapping[str, str], fds: Sequence[int]
+    ) -> int:
+        _xid, name, *_user = words[words.index("--") + 1 :]
+        guest = self._guest(name)
+        waits = "QREXEC_STARTUP_NOWAIT" not in environment
+        if waits:
+            try:
+                await guest.agent()
+            except HarnessError as error:
+                os.write(fds[2], f"{error}\n".encode())
+                return _NO_AGENT
+        QREXEC_SOCKETS.mkdir(exist_ok=True)
+        there = QREXEC_SOCKETS / f"qrexec.{name}"
+        there.touch()
+        guest.undo.callback(there.unlink, missing_ok=True)
+        return 0
+
+    async def _qrexec_client(
+        self, words: Sequence[str], _environment: Mapping[str, str], fds: Sequence[int]
+    ) -> int:
+        target, command = "", ""
+        rest = iter(words)
+        for word in rest:
+            if word == "-d":
+                target = next(rest, "")
+            elif word == "-w":
+                next(rest, "")
+            elif word in ("-t", "-T", "-e"):
+                continue  # what is escaped in a terminal
+            elif word.startswith("-"):
+                raise ValueError(f"the option {word} is none that core-admin uses")
+            else:
+                command = word
+        user, colon, line = command.partition(":")
+        if not target or not colon:
+            raise ValueError(f"expected -d VM USER:COMMAND, got {words}")
+        agent = await self._guest(target).agent()
+        name = None if user == "DEFAULT" else user
+        if line.startswith("QUBESRPC "):
+            _, service, source = line.split(" ", 2)
+            process = await agent.spawn_service(service, source=source, user=name)
+        else:
+            process = await agent.spawn(line.removeprefix("nogui:"), user=name)
+        process.read_from(fds[0])
+        process.pass_on(Channel.STDOUT, fds[1])
+        process.pass_on(Channel.STDERR, fds[2])
+        try:
+            status = await process.wait()
+        except HarnessError:
+            return _GONE
+        except asyncio.CancelledError:
+            process.hang_up()
+            raise
+        return status if status >= 0 else 128 - status
+
+    async def _xl(
+        self, words: Sequence[str], _environment: Mapping[str, str], _fds: Sequence[int]
+    ) -> int:
+        if words[:1] != ["shutdown"]:
+            raise ValueError(f"expected `xl shutdown`, got {words}")
+        await self._guest(words[-1]).shutdown()
+        return 0
+
+    def _guest(self, name: str) -> Guest:
+        guest = self._machine.find(name)
+        if guest is None or not guest.is_active:
+            raise ValueError(f"there is no domain {name!r}")
+        return guest
+
+
+_PROGRAMS: Final = {
+    "qrexec-client": Programs._qrexec_client,  # noqa: SLF001
+    "qrexec-daemon": Programs._qrexec_daemon,  # noqa: SLF001
+    "qubesdb-daemon": Programs._qubesdb_daemon,  # noqa: SLF001
+    "xl": Programs._xl,  # noqa: SLF001
+}

@@ -1,0 +1,155 @@
+"""XenStore and QubesDB, in memory.
+
+Both are read and written by the core's thread and by that of the event loop: each
+operation is one step on a dict, or holds the lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["QubesDB", "Watch", "XenStore"]
+
+#: Where a path without a slash in front begins, for dom0.
+_HOME: Final = "/local/domain/0/"
+
+
+class XenStore:
+    """A tree of values by path."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: str) -> bytes | None:
+        """Return a value; empty for a directory, None where there is nothing."""
+        path = _full(path)
+        with self._lock:
+            if path in self._values:
+                return self._values[path]
+            below = f"{path}/"
+            return b"" if any(key.startswith(below) for key in self._values) else None
+
+    def write(self, path: str, value: str | bytes) -> None:
+        """Set a value."""
+        data = value.encode() if isinstance(value, str) else bytes(value)
+        with self._lock:
+            self._values[_full(path)] = data
+
+    def names(self, path: str) -> list[str] | None:
+        """Return the names below a path; None where there is nothing."""
+        below = f"{_full(path)}/"
+        with self._lock:
+            found = [key for key in self._values if key.startswith(below)]
+            if not found and _full(path) not in self._values:
+                return None
+        return list(dict.fromkeys(k.removeprefix(below).split("/")[0] for k in found))
+
+    def remove(self, path: str) -> None:
+        """Remove a path, and all below."""
+        path = _full(path)
+        with self._lock:
+            for key in [*self._values]:
+                if key == path or key.startswith(f"{path}/"):
+                    del self._values[key]
+
+
+def _full(path: str) -> str:
+    full = path if path.startswith("/") else _HOME + path
+    return full.rstrip("/")
+
+
+class Watch:
+    """Changes that one connection to a QubesDB is told of, by a descriptor."""
+
+    def __init__(self) -> None:
+        self.paths: set[str] = set()
+        self.disconnected = False
+        self.changed: deque[str] = deque()
+        # readable for as long as something is to be read
+        self.reader, self._writer = os.pipe()
+        os.set_blocking(self.reader, False)
+
+    def note(self, path: str) -> None:
+        """Take note of a change, if it is watched."""
+        if any(
+            path == watched or (watched.endswith("/") and path.startswith(watched))
+            for watched in self.paths
+        ):
+            self.changed.append(path)
+            os.write(self._writer, b"\0")
+
+    def disconnect(self) -> None:
+        """Have the reader told that there is no database any more."""
+        self.disconnected = True
+        os.write(self._writer, b"\0")
+
+    def take(self) -> str | None:
+        """Return what changed first; None when the database has gone."""
+        os.read(self.reader, 1)
+        return self.changed.popleft() if self.changed else None
+
+    def close(self) -> None:
+        """Close its descriptors."""
+        os.close(self.reader)
+        os.close(self._writer)
+
+
+class QubesDB:
+    """The entries of one VM. What dom0 writes reaches the guest while it runs."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+        self.watches: list[Watch] = []
+        #: Passes a change on to the guest, a value of None is a removal; None while
+        #: there is no guest.
+        self.pass_on: Callable[[str, str | None], None] | None = None
+
+    def texts(self) -> dict[str, str]:
+        """Return all entries."""
+        with self._lock:
+            return {path: value.decode() for path, value in self._entries.items()}
+
+    def read(self, path: str) -> bytes | None:
+        """Return an entry, None if there is none."""
+        return self._entries.get(path)
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the paths that begin so."""
+        with self._lock:
+            return sorted(path for path in self._entries if path.startswith(prefix))
+
+    def write(self, path: str, value: bytes) -> None:
+        """Set an entry."""
+        with self._lock:
+            self._entries[path] = value
+        self._changed(path, value)
+
+    def remove(self, path: str) -> None:
+        """Remove an entry; one that ends in a slash stands for all below."""
+        gone = self.list(path) if path.endswith("/") else [path]
+        for name in gone:
+            with self._lock:
+                self._entries.pop(name, None)
+            self._changed(name, None)
+
+    def _changed(self, path: str, value: bytes | None) -> None:
+        for watch in tuple(self.watches):
+            watch.note(path)
+        if self.pass_on is not None:
+            self.pass_on(path, None if value is None else value.decode())
+
+    def disconnect(self) -> None:
+        """Tell all connections that the VM has ended."""
+        self.pass_on = None
+        for watch in self.watches:
+            with contextlib.suppress(OSError):
+                watch.disconnect()

@@ -1,0 +1,137 @@
+"""A checkout of core-admin, installed into an environment of the cache."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from qubes_itests.host.cache import digest
+from qubes_itests.host.tree import IGNORED, files_of, tree_digest
+from qubes_itests.repository.environment import (
+    InstallError,
+    Project,
+    make_environment,
+    packages_of,
+)
+from qubes_itests.repository.requirements import Requirements
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qubes_itests.host.cache import Cache
+
+__all__ = ["Core", "install_core"]
+
+_KIND: Final = "core"
+_PACKAGE: Final = "qubes"
+#: What a checkout imports and the package index has; the metadata of a checkout name
+#: nothing, since dom0 has it all from the packages of its distribution.
+_DISTRIBUTIONS: Final = {
+    "docutils": "docutils",
+    "jinja2": "jinja2",
+    "lxml": "lxml",
+    "pyinotify": "pyinotify",
+    "pyudev": "pyudev",
+    "xdg": "pyxdg",
+    "yaml": "pyyaml",
+}
+_QREXEC: Final = "qrexec"
+#: Where core-qrexec is if nobody says it: beside the checkout, as for its run-tests.
+_QREXEC_NAMES: Final = ("core-qrexec", "qubes-core-qrexec")
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """An installed checkout.
+
+    :param checkout: the directory that it comes from.
+    :param source: a copy of that, for the files that are in no package.
+    :param packages: the directory with what it needs, and with its own metadata.
+    """
+
+    checkout: Path
+    source: Path
+    packages: Path
+
+
+def install_core(
+    cache: Cache, checkout: Path, qrexec: Path | None, say: Callable[[str], None]
+) -> Core:
+    """Install a checkout of core-admin as it is, with what it needs.
+
+    Blocking; what is in the cache takes a moment. The checkout stays as it is.
+
+    :param checkout: its directory.
+    :param qrexec: a checkout of core-qrexec; None for one beside the other.
+    :param say: called with what is going on, a phrase.
+    :raise InstallError: it is none, it has a syntax error, or pip fails.
+    """
+    if not (checkout / "setup.py").is_file() or not (checkout / _PACKAGE).is_dir():
+        raise InstallError(
+            str(checkout),
+            f"expected a checkout of core-admin, with setup.py and the package"
+            f" {_PACKAGE}: one of them is missing",
+        )
+    places = [checkout.parent / name for name in _QREXEC_NAMES]
+    if qrexec is not None:
+        places = [qrexec]
+    projects = [place for place in places if place.is_dir()][:1]
+    key = digest(
+        *(sys.version, sys.prefix, tree_digest(checkout), Path(__file__)),
+        *map(tree_digest, projects),
+    )
+
+    def build(place: Path) -> None:
+        say("installing it")
+        imported = _imports(checkout, checkout / _PACKAGE)
+        if _QREXEC in imported and not projects:
+            raise InstallError(
+                str(checkout),
+                f"it imports {_QREXEC}, and there is no checkout of core-qrexec:"
+                f" neither {' nor '.join(map(str, places))} is a directory; name one"
+                " with --qrexec",
+            )
+        for project in projects:
+            imported |= _imports(checkout, project / _QREXEC)
+        words = [name for module, name in _DISTRIBUTIONS.items() if module in imported]
+        requires = Requirements(tuple(words), tuple(projects))
+        # entry points for its own tests are among its metadata if this is set
+        variables = ("QUBES_TEST=1",)
+        make_environment(place, checkout, [Project(checkout)], requires, variables)
+        # Tests look for files beside their package: templates, schemas, scripts.
+        ignored = shutil.ignore_patterns(*IGNORED)
+        shutil.copytree(checkout, place / "source", symlinks=True, ignore=ignored)
+
+    place = cache.entry(_KIND, key, build)
+    return Core(checkout, place / "source", packages_of(place))
+
+
+def _imports(checkout: Path, package: Path) -> set[str]:
+    """Return the top names of the modules that a package imports.
+
+    :raise InstallError: there is none, or it has a syntax error.
+    """
+    if not package.is_dir():
+        raise InstallError(str(checkout), f"there is no package {package}")
+    found: set[str] = set()
+    for name in files_of(package):
+        if name.suffix != ".py":
+            continue
+        path = package / name
+        try:
+            tree = ast.parse(path.read_bytes(), os.fspath(path))
+        except (SyntaxError, ValueError) as error:
+            line = error.lineno if isinstance(error, SyntaxError) else None
+            where = f"{path}:{line or 1}"
+            raise InstallError(str(checkout), f"{where}: {error}") from None
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found

@@ -1,0 +1,83 @@
+"""``--core DIR``: what a developer of core-admin types; what a bad checkout is told."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+FAKE = Path(__file__).parents[2] / "support/fake-core"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """Return a checkout of its own, in the shape of core-admin."""
+    place = tmp_path / "checkout"
+    shutil.copytree(FAKE, place)
+    subprocess.run(["git", "init", "--quiet", place], check=True)
+    return place
+
+
+def outcomes(done):
+    found = re.findall(r"^([A-Z]{5,7}) +(core\S+)", done.stdout, re.MULTILINE)
+    return {name: outcome for outcome, name in found}
+
+
+def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
+    before = sorted(checkout.rglob("*"))
+    done = site.run("--core", checkout, "-rs")
+    assert done.returncode == 1, done.stdout + done.stderr
+    life = "core::integ.life::TC_00_Life"
+    unit = "core::unit::TC_00_Platform"
+    assert outcomes(done) == {
+        "core::broken::plugin": "FAILED",
+        "core::integ.audio::NotHere::test_suite": "SKIPPED",
+        f"{life}::test_000_life": "PASSED",
+        f"{life}::test_001_killed_while_it_starts": "PASSED",
+        f"{life}::test_002_a_disk_that_is_missing": "PASSED",
+        f"{unit}::test_000_names_what_is_missing": "PASSED",
+        f"{unit}::test_001_paths_are_those_of_qubes_os": "PASSED",
+        f"{unit}::test_002_skipped": "SKIPPED",
+    }
+    assert "qubes.tests.broken cannot be imported: ModuleNotFoundError" in done.stdout
+    assert "integ.audio cannot run here: it needs a display" in done.stdout
+    assert sorted(checkout.rglob("*")) == before
+
+
+def test_words_select_among_the_suites_of_a_core(checkout, site):
+    """A suite that no word means is not imported."""
+    (checkout / "qubes/tests/broken.py").write_text("raise SystemExit('imported')\n")
+    done = site.run("--core", checkout, "core::unit")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {name.rpartition("::")[0] for name in outcomes(done)} == {
+        "core::unit::TC_00_Platform"
+    }
+    done = site.run("list", "--core", checkout, "core::integ.life")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall("^core::integ.life::TC_00", done.stdout, re.MULTILINE)) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("qubes/config.py", "x = = 1\n", r"qubes/config\.py:1: invalid syntax"),
+        ("setup.py", None, r"expected a checkout of core-admin, with setup\.py"),
+        ("version", None, r"pip cannot install"),
+        ("qubes/config.py", "import qrexec\n", r"it imports qrexec.*--qrexec"),
+    ],
+)
+def test_a_bad_checkout_is_told_so(checkout, site, file, text, told):
+    if text is None:
+        (checkout / file).unlink()
+    else:
+        (checkout / file).write_text(text)
+    done = site.run("--core", checkout, "core::unit")
+    assert done.returncode not in (0, 1)
+    assert re.search(told, done.stderr, re.DOTALL), done.stdout + done.stderr
+
+
+def test_a_core_and_an_app_at_once_are_refused(checkout, site):
+    done = site.run("--core", checkout, "--app", checkout)
+    assert done.returncode == 4
+    assert "expected either --core or --app, got both" in done.stderr

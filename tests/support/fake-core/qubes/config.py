@@ -1,0 +1,7 @@
+"""Where a core looks programs up."""
+
+system_path = {
+    "qrexec_daemon_path": "/usr/sbin/qrexec-daemon",
+    "qrexec_client_path": "/usr/bin/qrexec-client",
+    "qubesdb_daemon_path": "/usr/sbin/qubesdb-daemon",
+}

@@ -1,0 +1,3 @@
+"""A suite that cannot be imported."""
+
+import dogtail  # noqa: F401

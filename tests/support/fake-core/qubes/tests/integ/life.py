@@ -1,0 +1,151 @@
+"""The life of one VM, with the calls of core-admin in their order."""
+
+import asyncio
+import gc
+import os
+import subprocess
+import unittest
+import uuid
+
+import libvirt
+import libvirtaio
+import qubes.config
+import qubesdb
+import xen.lowlevel.xc
+import xen.lowlevel.xs
+
+UUID = uuid.UUID("2f6b1e2a-9d4e-4a58-8a55-0c6c6d6d7a01")
+XML = f"""
+<domain type="xen">
+  <name>work</name><uuid>{UUID}</uuid>
+  <memory unit="MiB">200</memory><currentMemory unit="MiB">200</currentMemory>
+  <vcpu placement="static">2</vcpu>
+  <os><type>xenpvh</type><kernel>/var/lib/qubes/vm-kernels/tiny/vmlinuz</kernel></os>
+  <devices>
+    <disk type="block" device="disk"><source dev="%(root)s"/><target dev="xvda"/></disk>
+    <disk type="block" device="disk"><source dev="%(private)s"/><target dev="xvdb"/></disk>
+    <console type="pty"><target type="xen" port="0"/></console>
+  </devices>
+</domain>
+"""
+EVENTS = {2: "started", 3: "suspended", 4: "resumed", 5: "stopped"}
+
+
+class TC_00_Life(unittest.TestCase):
+    def setUp(self):
+        self.loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self.loop)
+        libvirtaio.virEventRegisterAsyncIOImpl(self.loop)
+        self.root = "/var/lib/qubes/root.img"
+        private = "/var/lib/qubes/private.img"
+        template = "/var/lib/qubes/vm-templates/tiny/root.img"
+        subprocess.run(["cp", "--reflink=always", template, self.root], check=True)
+        with open(private, "wb") as file:
+            file.truncate(64 << 20)
+        self.connection = libvirt.open("xen:///")
+        self.events = []
+        self.connection.domainEventRegisterAny(
+            None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self.note, None
+        )
+        xml = XML % {"root": self.root, "private": private}
+        self.domain = self.connection.defineXML(xml)
+
+    def tearDown(self):
+        if self.domain.isActive():
+            self.domain.destroy()
+        self.domain.undefine()
+        self.connection.close()
+        self.loop.close()
+        asyncio.set_event_loop(None)
+        # as core-admin's tests have it
+        gc.collect()
+        kinds = (libvirt.virConnect, libvirt.virDomain)
+        del self.connection, self.domain
+        self.assertEqual([x for x in gc.get_objects() if isinstance(x, kinds)], [])
+
+    def note(self, connection, domain, event, detail, opaque):
+        self.events.append((domain.name(), EVENTS[event]))
+
+    def program(self, name, *words):
+        path = qubes.config.system_path.get(f"{name}_path", name)
+        done = self.loop.run_until_complete(self.run_program(path, *words))
+        self.assertEqual(done[0], 0, done)
+        return done[1]
+
+    async def run_program(self, *words):
+        process = await asyncio.create_subprocess_exec(
+            *words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        stdout, stderr = await process.communicate(b"in\n")
+        return process.returncode, stdout, stderr
+
+    def start(self):
+        self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        self.assertEqual(self.domain.state()[0], libvirt.VIR_DOMAIN_PAUSED)
+        self.program("qubesdb_daemon", str(self.domain.ID()), "work")
+        database = qubesdb.QubesDB("work")
+        database.write("/name", "work")
+        database.write("/default-user", "user")
+        self.domain.resume()
+        self.program(
+            "qrexec_daemon",
+            "-q",
+            "-u",
+            str(UUID),
+            "--",
+            str(self.domain.ID()),
+            "work",
+            "user",
+        )
+        return database
+
+    def test_000_life(self):
+        database = self.start()
+        self.assertTrue(os.path.exists("/var/run/qubes/qrexec.work"))
+        said = self.program("qrexec_client", "-d", "work", "root:cat; hostname; mount")
+        self.assertRegex(said, rb"(?s)\Ain\nwork\n.*/dev/xvdb on /rw type ext4")
+        database.write("/later", "value")
+        self.assertEqual(database.list("/l"), ["/later"])
+        info = xen.lowlevel.xc.xc().domain_getinfo(self.domain.ID(), 1)
+        self.assertEqual(info[0]["mem_kb"], 200 << 10)
+        started = xen.lowlevel.xs.xs().read("", f"/vm/{UUID}/start_time")
+        self.assertGreater(float(started), 0)
+        database.watch("/later")
+        self.program("xl", "shutdown", "-F", "work")
+        deadline = self.loop.time() + 60
+        while self.domain.isActive() and self.loop.time() < deadline:
+            self.loop.run_until_complete(asyncio.sleep(0.05))
+        self.loop.run_until_complete(asyncio.sleep(0))
+        names = ["started", "resumed", "stopped"]
+        self.assertEqual(self.events, [("work", name) for name in names])
+        self.assertEqual(self.domain.ID(), -1)
+        self.assertFalse(os.path.exists("/var/run/qubes/qrexec.work"))
+        with self.assertRaises(qubesdb.DisconnectedError):
+            database.read_watch()
+        with self.assertRaises(qubesdb.Error):
+            qubesdb.QubesDB("work")
+
+    def test_001_killed_while_it_starts(self):
+        self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        self.program("qubesdb_daemon", str(self.domain.ID()), "work")
+        self.domain.resume()
+        self.domain.destroy()
+        with self.assertRaises(libvirt.libvirtError) as caught:
+            self.domain.destroy()
+        code = caught.exception.get_error_code()
+        self.assertEqual(code, libvirt.VIR_ERR_OPERATION_INVALID)
+
+    def test_002_a_disk_that_is_missing(self):
+        os.unlink(self.root)
+        with self.assertRaisesRegex(
+            libvirt.libvirtError, "xvda: there is no .*root.img"
+        ):
+            self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        self.assertFalse(self.domain.isActive())
+        with self.assertRaises(libvirt.libvirtError) as caught:
+            self.connection.lookupByUUID(bytes(15) + b"\7")
+        code = caught.exception.get_error_code()
+        self.assertEqual(code, libvirt.VIR_ERR_NO_DOMAIN)

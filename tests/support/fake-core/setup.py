@@ -1,0 +1,9 @@
+"""A small core, in the shape of core-admin, for tests of ``--core``."""
+
+import setuptools
+
+setuptools.setup(
+    name="qubes",
+    version=open("version").read().strip(),
+    packages=setuptools.find_packages(),
+)

@@ -1,0 +1,50 @@
+"""XenStore and QubesDB."""
+
+import select
+
+from qubes_itests.dom0.stores import QubesDB, Watch, XenStore
+
+
+def test_a_xenstore_is_a_tree_of_bytes():
+    store = XenStore()
+    store.write("/vm/1/name", "work")
+    store.write("backend/pci/3/0", b"x")  # below dom0's own
+    assert store.read("/vm/1/name") == b"work"
+    assert store.read("/local/domain/0/backend/pci/3/0") == b"x"
+    assert (store.read("/vm/1"), store.read("/vm/2")) == (b"", None)
+    assert (store.names("/vm"), store.names("/none")) == (["1"], None)
+    assert store.names("backend/pci") == ["3"]
+    store.remove("/vm/1")
+    assert (store.names("/vm"), store.read("/vm/1/name")) == (None, None)
+
+
+def readable(watch):
+    return bool(select.select([watch.reader], [], [], 0)[0])
+
+
+def test_a_watch_tells_what_has_changed_below_its_paths_in_order():
+    database, watch = QubesDB(), Watch()
+    database.watches.append(watch)
+    watch.paths |= {"/dir/", "/one"}
+    for path in ("/dir", "/other", "/one", "/dir/a"):
+        database.write(path, b"1")
+    database.remove("/dir/")
+    assert [watch.take() for _ in range(3)] == ["/one", "/dir/a", "/dir/a"]
+    assert not readable(watch)
+    database.disconnect()
+    assert readable(watch)
+    assert watch.take() is None
+    watch.close()
+
+
+def test_what_dom0_writes_is_passed_on_to_the_guest():
+    database, passed = QubesDB(), []
+    database.write("/before", b"1")
+    database.pass_on = lambda path, value: passed.append((path, value))
+    database.write("/name", b"work")
+    database.remove("/before")
+    assert passed == [("/name", "work"), ("/before", None)]
+    assert database.texts() == {"/name": "work"}
+    database.disconnect()
+    database.write("/late", b"1")
+    assert len(passed) == 2
