@@ -344,7 +344,7 @@ class Settings:
         True, _flag, "", f"{_VMS} {PYTEST}",
         "start VMs from saved states where that is possible")
     clones_ahead: int = option(
-        2, _clones_ahead, "N", f"{_VMS} {PYTEST}",
+        8, _clones_ahead, "N", f"{_VMS} {PYTEST}",
         "have up to N guests ready for the next starts of VMs, started while a CPU is"
         " idle; 0 for none")
     hypervisor: str = option(

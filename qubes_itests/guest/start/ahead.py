@@ -39,46 +39,63 @@ _LIMIT: Final = 30.0
 #: Bytes of the disks that a clone has until it is a VM's.
 _PRIVATE: Final = 64 << 20
 _BLANK: Final = 1 << 20
+#: How many rows of starts are looked at, with that under way.
+_ROWS: Final = 4
 _ENDS: Final = (LifecycleEvent.STOPPED, LifecycleEvent.CRASHED)
 
 
 class Recent:
-    """What the latest starts were of: as many of each kind are expected again.
+    """What has started lately, and so what is expected to start again.
 
-    The first of a kind does not count: most runs of one test, and most shells, start a
-    VM once.
+    Starts are counted from one moment at which there were enough clones to the next:
+    as many of a kind as came in a row are expected to. The first of a kind does not
+    count: most runs of one test, and most shells, start a VM once.
 
-    :param most: how many starts are looked at, and so may be expected.
+    :param most: how many may be expected.
     """
 
     def __init__(self, most: int) -> None:
+        self._most = most
         self._known: set[str] = set()
-        self._latest: deque[str] = deque(maxlen=most)
+        #: The present one last.
+        self._rows: deque[Counter[str]] = deque([Counter()], maxlen=_ROWS)
 
     def add(self, kind: str) -> None:
         """Take note of a start."""
         if kind in self._known:
-            self._latest.append(kind)
+            self._rows[-1][kind] += 1
         self._known.add(kind)
+
+    def end_row(self) -> None:
+        """Take note that there are enough clones."""
+        if self._rows[-1]:
+            self._rows.append(Counter())
 
     def give_up(self, kind: str) -> None:
         """Expect no start of a kind, until there is another one."""
-        kept = [each for each in self._latest if each != kind]
-        self._latest.clear()
-        self._latest.extend(kept)
+        for row in self._rows:
+            row.pop(kind, None)
+
+    def expected(self) -> Counter[str]:
+        """Return how many starts of which kind are expected, the latest kinds first."""
+        found: Counter[str] = Counter()
+        for row in reversed(self._rows):
+            for kind, number in row.items():
+                room = self._most - found.total() + found[kind]
+                found[kind] = min(room, max(found[kind], number))
+        return +found
 
     def missing(self, waiting: Counter[str]) -> str | None:
         """Return the kind of which a clone should be made next, None for enough.
 
         :param waiting: how many clones there are of each.
         """
-        expected = Counter(self._latest)
-        lacking = (k for k in reversed(self._latest) if expected[k] > waiting[k])
+        lacking = (k for k, n in self.expected().items() if n > waiting[k])
         return next(lacking, None)
 
     def surplus(self, waiting: Counter[str]) -> str | None:
         """Return a kind of which more clones wait than are expected, None for none."""
-        expected = Counter(self._latest)
+        expected = self.expected()
         return next((k for k, n in waiting.items() if n > expected[k]), None)
 
 
@@ -195,6 +212,7 @@ class ClonesAhead:
             except (HarnessError, OSError) as error:
                 log.info("no clone is started ahead: %s", str(error))
                 self._recent.give_up(key)
+        self._recent.end_row()
 
     async def _make(self, kind: _Kind) -> _Clone:
         identifier = uuid.uuid4()

@@ -9,6 +9,7 @@ import pytest
 from qemu_processes import processes
 
 from qubes_itests.guest.start import warm
+from qubes_itests.guest.start.ahead import Recent
 from qubes_itests.host import load
 from qubes_itests.hypervisor import qemu_domain
 from qubes_itests.hypervisor.exc import HypervisorError
@@ -25,6 +26,7 @@ def clones(app, run, monkeypatch):
     """
     monkeypatch.setattr(warm, "_WORTH", 1)
     monkeypatch.setattr(load, "running", lambda: 0)
+    monkeypatch.setattr(app.warm_starts.ahead, "_recent", Recent(2))
 
     def wait():
         run(asyncio.wait_for(app.warm_starts.ahead.settled(), 60))
@@ -34,21 +36,30 @@ def clones(app, run, monkeypatch):
 
 
 @pytest.fixture
-def expected(make_vm, run, clones):
-    """Return a VM that has been started as often as it takes to expect it again."""
+def other(make_vm):
+    return make_vm("two")
+
+
+@pytest.fixture
+def expected(make_vm, other, run, clones):
+    """Return a VM that has been started as often as it takes to expect two again."""
     vm = make_vm("one")
-    for _ in range(3):
-        run(vm.start())
-        run(vm.kill())
+
+    async def start_both():
+        await asyncio.gather(vm.start(), other.start())
+        await asyncio.gather(vm.kill(), other.kill())
+
+    for _ in range(2):
+        run(start_both())
     assert len(clones()) == 2
     return vm
 
 
-def test_a_clone_becomes_a_vm(make_vm, run, sh, expected, clones):
+def test_a_clone_becomes_a_vm(run, sh, expected, other, clones):
     """It is that VM for all who look, and two of them have nothing in common."""
     names, hypervisor = clones(), expected.app.hypervisor
     assert hypervisor.domains() == ()
-    vms = [expected, make_vm("two")]
+    vms = [expected, other]
     run(vms[1].volumes["private"].resize(3 << 30))
     for vm in vms:
         run(vm.start())

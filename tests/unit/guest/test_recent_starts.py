@@ -19,53 +19,81 @@ def fill(recent, waiting):
         waiting[kind] += 1
         made += 1
         assert made < 100
+    recent.end_row()
     return made
+
+
+def started(recent, kinds):
+    for kind in kinds:
+        recent.add(kind)
 
 
 def test_the_first_start_of_a_kind_is_not_expected_again():
     recent = Recent(2)
-    recent.add("a")
+    started(recent, "a")
     assert recent.missing(Counter()) is None
-    recent.add("a")
+    started(recent, "a")
     assert recent.missing(Counter()) == "a"
     assert recent.missing(Counter("a")) is None
 
 
-def test_what_started_last_comes_first():
-    recent = Recent(2)
-    for kind in "ababab":
-        recent.add(kind)
+def test_as_many_as_came_in_a_row_are_expected():
+    recent, waiting = Recent(8), Counter()
+    started(recent, "a")
+    for _ in range(3):
+        started(recent, "a")
+        fill(recent, waiting)
+    assert waiting == Counter("a")
+    waiting.clear()
+    started(recent, "aaaaa")
+    fill(recent, waiting)
+    assert waiting == Counter("aaaaa")
+    # for some rows more
+    for _ in range(4):
+        waiting["a"] -= 1
+        started(recent, "a")
+        fill(recent, waiting)
+    assert recent.expected() == Counter("a")
+
+
+def test_the_latest_kinds_come_first():
+    recent = Recent(3)
+    started(recent, "ab")
+    for row in ("aaa", "bb"):
+        started(recent, row)
+        recent.end_row()
+    assert recent.expected() == Counter("bba")
     assert recent.missing(Counter()) == "b"
-    assert recent.missing(Counter("b")) == "a"
     recent.give_up("b")
-    assert recent.missing(Counter()) == "a"
-    recent.add("b")
+    assert recent.expected() == Counter("aaa")
+    started(recent, "b")
     assert recent.missing(Counter()) == "b"
 
 
 @given(
     st.integers(1, 5),
-    st.lists(st.tuples(KINDS, st.sampled_from(("start", "start", "give up")))),
+    st.lists(st.tuples(KINDS, st.sampled_from(("start", "row", "give up")))),
     st.lists(KINDS),
 )
 def test_there_are_never_too_many(most, happened, there):
-    """Whatever started, as many are kept as started lately, at most so many."""
-    recent, waiting, known, latest = Recent(most), Counter(), set(), []
+    """Whatever has started, what is expected is there in the end, and no more made."""
+    recent, waiting = Recent(most), Counter()
     for kind, what in happened:
         if what == "give up":
             recent.give_up(kind)
-            latest = [each for each in latest if each != kind]
+            assert recent.expected()[kind] == 0
+        elif what == "row":
+            fill(recent, waiting)
         else:
             waiting[kind] = max(0, waiting[kind] - 1)
+            before = recent.expected()[kind]
             recent.add(kind)
-            latest = [*latest, *([kind] if kind in known else [])][-most:]
-            known.add(kind)
-        fill(recent, waiting)
+            assert recent.expected()[kind] >= before
+        assert recent.expected().total() <= most
         assert waiting.total() <= most
-        assert all(waiting[k] >= n for k, n in Counter(latest).items())
     # whatever else there was: what is surplus goes first, and only that
-    crowd = Counter(there)
-    before = crowd.copy()
+    expected, crowd = recent.expected(), Counter(there)
     made = fill(recent, crowd)
-    assert made == (Counter(latest) - before).total()
-    assert made == 0 or crowd.total() <= most
+    assert made == (expected - Counter(there)).total()
+    assert crowd >= expected
+    assert made == 0 or crowd == expected
