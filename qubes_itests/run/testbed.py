@@ -9,6 +9,7 @@ import functools
 import itertools
 import logging
 import os
+import shutil
 import tempfile
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
@@ -191,6 +192,8 @@ class Testbed:
         """Begin to keep clones ready for starts, until the testbed is left."""
         sockets = self.parts.run_directory / "ahead"
         disks = self.parts.pool_directory / "ahead"
+        # A server that was killed, or has ended, has left some next to its VMs.
+        shutil.rmtree(disks, ignore_errors=True)
         for place in (sockets, disks):
             place.mkdir()
         most = self.parts.clones_ahead
