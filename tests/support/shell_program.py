@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
@@ -17,7 +18,7 @@ from qubes_itests.portal import Portal
 from qubes_itests.shell import open_shell
 
 
-async def connect(root: AgentProcess) -> GuestAgent:
+async def connect(root: AgentProcess) -> tuple[GuestAgent, asyncio.subprocess.Process]:
     ours, theirs = socket.socketpair()
     process = await asyncio.create_subprocess_exec(
         root.program,
@@ -31,7 +32,15 @@ async def connect(root: AgentProcess) -> GuestAgent:
     theirs.close()
     (root.root / "pid").write_text(str(process.pid))
     domain = SocketDomain("guest", ours, root.root / "console")
-    return await GuestAgent.connect(domain, timeout=20)  # type: ignore[arg-type]
+    agent = await GuestAgent.connect(domain, timeout=20)  # type: ignore[arg-type]
+    return agent, process
+
+
+async def disconnect(agent: GuestAgent, process: asyncio.subprocess.Process) -> None:
+    await agent.close()
+    # Its event loop kills it in the end, and what it has not killed by then lives on.
+    with contextlib.suppress(TimeoutError):  # it is stopped
+        await asyncio.wait_for(process.wait(), 20)
 
 
 def main(program: str, directory: str) -> int:
@@ -40,11 +49,11 @@ def main(program: str, directory: str) -> int:
     name = os.environ.get("USER_OF_GUEST", "root")
     root.file("etc/passwd", f"{name}:x:{uid}:{gid}::{root.home}:/bin/sh\n")
     with Portal() as portal:
-        agent = portal.run(connect(root))
+        agent, process = portal.run(connect(root))
         try:
             return open_shell(portal, agent)
         finally:
-            portal.run(agent.close())
+            portal.run(disconnect(agent, process))
 
 
 if __name__ == "__main__":

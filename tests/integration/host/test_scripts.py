@@ -383,6 +383,7 @@ def test_set_up_that_was_killed_is_taken_up_again(checkout):
                 # other than that of Path it does not mind what is removed meanwhile
                 while not glob.glob(str(checkout.root / sign)):  # noqa: PTH207
                     assert process.poll() is None, f"it ended without {sign}"
+                    time.sleep(0.001)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)

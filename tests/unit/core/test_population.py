@@ -47,6 +47,8 @@ class Population(RuleBasedStateMachine):
         if hasattr(self, "app"):
             self.runner.run(self.app.kill_all())
             self.app.close()
+            # it removes files in a thread of its own
+            self.runner.run(self.app.pools["default"].destroy())
         self.runner.close()
         shutil.rmtree(self.directory)
 

@@ -115,7 +115,8 @@ async def test_frames_without_end_leave_time_for_others(connect, tmp_path, frame
     assert await running.wait() == 7
     peer.send(F.LOG, payload=b"listens again")
     await until(lambda: "listens again" in (tmp_path / "log").read_text())
-    assert listens(agent)
+    # a moment later, if this frame was the last of a few milliseconds' worth
+    await until(lambda: listens(agent))
 
 
 async def test_few_calls_are_begun_at_a_time(connect):
