@@ -61,6 +61,8 @@ SETTINGS = pytest.StashKey[Settings]()
 PLAIN = pytest.StashKey[bool]()
 
 _PREFIX = "--itests-"
+#: Objects; Python 3.12 begins with some.
+_FROZEN_BY_PYTHON = gc.get_freeze_count()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -241,7 +243,8 @@ def pytest_collection() -> Generator[None, Any, Any]:
     the leak check makes one a test and `pytest.main` in a test five, took up to 0.2 s.
     Those of a `pytest.main` in a test do not stay, nor does what the test has by then.
     """
-    was_enabled, is_outermost = gc.isenabled(), not gc.get_freeze_count()
+    was_enabled = gc.isenabled()
+    is_outermost = gc.get_freeze_count() <= _FROZEN_BY_PYTHON
     gc.disable()
     try:
         return (yield)
