@@ -6,6 +6,7 @@ import asyncio
 import signal
 import subprocess
 import uuid
+from types import SimpleNamespace
 
 import pytest
 
@@ -169,6 +170,7 @@ class FakeTestbed:
 
     def __init__(self, portal):
         self.portal = portal
+        self.hypervisor = SimpleNamespace(domains=lambda **_spare: ())
         self.closed = 0
         self.problems = []
 

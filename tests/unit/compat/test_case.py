@@ -212,12 +212,12 @@ def test_who_holds_it_is_found_though_it_is_older_than_the_test(bed):
     """What was frozen for that is thawed, until the next test begins."""
     KEPT.append(asyncio.Event())
     gc.freeze()
-    watch = leaks.LeakWatch(bed.portal)
+    watch = leaks.LeakWatch(bed.portal, bed.hypervisor)
     assert watch._holders(KEPT[0]) == "list"
     assert watch._holders(KEPT[0]) == "list"
     watch.end()
     assert not gc.get_freeze_count()
-    leaks.LeakWatch(bed.portal).end()
+    leaks.LeakWatch(bed.portal, bed.hypervisor).end()
     assert gc.get_freeze_count()
 
 
