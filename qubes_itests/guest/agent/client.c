@@ -2,7 +2,7 @@
 #include "agent.h"
 
 #include <getopt.h>
-#include <sys/prctl.h>
+#include <pthread.h>
 #include <sys/un.h>
 
 enum { CLIENT_FAILED = 125, WRONG_USAGE = 2 };
@@ -147,21 +147,30 @@ static void replace_unprintable(uint8_t *bytes, ssize_t length)
 /* Until either end is gone. */
 static void copy(int from, int to, bool filtered)
 {
-	static uint8_t bytes[65536];
+	static uint8_t space[2][65536]; /* for each way: two threads copy */
+	uint8_t *bytes = space[from == STDIN_FILENO];
 	ssize_t length;
 
-	while ((length = read(from, bytes, sizeof bytes)) > 0) {
-		struct buffer buffer = {bytes, sizeof bytes, 0, (size_t)length};
+	while ((length = read(from, bytes, sizeof space[0])) > 0) {
+		struct buffer buffer = {bytes, sizeof space[0], 0, (size_t)length};
 
 		if (filtered)
 			replace_unprintable(bytes, length);
-		if (!buffer_write(&buffer, to, sizeof bytes) || buffer.start < buffer.end)
+		if (!buffer_write(&buffer, to, sizeof space[0]) || buffer.start < buffer.end)
 			break;
 	}
-	close(from);
 	if (stdin_socket) /* others hold it, too */
 		shutdown(to, SHUT_WR);
 	close(to);
+}
+
+static int output; /* the call's input, which we write */
+
+/* Our stdin stays open: who writes there shall not see its end before the call's. */
+static void *copy_input(void *nothing)
+{
+	copy(STDIN_FILENO, output, false);
+	return nothing;
 }
 
 /* The local command has its output on its stdin. */
@@ -191,30 +200,27 @@ static int read_status(int fd)
 	return (unsigned char)message[0];
 }
 
-/* Input is copied by a child, so that a stuck reader of either end holds up one way. */
-static pid_t start_child(char **local, int input, int output)
+/* Input is copied beside the output, so that a stuck reader of either end holds up one
+ * way. By a thread: under emulation a fork takes five times as long. It ends with us. */
+static bool start_input(void)
 {
-	pid_t parent = getpid(), child = fork();
+	/* Its stack is here: a mapping of its own would have to be made. */
+	static _Alignas(16) uint8_t stack[65536];
+	pthread_attr_t attributes;
+	pthread_t thread;
+	int error;
 
-	if (child != 0)
-		return child;
-	if (*local)
-		run_local(local, input, output);
-	/* It must not outlive the call. Whether the parent died before is looked at below. */
-	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	/* Its copy of the socket would keep the parent from ever seeing the end of it. */
-	close(input);
-	/* Who reads our output shall see its end, while we may wait for more input. */
-	if (!stdin_socket)
-		close(STDOUT_FILENO);
-	if (getppid() == parent)
-		copy(STDIN_FILENO, output, false);
-	_exit(0);
+	pthread_attr_init(&attributes);
+	pthread_attr_setstack(&attributes, stack, sizeof stack);
+	error = pthread_create(&thread, &attributes, copy_input, NULL);
+	if (error != 0)
+		fprintf(stderr, "qrexec-client-vm: input: %s\n", strerror(error));
+	return error == 0;
 }
 
 /* What the service reads first. The agent reads as much as an argument may hold before
  * anybody else does. */
-static void write_prefix(int output)
+static void write_prefix(void)
 {
 	size_t length = prefix ? strlen(prefix) : 0;
 
@@ -226,7 +232,7 @@ static void write_prefix(int output)
 int client_main(int argc, char **argv)
 {
 	int first = parse_options(argc, argv), in[2], out[2], status[2], result;
-	pid_t child;
+	pid_t local = 0;
 
 	if (first == 0)
 		return fputs(usage, stdout) < 0;
@@ -245,17 +251,22 @@ int client_main(int argc, char **argv)
 	close(out[0]);
 	close(in[1]);
 	close(status[1]);
-	write_prefix(out[1]);
-	child = start_child(argv + first + 2, in[0], out[1]);
-	close(out[1]);
-	if (argv[first + 2])
-		close(in[0]);
-	else
+	output = out[1];
+	write_prefix();
+	if (argv[first + 2]) {
+		local = fork();
+		if (local == 0)
+			run_local(argv + first + 2, in[0], output);
+		close(output);
+	} else {
+		if (!start_input())
+			return CLIENT_FAILED;
 		copy(in[0], stdin_socket ? STDIN_FILENO : STDOUT_FILENO, filter);
+	}
+	/* That nobody reads the call's output any more. */
+	close(in[0]);
 	result = read_status(status[0]);
-	if (child > 0 && !argv[first + 2]) /* it may still wait for input that nobody wants */
-		kill(child, SIGKILL);
-	if (child > 0)
-		waitpid(child, NULL, 0);
+	if (local > 0)
+		waitpid(local, NULL, 0);
 	return result;
 }

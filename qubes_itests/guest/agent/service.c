@@ -43,6 +43,7 @@ static bool find_file(const char *const places[PLACES], const char *name,
 {
 	size_t plain = strcspn(name, "+");
 	char target[PATH_LIMIT];
+	struct stat status;
 
 	for (int i = 0; i < 2 * PLACES; i++) {
 		const char *place = in_root(places[i % PLACES]);
@@ -51,7 +52,9 @@ static bool find_file(const char *const places[PLACES], const char *name,
 			snprintf(path, PATH_LIMIT, "%s/%s%s", place, name, name[plain] ? "" : "+");
 		else
 			snprintf(path, PATH_LIMIT, "%s/%.*s", place, (int)plain, name);
-		if (access(path, F_OK) == 0 || is_tcp(path, target))
+		/* One question for most of the places, which do not have it. */
+		if (lstat(path, &status) == 0 &&
+		    (!S_ISLNK(status.st_mode) || access(path, F_OK) == 0 || is_tcp(path, target)))
 			return true;
 	}
 	return false;

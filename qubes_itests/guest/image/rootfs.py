@@ -58,6 +58,11 @@ _LINKS: Final = {
     "usr/bin/init": "../lib/qubes/agent",
     "etc/mtab": "../proc/mounts",
 }
+_PROFILE: Final = (
+    "umask 022\nexport LANG=C.UTF-8\n"
+    "for file in /etc/profile.d/*.sh; do\n"
+    '    [ ! -r "$file" ] || . "$file"\ndone\nunset file\n'
+)
 _FILES: Final = {
     "etc/passwd": (
         "root:x:0:0:root:/root:/bin/sh\n"
@@ -74,11 +79,9 @@ _FILES: Final = {
     "etc/os-release": (
         'ID=tiny\nNAME="tiny"\nPRETTY_NAME="tiny, the mini template of qubes_itests"\n'
     ),
-    "etc/profile": (
-        "umask 022\nexport LANG=C.UTF-8\n"
-        "for file in /etc/profile.d/*.sh; do\n"
-        '    [ ! -r "$file" ] || . "$file"\ndone\nunset file\n'
-    ),
+    "etc/profile": _PROFILE,
+    # What it does the agent does itself, without a shell, while the two are the same.
+    "usr/lib/qubes/profile": _PROFILE,
     "etc/qubes/rpc-config/qubes.VMRootExec": "force-user=root\n",
     "etc/qubes/rpc-config/qubes.VMRootShell": "force-user=root\n",
 }

@@ -74,6 +74,59 @@ async def test_what_follows_a_command_is_for_the_command(agent, service):
     assert shell.returncode == 5
 
 
+#: All of a process that a login shell before it could have made otherwise.
+SEEN = """#!/bin/sh
+tr '\\0' '\\n' </proc/$$/environ | sort
+env | sort
+umask; ulimit -a; pwd; echo "$0 $# $*"
+grep -E '^(Sig|Cap|Groups|Name|NoNewPrivs)' /proc/$$/status
+tr '\\0' ' ' </proc/$$/cmdline
+"""
+
+
+async def serve(agent, service, **options):
+    process = await agent.spawn_service(service, source="work", **options)
+    stdout, stderr = await process.communicate()
+    return process.returncode, stdout.decode(), stderr.decode()
+
+
+async def install(sh, agent, name, text):
+    path = f"/etc/qubes-rpc/{name}"
+    quoted = text.replace("'", "'\\''")
+    await sh(agent, f"printf '%s' '{quoted}' >{path}; chmod +x {path}", user="root")
+
+
+@pytest.mark.parametrize("user", ["root", "user"])
+async def test_a_service_is_as_the_login_shell_would_leave_it(agent, sh, user):
+    """The agent spares the shell while the profile is the template's own."""
+    await install(sh, agent, "test.Seen", SEEN)
+    direct = await serve(agent, "test.Seen+a", user=user)
+    assert "SHLVL=1" in direct[1].splitlines()
+    await sh(agent, "echo '#' >>/etc/profile", user="root")
+    assert await serve(agent, "test.Seen+a", user=user) == direct
+
+
+@pytest.mark.parametrize(
+    "place", ["/etc/profile", "/etc/profile.d/x.sh", "/home/user/.profile"]
+)
+async def test_services_run_with_what_a_profile_sets(agent, sh, place):
+    await install(sh, agent, "test.Ask", '#!/bin/sh\necho "<$ASKED>"\n')
+    assert (await serve(agent, "test.Ask"))[1] == "<>\n"
+    line = f"mkdir -p /etc/profile.d; echo 'export ASKED=$USER' >>{place}"
+    await sh(agent, line, user="root")
+    assert (await serve(agent, "test.Ask"))[1] == "<user>\n"
+
+
+async def test_what_cannot_be_executed_is_left_to_the_shell(agent, sh):
+    await install(sh, agent, "test.Plain", "echo $SHLVL $1")
+    await install(sh, agent, "test.Lost", "#!/no/such/program\n")
+    plain, lost = await serve(agent, "test.Plain+a"), await serve(agent, "test.Lost")
+    assert (plain[0], lost[0]) == (0, 127)
+    await sh(agent, "echo '#' >>/etc/profile", user="root")
+    assert await serve(agent, "test.Plain+a") == plain
+    assert await serve(agent, "test.Lost") == lost
+
+
 async def test_services_of_the_template(agent):
     shell = await agent.spawn_service("qubes.VMShell", source="dom0")
     assert (await shell.communicate(b"echo $QREXEC_REMOTE_DOMAIN; exit 4"))[0] == (
