@@ -7,6 +7,9 @@ domains, no disks, and an initramfs that holds only a program that ends QEMU. Ra
 that loads a state has the arguments that libvirt gives it, and the state that VMs start
 from; it is done when the guest runs.
 
+Warm starts are those of VMs that go on as clones, which were started ahead before the
+time is taken, however busy the machine is, and those of VMs that do without.
+
 A template besides ``tiny`` is only started warm. The memory is that of the eight VMs,
 idle: what each owns, and its share of what they have in common (PSS).
 """
@@ -25,6 +28,7 @@ from bench import app_on, heading, row, seconds, testbed
 
 from qubes_itests.guest.image.cpio import Archive
 from qubes_itests.guest.start import warm
+from qubes_itests.host import load
 from qubes_itests.hypervisor.domain_xml import KERNEL_OPTIONS, Machine
 
 INIT = r"""
@@ -37,12 +41,16 @@ TWO_COLD = "two cold starts at once"
 RAW_LOAD = "raw QEMU loads the state"
 WARM = "warm start to output"
 EIGHT_WARM = "eight warm starts at once"
+ALONE = "warm start, no clone ahead"
+EIGHT_ALONE = "eight at once, no clones ahead"
 BOUNDS = {WARM: "<= 0.25 s"}
 RATIOS = (
     ("cold start / raw QEMU", COLD, RAW, "<= 1.4"),
     ("two cold starts / one", TWO_COLD, COLD, "< 1.6"),
     ("warm start / raw QEMU that loads", WARM, RAW_LOAD, ""),
     ("eight warm starts / one", EIGHT_WARM, WARM, "<= 3"),
+    ("no clone ahead / raw QEMU that loads", ALONE, RAW_LOAD, ""),
+    ("eight without clones ahead / one", EIGHT_ALONE, ALONE, ""),
 )
 
 
@@ -135,7 +143,7 @@ class RawLoad:
 
 def qemus(*domains):
     """Return the directories in /proc of the QEMU processes of domains."""
-    wanted = [f"guest={domain.spec.name},".encode() for domain in domains]
+    wanted = [f"guest={domain.libvirt_name},".encode() for domain in domains]
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
@@ -162,12 +170,24 @@ class VMs:
         ]
         for vm in self.vms:
             run(vm.create_on_disk())
-        self.start(1, warm=True)  # makes the saved state
+        self.ahead = self.saved.ahead
+        self.start(1)  # makes the saved state
         self.raw_load = RawLoad(self.vms[0].domain, directory)
         self.stop(1)
 
-    def start(self, number, *, warm):
+    def get_ready(self, number, *, warm, ahead):
+        """Have clones ahead for as many starts, or none."""
         self.app.warm_starts = self.saved if warm else None
+        self.saved.ahead = self.ahead if ahead else None
+        while ahead and self.run(self._waiting()) < number:
+            self.start(number)
+            self.stop(number)
+
+    async def _waiting(self):
+        await self.ahead.settled()
+        return len(self.app.hypervisor.domains(spare=True))
+
+    def start(self, number):
         self.run(self._together(self._start, number))
 
     def stop(self, number):
@@ -193,12 +213,14 @@ class VMs:
 def measure(raw, groups, rounds):
     """Measure all in turn, so that a slow minute of the machine slows down all."""
     tiny = groups["tiny"]
-    figures = {name: [] for name in (RAW, COLD, TWO_COLD, RAW_LOAD, WARM, EIGHT_WARM)}
+    names = (RAW, COLD, TWO_COLD, RAW_LOAD, WARM, EIGHT_WARM, ALONE, EIGHT_ALONE)
+    figures = {name: [] for name in names}
     memory = {}
 
-    def start(name, vms, number, *, warm):
+    def start(name, vms, number, *, warm, ahead=False):
+        vms.get_ready(number, warm=warm, ahead=ahead)
         values = figures.setdefault(name, [])
-        values.append(seconds(lambda: vms.start(number, warm=warm)))
+        values.append(seconds(lambda: vms.start(number)))
         if number == len(vms.vms):
             memory.setdefault(name, []).extend(vms.memory())
         vms.stop(number)
@@ -210,8 +232,10 @@ def measure(raw, groups, rounds):
         for template, vms in groups.items():
             named = "" if vms is tiny else f"{template}: "
             figures.setdefault(named + RAW_LOAD, []).append(seconds(vms.raw_load.run))
-            start(named + WARM, vms, 1, warm=True)
-            start(named + EIGHT_WARM, vms, 8, warm=True)
+            start(named + ALONE, vms, 1, warm=True)
+            start(named + EIGHT_ALONE, vms, 8, warm=True)
+            start(named + WARM, vms, 1, warm=True, ahead=True)
+            start(named + EIGHT_WARM, vms, 8, warm=True, ahead=True)
     return figures, memory
 
 
@@ -233,6 +257,7 @@ def main():
     """Measure and print."""
     # at the first start, so that no state is made while others are measured
     warm._WORTH = 1
+    load.running = lambda: 0
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     templates = ["tiny", *sys.argv[2:]]
     with (

@@ -181,7 +181,7 @@ class OurGuest:
     def __init__(self, vm):
         self.vm = vm
         self.address = str(vm.ip)
-        name = f"guest={vm.domain.spec.name},".encode()
+        name = f"guest={vm.domain.libvirt_name},".encode()
         (self.pid,) = (
             int(place.name)
             for place in Path("/proc").glob("[0-9]*")

@@ -82,9 +82,9 @@ def test_a_machine_without_room_for_dom0(open_world, run):
 
 
 @contextlib.contextmanager
-def frozen(name):
+def frozen(vm):
     """Have a VM's QEMU hang: nobody who asks it gets an answer."""
-    wanted = f"guest={name},".encode()
+    wanted = f"guest={vm.domain.libvirt_name},".encode()
     pids = [
         int(path.parent.name)
         for path in Path("/proc").glob("[0-9]*/cmdline")
@@ -113,7 +113,7 @@ def test_a_domain_that_hangs_stops_nobody(open_world, run):
             for name in ("hangs", "work"):
                 await world.start_idle(name, **KIND)
             await world.settled("hangs", "work")
-            with frozen("hangs"):
+            with frozen(world.app.domains["hangs"]):
                 before = steps(world)
                 await world.use("work", 900 * MIB)
                 await world.until(
