@@ -23,7 +23,7 @@ from qubes_itests.report.guest_logs import GuestLogs, panic_words
 from qubes_itests.report.heartbeat import duration
 from qubes_itests.report.results import RERUN, WHERE
 from qubes_itests.report.safe_report import make_safe
-from qubes_itests.run.app_templates import wishes_of
+from qubes_itests.run.app_templates import TemplateProblemError, wishes_of
 from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import Keep
 from qubes_itests.shell import WAY_OUT, open_shell, require_terminal
@@ -177,10 +177,17 @@ class FailureWatch:
     def pytest_runtest_makereport(
         self, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Have the report tell which line of the test failed, and show its author's."""
+        """Have the report tell which line of the test failed, and show its author's.
+
+        What is wrong with a template is told without where a test needed it.
+        """
         if call.excinfo is not None and self._hides:
             hide_machinery(call.excinfo.value)
         report = yield
+        if call.excinfo is not None and call.excinfo.errisinstance(
+            TemplateProblemError
+        ):
+            report.longrepr = str(call.excinfo.value)
         if report.failed and call.excinfo is not None:
             setattr(report, WHERE, raised_at(call.excinfo.value))
         return report
