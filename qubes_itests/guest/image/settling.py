@@ -23,6 +23,9 @@ __all__ = ["SETTLE"]
 #: files in /run then, unless one of them has these, too (those of systemd's own are of
 #: journals, or removed with age), or is on the private disk, or is one on the root that
 #: has new contents at each start.
+#:
+#: Where the session of the user begins without logind, that starts later: who asks it
+#: something waits for its start. From systemd 256 on the session is one of logind's.
 SETTLE: Final = """\
 command -v systemd-tmpfiles >/dev/null || exit 0
 make_files() {
@@ -62,6 +65,12 @@ if ! of_vm '%[bHlmq]' && ! of_vm '^[^#]*[[:space:]]"?/(home|rw|usr/local)/' &&
     ! of_vm '^ *(F|w|[fCpcb]\\+)[^[:space:]]*[[:space:]]+"?/([^r]|r[^u])'; then
     mkdir -p "$waiting"
     printf '[Unit]\nWants=qubes-tmpfiles.service\n' >"$waiting/make-files.conf"
+fi
+logind=/etc/systemd/system/systemd-logind.service.d
+rm -f "$logind/later.conf"
+if ! grep -qs systemd-logind /usr/lib/systemd/system/user@.service; then
+    mkdir -p "$logind"
+    printf '[Unit]\nAfter=user@1000.service\n' >"$logind/later.conf"
 fi
 touch -r /usr /etc/.updated /var/.updated
 """

@@ -146,6 +146,13 @@ def test_logind_starts_once(pair, sh):
     assert sh(pair.work, command, "root") == "1"
 
 
+def test_no_job_is_dropped_for_the_order_of_others(pair, sh):
+    command = "journalctl -q -b -o cat _PID=1 | grep -c 'ordering cycle' || :"
+    assert sh(pair.work, command, "root") == "0"
+    after = "systemctl show -P After systemd-logind | grep -o user@1000.service"
+    assert sh(pair.work, after) == "user@1000.service"
+
+
 def test_the_session_is_that_of_a_user_who_lingers(pair, sh):
     assert sh(pair.work, "systemctl --user is-system-running --wait") == "running"
     assert sh(pair.work, "loginctl show-user user -P Linger") == "yes"
