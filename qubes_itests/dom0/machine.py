@@ -318,7 +318,7 @@ class Guest:
             started.set_result(agent)
             await self.domain.wait_stopped()
         except HarnessError as error:
-            log.warning("%s", error)
+            log.warning("%s", str(error))
             if not started.done():
                 started.set_exception(error)
         finally:

@@ -97,7 +97,9 @@ class Programs:
                     streams.callback(os.close, descriptor)
                 words, environment = json.loads(data)
             except (OSError, ValueError) as error:
-                log.warning("a program of dom0 called without arguments: %s", error)
+                log.warning(
+                    "a program of dom0 called without arguments: %s", str(error)
+                )
                 return
             connection.setblocking(False)
             try:
