@@ -35,6 +35,25 @@ def _wait_for_nothing(cache, timeout):
     return left
 
 
+WITH_CLONES = """
+import asyncio, time
+from pathlib import Path
+from qubes_itests.guest.start import warm
+from qubes_itests.host import load
+
+def test_it_waits(testbed, vm_factory, portal, monkeypatch):
+    monkeypatch.setattr(warm, "_WORTH", 1)
+    monkeypatch.setattr(load, "running", lambda: 0)
+    vm = vm_factory()
+    vm.kill()
+    vm.start()
+    portal.run(asyncio.wait_for(testbed.warm_starts.ahead.settled(), 60))
+    assert len(testbed.hypervisor.domains(spare=True)) == 1
+    Path("ready").touch()
+    time.sleep(600)
+"""
+
+
 @pytest.fixture
 def caches(tmp_path):
     """Have caches of our own, so that what is left can be told from the rest."""
@@ -99,3 +118,29 @@ def test_nothing_survives_kill_at_any_moment(caches):
         seen_running = sum(map(sum, lanes.map(kill_some, range(AT_ONCE))))
     # else the moments were badly chosen and the test proves nothing
     assert seen_running >= MOMENTS // SEEN
+
+
+def test_no_clone_survives_either(caches, tmp_path):
+    """Killed while one stands still that was started ahead."""
+    (tmp_path / "test_waits.py").write_text(WITH_CLONES)
+    environment = os.environ | {"QUBES_ITESTS_CACHE": str(caches[0])}
+    environment.pop("QUBES_ITESTS_SANDBOX", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-p", "qubes_itests", "test_waits.py"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 2 * FIRST_VM
+        while not (tmp_path / "ready").exists():
+            assert process.poll() is None, "it has failed"
+            assert time.monotonic() < deadline, "no clone has started"
+            time.sleep(0.05)
+        assert "guest=ahead-" in " ".join(processes(caches[0]))
+    finally:
+        process.kill()
+        process.wait()
+    assert _wait_for_nothing(caches[0], 10) == []

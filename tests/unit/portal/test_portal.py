@@ -240,6 +240,24 @@ def test_tasks_that_another_thread_has_made_are_seen(portal):
     assert task not in portal.call(portal.loop.all_tasks)
 
 
+def test_tasks_in_the_background_are_known(portal):
+    """And so are those that they make; those of others are not."""
+    inner, ended = [], asyncio.Event()
+
+    async def work():
+        inner.append(asyncio.ensure_future(ended.wait()))
+        await inner[0]
+
+    task = portal.call(lambda: portal.loop.in_background(work()))
+    other = portal.facade.create_task(asyncio.sleep(600))
+    portal.run(asyncio.sleep(0))
+    assert set(portal.loop.background) == {task, *inner}
+    assert {task, other, *inner} <= portal.call(portal.loop.all_tasks)
+    portal.call(ended.set)
+    portal.facade.run_until_complete(task)
+    other.cancel()
+
+
 def test_leaving_cancels_what_runs_and_ends_the_thread():
     ended = threading.Event()
 
