@@ -20,6 +20,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Final
 
+from qubes_itests.dom0.calls import answer
 from qubes_itests.dom0.stores import QubesDB, XenStore
 from qubes_itests.dom0.xen_xml import DomainConfig, read_disk, with_disks
 from qubes_itests.exc import HarnessError
@@ -308,6 +309,7 @@ class Guest:
                 self._identity(),
                 timeout=_START * machine.hypervisor.slowness,
                 warm=machine.warm,
+                on_call=functools.partial(answer, machine),
                 log=machine.directory / f"{self.name}-agent.log",
             )
             if agent is None:
@@ -364,7 +366,7 @@ class Guest:
             vcpus=1 if machine.hypervisor.slowness > 1 else config.vcpus,
             kernel=template.kernel if template else config.kernel,
             initramfs=template.initramfs if template else None,
-            kernel_options=template.kernel_options if template else "",
+            kernel_options=config.kernel_options,
             disks=config.disks,
             balanced=config.max_memory > config.memory,
         )

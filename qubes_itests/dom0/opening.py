@@ -50,9 +50,10 @@ def open_dom0(
     """
     machine = Machine(portal, hypervisor, directory, templates, warm)
     programs = Programs(machine)
-    QREXEC_SOCKETS.mkdir(exist_ok=True)
+    # with the policy of this boot, which core-qrexec looks for
+    (QREXEC_SOCKETS / "policy.d").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(dom0_directories(storage, checkout / "templates"))
+        stack.enter_context(dom0_directories(storage, checkout))
         stack.enter_context(mock.patch.dict(os.environ, programs.variables()))
         portal.run(programs.__aenter__())
         stack.callback(lambda: portal.run(programs.__aexit__()))
@@ -92,6 +93,10 @@ def _make_store(templates: Mapping[str, Template]) -> None:
         kernel.mkdir(parents=True)
         (kernel / "vmlinuz").symlink_to(template.kernel)
         (kernel / "initramfs").symlink_to(template.initramfs)
+        # in place of the core's own, which are for Xen
+        options = f"{template.kernel_options} " if template.kernel_options else ""
+        (kernel / "default-kernelopts-common.txt").write_text(options)
+        (kernel / "default-kernelopts-nopci.txt").write_text("")
     for name in ("appvms", "vm-templates", "backup"):
         (VAR_LIB_QUBES / name).mkdir()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import grp
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +19,7 @@ __all__ = ["VAR_LIB_QUBES", "dom0_directories"]
 
 VAR_LIB_QUBES: Final = Path("/var/lib/qubes")
 _ETC_QUBES: Final = Path("/etc/qubes")
+_POLICY: Final = "90-default.policy"
 _GROUP: Final = "qubes"
 
 #: Has a directory, $1, on a filesystem of this namespace alone. What the machine has in
@@ -39,13 +41,13 @@ rmdir "$new"
 
 
 @contextlib.contextmanager
-def dom0_directories(storage: Path, templates: Path) -> Iterator[None]:
+def dom0_directories(storage: Path, checkout: Path) -> Iterator[None]:
     """Have /etc and /var/lib as a core expects them, in this sandbox. Blocking.
 
     Only the mount below /var/lib/qubes is undone: the others end with the sandbox.
 
     :param storage: a directory that /var/lib/qubes is to be.
-    :param templates: of libvirt's XML, those of the checkout.
+    :param checkout: of core-admin, with templates of libvirt's XML, and policy.
     :raise NoSandboxError: outside a sandbox.
     """
     sandbox.require()
@@ -59,7 +61,12 @@ def dom0_directories(storage: Path, templates: Path) -> Iterator[None]:
     (_ETC_QUBES / "policy.d").mkdir(exist_ok=True)
     shown = _ETC_QUBES / "templates"
     shown.unlink(missing_ok=True)
-    shown.symlink_to(templates)
+    shown.symlink_to(checkout / "templates")
+    policy = checkout / "qubes-rpc-policy" / _POLICY
+    if policy.is_file():
+        shutil.copyfile(policy, _ETC_QUBES / "policy.d" / _POLICY)
+    # where the older policy is, which that one includes
+    Path("/etc/qubes-rpc/policy").mkdir(parents=True, exist_ok=True)
     zone = Path("/etc/localtime")
     if "zoneinfo" not in os.fspath(zone.resolve()):
         # a core takes the name of the time zone from where the link leads

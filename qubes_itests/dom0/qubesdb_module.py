@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import weakref
+from typing import TYPE_CHECKING, NoReturn
 
 from qubes_itests.dom0 import modules
 from qubes_itests.dom0.stores import Watch
+
+if TYPE_CHECKING:
+    from qubes_itests.dom0.stores import QubesDB as Database
 
 __all__ = ["DisconnectedError", "Error", "QubesDB"]
 
@@ -32,13 +36,11 @@ class QubesDB:
         self._database = found
         self._watch = Watch()
         found.watches.append(self._watch)
+        # as the C binding does: a core drops connections without closing them
+        self._close = weakref.finalize(self, _drop, found, self._watch)
 
     def __getattr__(self, name: str) -> NoReturn:
         modules.missing(f"qubesdb.QubesDB.{name}", name)
-
-    def __del__(self) -> None:
-        # as the C binding does: a core drops connections without closing them
-        self.close()
 
     def _connected(self) -> None:
         if self._watch.disconnected:
@@ -85,9 +87,12 @@ class QubesDB:
         return path
 
     def close(self) -> None:
-        if self._watch in self._database.watches:
-            self._database.watches.remove(self._watch)
-            self._watch.close()
+        self._close()
+
+
+def _drop(database: Database, watch: Watch) -> None:
+    database.watches.remove(watch)
+    watch.close()
 
 
 def __getattr__(name: str) -> NoReturn:

@@ -32,6 +32,7 @@ class DomainConfig:
     :param memory: at its start, MiB.
     :param max_memory: to which its balloon may grow, MiB.
     :param kernel: on the host; None for a guest that boots from its disk.
+    :param kernel_options: its command line.
     :param disks: in the order of the XML.
     :param xml: the text that it was read from.
     :param unsupported: elements below ``devices`` that no guest here can have.
@@ -45,6 +46,7 @@ class DomainConfig:
     kernel: Path | None
     disks: tuple[Disk, ...]
     xml: str
+    kernel_options: str = ""
     unsupported: tuple[str, ...] = ()
 
 
@@ -72,6 +74,13 @@ def read_domain(text: str) -> DomainConfig:
         kernel=Path(kernel) if kernel else None,
         disks=tuple(map(_disk, disks)),
         xml=text,
+        # without the identity: a guest is told that later, and one that was saved for
+        # any VM has none
+        kernel_options=" ".join(
+            word
+            for word in root.findtext("os/cmdline", "").split()
+            if not word.startswith("systemd.machine_id=")
+        ),
         unsupported=tuple(others),
     )
 

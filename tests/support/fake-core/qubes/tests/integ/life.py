@@ -107,6 +107,14 @@ class TC_00_Life(unittest.TestCase):
         self.assertTrue(os.path.exists("/var/run/qubes/qrexec.work"))
         said = self.program("qrexec_client", "-d", "work", "root:cat; hostname; mount")
         self.assertRegex(said, rb"(?s)\Ain\nwork\n.*/dev/xvdb on /rw type ext4")
+        service = "cd /etc/qubes-rpc; echo tr i o > test.Echo; chmod +x test.Echo"
+        call = "qrexec-client-vm work"
+        said = self.program(
+            "qrexec_client",
+            *("-d", "work"),
+            f"root:{service}; {call} test.Echo; {call} test.Other 2>&1 || echo $?",
+        )
+        self.assertEqual(said, b"on\nqrexec-client-vm: Request refused\n126\n")
         database.write("/later", "value")
         self.assertEqual(database.list("/l"), ["/later"])
         info = xen.lowlevel.xc.xc().domain_getinfo(self.domain.ID(), 1)

@@ -1,0 +1,115 @@
+"""Calls of services out of guests, by the policy of core-qrexec.
+
+Its own package decides, in /etc/qubes/policy.d, on what the core says of its VMs; what
+it allows is done as qrexec-daemon does it. Both ask qubesd, which runs in the tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from qubes_itests.exc import HarnessError
+from qubes_itests.guest.link.relay import relay
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qubes_itests.dom0.machine import Machine
+    from qubes_itests.guest.link.calls import ServiceCall
+
+__all__ = ["answer"]
+
+log = logging.getLogger("qubes_itests.dom0")
+
+_DISPOSABLE: Final = "@dispvm:"
+#: Services of dom0 that qubesd answers, and where.
+_MISC: Final = ("qubes.FeaturesRequest", "qubes.NotifyTools", "qubes.NotifyUpdates")
+_MISC_SOCKET: Final = "/run/qubesd.misc.sock"
+#: Bytes of what they take and say.
+_LONGEST: Final = 65_536
+#: What a caller is told, whatever the reason is.
+_DENIED: Final = "Request refused"
+
+
+async def answer(machine: Machine, call: ServiceCall) -> None:
+    """Carry out a call, or refuse it; it has ended on return.
+
+    :param machine: whose guest calls.
+    """
+    try:
+        fields = await asyncio.to_thread(_decide, call)
+        target = fields["target"]
+        if target.startswith(_DISPOSABLE):
+            made = await _ask(target.removeprefix(_DISPOSABLE), "CreateDisposable")
+            try:
+                await _ask(made, "Start")
+                await _serve(machine, call, made, fields)
+            finally:
+                # one that has shut down is gone
+                await _ask(made, "Kill", quiet=True)
+            return
+        if target == "dom0":
+            await _serve_in_dom0(call)
+            return
+        guest = machine.find(target)
+        if fields["autostart"] == "True" and (guest is None or not guest.is_active):
+            await _ask(target, "Start")
+        await _serve(machine, call, target, fields)
+    except Exception as error:  # noqa: BLE001 - qrexec and the core raise their own
+        log.warning("%s from %s to %s: %s", call.service, call.vm, call.target, error)
+        await call.refuse(_DENIED)
+
+
+def _decide(call: ServiceCall) -> Mapping[str, str]:
+    """Return what the policy says, in the words that qrexec-daemon gets. Blocking."""
+    parser: Any = importlib.import_module("qrexec.policy.parser")
+    utils: Any = importlib.import_module("qrexec.utils")
+    service, _, argument = call.service.partition("+")
+    request = parser.Request(
+        *(service, f"+{argument}", call.vm, call.target),
+        system_info=utils.get_system_info(),
+    )
+    said = asyncio.run(parser.FilePolicy().evaluate(request).execute())
+    return dict(line.split("=", 1) for line in said.splitlines())
+
+
+async def _ask(vm: str, method: str, *, quiet: bool = False) -> str:
+    """Call a method of the Admin API, ``admin.vm.METHOD``, as dom0 does."""
+    utils: Any = importlib.import_module("qrexec.utils")
+    try:
+        made = await asyncio.to_thread(utils.qubesd_call, vm, f"admin.vm.{method}")
+    except Exception:
+        if quiet:
+            return ""
+        raise
+    return str(made, "ascii")
+
+
+async def _serve_in_dom0(call: ServiceCall) -> None:
+    """Have qubesd answer, as its services in /etc/qubes-rpc are links to its socket."""
+    if call.service.partition("+")[0] not in _MISC:
+        raise HarnessError("dom0 has no such service here")
+    reader, writer = await asyncio.open_unix_connection(_MISC_SOCKET)
+    try:
+        writer.write(f"{call.service} {call.vm} name dom0\0".encode())
+        writer.write(await call.stdin.read(_LONGEST))
+        writer.write_eof()
+        call.stdout.write(await reader.read(_LONGEST))
+    finally:
+        writer.close()
+    await call.finish(0)
+
+
+async def _serve(
+    machine: Machine, call: ServiceCall, name: str, fields: Mapping[str, str]
+) -> None:
+    guest = machine.find(name)
+    if guest is None:
+        raise HarnessError(f"there is no domain {name}")
+    agent = await guest.agent()
+    user = None if fields["user"] == "DEFAULT" else fields["user"]
+    process = await agent.spawn_service(call.service, source=call.vm, user=user)
+    await relay(call, process)
