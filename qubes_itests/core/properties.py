@@ -436,6 +436,10 @@ class PropertyHolder(Emitter):
         """Tell whether the property was never set, or was reset."""
         return self.property_get_def(prop).name not in self._values
 
+    def property_list_set(self) -> list[Property[Any]]:
+        """Return those of `property_list` that are not at their defaults."""
+        return [prop for prop in self.property_list() if prop.name in self._values]
+
     def property_uses(self, value: object) -> list[str]:
         """Return the names of the properties that are set to this very object."""
         return [name for name, known in self._values.items() if known is value]

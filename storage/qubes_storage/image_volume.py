@@ -97,12 +97,14 @@ class ImageVolume(Volume):
         if not self.save_on_stop:
             return False
         dirty = files.stat_image(self.files.dirty)
+        if dirty is None:
+            return False
         cloned = self._origin if self.snap_on_start else self.files.clean
         image = files.stat_image(cloned)
         # A start waits for no disk, so a power cut may leave less of the clone than was
         # made. FICLONE enlarges its target as it goes: what is shorter than the image
         # is incomplete, and nothing that a VM wrote was promised to be there.
-        return dirty is not None and (image is None or dirty.st_size >= image.st_size)
+        return image is None or dirty.st_size >= image.st_size
 
     def _current(self) -> os.stat_result | None:
         with typed_errors(self, "inspect"):

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -137,9 +138,11 @@ class Revision:
         return f".{self.id}" if self.number else f"@{self.id}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class VolumeFiles:
     """Where the files of one volume are.
+
+    Their paths are kept: a save of the app looks at those of all volumes.
 
     :param directory: directory of the VM.
     :param name: the last part of the volume id.
@@ -154,27 +157,27 @@ class VolumeFiles:
         path = pool_directory / vid
         return cls(path.parent, path.name)
 
-    @property
+    @functools.cached_property
     def clean(self) -> Path:
         """The committed image."""
         return self._named("")
 
-    @property
+    @functools.cached_property
     def dirty(self) -> Path:
         """The image of a running VM."""
         return self._named("-dirty")
 
-    @property
+    @functools.cached_property
     def precache(self) -> Path:
         """The clone that the next start may take."""
         return self._named("-precache")
 
-    @property
+    @functools.cached_property
     def imported(self) -> Path:
         """The import that is under way."""
         return self._named("-import")
 
-    @property
+    @functools.cached_property
     def origin(self) -> Path:
         """A second name of the image that a volume with both flags started from."""
         return self._named("-origin")

@@ -126,11 +126,9 @@ def to_bytes(root: Element) -> bytes:
 
 
 def _write(element: Element, indent: str, lines: list[str]) -> None:
-    attributes = "".join(
-        f' {name}="{_escape(value, _IN_ATTRIBUTE)}"'
-        for name, value in element.attributes.items()
-    )
-    start = f"{indent}<{element.tag}{attributes}"
+    start = f"{indent}<{element.tag}"
+    for name, value in element.attributes.items():
+        start += f' {name}="{_escape(value, _IN_ATTRIBUTE)}"'
     if element.children:
         lines.append(f"{start}>")
         for child in element.children:

@@ -117,10 +117,9 @@ def _add_devices(
 
 def _add_properties(element: Element, holder: PropertyHolder) -> None:
     properties = element.add("properties")
-    for prop in holder.property_list():
-        if not holder.property_is_default(prop):
-            with contextlib.suppress(Property.DontSave):
-                properties.add("property", prop.saved(holder), name=prop.name)
+    for prop in holder.property_list_set():
+        with contextlib.suppress(Property.DontSave):
+            properties.add("property", prop.saved(holder), name=prop.name)
 
 
 def _text(value: object) -> str:
