@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from bench import app_on, heading, row, seconds, testbed
@@ -87,11 +88,16 @@ def starts(app, run, rounds):
     pairs = zip(figures["debian-12"], figures["tiny"], strict=True)
     row("debian-12 / tiny", [a / b for a, b in pairs], "", "< 1.5")
     vms.vms["debian-12"].features["init"] = "systemd"
-    taken = []
+    started, usable = [], []
     for _ in range(rounds + 1):
-        taken.append(seconds(vms.start, "debian-12"))
+        began = time.perf_counter()
+        vms.start("debian-12")
+        started.append(time.perf_counter() - began)
+        run(vms.vms["debian-12"].run_for_stdio("systemctl --user show-environment"))
+        usable.append(time.perf_counter() - began)
         vms.stop("debian-12")
-    row("debian-12 with systemd", taken[1:], bound="< 1.5 s")
+    row("debian-12 with systemd", started[1:])
+    row("… to the answer of systemctl --user", usable[1:], bound="< 1.5 s")
 
 
 def main():
