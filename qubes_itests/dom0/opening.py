@@ -46,7 +46,8 @@ def open_dom0(
     :param templates: by name; the first becomes the default one.
     :param checkout: of core-admin, whose modules can be imported.
     :param directory: an existing one, of the run, with a short path.
-    :param storage: an existing one, on a filesystem with reflinks: /var/lib/qubes.
+    :param storage: an empty one, on a filesystem with reflinks: what is in
+        /var/lib/qubes.
     """
     machine = Machine(portal, hypervisor, directory, templates, warm)
     programs = Programs(machine)

@@ -44,9 +44,9 @@ rmdir "$new"
 def dom0_directories(storage: Path, checkout: Path) -> Iterator[None]:
     """Have /etc and /var/lib as a core expects them, in this sandbox. Blocking.
 
-    Only the mount below /var/lib/qubes is undone: the others end with the sandbox.
+    Only /var/lib/qubes and /var/tmp are undone: the others end with the sandbox.
 
-    :param storage: a directory that /var/lib/qubes is to be.
+    :param storage: an empty directory for what is in those two.
     :param checkout: of core-admin, with templates of libvirt's XML, and policy.
     :raise NoSandboxError: outside a sandbox.
     """
@@ -73,11 +73,16 @@ def dom0_directories(storage: Path, checkout: Path) -> Iterator[None]:
         zone.unlink(missing_ok=True)
         zone.symlink_to("/usr/share/zoneinfo/UTC")
     _have_group()
-    run(["mount", "--bind", storage, VAR_LIB_QUBES], timeout=30)
-    try:
+    # Suites mount filesystems below /var/tmp: what one that fails leaves there would be
+    # in the way of the next run.
+    mounts = {VAR_LIB_QUBES: storage / "qubes", Path("/var/tmp"): storage / "tmp"}  # noqa: S108
+    with contextlib.ExitStack() as undo:
+        for place, source in mounts.items():
+            source.mkdir()
+            source.chmod(0o1777 if place.name == "tmp" else 0o755)
+            run(["mount", "--bind", source, place], timeout=30)
+            undo.callback(run, ["umount", "--lazy", place], timeout=30)
         yield
-    finally:
-        run(["umount", "--lazy", VAR_LIB_QUBES], timeout=30)
 
 
 def _have_group() -> None:

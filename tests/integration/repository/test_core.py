@@ -36,6 +36,7 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
         f"{life}::test_000_life": "PASSED",
         f"{life}::test_001_killed_while_it_starts": "PASSED",
         f"{life}::test_002_a_disk_that_is_missing": "PASSED",
+        f"{life}::test_003_leaves_something_behind": "PASSED",
         f"{unit}::test_000_names_what_is_missing": "PASSED",
         f"{unit}::test_001_paths_are_those_of_qubes_os": "PASSED",
         f"{unit}::test_002_skipped": "SKIPPED",
@@ -43,6 +44,8 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
     assert "qubes.tests.broken cannot be imported: ModuleNotFoundError" in done.stdout
     assert "integ.audio cannot run here: it needs a display" in done.stdout
     assert sorted(checkout.rglob("*")) == before
+    left = Path("/var/tmp/test-left-by-a-core")  # noqa: S108
+    assert not left.exists()
 
 
 def test_words_select_among_the_suites_of_a_core(checkout, site):
@@ -55,7 +58,7 @@ def test_words_select_among_the_suites_of_a_core(checkout, site):
     }
     done = site.run("list", "--core", checkout, "core::integ.life")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall("^core::integ.life::TC_00", done.stdout, re.MULTILINE)) == 3
+    assert len(re.findall("^core::integ.life::TC_00", done.stdout, re.MULTILINE)) == 4
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,14 @@ def definition(memory="<memory unit='MiB'>400</memory>", devices="", kernel=""):
 
 def test_a_definition_of_core_admin():
     kernel = "<kernel>/k/tiny/vmlinuz</kernel>"
+    kernel += "<cmdline>systemd.machine_id=07 quiet  a=b</cmdline>"
     devices = f"{DISK}<interface/><console/><hostdev/><emulator/>"
     found = read_domain(definition(devices=devices, kernel=kernel))
     assert (found.name, found.uuid, found.vcpus) == ("work", UUID, 2)
     assert found.kernel == Path("/k/tiny/vmlinuz")
     assert found.disks == (Disk("xvdi", Path("/x/a.img"), read_only=True),)
+    # an identity would make the saved state of each VM another one
+    assert found.kernel_options == "quiet a=b"
     assert found.unsupported == ("hostdev",)
 
 

@@ -136,6 +136,12 @@ class TC_00_Life(unittest.TestCase):
         with self.assertRaises(qubesdb.Error):
             qubesdb.QubesDB("work")
 
+    def test_003_leaves_something_behind(self):
+        name = "/var/tmp/test-left-by-a-core"  # noqa: S108
+        self.assertFalse(os.path.exists(name))
+        with open(name, "w"):
+            pass
+
     def test_001_killed_while_it_starts(self):
         self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
         self.program("qubesdb_daemon", str(self.domain.ID()), "work")
