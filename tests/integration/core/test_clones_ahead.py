@@ -101,8 +101,8 @@ def test_a_clone_becomes_a_vm(run, sh, expected, other, clones):
     assert sh(vms[0], "cat /rw/mark; ls /etc/mark 2>/dev/null || :") == "one"
 
 
-def test_what_is_done_with_it_later(run, sh, expected, clones):
-    """Disks are resized, the console goes on in the VM's log, and its end is whole."""
+def test_what_is_done_with_it_later(run, sh, expected, clones, tmp_path):
+    """Disks are resized, frozen as the VM's, its log goes on, and its end is whole."""
     clones()
     run(expected.start())
     name = expected.domain.libvirt_name
@@ -114,6 +114,7 @@ def test_what_is_done_with_it_later(run, sh, expected, clones):
     log = expected.domain.console_log()
     assert log.parent == expected.directory
     run(expected.pause())
+    assert run(expected.domain.freeze(tmp_path / "frozen")) == expected.domain.spec
     run(expected.unpause())
     assert len(processes(name)) == 1
     run(expected.kill())

@@ -79,3 +79,20 @@ def test_what_programs_print_is_no_panic(console, tmp_path):
     feed(tmp_path, b"Kernel panic - not syncing: dead\n")
     console.close()
     assert console.panicked
+
+
+def test_it_goes_on_in_another_log(console, tmp_path):
+    """What is printed from then on is the other's, and so are pipes and log."""
+    place = tmp_path / "other"
+    place.mkdir()
+    (place / "console.log").write_bytes(b"earlier\n")
+    with (tmp_path / "console.pipe.out").open("wb", buffering=0) as pipe:
+        pipe.write(b"one\n")
+        while (tmp_path / "console.log").read_bytes() != b"one\n":
+            pass
+        console.move("other", place / "console.pipe", place / "console.log")
+        pipe.write(b"two\n")
+    console.close()
+    assert (tmp_path / "console.log").read_bytes() == b"one\n"
+    assert (place / "console.log").read_bytes() == b"earlier\ntwo\n"
+    assert os.listdir(place) == ["console.log"]  # noqa: PTH208 - names, in short
