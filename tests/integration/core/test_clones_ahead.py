@@ -2,14 +2,17 @@
 
 import asyncio
 import os
+import shutil
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from qemu_processes import processes
 
 from qubes_itests.guest.start import warm
-from qubes_itests.guest.start.ahead import Recent
+from qubes_itests.guest.start.ahead import ClonesAhead, Recent
 from qubes_itests.host import load
 from qubes_itests.hypervisor import qemu_domain
 from qubes_itests.hypervisor.exc import HypervisorError
@@ -19,17 +22,44 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def clones(app, run, monkeypatch):
-    """Return a function that waits for clones, and returns their names.
+def ahead(testbed, app, run, monkeypatch):
+    """Yield what starts two clones at once, however busy the machine is.
 
-    They are started at once, however busy the machine is.
+    Its own, as a worker has none where each CPU has one.
     """
     monkeypatch.setattr(warm, "_WORTH", 1)
     monkeypatch.setattr(load, "running", lambda: 0)
-    monkeypatch.setattr(app.warm_starts.ahead, "_recent", Recent(2))
+    if (usual := app.warm_starts.ahead) is not None:
+        monkeypatch.setattr(usual, "_recent", Recent(0))
+    places = (testbed.parts.run_directory, testbed.parts.pool_directory)
+    sockets, disks = (Path(tempfile.mkdtemp(prefix="", dir=each)) for each in places)
+    made = ClonesAhead(app.hypervisor, 2, sockets, disks)
+    monkeypatch.setattr(app.warm_starts, "ahead", made)
+
+    async def end_clones():
+        spare = app.hypervisor.domains(spare=True)
+        await asyncio.gather(*(domain.undefine() for domain in spare))
+
+    async def end():
+        making.cancel()
+        await asyncio.wait([making])
+        await end_clones()
+
+    run(end_clones())  # those that other tests have left
+    loop = testbed.portal.loop
+    making = testbed.portal.call(lambda: loop.in_background(made.run()))
+    yield made
+    run(end())
+    for place in (sockets, disks):
+        shutil.rmtree(place)
+
+
+@pytest.fixture
+def clones(app, run, ahead):
+    """Return a function that waits for clones, and returns their names."""
 
     def wait():
-        run(asyncio.wait_for(app.warm_starts.ahead.settled(), 60))
+        run(asyncio.wait_for(ahead.settled(), 60))
         return [d.spec.name for d in app.hypervisor.domains(spare=True)]
 
     return wait
@@ -122,7 +152,8 @@ def test_what_is_done_with_it_later(run, sh, expected, clones, tmp_path):
     assert processes(name) == []
     left = {path.name for path in expected.directory.iterdir()}
     assert left == {"agent.log", "console.log"}
-    assert not (expected.app.directory.parent.parent / "ahead" / name).exists()
+    directory = expected.app.warm_starts.ahead._directory
+    assert not (directory / name).exists()
 
 
 def test_a_clone_that_has_died(app, run, sh, expected, clones):
