@@ -60,6 +60,8 @@ if TYPE_CHECKING:
 __all__ = ["QemuDomain"]
 
 _RETRY = 0.01
+#: Seconds in which a clone must let itself be adopted; a few hundredths if it can.
+_ANSWER = 5.0
 #: Seconds within which libvirt forgets a domain that has ended; a few milliseconds.
 _FORGETTING = 10.0
 #: What it says until then. The error has no number of its own.
@@ -257,22 +259,37 @@ class QemuDomain(LibvirtDomain):
 
     async def adopt(self, clone: Domain) -> None:
         assert isinstance(clone, QemuDomain)  # noqa: S101 - a back end has its own alone
+        own = self.console
 
         async def take() -> None:
             native = await clone.hand_over(self)
-            self._native = AdoptedDomain(native, clone.spec, self.spec)
+            # Its end, which may come at any moment, has us forget it.
+            adopted = self._native = AdoptedDomain(native, clone.spec, self.spec)
             self.console = clone.console
             await asyncio.to_thread(self._take_files, clone.spec)
             disks = {
                 disk.name: (disk, await asyncio.to_thread(_opens_direct, disk.path))
                 for disk in self.spec.disks
             }
-            monitor = Monitor(self._connection, self.spec.name, self._native)
-            await exchange_disks(monitor, clone.spec.disks, disks)
-            await self._call("start", self._native.resume)
+            monitor = Monitor(self._connection, self.spec.name, adopted)
+            try:
+                async with asyncio.timeout(_ANSWER):
+                    await exchange_disks(monitor, clone.spec.disks, disks)
+                    await self._call("start", adopted.resume)
+            except TimeoutError:
+                raise HypervisorError(
+                    self.spec.name, "start", f"no answer within {_ANSWER:g} s"
+                ) from None
 
-        # To its end: of what is half one domain's and half another's nobody is left.
-        await self._begin(lambda: to_its_end(take()), loading=True)
+        try:
+            # To its end: of what is half one's and half another's nobody is left.
+            await self._begin(lambda: to_its_end(take()), loading=True)
+        except BaseException as error:
+            # The clone's has been closed, and is where the clone was, or half here.
+            self.console = own
+            if isinstance(error, OSError):
+                raise HypervisorError(self.spec.name, "start", str(error)) from error
+            raise
         self._announced = LifecycleEvent.STARTED
         self._publish(self, LifecycleEvent.STARTED)
 

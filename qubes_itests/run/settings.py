@@ -221,13 +221,6 @@ def _memory_budget(value: object) -> int:
     return _mebibytes(size)
 
 
-def _clones_ahead(value: object) -> int:
-    number = _integer(value)
-    if not 0 <= number <= _MOST_CLONES:
-        raise ValueError(f"expected a number up to {_MOST_CLONES}, got {value!r}")
-    return number
-
-
 def _templates(value: object) -> tuple[str, ...]:
     names = value.split() if isinstance(value, str) else value
     if not isinstance(names, list | tuple) or not names:
@@ -344,7 +337,7 @@ class Settings:
         True, _flag, "", f"{_VMS} {PYTEST}",
         "start VMs from saved states where that is possible")
     clones_ahead: int = option(
-        8, _clones_ahead, "N", f"{_VMS} {PYTEST}",
+        8, _up_to(_MOST_CLONES, "a number of guests"), "N", f"{_VMS} {PYTEST}",
         "have up to N guests ready for the next starts of VMs, started while a CPU is"
         " idle; 0 for none")
     hypervisor: str = option(

@@ -63,7 +63,7 @@ def answers(output, number):
 def emulator(vm):
     """Return the number of the process that is a VM."""
     for place in Path("/proc").glob("[0-9]*/cmdline"):
-        if f"guest={vm.name},".encode() in place.read_bytes():
+        if f"guest={vm.domain.libvirt_name},".encode() in place.read_bytes():
             return place.parent.name
     sys.exit(f"{vm.name} has no emulator")
 

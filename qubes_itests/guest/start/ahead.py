@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import shutil
 import uuid
 from collections import Counter, deque
@@ -112,7 +111,6 @@ class _Kind:
 class _Clone:
     kind: str
     domain: Domain
-    disks: tuple[Disk, ...]
 
 
 class ClonesAhead:
@@ -179,7 +177,10 @@ class ClonesAhead:
 
         One that is not adopted inside is undefined.
         """
-        taken = next((c for c in self._waiting if c.kind == state.key), None)
+        writable = not any(d.read_only for d in spec.disks if d.name in state.disks)
+        fits = state.root is not None and writable
+        waiting = self._waiting if fits else ()
+        taken = next((c for c in waiting if c.kind == state.key), None)
         if taken is not None:
             self._waiting.remove(taken)
         try:
@@ -187,8 +188,7 @@ class ClonesAhead:
         finally:
             if taken is not None:
                 await to_its_end(self._end(taken))
-            read_only = any(d.read_only for d in spec.disks if d.name in state.disks)
-            if state.root is not None and not read_only:
+            if fits:
                 self._kinds[state.key] = _Kind(state, spec, identity)
                 self._recent.add(state.key)
 
@@ -198,10 +198,11 @@ class ClonesAhead:
     async def _fill(self) -> None:
         while self._ended:
             await self._end(self._ended.pop())
-        while (key := self._recent.missing(self._count())) is not None:
+        while self._recent.missing(self._count()) is not None:
             await idle_cpu()
-            if self._starts:
-                # whose end is news
+            # That may have taken long; and the end of a start is news.
+            key = self._recent.missing(self._count())
+            if self._starts or key is None:
                 return
             while (kind := self._recent.surplus(self._count())) is not None:
                 unwanted = next(c for c in self._waiting if c.kind == kind)
@@ -217,7 +218,8 @@ class ClonesAhead:
     async def _make(self, kind: _Kind) -> _Clone:
         identifier = uuid.uuid4()
         name = f"ahead-{identifier.hex[:12]}"
-        disks = await to_its_end(asyncio.to_thread(self._make_disks, kind, name))
+        state = kind.state
+        disks = tuple(Disk(d, self._disks / f"{name}-{d}.img") for d in state.disks)
         spec = replace(
             kind.spec,
             name=name,
@@ -227,36 +229,35 @@ class ClonesAhead:
             interfaces=(),
             spare=True,
         )
-        spec.directory.mkdir()
         domain = None
         try:
+            await to_its_end(asyncio.to_thread(self._make_images, kind, disks))
+            spec.directory.mkdir()
             domain = await self._hypervisor.define(spec)
-            state = kind.state
             await domain.start(saved_state=state.path, saved_disks=state.disks)
             await _rehearse(domain, kind.identity)
             await domain.pause()
         except BaseException:
             await to_its_end(self._remove(domain, spec))
             raise
-        return _Clone(kind.state.key, domain, disks)
+        return _Clone(state.key, domain)
 
-    def _make_disks(self, kind: _Kind, name: str) -> tuple[Disk, ...]:
+    def _make_images(self, kind: _Kind, disks: tuple[Disk, ...]) -> None:
         """Make what stands for a VM's disks: a root with the same data. Blocking."""
         private = self._disks / "private.img"
         if not private.exists():
-            make_ext4(private, _PRIVATE)
+            # not under its name until it is whole
+            new = private.with_suffix(".new")
+            make_ext4(new, _PRIVATE)
+            new.rename(private)
         images = {kind.identity.root: kind.state.root, kind.identity.private: private}
-        disks = []
-        for disk in kind.state.disks:
-            path = self._disks / f"{name}-{disk}.img"
-            with path.open("xb") as file:
-                if (image := images.get(disk)) is not None:
+        for disk in disks:
+            with disk.path.open("xb") as file:
+                if (image := images.get(disk.name)) is not None:
                     with image.open("rb") as source:
                         clone_or_copy(source.fileno(), file.fileno())
                 else:
-                    os.truncate(path, _BLANK)
-            disks.append(Disk(disk, path))
-        return tuple(disks)
+                    file.truncate(_BLANK)
 
     async def _end(self, clone: _Clone) -> None:
         await self._remove(clone.domain, clone.domain.spec)
