@@ -317,7 +317,8 @@ class LibvirtMemory(MemoryBackend):
             self._add(domain)
         elif event in _ENDS:
             self._remove(domain)
-        elif guest := self._guests.get(domain):
+        # One that starts as a clone may have been found while that stood still.
+        if guest := self._guests.get(domain):
             guest.paused = event is LifecycleEvent.PAUSED
         self._changed()
 

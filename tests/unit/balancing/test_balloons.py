@@ -9,7 +9,7 @@ import uuid
 import pytest
 
 from qubes_itests.balancing.balloons import LibvirtMemory
-from qubes_itests.hypervisor.contract import DomainSpec
+from qubes_itests.hypervisor.contract import DomainSpec, LifecycleEvent
 from qubes_itests.hypervisor.testdriver import TestHypervisor
 from qubes_itests.qmemman.balancer import Balancer
 from qubes_itests.qmemman.budget import MemoryBudget
@@ -119,6 +119,18 @@ async def test_domains_from_before(tmp_path, make_spec):
         before = asyncio.all_tasks()
         await memory.read()
         assert asyncio.all_tasks() <= before
+
+
+async def test_a_domain_that_was_found_before_it_runs(tmp_path, make_spec):
+    """As one is that goes on as a clone, whose CPUs have stood still."""
+    async with await TestHypervisor.open(tmp_path, tmp_path) as hypervisor:
+        domain = await hypervisor.define(make_spec("one"))
+        await domain.start()
+        await domain.pause()
+        async with LibvirtMemory(hypervisor, BUDGET) as memory:
+            assert (await memory.read()).domains[1].paused
+            hypervisor._publish(domain, LifecycleEvent.STARTED)
+            assert not (await memory.read()).domains[1].paused
 
 
 async def test_a_dom0_that_has_booted_with_everything_is_no_news(tmp_path, caplog):
