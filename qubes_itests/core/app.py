@@ -571,8 +571,8 @@ class Qubes(PropertyHolder):
             log.error("VM %s could not be killed: %s", vm.name, str(error))  # noqa: TRY400
             self.problems.append(f"VM {vm} could not be killed: {error}")
         # Its storage is stopped after its domain has ended, and the pool may be removed
-        # as soon as this returns.
-        with contextlib.suppress(TimeoutError):
+        # as soon as this returns. What that fails with is among the problems already.
+        with contextlib.suppress(Exception):
             await vm.wait_ended(vm.shutdown_timeout)
 
     def close(self) -> None:

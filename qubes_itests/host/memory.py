@@ -59,7 +59,8 @@ def available(
     """
     found = _AVAILABLE.search(proc.read_text())
     left = [int(found[1]) * 1024 if found else 0]
-    for line in own.read_text().splitlines():
+    # a kernel that has none has no account of them
+    for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, name = line.split(":", 2)
         version = _VERSIONS.get(controllers)
         if version is None:

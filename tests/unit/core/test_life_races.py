@@ -404,3 +404,25 @@ async def test_all_vms_are_killed_at_once(app):
         await app.kill_all()
     assert all(vm.is_halted() for vm in vms)
     assert app.problems == []
+
+
+@pytest.mark.asyncio
+async def test_all_vms_are_killed_though_the_end_of_one_fails(app):
+    one, two = [await make_vm(app, "AppVM", name) for name in ("one", "two")]
+    halted, killed = asyncio.Event(), asyncio.Event()
+
+    async def fail(*_args, **_kwargs):
+        halted.set()
+        await killed.wait()
+        raise RuntimeError("as you see")
+
+    two.add_handler("domain-stopped", lambda *_args, **_kwargs: killed.set())
+    one.add_handler("domain-stopped", fail)
+    await one.start()
+    await two.start()
+    async with asyncio.timeout(10):
+        one.life.domain.end()
+        await halted.wait()
+        await app.kill_all()
+    assert two.is_halted()
+    assert app.problems == ["VM one: as you see"]

@@ -36,6 +36,8 @@ def test_without_a_control_group_it_is_what_the_kernel_says(machine):
     assert available(machine / "meminfo", machine, machine / "own") == 8192
     (machine / "own").write_text("0::/gone/from/here\n4:memory:/\n")
     assert available(machine / "meminfo", machine, machine / "own") == 8192
+    # a kernel without them
+    assert available(machine / "meminfo", machine, machine / "none") == 8192
 
 
 def test_a_container_may_have_less(machine):
