@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from qubes_itests.host import sandbox
 from qubes_itests.host.command import run
+from qubes_itests.host.loop import detach_loop_devices
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,6 +83,8 @@ def dom0_directories(storage: Path, checkout: Path) -> Iterator[None]:
             source.chmod(0o1777 if place.name == "tmp" else 0o755)
             run(["mount", "--bind", source, place], timeout=30)
             undo.callback(run, ["umount", "--lazy", place], timeout=30)
+            # first, or the filesystem of the run could not be unmounted
+            undo.callback(detach_loop_devices, place)
         yield
 
 

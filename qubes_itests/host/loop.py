@@ -8,6 +8,7 @@ import fcntl
 import os
 import stat
 import struct
+import sys
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +16,12 @@ from qubes_itests.host import sandbox
 from qubes_itests.host.exc import NoLoopDevicesError
 from qubes_storage.loop import loop_devices_over
 
-__all__ = ["LoopDevice", "loop_devices_over", "require_loop_devices"]
+__all__ = [
+    "LoopDevice",
+    "detach_loop_devices",
+    "loop_devices_over",
+    "require_loop_devices",
+]
 
 _CONTROL = Path("/dev/loop-control")
 #: Of the sandbox's own.
@@ -23,7 +29,11 @@ _OWN_NODES = Path("/dev/shm")  # noqa: S108
 _LOOP_MAJOR = 7
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
+_LOOP_CLR_FD = 0x4C01
+_LOOP_GET_STATUS64 = 0x4C05
 _LO_FLAGS_AUTOCLEAR = 4
+#: struct loop_info64, which begins with the number of the filesystem.
+_LOOP_INFO_SIZE = 232
 #: struct loop_config: the file, the block size, then struct loop_info64.
 _LOOP_CONFIG = struct.Struct("=II QQQQQIIII 64s 64s 32s QQ 64x")
 _ATTEMPTS = 100
@@ -35,6 +45,28 @@ def require_loop_devices() -> None:
     :raise NoLoopDevicesError: with what was tried, when it would not.
     """
     _free_number()
+
+
+def detach_loop_devices(place: Path) -> None:
+    """Detach the loop devices over files below a directory, lost ones too. Blocking.
+
+    :param place: on the filesystem of the files; what is mounted below is passed over.
+    """
+    filesystem = place.stat().st_dev
+    for device in Path("/sys/block").glob("loop*"):
+        # Without a file there is no such attribute, and it may go away meanwhile.
+        with contextlib.suppress(OSError):
+            shown = (device / "loop" / "backing_file").read_text()
+            if not shown.startswith(f"{place}/"):
+                continue
+            fd = os.open(Path("/dev") / device.name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                info = bytearray(_LOOP_INFO_SIZE)
+                fcntl.ioctl(fd, _LOOP_GET_STATUS64, info)
+                if int.from_bytes(info[:8], sys.byteorder) == filesystem:
+                    fcntl.ioctl(fd, _LOOP_CLR_FD)
+            finally:
+                os.close(fd)
 
 
 def _free_number() -> int:

@@ -1,8 +1,9 @@
 """A run's sandbox: separate mount, PID, network and IPC namespaces.
 
 When its first process goes, the system itself ends every other process in it and
-drops every mount, and with the mounts the loop devices. So nothing survives a run,
-even one that was killed.
+drops every mount, and with the mounts their loop devices. Others are detached by a
+process that waits outside for that. So nothing survives a run, even one that was
+killed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Both ends of a sandbox: the process that waits outside, and PID 1 inside.
+"""The processes of a sandbox: who waits outside, who keeps it, and PID 1 inside.
 
 A separate program (``sandbox_init.py MARK [--outer-network] COMMAND…``), the option
-for `sandbox.outer_network`, that uses the standard
-library alone, and little of that, so that it starts at once. The outer process makes
-the PID namespace, waits, and passes signals on; PID 1 dies with it, sets up the other
-namespaces, starts the command and reaps orphans until the command ends.
+for `sandbox.enter_outer_network`, that uses the standard
+library alone, and little of that, so that it starts at once. The outer process waits
+and passes signals on. Its child, the keeper, makes the mount and the PID namespace;
+PID 1 sets up the others, starts the command and reaps orphans until the command ends.
+When the outer process dies, the keeper kills PID 1. It is in no process group that is
+killed with others, and frees last what no namespace frees.
 
 Why not unshare(1): up to util-linux 2.40 it blocks SIGINT and SIGTERM while it
 waits, and passes none on.
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 NO_SANDBOX = 13
 NOT_FOUND = 127
 
-# linux/sched.h, linux/mount.h, linux/prctl.h, linux/sockios.h, linux/if.h
+# linux/: sched.h, mount.h, prctl.h, sockios.h, if.h, loop.h, limits.h
 CLONE_NEWNS = 0x00020000
 CLONE_NEWIPC = 0x08000000
 CLONE_NEWPID = 0x20000000
@@ -39,6 +41,8 @@ MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 MNT_DETACH = 2
 PR_SET_PDEATHSIG = 1
 SIOCGIFFLAGS, SIOCSIFFLAGS = 0x8913, 0x8914
+LOOP_CLR_FD = 0x4C01
+PATH_MAX = 4096
 IFF_UP = 1
 AF_UNIX, SOCK_DGRAM = 1, 2
 SI_KERNEL = 0x80
@@ -51,6 +55,9 @@ FORWARDED = {
     signal.SIGUSR1,
     signal.SIGUSR2,
 }
+
+#: Comes to the keeper when the outer process has died.
+ORPHANED = signal.SIGALRM
 
 #: Where services of dom0 are.
 SERVICES = "/etc/qubes-rpc"
@@ -79,14 +86,13 @@ def main(mark: str, command: list[str]) -> NoReturn:
     waited_for = FORWARDED | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
     modes = terminal_modes()
-    # The next child is its PID 1; this process stays where it is.
-    check(libc.unshare(CLONE_NEWPID), "make a PID namespace")
     alive, outer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(outer)
-        die_with_parent(alive)
-        run_init(mark, command, mask)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {ORPHANED})
+        follow_parent(alive, ORPHANED)
+        keep(mark, command, mask)
     os.close(alive)
     status = supervise(child)
     # What is killed while it has a terminal in another mode cannot put that right.
@@ -111,14 +117,73 @@ def in_foreground() -> bool:
         return False
 
 
-def die_with_parent(alive: int) -> None:
-    """Be killed when the outer process goes, even if it went just now."""
+def follow_parent(alive: int, number: signal.Signals) -> None:
+    """Get a signal when the parent dies; end here if it died just now."""
     # That tells of a death to come. If it has come already, the only other end of the
     # pipe is closed.
-    check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "follow the parent's death")
+    check(libc.prctl(PR_SET_PDEATHSIG, number), "follow the parent's death")
     if select.select([alive], [], [], 0)[0]:
         os._exit(NO_SANDBOX)
     os.close(alive)
+
+
+def keep(mark: str, command: list[str], mask: set[int | signal.Signals]) -> NoReturn:
+    """Be the keeper: stay in the mount namespace until all in there have ended."""
+    # The next child is PID 1; this process stays in the PID namespace that it is in.
+    check(libc.unshare(CLONE_NEWNS | CLONE_NEWPID), "make a PID namespace")
+    alive, keeper = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(keeper)
+        follow_parent(alive, signal.SIGKILL)
+        run_init(mark, command, mask)
+    os.close(alive)
+    # After the fork: the command stays with the terminal, and in the group of the outer
+    # process. SIGKILL to that group does not come here.
+    os.setsid()
+    status = supervise(child, frozenset({ORPHANED}))
+    detach_loop_devices()
+    os._exit(status)
+
+
+def detach_loop_devices() -> None:
+    """Detach loop devices over files that were opened by mounts of this namespace.
+
+    Those of mounts go with these, but what losetup(8) attaches stays until somebody
+    detaches it, and so does the filesystem that the file is on.
+    """
+    for name in os.listdir("/sys/block"):  # noqa: PTH208
+        try:
+            shown = os.open(f"/sys/block/{name}/loop/backing_file", os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # it is none, or nothing is attached to it
+        try:
+            if opened_here(shown):
+                device = os.open(f"/dev/{name}", os.O_RDONLY)
+                fcntl.ioctl(device, LOOP_CLR_FD)
+                os.close(device)
+        except OSError:
+            pass  # it has gone meanwhile
+        os.close(shown)
+
+
+def opened_here(shown: int) -> bool:
+    """Return whether a mount of this namespace is the one that a file was opened by.
+
+    No two namespaces have a mount in common. The kernel shows a path from the root of
+    the reader on if the mount is one below that: the path is then another one for who
+    has another root.
+    """
+    path = os.pread(shown, PATH_MAX, 0)
+    root = os.open("/", os.O_PATH)
+    try:
+        os.chroot(b"/" + path.split(b"/")[1])
+        there = os.pread(shown, PATH_MAX, 0)
+    finally:
+        os.fchdir(root)
+        os.chroot(".")
+        os.close(root)
+    return there != path
 
 
 def run_init(
@@ -129,7 +194,7 @@ def run_init(
     outer = None
     if command[0] == "--outer-network":
         outer, command = os.open("/proc/self/ns/net", os.O_RDONLY), command[1:]
-    check(libc.unshare(CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC), "make namespaces")
+    check(libc.unshare(CLONE_NEWNET | CLONE_NEWIPC), "make namespaces")
     set_up()
     # The command is not PID 1 itself: that has to reap orphans, and the kernel spares
     # it the signals that it has no handler for, Ctrl-C and abort() among them.
@@ -146,18 +211,22 @@ def run_init(
     os._exit(supervise(child))
 
 
-def supervise(child: int) -> int:
+def supervise(child: int, lost: frozenset[signal.Signals] = frozenset()) -> int:
     """Pass signals on and reap until a child ends; return its exit status.
 
     The terminal signals the whole process group by itself (SI_KERNEL): what comes
     from there has reached the command already and is not passed on.
+
+    :param lost: signals at which the child is killed.
     """
     while True:
-        received = signal.sigwaitinfo(FORWARDED | {signal.SIGCHLD})
+        received = signal.sigwaitinfo(FORWARDED | {signal.SIGCHLD} | lost)
         if received.si_signo == signal.SIGCHLD:
             status = reap(child)
             if status is not None:
                 return status
+        elif received.si_signo in lost:
+            os.kill(child, signal.SIGKILL)
         elif received.si_code != SI_KERNEL:
             os.kill(child, received.si_signo)
 

@@ -4,13 +4,15 @@ import asyncio
 import os
 import shutil
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from qemu_processes import processes
 
 from qubes_itests.guest.start import warm
-from qubes_itests.guest.start.ahead import ClonesAhead
+from qubes_itests.guest.start.ahead import ClonesAhead, Recent
 from qubes_itests.host import load
 from qubes_itests.hypervisor import connection, qemu_domain
 from qubes_itests.hypervisor.adoption import exchange_disks
@@ -21,40 +23,47 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def clones(testbed, app, run, monkeypatch):
-    """Return a function that waits for clones, and returns their names.
+def ahead(testbed, app, run, monkeypatch):
+    """Yield what starts two clones at once, however busy the machine is.
 
-    They are of the test's own, for a worker of a run may have none, and are started at
-    once, however busy the machine is.
+    Its own, as a worker has none where each CPU has one.
     """
     monkeypatch.setattr(warm, "_WORTH", 1)
     monkeypatch.setattr(load, "running", lambda: 0)
-    place = testbed.parts.run_directory / "clones"
-    disks = testbed.parts.pool_directory / "clones"
-    for directory in (place, disks):
-        directory.mkdir()
-    ahead = ClonesAhead(app.hypervisor, 2, place, disks)
-    loop = testbed.portal.loop
-    task = testbed.portal.call(lambda: loop.in_background(ahead.run()))
-    monkeypatch.setattr(app.warm_starts, "ahead", ahead)
+    if (usual := app.warm_starts.ahead) is not None:
+        monkeypatch.setattr(usual, "_recent", Recent(0))
+    places = (testbed.parts.run_directory, testbed.parts.pool_directory)
+    sockets, disks = (Path(tempfile.mkdtemp(prefix="", dir=each)) for each in places)
+    made = ClonesAhead(app.hypervisor, 2, sockets, disks)
+    monkeypatch.setattr(app.warm_starts, "ahead", made)
 
-    def ours():
+    async def end_clones():
         spare = app.hypervisor.domains(spare=True)
-        return [domain for domain in spare if domain.spec.directory.parent == place]
+        await asyncio.gather(*(domain.undefine() for domain in spare))
+
+    async def end():
+        making.cancel()
+        await asyncio.wait([making])
+        await end_clones()
+
+    run(end_clones())  # those that other tests have left
+    loop = testbed.portal.loop
+    making = testbed.portal.call(lambda: loop.in_background(made.run()))
+    yield made
+    run(end())
+    for place in (sockets, disks):
+        shutil.rmtree(place)
+
+
+@pytest.fixture
+def clones(app, run, ahead):
+    """Return a function that waits for clones, and returns their names."""
 
     def wait():
         run(asyncio.wait_for(ahead.settled(), 60))
-        return [domain.spec.name for domain in ours()]
+        return [d.spec.name for d in app.hypervisor.domains(spare=True)]
 
-    async def end():
-        task.cancel()
-        await asyncio.wait([task])
-        await asyncio.gather(*(domain.undefine() for domain in ours()))
-
-    yield wait
-    run(end())
-    shutil.rmtree(place)
-    shutil.rmtree(disks)
+    return wait
 
 
 @pytest.fixture
@@ -144,7 +153,8 @@ def test_what_is_done_with_it_later(run, sh, expected, clones, tmp_path):
     assert processes(name) == []
     left = {path.name for path in expected.directory.iterdir()}
     assert left == {"agent.log", "console.log"}
-    assert not (expected.app.directory.parent.parent / "clones" / name).exists()
+    directory = expected.app.warm_starts.ahead._directory
+    assert not (directory / name).exists()
 
 
 def test_a_clone_that_has_died(app, run, sh, expected, clones):
@@ -210,7 +220,7 @@ def test_a_root_that_is_not_to_be_written_to(run, sh, expected, clones):
 def test_a_clone_that_has_lost_a_file(run, sh, expected, clones, lost):
     """The VM that could not go on as it has a console of its own again."""
     name = clones()[0]
-    (expected.app.directory.parent.parent / "clones" / name / lost).unlink()
+    (expected.app.warm_starts.ahead._directory / name / lost).unlink()
     run(expected.start())
     assert expected.domain.libvirt_name == "one"
     sh(expected, "echo a word from the guest > /dev/console")

@@ -467,9 +467,13 @@ def image(tmp_path):
     return path
 
 
-#: Mounts the image by a loop device, and leaves children about, one of them a daemon.
+#: Mounts the image by a loop device; attaches two more, over a file there and over one
+#: that is lost; and leaves children about, one of them a daemon.
 _LITTER = """
     mount -o loop {image} {place} || exit 1
+    truncate -s 1M {place}/disk {image}.lost
+    losetup --find {place}/disk && losetup --find {image}.lost || exit 1
+    rm {image}.lost
     setsid sh -c 'sleep 600; : {token}' &
     (sh -c 'exec sleep 600; : {token}' &)
     echo litter >{place}/file
@@ -491,19 +495,47 @@ def litter(image, tmp_path):
         return not (
             _processes_with(token)
             or loop_devices_over(image)
+            or loop_devices_over(image.with_name("image.lost"))
             or str(place) in Path("/proc/self/mountinfo").read_text()
         )
 
     return command, nothing_left
 
 
-def test_kill_9_of_the_outer_process_leaves_nothing(litter):
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])
+def test_kill_9_of_the_outer_process_leaves_nothing(litter, kill):
     command, nothing_left = litter
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         assert process.stdout.readline() == "ready\n"
         assert not nothing_left()
-        process.kill()
+        kill(process.pid, signal.SIGKILL)
     _wait_for(nothing_left, "clean machine after kill -9")
+
+
+def test_an_end_in_order_leaves_no_loop_device_either(litter):
+    command, nothing_left = litter
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(_WAIT)
+        # at once, without waiting: who began the run takes its files away
+        assert nothing_left()
+
+
+def test_loop_devices_of_others_stay(tmp_path):
+    file = tmp_path / "file"
+    with file.open("wb") as opened:
+        opened.truncate(1 << 20)
+    device = _run(["losetup", "--find", "--show", file]).stdout.strip()
+    try:
+        assert _run(sandbox.command(["losetup", device])).returncode == 0
+        assert loop_devices_over(file) == (Path(device),)
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 def test_kill_9_at_any_moment_leaves_nothing(litter):
