@@ -18,7 +18,7 @@ from qubes_itests.report.heartbeat import duration
 from qubes_itests.report.history import History
 from qubes_itests.report.merge import read_results
 from qubes_itests.report.result_file import HistoryError
-from qubes_itests.whole_file import whole_file
+from qubes_itests.whole_file import write_output
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -67,12 +67,7 @@ def _export(history: History, path: Path) -> int:
     data = io.BytesIO()
     number = history.write(data)
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            # as /dev/stdout: what takes its place would be read by nobody
-            path.write_bytes(data.getvalue())
-        else:
-            with whole_file(path) as file:
-                file.write(data.getvalue())
+        write_output(path, data.getvalue())
     except OSError as error:
         raise HistoryError(f"{path}: {error.strerror}") from error
     print(f"Wrote {number} runs to {path}.")

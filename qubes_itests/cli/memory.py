@@ -16,6 +16,7 @@ from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host import rundir
 from qubes_itests.host.cache import Cache
 from qubes_itests.qmemman import live, plot, timeline
+from qubes_itests.whole_file import write_output
 
 if TYPE_CHECKING:
     from qubes_itests.cli.arguments import Command
@@ -52,7 +53,7 @@ def execute(command: Command, _settings: Settings) -> int:
         picture = plot.draw(timeline.read(path))
         target = Path(command.output or path.with_suffix(".svg").name)
         try:
-            target.write_text(picture, encoding="utf-8")
+            write_output(target, picture.encode())
         except OSError as error:
             raise HarnessError(f"The picture cannot be written: {error}.") from error
         print(f"Wrote {target}.")

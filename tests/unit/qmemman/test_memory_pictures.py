@@ -98,9 +98,13 @@ def test_the_command_line_plots(recording, tmp_path):
             command, cwd=tmp_path, capture_output=True, text=True, check=False
         )
 
+    former = tmp_path / "former.svg"
+    former.write_text("former")
+    (tmp_path / "memory.svg").hardlink_to(former)
     done = run("plot", str(recording))
     assert (done.returncode, done.stdout) == (0, "Wrote memory.svg.\n")
     _parsed((tmp_path / "memory.svg").read_text())
+    assert former.read_text() == "former", "it was written into, and not replaced"
     assert "work" in run(str(recording)).stdout
     failed = run("plot", "no-such-file")
     assert failed.returncode == 3
