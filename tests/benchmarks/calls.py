@@ -111,13 +111,13 @@ def main():
 
         heading(f"{CALLS} calls in a row, from one VM to another, on {template}")
         times = [1000 * seconds(in_a_row) / CALLS for _ in range(3)]
-        row("each, in a loop of the caller's shell", times, "ms", "< 60 ms")
+        row("each, in a loop of the caller's shell", times, "ms", "<= 15 ms")
 
         def one():
             answers(run(work.run_for_stdio(call))[0], 1)
 
         times = [1000 * seconds(one) for _ in range(CALLS // 5)]
-        row("each, by a command of its own", times, "ms", "< 60 ms")
+        row("each, by a command of its own", times, "ms")
         show_parts(run, work, vault)
         heading(f"{STREAM // MIB} MiB through a call")
         command = "qrexec-client-vm vault test.Zeros </dev/null >/dev/null; echo $?"

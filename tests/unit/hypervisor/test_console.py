@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from conditions import wait_until
 
 from qubes_itests.hypervisor.console import Console
 
@@ -88,8 +89,8 @@ def test_it_goes_on_in_another_log(console, tmp_path):
     (place / "console.log").write_bytes(b"earlier\n")
     with (tmp_path / "console.pipe.out").open("wb", buffering=0) as pipe:
         pipe.write(b"one\n")
-        while (tmp_path / "console.log").read_bytes() != b"one\n":
-            pass
+        log = tmp_path / "console.log"
+        wait_until(lambda: log.read_bytes() == b"one\n", "first line in the log")
         console.move("other", place / "console.pipe", place / "console.log")
         pipe.write(b"two\n")
     console.close()
