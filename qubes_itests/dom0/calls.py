@@ -7,29 +7,35 @@ it allows is done as qrexec-daemon does it. Both ask qubesd, which runs in the t
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import importlib
 import logging
-from typing import TYPE_CHECKING, Any, Final
+import threading
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from qubes_itests.exc import HarnessError
+from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.link.relay import relay
+from qubes_itests.limited_log import LimitedLog
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from qubes_itests.dom0.machine import Machine
     from qubes_itests.guest.link.calls import ServiceCall
 
+    _T = TypeVar("_T")
+
 __all__ = ["answer"]
 
-log = logging.getLogger("qubes_itests.dom0")
+_limited = LimitedLog(logging.getLogger("qubes_itests.dom0"))
 
 _DISPOSABLE: Final = "@dispvm:"
 #: Services of dom0 that qubesd answers, and where.
 _MISC: Final = ("qubes.FeaturesRequest", "qubes.NotifyTools", "qubes.NotifyUpdates")
 _MISC_SOCKET: Final = "/run/qubesd.misc.sock"
-#: Bytes of what they take and say.
-_LONGEST: Final = 65_536
+_CHUNK: Final = 65_536
+#: Seconds for qubesd to answer; it may have to start a VM for that.
+_TIMEOUT: Final = 300.0
 #: What a caller is told, whatever the reason is.
 _DENIED: Final = "Request refused"
 
@@ -40,27 +46,35 @@ async def answer(machine: Machine, call: ServiceCall) -> None:
     :param machine: whose guest calls.
     """
     try:
-        fields = await asyncio.to_thread(_decide, call)
-        target = fields["target"]
-        if target.startswith(_DISPOSABLE):
-            made = await _ask(target.removeprefix(_DISPOSABLE), "CreateDisposable")
-            try:
-                await _ask(made, "Start")
-                await _serve(machine, call, made, fields)
-            finally:
-                # one that has shut down is gone
-                await _ask(made, "Kill", quiet=True)
-            return
-        if target == "dom0":
-            await _serve_in_dom0(call)
-            return
-        guest = machine.find(target)
-        if fields["autostart"] == "True" and (guest is None or not guest.is_active):
-            await _ask(target, "Start")
-        await _serve(machine, call, target, fields)
-    except Exception as error:  # noqa: BLE001 - qrexec and the core raise their own
-        log.warning("%s from %s to %s: %s", call.service, call.vm, call.target, error)
+        await _carry_out(machine, call)
+    except (HarnessError, OSError) as error:
+        _limited.warning(
+            call.vm,
+            "%s from %s to %s: %s",
+            *(call.service, call.vm, call.target, str(error)),
+        )
         await call.refuse(_DENIED)
+
+
+async def _carry_out(machine: Machine, call: ServiceCall) -> None:
+    fields = await _in_thread(_decide, call)
+    target = fields["target"]
+    if target.startswith(_DISPOSABLE):
+        made = await _ask(target.removeprefix(_DISPOSABLE), "CreateDisposable")
+        try:
+            await _ask(made, "Start")
+            await _serve(machine, call, made, fields)
+        finally:
+            # one that has shut down is gone
+            await _ask(made, "Kill", quiet=True)
+        return
+    if target == "dom0":
+        await _serve_in_dom0(call)
+        return
+    guest = machine.find(target)
+    if fields["autostart"] == "True" and (guest is None or not guest.is_active):
+        await _ask(target, "Start")
+    await _serve(machine, call, target, fields)
 
 
 def _decide(call: ServiceCall) -> Mapping[str, str]:
@@ -76,12 +90,39 @@ def _decide(call: ServiceCall) -> Mapping[str, str]:
     return dict(line.split("=", 1) for line in said.splitlines())
 
 
+async def _in_thread(function: Callable[..., _T], *words: object) -> _T:
+    """Call something of core-qrexec, which waits for qubesd.
+
+    In a thread of its own: qubesd is in the thread of the tests, and what that waits
+    for may want one of the loop's threads. None is waited for at the end of the run.
+
+    :raise HarnessError: it raised something, or there was no end of it in time.
+    """
+    outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
+    # so that a call which is cancelled leaves it alone
+    outcome.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            outcome.set_result(function(*words))
+        except Exception as error:  # noqa: BLE001 - it may raise what it likes
+            reason = f"{type(error).__name__}: {error}"
+            outcome.set_exception(HarnessError(reason))
+
+    threading.Thread(target=run, name="policy", daemon=True).start()
+    try:
+        async with asyncio.timeout(_TIMEOUT):
+            return await asyncio.wrap_future(outcome)
+    except TimeoutError:
+        raise DeadlineError("answer of qubesd", _TIMEOUT) from None
+
+
 async def _ask(vm: str, method: str, *, quiet: bool = False) -> str:
     """Call a method of the Admin API, ``admin.vm.METHOD``, as dom0 does."""
     utils: Any = importlib.import_module("qrexec.utils")
     try:
-        made = await asyncio.to_thread(utils.qubesd_call, vm, f"admin.vm.{method}")
-    except Exception:
+        made: bytes = await _in_thread(utils.qubesd_call, vm, f"admin.vm.{method}")
+    except HarnessError:
         if quiet:
             return ""
         raise
@@ -94,10 +135,18 @@ async def _serve_in_dom0(call: ServiceCall) -> None:
         raise HarnessError("dom0 has no such service here")
     reader, writer = await asyncio.open_unix_connection(_MISC_SOCKET)
     try:
-        writer.write(f"{call.service} {call.vm} name dom0\0".encode())
-        writer.write(await call.stdin.read(_LONGEST))
-        writer.write_eof()
-        call.stdout.write(await reader.read(_LONGEST))
+        async with asyncio.timeout(_TIMEOUT):
+            # one after the other: it answers when it has all, and takes so much
+            writer.write(f"{call.service} {call.vm} name dom0\0".encode())
+            while data := await call.stdin.read(_CHUNK):
+                writer.write(data)
+                await writer.drain()
+            writer.write_eof()
+            while data := await reader.read(_CHUNK):
+                call.stdout.write(data)
+                await call.stdout.drain()
+    except TimeoutError:
+        raise DeadlineError(f"end of {call.service}", _TIMEOUT) from None
     finally:
         writer.close()
     await call.finish(0)

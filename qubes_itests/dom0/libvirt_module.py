@@ -8,6 +8,7 @@ nothing here keeps one: the tests of core-admin fail when a handle outlives them
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import uuid
@@ -283,8 +284,10 @@ class virConnect:
                 cb(self, handle, int(event), 0, opaque)
 
         def listen(guest: Guest, event: Event) -> None:
-            if _loop is not None and not _loop.is_closed():
-                _loop.call_soon_threadsafe(call, guest, event)
+            # A loop that is closed meanwhile hears of nothing any more.
+            with contextlib.suppress(RuntimeError):
+                if _loop is not None:
+                    _loop.call_soon_threadsafe(call, guest, event)
 
         self._callbacks[number] = listen
         self.machine().listeners.append(listen)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from qubes_itests.dom0.calls import answer
 from qubes_itests.dom0.stores import QubesDB, XenStore
 from qubes_itests.dom0.xen_xml import DomainConfig, read_disk, with_disks
-from qubes_itests.exc import HarnessError
+from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.link.agent import Identity
 from qubes_itests.guest.start.boot import boot
 from qubes_itests.host.filesystem import make_ext4
@@ -159,8 +159,12 @@ class Machine:
     async def close(self) -> None:
         """End all guests."""
         for guest in tuple(self.guests.values())[1:]:
-            with contextlib.suppress(StateError):
+            try:
                 await guest.destroy()
+            except StateError:
+                pass  # it does not run
+            except HarnessError as error:
+                log.warning("%s", str(error))
         self.guests.clear()
 
 
@@ -252,16 +256,18 @@ class Guest:
         """End it at once; all that follows is done on return.
 
         :raise StateError: it is not active.
+        :raise DeadlineError: it did not end in time.
         """
         self._require("destroy", State.RUNNING, State.PAUSED)
         if self._life is None:
             self._ended()
-        elif self.domain is None:
+            return
+        if self.domain is None:
             self._life.cancel()
-            await asyncio.wait([self._life], timeout=_END)
         else:
             await self.domain.destroy()
-            await asyncio.wait([self._life], timeout=_END)
+        if not (await asyncio.wait([self._life], timeout=_END))[0]:
+            raise DeadlineError(f"end of domain {self.name}", _END)
 
     async def shutdown(self) -> None:
         """Ask its guest to power off, as `xl shutdown` does; returns at once."""
@@ -319,9 +325,11 @@ class Guest:
             )
             started.set_result(agent)
             await self.domain.wait_stopped()
-        except HarnessError as error:
+        except (HarnessError, OSError, ValueError) as error:
             log.warning("%s", str(error))
             if not started.done():
+                if not isinstance(error, HarnessError):
+                    error = HypervisorError(self.name, "start", str(error))
                 started.set_exception(error)
         finally:
             if agent is not None:
@@ -374,7 +382,11 @@ class Guest:
     def _identity(self) -> Identity:
         disks = {disk.name: disk for disk in self.config.disks}
         template = self._template()
-        entries = self._machine.databases[self.name].texts()
+        database = self._machine.databases.get(self.name)
+        if database is None:
+            reason = "no qubesdb-daemon was started for it"
+            raise HypervisorError(self.name, "start", reason)
+        entries = database.texts()
         root = disks.get(_ROOT)
         return Identity(
             name=self.name,

@@ -83,7 +83,11 @@ def _record(*arguments: Any, **more: Any) -> logging.LogRecord:
     the tests of core-admin fail when one is left after them.
     """
     record = logging.LogRecord(*arguments, **more)
-    record.msg, record.args = record.getMessage(), None
+    try:
+        text = record.getMessage()
+    except Exception:  # noqa: BLE001 - whatever an argument raises; a log never does
+        text = f"{record.msg} {record.args!r}"
+    record.msg, record.args = text, None
     if record.exc_info:
         record.exc_text = logging.Formatter().formatException(record.exc_info)
         record.exc_info = None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import importlib
 import logging
 import os
+import sys
+import threading
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
@@ -15,10 +19,12 @@ from qubes_itests.dom0 import modules
 from qubes_itests.dom0.machine import Machine
 from qubes_itests.dom0.place import VAR_LIB_QUBES, dom0_directories
 from qubes_itests.dom0.programs import QREXEC_SOCKETS, Programs
+from qubes_itests.exc import DeadlineError, HarnessError
+from qubes_itests.untrusted_text import quoted
 from qubes_storage.ficlone import clone_or_copy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from qubes_itests.guest.image.template import Template
     from qubes_itests.guest.start.warm import WarmStarts
@@ -28,6 +34,10 @@ if TYPE_CHECKING:
 __all__ = ["open_dom0"]
 
 _ANSWER: Final = b"OK\n"
+#: Seconds for the core to make its store.
+_STORE: Final = 180.0
+#: Of one that does not, so many are shown.
+_FRAMES: Final = 6
 
 
 @contextlib.contextmanager
@@ -87,6 +97,8 @@ def _make_store(templates: Mapping[str, Template]) -> None:
     """Make the core's store, with the default pools and a TemplateVM for each template.
 
     By the core itself, as its own installation does it.
+
+    :raise HarnessError: it raised something, or did not come to an end.
     """
     core: Any = importlib.import_module("qubes")
     for name, template in templates.items():
@@ -132,7 +144,31 @@ def _make_store(templates: Mapping[str, Template]) -> None:
         app.save()
         app.close()
 
-    asyncio.run(fill())
+    _in_time(lambda: asyncio.run(fill()))
+
+
+def _in_time(make: Callable[[], None]) -> None:
+    """Call code of the core that no deadline of a test is for."""
+    outcome: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            make()
+        except BaseException:  # noqa: BLE001 - it may raise what it likes
+            said = quoted(traceback.format_exc())
+            reason = f"the core cannot make its store:\n{said}"
+            outcome.set_exception(HarnessError(reason))
+        else:
+            outcome.set_result(None)
+
+    # one that hangs does not keep the process from ending
+    thread = threading.Thread(target=run, name="store", daemon=True)
+    thread.start()
+    if not concurrent.futures.wait([outcome], _STORE).done:
+        frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001
+        where = "".join(traceback.format_stack(frame)[-_FRAMES:])
+        raise DeadlineError("store made by the core", _STORE, where)
+    outcome.result()
 
 
 def _copy(image: Path, root: Path) -> None:

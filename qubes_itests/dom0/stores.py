@@ -6,7 +6,6 @@ operation is one step on a dict, or holds the lock.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections import deque
@@ -73,6 +72,11 @@ class Watch:
         self.paths: set[str] = set()
         self.disconnected = False
         self.changed: deque[str] = deque()
+        # The core drops a connection in its own thread, whenever Python likes: a number
+        # that is closed may be that of another file when it is written to. Reentrant,
+        # as that may come within what holds it.
+        self._lock = threading.RLock()
+        self._closed = False
         # readable for as long as something is to be read
         self.reader, self._writer = os.pipe()
         os.set_blocking(self.reader, False)
@@ -84,12 +88,17 @@ class Watch:
             for watched in self.paths
         ):
             self.changed.append(path)
-            os.write(self._writer, b"\0")
+            self._signal()
 
     def disconnect(self) -> None:
         """Have the reader told that there is no database any more."""
         self.disconnected = True
-        os.write(self._writer, b"\0")
+        self._signal()
+
+    def _signal(self) -> None:
+        with self._lock:
+            if not self._closed:
+                os.write(self._writer, b"\0")
 
     def take(self) -> str | None:
         """Return what changed first; None when the database has gone."""
@@ -98,8 +107,10 @@ class Watch:
 
     def close(self) -> None:
         """Close its descriptors."""
-        os.close(self.reader)
-        os.close(self._writer)
+        with self._lock:
+            self._closed = True
+            os.close(self.reader)
+            os.close(self._writer)
 
 
 class QubesDB:
@@ -150,6 +161,5 @@ class QubesDB:
     def disconnect(self) -> None:
         """Tell all connections that the VM has ended."""
         self.pass_on = None
-        for watch in self.watches:
-            with contextlib.suppress(OSError):
-                watch.disconnect()
+        for watch in tuple(self.watches):
+            watch.disconnect()

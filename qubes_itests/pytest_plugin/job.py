@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import pytest
 
 from qubes_itests import __version__
-from qubes_itests.exc import EnvironmentNotReadyError
+from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.fixtures.session import CONTEXT
 from qubes_itests.program import COMMAND, NAME
@@ -97,7 +97,7 @@ class Job:
         if session.items and not config.option.collectonly:
             try:
                 config.stash[CONTEXT].testbed  # noqa: B018 - is made by this
-            except EnvironmentNotReadyError as error:
+            except HarnessError as error:
                 if not is_worker(config):
                     raise pytest.exit.Exception(str(error), error.exit_code) from None
                 _role(config).stop(session, error.exit_code, str(error))

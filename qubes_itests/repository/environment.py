@@ -73,7 +73,7 @@ exec "$@" >&2
 
 
 class InstallError(HarnessError):
-    """The plugin of an app could not be installed.
+    """A checkout could not be installed: the plugin of an app, or a core.
 
     :param app: the app's directory.
     :param reason: how it failed.
@@ -83,7 +83,7 @@ class InstallError(HarnessError):
     def __init__(self, app: str, reason: str, output: str = "") -> None:
         # The first line alone is shown where there is room for no more.
         said = f"\n{quoted(output)}" if output else ""
-        super().__init__(f"the tests of {app} cannot be installed: {reason}{said}")
+        super().__init__(f"{app} cannot be installed: {reason}{said}")
 
 
 @dataclass(frozen=True, slots=True)

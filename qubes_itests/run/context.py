@@ -97,10 +97,11 @@ class RunContext:
             policy=policy_of(self.settings),
         )
         with modules.uncovered():
-            self._testbed = self._exit.enter_context(opened)
+            testbed = self._exit.enter_context(opened)
         if core := Prepared.told().core:
-            self._exit.enter_context(self._dom0(self._testbed, Path(core)))
-        return self._testbed
+            self._exit.enter_context(self._dom0(testbed, Path(core)))
+        self._testbed = testbed
+        return testbed
 
     def _dom0(
         self, testbed: Testbed, core: Path

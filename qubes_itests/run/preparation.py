@@ -74,8 +74,10 @@ def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
     """
     words = tuple(word for pair in told_again(settings) for word in pair)
     if settings.core is not None:
+        # first what takes seconds: it may be that nothing comes of it
+        prepared = prepare_core(settings)
         build_templates(settings, names or settings.templates)
-        dataclasses.replace(prepare_core(settings), words=words).tell()
+        dataclasses.replace(prepared, words=words).tell()
         return
     if not (settings.app or settings.template_spec):
         build_templates(settings, names or settings.templates)

@@ -37,6 +37,8 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
         f"{life}::test_001_killed_while_it_starts": "PASSED",
         f"{life}::test_002_a_disk_that_is_missing": "PASSED",
         f"{life}::test_003_leaves_something_behind": "PASSED",
+        f"{life}::test_004_resumed_without_a_database": "PASSED",
+        f"{life}::test_005_leaves_loop_devices_behind": "PASSED",
         f"{unit}::test_000_names_what_is_missing": "PASSED",
         f"{unit}::test_001_paths_are_those_of_qubes_os": "PASSED",
         f"{unit}::test_002_skipped": "SKIPPED",
@@ -46,6 +48,8 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
     assert sorted(checkout.rglob("*")) == before
     left = Path("/var/tmp/test-left-by-a-core")  # noqa: S108
     assert not left.exists()
+    listed = subprocess.run(["losetup", "--list"], capture_output=True, check=True)
+    assert b"test-loop-of-a-core" not in listed.stdout
 
 
 def test_words_select_among_the_suites_of_a_core(checkout, site):
@@ -58,7 +62,19 @@ def test_words_select_among_the_suites_of_a_core(checkout, site):
     }
     done = site.run("list", "--core", checkout, "core::integ.life")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall("^core::integ.life::TC_00", done.stdout, re.MULTILINE)) == 4
+    assert len(re.findall("^core::integ.life::TC_00", done.stdout, re.MULTILINE)) == 6
+
+
+def test_a_core_that_cannot_make_its_store_ends_the_run(checkout, site):
+    """With what it raised, and not as an error of ours."""
+    with (checkout / "qubes/__init__.py").open("a") as file:
+        file.write("\nQubes.setup_pools = lambda self: 1 // 0\n")
+    done = site.run("--core", checkout, "core::unit")
+    assert done.returncode == 3, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert "the core cannot make its store" in said
+    assert "| ZeroDivisionError" in said
+    assert "INTERNALERROR" not in said
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A policy that allows one service."""
+"""A policy that allows two services."""
 
 
 class Request:
@@ -8,7 +8,7 @@ class Request:
 
 class FilePolicy:
     def evaluate(self, request):
-        if request.service != "test.Echo":
+        if request.service not in ("test.Echo", "qubes.NotifyUpdates"):
             raise PermissionError("denied by policy")
         self.request = request
         return self

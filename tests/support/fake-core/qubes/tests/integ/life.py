@@ -3,7 +3,9 @@
 import asyncio
 import gc
 import os
+import socket
 import subprocess
+import threading
 import unittest
 import uuid
 
@@ -29,6 +31,29 @@ XML = f"""
 </domain>
 """
 EVENTS = {2: "started", 3: "suspended", 4: "resumed", 5: "stopped"}
+
+
+class Qubesd(threading.Thread):
+    """Answers one call with what it got."""
+
+    def __enter__(self):
+        self.server = socket.socket(socket.AF_UNIX)
+        self.server.bind("/run/qubesd.misc.sock")
+        self.server.listen()
+        self.start()
+        return self
+
+    def __exit__(self, *_exc):
+        self.server.shutdown(socket.SHUT_RDWR)
+        self.join()
+        self.server.close()
+        os.unlink("/run/qubesd.misc.sock")
+
+    def run(self):
+        connection, _ = self.server.accept()
+        with connection:
+            self.got = b"".join(iter(lambda: connection.recv(65536), b""))
+            connection.sendall(self.got)
 
 
 class TC_00_Life(unittest.TestCase):
@@ -115,6 +140,17 @@ class TC_00_Life(unittest.TestCase):
             f"root:{service}; {call} test.Echo; {call} test.Other 2>&1 || echo $?",
         )
         self.assertEqual(said, b"on\nqrexec-client-vm: Request refused\n126\n")
+        # more than one read of a stream gives, both ways
+        with Qubesd() as qubesd:
+            said = self.program(
+                "qrexec_client",
+                *("-d", "work"),
+                "root:head -c 200000 /dev/zero "
+                "| qrexec-client-vm dom0 qubes.NotifyUpdates | wc -c",
+            )
+        header = b"qubes.NotifyUpdates work name dom0\0"
+        self.assertEqual(qubesd.got, header + bytes(200000))
+        self.assertEqual(int(said), len(qubesd.got))
         database.write("/later", "value")
         self.assertEqual(database.list("/l"), ["/later"])
         info = xen.lowlevel.xc.xc().domain_getinfo(self.domain.ID(), 1)
@@ -151,6 +187,22 @@ class TC_00_Life(unittest.TestCase):
             self.domain.destroy()
         code = caught.exception.get_error_code()
         self.assertEqual(code, libvirt.VIR_ERR_OPERATION_INVALID)
+
+    def test_004_resumed_without_a_database(self):
+        self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        with self.assertLogs("qubes_itests.dom0") as logs:
+            self.domain.resume()
+            while self.domain.isActive():
+                self.loop.run_until_complete(asyncio.sleep(0.05))
+        self.assertIn("no qubesdb-daemon was started for it", logs.output[0])
+
+    def test_005_leaves_loop_devices_behind(self):
+        for place in ("/tmp", "/var/tmp"):  # noqa: S108
+            name = f"{place}/test-loop-of-a-core"
+            with open(name, "wb") as file:
+                file.truncate(1 << 20)
+            subprocess.run(["losetup", "--find", name], check=True)
+            os.unlink(name)
 
     def test_002_a_disk_that_is_missing(self):
         os.unlink(self.root)
