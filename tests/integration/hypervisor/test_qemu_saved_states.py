@@ -149,8 +149,10 @@ def _private_memory(domain):
     """Return how many bytes of a domain's memory are its own."""
     (process,) = processes(domain.spec.name)
     text = Path(f"/proc/{process}/smaps").read_text()
-    mapping = text[text.index("state.memory") :]
-    return 1024 * int(re.search(r"Anonymous: +([0-9]+) kB", mapping)[1])
+    # several mappings: the kernel may use huge pages for some of it
+    found = re.findall(r"state\.memory\n(?:[A-Z].*\n)*?Anonymous: +([0-9]+) kB", text)
+    assert found
+    return 1024 * sum(map(int, found))
 
 
 def _cut(data):
