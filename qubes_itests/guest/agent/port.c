@@ -234,10 +234,10 @@ static void port_event(void)
 	port.readable = true;
 	if (!(event.events & EPOLLHUP))
 		return;
+	if (port.answered || testing)
+		disconnect();
 	if (testing)
 		exit(0);
-	if (port.answered)
-		disconnect();
 }
 
 static void port_open(int fd)
