@@ -184,3 +184,27 @@ def test_each_plugin_keeps_to_itself(lines):
     assert "TC_Async.test_never_runs would pass without being run" in lines
     assert "No module named 'gone'" in lines
     assert "module 'string' has no attribute 'uppercase'" in lines
+
+
+LEAVES_A_THREAD = """
+    import concurrent.futures, threading, unittest
+
+    class TC_Thread(unittest.TestCase):
+        def test_thread(self):
+            pool = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="left")
+            pool.submit(threading.Event().wait)
+
+    def list_tests():
+        return [TC_Thread]
+"""
+
+
+def test_a_thread_that_a_test_has_left_does_not_keep_a_run_from_ending(site):
+    """It is named. Python itself waits for threads of executors for ever."""
+    site.install("leaves", LEAVES_A_THREAD)
+    site.timeout = 60
+    done = site.run(*NO_GUESTS, "leaves")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(
+        r"^left_0 hangs, and is not waited for: File", done.stderr, re.MULTILINE
+    )
