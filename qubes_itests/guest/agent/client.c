@@ -159,9 +159,11 @@ static void copy(int from, int to, bool filtered)
 		if (!buffer_write(&buffer, to, sizeof space[0]) || buffer.start < buffer.end)
 			break;
 	}
-	if (stdin_socket) /* others hold it, too */
+	/* Others hold a socket, too, and the other way may read from it. */
+	if (stdin_socket)
 		shutdown(to, SHUT_WR);
-	close(to);
+	else
+		close(to);
 }
 
 static int output; /* the call's input, which we write */

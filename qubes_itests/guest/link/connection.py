@@ -9,9 +9,12 @@ all others have their turn; each call that is refused holds up its VM a little.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
+import os
 from datetime import UTC, datetime
+from itertools import chain
 from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 from qubes_itests.guest.exc import (
@@ -152,6 +155,8 @@ class AgentConnection(asyncio.Protocol):
         self._frames: Iterator[Event | None] = iter(())
         self._next_step: asyncio.Handle | None = None
         self._quiet_until = 0.0
+        #: Why there is no transport any more; what has come is acted upon still.
+        self._lost: GuestGoneError | None = None
 
     # asyncio.Protocol
 
@@ -198,16 +203,18 @@ class AgentConnection(asyncio.Protocol):
             # the protocol knows no VM; here the error gets the name
             self.abort(ProtocolViolation(self.vm, violation.rule, violation.evidence))
             return
-        if wait is None:
-            self._transport.resume_reading()
-            return
         if self.closed.done():
             return
-        # This is the back pressure: the socket fills, then QEMU's buffer, then the
-        # guest's port, where the agent waits with what it has for us.
-        self._transport.pause_reading()
-        if wait < math.inf:
-            self._next_step = self._loop.call_later(wait, self._go_on)
+        if wait is None and self._lost is not None:
+            self._end(self._lost)
+        elif wait is None:
+            self._transport.resume_reading()
+        else:
+            # This is the back pressure: the socket fills, then QEMU's buffer, then the
+            # guest's port, where the agent waits with what it has for us.
+            self._transport.pause_reading()
+            if wait < math.inf:
+                self._next_step = self._loop.call_later(wait, self._go_on)
 
     def _act(self, transport: asyncio.Transport) -> float | None:
         """Act on frames; return the seconds until more may be done, None if all is.
@@ -243,9 +250,22 @@ class AgentConnection(asyncio.Protocol):
         """
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Fail what was pending."""
+        """Act on what has come still, then fail what was pending."""
+        if self.closed.done() or self._transport is None:
+            return
         reason = f"{exc}" if exc else "the VM closed it, or has stopped"
-        self._end(GuestGoneError(self.vm, reason))
+        self._lost = GuestGoneError(self.vm, reason)
+        if exc is not None:
+            # When a write fails asyncio reads no more: the last words of a guest are in
+            # the socket, which it closes after this. The kernel keeps less than so much.
+            unread = b""
+            with contextlib.suppress(OSError):
+                socket = self._transport.get_extra_info("socket")
+                unread = os.read(socket.fileno(), _TOO_MUCH)
+            self._frames = chain(self._frames, self.protocol.receive(unread))
+        # else it goes on at its time
+        if self._next_step is None:
+            self._go_on()
 
     # for streams
 
@@ -257,6 +277,8 @@ class AgentConnection(asyncio.Protocol):
         read, and has us answer in thousands of small frames, would cost the square.
         """
         if not data or self._transport is None or self.closed.done():
+            return
+        if self._transport.is_closing():
             return
         if self._gathered is not None:
             self._gathered += data

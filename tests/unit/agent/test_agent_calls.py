@@ -342,6 +342,29 @@ def test_stdin_may_be_a_socket_for_both_ways(wire: Wire, agent: AgentProcess) ->
         assert b"".join(iter(lambda: ours.recv(100), b"")) == b"answer"
 
 
+def test_socket_is_read_on_when_the_service_has_closed_its_output(
+    wire: Wire, agent: AgentProcess
+) -> None:
+    ours, theirs = socket.socketpair()
+    with (
+        ours,
+        agent.client(
+            "qrexec-client-vm", "--use-stdin-socket", "work", "t.S", stdin=theirs
+        ),
+    ):
+        theirs.close()
+        wire.expect(CALL, FIRST)
+        wire.send(EOF, 1, FIRST)
+        ours.settimeout(10)
+        assert ours.recv(1) == b""
+        for part in (b"one", b"two", b"three"):
+            ours.sendall(part)
+            assert wire.expect(DATA, FIRST).payload == part
+        ours.shutdown(socket.SHUT_WR)
+        wire.expect(EOF, FIRST)
+        answer(wire, FIRST, 0, 0)
+
+
 def test_local_command_has_stream_sockets(wire: Wire, agent: AgentProcess) -> None:
     script = "exec 3>&1; readlink /proc/$$/fd/0 /proc/$$/fd/3 >&2"
     with call(agent, "work", "t.S", "sh", "-c", script) as client:

@@ -1,12 +1,13 @@
 """Processes: streams, credit, and back pressure, frame by frame."""
 
 import asyncio
+import socket
 import struct
 
 import pytest
 
 from qubes_itests.guest.exc import GuestGoneError
-from qubes_itests.guest.link.frames import PAYLOAD_MAX, WINDOW
+from qubes_itests.guest.link.frames import PAYLOAD_MAX, WINDOW, encode
 from qubes_itests.guest.link.frames import FrameType as F
 
 pytestmark = pytest.mark.asyncio
@@ -281,3 +282,33 @@ async def test_a_command_that_did_not_start_may_have_closed_its_outputs(connect)
         assert await process.wait() == 127
     assert process.failure == "not there"
     assert await process.stderr.read() == b""
+
+
+def break_off(peer):
+    """Have writes to the guest fail at once; what it has sent is still to be read."""
+    peer.writer.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+
+async def test_last_words_are_read_though_a_write_fails_before(connect):
+    process, peer, _ = await spawn(connect)
+    peer.send(F.DATA, process.pid, 2, b"why")
+    break_off(peer)
+    process.stdin.write(b"more")  # asyncio closes the connection for this
+    assert await process.stderr.read(3) == b"why"
+    with pytest.raises(GuestGoneError):
+        await process.wait()
+
+
+async def test_what_waits_for_its_turn_is_read_though_a_write_fails(connect):
+    """Frames of which some have come, but were too many for a few milliseconds."""
+    process, peer, _ = await spawn(connect)
+    size = 10_000
+    peer.writer.write(encode(F.DATA, process.pid, 1, b"x") * size)
+    while process.stdout.received in {0, size}:
+        await asyncio.sleep(0)
+        assert process.stdout.received < size
+    break_off(peer)
+    process.stdin.write(b"more")
+    assert await process.stdout.readexactly(size) == b"x" * size
+    with pytest.raises(GuestGoneError):
+        await process.wait()
