@@ -68,6 +68,7 @@ class Machine:
     :param machine: QEMU's machine type.
     :param cpu: QEMU's CPU model under emulation. A model without ERMS: emulated
         string moves are several times slower than emulated loops.
+    :param tsc_khz: rate of its time-stamp counter under emulation, None if unknown.
     :param memory_library: see shared_memory.c; None where clones have no memory in
         common.
     """
@@ -76,6 +77,7 @@ class Machine:
     emulator: Path
     machine: str = "q35"
     cpu: str = "Nehalem"
+    tsc_khz: int | None = None
     memory_library: Path | None = None
 
 
@@ -179,6 +181,10 @@ def _os(spec: DomainSpec, machine: Machine) -> ET.Element:
     options = [KERNEL_OPTIONS, spec.kernel_options]
     if not machine.kvm:
         options.insert(1, _EMULATION_OPTIONS)
+    if not machine.kvm and machine.tsc_khz is not None:
+        # On a busy machine a kernel that measures it may find a fraction. The clock is
+        # then several times too fast, for ever, and so is that of each clone.
+        options.insert(2, f"tsc_early_khz={machine.tsc_khz}")
     _add(element, "cmdline", " ".join(options).strip())
     return element
 

@@ -30,6 +30,7 @@ from qubes_itests.hypervisor.kvm import EMULATOR, kvm_usable
 from qubes_itests.hypervisor.libvirt_hypervisor import LibvirtHypervisor
 from qubes_itests.hypervisor.qemu_domain import QemuDomain
 from qubes_itests.hypervisor.shared_memory import link_memory_library
+from qubes_itests.hypervisor.tsc import tsc_rate
 
 if TYPE_CHECKING:
     from qubes_itests.hypervisor.domain import LibvirtDomain
@@ -116,7 +117,12 @@ class QemuHypervisor(LibvirtHypervisor):
         capabilities = CapabilityCache(cache, root, emulator)
         await asyncio.to_thread(make_root, root)
         library = await asyncio.to_thread(link_memory_library, cache, emulator, root)
-        machine = Machine(kvm=kvm, emulator=emulator, memory_library=library)
+        machine = Machine(
+            kvm=kvm,
+            emulator=emulator,
+            tsc_khz=None if kvm else await asyncio.to_thread(tsc_rate),
+            memory_library=library,
+        )
         # before the driver opens, which reads it then and not again
         await asyncio.to_thread(capabilities.fetch)
         connection = await Connection.open(
@@ -155,7 +161,9 @@ class QemuHypervisor(LibvirtHypervisor):
         )
         major, minor, micro = number // 10**6, number // 1000 % 1000, number % 1000
         kvm = self._machine.kvm
-        nowhere = replace(self._machine, emulator=Path("/"), memory_library=None)
+        nowhere = replace(
+            self._machine, emulator=Path("/"), tsc_khz=None, memory_library=None
+        )
         definition = domain_xml(_ANY, nowhere, incoming="defer")
         return {
             "QEMU": f"{major}.{minor}.{micro}",

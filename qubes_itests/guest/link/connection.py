@@ -257,7 +257,7 @@ class AgentConnection(asyncio.Protocol):
         self._lost = GuestGoneError(self.vm, reason)
         if exc is not None:
             # When a write fails asyncio reads no more: the last words of a guest are in
-            # the socket, which it closes after this. The kernel keeps less than so much.
+            # the socket, which it closes after this, and hold less than is asked for.
             unread = b""
             with contextlib.suppress(OSError):
                 socket = self._transport.get_extra_info("socket")

@@ -42,6 +42,21 @@ async def test_a_cold_start_becomes_the_vm_it_is_told(machines, sh):
         assert process.returncode == 2 or process.returncode == 1  # noqa: PLR1714
 
 
+async def test_a_guest_has_the_rate_of_its_clock_from_the_host(
+    machines, hypervisor, monkeypatch, sh
+):
+    """What it measures itself on a busy machine may be a tenth."""
+    if hypervisor._machine.kvm:
+        pytest.skip("KVM tells its guests")
+    assert hypervisor._machine.tsc_khz is not None
+    halved = hypervisor._machine.tsc_khz // 2
+    told = replace(hypervisor._machine, tsc_khz=halved)
+    monkeypatch.setattr(hypervisor, "_machine", told)
+    async with machines.running("work") as agent:
+        line = f"tsc: Detected {halved / 1000:.3f} MHz processor"
+        assert line in await sh(agent, "dmesg")
+
+
 async def test_two_warm_starts_share_nothing(machines, warm, sh, cache):
     """Clones of one saved stage one: own randomness, own name, own disks and clock."""
     specs = [

@@ -333,6 +333,7 @@ async def test_a_state_of_another_machine_or_qemu_has_another_key(
     others = [
         machine,
         dataclasses.replace(machine, cpu="Westmere"),
+        dataclasses.replace(machine, tsc_khz=1_000_000),
         dataclasses.replace(machine, machine="pc-q35-7.1"),
         dataclasses.replace(machine, emulator=updated),
         dataclasses.replace(machine, kvm=not machine.kvm),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 import uuid
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -18,6 +19,7 @@ from qubes_itests.hypervisor.domain_xml import (
     domain_xml,
     interface_xml,
 )
+from qubes_itests.hypervisor.tsc import tsc_rate
 
 MACHINE = Machine(kvm=False, emulator=Path("/usr/bin/qemu-system-x86_64"))
 DISK = Disk("xvdb", Path("/images/<odd> & 'name'.img"))
@@ -66,6 +68,20 @@ def test_kvm():
 def test_processes_lie_at_the_same_addresses_where_code_is_translated(kvm):
     root = ET.fromstring(domain_xml(SPEC, dataclasses.replace(MACHINE, kvm=kvm)))
     assert ("norandmaps" in root.findtext("os/cmdline").split()) is not kvm
+
+
+@pytest.mark.parametrize("kvm", [True, False])
+def test_kernels_that_are_emulated_are_told_the_rate_of_the_counter(kvm):
+    machine = dataclasses.replace(MACHINE, kvm=kvm, tsc_khz=2_300_000)
+    options = ET.fromstring(domain_xml(SPEC, machine)).findtext("os/cmdline").split()
+    assert ("tsc_early_khz=2300000" in options) is not kvm
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="has no such counter")
+def test_the_rate_of_the_counter_is_about_the_same_each_time():
+    rates = [tsc_rate() for _ in range(5)]
+    assert max(rates) - min(rates) <= 5000
+    assert 500_000 < min(rates) < 10_000_000
 
 
 @pytest.mark.parametrize(("direct", "cache"), [(True, "none"), (False, "writeback")])
