@@ -161,12 +161,14 @@ def _in_time(make: Callable[[], None]) -> None:
         else:
             outcome.set_result(None)
 
+    known = set(sys._current_frames())  # noqa: SLF001 - there is no other way
     # one that hangs does not keep the process from ending
-    thread = threading.Thread(target=run, name="store", daemon=True)
-    thread.start()
+    threading.Thread(target=run, name="store", daemon=True).start()
     if not concurrent.futures.wait([outcome], _STORE).done:
-        frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001
-        where = "".join(traceback.format_stack(frame)[-_FRAMES:])
+        # its own, and those that it has started
+        frames = sys._current_frames().items()  # noqa: SLF001
+        stacks = [traceback.format_stack(f) for n, f in frames if n not in known]
+        where = "".join(line for stack in stacks for line in stack[-_FRAMES:])
         raise DeadlineError("store made by the core", _STORE, where)
     outcome.result()
 
