@@ -178,10 +178,15 @@ def _peer(number: str, target: str) -> str:
     if not target.startswith("socket:"):
         return ""
     try:
-        with socket.socket(fileno=os.dup(int(number))) as copy:
-            return str(copy.getpeername())
+        of_another = socket.socket(fileno=int(number))
+    except OSError:  # the number is no socket's any more
+        return ""
+    try:
+        return str(of_another.getpeername())
     except OSError:  # it is not connected, or closed by now
         return ""
+    finally:
+        of_another.detach()
 
 
 def _until(condition: Callable[[], bool]) -> None:

@@ -501,7 +501,9 @@ static const char *rehearse(struct strings identity)
 	                mount(NULL, "/rw", NULL, MS_REMOUNT | MS_LAZYTIME, "") != 0 ||
 	                umount("/usr/local") != 0 || umount("/home") != 0 || umount("/rw") != 0))
 		return failed("/rw") ? NULL : problem;
-	return swap && (!swap_on(swap) || swapoff(device(swap)) != 0) ? problem : NULL;
+	if (swap && !swap_on(swap))
+		return problem;
+	return swap && swapoff(device(swap)) != 0 && !failed(device(swap)) ? problem : NULL;
 }
 
 const char *enter(struct strings identity)

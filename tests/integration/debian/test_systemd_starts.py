@@ -119,6 +119,7 @@ def test_settings_on_the_private_disk_hold(pair, sh, states):
     sh(
         vm,
         "mkdir -p /usr/local/lib; cd /usr/local/lib; mkdir sysctl.d tmpfiles.d;"
+        " echo 'kernel.pid_max = refused' >sysctl.d/refused.conf;"
         " echo 'kernel.domainname = told' >sysctl.d/test.conf;"
         " echo 'f /run/noted 0600 user user - %H %m' >tmpfiles.d/test.conf",
         "root",

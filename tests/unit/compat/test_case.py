@@ -6,6 +6,7 @@ import os
 import socket
 import unittest
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -458,3 +459,11 @@ def test_set_hvm():
         self.assertEqual(vm.virt_mode, "hvm")
 
     assert run(body).wasSuccessful()
+
+
+def test_the_search_for_open_files_opens_none(tmp_path):
+    """Of a number that was a socket's, and is another file's by now."""
+    with (tmp_path / "file").open("w") as file:
+        before = set(Path("/proc/self/fd").iterdir())
+        assert leaks._peer(str(file.fileno()), "socket:[1]") == ""
+        assert set(Path("/proc/self/fd").iterdir()) == before
