@@ -39,6 +39,8 @@ _LONGEST: Final = 1 << 17
 _TIMEOUT: Final = 10.0
 #: What qrexec-daemon says with its exit status: no agent in time.
 _NO_AGENT: Final = 3
+#: Seconds for the agent, if the core says nothing.
+_STARTUP: Final = 60.0
 _USAGE: Final = 2
 _GONE: Final = 255
 
@@ -143,12 +145,18 @@ class Programs:
     ) -> int:
         _xid, name, *_user = words[words.index("--") + 1 :]
         guest = self._guest(name)
-        waits = "QREXEC_STARTUP_NOWAIT" not in environment
-        if waits:
+        if "QREXEC_STARTUP_NOWAIT" not in environment:
+            # said of guests at the speed of hardware
+            limit = float(environment.get("QREXEC_STARTUP_TIMEOUT", _STARTUP))
+            limit *= self._machine.hypervisor.slowness
             try:
-                await guest.agent()
+                async with asyncio.timeout(limit):
+                    await guest.agent()
             except HarnessError as error:
                 os.write(fds[2], f"{error}\n".encode())
+                return _NO_AGENT
+            except TimeoutError:
+                os.write(fds[2], f"no agent within {limit:g} s\n".encode())
                 return _NO_AGENT
         QREXEC_SOCKETS.mkdir(exist_ok=True)
         there = QREXEC_SOCKETS / f"qrexec.{name}"

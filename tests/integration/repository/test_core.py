@@ -39,6 +39,7 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
         f"{life}::test_003_leaves_something_behind": "PASSED",
         f"{life}::test_004_resumed_without_a_database": "PASSED",
         f"{life}::test_005_leaves_loop_devices_behind": "PASSED",
+        f"{life}::test_006_an_agent_that_is_not_there_in_time": "PASSED",
         f"{unit}::test_000_names_what_is_missing": "PASSED",
         f"{unit}::test_001_paths_are_those_of_qubes_os": "PASSED",
         f"{unit}::test_002_skipped": "SKIPPED",
@@ -62,7 +63,7 @@ def test_words_select_among_the_suites_of_a_core(checkout, site):
     }
     done = site.run("list", "--core", checkout, "core::integ.life")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall("^core::integ.life::TC_00", done.stdout, re.MULTILINE)) == 6
+    assert len(re.findall("^core::integ.life::TC_00", done.stdout, re.MULTILINE)) == 7
 
 
 def test_a_core_that_cannot_make_its_store_ends_the_run(checkout, site):
@@ -94,6 +95,7 @@ def test_a_bad_checkout_is_told_so(checkout, site, file, text, told):
     done = site.run("--core", checkout, "core::unit")
     assert done.returncode not in (0, 1)
     assert re.search(told, done.stderr, re.DOTALL), done.stdout + done.stderr
+    assert f"{checkout} cannot be installed: " in done.stderr
 
 
 def test_a_core_and_an_app_at_once_are_refused(checkout, site):

@@ -50,6 +50,11 @@ def test_a_record_of_the_log_keeps_no_object():
     assert made.exc_text.endswith("ValueError: why")
 
 
+def test_a_log_whose_arguments_do_not_fit_raises_nothing():
+    made = modules._record("n", logging.ERROR, "f", 1, "VM %d", ("work",), None)
+    assert made.getMessage() == "VM %d ('work',)"
+
+
 def test_what_is_missing_is_named():
     with pytest.raises(AttributeError, match=r"no libvirt\.virDomain\.migrate"):
         modules.missing("libvirt.virDomain.migrate", "migrate")

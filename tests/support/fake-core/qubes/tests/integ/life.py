@@ -196,6 +196,19 @@ class TC_00_Life(unittest.TestCase):
                 self.loop.run_until_complete(asyncio.sleep(0.05))
         self.assertIn("no qubesdb-daemon was started for it", logs.output[0])
 
+    def test_006_an_agent_that_is_not_there_in_time(self):
+        self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        self.program("qubesdb_daemon", str(self.domain.ID()), "work")
+        self.domain.resume()
+        words = ("-q", "-u", str(UUID), "--", str(self.domain.ID()), "work", "user")
+        done = subprocess.run(
+            [qubes.config.system_path["qrexec_daemon_path"], *words],
+            env={**os.environ, "QREXEC_STARTUP_TIMEOUT": "0"},
+            capture_output=True,
+            check=False,
+        )
+        self.assertEqual((done.returncode, done.stderr), (3, b"no agent within 0 s\n"))
+
     def test_005_leaves_loop_devices_behind(self):
         for place in ("/tmp", "/var/tmp"):  # noqa: S108
             name = f"{place}/test-loop-of-a-core"
