@@ -72,7 +72,7 @@ def _listed() -> list[dict[str, object]]:
     return devices
 
 
-#: Those that other programs have left, as the suite of Qubes' own core does.
+#: Those that other programs have left.
 _OF_OTHERS = _listed()
 
 
