@@ -25,6 +25,34 @@ if TYPE_CHECKING:
 __all__ = ["EventLoop", "register_event_loop"]
 
 
+class _Timer(libvirtaio.Callback):  # type: ignore[misc]
+    """A timer without a task: that of libvirtaio looks like one that a test has left.
+
+    And whoever cancels such a task stops the timer for good.
+    """
+
+    timeout = -1
+    _next: asyncio.TimerHandle | None = None
+
+    def update(self, timeout: int) -> None:
+        """Go off every `timeout` milliseconds from now on; not at all if negative."""
+        self.timeout = timeout
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
+        if timeout >= 0:
+            self._next = self.impl.loop.call_later(timeout / 1000, self._go_off)
+
+    def _go_off(self) -> None:
+        # first, as what libvirt does then may be to update or to close this
+        self.update(self.timeout)
+        self.cb(self.iden, self.opaque)
+
+    def close(self) -> None:
+        self.update(-1)
+        super().close()
+
+
 class EventLoop(libvirtaio.virEventAsyncIOImpl):  # type: ignore[misc]
     """libvirtaio's implementation, carried over to the loop's own thread."""
 
@@ -43,8 +71,7 @@ class EventLoop(libvirtaio.virEventAsyncIOImpl):  # type: ignore[misc]
         """Go on on another loop, with all that is still registered."""
         self.loop = loop
         for callback in list(self._entries.values()):
-            if isinstance(callback, libvirtaio.TimeoutCallback):
-                callback._task = None  # noqa: SLF001 - it died with its loop
+            if isinstance(callback, _Timer):
                 callback.update(callback.timeout)
         for descriptor in list(self.descriptors.values()):
             descriptor.update()
@@ -98,7 +125,7 @@ class EventLoop(libvirtaio.virEventAsyncIOImpl):  # type: ignore[misc]
         return 0
 
     def _add_timeout(self, timeout: int, cb: Any, opaque: Any) -> int:
-        callback = libvirtaio.TimeoutCallback(self, cb, opaque)
+        callback = _Timer(self, cb, opaque)
         self._enter(callback)
         self._submit(callback.update, timeout)
         return int(callback.iden)
