@@ -34,6 +34,8 @@ _CHUNK: Final = 65_536
 #: Seconds that output may take to come which a program has written before it ended;
 #: what it left running may hold its output for ever.
 _REST: Final = 2.0
+#: Seconds until a service that takes nothing is asked whether it still reads.
+_RETRY: Final = 1.0
 #: Of a program's stderr so many bytes are logged.
 _LOGGED: Final = 4096
 
@@ -191,15 +193,34 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 async def _pass_input(
     call: ServiceCall, service: socket.socket, first: bytes = b""
 ) -> None:
-    loop = asyncio.get_running_loop()
     try:
-        await loop.sock_sendall(service, first)
+        await _send(service, first)
         while data := await call.stdin.read(_CHUNK):
-            await loop.sock_sendall(service, data)
+            await _send(service, data)
         # Half of it: the service reads the end of its input, and may still answer.
         service.shutdown(socket.SHUT_WR)
     except (GuestGoneError, OSError):
         call.stdin.stop()
+
+
+async def _send(service: socket.socket, data: bytes) -> None:
+    loop, rest = asyncio.get_running_loop(), memoryview(data)
+    while rest:
+        try:
+            rest = rest[service.send(rest) :]
+        except BlockingIOError:
+            has_room = asyncio.Event()
+            loop.add_writer(service, has_room.set)
+            try:
+                # Not as `sock_sendall`, for ever: of a peer that shuts its reading half
+                # while it has unread data, poll(2) reports nothing, and send(2) alone
+                # has the EPIPE (unix_poll() of Linux).
+                async with asyncio.timeout(_RETRY):
+                    await has_room.wait()
+            except TimeoutError:
+                continue
+            finally:
+                loop.remove_writer(service)
 
 
 async def _pass_output(call: ServiceCall, service: socket.socket) -> None:

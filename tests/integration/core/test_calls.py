@@ -1,12 +1,15 @@
 """Calls between VMs: policy decides, streams connect, the exit status comes back."""
 
 import asyncio
+import fcntl
 import hashlib
 import logging
 import random
 import resource
 import socket
 import subprocess
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -318,7 +321,9 @@ def test_program_of_dom0_is_called_by_the_core(app, dom0, work, run):
     assert events == [False, True, False]
 
 
-def test_socket_of_dom0_that_reads_nothing_is_heard(dom0, work, run):
+@pytest.mark.parametrize("full", [False, True])
+def test_socket_of_dom0_that_reads_nothing_is_heard(dom0, work, run, full):
+    """Also when so much is unread that no more fits: poll(2) says nothing then."""
     script = "cat /dev/zero; echo stopped >&$SAVED_FD_1; cat >&$SAVED_FD_1"
     command = f"qrexec-client-vm @adminvm test.Socket /bin/sh -c '{script}'"
     with socket.socket(socket.AF_UNIX) as listener:
@@ -327,10 +332,22 @@ def test_socket_of_dom0_that_reads_nothing_is_heard(dom0, work, run):
         listener.listen()
         process = run(work.run(command, stdout=-1))
         with listener.accept()[0] as service:
+            if full:
+                wait_until(lambda: comes_no_more(service), "end of what fits")
             service.shutdown(socket.SHUT_RD)
             assert run(process.stdout.readline()) == b"stopped\n"
             service.sendall(b"heard")
         assert run(process.stdout.read()) == b"heard"
+
+
+def comes_no_more(service):
+    """Whether something has come, and for a moment nothing more."""
+    counts = []
+    for _ in range(2):
+        # for the other side to go on in; too short a moment makes the test weaker
+        time.sleep(0.3)
+        counts.append(fcntl.ioctl(service, termios.FIONREAD, b"1234"))
+    return counts[0] == counts[1] != bytes(4)
 
 
 def test_what_cannot_serve_in_dom0_is_refused(dom0, work, run):
