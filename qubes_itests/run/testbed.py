@@ -175,17 +175,20 @@ class Testbed:
         return tuple(self._apps)
 
     def __enter__(self) -> Self:
-        self.hypervisor = self.portal.run(self.parts.open_hypervisor())
-        self.hypervisor.memory_limit = self.parts.host_memory
-        # Callbacks are called in reverse: the connection is closed last, as the events
-        # of the VMs' ends come over it.
-        self._exit.callback(lambda: self.portal.run(self.hypervisor.close()))
-        self._exit.callback(self.hypervisor.subscribe(self._note_panic))
-        if self.parts.warm:
-            ahead = self._start_ahead() if self.parts.clones_ahead else None
-            self.warm_starts = WarmStarts(self.parts.cache, self.hypervisor, ahead)
-        _current.append(self)
-        self._exit.callback(_current.remove, self)
+        # What a step has made goes when a later one fails.
+        with self._exit:
+            self.hypervisor = self.portal.run(self.parts.open_hypervisor())
+            self.hypervisor.memory_limit = self.parts.host_memory
+            # Callbacks are called in reverse: the connection is closed last, as the
+            # events of the VMs' ends come over it.
+            self._exit.callback(lambda: self.portal.run(self.hypervisor.close()))
+            self._exit.callback(self.hypervisor.subscribe(self._note_panic))
+            if self.parts.warm:
+                ahead = self._start_ahead() if self.parts.clones_ahead else None
+                self.warm_starts = WarmStarts(self.parts.cache, self.hypervisor, ahead)
+            _current.append(self)
+            self._exit.callback(_current.remove, self)
+            self._exit = self._exit.pop_all()
         return self
 
     def _start_ahead(self) -> ClonesAhead:
