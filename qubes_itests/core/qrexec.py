@@ -6,10 +6,10 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
-from qubes_itests.core import dom0_services
 from qubes_itests.core.exc import QubesException
 from qubes_itests.core.policy import evaluate
 from qubes_itests.exc import HarnessError
+from qubes_itests.guest.link import dom0_services
 from qubes_itests.guest.link.frames import NOT_FOUND
 from qubes_itests.guest.link.relay import relay
 from qubes_itests.limited_log import LimitedLog

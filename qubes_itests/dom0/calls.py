@@ -11,9 +11,12 @@ import concurrent.futures
 import importlib
 import logging
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from qubes_itests.exc import DeadlineError, HarnessError
+from qubes_itests.guest.link import dom0_services
+from qubes_itests.guest.link.frames import NOT_FOUND
 from qubes_itests.guest.link.relay import relay
 from qubes_itests.limited_log import LimitedLog
 
@@ -30,9 +33,16 @@ __all__ = ["answer"]
 _limited = LimitedLog(logging.getLogger("qubes_itests.dom0"))
 
 _DISPOSABLE: Final = "@dispvm:"
-#: Services of dom0 that qubesd answers, and where.
+#: Services of dom0 that qubesd answers, and where. For those in the first line dom0 has
+#: programs, which say nothing but a status; the others are links to the socket.
 _MISC: Final = ("qubes.FeaturesRequest", "qubes.NotifyTools", "qubes.NotifyUpdates")
 _MISC_SOCKET: Final = "/run/qubesd.misc.sock"
+_ADMIN: Final = "admin."
+_ADMIN_SOCKET: Final = Path("/run/qubesd.sock")
+#: How an answer of qubesd begins that is no error.
+_DONE: Final = b"0\0"
+#: Of another, so many bytes are shown.
+_SHOWN: Final = 500
 _CHUNK: Final = 65_536
 #: Seconds for qubesd to answer; it may have to start a VM for that.
 _TIMEOUT: Final = 300.0
@@ -69,7 +79,7 @@ async def _carry_out(machine: Machine, call: ServiceCall) -> None:
             await _ask(made, "Kill", quiet=True)
         return
     if target == "dom0":
-        await _serve_in_dom0(call)
+        await _serve_in_dom0(machine, call)
         return
     guest = machine.find(target)
     if fields["autostart"] == "True" and (guest is None or not guest.is_active):
@@ -129,11 +139,35 @@ async def _ask(vm: str, method: str, *, quiet: bool = False) -> str:
     return str(made, "ascii")
 
 
-async def _serve_in_dom0(call: ServiceCall) -> None:
-    """Have qubesd answer, as its services in /etc/qubes-rpc are links to its socket."""
-    if call.service.partition("+")[0] not in _MISC:
-        raise HarnessError("dom0 has no such service here")
-    reader, writer = await asyncio.open_unix_connection(_MISC_SOCKET)
+async def _serve_in_dom0(machine: Machine, call: ServiceCall) -> None:
+    name = call.service.partition("+")[0]
+    if name in _MISC:
+        # these act on what the caller has in its database
+        guest = machine.find(call.vm)
+        if guest is not None and guest.shared is not None:
+            await guest.shared.take_over()
+        await call.finish(await _notify(call))
+        return
+    if name.startswith(_ADMIN):
+        status: int | None = await dom0_services.serve_by_socket(call, _ADMIN_SOCKET)
+    else:
+        status = await dom0_services.serve(call)
+    if status is None:
+        _limited.warning(call.vm, "%s called %s, which dom0 lacks here", call.vm, name)
+        status = NOT_FOUND
+    await call.finish(status)
+
+
+async def _notify(call: ServiceCall) -> int:
+    """Tell qubesd, and return the status, as the programs of dom0 do that are for it.
+
+    What it answers is not for the caller.
+    """
+    try:
+        reader, writer = await asyncio.open_unix_connection(_MISC_SOCKET)
+    except OSError as error:
+        raise HarnessError(f"no qubesd has {_MISC_SOCKET}: {error}") from None
+    answer = b""
     try:
         async with asyncio.timeout(_TIMEOUT):
             # one after the other: it answers when it has all, and takes so much
@@ -143,13 +177,17 @@ async def _serve_in_dom0(call: ServiceCall) -> None:
                 await writer.drain()
             writer.write_eof()
             while data := await reader.read(_CHUNK):
-                call.stdout.write(data)
-                await call.stdout.drain()
+                answer = answer or data
     except TimeoutError:
         raise DeadlineError(f"end of {call.service}", _TIMEOUT) from None
     finally:
         writer.close()
-    await call.finish(0)
+    if answer.startswith(_DONE):
+        return 0
+    _limited.warning(
+        call.vm, "%s of %s: qubesd said %r", call.service, call.vm, answer[:_SHOWN]
+    )
+    return 1
 
 
 async def _serve(

@@ -21,6 +21,7 @@ import uuid
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.dom0.calls import answer
+from qubes_itests.dom0.shared_database import SharedDatabase
 from qubes_itests.dom0.stores import QubesDB, XenStore
 from qubes_itests.dom0.xen_xml import DomainConfig, read_disk, with_disks
 from qubes_itests.exc import DeadlineError, HarnessError
@@ -182,6 +183,8 @@ class Guest:
         #: XML of the disks that were attached in its present run, by their names.
         self._attached: dict[str, str] = {}
         self.domain: Domain | None = None
+        #: Its database, while its guest runs.
+        self.shared: SharedDatabase | None = None
         self._machine = machine
         self._life: asyncio.Task[None] | None = None
         self._agent: asyncio.Future[GuestAgent] | None = None
@@ -309,10 +312,15 @@ class Guest:
         machine = self._machine
         agent = None
         try:
+            database = machine.databases.get(self.name)
+            if database is None:
+                reason = "no qubesdb-daemon was started for it"
+                raise HypervisorError(self.name, "start", reason)
+            identity = self._identity(database.texts())
             self.domain, agent = await boot(
                 machine.hypervisor,
                 self._spec(),
-                self._identity(),
+                identity,
                 timeout=_START * machine.hypervisor.slowness,
                 warm=machine.warm,
                 on_call=functools.partial(answer, machine),
@@ -320,9 +328,7 @@ class Guest:
             )
             if agent is None:
                 raise HypervisorError(self.name, "start", "it has no kernel of ours")
-            machine.databases[self.name].pass_on = functools.partial(
-                _pass_on, agent, asyncio.get_running_loop()
-            )
+            self.shared = SharedDatabase(database, agent, identity.db)
             started.set_result(agent)
             await self.domain.wait_stopped()
         except (HarnessError, OSError, ValueError) as error:
@@ -345,6 +351,7 @@ class Guest:
     def _ended(self) -> None:
         xid = self.xid
         self.domain, self._life, self._agent = None, None, None
+        self.shared = None
         self.state, self.xid = State.SHUTOFF, -1
         self._attached.clear()
         self.undo.close()
@@ -379,14 +386,9 @@ class Guest:
             balanced=config.max_memory > config.memory,
         )
 
-    def _identity(self) -> Identity:
+    def _identity(self, entries: Mapping[str, str]) -> Identity:
         disks = {disk.name: disk for disk in self.config.disks}
         template = self._template()
-        database = self._machine.databases.get(self.name)
-        if database is None:
-            reason = "no qubesdb-daemon was started for it"
-            raise HypervisorError(self.name, "start", reason)
-        entries = database.texts()
         root = disks.get(_ROOT)
         return Identity(
             name=self.name,
@@ -413,19 +415,3 @@ def _format_if_blank(path: Path) -> None:
         size = file.seek(0, os.SEEK_END)
     if blank and path.is_file():
         make_ext4(path, size)
-
-
-def _pass_on(
-    agent: GuestAgent, loop: asyncio.AbstractEventLoop, path: str, value: str | None
-) -> None:
-    """Have a guest's qubesdb follow that of dom0: from any thread, without waiting."""
-
-    async def change() -> None:
-        # a guest that is ending hears of it no more
-        with contextlib.suppress(HarnessError):
-            if value is None:
-                await agent.remove_db(path)
-            else:
-                await agent.write_db(path, value)
-
-    asyncio.run_coroutine_threadsafe(change(), loop)

@@ -78,6 +78,7 @@ def dom0_directories(storage: Path, checkout: Path) -> Iterator[None]:
     # in the way of the next run.
     mounts = {VAR_LIB_QUBES: storage / "qubes", Path("/var/tmp"): storage / "tmp"}  # noqa: S108
     with contextlib.ExitStack() as undo:
+        _have_bash(undo)
         for place, source in mounts.items():
             source.mkdir()
             source.chmod(0o1777 if place.name == "tmp" else 0o755)
@@ -86,6 +87,18 @@ def dom0_directories(storage: Path, checkout: Path) -> Iterator[None]:
             # first, or the filesystem of the run could not be unmounted
             undo.callback(detach_loop_devices, place)
         yield
+
+
+def _have_bash(undo: contextlib.ExitStack) -> None:
+    """Have sh be bash, as in dom0: tests expect that `sh -c COMMAND` becomes COMMAND.
+
+    With another shell its outputs stay open for as long as that waits for the command.
+    """
+    bash, shell = shutil.which("bash"), Path("/bin/sh").resolve()
+    if bash is None or shell.samefile(bash):
+        return
+    run(["mount", "--bind", bash, shell], timeout=30)
+    undo.callback(run, ["umount", "--lazy", shell], timeout=30)
 
 
 def _have_group() -> None:

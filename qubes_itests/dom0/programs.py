@@ -88,15 +88,17 @@ class Programs:
             call.add_done_callback(self._calls.discard)
 
     async def _answer(self, connection: socket.socket) -> None:
+        #: What is in here is closed at the end; what is not needed so long, before.
+        fds: list[int] = []
         with connection, contextlib.ExitStack() as streams:
+            streams.callback(_close, fds)
             connection.settimeout(_TIMEOUT)
             try:
                 # recvmsg is one that asyncio has not
-                data, fds, _, _ = await asyncio.to_thread(
+                data, received, _, _ = await asyncio.to_thread(
                     socket.recv_fds, connection, _LONGEST, 3
                 )
-                for descriptor in fds:
-                    streams.callback(os.close, descriptor)
+                fds += received
                 words, environment = json.loads(data)
             except (OSError, ValueError) as error:
                 log.warning(
@@ -165,7 +167,7 @@ class Programs:
         return 0
 
     async def _qrexec_client(
-        self, words: Sequence[str], _environment: Mapping[str, str], fds: Sequence[int]
+        self, words: Sequence[str], _environment: Mapping[str, str], fds: list[int]
     ) -> int:
         target, command = "", ""
         rest = iter(words)
@@ -193,6 +195,9 @@ class Programs:
         process.read_from(fds[0])
         process.pass_on(Channel.STDOUT, fds[1])
         process.pass_on(Channel.STDERR, fds[2])
+        # They have descriptors of their own. Who reads an output that the command has
+        # closed waits for as long as somebody has it open.
+        _close(fds)
         try:
             status = await process.wait()
         except HarnessError:
@@ -215,6 +220,11 @@ class Programs:
         if guest is None or not guest.is_active:
             raise ValueError(f"there is no domain {name!r}")
         return guest
+
+
+def _close(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
 
 
 _PROGRAMS: Final = {

@@ -152,9 +152,26 @@ class QubesDB:
                 self._entries.pop(name, None)
             self._changed(name, None)
 
-    def _changed(self, path: str, value: bytes | None) -> None:
+    def take_over(self, path: str, before: bytes | None, value: bytes | None) -> None:
+        """Have what a guest has written, or removed if it is None.
+
+        :param before: what was there; what dom0 has written since then stays.
+        """
+        with self._lock:
+            if self._entries.get(path) != before:
+                return
+            if value is None:
+                del self._entries[path]
+            else:
+                self._entries[path] = value
+        self._note(path)
+
+    def _note(self, path: str) -> None:
         for watch in tuple(self.watches):
             watch.note(path)
+
+    def _changed(self, path: str, value: bytes | None) -> None:
+        self._note(path)
         if self.pass_on is not None:
             self.pass_on(path, None if value is None else value.decode())
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from qubes_itests.core import dom0_services
 from qubes_itests.core.exc import QubesVMError, QubesVMNotHaltedError
 from qubes_itests.core.labels import Label, find_label
 from qubes_itests.core.properties import Property, stateless_property
 from qubes_itests.core.vm.base import BaseVM
 from qubes_itests.core.vm.database import OwnQubesDB
 from qubes_itests.core.vm.settings import keyboard_layout
+from qubes_itests.guest.link import dom0_services
 
 if TYPE_CHECKING:
     import asyncio

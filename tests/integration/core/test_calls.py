@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conditions import wait_until
 
-from qubes_itests.core import dom0_services
+from qubes_itests.guest.link import dom0_services
 
 CHUNK = 1024**2
 

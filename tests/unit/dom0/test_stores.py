@@ -2,6 +2,11 @@
 
 import select
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qubes_itests.dom0.shared_database import read_entries
 from qubes_itests.dom0.stores import QubesDB, Watch, XenStore
 
 
@@ -48,3 +53,33 @@ def test_what_dom0_writes_is_passed_on_to_the_guest():
     database.disconnect()
     database.write("/late", b"1")
     assert len(passed) == 2
+
+
+@pytest.mark.parametrize("value", [b"guest", None])
+def test_what_a_guest_has_changed_is_taken_over_unless_dom0_has_written_since(value):
+    database, watch, passed = QubesDB(), Watch(), []
+    database.write("/one", b"1")
+    database.write("/two", b"2")
+    database.watches.append(watch)
+    watch.paths.add("/")
+    database.pass_on = lambda path, value: passed.append((path, value))
+    for path in ("/one", "/two"):
+        database.take_over(path, b"1", value)
+    assert (database.read("/one"), database.read("/two")) == (value, b"2")
+    assert watch.take() == "/one"
+    assert not readable(watch)
+    # it is the guest that it comes from
+    assert passed == []
+    watch.close()
+
+
+LINES = st.text(st.characters(codec="ascii"), max_size=9)
+
+
+@given(st.dictionaries(st.from_regex("/[a-z./!=-]{0,9}", fullmatch=True), LINES))
+def test_entries_of_a_guest_are_read_as_they_are_printed(entries):
+    # a value may look like other entries, which it can be taken for
+    has = {p: v.encode() for p, v in entries.items() if "\n/" not in v}
+    said = b"".join(b"%s = %s\n" % (p.encode(), v) for p, v in has.items())
+    assert read_entries(said) == has
+    assert read_entries(b"said\n" + said) == has

@@ -1,5 +1,6 @@
 """A unit suite."""
 
+import subprocess
 import unittest
 
 import libvirt
@@ -22,6 +23,10 @@ class TC_00_Platform(unittest.TestCase):
     def test_001_paths_are_those_of_qubes_os(self):
         path = qubes.config.system_path["qrexec_client_path"]
         self.assertEqual(path, "/usr/bin/qrexec-client")
+
+    def test_003_sh_becomes_the_command(self):
+        shown = subprocess.check_output(["sh", "-c", "readlink /proc/$$/exe"])
+        self.assertTrue(shown.endswith(b"/readlink\n"), shown)
 
     @unittest.skip("as it is")
     def test_002_skipped(self):

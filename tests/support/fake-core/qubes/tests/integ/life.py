@@ -34,7 +34,11 @@ EVENTS = {2: "started", 3: "suspended", 4: "resumed", 5: "stopped"}
 
 
 class Qubesd(threading.Thread):
-    """Answers one call with what it got."""
+    """Answers one call."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
 
     def __enter__(self):
         self.server = socket.socket(socket.AF_UNIX)
@@ -53,7 +57,7 @@ class Qubesd(threading.Thread):
         connection, _ = self.server.accept()
         with connection:
             self.got = b"".join(iter(lambda: connection.recv(65536), b""))
-            connection.sendall(self.got)
+            connection.sendall(self.answer)
 
 
 class TC_00_Life(unittest.TestCase):
@@ -141,18 +145,16 @@ class TC_00_Life(unittest.TestCase):
         )
         self.assertEqual(said, b"on\nqrexec-client-vm: Request refused\n126\n")
         # more than one read of a stream gives, both ways
-        with Qubesd() as qubesd:
-            said = self.program(
-                "qrexec_client",
-                *("-d", "work"),
-                "root:head -c 200000 /dev/zero "
-                "| qrexec-client-vm dom0 qubes.NotifyUpdates | wc -c",
-            )
+        notify = "qrexec-client-vm dom0 qubes.NotifyUpdates 2>&1; echo $?"
+        with Qubesd(b"0\0said") as qubesd:
+            said = self.in_guest(f"head -c 200000 /dev/zero | {notify}")
         header = b"qubes.NotifyUpdates work name dom0\0"
-        self.assertEqual(qubesd.got, header + bytes(200000))
-        self.assertEqual(int(said), len(qubesd.got))
-        database.write("/later", "value")
-        self.assertEqual(database.list("/l"), ["/later"])
+        self.assertEqual((qubesd.got, said), (header + bytes(200000), b"0\n"))
+        with Qubesd(b"2\0PermissionDenied\0"):
+            self.assertEqual(self.in_guest(notify), b"1\n")
+        self.shared(database, notify)
+        self.services_of_dom0()
+        self.loop.run_until_complete(self.closed_output())
         info = xen.lowlevel.xc.xc().domain_getinfo(self.domain.ID(), 1)
         self.assertEqual(info[0]["mem_kb"], 200 << 10)
         started = xen.lowlevel.xs.xs().read("", f"/vm/{UUID}/start_time")
@@ -171,6 +173,57 @@ class TC_00_Life(unittest.TestCase):
             database.read_watch()
         with self.assertRaises(qubesdb.Error):
             qubesdb.QubesDB("work")
+
+    def in_guest(self, command):
+        return self.program("qrexec_client", "-d", "work", f"root:{command}")
+
+    def shared(self, database, notify):
+        """See what the guest writes in dom0, and the other way round."""
+        database.write("/later", "value")
+        database.write("/gone", "value")
+        database.write("/lines", "a\nb")
+        self.assertEqual(database.list("/l"), ["/later", "/lines"])
+        database.watch("/features-request/")
+        change = "qubesdb-write /features-request/a 1 /later other && qubesdb-rm /gone"
+        with Qubesd(b"0\0"):
+            self.in_guest(f"{change} && {notify}")
+        self.assertEqual(database.read("/features-request/a"), b"1")
+        self.assertEqual(database.read("/later"), b"other")
+        self.assertEqual(database.read("/lines"), b"a\nb")
+        self.assertIsNone(database.read("/gone"))
+        self.assertEqual(database.read_watch(), "/features-request/a")
+        database.unwatch("/features-request/")
+        database.rm("/features-request/")
+        with Qubesd(b"0\0"):
+            self.in_guest(notify)
+        self.assertEqual(database.list("/features-request/"), [])
+
+    def services_of_dom0(self):
+        script = "echo $QREXEC_REMOTE_DOMAIN $1; cat; exit 3"
+        path = "/etc/qubes-rpc/test.Dom0"
+        with open(path, "w") as file:
+            file.write(f"#!/bin/sh\n{script}\n")
+        os.chmod(path, 0o755)  # noqa: S103
+        call = "echo in | qrexec-client-vm dom0"
+        said = self.in_guest(f"{call} test.Dom0+a; echo $?; {call} test.None; echo $?")
+        os.unlink(path)
+        self.assertEqual(said, b"work a\nin\n3\n127\n")
+        with self.assertLogs("qubes_itests.dom0") as logs:
+            self.in_guest("qrexec-client-vm dom0 admin.vm.List || true")
+        self.assertIn("/run/qubesd.sock", logs.output[0])
+
+    async def closed_output(self):
+        """Read to the end of an output that is closed before the command ends."""
+        process = await asyncio.create_subprocess_exec(
+            qubes.config.system_path["qrexec_client_path"],
+            *("-d", "work", "root:echo said; exec >&-; cat"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.assertEqual(await process.stdout.read(), b"said\n")
+        self.assertIsNone(process.returncode)
+        process.stdin.close()
+        await process.wait()
 
     def test_003_leaves_something_behind(self):
         name = "/var/tmp/test-left-by-a-core"  # noqa: S108

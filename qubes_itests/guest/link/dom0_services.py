@@ -24,7 +24,7 @@ from qubes_itests.untrusted_text import safe_text
 if TYPE_CHECKING:
     from qubes_itests.guest.link.calls import ServiceCall
 
-__all__ = ["PLACE", "serve", "start"]
+__all__ = ["PLACE", "serve", "serve_by_socket", "start"]
 
 _limited = LimitedLog(logging.getLogger("qubes.qrexec"))
 
@@ -52,7 +52,7 @@ async def serve(call: ServiceCall) -> int | None:
     if path is None:
         return None
     if path.is_socket():
-        return await _serve_by_socket(call, path, full_name)
+        return await serve_by_socket(call, path)
     return await _serve_by_program(call, path, full_name)
 
 
@@ -123,11 +123,22 @@ def _target(call: ServiceCall) -> tuple[str, str]:
     return ("keyword" if is_keyword else "name", call.target.removeprefix("@"))
 
 
-async def _serve_by_socket(call: ServiceCall, path: Path, full_name: str) -> int:
-    words = (full_name, call.vm, *_target(call))
+async def serve_by_socket(call: ServiceCall, path: Path) -> int:
+    """Serve a call by who listens on a socket.
+
+    :param call: allowed by policy.
+    :param path: of the socket.
+    :return: the exit status, 0.
+    :raise OSError: nobody listens on it.
+    """
+    words = (_full_name(call.service), call.vm, *_target(call))
     with socket.socket(socket.AF_UNIX) as ours:
         ours.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(ours, str(path))
+        try:
+            await asyncio.get_running_loop().sock_connect(ours, str(path))
+        except OSError as error:
+            error.filename = str(path)
+            raise
         async with asyncio.TaskGroup() as group:
             group.create_task(_pass_input(call, ours, " ".join(words).encode() + b"\0"))
             group.create_task(_pass_output(call, ours))
