@@ -14,13 +14,14 @@ from qubes_itests.discovery.extensions import PluginExtensions
 from qubes_itests.discovery.inspection import has_tests
 from qubes_itests.discovery.result import Plugin, Problem, TestClass
 from qubes_itests.discovery.selection import TEMPLATES
+from qubes_itests.dom0.opening import start_net_vm
 from qubes_itests.dom0.programs import PROGRAMS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["core_suites"]
+__all__ = ["core_imports", "core_suites"]
 
 _GROUP: Final = "core"
 _PACKAGE: Final = "qubes.tests"
@@ -47,7 +48,7 @@ _NOT_HERE: Final = {
 
 
 class _Programs(PluginExtensions):
-    """Has the core find the programs of dom0 while an integration suite runs.
+    """Has the core find the programs of dom0, and a net VM, while tests with VMs run.
 
     Unit tests expect the paths that they have in Qubes OS.
     """
@@ -62,6 +63,7 @@ class _Programs(PluginExtensions):
         for name in ("qrexec_daemon", "qrexec_client", "qubesdb_daemon"):
             program = PROGRAMS / name.replace("_", "-")
             config.system_path[f"{name}_path"] = os.fspath(program)
+        start_net_vm()
 
     def leave(self) -> None:
         config: Any = importlib.import_module("qubes.config")
@@ -69,13 +71,12 @@ class _Programs(PluginExtensions):
 
 
 def core_suites(
-    source: Path, checkout: Path, templates: Sequence[str], words: Sequence[str] = ()
+    source: Path, programs: PluginExtensions, words: Sequence[str] = ()
 ) -> list[Plugin]:
-    """Load suites; the modules of the core and of its platform can be imported.
+    """Load suites, within `core_imports`.
 
     :param source: the copy that is imported.
-    :param checkout: what that is a copy of, for git.
-    :param templates: for classes that are made for each template.
+    :param programs: of dom0, for integration suites.
     :param words: ids of tests or how ids begin; suites that none can mean are not
         loaded. None for all.
     :return: one for each suite, with the name that ids of its tests begin with.
@@ -87,13 +88,11 @@ def core_suites(
         if path.name != "__init__.py"
     )
     ids = {f"{_GROUP}::{name}": name for name in names if name not in _OTHERS}
-    programs = _Programs()
-    with _environment(source, checkout, templates):
-        return [
-            _suite(begin, name, programs if name.startswith(_INTEGRATION) else None)
-            for begin, name in ids.items()
-            if not words or any(_may_mean(word, begin) for word in words)
-        ]
+    return [
+        _suite(begin, name, programs if name.startswith(_INTEGRATION) else None)
+        for begin, name in ids.items()
+        if not words or any(_may_mean(word, begin) for word in words)
+    ]
 
 
 def _may_mean(word: str, begin: str) -> bool:
@@ -101,10 +100,18 @@ def _may_mean(word: str, begin: str) -> bool:
 
 
 @contextlib.contextmanager
-def _environment(
+def core_imports(
     source: Path, checkout: Path, templates: Sequence[str]
-) -> Iterator[None]:
-    """Set what suites look up while they are imported."""
+) -> Iterator[PluginExtensions]:
+    """Set what suites of a core look up while they are imported.
+
+    The modules of the core and of its platform can be imported.
+
+    :param source: the copy of the core that is imported.
+    :param checkout: what that is a copy of, for git.
+    :param templates: for classes that are made for each template.
+    :return: has the core find the programs of dom0 while tests with VMs run.
+    """
     variables = {TEMPLATES: " ".join(templates)}
     if (checkout / ".git").exists():
         # they find their files by the working tree that they are in
@@ -113,7 +120,7 @@ def _environment(
             "GIT_WORK_TREE": os.fspath(source),
         }
     with mock.patch.dict(os.environ, variables):
-        yield
+        yield _Programs()
 
 
 def _suite(begin: str, name: str, extensions: PluginExtensions | None) -> Plugin:

@@ -52,12 +52,11 @@ def discover(selection: Selection) -> list[Plugin]:
 
 
 def _entry_points() -> list[importlib.metadata.EntryPoint]:
-    entries = importlib.metadata.entry_points()
     # a distribution may be found twice, in-tree and installed: one of each is enough
     unique = {
         (entry.name, group, entry.value): entry
         for group in (GROUP, GROUP_FOR_TEMPLATE)
-        for entry in reversed(tuple(entries.select(group=group)))
+        for entry in reversed(tuple(importlib.metadata.entry_points(group=group)))
     }
     return [unique[key] for key in sorted(unique)]
 

@@ -24,18 +24,20 @@ from qubes_itests.untrusted_text import quoted
 from qubes_storage.ficlone import clone_or_copy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Coroutine, Iterator, Mapping
 
     from qubes_itests.guest.image.template import Template
     from qubes_itests.guest.start.warm import WarmStarts
     from qubes_itests.hypervisor.contract import Hypervisor
     from qubes_itests.portal import Portal
 
-__all__ = ["open_dom0"]
+__all__ = ["open_dom0", "start_net_vm"]
 
 _ANSWER: Final = b"OK\n"
-#: Seconds for the core to make its store.
-_STORE: Final = 180.0
+_STORE: Final = VAR_LIB_QUBES / "qubes.xml"
+_NET_VM: Final = "sys-net"
+#: Seconds for the core to make its store, or to start its net VM.
+_TIMEOUT: Final = 180.0
 #: Of one that does not, so many are shown.
 _FRAMES: Final = 6
 
@@ -46,6 +48,7 @@ def open_dom0(
     hypervisor: Hypervisor,
     templates: Mapping[str, Template],
     checkout: Path,
+    policy: Mapping[str, Path],
     *,
     directory: Path,
     storage: Path,
@@ -55,6 +58,7 @@ def open_dom0(
 
     :param templates: by name; the first becomes the default one.
     :param checkout: of core-admin, whose modules can be imported.
+    :param policy: more files of policy, as for `dom0_directories`.
     :param directory: an existing one, of the run, with a short path.
     :param storage: an empty one, on a filesystem with reflinks: what is in
         /var/lib/qubes.
@@ -64,7 +68,7 @@ def open_dom0(
     # with the policy of this boot, which core-qrexec looks for
     (QREXEC_SOCKETS / "policy.d").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(dom0_directories(storage, checkout))
+        stack.enter_context(dom0_directories(storage, checkout, policy))
         stack.enter_context(mock.patch.dict(os.environ, programs.variables()))
         portal.run(programs.__aenter__())
         stack.callback(lambda: portal.run(programs.__aexit__()))
@@ -116,7 +120,7 @@ def _make_store(templates: Mapping[str, Template]) -> None:
     async def fill() -> None:
         first = next(iter(templates))
         app = core.Qubes.create_empty_store(
-            os.fspath(VAR_LIB_QUBES / "qubes.xml"),
+            os.fspath(_STORE),
             default_kernel=first,
         )
         await app.setup_pools()
@@ -133,10 +137,8 @@ def _make_store(templates: Mapping[str, Template]) -> None:
             # to give up nine tenths of 4000 MiB first
             vm.maxmem = 0
         app.default_template = first
-        # The tests take for granted that there is one; the first that starts a VM
-        # starts it, and it stays.
         net = app.add_new_vm(
-            "AppVM", name="sys-net", label="red", template=first, provides_network=True
+            "AppVM", name=_NET_VM, label="red", template=first, provides_network=True
         )
         await net.create_on_disk()
         net.netvm = None
@@ -144,32 +146,56 @@ def _make_store(templates: Mapping[str, Template]) -> None:
         app.save()
         app.close()
 
-    _in_time(lambda: asyncio.run(fill()))
+    _in_time("make its store", fill)
 
 
-def _in_time(make: Callable[[], None]) -> None:
-    """Call code of the core that no deadline of a test is for."""
+def start_net_vm() -> None:
+    """Have a net VM run, as tests with VMs take for granted; it stays. Blocking.
+
+    :raise HarnessError: the core cannot start it.
+    """
+    running = modules.machine().find(_NET_VM)
+    if running is not None and running.is_active:
+        return
+    core: Any = importlib.import_module("qubes")
+
+    async def start() -> None:
+        app = core.Qubes(os.fspath(_STORE))
+        try:
+            await app.domains[_NET_VM].start(start_guid=False)
+        finally:
+            app.close()
+
+    _in_time(f"start {_NET_VM}", start)
+
+
+def _in_time(what: str, doing: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run code of the core that no deadline of a test is for.
+
+    :param what: a phrase that follows "the core cannot".
+    """
     outcome: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def run() -> None:
         try:
-            make()
+            asyncio.run(doing())
         except BaseException:  # noqa: BLE001 - it may raise what it likes
             said = quoted(traceback.format_exc())
-            reason = f"the core cannot make its store:\n{said}"
+            reason = f"the core cannot {what}:\n{said}"
             outcome.set_exception(HarnessError(reason))
         else:
             outcome.set_result(None)
 
     known = set(sys._current_frames())  # noqa: SLF001 - there is no other way
     # one that hangs does not keep the process from ending
-    threading.Thread(target=run, name="store", daemon=True).start()
-    if not concurrent.futures.wait([outcome], _STORE).done:
+    threading.Thread(target=run, name="core", daemon=True).start()
+    if not concurrent.futures.wait([outcome], _TIMEOUT).done:
         # its own, and those that it has started
         frames = sys._current_frames().items()  # noqa: SLF001
         stacks = [traceback.format_stack(f) for n, f in frames if n not in known]
         where = "".join(line for stack in stacks for line in stack[-_FRAMES:])
-        raise DeadlineError("store made by the core", _STORE, where)
+        asked = f"answer of the core, asked to {what},"
+        raise DeadlineError(asked, _TIMEOUT, where)
     outcome.result()
 
 

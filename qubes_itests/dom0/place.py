@@ -14,13 +14,19 @@ from qubes_itests.host.command import run
 from qubes_itests.host.loop import detach_loop_devices
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["VAR_LIB_QUBES", "dom0_directories"]
 
 VAR_LIB_QUBES: Final = Path("/var/lib/qubes")
 _ETC_QUBES: Final = Path("/etc/qubes")
-_POLICY: Final = "90-default.policy"
+_POLICY: Final = "policy.d/90-default.policy"
+#: Where files of policy are, by the first part of their names.
+_POLICIES: Final = {
+    "policy.d": _ETC_QUBES / "policy.d",
+    # the older format, which the default policy includes
+    "policy": Path("/etc/qubes-rpc/policy"),
+}
 _GROUP: Final = "qubes"
 
 #: Has a directory, $1, on a filesystem of this namespace alone. What the machine has in
@@ -42,13 +48,17 @@ rmdir "$new"
 
 
 @contextlib.contextmanager
-def dom0_directories(storage: Path, checkout: Path) -> Iterator[None]:
+def dom0_directories(
+    storage: Path, checkout: Path, policy: Mapping[str, Path]
+) -> Iterator[None]:
     """Have /etc and /var/lib as a core expects them, in this sandbox. Blocking.
 
     Only /var/lib/qubes and /var/tmp are undone: the others end with the sandbox.
 
     :param storage: an empty directory for what is in those two.
     :param checkout: of core-admin, with templates of libvirt's XML, and policy.
+    :param policy: more files of policy, by ``policy.d/NAME`` or, in the format of
+        Qubes OS 4.0, ``policy/SERVICE``; one may replace that of the checkout.
     :raise NoSandboxError: outside a sandbox.
     """
     sandbox.require()
@@ -59,15 +69,18 @@ def dom0_directories(storage: Path, checkout: Path) -> Iterator[None]:
         if own.is_symlink():
             own.unlink()  # the machine is a Qubes VM
         own.mkdir(exist_ok=True)
-    (_ETC_QUBES / "policy.d").mkdir(exist_ok=True)
     shown = _ETC_QUBES / "templates"
     shown.unlink(missing_ok=True)
     shown.symlink_to(checkout / "templates")
-    policy = checkout / "qubes-rpc-policy" / _POLICY
-    if policy.is_file():
-        shutil.copyfile(policy, _ETC_QUBES / "policy.d" / _POLICY)
-    # where the older policy is, which that one includes
-    Path("/etc/qubes-rpc/policy").mkdir(parents=True, exist_ok=True)
+    for place in _POLICIES.values():
+        place.mkdir(parents=True, exist_ok=True)
+    default = checkout / "qubes-rpc-policy" / Path(_POLICY).name
+    for name, file in {_POLICY: default, **policy}.items():
+        kind, _, below = name.partition("/")
+        target = _POLICIES[kind] / below
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_file():
+            shutil.copyfile(file, target)
     zone = Path("/etc/localtime")
     if "zoneinfo" not in os.fspath(zone.resolve()):
         # a core takes the name of the time zone from where the link leads

@@ -15,6 +15,7 @@ from qubes_itests.run.result import Prepared
 if TYPE_CHECKING:
     import asyncio
     import contextlib
+    from collections.abc import Mapping
 
     import pluggy
 
@@ -92,19 +93,21 @@ class RunContext:
         from qubes_itests.run.app_templates import policy_of
         from qubes_itests.run.testbed import open_testbed
 
+        policy = policy_of(self.settings)
         opened = open_testbed(
             *(self.portal, self.cache, self.directory, self.settings, self.plugins),
-            policy=policy_of(self.settings),
+            policy=policy,
         )
         with modules.uncovered():
             testbed = self._exit.enter_context(opened)
         if core := Prepared.told().core:
-            self._exit.enter_context(self._dom0(testbed, Path(core)))
+            files = {name: path for file in policy for name, path in file.parts()}
+            self._exit.enter_context(self._dom0(testbed, Path(core), files))
         self._testbed = testbed
         return testbed
 
     def _dom0(
-        self, testbed: Testbed, core: Path
+        self, testbed: Testbed, core: Path, policy: Mapping[str, Path]
     ) -> contextlib.AbstractContextManager[object]:
         """Return what a core under test needs around it."""
         from qubes_itests.dom0.opening import open_dom0
@@ -117,6 +120,7 @@ class RunContext:
             *(testbed.portal, testbed.hypervisor),
             {name: testbed.template(name) for name in testbed.run_templates},
             core,
+            policy,
             directory=directory,
             storage=storage,
             warm=testbed.warm_starts,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qubes_itests import import_alias
 from qubes_itests.discovery import GROUP, Plugin, Selection, discover
-from qubes_itests.discovery.core_suites import core_suites
+from qubes_itests.discovery.core_suites import core_imports, core_suites
 from qubes_itests.discovery.result import Problem
 from qubes_itests.discovery.selection import TEMPLATES
 from qubes_itests.discovery.sources import name_authors_files
@@ -46,11 +46,36 @@ def named_plugins(
     told = Prepared.told()
     name_authors_files(told.copies)
     if told.core:
-        return [(suite.name, suite) for suite in _core_suites(told, templates, words)]
+        return _on_core(told, templates, words)
     import_alias.install()
-    # The settings know that variable already; what they say is final.
-    environment = {k: v for k, v in os.environ.items() if k != TEMPLATES}
-    plugins = _chosen(Selection.from_environment(environment, templates))
+    return _named(_chosen(told, templates))
+
+
+def _on_core(
+    told: Prepared, templates: Sequence[str], words: Sequence[str]
+) -> list[tuple[str, Plugin]]:
+    """Load the plugins of apps, and suites of the core itself.
+
+    Beside apps only such suites as words mean.
+    """
+    # a real `qubes` is found now, and what it imports has to be there before it is
+    modules.install()
+    source = Path(told.core)
+    found: list[tuple[str, Plugin]] = []
+    with core_imports(source, Path(told.copies[told.core]), templates) as programs:
+        if told.entries is not None:
+            found = [
+                # the core itself loads the extensions that apps bring
+                (name, dataclasses.replace(plugin, extensions=programs))
+                for name, plugin in _named(_chosen(told, templates))
+            ]
+        if words or told.entries is None:
+            suites = core_suites(source, programs, words)
+            found += [(suite.name, suite) for suite in suites]
+    return found
+
+
+def _named(plugins: Sequence[Plugin]) -> list[tuple[str, Plugin]]:
     count = Counter(node_name(plugin.name) for plugin in plugins)
     taken: Counter[str] = Counter()
     result = []
@@ -64,18 +89,11 @@ def named_plugins(
     return result
 
 
-def _core_suites(
-    told: Prepared, templates: Sequence[str], words: Sequence[str]
-) -> list[Plugin]:
-    # a real `qubes` is found now, and what it imports has to be there before it is
-    modules.install()
-    source = Path(told.core)
-    return core_suites(source, Path(told.copies[told.core]), templates, words)
-
-
-def _chosen(selection: Selection) -> list[Plugin]:
-    """Return the plugins of a selection; of apps theirs, if there are apps."""
-    prepared = Prepared.told()
+def _chosen(prepared: Prepared, templates: Sequence[str]) -> list[Plugin]:
+    """Return the plugins that the environment selects; of apps, if there are apps."""
+    # The settings know that variable already; what they say is final.
+    environment = {k: v for k, v in os.environ.items() if k != TEMPLATES}
+    selection = Selection.from_environment(environment, templates)
     if prepared.entries is None:
         return discover(selection)
     if selection.include is None:

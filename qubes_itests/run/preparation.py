@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.host.cache import Cache
     from qubes_itests.repository import Environment
+    from qubes_itests.repository.core import Core
     from qubes_itests.run.app_templates import Wishes
     from qubes_itests.run.settings import Settings
 
@@ -36,7 +37,6 @@ __all__ = [
     "build_templates",
     "prepare",
     "prepare_apps",
-    "prepare_core",
     "prepare_listing",
     "told_again",
 ]
@@ -73,27 +73,25 @@ def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
     :raise ImageError: such a template does not build.
     """
     words = tuple(word for pair in told_again(settings) for word in pair)
-    if settings.core is not None:
-        # first what takes seconds: it may be that nothing comes of it
-        prepared = prepare_core(settings)
-        build_templates(settings, names or settings.templates)
-        dataclasses.replace(prepared, words=words).tell()
-        return
-    if not (settings.app or settings.template_spec):
-        build_templates(settings, names or settings.templates)
-        if words:
-            Prepared(words=words).tell()
-        return
-    from qubes_itests.run.app_templates import wishes_of
+    # first what takes seconds: it may be that nothing comes of it
+    core = _install_core(settings)
+    prepared = Prepared()
+    if settings.app or settings.template_spec:
+        from qubes_itests.run.app_templates import wishes_of
 
-    wishes = wishes_of(settings)
-    run_on = wishes.run_on(settings.templates)
-    if not settings.template:
-        os.environ["QUBES_ITESTS_TEMPLATE"] = " ".join(run_on)
-    names = names or settings.template or run_on
-    problems = build_templates(settings, names, derived=set(wishes.derived))
-    prepared = prepare_apps(settings, wishes)
-    dataclasses.replace(prepared, templates=problems, words=words).tell()
+        wishes = wishes_of(settings)
+        run_on = wishes.run_on(settings.templates)
+        if not settings.template:
+            os.environ["QUBES_ITESTS_TEMPLATE"] = " ".join(run_on)
+        names = names or settings.template or run_on
+        problems = build_templates(settings, names, derived=set(wishes.derived))
+        prepared = prepare_apps(settings, wishes)
+        prepared = dataclasses.replace(prepared, templates=problems)
+    else:
+        build_templates(settings, names or settings.templates)
+    prepared = dataclasses.replace(_with_core(prepared, core), words=words)
+    if prepared != Prepared():
+        prepared.tell()
 
 
 def told_again(settings: Settings, prefix: str = "--") -> Iterable[tuple[str, ...]]:
@@ -114,14 +112,15 @@ def told_again(settings: Settings, prefix: str = "--") -> Iterable[tuple[str, ..
 
 
 def prepare_listing(settings: Settings) -> Settings:
-    """Install the tests of apps; return the settings with which they are to be seen."""
+    """Install a core and the tests of apps.
+
+    :return: the settings with which they are to be seen.
+    """
     from qubes_itests.run.app_templates import wishes_of
 
-    if settings.core is not None:
-        prepare_core(settings)
-        return settings
+    core = _install_core(settings)
     wishes = wishes_of(settings)
-    prepare_apps(settings, wishes)
+    _with_core(prepare_apps(settings, wishes), core).tell()
     template = settings.template or wishes.run_on(settings.templates)
     return dataclasses.replace(settings, template=template)
 
@@ -130,6 +129,7 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
     """Install the tests of the apps, and have this process and its children find them.
 
     :param wishes: what the apps say.
+    :return: what is still to be told.
     """
     if not settings.app:
         return Prepared()
@@ -169,7 +169,7 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
         own = () if settings.template else wishes.templates(environment.app.name)
         for name in environment.entries:
             entries[name] = (*entries.get(name, ()), *(own or settings.templates))
-    prepared = Prepared(
+    return Prepared(
         entries,
         wrong,
         timeouts=timeouts,
@@ -177,20 +177,17 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
         complaints=complaints,
         copies={str(each.packages): str(each.app.absolute()) for each in found},
     )
-    prepared.tell()
-    return prepared
 
 
-def prepare_core(settings: Settings) -> Prepared:
-    """Install the core under test, and have this process and its children find it."""
+def _install_core(settings: Settings) -> Core | None:
+    """Install the core under test, if there is one."""
+    checkout = settings.core
+    if checkout is None:
+        return None
     from qubes_itests.host.cache import Cache
     from qubes_itests.host.sandbox import interruptible
     from qubes_itests.repository.core import install_core
 
-    if settings.app:
-        raise ConfigurationError("--app", "expected either --core or --app, got both")
-    checkout = settings.core
-    assert checkout is not None  # noqa: S101 - who asks has looked
     if not checkout.is_dir():
         raise ConfigurationError("--core", f"there is no directory {checkout}")
     if settings.qrexec is not None and not settings.qrexec.is_dir():
@@ -203,10 +200,16 @@ def prepare_core(settings: Settings) -> Prepared:
         progress.good = True
     finally:
         progress.end()
+    return core
+
+
+def _with_core(prepared: Prepared, core: Core | None) -> Prepared:
+    """Have this process and its children find the core, before what apps bring."""
+    if core is None:
+        return prepared
     _use([core.source, core.packages])
-    prepared = Prepared(core=str(core.source), copies={str(core.source): str(checkout)})
-    prepared.tell()
-    return prepared
+    copies = {**prepared.copies, str(core.source): str(core.checkout)}
+    return dataclasses.replace(prepared, core=str(core.source), copies=copies)
 
 
 def _install(

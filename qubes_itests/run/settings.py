@@ -312,7 +312,8 @@ class Settings:
         "run only the tests of the app in DIR")
     core: Path | None = option(  # noqa: RUF009 - it makes a field
         None, _directory, "DIR", "run list",
-        "run only the suites of the checkout of core-admin in DIR, on the core there")
+        "run the suites of the checkout of core-admin in DIR, or the tests of --app, on"
+        " the core there")
     qrexec: Path | None = option(  # noqa: RUF009 - it makes a field
         None, _directory, "DIR", "run list",
         "with --core take the policy from the checkout of core-qrexec in DIR"

@@ -99,7 +99,24 @@ def test_a_bad_checkout_is_told_so(checkout, site, file, text, told):
     assert f"{checkout} cannot be installed: " in done.stderr
 
 
-def test_a_core_and_an_app_at_once_are_refused(checkout, site):
-    done = site.run("--core", checkout, "--app", checkout)
-    assert done.returncode == 4
-    assert "expected either --core or --app, got both" in done.stderr
+@pytest.fixture
+def app(tmp_path):
+    """Return a small app, with a template and a policy of its own."""
+    return shutil.copytree(FAKE.with_name("fake-app"), tmp_path / "my-app")
+
+
+def test_an_app_is_tested_on_a_core_in_place_of_ours(checkout, app, site):
+    """Suites of the core itself run where a word means them."""
+    given = ("--core", checkout, "--app", app)
+    done = site.run(*given, "my-app", "core::unit")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.findall(r"^([A-Z]{6,7}) +(my-app\S+)", done.stdout, re.MULTILINE)
+    assert sorted(found) == [
+        ("PASSED", "my-app::TC_00_Guest_mine::test_000_service"),
+        ("PASSED", "my-app@once::TC_10_Dom0::test_000_base"),
+        ("PASSED", "my-app@once::TC_10_Dom0::test_001_policy"),
+    ]
+    assert "core::unit::TC_00_Platform::test_002_skipped" in outcomes(done)
+    done = site.run("list", *given)
+    listed = re.findall("^[a-z].*", done.stdout, re.MULTILINE)
+    assert sorted(listed) == sorted(name for _, name in found)

@@ -1,7 +1,57 @@
-"""The little of a core that is asked for when its store is made."""
+"""The little of a core that is asked for: its store, and VMs that start."""
 
+import asyncio
 import os
 import pathlib
+import subprocess
+import uuid
+
+import libvirt
+import qubesdb
+
+from qubes import config
+
+XML = """
+<domain type="xen">
+  <name>{name}</name><uuid>{uuid}</uuid>
+  <memory unit="MiB">200</memory><currentMemory unit="MiB">200</currentMemory>
+  <vcpu placement="static">2</vcpu>
+  <os><type>xenpvh</type><kernel>/var/lib/qubes/vm-kernels/{kernel}/vmlinuz</kernel></os>
+  <devices>
+    <disk type="block" device="disk"><source dev="{root}"/><target dev="xvda"/></disk>
+    <disk type="block" device="disk"><source dev="{private}"/><target dev="xvdb"/></disk>
+    <console type="pty"><target type="xen" port="0"/></console>
+  </devices>
+</domain>
+"""
+
+
+async def run_program(name, *words):
+    """Return exit status, stdout and stderr of a program of dom0."""
+    process = await asyncio.create_subprocess_exec(
+        *(config.system_path.get(f"{name}_path", name), *words),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    stdout, stderr = await process.communicate(b"in\n")
+    return process.returncode, stdout, stderr
+
+
+async def start(domain):
+    """Start a domain with the calls of core-admin in their order."""
+    domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+    assert domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED
+    name, number = domain.name(), str(domain.ID())
+    assert (await run_program("qubesdb_daemon", number, name))[0] == 0
+    database = qubesdb.QubesDB(name)
+    database.write("/name", name)
+    database.write("/default-user", "user")
+    domain.resume()
+    words = ("-q", "-u", domain.UUIDString(), "--", number, name, "user")
+    done = await run_program("qrexec_daemon", *words)
+    assert done[0] == 0, done
+    return database
 
 
 class Storage:
@@ -23,21 +73,40 @@ class Storage:
 class VM:
     """A VM: properties, and a folder for images."""
 
-    def __init__(self, app, **properties):
+    def __init__(self, app, klass, **properties):
         vars(self).update(properties)
+        self.klass = klass
         self.features = {}
-        self.storage = Storage(app.path.parent / "vm-templates" / self.name)
+        folder = "appvms" if klass == "AppVM" else "vm-templates"
+        self.storage = Storage(app.path.parent / folder / self.name)
 
     async def create_on_disk(self):
         self.storage.directory.mkdir()
+        if self.klass == "AppVM":
+            templates = self.storage.directory.parent.with_name("vm-templates")
+            source = templates / self.template / "root.img"
+            target = self.storage.directory / "root.img"
+            await run_program("cp", "--reflink=always", source, target)
+            await self.storage.import_data("private", 64 << 20)
+
+    async def start(self, *, start_guid=True):
+        images = self.storage.directory
+        root, private = images / "root.img", images / "private.img"
+        values = {"root": root, "private": private, "kernel": self.template}
+        xml = XML.format(name=self.name, uuid=uuid.uuid4(), **values)
+        await start(libvirt.open().defineXML(xml))
 
 
 class Qubes:
-    """A store: names of VMs, one a line."""
+    """A store: names of VMs and of their templates, a VM a line."""
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
-        self.domains = []
+        self.domains = {}
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                klass, name, template = line.split()
+                self.add_new_vm(klass, name=name, template=template)
 
     @classmethod
     def create_empty_store(cls, path, **properties):
@@ -48,12 +117,14 @@ class Qubes:
     async def setup_pools(self):
         pass
 
-    def add_new_vm(self, cls, **properties):
-        self.domains.append(VM(self, klass=cls, **properties))
-        return self.domains[-1]
+    def add_new_vm(self, cls, *, name, template="-", **properties):
+        vm = VM(self, cls, name=name, template=template, **properties)
+        self.domains[name] = vm
+        return vm
 
     def save(self):
-        self.path.write_text("".join(f"{vm.name}\n" for vm in self.domains))
+        lines = (f"{vm.klass} {vm.name} {vm.template}" for vm in self.domains.values())
+        self.path.write_text("\n".join(lines))
 
     def close(self):
         self.domains.clear()

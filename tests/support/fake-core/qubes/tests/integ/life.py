@@ -11,25 +11,14 @@ import uuid
 
 import libvirt
 import libvirtaio
-import qubes.config
 import qubesdb
 import xen.lowlevel.xc
 import xen.lowlevel.xs
 
+import qubes
+import qubes.config
+
 UUID = uuid.UUID("2f6b1e2a-9d4e-4a58-8a55-0c6c6d6d7a01")
-XML = f"""
-<domain type="xen">
-  <name>work</name><uuid>{UUID}</uuid>
-  <memory unit="MiB">200</memory><currentMemory unit="MiB">200</currentMemory>
-  <vcpu placement="static">2</vcpu>
-  <os><type>xenpvh</type><kernel>/var/lib/qubes/vm-kernels/tiny/vmlinuz</kernel></os>
-  <devices>
-    <disk type="block" device="disk"><source dev="%(root)s"/><target dev="xvda"/></disk>
-    <disk type="block" device="disk"><source dev="%(private)s"/><target dev="xvdb"/></disk>
-    <console type="pty"><target type="xen" port="0"/></console>
-  </devices>
-</domain>
-"""
 EVENTS = {2: "started", 3: "suspended", 4: "resumed", 5: "stopped"}
 
 
@@ -76,7 +65,8 @@ class TC_00_Life(unittest.TestCase):
         self.connection.domainEventRegisterAny(
             None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self.note, None
         )
-        xml = XML % {"root": self.root, "private": private}
+        values = {"root": self.root, "private": private, "kernel": "tiny"}
+        xml = qubes.XML.format(name="work", uuid=UUID, **values)
         self.domain = self.connection.defineXML(xml)
 
     def tearDown(self):
@@ -96,43 +86,12 @@ class TC_00_Life(unittest.TestCase):
         self.events.append((domain.name(), EVENTS[event]))
 
     def program(self, name, *words):
-        path = qubes.config.system_path.get(f"{name}_path", name)
-        done = self.loop.run_until_complete(self.run_program(path, *words))
+        done = self.loop.run_until_complete(qubes.run_program(name, *words))
         self.assertEqual(done[0], 0, done)
         return done[1]
 
-    async def run_program(self, *words):
-        process = await asyncio.create_subprocess_exec(
-            *words,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        stdout, stderr = await process.communicate(b"in\n")
-        return process.returncode, stdout, stderr
-
-    def start(self):
-        self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
-        self.assertEqual(self.domain.state()[0], libvirt.VIR_DOMAIN_PAUSED)
-        self.program("qubesdb_daemon", str(self.domain.ID()), "work")
-        database = qubesdb.QubesDB("work")
-        database.write("/name", "work")
-        database.write("/default-user", "user")
-        self.domain.resume()
-        self.program(
-            "qrexec_daemon",
-            "-q",
-            "-u",
-            str(UUID),
-            "--",
-            str(self.domain.ID()),
-            "work",
-            "user",
-        )
-        return database
-
     def test_000_life(self):
-        database = self.start()
+        database = self.loop.run_until_complete(qubes.start(self.domain))
         self.assertTrue(os.path.exists("/var/run/qubes/qrexec.work"))
         said = self.program("qrexec_client", "-d", "work", "root:cat; hostname; mount")
         self.assertRegex(said, rb"(?s)\Ain\nwork\n.*/dev/xvdb on /rw type ext4")
