@@ -92,7 +92,7 @@ class Machine:
 
     :param portal: the thread of the run's event loop.
     :param hypervisor: that runs the guests.
-    :param directory: of the run, for consoles and logs.
+    :param directory: of the run, for consoles and logs of all VMs.
     :param templates: by name: their kernels are known by the folder that they are in.
     :param warm: saved states to start from; None boots.
     """
@@ -324,7 +324,7 @@ class Guest:
                 timeout=_START * machine.hypervisor.slowness,
                 warm=machine.warm,
                 on_call=functools.partial(answer, machine),
-                log=machine.directory / f"{self.name}-agent.log",
+                log=self._directory / "agent.log",
             )
             if agent is None:
                 raise HypervisorError(self.name, "start", "it has no kernel of ours")
@@ -361,6 +361,11 @@ class Guest:
             database.disconnect()
         self._machine.tell(self, Event.STOPPED)
 
+    @property
+    def _directory(self) -> Path:
+        """Where the logs of its present run are: as those of VMs of our own core."""
+        return self._machine.directory / f"core-{self.xid}" / "vms" / self.name
+
     def _template(self) -> Template | None:
         kernel = self.config.kernel
         if kernel is None:
@@ -369,12 +374,11 @@ class Guest:
 
     def _spec(self) -> DomainSpec:
         machine, config, template = self._machine, self.config, self._template()
-        directory = machine.directory / f"{self.xid}"
-        directory.mkdir()
+        self._directory.mkdir(parents=True)
         return DomainSpec(
             name=config.name,
             uuid=config.uuid,
-            directory=directory,
+            directory=self._directory,
             memory=config.memory,
             max_memory=config.max_memory,
             # an emulated guest with two waits for one that does not get to run

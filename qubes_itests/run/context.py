@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import pluggy
 
+    from qubes_itests.dom0.machine import Machine
     from qubes_itests.portal import Portal
     from qubes_itests.run.settings import Settings
     from qubes_itests.run.testbed import Testbed
@@ -102,17 +103,18 @@ class RunContext:
             testbed = self._exit.enter_context(opened)
         if core := Prepared.told().core:
             files = {name: path for file in policy for name, path in file.parts()}
-            self._exit.enter_context(self._dom0(testbed, Path(core), files))
+            machine = self._exit.enter_context(self._dom0(testbed, Path(core), files))
+            testbed.is_vm_of_core = lambda name: machine.find(name) is not None
         self._testbed = testbed
         return testbed
 
     def _dom0(
         self, testbed: Testbed, core: Path, policy: Mapping[str, Path]
-    ) -> contextlib.AbstractContextManager[object]:
+    ) -> contextlib.AbstractContextManager[Machine]:
         """Return what a core under test needs around it."""
         from qubes_itests.dom0.opening import open_dom0
 
-        directory = testbed.parts.run_directory / "dom0"
+        directory = testbed.parts.run_directory / "apps"
         storage = testbed.parts.pool_directory / "dom0"
         for place in (directory, storage):
             place.mkdir()

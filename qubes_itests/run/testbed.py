@@ -157,6 +157,8 @@ class Testbed:
         self.hypervisor: Hypervisor
         #: VMs whose kernels have panicked, in order.
         self.panics: list[Panic] = []
+        #: Whether a core under test has a VM of a name.
+        self.is_vm_of_core: Callable[[str], bool] = lambda _name: False
         self.warm_starts: WarmStarts | None = None
 
     @property
@@ -219,6 +221,7 @@ class Testbed:
     def _note_panic(self, domain: Domain, event: LifecycleEvent) -> None:
         name = domain.spec.name
         is_vm = any(name in app.domains for app in self._apps)
+        is_vm = is_vm or self.is_vm_of_core(name)
         # One that is killed at that very moment is stopped, and panicked all the same.
         if event in _ENDS and domain.panicked and is_vm:
             self.panics.append(Panic(name, domain.console_log()))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qubes_itests.exit_codes import ExitCode
+
 FAKE = Path(__file__).parents[2] / "support/fake-core"
 
 
@@ -109,14 +111,20 @@ def test_an_app_is_tested_on_a_core_in_place_of_ours(checkout, app, site):
     """Suites of the core itself run where a word means them."""
     given = ("--core", checkout, "--app", app)
     done = site.run(*given, "my-app", "core::unit")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == ExitCode.GUEST_PANIC, done.stdout + done.stderr
     found = re.findall(r"^([A-Z]{6,7}) +(my-app\S+)", done.stdout, re.MULTILINE)
     assert sorted(found) == [
+        ("FAILED", "my-app::TC_00_Guest_mine::test_001_panic"),
         ("PASSED", "my-app::TC_00_Guest_mine::test_000_service"),
         ("PASSED", "my-app@once::TC_10_Dom0::test_000_base"),
         ("PASSED", "my-app@once::TC_10_Dom0::test_001_policy"),
     ]
     assert "core::unit::TC_00_Platform::test_002_skipped" in outcomes(done)
+    # as of a VM of our own core
+    assert "a guest's kernel panicked: VM test-inst-mad" in done.stdout
+    (left,) = site.work.glob("itests-artifacts/*test_001_panic*")
+    assert "sysrq" in (left / "test-inst-mad.console.log").read_text()
+    assert (left / "test-inst-mad.agent.log").is_file()
     done = site.run("list", *given)
     listed = re.findall("^[a-z].*", done.stdout, re.MULTILINE)
     assert sorted(listed) == sorted(name for _, name in found)

@@ -14,6 +14,11 @@ class TC_00_Guest(ExtraTestCase):
         # tests that ask for a network are skipped where it does not run
         self.assertTrue(libvirt.open().lookupByName("sys-net").isActive())
 
+    def test_001_panic(self):
+        vm = self.start_vm("mad")
+        self.run_in(vm, "echo c > /proc/sysrq-trigger", user="root")
+        self.wait_until_it_ends(vm)
+
 
 class TC_10_Dom0(ExtraTestCase):
     def test_000_base(self):

@@ -20,7 +20,9 @@ class ExtraTestCase(unittest.TestCase):
     def tearDown(self):
         for name in self.app.domains:
             if name.startswith("test-inst-"):
-                libvirt.open().lookupByName(name).destroy()
+                domain = libvirt.open().lookupByName(name)
+                if domain.isActive():
+                    domain.destroy()
         self.loop.close()
 
     def start_vm(self, name):
@@ -31,7 +33,13 @@ class ExtraTestCase(unittest.TestCase):
         self.loop.run_until_complete(vm.start())
         return vm
 
-    def run_in(self, vm, command):
-        words = ("-d", vm.name, f"user:{command}")
+    def wait_until_it_ends(self, vm):
+        domain = libvirt.open().lookupByName(vm.name)
+        deadline = self.loop.time() + 60
+        while domain.isActive() and self.loop.time() < deadline:
+            self.loop.run_until_complete(asyncio.sleep(0.05))
+
+    def run_in(self, vm, command, user="user"):
+        words = ("-d", vm.name, f"{user}:{command}")
         done = qubes.run_program("qrexec_client", *words)
         return self.loop.run_until_complete(done)
