@@ -46,10 +46,19 @@ _NOT_HERE: Final = {
 }
 #: Tests of other suites that cannot, and would not say so themselves.
 _TESTS_NOT_HERE: Final = {
+    "integ.basic": {"test_121_start_uefi": _DISPLAY},
     "integ.vm_qrexec_gui": {
         "test_210_time_sync": "it sets the clock of this machine",
         "test_401_long_window_title_utf8": _DISPLAY,
     },
+}
+
+
+_PROGRAMS: Final = ("qrexec_daemon", "qrexec_client", "qubesdb_daemon")
+#: Constants of the driver `file`.
+_SCRIPTS: Final = {
+    "CREATE_SCRIPT": "create-snapshot",
+    "DESTROY_SCRIPT": "destroy-snapshot",
 }
 
 
@@ -61,19 +70,23 @@ class _Programs(PluginExtensions):
 
     def __init__(self) -> None:
         super().__init__("", ())
-        self._paths: dict[str, str] = {}
+        self._undo = contextlib.ExitStack()
 
     def enter(self) -> None:
         config: Any = importlib.import_module("qubes.config")
-        self._paths = dict(config.system_path)
-        for name in ("qrexec_daemon", "qrexec_client", "qubesdb_daemon"):
-            program = PROGRAMS / name.replace("_", "-")
-            config.system_path[f"{name}_path"] = os.fspath(program)
+        paths = {
+            f"{name}_path": os.fspath(PROGRAMS / name.replace("_", "-"))
+            for name in _PROGRAMS
+        }
+        self._undo.enter_context(mock.patch.dict(config.system_path, paths))
+        driver: Any = importlib.import_module("qubes.storage.file")
+        for name, script in _SCRIPTS.items():
+            path = os.fspath(PROGRAMS / script)
+            self._undo.enter_context(mock.patch.object(driver, name, path))
         start_net_vm()
 
     def leave(self) -> None:
-        config: Any = importlib.import_module("qubes.config")
-        config.system_path.update(self._paths)
+        self._undo.close()
 
 
 def core_suites(

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import os
 import uuid
+import weakref
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from qubes_itests.dom0 import modules
@@ -200,7 +201,9 @@ class virConnect:
 
     def __init__(self) -> None:
         self._open = True
+        self._lost = False
         self._callbacks: dict[int, Callable[[Guest, Event], None]] = {}
+        _connections.add(self)
 
     def __getattr__(self, name: str) -> NoReturn:
         modules.missing(f"libvirt.virConnect.{name}", name)
@@ -209,7 +212,15 @@ class virConnect:
         """Return the machine; not of libvirt."""
         if not self._open:
             raise libvirtError("the connection is closed", VIR_ERR_INVALID_CONN)
+        if self._lost:
+            raise libvirtError("internal error: client socket is closed")
         return modules.machine()
+
+    def lose(self) -> None:
+        """Have no daemon at the other end any more; not of libvirt."""
+        for number in tuple(self._callbacks):
+            self.domainEventDeregisterAny(number)
+        self._lost = True
 
     def _handle(self, guest: Guest | None, what: object) -> virDomain:
         if guest is None:
@@ -222,8 +233,12 @@ class virConnect:
     def getURI(self) -> str:
         return _URI
 
+    def getHostname(self) -> str:
+        self.machine()
+        return "dom0"
+
     def isAlive(self) -> int:
-        return int(self._open)
+        return int(self._open and not self._lost)
 
     def getInfo(self) -> list[str | int]:
         """Return architecture, MiB of memory, CPUs, MHz, nodes and what a node has."""
@@ -303,6 +318,16 @@ class virConnect:
             self.domainEventDeregisterAny(number)
         self._open = False
         return 0
+
+
+#: Those that are open; a core drops some without closing them.
+_connections: weakref.WeakSet[virConnect] = weakref.WeakSet()
+
+
+def restart() -> None:
+    """Have all connections lost, as when the daemon is restarted; not of libvirt."""
+    for connection in tuple(_connections):
+        connection.lose()
 
 
 #: Of the tests, on which events are told.

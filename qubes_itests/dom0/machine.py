@@ -182,6 +182,8 @@ class Guest:
         self.xid = -1
         #: XML of the disks that were attached in its present run, by their names.
         self._attached: dict[str, str] = {}
+        #: Of the images, bytes, as its guest sees them.
+        self._sizes: dict[str, int] = {}
         self.domain: Domain | None = None
         #: Its database, while its guest runs.
         self.shared: SharedDatabase | None = None
@@ -221,6 +223,7 @@ class Guest:
                 raise HypervisorError(self.name, "start", reason)
             if disk.name == _PRIVATE and not disk.read_only:
                 await asyncio.to_thread(_format_if_blank, disk.path)
+            self._sizes[disk.name] = disk.path.stat().st_size
         machine = self._machine
         self.state, self.xid = State.PAUSED, machine.next_xid()
         machine.xenstore.write(f"/local/domain/{self.xid}/name", self.name)
@@ -307,6 +310,20 @@ class Guest:
         if self.domain is not None:
             await self.domain.detach_disk(name)
             self._attached.pop(name, None)
+
+    async def follow_sizes(self) -> None:
+        """Have the guest see images that have grown.
+
+        In dom0 the kernel sees to that, once the core tells it that a file behind a
+        loop device has grown.
+        """
+        agent = await self.agent()
+        for disk in self.config.disks:
+            size = disk.path.stat().st_size
+            if self.domain is not None and size > self._sizes[disk.name]:
+                await self.domain.resize_disk(disk.name, size)
+                await agent.wait_for_disk(disk.name, str(size), timeout=_END)
+                self._sizes[disk.name] = size
 
     async def _live(self, started: asyncio.Future[GuestAgent]) -> None:
         machine = self._machine

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qubes_itests.dom0.snapshots import MAPPER
 from qubes_itests.host import sandbox
 from qubes_itests.host.command import run
 from qubes_itests.host.loop import detach_loop_devices
@@ -16,9 +17,14 @@ from qubes_itests.host.loop import detach_loop_devices
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["VAR_LIB_QUBES", "dom0_directories"]
+__all__ = ["UNITS", "VAR_LIB_QUBES", "WANTED_UNITS", "dom0_directories"]
 
 VAR_LIB_QUBES: Final = Path("/var/lib/qubes")
+_ETC_SYSTEMD: Final = Path("/etc/systemd")
+#: What systemd starts with dom0: links to units.
+WANTED_UNITS: Final = _ETC_SYSTEMD / "system/multi-user.target.wants"
+#: Those that there are.
+UNITS: Final = Path("/usr/lib/systemd/system")
 _ETC_QUBES: Final = Path("/etc/qubes")
 _POLICY: Final = "policy.d/90-default.policy"
 #: Where files of policy are, by the first part of their names.
@@ -62,13 +68,14 @@ def dom0_directories(
     :raise NoSandboxError: outside a sandbox.
     """
     sandbox.require()
-    for place in (Path("/etc"), VAR_LIB_QUBES.parent):
-        if not (place / ".machine").is_dir():
+    for place in (Path("/etc"), VAR_LIB_QUBES.parent, UNITS):
+        if place.is_dir() and not (place / ".machine").is_dir():
             run(["sh", "-ec", _OWN, "sh", place], timeout=30)
-    for own in (_ETC_QUBES, VAR_LIB_QUBES):
+    for own in (_ETC_QUBES, VAR_LIB_QUBES, _ETC_SYSTEMD):
         if own.is_symlink():
-            own.unlink()  # the machine is a Qubes VM
+            own.unlink()  # the machine's
         own.mkdir(exist_ok=True)
+    _have_units(checkout / "linux/systemd")
     shown = _ETC_QUBES / "templates"
     shown.unlink(missing_ok=True)
     shown.symlink_to(checkout / "templates")
@@ -99,6 +106,9 @@ def dom0_directories(
             undo.callback(run, ["umount", "--lazy", place], timeout=30)
             # first, or the filesystem of the run could not be unmounted
             undo.callback(detach_loop_devices, place)
+        MAPPER.mkdir(exist_ok=True)
+        run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", MAPPER], timeout=30)
+        undo.callback(run, ["umount", "--lazy", MAPPER], timeout=30)
         yield
 
 
@@ -112,6 +122,14 @@ def _have_bash(undo: contextlib.ExitStack) -> None:
         return
     run(["mount", "--bind", bash, shell], timeout=30)
     undo.callback(run, ["umount", "--lazy", shell], timeout=30)
+
+
+def _have_units(directory: Path) -> None:
+    """Have the units of a core where systemd has all; not where there is no systemd."""
+    WANTED_UNITS.mkdir(parents=True, exist_ok=True)
+    for unit in directory.glob("*.service") if UNITS.is_dir() else ():
+        (UNITS / unit.name).unlink(missing_ok=True)
+        shutil.copyfile(unit, UNITS / unit.name)
 
 
 def _have_group() -> None:

@@ -1,4 +1,4 @@
-"""The programs of dom0 that a core starts: qubesdb, qrexec, xl.
+"""The programs of dom0 that a core starts: qubesdb, qrexec, xl, systemctl.
 
 Each is `client.py`, which hands its streams over. What it has to do is done here, on
 the event loop, and its exit status is the answer.
@@ -16,6 +16,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qubes_itests.dom0 import libvirt_module
+from qubes_itests.dom0.place import UNITS, WANTED_UNITS
+from qubes_itests.dom0.snapshots import create_snapshot, destroy_snapshot
 from qubes_itests.dom0.stores import QubesDB
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.link.frames import Channel
@@ -41,6 +44,9 @@ _TIMEOUT: Final = 10.0
 _NO_AGENT: Final = 3
 #: Seconds for the agent, if the core says nothing.
 _STARTUP: Final = 60.0
+#: Seconds that no start in Qubes OS keeps to: a core that gives a VM fewer wants it to
+#: fail. Here its guest may go on from a saved state, and be there at once.
+_TOO_SHORT: Final = 5.0
 _USAGE: Final = 2
 _GONE: Final = 255
 
@@ -109,7 +115,7 @@ class Programs:
             try:
                 doing = _PROGRAMS[words[0]](self, words[1:], environment, fds)
                 status = await self._while_connected(connection, doing)
-            except (HarnessError, ValueError) as error:
+            except (HarnessError, OSError, ValueError) as error:
                 os.write(fds[2], f"{words[0]}: {error}\n".encode())
                 status = _USAGE if isinstance(error, ValueError) else 1
             # before it ends: who reads to the end of its streams waits for that
@@ -148,12 +154,16 @@ class Programs:
         _xid, name, *_user = words[words.index("--") + 1 :]
         guest = self._guest(name)
         if "QREXEC_STARTUP_NOWAIT" not in environment:
-            # said of guests at the speed of hardware
             limit = float(environment.get("QREXEC_STARTUP_TIMEOUT", _STARTUP))
-            limit *= self._machine.hypervisor.slowness
+            may_start = limit >= _TOO_SHORT
+            if may_start:
+                # said of guests at the speed of hardware
+                limit *= self._machine.hypervisor.slowness
             try:
                 async with asyncio.timeout(limit):
                     await guest.agent()
+                    if not may_start:
+                        await asyncio.Future()
             except HarnessError as error:
                 os.write(fds[2], f"{error}\n".encode())
                 return _NO_AGENT
@@ -185,10 +195,13 @@ class Programs:
         user, colon, line = command.partition(":")
         if not target or not colon:
             raise ValueError(f"expected -d VM USER:COMMAND, got {words}")
-        agent = await self._guest(target).agent()
+        guest = self._guest(target)
+        agent = await guest.agent()
         name = None if user == "DEFAULT" else user
         if line.startswith("QUBESRPC "):
             _, service, source = line.split(" ", 2)
+            # one of them enlarges a filesystem
+            await guest.follow_sizes()
             process = await agent.spawn_service(service, source=source, user=name)
         else:
             process = await agent.spawn(line.removeprefix("nogui:"), user=name)
@@ -215,6 +228,37 @@ class Programs:
         await self._guest(words[-1]).shutdown()
         return 0
 
+    async def _create_snapshot(
+        self, words: Sequence[str], _environment: Mapping[str, str], _fds: Sequence[int]
+    ) -> int:
+        name, *files = words
+        if len(files) not in (2, 3):
+            raise ValueError(f"expected NAME IMAGE COW [COW], got {words}")
+        await asyncio.to_thread(create_snapshot, name, *map(Path, files))
+        return 0
+
+    async def _destroy_snapshot(
+        self, words: Sequence[str], _environment: Mapping[str, str], _fds: Sequence[int]
+    ) -> int:
+        destroy_snapshot(Path(*words))
+        return 0
+
+    async def _systemctl(
+        self, words: Sequence[str], _environment: Mapping[str, str], _fds: Sequence[int]
+    ) -> int:
+        match words:
+            case ["restart", "virtxend"]:
+                libvirt_module.restart()
+            case ["enable", unit]:
+                link = WANTED_UNITS / unit
+                link.unlink(missing_ok=True)
+                link.symlink_to(UNITS / "qubes-vm@.service")
+            case ["disable", unit]:
+                (WANTED_UNITS / unit).unlink(missing_ok=True)
+            case _:
+                raise ValueError(f"there is no systemd here for {' '.join(words)!r}")
+        return 0
+
     def _guest(self, name: str) -> Guest:
         guest = self._machine.find(name)
         if guest is None or not guest.is_active:
@@ -228,8 +272,11 @@ def _close(fds: list[int]) -> None:
 
 
 _PROGRAMS: Final = {
+    "create-snapshot": Programs._create_snapshot,  # noqa: SLF001
+    "destroy-snapshot": Programs._destroy_snapshot,  # noqa: SLF001
     "qrexec-client": Programs._qrexec_client,  # noqa: SLF001
     "qrexec-daemon": Programs._qrexec_daemon,  # noqa: SLF001
     "qubesdb-daemon": Programs._qubesdb_daemon,  # noqa: SLF001
+    "systemctl": Programs._systemctl,  # noqa: SLF001
     "xl": Programs._xl,  # noqa: SLF001
 }

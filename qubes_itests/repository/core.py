@@ -43,6 +43,9 @@ _DISTRIBUTIONS: Final = {
 _QREXEC: Final = "qrexec"
 #: Where core-qrexec is if nobody says it: beside the checkout, as for its run-tests.
 _QREXEC_NAMES: Final = ("core-qrexec", "qubes-core-qrexec")
+#: The same for the client, if it is there: some tests call its programs.
+_CLIENT_NAMES: Final = ("core-admin-client", "qubes-core-admin-client")
+_CLIENT: Final = "qubesadmin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +84,11 @@ def install_core(
     if qrexec is not None:
         places = [qrexec]
     projects = [place for place in places if place.is_dir()][:1]
+    clients = [checkout.parent / name for name in _CLIENT_NAMES]
+    clients = [place for place in clients if (place / _CLIENT).is_dir()][:1]
     key = digest(
         *(sys.version, sys.prefix, tree_digest(checkout), Path(__file__)),
-        *map(tree_digest, projects),
+        *map(tree_digest, [*projects, *clients]),
     )
 
     def build(place: Path) -> None:
@@ -98,11 +103,15 @@ def install_core(
             )
         for project in projects:
             imported |= _imports(checkout, project / _QREXEC)
+        for client in clients:
+            imported |= _imports(checkout, client / _CLIENT)
         words = [name for module, name in _DISTRIBUTIONS.items() if module in imported]
         requires = Requirements(tuple(words), tuple(projects))
-        # entry points for its own tests are among its metadata if this is set
-        variables = ("QUBES_TEST=1",)
-        make_environment(place, checkout, [Project(checkout)], requires, variables)
+        # entry points for its own tests are among its metadata if the first is set;
+        # the client names packages that only a desktop has a use for
+        variables = ("QUBES_TEST=1", "PIP_NO_DEPS=1")
+        own = [Project(checkout), *map(Project, clients)]
+        make_environment(place, checkout, own, requires, variables)
         # Tests look for files beside their package: templates, schemas, scripts.
         ignored = shutil.ignore_patterns(*IGNORED)
         shutil.copytree(checkout, place / "source", symlinks=True, ignore=ignored)

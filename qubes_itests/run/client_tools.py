@@ -45,16 +45,21 @@ def installed_tools() -> list[str]:
     return sorted(names)
 
 
-def write_tools(directory: Path, admin_socket: Path) -> bool:
+def write_tools(directory: Path, admin_socket: Path | None) -> bool:
     """Write a program for each tool that is installed; tell whether there are any.
 
     :param directory: an existing one.
-    :param admin_socket: of the server that they call.
+    :param admin_socket: of the server that they call; None for that of dom0.
     """
     tools = installed_tools()
     run = [sys.executable, "-m", "qubes_itests", "qvm", "--socket", admin_socket]
     for name in tools:
-        write_program(directory / name, [*run, name])
+        module = OTHER_NAMES.get(name, name).replace("-", "_")
+        main = f"from {PACKAGE}.tools.{module} import main; sys.exit(main())"
+        direct = [sys.executable, "-c", f"import sys; sys.argv[0] = {name!r}; {main}"]
+        write_program(
+            directory / name, [*run, name] if admin_socket is not None else direct
+        )
     return bool(tools)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.host import sandbox
@@ -14,7 +16,6 @@ from qubes_itests.run.result import Prepared
 
 if TYPE_CHECKING:
     import asyncio
-    import contextlib
     from collections.abc import Mapping
 
     import pluggy
@@ -103,22 +104,27 @@ class RunContext:
             testbed = self._exit.enter_context(opened)
         if core := Prepared.told().core:
             files = {name: path for file in policy for name, path in file.parts()}
-            machine = self._exit.enter_context(self._dom0(testbed, Path(core), files))
+            machine = self._enter_dom0(testbed, Path(core), files)
             testbed.is_vm_of_core = lambda name: machine.find(name) is not None
         self._testbed = testbed
         return testbed
 
-    def _dom0(
+    def _enter_dom0(
         self, testbed: Testbed, core: Path, policy: Mapping[str, Path]
-    ) -> contextlib.AbstractContextManager[Machine]:
-        """Return what a core under test needs around it."""
+    ) -> Machine:
+        """Have what a core under test needs around it."""
         from qubes_itests.dom0.opening import open_dom0
+        from qubes_itests.run.client_tools import write_tools
 
         directory = testbed.parts.run_directory / "apps"
+        tools = testbed.parts.run_directory / "tools"
         storage = testbed.parts.pool_directory / "dom0"
-        for place in (directory, storage):
+        for place in (directory, tools, storage):
             place.mkdir()
-        return open_dom0(
+        write_tools(tools, None)
+        path = os.pathsep.join([str(tools), os.environ.get("PATH", os.defpath)])
+        self._exit.enter_context(mock.patch.dict(os.environ, PATH=path))
+        dom0 = open_dom0(
             *(testbed.portal, testbed.hypervisor),
             {name: testbed.template(name) for name in testbed.run_templates},
             core,
@@ -127,6 +133,7 @@ class RunContext:
             storage=storage,
             warm=testbed.warm_starts,
         )
+        return self._exit.enter_context(dom0)
 
     @property
     def opened_testbed(self) -> Testbed | None:

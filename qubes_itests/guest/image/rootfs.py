@@ -95,7 +95,8 @@ _SCRIPTS: Final = {
     # that a filesystem would have its size already, and nothing be done.
     "etc/qubes-rpc/qubes.ResizeDisk": (
         "set -e\n"
-        "read -r volume\n"
+        # core-admin sends no end of line, for which `read` fails
+        'read -r volume || [ -n "$volume" ]\n'
         "case $volume in\n"
         "    root) device=/dev/xvda ;;\n"
         "    private) device=/dev/xvdb ;;\n"

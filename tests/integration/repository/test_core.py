@@ -12,6 +12,16 @@ from qubes_itests.exit_codes import ExitCode
 FAKE = Path(__file__).parents[2] / "support/fake-core"
 
 
+#: A core-admin-client with one tool.
+CLIENT = {
+    "setup.py": "from setuptools import *\n"
+    "setup(name='qubesadmin', packages=find_packages(), install_requires=['xcffib'])\n",
+    "qubesadmin/__init__.py": "",
+    "qubesadmin/tools/__init__.py": "",
+    "qubesadmin/tools/qvm_hello.py": "import sys\ndef main(): print(*sys.argv)\n",
+}
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """Return a checkout of its own, in the shape of core-admin."""
@@ -27,15 +37,24 @@ def outcomes(done):
 
 
 def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
+    for name, text in CLIENT.items():
+        path = checkout.with_name("core-admin-client") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     before = sorted(checkout.rglob("*"))
     done = site.run("--core", checkout, "-rs")
     assert done.returncode == 1, done.stdout + done.stderr
+    basic = "core::integ.basic::TC_00_Basic"
     life = "core::integ.life::TC_00_Life"
     gui = "core::integ.vm_qrexec_gui::TC_20_NonAudio"
     unit = "core::unit::TC_00_Platform"
     assert outcomes(done) == {
         "core::broken::plugin": "FAILED",
         "core::integ.audio::NotHere::test_suite": "SKIPPED",
+        f"{basic}::test_130_units_that_start_with_dom0": "PASSED",
+        f"{basic}::test_141_a_daemon_that_is_restarted": "PASSED",
+        f"{basic}::test_204_devices_of_the_driver_file": "PASSED",
+        f"{basic}::test_205_tools_of_the_client": "PASSED",
         f"{life}::test_000_life": "PASSED",
         f"{life}::test_001_killed_while_it_starts": "PASSED",
         f"{life}::test_002_a_disk_that_is_missing": "PASSED",

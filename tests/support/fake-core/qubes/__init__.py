@@ -26,7 +26,7 @@ XML = """
 """
 
 
-async def run_program(name, *words):
+async def run_program(name, *words, stdin=b"in\n"):
     """Return exit status, stdout and stderr of a program of dom0."""
     process = await asyncio.create_subprocess_exec(
         *(config.system_path.get(f"{name}_path", name), *words),
@@ -34,7 +34,7 @@ async def run_program(name, *words):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    stdout, stderr = await process.communicate(b"in\n")
+    stdout, stderr = await process.communicate(stdin)
     return process.returncode, stdout, stderr
 
 

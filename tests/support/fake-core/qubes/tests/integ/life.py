@@ -85,14 +85,23 @@ class TC_00_Life(unittest.TestCase):
     def note(self, connection, domain, event, detail, opaque):
         self.events.append((domain.name(), EVENTS[event]))
 
-    def program(self, name, *words):
-        done = self.loop.run_until_complete(qubes.run_program(name, *words))
+    def program(self, name, *words, stdin=b"in\n"):
+        done = self.loop.run_until_complete(
+            qubes.run_program(name, *words, stdin=stdin)
+        )
         self.assertEqual(done[0], 0, done)
         return done[1]
 
     def test_000_life(self):
         database = self.loop.run_until_complete(qubes.start(self.domain))
         self.assertTrue(os.path.exists("/var/run/qubes/qrexec.work"))
+        # so little is given to a start that is to fail
+        self.assertEqual(self.wait_for_agent("0.1"), (3, b"no agent within 0.1 s\n"))
+        os.truncate("/var/lib/qubes/private.img", 96 << 20)
+        service = "root:QUBESRPC qubes.ResizeDisk dom0"
+        self.program("qrexec_client", "-d", "work", service, stdin=b"private")
+        size = self.program("qrexec_client", "-d", "work", "root:df -m /rw | tail -n 1")
+        self.assertGreater(int(size.split()[1]), 64)
         said = self.program("qrexec_client", "-d", "work", "root:cat; hostname; mount")
         self.assertRegex(said, rb"(?s)\Ain\nwork\n.*/dev/xvdb on /rw type ext4")
         service = "cd /etc/qubes-rpc; echo tr i o > test.Echo; chmod +x test.Echo"
@@ -208,18 +217,21 @@ class TC_00_Life(unittest.TestCase):
                 self.loop.run_until_complete(asyncio.sleep(0.05))
         self.assertIn("no qubesdb-daemon was started for it", logs.output[0])
 
+    def wait_for_agent(self, limit):
+        words = ("-q", "-u", str(UUID), "--", str(self.domain.ID()), "work", "user")
+        done = subprocess.run(
+            [qubes.config.system_path["qrexec_daemon_path"], *words],
+            env={**os.environ, "QREXEC_STARTUP_TIMEOUT": limit},
+            capture_output=True,
+            check=False,
+        )
+        return done.returncode, done.stderr
+
     def test_006_an_agent_that_is_not_there_in_time(self):
         self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
         self.program("qubesdb_daemon", str(self.domain.ID()), "work")
         self.domain.resume()
-        words = ("-q", "-u", str(UUID), "--", str(self.domain.ID()), "work", "user")
-        done = subprocess.run(
-            [qubes.config.system_path["qrexec_daemon_path"], *words],
-            env={**os.environ, "QREXEC_STARTUP_TIMEOUT": "0"},
-            capture_output=True,
-            check=False,
-        )
-        self.assertEqual((done.returncode, done.stderr), (3, b"no agent within 0 s\n"))
+        self.assertEqual(self.wait_for_agent("0"), (3, b"no agent within 0 s\n"))
 
     def test_005_leaves_loop_devices_behind(self):
         for place in ("/tmp", "/var/tmp"):  # noqa: S108

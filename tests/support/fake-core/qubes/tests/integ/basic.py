@@ -1,0 +1,71 @@
+"""dom0 around a core: its daemon of libvirt, its systemd, its programs."""
+
+import os
+import subprocess
+import unittest
+
+import libvirt
+from qubes.storage import file
+
+DOM0 = bytes(16)
+UNIT = "qubes-vm@work.service"
+
+
+class TC_00_Basic(unittest.TestCase):
+    def test_141_a_daemon_that_is_restarted(self):
+        events = []
+        first, closed = libvirt.open(), libvirt.open()
+        closed.close()
+        kind = libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE
+        number = first.domainEventRegisterAny(None, kind, events.append, None)
+        domain = first.lookupByUUID(DOM0)
+        subprocess.run(["systemctl", "restart", "virtxend"], check=True)
+        self.assertEqual((first.isAlive(), domain.connect().isAlive()), (0, 0))
+        for call in (first.getHostname, domain.isActive):
+            with self.assertRaises(libvirt.libvirtError) as caught:
+                call()
+            self.assertEqual(
+                caught.exception.get_error_code(), libvirt.VIR_ERR_INTERNAL_ERROR
+            )
+        first.domainEventDeregisterAny(number)
+        first.close()
+        second = libvirt.open()
+        self.assertEqual(second.getHostname(), "dom0")
+        self.assertTrue(second.lookupByUUID(domain.UUID()).isActive())
+        second.close()
+
+    def test_130_units_that_start_with_dom0(self):
+        link = f"/etc/systemd/system/multi-user.target.wants/{UNIT}"
+        subprocess.run(["sudo", "systemctl", "enable", UNIT], check=True)
+        # what it leads to is the checkout's
+        with open(link) as unit:
+            self.assertIn("a unit of the core", unit.read())
+        subprocess.run(["sudo", "systemctl", "disable", UNIT], check=True)
+        self.assertFalse(os.path.lexists(link))
+        done = subprocess.run(
+            ["systemctl", "stop", "sshd"], capture_output=True, text=True, check=False
+        )
+        self.assertEqual(done.returncode, 2)
+        self.assertEqual(
+            done.stderr, "systemctl: there is no systemd here for 'stop sshd'\n"
+        )
+
+    def test_204_devices_of_the_driver_file(self):
+        image, changes = "/var/tmp/a.img", "/var/tmp/a-cow.img"  # noqa: S108
+        for name in (image, changes):
+            with open(name, "wb") as new:
+                new.truncate(1 << 20)
+        subprocess.run([file.CREATE_SCRIPT, "origin-a", image, changes], check=True)
+        device = "/dev/mapper/origin-a"
+        self.assertEqual(os.path.getsize(device), 1 << 20)
+        subprocess.run([file.DESTROY_SCRIPT, device], check=True)
+        self.assertFalse(os.path.lexists(device))
+        done = subprocess.run(
+            [file.DESTROY_SCRIPT, device], capture_output=True, check=False
+        )
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(b"No such file or directory", done.stderr)
+
+    def test_205_tools_of_the_client(self):
+        done = subprocess.run(["qvm-hello", "work"], capture_output=True, check=True)
+        self.assertEqual(done.stdout, b"qvm-hello work\n")
