@@ -16,6 +16,8 @@ from qubes_itests.discovery.result import Plugin, Problem, TestClass
 from qubes_itests.discovery.selection import TEMPLATES
 from qubes_itests.dom0.opening import start_net_vm
 from qubes_itests.dom0.programs import PROGRAMS
+from qubes_itests.exc import HarnessError
+from qubes_itests.untrusted_text import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -130,6 +132,7 @@ def core_imports(
     :param checkout: what that is a copy of, for git.
     :param templates: for classes that are made for each template.
     :return: has the core find the programs of dom0 while tests with VMs run.
+    :raise HarnessError: the core itself cannot be imported; says why.
     """
     variables = {TEMPLATES: " ".join(templates)}
     if (checkout / ".git").exists():
@@ -139,6 +142,12 @@ def core_imports(
             "GIT_WORK_TREE": os.fspath(source),
         }
     with mock.patch.dict(os.environ, variables):
+        try:
+            importlib.import_module(_PACKAGE)
+        except (Exception, SystemExit):  # noqa: BLE001 - it may raise what it likes
+            # The first is the one to show: what is tried after it finds half a package.
+            said = quoted(traceback.format_exc())
+            raise HarnessError(f"the core cannot be imported:\n{said}") from None
         yield _Programs()
 
 

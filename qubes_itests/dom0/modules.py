@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import sys
@@ -54,6 +55,12 @@ def install() -> None:
     for name, module in _MODULES.items():
         _place(name, importlib.import_module(f"{_PLACE}.{module}"))
     importlib.metadata.entry_points = _entry_points  # type: ignore[assignment]
+    if importlib.util.find_spec("pkg_resources"):
+        # by which older cores look them up
+        older: Any = importlib.import_module("pkg_resources")
+        older.iter_entry_points = lambda group, name=None: iter(
+            _entry_points(group=group, **({"name": name} if name else {}))
+        )
     logging.setLogRecordFactory(_record)
     if sys.version_info < (3, 13):
         # tests call this when they close servers that have no client any more

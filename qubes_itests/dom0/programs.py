@@ -151,7 +151,9 @@ class Programs:
     async def _qrexec_daemon(
         self, words: Sequence[str], environment: Mapping[str, str], fds: Sequence[int]
     ) -> int:
-        _xid, name, *_user = words[words.index("--") + 1 :]
+        # -q, then -u UUID and -- which cores before 4.3 do not say
+        said = words[words.index("--") + 1 :] if "--" in words else words[1:]
+        _xid, name, *_user = said
         guest = self._guest(name)
         if "QREXEC_STARTUP_NOWAIT" not in environment:
             limit = float(environment.get("QREXEC_STARTUP_TIMEOUT", _STARTUP))

@@ -14,6 +14,7 @@ from typing import Self
 
 from qubes_itests.host import sandbox
 from qubes_itests.host.exc import NoLoopDevicesError
+from qubes_itests.host.sandbox_init import unescaped
 from qubes_storage.loop import loop_devices_over
 
 __all__ = [
@@ -50,9 +51,15 @@ def require_loop_devices() -> None:
 def detach_loop_devices(place: Path) -> None:
     """Detach the loop devices over files below a directory, lost ones too. Blocking.
 
-    :param place: on the filesystem of the files; what is mounted below is passed over.
+    :param place: the directory; files on what is mounted below it count as well.
     """
-    filesystem = place.stat().st_dev
+    # Paths alone do not tell: a process that sees another root has the same ones.
+    filesystems = {place.stat().st_dev}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mounted = Path(unescaped(line.split(" ")[4]))
+        if mounted.is_relative_to(place):
+            with contextlib.suppress(OSError):
+                filesystems.add(mounted.stat().st_dev)
     for device in Path("/sys/block").glob("loop*"):
         # Without a file there is no such attribute, and it may go away meanwhile.
         with contextlib.suppress(OSError):
@@ -63,7 +70,7 @@ def detach_loop_devices(place: Path) -> None:
             try:
                 info = bytearray(_LOOP_INFO_SIZE)
                 fcntl.ioctl(fd, _LOOP_GET_STATUS64, info)
-                if int.from_bytes(info[:8], sys.byteorder) == filesystem:
+                if int.from_bytes(info[:8], sys.byteorder) in filesystems:
                     fcntl.ioctl(fd, _LOOP_CLR_FD)
             finally:
                 os.close(fd)

@@ -33,6 +33,7 @@ __all__ = [
     "ignored_signals",
     "interrupt_once",
     "interruptible",
+    "last_words",
     "reexec",
     "require",
 ]
@@ -43,9 +44,14 @@ _INIT = Path(__file__).with_name("sandbox_init.py")
 _ECHO = 0.5
 #: As in sandbox_init.py.
 _OUTER_NETWORK = "QUBES_ITESTS_OUTER_NETWORK"
+_LAST_WORDS = "QUBES_ITESTS_LAST_WORDS"
+#: Bytes of the file for them, all written at once: it never has half a text.
+_WORDS = 1024
 _CLONE_NEWNET = 0x40000000
 #: The network that this process is to come back to.
 _left: list[int] = []
+#: The descriptor of the file for last words, once this process has used it.
+_words: list[int] = []
 #: Those that a process may be started to ignore; two more Python itself ignores, and
 #: has children start with the default.
 _INHERITED = signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}
@@ -131,6 +137,26 @@ def enter_outer_network() -> Callable[[], None]:
         os.close(own)
 
     return back
+
+
+def last_words(text: str) -> str:
+    """Set what is said if this process ends before that is taken back.
+
+    A test may end the process that it runs in, by os._exit, a signal or a crash. Then
+    who waits outside says "exit status N TEXT", and the run fails, whatever N is. In
+    processes that are not a sandbox's first command nothing is said.
+
+    :param text: follows the status; empty to take back what was set.
+    :return: what was set before.
+    """
+    if (inherited := os.environ.pop(_LAST_WORDS, None)) is not None:
+        _words[:] = [int(inherited)]
+        os.set_inheritable(_words[0], False)
+    if not _words:
+        return ""
+    before = os.pread(_words[0], _WORDS, 0).rstrip(b"\0").decode(errors="replace")
+    os.pwrite(_words[0], text.encode(errors="replace")[:_WORDS].ljust(_WORDS, b"\0"), 0)
+    return before
 
 
 def _set_network(namespace: int) -> None:

@@ -28,6 +28,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
+INTERNAL_ERROR = 3
 NO_SANDBOX = 13
 NOT_FOUND = 127
 
@@ -67,6 +68,9 @@ DEVICES = "/run/udev/data"
 #: The variable with the descriptor of the network namespace outside.
 OUTER_NETWORK = "QUBES_ITESTS_OUTER_NETWORK"
 
+#: The variable with the descriptor of the file for `sandbox.last_words`.
+LAST_WORDS = "QUBES_ITESTS_LAST_WORDS"
+
 #: libvirt's QEMU driver looks these up when it opens, and uses them for nothing.
 USER = "libvirt-qemu"
 GROUPS = {"libvirt-qemu": 64055, "kvm": 64056}
@@ -86,6 +90,8 @@ def main(mark: str, command: list[str]) -> NoReturn:
     waited_for = FORWARDED | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
     modes = terminal_modes()
+    words = os.memfd_create("last words", 0)
+    os.environ[LAST_WORDS] = str(words)
     alive, outer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -98,6 +104,9 @@ def main(mark: str, command: list[str]) -> NoReturn:
     # What is killed while it has a terminal in another mode cannot put that right.
     if modes is not None and modes != terminal_modes() and in_foreground():
         termios.tcsetattr(0, termios.TCSANOW, modes)
+    if said := os.pread(words, PATH_MAX, 0).rstrip(b"\0").decode(errors="replace"):
+        # Whatever its status is: 0 would say that all went well.
+        fail(f"exit status {status} {said}", INTERNAL_ERROR)
     sys.exit(status)
 
 
@@ -444,7 +453,7 @@ def check(result: int, act: str) -> None:
 
 
 def fail(sentence: str, status: int) -> NoReturn:
-    """Say why and exit, past every handler: this process is a fork."""
+    """Say why and exit, past every handler: this process may be a fork."""
     sys.stderr.write(f"qubes_itests: {sentence}\n")
     sys.stderr.flush()
     os._exit(status)

@@ -18,6 +18,7 @@ import pytest
 
 from qubes_itests import timeline
 from qubes_itests.exit_codes import ExitCode
+from qubes_itests.host.sandbox import last_words
 from qubes_itests.program import NAME
 from qubes_itests.timeline import line_of
 from qubes_itests.timeline.words import waited_for
@@ -174,6 +175,7 @@ class Deadline:
             faulthandler.dump_traceback(sys.__stderr__ or 2)
             text = f"\n{NAME}: {nodeid} hangs outside Python; the run ends here\n"
             os.write(2, text.encode())
+            last_words("")
             os._exit(ExitCode.INTERNAL_ERROR)
 
 

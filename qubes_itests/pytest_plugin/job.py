@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from pathlib import Path
@@ -24,7 +25,7 @@ from qubes_itests.report import failures
 from qubes_itests.report.progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
 
     from qubes_itests.pytest_plugin.recording import Recording
     from qubes_itests.pytest_plugin.watch import FailureWatch
@@ -82,12 +83,8 @@ class Job:
             return None
         words = [] if config.args_source.name != "ARGS" else list(config.args)
         templates = self._settings.templates
-        try:
+        with _ending(session):
             collect(session, nodes(session, templates, words), Selection(words))
-        except pytest.UsageError as error:
-            if not is_worker(config):
-                raise
-            _role(config).stop(session, ExitCode.USAGE_ERROR, str(error))
         return True
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -95,12 +92,8 @@ class Job:
         """Make the testbed first: without it, no test says anything."""
         config = session.config
         if session.items and not config.option.collectonly:
-            try:
+            with _ending(session):
                 config.stash[CONTEXT].testbed  # noqa: B018 - is made by this
-            except HarnessError as error:
-                if not is_worker(config):
-                    raise pytest.exit.Exception(str(error), error.exit_code) from None
-                _role(config).stop(session, error.exit_code, str(error))
         return (yield)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -158,6 +151,23 @@ _ALL_SKIPPED: Final = (
     "\nby a section [qubes_itests:template:NAME] in the app's setup.cfg, or in a file"
     "\nthat --template-spec names."
 )
+
+
+@contextlib.contextmanager
+def _ending(session: pytest.Session) -> Iterator[None]:
+    """Have an error in here end the run; that of a worker is told by the controller."""
+    try:
+        yield
+    except (pytest.UsageError, HarnessError) as error:
+        status: int = ExitCode.USAGE_ERROR
+        if isinstance(error, HarnessError):
+            status = error.exit_code
+        if is_worker(session.config):
+            _role(session.config).stop(session, status, str(error))
+        elif isinstance(error, HarnessError):
+            raise pytest.exit.Exception(str(error), status) from None
+        else:
+            raise
 
 
 def _role(config: pytest.Config) -> Any:

@@ -20,6 +20,7 @@ from qubes_itests.pytest_plugin.ending import Ending
 from qubes_itests.pytest_plugin.guest_complaints import COMPLAINS, GuestComplaints
 from qubes_itests.pytest_plugin.history import HistoryKeeper, earlier_times
 from qubes_itests.pytest_plugin.known_issues import KnownIssues
+from qubes_itests.pytest_plugin.last_words import LastWords
 from qubes_itests.pytest_plugin.reach import RunReach
 from qubes_itests.pytest_plugin.recording import Recording
 from qubes_itests.pytest_plugin.repetition import Repetition
@@ -47,6 +48,7 @@ def register_parts(
     :param prefix: how our options begin where plain pytest runs; None for the main job.
     :raise pytest.UsageError: when settings or options do not go together.
     """
+    config.pluginmanager.register(LastWords(), "qubes_itests-last-words")
     context = RunContext(settings, plugins_for(settings), worker.part(config))
     config.stash[CONTEXT] = context
     config.pluginmanager.register(_Offers(context.plugins), "qubes_itests-offers")

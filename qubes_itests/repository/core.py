@@ -35,6 +35,8 @@ _DISTRIBUTIONS: Final = {
     "docutils": "docutils",
     "jinja2": "jinja2",
     "lxml": "lxml",
+    # cores before 4.3 use it, and setuptools has it no more
+    "pkg_resources": "setuptools<81",
     "pyinotify": "pyinotify",
     "pyudev": "pyudev",
     "xdg": "pyxdg",

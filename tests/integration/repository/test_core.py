@@ -1,13 +1,78 @@
 """``--core DIR``: what a developer of core-admin types; what a bad checkout is told."""
 
+import contextlib
 import re
 import shutil
 import subprocess
+import time
+import uuid
 from pathlib import Path
 
 import pytest
 
 from qubes_itests.exit_codes import ExitCode
+
+#: A suite whose tests end the process that the core is in, while a VM starts.
+DYING = """
+import os
+import signal
+import qubes
+from qubes.tests.integ.life import LifeTestCase, libvirt
+
+class TC_00_Dying(LifeTestCase):
+    def begin(self):
+        self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        self.program("qubesdb_daemon", str(self.domain.ID()), "work")
+        self.domain.resume()
+
+    def test_000_exits(self):
+        self.begin()
+        os._exit(0)
+
+    def test_001_killed(self):
+        self.begin()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def test_002_raises(self):
+        self.begin()
+        raise SystemExit("enough")
+
+    def test_003_goes_on(self):
+        self.loop.run_until_complete(qubes.start(self.domain))
+"""
+#: A suite that leaves a VM, processes, threads, and mounts one on the other.
+LITTERING = """
+import os
+import subprocess
+import threading
+import time
+import qubes
+from qubes.tests.integ.life import LifeTestCase
+
+class TC_00_Littering(LifeTestCase):
+    def tearDown(self):
+        self.connection.close()  # the VM runs on
+
+    def test_000_everything(self):
+        self.loop.run_until_complete(qubes.start(self.domain))
+        place = f"/var/lib/qubes/{os.environ['LEFT']}"
+        os.mkdir(place)
+        subprocess.run(
+            f"truncate -s 8M {place}.img; mke2fs -q {place}.img;"
+            f" mount -o loop {place}.img {place}; truncate -s 1M {place}/disk;"
+            f" losetup --find {place}/disk; mount --bind {place} /mnt;"
+            f" cd {place}; sleep 1000 & exec setsid sleep 1000 &",
+            shell=True, check=True,
+        )
+        file = open(f"{place}/file", "w")
+        wait = lambda: (time.sleep(1000), file.close())
+        threading.Thread(target=wait, name="left").start()
+"""
+#: Lets a run break the core that the others share: it takes long to install one.
+BREAKING = """
+import os
+exec(os.environ.get("BREAK_CORE", ""))
+"""
 
 FAKE = Path(__file__).parents[2] / "support/fake-core"
 
@@ -28,6 +93,20 @@ def checkout(tmp_path):
     place = tmp_path / "checkout"
     shutil.copytree(FAKE, place)
     subprocess.run(["git", "init", "--quiet", place], check=True)
+    return place
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Return one for all that only run it, with suites that no core should have."""
+    place = tmp_path_factory.mktemp("shared") / "checkout"
+    shutil.copytree(FAKE, place)
+    suites = place / "qubes/tests"
+    (suites / "broken.py").write_text("raise SystemExit('imported')\n")
+    (suites / "integ/dying.py").write_text(DYING)
+    (suites / "integ/littering.py").write_text(LITTERING)
+    with (place / "qubes/__init__.py").open("a") as file:
+        file.write(BREAKING)
     return place
 
 
@@ -80,28 +159,34 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
     assert b"test-loop-of-a-core" not in listed.stdout
 
 
-def test_words_select_among_the_suites_of_a_core(checkout, site):
+def test_words_select_among_the_suites_of_a_core(shared, site):
     """A suite that no word means is not imported."""
-    (checkout / "qubes/tests/broken.py").write_text("raise SystemExit('imported')\n")
-    done = site.run("--core", checkout, "core::unit")
+    done = site.run("--core", shared, "core::unit")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {name.rpartition("::")[0] for name in outcomes(done)} == {
         "core::unit::TC_00_Platform"
     }
-    done = site.run("list", "--core", checkout, "core::integ.life")
+    done = site.run("list", "--core", shared, "core::integ.life")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall("^core::integ.life::TC_00", done.stdout, re.MULTILINE)) == 7
 
 
-def test_a_core_that_cannot_make_its_store_ends_the_run(checkout, site):
-    """With what it raised, and not as an error of ours."""
-    with (checkout / "qubes/__init__.py").open("a") as file:
-        file.write("\nQubes.setup_pools = lambda self: 1 // 0\n")
-    done = site.run("--core", checkout, "core::unit")
-    assert done.returncode == 3, done.stdout + done.stderr
+@pytest.mark.parametrize(
+    ("broken", "words", "told"),
+    [
+        ("Qubes.setup_pools = lambda self: 1 // 0", [], "make its store:\n.*| ZeroDiv"),
+        ("import asyncio; asyncio.coroutine", [], "be imported:\n.*'coroutine'"),
+        ("import asyncio; asyncio.coroutine", ["-n1"], "be imported:\n.*'coroutine'"),
+        ("import asyncio; asyncio.coroutine", ["list"], "be imported:\n.*'coroutine'"),
+        ("os._exit(0)", [], "exit status 0 before the first test"),
+    ],
+)
+def test_a_core_that_is_of_no_use_ends_the_run(shared, site, broken, words, told):
+    """With the first that it raised, and not as an error of ours."""
+    done = site.run(*words, "--core", shared, "core::unit", BREAK_CORE=broken)
     said = done.stdout + done.stderr
-    assert "the core cannot make its store" in said
-    assert "| ZeroDivisionError" in said
+    assert done.returncode == 3, said
+    assert re.search(told, said, re.DOTALL), said
     assert "INTERNALERROR" not in said
 
 
@@ -152,3 +237,51 @@ def test_an_app_is_tested_on_a_core_in_place_of_ours(checkout, app, site):
     done = site.run("list", *given)
     listed = re.findall("^[a-z].*", done.stdout, re.MULTILINE)
     assert sorted(listed) == sorted(name for _, name in found)
+
+
+def seen_of_others():
+    """Return the loop devices and the mounts of this machine, and its processes."""
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            yield path.read_text()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            yield (process / "mountinfo").read_text()
+            yield str((process / "cwd").readlink())
+
+
+def left_of(site):
+    """Return what is left of runs: their directories."""
+    runs = Path(site.environment["QUBES_ITESTS_CACHE"]) / "runs"
+    return [path for path in runs.iterdir() if path.name != ".lock"]
+
+
+def test_a_core_that_dies_while_a_vm_starts_is_told_so(shared, site):
+    """Whatever its exit status is; with a worker the other tests run all the same."""
+    begin = "core::integ.dying::TC_00_Dying"
+    done = site.run("--core", shared, f"{begin}::test_000", f"{begin}::test_003")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert f"exit status 0 in {begin}::test_000_exits: it ended the pro" in done.stderr
+    done = site.run("--core", shared, "-n1", begin)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert outcomes(done) == {
+        f"{begin}::test_000_exits": "ERROR",
+        f"{begin}::test_001_killed": "ERROR",
+        f"{begin}::test_002_raises": "FAILED",
+        f"{begin}::test_003_goes_on": "PASSED",
+    }
+    for name in ("000_exits", "001_killed"):
+        assert f"crashed while running '{begin}::test_{name}'" in done.stdout
+    assert left_of(site) == []
+
+
+def test_what_a_core_leaves_ends_with_the_run(shared, site):
+    name = f"left-{uuid.uuid4().hex}"
+    done = site.run("--core", shared, "core::integ.littering", LEFT=name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left hangs, and is not waited for" in done.stderr
+    assert left_of(site) == []
+    deadline = time.monotonic() + 20
+    while any(name in text for text in seen_of_others()):
+        assert time.monotonic() < deadline, "loop devices, mounts or processes are left"
+        time.sleep(0.1)

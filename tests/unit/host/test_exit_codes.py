@@ -30,6 +30,7 @@ def test_the_scripts_use_the_same():
 
 def test_the_sandbox_uses_the_same():
     assert sandbox_init.NO_SANDBOX == ExitCode.NO_SANDBOX
+    assert sandbox_init.INTERNAL_ERROR == ExitCode.INTERNAL_ERROR
 
 
 @pytest.mark.parametrize(

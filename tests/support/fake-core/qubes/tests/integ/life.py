@@ -49,7 +49,7 @@ class Qubesd(threading.Thread):
             connection.sendall(self.answer)
 
 
-class TC_00_Life(unittest.TestCase):
+class LifeTestCase(unittest.TestCase):
     def setUp(self):
         self.loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self.loop)
@@ -92,6 +92,8 @@ class TC_00_Life(unittest.TestCase):
         self.assertEqual(done[0], 0, done)
         return done[1]
 
+
+class TC_00_Life(LifeTestCase):
     def test_000_life(self):
         database = self.loop.run_until_complete(qubes.start(self.domain))
         self.assertTrue(os.path.exists("/var/run/qubes/qrexec.work"))
