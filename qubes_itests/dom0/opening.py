@@ -20,6 +20,7 @@ from qubes_itests.dom0.machine import Machine
 from qubes_itests.dom0.place import VAR_LIB_QUBES, dom0_directories
 from qubes_itests.dom0.programs import QREXEC_SOCKETS, Programs
 from qubes_itests.exc import DeadlineError, HarnessError
+from qubes_itests.guest.image.layer.root_files import services_of
 from qubes_itests.untrusted_text import quoted
 from qubes_storage.ficlone import clone_or_copy
 
@@ -133,6 +134,9 @@ def _make_store(templates: Mapping[str, Template]) -> None:
             await vm.storage.import_data_end("root", success=True)
             vm.features["qrexec"] = "1"
             vm.features["os"] = "Linux"
+            # as if it had told of them by itself after its installation
+            for service in await asyncio.to_thread(services_of, template.root_image):
+                vm.features[f"supported-rpc.{service}"] = "1"
             # no balancing, as in our own core: a guest that is to be saved would have
             # to give up nine tenths of 4000 MiB first
             vm.maxmem = 0

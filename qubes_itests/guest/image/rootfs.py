@@ -90,6 +90,7 @@ _SCRIPTS: Final = {
     "etc/qubes-rpc/qubes.VMShell": "exec /bin/bash\n",
     "etc/qubes-rpc/qubes.VMRootShell": "exec /bin/bash\n",
     "etc/qubes-rpc/qubes.VMRootExec": 'exec /etc/qubes-rpc/qubes.VMExec "$@"\n',
+    "etc/qubes-rpc/qubes.WaitForRunningSystem": "# nothing starts by itself\n",
     "etc/qubes-rpc/qubes.WaitForSession": "# there is no session to wait for\n",
     # The kernel learns of a new size in its own time; here it is asked for it. Without
     # that a filesystem would have its size already, and nothing be done.
@@ -126,6 +127,7 @@ SHARED: Final = tuple(
     _DEBIAN / name
     for name in (
         "etc/qubes-rpc/qubes.PostInstall",
+        "etc/qubes/post-install.d/10-services.sh",
         "etc/qubes/post-install.d/90-qubes.sh",
         "usr/bin/qvm-features-request",
     )

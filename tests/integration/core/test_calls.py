@@ -370,7 +370,11 @@ def test_features_that_a_guest_asks_for(app, run, sh):
     line = 'qvm-features-request boot-mode.kernelopts.one="a=b c" supported-rpc.x.Y=1'
     sh(vm, f"printf '#!/bin/sh\\n%s\\n' '{line}' > {script}; chmod +x {script}")
     run(vm.run_service_for_stdio("qubes.PostInstall", user="root"))
-    asked = {"boot-mode.kernelopts.one": "a=b c", "supported-rpc.x.Y": "1"}
+    asked = {
+        "boot-mode.kernelopts.one": "a=b c",
+        "supported-rpc.qubes.WaitForRunningSystem": "1",
+        "supported-rpc.x.Y": "1",
+    }
     (features,) = (one.pop("untrusted_features") for one in told)
     assert features.items() >= asked.items()
     assert (told, bool(saved)) == ([{}], True)

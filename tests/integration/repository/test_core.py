@@ -147,6 +147,7 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
         f"{unit}::test_001_paths_are_those_of_qubes_os": "PASSED",
         f"{unit}::test_002_skipped": "SKIPPED",
         f"{unit}::test_003_sh_becomes_the_command": "PASSED",
+        f"{unit}::test_004_templates_have_told_of_their_services": "PASSED",
     }
     assert "qubes.tests.broken cannot be imported: ModuleNotFoundError" in done.stdout
     assert "integ.audio cannot run here: it needs a display" in done.stdout

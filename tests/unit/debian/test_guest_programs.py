@@ -26,10 +26,11 @@ def entry(name, mode=FILE, data=b"", *, size=None):
     return HEADER.pack(len(raw), mode, length, 1, 0, 1, 0) + raw + data
 
 
-def receive(home, stream):
+def receive(home, stream, *options):
     """Give a stream to the receiver; return its verdict, an errno."""
     environment = {"HOME": str(home), "QREXEC_REMOTE_DOMAIN": "sender"}
-    done = guest_scripts.run("usr/lib/qubes/qfile-unpacker", (), stream, environment)
+    receiver = "usr/lib/qubes/qfile-unpacker"
+    done = guest_scripts.run(receiver, options, stream, environment)
     (verdict,) = struct.unpack_from("<I", done.stdout)
     assert done.returncode == (1 if verdict else 0), done.stderr
     return verdict
@@ -83,6 +84,28 @@ def test_files_arrive_as_they_were_sent(tmp_path):
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
     assert receive(tmp_path, entry(name) + END) in (errno.EINVAL, errno.EILSEQ)
     assert tree(tmp_path) == ["QubesIncoming", "QubesIncoming/sender"]
+
+
+PLAIN = ["a b!", "Käse", "план", "日本語", "ｶﾅ한", "1€", "«a»"]
+#: Pictures, marks, other scripts, spaces, what is not shown, and what turns text round.
+ODD = ["test-\U0001f605", "e\u0301", "שלום", "a\u00a0b", "a\tb", "a\x1b[m", "a\u202eb"]
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *ODD, b"\xff"])
+def test_names_that_look_like_others_are_taken_only_if_all_are(tmp_path, name):
+    raw = name if isinstance(name, bytes) else name.encode()
+    plain = name in PLAIN
+    receiver = "usr/lib/qubes/qfile-unpacker"
+    checked = guest_scripts.run(receiver, ("--check",), b"a\0" + raw + b"\0", {})
+    assert checked.returncode == (0 if plain else 2)
+    link = entry(b"d", DIRECTORY) + entry(b"d/l", LINK, raw) + END
+    refused = 0 if plain else errno.EILSEQ
+    assert receive(tmp_path, entry(raw) + END) == refused
+    assert receive(tmp_path, link) == refused
+    home = tmp_path / "other"
+    assert receive(home, entry(raw) + END, "--allow-all-names") == 0
+    (got,) = (home / "QubesIncoming/sender").iterdir()
+    assert os.fsencode(got.name) == raw
 
 
 @pytest.mark.parametrize(
@@ -391,6 +414,21 @@ def test_programs_of_guests_are_calls_of_services(program, name, arguments, call
     done = program(name, shlex.split(arguments))
     words = done.stdout.decode().split("\0")[:-1]
     assert words == ["--", *shlex.split(call.format("/usr/lib/qubes"))]
+
+
+def test_a_name_that_looks_like_another_is_sent_to_who_takes_all(program, tmp_path):
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "in/deep/\U0001f605").touch()
+    (tmp_path / "\U0001f605").mkdir()
+    (tmp_path / "\U0001f605/f").touch()
+    for path, service in (
+        ("in", "qubes.Filecopy+allow-all-names"),
+        # what it is in is not sent
+        ("\U0001f605/f", "qubes.Filecopy"),
+    ):
+        for name in (path, tmp_path / path):
+            words = program("qvm-copy", [name]).stdout.decode().split("\0")
+            assert words[:3] == ["--", "@default", service]
 
 
 @pytest.mark.parametrize("name", ["qvm-move", "qvm-move-to-vm"])

@@ -13,6 +13,7 @@ from qubes_itests.guest.exc import ImageError
 from qubes_itests.guest.image.cpio import Archive
 from qubes_itests.guest.image.ext4 import root_directory
 from qubes_itests.guest.image.initramfs import build_initramfs
+from qubes_itests.guest.image.layer.root_files import services_of
 from qubes_itests.guest.image.modules import ModuleTree
 from qubes_itests.guest.image.rootfs import fill_rootfs
 from qubes_itests.hypervisor.console import console_tail
@@ -211,3 +212,22 @@ def test_the_end_of_a_console_is_where_a_panic_begins(tmp_path):
     assert len(lines) == 20
     # one that a program has printed hides nothing
     assert console_tail(Console(path)).splitlines()[-1] == "register 49"
+
+
+def test_services_in_an_image_are_its_programs(tmp_path):
+    place = tmp_path / "root/etc/qubes-rpc"
+    place.mkdir(parents=True)
+    for name, mode in {
+        "a.B": 0o755,
+        "a.B+c": 0o755,
+        "a.C+d": 0o711,
+        "no": 0o644,
+    }.items():
+        (place / name).touch()
+        (place / name).chmod(mode)
+    (place / "link").symlink_to("/dev/tcp/127.0.0.1")
+    (place / "folder").mkdir()
+    image = tmp_path / "root.img"
+    command = ["mke2fs", "-q", "-t", "ext4", "-d", tmp_path / "root", image, "4M"]
+    subprocess.run(command, check=True)
+    assert services_of(image) == ["a.B", "a.C"]

@@ -12,8 +12,10 @@ from qubes_itests.host.command import CommandError, run
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["read_image_file", "release_of"]
+__all__ = ["read_image_file", "release_of", "services_of"]
 
+#: As `debugfs` lists a file: /INODE/MODE/UID/GID/NAME/SIZE/, the mode in octal.
+_PROGRAM: Final = re.compile(r"^/\d+/10\d+[1357]/\d+/\d+/([^/]+)/\d+/$", re.MULTILINE)
 _FIELD: Final = re.compile(r"^([A-Z_]+)=(.*)$", re.MULTILINE)
 
 
@@ -31,6 +33,19 @@ def read_image_file(image: Path, path: str) -> str | None:
         return run(["debugfs", "-R", f"cat {path}", image])
     except CommandError as error:
         raise ImageError(f"layer over {image.name}", error.stderr) from error
+
+
+def services_of(image: Path) -> list[str]:
+    """Return the names of the programs in an image's /etc/qubes-rpc. Blocking.
+
+    :param image: nothing writes to it meanwhile.
+    :raise ImageError: the image cannot be read.
+    """
+    try:
+        listed = run(["debugfs", "-R", "ls -p /etc/qubes-rpc", image])
+    except CommandError as error:
+        raise ImageError(image.name, error.stderr) from error
+    return sorted({name.partition("+")[0] for name in _PROGRAM.findall(listed)})
 
 
 def release_of(image: Path) -> dict[str, str]:

@@ -98,15 +98,16 @@ class VM:
 
 
 class Qubes:
-    """A store: names of VMs and of their templates, a VM a line."""
+    """A store: names of VMs, of their templates and features, a VM a line."""
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
         self.domains = {}
         if self.path.exists():
             for line in self.path.read_text().splitlines():
-                klass, name, template = line.split()
-                self.add_new_vm(klass, name=name, template=template)
+                klass, name, template, *features = line.split()
+                vm = self.add_new_vm(klass, name=name, template=template)
+                vm.features.update(dict.fromkeys(features, "1"))
 
     @classmethod
     def create_empty_store(cls, path, **properties):
@@ -123,8 +124,9 @@ class Qubes:
         return vm
 
     def save(self):
-        lines = (f"{vm.klass} {vm.name} {vm.template}" for vm in self.domains.values())
-        self.path.write_text("\n".join(lines))
+        vms = self.domains.values()
+        lines = ([vm.klass, vm.name, vm.template, *vm.features] for vm in vms)
+        self.path.write_text("\n".join(map(" ".join, lines)))
 
     def close(self):
         self.domains.clear()

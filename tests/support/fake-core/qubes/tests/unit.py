@@ -4,6 +4,7 @@ import subprocess
 import unittest
 
 import libvirt
+import qubes
 import qubes.config
 import qubesdb
 import xen.lowlevel.xs
@@ -27,6 +28,11 @@ class TC_00_Platform(unittest.TestCase):
     def test_003_sh_becomes_the_command(self):
         shown = subprocess.check_output(["sh", "-c", "readlink /proc/$$/exe"])
         self.assertTrue(shown.endswith(b"/readlink\n"), shown)
+
+    def test_004_templates_have_told_of_their_services(self):
+        (first, *_) = qubes.Qubes("/var/lib/qubes/qubes.xml").domains.values()
+        told = {"supported-rpc.qubes.VMShell", "supported-rpc.qubes.WaitForSession"}
+        self.assertLessEqual(told, first.features.keys())
 
     @unittest.skip("as it is")
     def test_002_skipped(self):
