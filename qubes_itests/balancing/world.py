@@ -145,5 +145,5 @@ class VMWorld(World):
         return await asyncio.to_thread(oom_killed, self.vms[name])
 
     def _reported(self, name: str) -> int:
-        state = self._balancer.domains.get(self.domid(name))
+        state = self._memory.domains.get(self.domid(name))
         return (state and state.used) or 0

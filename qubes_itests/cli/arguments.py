@@ -69,8 +69,10 @@ COMMANDS = {
         "merge", "merge the results of machines that shared a run into those of one",
         (("words", "+", "DIR...", "the artefacts of each, with run.json"),)),
     "memory": _SubCommand(
-        "memory", "show who holds the memory, live, or plot it as an SVG",
-        (("words", "*", "[plot] [FILE]", "a timeline: memory.jsonl"),)),
+        "memory",
+        "show who holds the memory, live, plot it as an SVG, or compare two qmemmans",
+        (("words", "*", "[plot] [FILE] | compare [SCENARIO...]",
+          "a timeline: memory.jsonl; or scenarios for ours and that of --core"),)),
     "serve": _SubCommand(
         "serve", "run the core as a daemon with the Admin API on a socket"),
     "qvm": _SubCommand(
@@ -115,8 +117,8 @@ class Command:
         a VM, after the name of its run and a slash if need be; of `completion` a shell.
     :param tool: of `qvm`: its name.
     :param words: of `history` tests; of `merge` directories; of `memory` ``plot`` or
-        not, and a timeline; of `report` ``html`` and a directory, or nothing; of `init`
-        a directory, or nothing; of `qvm`
+        not, and a timeline, or ``compare`` and scenarios; of `report` ``html`` and a
+        directory, or nothing; of `init` a directory, or nothing; of `qvm`
         what follows the tool; of `thaw` a directory, then VMs; of `template` ``list``,
         or ``build`` and names; of `orphans` what to do to which, or nothing.
     """

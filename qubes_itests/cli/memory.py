@@ -30,9 +30,14 @@ _WIDTH = 120
 _PAUSE = 0.5
 
 
-def execute(command: Command, _settings: Settings) -> int:
-    """Show it or plot it."""
+def execute(command: Command, settings: Settings) -> int:
+    """Show it, plot it, or compare."""
     words = list(command.words)
+    if words[:1] == ["compare"]:
+        from qubes_itests.cli.memory_comparison import compare
+
+        _write(compare(settings, words[1:]), Path(command.output or "memory.svg"))
+        return ExitCode.OK
     plotting = words[:1] == ["plot"]
     files = words[1:] if plotting else words
     if len(files) > 1:
@@ -51,17 +56,20 @@ def execute(command: Command, _settings: Settings) -> int:
         )
     if plotting:
         picture = plot.draw(timeline.read(path))
-        target = Path(command.output or path.with_suffix(".svg").name)
-        try:
-            write_output(target, picture.encode())
-        except OSError as error:
-            raise HarnessError(f"The picture cannot be written: {error}.") from error
-        print(f"Wrote {target}.")
+        _write(picture, Path(command.output or path.with_suffix(".svg").name))
     else:
         terminal = sys.stdout.isatty()
         newest = None if files else functools.partial(_newest, cache)
         live.follow(path, Console(width=None if terminal else _WIDTH), newest)
     return ExitCode.OK
+
+
+def _write(picture: str, target: Path) -> None:
+    try:
+        write_output(target, picture.encode())
+    except OSError as error:
+        raise HarnessError(f"The picture cannot be written: {error}.") from error
+    print(f"Wrote {target}.")
 
 
 def _newest(cache: Cache) -> Path | None:

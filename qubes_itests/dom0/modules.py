@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.dom0.machine import Machine
 
-__all__ = ["install", "machine", "missing", "uncovered", "use"]
+__all__ = ["install", "machine", "missing", "place", "uncovered", "use"]
 
 _PLACE: Final = "qubes_itests.dom0"
 #: By the name that a core imports.
@@ -53,7 +53,7 @@ def install() -> None:
         importlib.import_module(name)
     _covered.update({n: sys.modules[n] for n in _MODULES if n in sys.modules})
     for name, module in _MODULES.items():
-        _place(name, importlib.import_module(f"{_PLACE}.{module}"))
+        place(name, importlib.import_module(f"{_PLACE}.{module}"))
     importlib.metadata.entry_points = _entry_points  # type: ignore[assignment]
     if importlib.util.find_spec("pkg_resources"):
         # by which older cores look them up
@@ -71,7 +71,7 @@ def install() -> None:
         os.environ["PATH"] = os.pathsep.join([path, os.fspath(_LACKING)])
 
 
-def _place(name: str, module: ModuleType) -> None:
+def place(name: str, module: ModuleType) -> None:
     """Have a module found by a name, with the packages that it is in."""
     sys.modules[name] = module
     parent, _, child = name.rpartition(".")
@@ -79,7 +79,7 @@ def _place(name: str, module: ModuleType) -> None:
         if parent not in sys.modules:
             package = ModuleType(parent)
             package.__path__ = []
-            _place(parent, package)
+            place(parent, package)
         setattr(sys.modules[parent], child, module)
 
 

@@ -25,7 +25,27 @@ class XenStore:
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
+        self._watches: list[tuple[str, Callable[[str], None]]] = []
         self._lock = threading.Lock()
+
+    def watch(self, path: str, call: Callable[[str], None]) -> Callable[[], None]:
+        """Have a function called with the path of each change there or below.
+
+        Once at first, as in Xen. It is called in the thread that makes the change.
+
+        :param path: also ``@introduceDomain`` or ``@releaseDomain``.
+        :return: ends it.
+        """
+        entry = path if path.startswith("@") else _full(path), call
+        self._watches.append(entry)
+        call(path)
+        return lambda: self._watches.remove(entry)
+
+    def announce(self, path: str) -> None:
+        """Tell who watches a path of a change there."""
+        for watched, call in tuple(self._watches):
+            if path == watched or path.startswith(f"{watched}/"):
+                call(path)
 
     def read(self, path: str) -> bytes | None:
         """Return a value; empty for a directory, None where there is nothing."""
@@ -39,8 +59,10 @@ class XenStore:
     def write(self, path: str, value: str | bytes) -> None:
         """Set a value."""
         data = value.encode() if isinstance(value, str) else bytes(value)
+        path = _full(path)
         with self._lock:
-            self._values[_full(path)] = data
+            self._values[path] = data
+        self.announce(path)
 
     def names(self, path: str) -> list[str] | None:
         """Return the names below a path; None where there is nothing."""
@@ -55,9 +77,12 @@ class XenStore:
         """Remove a path, and all below."""
         path = _full(path)
         with self._lock:
-            for key in [*self._values]:
-                if key == path or key.startswith(f"{path}/"):
-                    del self._values[key]
+            below = f"{path}/"
+            gone = [k for k in self._values if k == path or k.startswith(below)]
+            for key in gone:
+                del self._values[key]
+        for key in gone:
+            self.announce(key)
 
 
 def _full(path: str) -> str:

@@ -20,7 +20,12 @@ from qubes_itests.qmemman.contract import Order
 from qubes_itests.qmemman.decision import decide_balance, decide_balloon, obtainable
 from qubes_itests.qmemman.exc import DomainGoneError, too_small
 from qubes_itests.qmemman.policy import DEFAULT_POLICY, Policy
-from qubes_itests.qmemman.state import DOM0, DomainMemory, parse_report
+from qubes_itests.qmemman.state import (
+    DOM0,
+    DomainMemory,
+    MachineMemory,
+    parse_report,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -52,7 +57,7 @@ class Refusal:
     holders: dict[str, int]
 
 
-class Balancer:
+class Balancer(MachineMemory):
     """The state of one machine's memory, and the two acts that change it.
 
     The caller sees to it that only one act is under way at a time.
@@ -69,11 +74,8 @@ class Balancer:
         *,
         recorder: Recorder | None = None,
     ) -> None:
+        super().__init__()
         self.policy = policy
-        self.domains: dict[str, DomainMemory] = {}
-        self.names: dict[str, str] = {}
-        self.free = 0
-        self.total = 0
         self.refusal: Refusal | None = None
         self._backend = backend
         self._recorder = recorder
@@ -83,6 +85,12 @@ class Balancer:
     def note_report(self, domid: str, untrusted: bytes) -> None:
         """Remember what a guest reported, for the next reading."""
         self._reports[domid] = parse_report(untrusted)
+
+    def preferred(self, domain: DomainMemory) -> int | None:
+        """Return what a domain should hold; None until it has reported."""
+        if domain.used is None:
+            return None
+        return algorithm.preferred_memory(domain, self.policy)
 
     def reported(self, domid: str) -> bool:
         """Return whether a domain has said what it uses."""

@@ -6,7 +6,8 @@ test has failed, and must open in every browser years later.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.qmemman.timeline import DomainRecord, Record
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_rows"]
 
 _WIDTH, _LEFT, _RIGHT, _TOP = 1000, 70, 170, 66
 _STACK, _ROW, _GAP, _LINE = 300, 80, 18, 14
@@ -88,8 +89,53 @@ def draw(records: Sequence[Record], title: str = "Who holds the memory") -> str:
     :param records: in order of time; none gives a picture that says so.
     :param title: its heading.
     """
+    return draw_rows([[(title, records)]])
+
+
+def draw_rows(rows: Sequence[Sequence[tuple[str, Sequence[Record]]]]) -> str:
+    """Return timelines as the text of one SVG file.
+
+    :param rows: of titles with timelines, from top to bottom; those of a row are drawn
+        side by side, to the same scales.
+    """
+    body: list[str] = []
+    top = 0.0
+    for row in rows:
+        ends = [records[-1].time - records[0].time for _, records in row if records]
+        sizes = _largest([records for _, records in row])
+        height = 0.0
+        for column, (title, records) in enumerate(row):
+            bottom, panel = _panel(_until(records, max(ends, default=0)), title, sizes)
+            height = max(height, bottom)
+            move = f'transform="translate({_WIDTH * column} {top:.0f})"'
+            body += [f"<g {move}>", *panel, "</g>"]
+        top += height
+    return _document(_WIDTH * max(map(len, rows)), top, body)
+
+
+def _until(records: Sequence[Record], length: float) -> Sequence[Record]:
+    """Return a timeline that is so many seconds long: what was last stays."""
+    if not records or records[-1].time - records[0].time >= length:
+        return records
+    return [*records, replace(records[-1], event="look", time=records[0].time + length)]
+
+
+def _largest(timelines: Sequence[Sequence[Record]]) -> dict[str, int]:
+    """Return the largest size that is shown of each VM, bytes."""
+    sizes: dict[str, int] = {}
+    for record in itertools.chain.from_iterable(timelines):
+        for name, domain in ((d.name, d) for d in record.domains.values()):
+            shown = (domain.actual, domain.target, domain.preferred or 0)
+            sizes[name] = max(sizes.get(name, 0), *shown)
+    return sizes
+
+
+def _panel(
+    records: Sequence[Record], title: str, sizes: dict[str, int]
+) -> tuple[float, list[str]]:
+    """Return the height of a timeline's picture, and its elements."""
     if not records:
-        return _document(80, ['<text x="20" y="40">Nothing was recorded.</text>'])
+        return 80, ['<text x="20" y="40">Nothing was recorded.</text>']
     thin = _thinned(records)
     names = _names(thin)
     shown = list(names)[:_MOST_ROWS]
@@ -117,13 +163,13 @@ def draw(records: Sequence[Record], title: str = "Who holds the memory") -> str:
         )
     )
     for domid in shown:
-        body += _row(thin, domid, names, top)
+        body += _row(thin, domid, names, top, sizes[names[domid]])
         top += _ROW + _GAP
     if len(names) > len(shown):
         body.append(
             f'<text x="{_LEFT}" y="{top}">{len(names) - len(shown)} more VMs</text>'
         )
-    return _document(top + 24, body)
+    return top + 24, body
 
 
 def _thinned(records: Sequence[Record]) -> list[Record]:
@@ -287,10 +333,12 @@ def _event_lines(frame: _Frame, top: float, bottom: float) -> Iterator[str]:
 
 
 def _row(
-    records: Sequence[Record], domid: str, names: dict[str, str], top: float
+    records: Sequence[Record],
+    domid: str,
+    names: dict[str, str],
+    top: float,
+    most: int,
 ) -> Iterator[str]:
-    domains = [r.domains[domid] for r in records if domid in r.domains]
-    most = max(max(d.actual, d.target, d.preferred or 0) for d in domains)
     frame = _Frame(records, top, _ROW, int(most * 1.1) or 1)
     colour = _colour(domid, names)
 
@@ -346,8 +394,8 @@ def _said(
         yield _label(x, frame.top + 28 + 14 * number, text)
 
 
-def _document(height: float, body: Sequence[str]) -> str:
-    size = f'width="{_WIDTH}" height="{height:.0f}" viewBox="0 0 {_WIDTH} {height:.0f}"'
+def _document(width: float, height: float, body: Sequence[str]) -> str:
+    size = f'width="{width}" height="{height:.0f}" viewBox="0 0 {width} {height:.0f}"'
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
 from qubes_itests.qmemman import protocol
-from qubes_itests.qmemman.algorithm import preferred_memory
 from qubes_itests.qmemman.state import DOM0
 from qubes_itests.unix_server import UnixServer
 
@@ -146,9 +145,7 @@ class Server(UnixServer):
             domid: {
                 **asdict(state),
                 "name": balancer.names.get(domid, ""),
-                "preferred": None
-                if state.used is None
-                else preferred_memory(state, balancer.policy),
+                "preferred": balancer.preferred(state),
             }
             for domid, state in balancer.domains.items()
         }

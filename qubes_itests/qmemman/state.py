@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import re
 from dataclasses import dataclass
 
 from qubes_itests.qmemman.sizes import KIB
 
-__all__ = ["DOM0", "DomainMemory", "parse_report"]
+__all__ = ["DOM0", "DomainMemory", "MachineMemory", "parse_report"]
 
 DOM0 = "0"
 _DIGITS = re.compile(rb"[0-9]{1,13}", re.ASCII)
@@ -42,6 +43,23 @@ class DomainMemory:
     slow_memset_react: bool = False
     paused: bool = False
     balanced: bool = True
+
+
+class MachineMemory(abc.ABC):
+    """Memory of a machine as a daemon sees it; sizes in bytes."""
+
+    def __init__(self) -> None:
+        #: By number.
+        self.domains: dict[str, DomainMemory] = {}
+        #: For people, by number.
+        self.names: dict[str, str] = {}
+        #: What nobody holds or was promised.
+        self.free = 0
+        self.total = 0
+
+    @abc.abstractmethod
+    def preferred(self, domain: DomainMemory) -> int | None:
+        """Return what a domain should hold; None until it has reported."""
 
 
 def parse_report(untrusted: bytes | None) -> int | None:

@@ -7,7 +7,6 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from qubes_itests.qmemman.algorithm import preferred_memory
 from qubes_itests.qmemman.exc import TimelineError
 from qubes_itests.qmemman.sizes import MIB
 from qubes_itests.timeline import note
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qubes_itests.qmemman.algorithm import Target
-    from qubes_itests.qmemman.balancer import Balancer
+    from qubes_itests.qmemman.state import MachineMemory
 
 __all__ = [
     "TIMELINE",
@@ -98,38 +97,40 @@ class Recorder:
         self._file.close()
 
     def record(
-        self, balancer: Balancer, event: str, targets: Sequence[Target], amount: int = 0
+        self,
+        machine: MachineMemory,
+        event: str,
+        targets: Sequence[Target],
+        amount: int = 0,
     ) -> None:
-        """Append the balancer's state."""
+        """Append what a daemon sees."""
         domains = {
             domid: DomainRecord(
-                name=balancer.names.get(domid, domid),
+                name=machine.names.get(domid, domid),
                 used=state.used,
                 current=state.current,
                 actual=state.actual,
                 target=state.last_target,
-                preferred=None
-                if state.used is None
-                else preferred_memory(state, balancer.policy),
+                preferred=machine.preferred(state),
                 maximum=state.maximum,
                 no_progress=state.no_progress,
                 slow_memset_react=state.slow_memset_react,
                 paused=state.paused,
                 balanced=state.balanced,
             )
-            for domid, state in balancer.domains.items()
+            for domid, state in machine.domains.items()
         }
         record = Record(
             time=self._clock(),
             event=event,
-            total=balancer.total,
-            free=balancer.free,
+            total=machine.total,
+            free=machine.free,
             domains=domains,
             targets=tuple(targets),
             amount=amount,
         )
         self._append(record)
-        _report(record, dict(balancer.names))
+        _report(record, dict(machine.names))
 
     def note(self, text: str) -> None:
         """Append a remark, for instance what a scenario does now."""

@@ -311,11 +311,11 @@ class Settings:
         (), _paths, "DIR", f"{_VMS} list template",
         "run only the tests of the app in DIR")
     core: Path | None = option(  # noqa: RUF009 - it makes a field
-        None, _directory, "DIR", "run list",
+        None, _directory, "DIR", "run list memory",
         "run the suites of the checkout of core-admin in DIR, or the tests of --app, on"
-        " the core there")
+        " the core there; of `memory compare`, run its qmemman")
     qrexec: Path | None = option(  # noqa: RUF009 - it makes a field
-        None, _directory, "DIR", "run list",
+        None, _directory, "DIR", "run list memory",
         "with --core take the policy from the checkout of core-qrexec in DIR"
         " (default: core-qrexec or qubes-core-qrexec beside it)")
     template_spec: tuple[Path, ...] = option(

@@ -12,16 +12,18 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from pathlib import Path
 
 from bench import app_on, heading, row, testbed
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-
-from memory_scenarios import DOM0, DOM0_USED, KIND, TOTAL
-
 from qubes_itests.balancing.world import VMWorld
 from qubes_itests.qmemman.budget import MemoryBudget
+from qubes_itests.qmemman.simulation.scenarios import (
+    DOM0,
+    DOM0_USED,
+    MAXIMUM,
+    MEMORY,
+    TOTAL,
+)
 from qubes_itests.qmemman.timeline import read
 
 MIB = 1 << 20
@@ -75,7 +77,7 @@ async def measure(testbed, app, rounds):
     memory = await testbed.balance_memory(app, budget)
     world = VMWorld(app, memory)
     for name in NAMES:
-        await world.start(name, **KIND)
+        await world.start(name, memory=MEMORY, maximum=MAXIMUM)
     await world.settled(*NAMES)
     heading("Memory of real guests")
     commands, rises = zip(*[await rise(world) for _ in range(rounds)], strict=True)

@@ -18,15 +18,16 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from qubes_itests.exc import DeadlineError
+from qubes_itests.qmemman.exc import QmemmanError
 from qubes_itests.qmemman.sizes import mib
 from qubes_itests.qmemman.state import DOM0
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qubes_itests.qmemman.balancer import Balancer
     from qubes_itests.qmemman.client import Client
     from qubes_itests.qmemman.simulation.machine import SimulatedGuest, SimulatedMachine
+    from qubes_itests.qmemman.state import MachineMemory
     from qubes_itests.qmemman.timeline import Recorder
 
 __all__ = ["SimulatedWorld", "World"]
@@ -34,17 +35,19 @@ __all__ = ["SimulatedWorld", "World"]
 _LOOK = 0.02
 #: Seconds without a new target after which all have what they should have.
 _STILL = 1.5
+#: Seconds for a VM to get what it is to use.
+_USE_TIMEOUT = 30.0
 
 
 class World(abc.ABC):
     """VMs whose memory is balanced; sizes in bytes, VMs by name.
 
-    :param balancer: of the daemon that runs.
+    :param memory: as the daemon that runs sees it.
     :param recorder: gets a note of everything that happens.
     """
 
-    def __init__(self, balancer: Balancer, recorder: Recorder | None = None) -> None:
-        self._balancer = balancer
+    def __init__(self, memory: MachineMemory, recorder: Recorder | None = None) -> None:
+        self._memory = memory
         self._recorder = recorder
 
     @abc.abstractmethod
@@ -59,6 +62,8 @@ class World(abc.ABC):
         """Have a VM use so much from now on; ``dom0`` too.
 
         Returns when it does: a VM that has less is given time to get more.
+
+        :raise DeadlineError: it does not get so much in time.
         """
 
     @abc.abstractmethod
@@ -91,13 +96,29 @@ class World(abc.ABC):
 
     def target(self, name: str) -> int:
         """Return what a VM shall hold; 0 until the daemon knows it."""
-        state = self._balancer.domains.get(self.domid(name))
+        state = self._memory.domains.get(self.domid(name))
         return state.last_target if state else 0
 
     def excluded(self, name: str) -> bool:
         """Return whether a VM is left out since it did not respond."""
-        state = self._balancer.domains.get(self.domid(name))
+        state = self._memory.domains.get(self.domid(name))
         return state is not None and state.no_progress
+
+    def expect(self, what: str, *, holds: bool) -> None:
+        """Say what has to be so by now.
+
+        :raise QmemmanError: it is not; shows who has what.
+        """
+        if not holds:
+            raise QmemmanError(f"expected: {what}\n{self._evidence()}")
+
+    async def expect_enough(self, *names: str) -> None:
+        """Have VMs never have held less than they used.
+
+        :raise QmemmanError: one did.
+        """
+        for name in names:
+            self.expect(f"{name} never lacks memory", holds=not await self.lacked(name))
 
     async def until(
         self, what: str, condition: Callable[[], bool], *, timeout: float = 10.0
@@ -140,11 +161,11 @@ class World(abc.ABC):
             self._recorder.note(text)
 
     def _evidence(self) -> str:
-        names = self._balancer.names
+        names = self._memory.names
         return "\n".join(
             f"{names.get(domid, domid)}: holds {mib(state.current)}, target"
             f" {mib(state.last_target)}, uses {mib(state.used or 0)}"
-            for domid, state in self._balancer.domains.items()
+            for domid, state in self._memory.domains.items()
         )
 
 
@@ -152,17 +173,18 @@ class SimulatedWorld(World):
     """The world without VMs.
 
     :param machine: a simulated one.
-    :param client: of the daemon that balances it.
+    :param memory: as the daemon that balances it sees it.
+    :param client: of that daemon.
     """
 
     def __init__(
         self,
         machine: SimulatedMachine,
-        balancer: Balancer,
+        memory: MachineMemory,
         client: Client,
         recorder: Recorder | None = None,
     ) -> None:
-        super().__init__(balancer, recorder)
+        super().__init__(memory, recorder)
         self._machine = machine
         self._client = client
         self._guests: dict[str, SimulatedGuest] = {"dom0": machine.guests[DOM0]}
@@ -179,9 +201,15 @@ class SimulatedWorld(World):
         """Use and report; a guest that has not so much takes it as it comes."""
         self._note(f"{name} uses {mib(size)}")
         guest = self._guests[name]
-        while guest.room() < size and not guest.stuck and name != "dom0":
+
+        def has_room() -> bool:
+            if guest.room() >= size or guest.stuck or name == "dom0":
+                return True
             guest.use(max(guest.used, min(size, guest.room())))
-            await asyncio.sleep(_LOOK)
+            return False
+
+        what = f"{mib(size)} in use by {name}"
+        await self.until(what, has_room, timeout=_USE_TIMEOUT)
         guest.use(size)
 
     async def hang(self, name: str) -> None:

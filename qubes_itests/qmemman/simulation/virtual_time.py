@@ -22,7 +22,7 @@ class _JumpingSelector(selectors.DefaultSelector):
     """Reports what is ready; instead of waiting it lets virtual time jump."""
 
     now = 0.0
-    #: jobs in threads: they run in real time, so it must not jump meanwhile
+    #: What runs in real time, in threads or processes: it must not jump meanwhile.
     jobs = 0
 
     def select(
@@ -34,7 +34,7 @@ class _JumpingSelector(selectors.DefaultSelector):
         if ready or timeout == 0:
             return ready
         if self.jobs or timeout is None:
-            # the end of a job wakes the loop by a socket
+            # the end of a job wakes the loop by a socket, as what a process says does
             return super().select(timeout)
         self.now += timeout
         return ready
@@ -51,17 +51,21 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         """Return virtual seconds."""
         return self._virtual.now
 
+    def stand_still(self) -> None:
+        """Have time stand still, until `go_on` has been called as often."""
+        self._virtual.jobs += 1
+
+    def go_on(self) -> None:
+        """Let time pass again."""
+        self._virtual.jobs -= 1
+
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Any, *args: Any
     ) -> asyncio.Future[Any]:
         """Run a job in a thread; time stands still until it is done."""
-        self._virtual.jobs += 1
+        self.stand_still()
         future = super().run_in_executor(executor, func, *args)
-
-        def job_done(_future: object) -> None:
-            self._virtual.jobs -= 1
-
-        future.add_done_callback(job_done)
+        future.add_done_callback(lambda _future: self.go_on())
         return future
 
     async def shutdown_default_executor(self, _timeout: float | None = None) -> None:

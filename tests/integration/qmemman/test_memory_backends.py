@@ -7,7 +7,6 @@ import contextlib
 import itertools
 
 import pytest
-from memory_scenarios import KIND
 
 from qubes_itests.balancing.app_memory import counts
 from qubes_itests.balancing.balloons import LibvirtMemory
@@ -15,9 +14,11 @@ from qubes_itests.qmemman.budget import MemoryBudget
 from qubes_itests.qmemman.contract import Order
 from qubes_itests.qmemman.exc import DomainGoneError
 from qubes_itests.qmemman.simulation.machine import SimulatedMachine
+from qubes_itests.qmemman.simulation.scenarios import MAXIMUM, MEMORY
 from qubes_itests.qmemman.state import DOM0, parse_report
 
 MIB = 1 << 20
+KIND = {"memory": MEMORY, "maximum": MAXIMUM}
 TOTAL, DOM0_HOLDS, DOM0_USES = 4000 * MIB, 1000 * MIB, 300 * MIB
 
 

@@ -9,14 +9,15 @@ import signal
 from pathlib import Path
 
 import pytest
-from memory_scenarios import KIND
 
 from qubes_itests.core.vm.start_memory import memory_for_start
 from qubes_itests.qmemman import timeline
 from qubes_itests.qmemman.exc import MemoryRefusedError, QmemmanError
 from qubes_itests.qmemman.policy import DEFAULT_POLICY
+from qubes_itests.qmemman.simulation.scenarios import MAXIMUM, MEMORY
 
 MIB = 1 << 20
+KIND = {"memory": MEMORY, "maximum": MAXIMUM}
 #: Seconds that what a guest does may take while others have the CPUs.
 _PATIENCE = 60.0
 

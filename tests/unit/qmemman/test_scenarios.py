@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 from memory_machine import trial
-from memory_scenarios import DOM0, DOM0_USED, SCENARIOS, TOTAL
 
 from qubes_itests.exc import DeadlineError
 from qubes_itests.qmemman.simulation import virtual_time
 from qubes_itests.qmemman.simulation.scenario import SimulatedWorld
+from qubes_itests.qmemman.simulation.scenarios import (
+    DOM0,
+    DOM0_USED,
+    SCENARIOS,
+    TOTAL,
+)
 
 
 def _run(scenario, directory):
@@ -19,9 +24,9 @@ def _run(scenario, directory):
     virtual_time.run(program())
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_scenario(scenario, tmp_path):
-    _run(scenario, tmp_path)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario(name, tmp_path):
+    _run(SCENARIOS[name], tmp_path)
 
 
 def test_what_does_not_come_is_an_error_with_evidence(tmp_path):

@@ -5,3 +5,4 @@ system_path = {
     "qrexec_client_path": "/usr/bin/qrexec-client",
     "qubesdb_daemon_path": "/usr/sbin/qubesdb-daemon",
 }
+qmemman_avail_mem_file = "/var/run/qubes/qmemman-avail-mem"
