@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import enum
 import functools
 import itertools
@@ -18,6 +19,7 @@ import logging
 import os
 import time
 import uuid
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.dom0.calls import answer
@@ -26,10 +28,12 @@ from qubes_itests.dom0.stores import QubesDB, XenStore
 from qubes_itests.dom0.xen_xml import DomainConfig, read_disk, with_disks
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.link.agent import Identity
+from qubes_itests.guest.link.block_export import BlockExport
 from qubes_itests.guest.start.boot import boot
 from qubes_itests.host.filesystem import make_ext4
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
     from qubes_itests.guest.image.template import Template
     from qubes_itests.guest.link.agent import GuestAgent
     from qubes_itests.guest.start.warm import WarmStarts
-    from qubes_itests.hypervisor.contract import Domain, Hypervisor
+    from qubes_itests.hypervisor.contract import Disk, Domain, Hypervisor
     from qubes_itests.portal import Portal
 
     _T = TypeVar("_T")
@@ -157,6 +161,26 @@ class Machine:
         guest.config = config
         return guest
 
+    async def export(self, backend: str, disk: Disk, guest: Guest) -> BlockExport:
+        """Have a device of one guest for another.
+
+        :param backend: name of the VM whose device it is.
+        :param disk: with the path that the device has there.
+        :param guest: that is to have it.
+        :raise HypervisorError: there is no such VM.
+        :raise StateError: it does not run.
+        """
+        found = self.find(backend)
+        if found is None:
+            raise HypervisorError(backend, "have a device of", "there is no such VM")
+        if found.state is not State.RUNNING:
+            # one that is paused would answer nobody, and the other one wait for it
+            reason = f"it is {found.state.name.lower()}"
+            raise StateError(backend, "have a device of", reason)
+        agent = await found.agent()
+        path = self.directory / f"{guest.xid}-{disk.name}"
+        return BlockExport(agent, str(disk.path), path, read_only=disk.read_only)
+
     async def close(self) -> None:
         """End all guests."""
         for guest in tuple(self.guests.values())[1:]:
@@ -167,6 +191,18 @@ class Machine:
             except HarnessError as error:
                 log.warning("%s", str(error))
         self.guests.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Attached:
+    """A disk of a running domain.
+
+    :param xml: as the core described it.
+    :param undo: ends what it comes from.
+    """
+
+    xml: str
+    undo: contextlib.ExitStack
 
 
 class Guest:
@@ -180,10 +216,10 @@ class Guest:
         self.state = State.SHUTOFF
         #: Number of its present run, -1 without one.
         self.xid = -1
-        #: XML of the disks that were attached in its present run, by their names.
-        self._attached: dict[str, str] = {}
         #: Of the images, bytes, as its guest sees them.
         self._sizes: dict[str, int] = {}
+        #: Disks that were attached in its present run, by their names.
+        self._attached: dict[str, _Attached] = {}
         self.domain: Domain | None = None
         #: Its database, while its guest runs.
         self.shared: SharedDatabase | None = None
@@ -292,24 +328,52 @@ class Guest:
 
     def definition(self) -> str:
         """Return its XML, with the disks that were attached."""
-        return with_disks(self.config, self._attached.values())
+        return with_disks(self.config, (disk.xml for disk in self._attached.values()))
 
     async def attach_disk(self, xml: str) -> None:
-        """Plug a disk in, and wait until the guest has it; ValueError for bad XML."""
-        disk = read_disk(xml)
+        """Plug a disk in, and wait until the guest has it.
+
+        :raise ValueError: for bad XML.
+        :raise StateError: this one, or the VM whose device it is, does not run.
+        :raise HypervisorError: there is no such device, or no such VM.
+        """
         agent = await self.agent()
         if self.domain is not None:
-            await self.domain.attach_disk(disk)
-            await agent.wait_for_disk(disk.name, "there", timeout=_END)
-            self._attached[disk.name] = xml
+            await self._plug_in(self.domain, agent, xml)
+
+    async def _plug_in(self, domain: Domain, agent: GuestAgent, xml: str) -> None:
+        disk, backend = read_disk(xml)
+        if disk.name in self._attached:
+            reason = f"it has a disk {disk.name} already"
+            raise HypervisorError(self.name, "attach a disk to", reason)
+        with contextlib.ExitStack() as stack:
+            if backend:
+                export = await self._machine.export(backend, disk, self)
+                stack.callback(export.close)
+                disk = dataclasses.replace(disk, path=export.path)
+            # a guest that serves and does not answer would keep QEMU, and so libvirt,
+            # for ever: when nobody serves any more they give up
+            try:
+                async with asyncio.timeout(_END):
+                    await domain.attach_disk(disk)
+            except TimeoutError:
+                what = f"disk {disk.name} for domain {self.name}"
+                raise DeadlineError(what, _END) from None
+            try:
+                await agent.wait_for_disk(disk.name, "there", timeout=_END)
+            except BaseException:
+                await to_its_end(domain.detach_disk(disk.name))
+                raise
+            self._attached[disk.name] = _Attached(xml, stack.pop_all())
 
     async def detach_disk(self, xml: str) -> None:
         """Pull a disk out; ValueError for bad XML."""
-        name = read_disk(xml).name
+        name = read_disk(xml)[0].name
         await self.agent()
         if self.domain is not None:
             await self.domain.detach_disk(name)
-            self._attached.pop(name, None)
+            if name in self._attached:
+                self._attached.pop(name).undo.close()
 
     async def follow_sizes(self) -> None:
         """Have the guest see images that have grown.
@@ -346,6 +410,8 @@ class Guest:
             if agent is None:
                 raise HypervisorError(self.name, "start", "it has no kernel of ours")
             self.shared = SharedDatabase(database, agent, identity.db)
+            for xml in self.config.borrowed:
+                await self._plug_in(self.domain, agent, xml)
             started.set_result(agent)
             await self.domain.wait_stopped()
         except (HarnessError, OSError, ValueError) as error:
@@ -370,6 +436,8 @@ class Guest:
         self.domain, self._life, self._agent = None, None, None
         self.shared = None
         self.state, self.xid = State.SHUTOFF, -1
+        for disk in self._attached.values():
+            disk.undo.close()
         self._attached.clear()
         self.undo.close()
         self._machine.xenstore.remove(f"/local/domain/{xid}")

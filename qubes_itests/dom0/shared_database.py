@@ -28,6 +28,13 @@ __all__ = ["SharedDatabase", "read_entries"]
 _TIMEOUT: Final = 60.0
 #: Of what it says in place of that, so many bytes are shown.
 _SHOWN: Final = 500
+#: What a guest's agent says of block devices without being asked, and the bytes of it.
+_BLOCK: Final = re.compile(
+    r"/qubes-block-devices(/[a-z0-9-]{1,63}/(desc|size|mode|parent))?"
+)
+_LONGEST: Final = 255
+#: Of all entries of a guest so many are kept.
+_MOST: Final = 1000
 _ENTRY: Final = re.compile(rb"(/[!-~]*) = (.*)", re.DOTALL)
 
 
@@ -67,6 +74,7 @@ class SharedDatabase:
         self._lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         database.pass_on = self._pass_on
+        agent.on_db_change(self._follow)
         # what dom0 has written since the start began
         now = database.texts()
         for path in now.keys() | told.keys():
@@ -87,6 +95,19 @@ class SharedDatabase:
                 else:
                     await self._agent.write_db(path, value)
                     self._told[path] = value.encode()
+
+    def _follow(self, path: str, value: str | None) -> None:
+        """Have dom0's follow what the agent says of block devices."""
+        before = self._database.read(path)
+        if not _BLOCK.fullmatch(path) or len(value or "") > _LONGEST:
+            return
+        if value is None:
+            self._told.pop(path, None)
+            if before is not None:
+                self._database.take_over(path, before, None)
+        elif before is not None or len(self._told) < _MOST:
+            self._told[path] = value.encode()
+            self._database.take_over(path, before, self._told[path])
 
     async def take_over(self) -> None:
         """Have dom0's follow what the guest has written; what dom0 writes wins.

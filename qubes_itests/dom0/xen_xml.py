@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ _IGNORED: Final = (
     *("console", "emulator", "input", "video", "graphics", "sound"),
     "interface",
 )
+#: What a guest here may call a disk.
+_NAME: Final = re.compile("xvd[a-z]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,8 @@ class DomainConfig:
     :param max_memory: to which its balloon may grow, MiB.
     :param kernel: on the host; None for a guest that boots from its disk.
     :param kernel_options: its command line.
-    :param disks: in the order of the XML.
+    :param disks: of dom0, in the order of the XML.
+    :param borrowed: XML of disks that are devices of other VMs.
     :param xml: the text that it was read from.
     :param unsupported: elements below ``devices`` that no guest here can have.
     """
@@ -48,6 +52,7 @@ class DomainConfig:
     xml: str
     kernel_options: str = ""
     unsupported: tuple[str, ...] = ()
+    borrowed: tuple[str, ...] = ()
 
 
 def read_domain(text: str) -> DomainConfig:
@@ -62,6 +67,7 @@ def read_domain(text: str) -> DomainConfig:
         element for element in root.iterfind("devices/*") if element.tag not in _IGNORED
     ]
     disks = [element for element in devices if element.tag == "disk"]
+    borrowed = [element for element in disks if _backend(element)]
     others = [element.tag for element in devices if element.tag != "disk"]
     return DomainConfig(
         name=_text(root, "name"),
@@ -72,7 +78,10 @@ def read_domain(text: str) -> DomainConfig:
         ),
         vcpus=int(_text(root, "vcpu")),
         kernel=Path(kernel) if kernel else None,
-        disks=tuple(map(_disk, disks)),
+        disks=tuple(_disk(element) for element in disks if not _backend(element)),
+        borrowed=tuple(
+            ET.tostring(element, encoding="unicode") for element in borrowed
+        ),
         xml=text,
         # without the identity: a guest is told that later, and one that was saved for
         # any VM has none
@@ -85,23 +94,29 @@ def read_domain(text: str) -> DomainConfig:
     )
 
 
-def read_disk(text: str) -> Disk:
+def read_disk(text: str) -> tuple[Disk, str]:
     """Read a disk that is attached or detached.
 
+    :return: the disk, and the name of the VM whose device it is; empty for dom0.
     :raise ValueError: it is none.
     """
-    return _disk(_parse(text, "disk"))
+    element = _parse(text, "disk")
+    return _disk(element), _backend(element)
 
 
 def with_disks(config: DomainConfig, added: Iterable[str]) -> str:
-    """Return the definition of a running domain: that of its start, and more disks.
+    """Return the definition of a running domain: what it has of dom0, and more disks.
 
-    :param added: XML of disks that have been attached.
+    :param added: XML of disks that have been attached, those of other VMs from the
+        start among them.
     """
     root = _parse(config.xml, "domain")
     devices = root.find("devices")
     if devices is None:
         devices = ET.SubElement(root, "devices")
+    for element in devices.findall("disk"):
+        if _backend(element):
+            devices.remove(element)
     devices.extend(_parse(text, "disk") for text in added)
     return ET.tostring(root, encoding="unicode")
 
@@ -124,7 +139,16 @@ def _disk(element: ET.Element) -> Disk:
         raise ValueError(
             f"expected a disk with source and target, got {path!r}, {name!r}"
         )
-    return Disk(name, Path(path), read_only=element.find("readonly") is not None)
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"expected a disk called xvda to xvdz, got {name!r}")
+    # as with Xen, a CD-ROM is one more disk to a guest that runs, without a tray
+    read_only = element.find("readonly") is not None or element.get("device") == "cdrom"
+    return Disk(name, Path(path), read_only=read_only)
+
+
+def _backend(element: ET.Element) -> str:
+    found = element.find("backenddomain")
+    return "" if found is None else found.get("name", "")
 
 
 def _text(root: ET.Element, tag: str) -> str:

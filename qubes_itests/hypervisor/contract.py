@@ -60,7 +60,8 @@ class Disk:
     """A disk of a domain.
 
     :param name: what the guest calls it under /dev: ``xvda`` to ``xvdz``.
-    :param path: a raw image file or a block device of the host.
+    :param path: a raw image file or a block device of the host; or a Unix socket on
+        which somebody serves one to one client, by NBD.
     :param read_only: whether the guest may write.
     """
 

@@ -60,6 +60,7 @@ def plugged_in(xml: str) -> tuple[tuple[Disk, ...], tuple[Interface, ...]]:
 def _disk(element: ET.Element) -> Disk:
     name, path = element.findtext("serial", ""), _attribute(element, "source", "file")
     path = path or _attribute(element, "source", "dev")
+    path = path or _attribute(element, "source/host", "socket")
     return Disk(name, Path(path), read_only=element.find("readonly") is not None)
 
 

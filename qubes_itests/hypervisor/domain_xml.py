@@ -233,6 +233,8 @@ def _place(device: ET.Element, slot: int) -> None:
 
 def _disk(disk: Disk, *, direct: bool) -> ET.Element:
     kind = "block" if disk.path.is_block_device() else "file"
+    if disk.path.is_socket():
+        kind = "network"
     element = ET.Element("disk", type=kind, device="disk")
     driver = _add(element, "driver", name="qemu", type="raw")
     driver.set("cache", "none" if direct else "writeback")
@@ -240,7 +242,12 @@ def _disk(disk: Disk, *, direct: bool) -> ET.Element:
     driver.set("detect_zeroes", "unmap")
     # Else a full disk of the host stops the guest, and nobody is told.
     driver.set("error_policy", "report")
-    _add(element, "source").set("dev" if kind == "block" else "file", str(disk.path))
+    if kind == "network":
+        source = _add(element, "source", protocol="nbd")
+        _add(source, "host", transport="unix", socket=str(disk.path))
+    else:
+        source = _add(element, "source")
+        source.set("dev" if kind == "block" else "file", str(disk.path))
     _add(element, "target", dev=_target(disk.name), bus="scsi")
     _add(element, "serial", disk.name)
     # One target each. By itself libvirt has another controller for each seven of them,

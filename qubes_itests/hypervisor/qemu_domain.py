@@ -365,13 +365,14 @@ def setup_part(kernel: Path, directory: Path) -> Path:
 def _opens_direct(path: Path) -> bool:
     """Tell whether a file can be opened past the page cache.
 
-    tmpfs refuses.  QEMU refuses a file whose last block is not whole, for it would have
-    to write more than there is: a size in GB, as client tools give it, is such a size.
+    tmpfs refuses, and what is behind a socket has no file.  QEMU refuses a file whose
+    last block is not whole, for it would have to write more than there is: a size in
+    GB, as client tools give it, is such a size.
     """
     try:
         file = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
-        return error.errno != errno.EINVAL
+        return error.errno not in (errno.EINVAL, errno.ENXIO)
     try:
         return os.lseek(file, 0, os.SEEK_END) % _WHOLE_BLOCK == 0
     finally:

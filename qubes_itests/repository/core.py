@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
     from qubes_itests.host.cache import Cache
 
-__all__ = ["Core", "install_core"]
+__all__ = ["CORE_TEMPLATES", "Core", "install_core"]
+
+#: Describes what templates have for its suites, as files of apps do.
+CORE_TEMPLATES: Final = Path(__file__).with_name("core_templates.toml")
 
 _KIND: Final = "core"
 _PACKAGE: Final = "qubes"

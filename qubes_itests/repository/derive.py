@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qubes_itests.guest.image.layer import Copy, Layers, Step
-from qubes_itests.host.kernel import GENERIC
+from qubes_itests.host.kernel import GENERIC, KERNELS
 from qubes_itests.repository.spec import SpecError
 
 if TYPE_CHECKING:
@@ -41,16 +41,16 @@ class Derived:
     init: str | None
     kernel: str | None = None
 
-    def layers(
-        self, root_image: Path, archives: Path | None, generic: Kernel | None
-    ) -> Layers:
+    def layers(self, root_image: Path, archives: Path | None, kernel: Kernel) -> Layers:
         """Return what is to be built.
 
         :param root_image: of the base.
         :param archives: directory with the files of the packages; None without any.
-        :param generic: the kernel whose modules go into the root; None for none.
+        :param kernel: that it boots; its modules are there for what loads them.
         """
-        steps = self.steps if generic is None else (_modules(generic), *self.steps)
+        steps = self.steps
+        if _MODULES_PACKAGE in self.packages:
+            steps = (_modules(kernel), *steps)
         return Layers(self.name, root_image, self.packages, archives, steps)
 
 
@@ -114,7 +114,8 @@ def _chain(
 def _modules(kernel: Kernel) -> Step:
     target = f"/usr/lib/modules/{kernel.version}"
     # of an entry of the cache, and thousands of files: its name says what is in it
-    key = "/".join(kernel.modules.parts[-4:])
+    entry = kernel.modules.parts[-5:]
+    key = "/".join(entry) if entry[0] in KERNELS.values() else ""
     copies = (Copy(kernel.modules, target, key),)
     return Step("the modules of the kernel", copies, f"depmod {kernel.version}")
 

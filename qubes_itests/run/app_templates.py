@@ -14,6 +14,7 @@ from qubes_itests.hookspec import hookimpl
 from qubes_itests.host.exc import NoKernelError
 from qubes_itests.host.kernel import GENERIC, fetch, find_kernel
 from qubes_itests.repository import SpecError, derive, read_spec_file, read_specs
+from qubes_itests.repository.core import CORE_TEMPLATES
 from qubes_itests.run.hooks import offers, registry
 from qubes_itests.run.result import Prepared
 
@@ -178,9 +179,12 @@ def plugins_for(
     :param say: called with what is going on while a template is built.
     """
     plugins = registry()
-    if settings.app or settings.template_spec:
-        wanted = derive(wishes_of(settings).specs)
-        own = AppTemplates(wanted, plugins, settings.artifacts, say)
+    if settings.app or settings.template_spec or settings.core:
+        specs = [*wishes_of(settings).specs]
+        if settings.core is not None:
+            # the lowest: what a template of Qubes OS has is there for apps, too
+            specs = [*read_spec_file(CORE_TEMPLATES), *specs]
+        own = AppTemplates(derive(specs), plugins, settings.artifacts, say)
         plugins.register(own, _PLUGIN)
     return plugins
 
@@ -263,10 +267,11 @@ class AppTemplates:
         if problem := Prepared.told().templates.get(name):
             raise TemplateProblemError(problem)
         derived = self._derived(name)
-        generic = find_kernel(cache, GENERIC) if derived.kernel == GENERIC else None
-        base: Template = self._bases[derived.base](cache, generic or kernel)
+        if derived.kernel == GENERIC:
+            kernel = find_kernel(cache, GENERIC)
+        base: Template = self._bases[derived.base](cache, kernel)
         archives = self._archives(derived, base, cache, self._say)
-        layers = derived.layers(base.root_image, archives, generic)
+        layers = derived.layers(base.root_image, archives, kernel)
         log = self._logs / f"template-{name}.log"
         return dataclasses.replace(
             base,

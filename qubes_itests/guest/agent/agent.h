@@ -39,7 +39,7 @@ enum {
 enum frame_type {
 	HELLO = 0x01, ENTER, DB_WRITE, DB_REMOVE, POWER_OFF, CLOCK, DISK, LEAVE,
 	SPAWN = 0x10, CALL, DATA, END_OF_FILE, STOP, CREDIT, SIGNAL, EXIT, RESIZE,
-	READY = 0x81, DONE, FAILED, LOG,
+	READY = 0x81, DONE, FAILED, LOG, DB_CHANGED,
 };
 
 enum exit_kind { EXITED, KILLED, NOT_STARTED };
@@ -61,7 +61,7 @@ _Static_assert(offsetof(struct frame, length) == 2, "the length is misplaced");
 _Static_assert(offsetof(struct frame, stream) == 4, "the stream is misplaced");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire is little-endian");
 _Static_assert(PAYLOAD_MAX <= UINT16_MAX, "a payload is longer than its length can tell");
-_Static_assert(RESIZE == 0x18 && LOG == 0x84, "types are not numbered as in the protocol");
+_Static_assert(RESIZE == 0x18 && DB_CHANGED == 0x85, "types are not numbered as in the protocol");
 
 /* main.c */
 extern bool testing;            /* an ordinary process of the host, not init */
@@ -162,9 +162,20 @@ bool mount_kernel(const char *type, const char *path, const char *options);
 _Noreturn void power_off(bool reboot_instead);
 int disks_open(void); /* the socket that tells of changes */
 void disks_ready(void);
+void disks_settle(void); /* what commands have done so far is seen, and told */
+bool disk_is_ours(const char *disk); /* the host has plugged it in */
 bool disk_wait(const char *path, int milliseconds);
 uint64_t disk_size(int fd); /* bytes, as it is now; and so whether it can be written */
 const char *disk_check(const char *name, const char *state); /* NULL: it is so */
+
+/* blocks.c: devices that other VMs may have. */
+void blocks_update(void); /* tell of them in the database, and the host */
+void blocks_forget(void); /* tell of all, next time: to another host */
+int blocks_mounts(void);  /* what tells, by POLLPRI, that mounts have changed; or -1 */
+
+/* nbd.c */
+#define SERVE_BLOCK "serve-block"
+int nbd_main(const char *mode, const char *path);
 
 /* qubesdb.c */
 bool db_set(const char *path, const char *value); /* value NULL: remove */

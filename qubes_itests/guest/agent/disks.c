@@ -9,20 +9,35 @@
 
 static int uevents = -1;
 
-/* The name that a disk's serial number asks for is made: "xvd" and one letter. */
-static void link_disk(const char *disk)
+/* The letter in the name that a disk's serial number asks for: "xvd" and one; or NUL. */
+static char letter_of(const char *disk)
 {
-	char path[PATH_LIMIT], page[64], target[NAME_LIMIT] = "", name[] = "/dev/xvd?";
+	char path[PATH_LIMIT], page[64], letter[2] = "";
 	const char *serial = page;
 	int end = 0;
 
 	snprintf(path, sizeof path, "/sys/block/%s/serial", disk);
-	if (read_file(path, page, sizeof page) < 0) {
+	if (read_file(in_root(path), page, sizeof page) < 0) {
 		/* SCSI: page 0x80, whose header is four bytes. */
 		snprintf(path, sizeof path, "/sys/block/%s/device/vpd_pg80", disk);
-		serial += read_file(path, page, sizeof page) > 4 ? 4 : 0;
+		serial += read_file(in_root(path), page, sizeof page) > 4 ? 4 : 0;
 	}
-	if (sscanf(serial, "xvd%1[a-z] %n", &name[8], &end) != 1 || serial[end] != '\0' ||
+	if (sscanf(serial, "xvd%1[a-z] %n", letter, &end) != 1 || serial[end] != '\0')
+		return '\0';
+	return *letter;
+}
+
+bool disk_is_ours(const char *disk)
+{
+	return letter_of(disk) != '\0';
+}
+
+static void link_disk(const char *disk)
+{
+	char target[NAME_LIMIT] = "", name[] = "/dev/xvd?";
+
+	name[8] = letter_of(disk);
+	if (!name[8] ||
 	    (readlink(name, target, sizeof target - 1) > 0 && strcmp(target, disk) == 0))
 		return;
 	unlink(name);
@@ -54,6 +69,18 @@ void disks_ready(void)
 	while (recv(uevents, message, sizeof message, MSG_DONTWAIT) >= 0)
 		;
 	scan();
+}
+
+void disks_settle(void)
+{
+	struct pollfd changes[] = {{.fd = uevents, .events = POLLIN},
+	                           {.fd = blocks_mounts(), .events = POLLPRI}};
+
+	if (poll(changes, 2, 0) <= 0 && !testing)
+		return;
+	if (changes[0].revents)
+		disks_ready();
+	blocks_update();
 }
 
 static long long now_ms(void)

@@ -42,6 +42,8 @@ int main(int argc, char **argv)
 		return client_main(argc, argv);
 	if (strncmp(name, "qubesdb-", 8) == 0)
 		return qubesdb_main(argc, argv, name + 8);
+	if (argc == 4 && strcmp(argv[1], SERVE_BLOCK) == 0)
+		return nbd_main(argv[2], argv[3]);
 #ifdef AGENT_TEST
 	/* agent FD: speak the protocol over that descriptor, as an ordinary process. */
 	testing = true;

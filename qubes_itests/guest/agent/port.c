@@ -98,6 +98,8 @@ static void hello(const uint8_t *nonce)
 	session_awaited = false; /* by another host */
 	memcpy(answer + 2, nonce, 16);
 	send_frame(READY, 0, 0, answer, sizeof answer);
+	blocks_forget();
+	blocks_update();
 }
 
 static void control_frame(const struct frame *frame, const uint8_t *payload,
@@ -299,7 +301,7 @@ static void signals_ready(int fd)
 
 _Noreturn void run_loop(int port_fd, int disks, bool entered)
 {
-	enum { PORT, SIGNALS, CALLS, DISKS, SESSION, STREAMS };
+	enum { PORT, SIGNALS, CALLS, DISKS, MOUNTS, SESSION, STREAMS };
 	static struct pollfd polled[STREAMS + STREAM_FDS];
 	bool more = true;
 
@@ -310,6 +312,7 @@ _Noreturn void run_loop(int port_fd, int disks, bool entered)
 	polled[SIGNALS].fd = signals_open();
 	polled[CALLS].fd = calls_listen();
 	polled[DISKS].fd = disks;
+	polled[MOUNTS].events = POLLPRI;
 	polled[SESSION].fd = under_systemd ? session_open() : -1;
 	if (entered) {
 		/* The host waits for the answer to ENTER, which init has left to this moment. */
@@ -321,7 +324,10 @@ _Noreturn void run_loop(int port_fd, int disks, bool entered)
 		/* Nothing but the port is heard before there is room for answers. */
 		bool room = port_room();
 		nfds_t count = room ? streams_collect(polled + STREAMS) : 0;
-		int ready = poll(polled, room ? STREAMS + count : 1, room && more ? 0 : -1);
+		int ready;
+
+		polled[MOUNTS].fd = blocks_mounts();
+		ready = poll(polled, room ? STREAMS + count : 1, room && more ? 0 : -1);
 
 		/* Without memory for its list it cannot wait, but the port goes on. */
 		if (ready < 0 && errno != EINTR && errno != ENOMEM)
@@ -329,13 +335,16 @@ _Noreturn void run_loop(int port_fd, int disks, bool entered)
 		/* Streams before signals: of a command that has ended what it wrote last is then
 		 * read first. What is left of it is asked for by source_drain(). */
 		if (room && ready > 0) {
+			if (polled[DISKS].revents)
+				disks_ready();
+			/* before streams, which may take the room */
+			if (polled[DISKS].revents || polled[MOUNTS].revents)
+				blocks_update();
 			streams_ready(polled + STREAMS, count);
 			if (polled[SIGNALS].revents)
 				signals_ready(polled[SIGNALS].fd);
 			if (polled[CALLS].revents)
 				calls_ready(polled[CALLS].fd);
-			if (polled[DISKS].revents)
-				disks_ready();
 			if (polled[SESSION].revents)
 				session_changed(polled[SESSION].fd);
 		}

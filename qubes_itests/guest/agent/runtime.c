@@ -2,6 +2,8 @@
 #include "agent.h"
 
 #include <ftw.h>
+#include <sys/sysmacros.h>
+#include <sys/utsname.h>
 #include <sys/sendfile.h>
 
 /* A copy of what systemd-tmpfiles makes in /run, as that is empty at each start. */
@@ -85,8 +87,34 @@ static void mount_interfaces(void)
 		mount_kernel(places[i][0], places[i][1], NULL);
 }
 
+/* Nodes by which the kernel loads a module when one is opened: what depmod has found. */
+static void make_static_nodes(void)
+{
+	char line[PATH_LIMIT], name[NAME_LIMIT], path[PATH_LIMIT], kind;
+	unsigned int first, second;
+	struct utsname kernel;
+	FILE *list;
+
+	uname(&kernel);
+	snprintf(path, sizeof path, "/usr/lib/modules/%s/modules.devname", kernel.release);
+	list = fopen(path, "re");
+	while (list && fgets(line, sizeof line, list)) {
+		if (sscanf(line, "%*s %255s %c%u:%u", name, &kind, &first, &second) != 4)
+			continue;
+		/* as in mapper/control: one directory at most */
+		snprintf(path, sizeof path, "/dev/%.*s", (int)strcspn(name, "/"), name);
+		if (strchr(name, '/'))
+			mkdir(path, 0755);
+		snprintf(path, sizeof path, "/dev/%s", name);
+		mknod(path, (kind == 'b' ? S_IFBLK : S_IFCHR) | 0600, makedev(first, second));
+	}
+	if (list)
+		fclose(list);
+}
+
 void make_runtime(void)
 {
+	make_static_nodes();
 	nftw(MADE, copy_one, 16, FTW_PHYS);
 	load_modules();
 	mount_interfaces();

@@ -551,8 +551,11 @@ bool streams_sweep(void)
 			link = &stream->next;
 			continue;
 		}
-		if (stream->pid != 0)
+		if (stream->pid != 0) {
+			/* before the host hears of the end: who waits for it may look then */
+			disks_settle();
 			tell_end(stream->id, &stream->result);
+		}
 		/* Freed here alone, and in streams_reset(): elsewhere a stream that has ended is
 		 * only marked, as others up the stack, or in `waiting`, may still use it. */
 		*link = stream->next;

@@ -24,7 +24,7 @@ from qubes_itests.hypervisor.console import console_tail
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from qubes_itests.guest.link.calls import CallHandler
@@ -286,6 +286,16 @@ class GuestAgent:
         """Remove an entry of the guest's qubesdb."""
         payload = pack_strings((path,))
         await self._connection.request(FrameType.DB_REMOVE, payload, f"remove {path}")
+
+    def on_db_change(self, note: Callable[[str, str | None], None]) -> None:
+        """Have what the agent itself says in the guest's qubesdb told from now on.
+
+        It says there what block devices other VMs may have.
+
+        :param note: called on the event loop with a path, and with the value, None for
+            an entry that was removed. Both are the guest's words, of up to 32 kB.
+        """
+        self._connection.on_db_change = note
 
     async def set_clock(self, nanoseconds: int, *, timeout: float) -> None:
         """Set the guest's clock.

@@ -32,6 +32,7 @@ from qubes_itests.guest.link.frames import (
     WINDOW,
     Called,
     Credited,
+    DatabaseChanged,
     Done,
     Ended,
     Event,
@@ -138,6 +139,9 @@ class AgentConnection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         #: Done with the error that ended the connection.
         self.closed: asyncio.Future[GuestGoneError] = loop.create_future()
+        #: Called with the path of an entry that the agent has changed by itself, and
+        #: with its value, None if there is none any more.
+        self.on_db_change: Callable[[str, str | None], None] | None = None
         self._on_call = on_call
         self._transport: asyncio.Transport | None = None
         self._streams: dict[int, GuestProcess | ServiceCall] = {}
@@ -423,6 +427,10 @@ class AgentConnection(asyncio.Protocol):
     def _on_log(self, event: Logged) -> None:
         self.log.write(event.line)
 
+    def _on_db_changed(self, event: DatabaseChanged) -> None:
+        if self.on_db_change is not None:
+            self.on_db_change(event.path, event.value)
+
     def _on_data(self, event: Received) -> None:
         self._streams[event.stream].reader(event.channel).feed_data(event.data)
 
@@ -484,6 +492,7 @@ class AgentConnection(asyncio.Protocol):
         Done: _on_answer,
         Failed: _on_answer,
         Logged: _on_log,
+        DatabaseChanged: _on_db_changed,
         Received: _on_data,
         ReceivedEof: _on_eof,
         Stopped: _on_stop,

@@ -90,6 +90,7 @@ class FrameType(enum.IntEnum):
     DONE = 0x82
     FAILED = 0x83
     LOG = 0x84
+    DB_CHANGED = 0x85
 
 
 class Channel(enum.IntEnum):
@@ -123,6 +124,14 @@ class Failed(NamedTuple):
     """The pending request was not carried out."""
 
     reason: str
+
+
+class DatabaseChanged(NamedTuple):
+    """The agent has changed an entry of the guest's database."""
+
+    path: str
+    #: None: it has removed it.
+    value: str | None
 
 
 class Logged(NamedTuple):
@@ -183,6 +192,7 @@ Event = (
     | Done
     | Failed
     | Logged
+    | DatabaseChanged
     | Called
     | Received
     | ReceivedEof

@@ -27,6 +27,7 @@ from qubes_itests.guest.link.frames import (
     Called,
     Channel,
     Credited,
+    DatabaseChanged,
     Done,
     Ended,
     Event,
@@ -201,6 +202,14 @@ class HostProtocol:
     def _on_log(self, frame: _Frame) -> Event:
         return Logged(unpack_text(bytes(frame.payload), _LINE_MAX))
 
+    def _on_db_changed(self, frame: _Frame) -> Event:
+        payload = bytes(frame.payload)
+        if payload.count(b"\0") == 1:
+            (path,) = unpack_strings(payload, 1)
+            return DatabaseChanged(path, None)
+        path, value = unpack_strings(payload, 2)
+        return DatabaseChanged(path, value)
+
     def _on_call(self, frame: _Frame) -> Event:
         if frame.stream != self._next_guest_stream:
             raise ProtocolViolation(
@@ -322,6 +331,7 @@ class HostProtocol:
         FrameType.DONE: (False, False, _on_done),
         FrameType.FAILED: (False, False, _on_failed),
         FrameType.LOG: (False, False, _on_log),
+        FrameType.DB_CHANGED: (False, False, _on_db_changed),
         FrameType.CALL: (False, True, _on_call),
         FrameType.DATA: (True, True, _on_data),
         FrameType.EOF: (True, True, _on_eof),

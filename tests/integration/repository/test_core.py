@@ -124,6 +124,7 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
     done = site.run("--core", checkout, "-rs")
     assert done.returncode == 1, done.stdout + done.stderr
     basic = "core::integ.basic::TC_00_Basic"
+    devices = "core::integ.devices::TC_00_Devices"
     life = "core::integ.life::TC_00_Life"
     gui = "core::integ.vm_qrexec_gui::TC_20_NonAudio"
     unit = "core::unit::TC_00_Platform"
@@ -134,6 +135,7 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
         f"{basic}::test_141_a_daemon_that_is_restarted": "PASSED",
         f"{basic}::test_204_devices_of_the_driver_file": "PASSED",
         f"{basic}::test_205_tools_of_the_client": "PASSED",
+        f"{devices}::test_000_a_device_of_another_vm": "PASSED",
         f"{life}::test_000_life": "PASSED",
         f"{life}::test_001_killed_while_it_starts": "PASSED",
         f"{life}::test_002_a_disk_that_is_missing": "PASSED",

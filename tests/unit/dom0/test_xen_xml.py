@@ -78,7 +78,31 @@ def test_any_other_text_is_a_value_error(text):
             read(text)
 
 
+def test_disks_of_other_vms_are_borrowed():
+    """The definition of a domain that runs has those that are attached, and no more."""
+    own = DISK.replace("xvdi", "xvda")
+    borrowed = DISK.replace("<disk>", "<disk><backenddomain name='usb'/>")
+    config = read_domain(definition(devices=own + borrowed))
+    assert [disk.name for disk in config.disks] == ["xvda"]
+    assert [read_disk(text) for text in config.borrowed] == [
+        (Disk("xvdi", Path("/x/a.img"), read_only=True), "usb")
+    ]
+    assert read_domain(with_disks(config, [])).borrowed == ()
+    assert len(read_domain(with_disks(config, config.borrowed)).borrowed) == 1
+
+
+def test_a_cdrom_is_a_disk_that_can_be_read_only():
+    disk = "<disk device='cdrom'><source dev='/a'/><target dev='xvdd'/></disk>"
+    assert read_disk(disk) == (Disk("xvdd", Path("/a"), read_only=True), "")
+
+
+@pytest.mark.parametrize("name", ["sda", "xvd", "xvdaa", "xvd1"])
+def test_a_disk_that_no_guest_here_can_have(name):
+    with pytest.raises(ValueError, match=f"xvda to xvdz, got '{name}'"):
+        read_disk(DISK.replace("xvdi", name))
+
+
 def test_attached_disks_are_seen_in_the_definition():
     config = read_domain(definition())
-    assert read_domain(with_disks(config, [DISK])).disks == (read_disk(DISK),)
+    assert read_domain(with_disks(config, [DISK])).disks == (read_disk(DISK)[0],)
     assert read_domain(with_disks(config, [])).disks == ()

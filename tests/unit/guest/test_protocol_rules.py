@@ -13,6 +13,7 @@ from qubes_itests.guest.link.frames import (
     WINDOW,
     Called,
     Credited,
+    DatabaseChanged,
     Done,
     Ended,
     ExitKind,
@@ -63,6 +64,8 @@ def test_frames_mean_what_the_protocol_says(protocol, stream):
     frames = [
         encode(F.DONE),
         encode(F.LOG, payload="ü".encode()),
+        encode(F.DB_CHANGED, payload=b"/a\0b\0"),
+        encode(F.DB_CHANGED, payload=b"/a\0"),
         encode(F.CALL, FIRST_GUEST_STREAM, payload=CALL),
         encode(F.EOF, stream, 1),
         encode(F.STOP, stream, 0),
@@ -72,6 +75,8 @@ def test_frames_mean_what_the_protocol_says(protocol, stream):
     assert list(protocol.receive(b"".join(frames))) == [
         Done(),
         Logged("ü"),
+        DatabaseChanged("/a", "b"),
+        DatabaseChanged("/a", None),
         Called(FIRST_GUEST_STREAM, "target", "qubes.Ping", "user"),
         ReceivedEof(stream, 1),
         Stopped(stream, 0),
@@ -158,6 +163,11 @@ def test_an_answer_that_nobody_asked_for(protocol, kind):
 def test_done_with_a_payload(protocol):
     protocol.request(F.ENTER, b"")
     assert "empty" in broken_by(protocol, encode(F.DONE, payload=b"x"))
+
+
+@pytest.mark.parametrize("payload", [b"", b"/a", b"/a\0b", b"/a\0b\0c\0", b"\xff\0"])
+def test_bad_entries_of_a_database(protocol, payload):
+    assert broken_by(protocol, encode(F.DB_CHANGED, payload=payload))
 
 
 @pytest.mark.parametrize("text", [b"x" * 1025, b"\xff"])

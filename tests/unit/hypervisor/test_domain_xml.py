@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import socket
 import uuid
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -12,7 +13,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from qubes_itests.hypervisor.contract import Disk, DomainSpec, Interface
-from qubes_itests.hypervisor.devices import find_device
+from qubes_itests.hypervisor.devices import find_device, plugged_in
 from qubes_itests.hypervisor.domain_xml import (
     Machine,
     disk_xml,
@@ -169,3 +170,18 @@ def test_a_clone_has_memory_that_only_the_library_opens():
     )
     environment = line.find("{*}env")
     assert environment.attrib == {"name": "LD_PRELOAD", "value": "/run/library.so"}
+
+
+def test_a_disk_behind_a_socket(tmp_path):
+    """And back: where it is, is what a domain that is frozen has to be thawed with."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "nbd"))
+        disk = Disk("xvdi", tmp_path / "nbd", read_only=True)
+        xml = disk_xml(disk, direct=False)
+    element = ET.fromstring(xml)
+    assert (element.get("type"), element.find("source").get("protocol")) == (
+        "network",
+        "nbd",
+    )
+    definition = f"<domain><devices>{xml}</devices></domain>"
+    assert plugged_in(definition) == ((disk,), ())

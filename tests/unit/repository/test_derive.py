@@ -49,8 +49,21 @@ def test_the_generic_kernel_comes_with_its_modules_below_all_steps(tmp_path):
     steps = derived.layers(tmp_path / "root.img", None, kernel).steps
     (copy,) = steps[0].copies
     assert (copy.source, copy.target) == (kernel.modules, "/usr/lib/modules/6.1")
-    assert copy.key == "linux-image-6.1_6.1.2-3/lib/modules/6.1"
+    assert copy.key == "generic-kernel/linux-image-6.1_6.1.2-3/lib/modules/6.1"
     assert [step.script for step in steps] == ["depmod 6.1", "1"]
+
+
+def test_modules_come_with_what_loads_them(tmp_path):
+    """Of a kernel outside of the cache they are read: its name says nothing of them."""
+    kernel = Kernel("6.1", tmp_path / "boot/vmlinuz-6.1", tmp_path / "lib/modules/6.1")
+    specs = [spec("one", script="1"), spec("two", packages=("kmod",))]
+    for number, scripts in ((2, ["depmod 6.1", "1"]), (1, ["1"])):
+        derived = derive(specs[:number])["deb"]
+        steps = derived.layers(tmp_path / "root.img", None, kernel).steps
+        assert [step.script for step in steps] == scripts
+    assert derive(specs)["deb"].kernel is None
+    (copy,) = derive(specs)["deb"].layers(tmp_path, None, kernel).steps[0].copies
+    assert copy.key == ""
 
 
 def test_a_template_over_one_with_the_generic_kernel_has_it_too():
