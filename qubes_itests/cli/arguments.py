@@ -68,6 +68,10 @@ COMMANDS = {
     "merge": _SubCommand(
         "merge", "merge the results of machines that shared a run into those of one",
         (("words", "+", "DIR...", "the artefacts of each, with run.json"),)),
+    "compare": _SubCommand(
+        "compare", "compare our core with that of --core: names, errors and properties,"
+        " or with --app the outcomes of its tests on both",
+        (("words", "*", "[SELECTOR...]", "ids of tests, or how they begin"),)),
     "memory": _SubCommand(
         "memory",
         "show who holds the memory, live, plot it as an SVG, or compare two qmemmans",
@@ -136,7 +140,7 @@ class Command:
         "", None, "EXPRESSION", "list",
         "list only tests whose ids match, as -k of pytest selects them", short="-k")
     json: bool = option(
-        False, None, "", "list doctor history ps", "print JSON, not text")
+        False, None, "", "list doctor history ps compare", "print JSON, not text")
     cache: bool = option(
         False, None, "", "clean", "also remove images and saved states")
     output: str = option(
@@ -180,6 +184,8 @@ class Command:
             return _NO_TESTS.isdisjoint(self.rest)
         if self.name == "serve":
             return not self.print_env
+        if self.name == "compare":
+            return "app" not in self.given  # else it starts runs, which have their own
         return self.name in ("shell", "repl", "thaw")
 
 

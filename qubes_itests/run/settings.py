@@ -85,7 +85,7 @@ class Keep(enum.Enum):
 
 
 #: The commands that run tests, and those that start VMs.
-_TESTS, _VMS = f"run {PYTEST}", "run serve shell repl"
+_TESTS, _VMS = f"run {PYTEST}", "run serve shell repl compare"
 #: The templates that tests run on by default.
 _TEMPLATES = ("tiny",)
 #: Seconds.
@@ -311,11 +311,11 @@ class Settings:
         (), _paths, "DIR", f"{_VMS} list template",
         "run only the tests of the app in DIR")
     core: Path | None = option(  # noqa: RUF009 - it makes a field
-        None, _directory, "DIR", "run list memory",
+        None, _directory, "DIR", "run list memory compare",
         "run the suites of the checkout of core-admin in DIR, or the tests of --app, on"
         " the core there; of `memory compare`, run its qmemman")
     qrexec: Path | None = option(  # noqa: RUF009 - it makes a field
-        None, _directory, "DIR", "run list memory",
+        None, _directory, "DIR", "run list memory compare",
         "with --core take the policy from the checkout of core-qrexec in DIR"
         " (default: core-qrexec or qubes-core-qrexec beside it)")
     template_spec: tuple[Path, ...] = option(

@@ -1,6 +1,7 @@
 """``--core DIR``: what a developer of core-admin types; what a bad checkout is told."""
 
 import contextlib
+import json
 import re
 import shutil
 import subprocess
@@ -288,3 +289,36 @@ def test_what_a_core_leaves_ends_with_the_run(shared, site):
     while any(name in text for text in seen_of_others()):
         assert time.monotonic() < deadline, "loop devices, mounts or processes are left"
         time.sleep(0.1)
+
+
+def test_our_core_is_compared_with_another(shared, site):
+    done = site.run("compare", "--core", shared, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {(row["kind"], row["name"]): row for row in json.loads(done.stdout)}
+    memory = found["default", "AppVM.memory"]
+    assert (memory["here"], memory["there"]) == ("400", "200")
+    assert memory["verdict"] == "differs"
+    assert found["name", "qubes.Qubes"]["verdict"] == "same"
+    assert found["set", "AppVM.memory = 1"]["verdict"] == "same"
+    assert found["error", "qubes.exc.QubesException"]["verdict"] == "only here"
+    broken = "Qubes.add_pool = None"
+    done = site.run("compare", "--core", shared, BREAK_CORE=broken)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "the core cannot be described:\n| Traceback" in done.stderr
+    for words in (["compare"], ["compare", "--core", shared, "my-app"]):
+        done = site.run(*words)
+        assert done.returncode == 4
+        assert "expected " in done.stderr
+
+
+def test_tests_of_apps_are_compared_on_both_cores(shared, app, site):
+    tests = "my-app@once"
+    done = site.run("compare", "--core", shared, "--app", app, tests)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[1:] == [
+        "test               0           2           0           0",
+        "",
+        "differs",
+        "  test     my-app@once::TC_10_Dom0::test_000_base: failed; there passed",
+        "  test     my-app@once::TC_10_Dom0::test_001_policy: failed; there passed",
+    ]

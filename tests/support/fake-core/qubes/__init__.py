@@ -4,6 +4,7 @@ import asyncio
 import os
 import pathlib
 import subprocess
+import types
 import uuid
 
 import libvirt
@@ -70,8 +71,26 @@ class Storage:
         assert success, volume
 
 
-class VM:
+class PropertyHolder:
+    """Something with properties, each with a default."""
+
+    defaults = types.MappingProxyType({})
+
+    def property_list(self):
+        return [types.SimpleNamespace(__name__=name) for name in self.defaults]
+
+    def property_get_default(self, name):
+        return self.defaults[name]
+
+    def property_is_default(self, name):
+        return name not in vars(self)
+
+
+class VM(PropertyHolder):
     """A VM: properties, and a folder for images."""
+
+    defaults = types.MappingProxyType({"memory": 200})
+    memory = 200
 
     def __init__(self, app, klass, **properties):
         vars(self).update(properties)
@@ -97,12 +116,20 @@ class VM:
         await start(libvirt.open().defineXML(xml))
 
 
-class Qubes:
+class Domains(dict):
+    """VMs by name; dom0 is always there."""
+
+    def __missing__(self, name):
+        return VM(self.app, "AdminVM", name=name, template="-")
+
+
+class Qubes(PropertyHolder):
     """A store: names of VMs, of their templates and features, a VM a line."""
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
-        self.domains = {}
+        self.domains = Domains()
+        self.domains.app = self
         if self.path.exists():
             for line in self.path.read_text().splitlines():
                 klass, name, template, *features = line.split()
@@ -117,6 +144,9 @@ class Qubes:
 
     async def setup_pools(self):
         pass
+
+    async def add_pool(self, **options):
+        assert options["driver"] == "file", options
 
     def add_new_vm(self, cls, *, name, template="-", **properties):
         vm = VM(self, cls, name=name, template=template, **properties)

@@ -1,0 +1,91 @@
+"""What counts as a difference between two cores, and what ours is described as."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from qubes_itests.cli.compare import _lines
+from qubes_itests.comparison import compare
+
+REFUSED = "! QubesPropertyValueError QubesValueError QubesException ValueError"
+CRASHED = "! AttributeError"
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "verdict"),
+    [
+        ("400", "400", "same"),
+        ("400", "'400'", "differs"),
+        (None, "400", "only there"),
+        ("400", None, "only here"),
+        (REFUSED, "True", "differs"),
+        ("True", REFUSED, "differs"),
+        # an error that those catch who expect theirs, or theirs is none to expect
+        (REFUSED, "! QubesValueError QubesException ValueError", "same"),
+        (REFUSED, "! QubesVMError QubesException", "differs"),
+        (REFUSED, CRASHED, "same"),
+        (CRASHED, REFUSED, "differs"),
+    ],
+)
+def test_values_of_a_property_are_compared(here, there, verdict):
+    name = "set AppVM.debug = 'text'"
+    one = {"default AppVM.debug": "False"}
+    (default, found) = compare(
+        one | ({} if here is None else {name: here}),
+        one | ({} if there is None else {name: there}),
+    )
+    assert default.verdict == "same"
+    assert found.verdict == verdict
+
+
+def test_an_error_has_to_be_all_that_theirs_is():
+    (found,) = compare({"error qubes.exc.E": "! E A B"}, {"error qubes.exc.E": "! E A"})
+    assert found.verdict == "same"
+    (found,) = compare({"error qubes.exc.E": "! E A"}, {"error qubes.exc.E": "! E A B"})
+    assert found.verdict == "differs"
+
+
+def test_what_is_in_a_class_or_a_property_that_only_one_has_is_left_out():
+    theirs = {
+        "name qubes.app.Other": "class",
+        "member Other.method": "function",
+        "default AppVM.other": "1",
+        "set AppVM.other = 2": "2",
+    }
+    found = compare({}, theirs)
+    assert [each.name for each in found] == ["AppVM.other", "qubes.app.Other"]
+
+
+def test_what_is_alike_is_on_one_line():
+    here, there = {}, {}
+    for cls in ("AppVM", "DispVM"):
+        here[f"default {cls}.debug"] = there[f"default {cls}.debug"] = "False"
+        for value in (-1, 10):
+            here[f"set {cls}.debug = {value}"] = REFUSED
+            there[f"set {cls}.debug = {value}"] = "True"
+    lines = list(_lines(compare(here, there)))
+    assert lines[-1] == (
+        "  set      debug of AppVM, DispVM = -1, 10:"
+        " ! QubesPropertyValueError; there True"
+    )
+    assert lines[1].split() == ["default", "2", "0", "0", "0"]
+    assert lines[2].split() == ["set", "0", "4", "0", "0"]
+
+
+def test_our_core_is_described():
+    program = [sys.executable, "-P", "-m", "qubes_itests.comparison.description"]
+    done = subprocess.run(program, capture_output=True, check=True, timeout=60)
+    found = json.loads(done.stdout)
+    assert found["module qubes.vm.appvm"] == "module"
+    assert found["name qubes.events.handler"] == "function"
+    error = found["error qubes.exc.QubesVMNotFoundError"].split()
+    assert error[:2] == ["!", "QubesVMNotFoundError"]
+    assert {"QubesException", "KeyError"} < set(error)
+    assert found["member AppVM.start"] == "coroutine"
+    assert found["default AppVM.debug"] == "False"
+    assert found["set AppVM.debug = 'yes'"] == "True"
+    assert found["set AppVM.debug = 'text'"].split()[:2] == [
+        *("!", "QubesPropertyValueError")
+    ]
