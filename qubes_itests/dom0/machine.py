@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.dom0.calls import answer
+from qubes_itests.dom0.mapper import Mapper
 from qubes_itests.dom0.shared_database import SharedDatabase
 from qubes_itests.dom0.stores import QubesDB, XenStore
 from qubes_itests.dom0.xen_xml import DomainConfig, read_disk, with_disks
@@ -117,6 +118,7 @@ class Machine:
         self.xenstore = XenStore()
         #: By name of the VM; dom0 has one, too.
         self.databases: dict[str, QubesDB] = {"dom0": QubesDB()}
+        self.mapper = Mapper(self.databases["dom0"])
         #: Defined or running.
         self.guests: dict[uuid.UUID, Guest] = {}
         # dom0 has a domain, too, of which a core asks for memory and devices
@@ -350,7 +352,10 @@ class Guest:
             if backend:
                 export = await self._machine.export(backend, disk, self)
                 stack.callback(export.close)
-                disk = dataclasses.replace(disk, path=export.path)
+                path = export.path
+            else:
+                path = self._machine.mapper.find(disk.path)
+            disk = dataclasses.replace(disk, path=path)
             # a guest that serves and does not answer would keep QEMU, and so libvirt,
             # for ever: when nobody serves any more they give up
             try:

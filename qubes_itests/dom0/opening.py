@@ -70,6 +70,7 @@ def open_dom0(
     (QREXEC_SOCKETS / "policy.d").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(dom0_directories(storage, checkout, policy))
+        stack.callback(machine.mapper.close)
         stack.enter_context(mock.patch.dict(os.environ, programs.variables()))
         portal.run(programs.__aenter__())
         stack.callback(lambda: portal.run(programs.__aexit__()))

@@ -245,6 +245,26 @@ class Programs:
         destroy_snapshot(Path(*words))
         return 0
 
+    async def _dmsetup(
+        self, words: Sequence[str], _environment: Mapping[str, str], _fds: Sequence[int]
+    ) -> int:
+        match words:
+            case ["create", name, "--table", table]:
+                await asyncio.to_thread(self._machine.mapper.create, name, table)
+            case ["remove", name]:
+                await asyncio.to_thread(self._machine.mapper.remove, name)
+            case _:
+                raise ValueError(f"expected create or remove, got {words}")
+        return 0
+
+    async def _udevadm(
+        self, words: Sequence[str], _environment: Mapping[str, str], _fds: Sequence[int]
+    ) -> int:
+        if words != ["settle"]:
+            raise ValueError(f"expected `udevadm settle`, got {words}")
+        await asyncio.to_thread(self._machine.mapper.settle)
+        return 0
+
     async def _systemctl(
         self, words: Sequence[str], _environment: Mapping[str, str], _fds: Sequence[int]
     ) -> int:
@@ -276,9 +296,11 @@ def _close(fds: list[int]) -> None:
 _PROGRAMS: Final = {
     "create-snapshot": Programs._create_snapshot,  # noqa: SLF001
     "destroy-snapshot": Programs._destroy_snapshot,  # noqa: SLF001
+    "dmsetup": Programs._dmsetup,  # noqa: SLF001
     "qrexec-client": Programs._qrexec_client,  # noqa: SLF001
     "qrexec-daemon": Programs._qrexec_daemon,  # noqa: SLF001
     "qubesdb-daemon": Programs._qubesdb_daemon,  # noqa: SLF001
     "systemctl": Programs._systemctl,  # noqa: SLF001
+    "udevadm": Programs._udevadm,  # noqa: SLF001
     "xl": Programs._xl,  # noqa: SLF001
 }

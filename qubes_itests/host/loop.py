@@ -118,10 +118,13 @@ class LoopDevice:
     context, and the death of this process leaves none behind.
 
     :param image: the file.
+    :param offset: where the device begins in it, bytes.
+    :param size: of the device, bytes; 0 for all that follows.
     """
 
-    def __init__(self, image: Path) -> None:
+    def __init__(self, image: Path, *, offset: int = 0, size: int = 0) -> None:
         self.image = image
+        self._part = offset, size
         self._fd = -1
         self._path = Path()
 
@@ -150,7 +153,7 @@ class LoopDevice:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise NoLoopDevicesError(f"{self._path}: {error.strerror}") from error
-        info = (0, 0, 0, 0, 0, 0, 0, 0, _LO_FLAGS_AUTOCLEAR, b"", b"", b"", 0, 0)
+        info = (0, 0, 0, *self._part, 0, 0, 0, _LO_FLAGS_AUTOCLEAR, b"", b"", b"", 0, 0)
         try:
             fcntl.ioctl(self._fd, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(image, 0, *info))
         except OSError as error:

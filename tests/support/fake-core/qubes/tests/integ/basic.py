@@ -5,6 +5,7 @@ import subprocess
 import unittest
 
 import libvirt
+import qubesdb
 from qubes.storage import file
 
 DOM0 = bytes(16)
@@ -49,6 +50,43 @@ class TC_00_Basic(unittest.TestCase):
         self.assertEqual(
             done.stderr, "systemctl: there is no systemd here for 'stop sshd'\n"
         )
+
+    def test_206_linear_devices_of_device_mapper(self):
+        """Of a part of a loop device, and told of in qubesdb while not mounted."""
+        image, place, device = "/var/tmp/m.img", "/var/tmp/m", "/dev/mapper/test-m"  # noqa: S108
+        with open(image, "wb") as new:
+            new.truncate(8 << 20)
+        script = (
+            "loop=$(losetup --find --show $0); number=$(cat /sys/block/${loop#/dev/}/dev);"
+            ' dmsetup create test-m --table "0 8192 linear $number 2048"; udevadm settle'
+        )
+        subprocess.run(["sudo", "sh", "-ec", script, image], check=True)
+        database = qubesdb.QubesDB("dom0")
+        found = database.multiread("/qubes-block-devices/dm-0/")
+        values = {"desc": b"test-m", "mode": b"w", "parent": b"", "size": b"4194304"}
+        self.assertEqual(
+            found, {f"/qubes-block-devices/dm-0/{k}": v for k, v in values.items()}
+        )
+        subprocess.run(["mkfs.ext4", "-q", "-L", "here", device], check=True)
+        with open(image, "rb") as file:
+            file.seek((1 << 20) + 1144)
+            self.assertEqual(file.read(4), b"here")
+        os.mkdir(place)
+        for words, count in ((["mount", device, place], 0), (["umount", place], 4)):
+            subprocess.run(words, check=True)
+            subprocess.run(["udevadm", "settle"], check=True)
+            found = database.list("/qubes-block-devices/dm-0/")
+            self.assertEqual(len(found), count)
+        for status in (0, 2):
+            done = subprocess.run(["dmsetup", "remove", "test-m"], check=False)
+            self.assertEqual(done.returncode, status)
+        self.assertEqual(database.list("/qubes-block-devices/"), [])
+        self.assertFalse(os.path.lexists(device))
+        for table in ("0 8 linear 7:99999 0", "0 8 crypt 7:0 0", ""):
+            words = ["dmsetup", "create", "test-m", "--table", table]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            self.assertIn(done.returncode, (1, 2))
+            self.assertRegex(done.stderr, "dmsetup: (expected a name|.*7:99999)")
 
     def test_204_devices_of_the_driver_file(self):
         image, changes = "/var/tmp/a.img", "/var/tmp/a-cow.img"  # noqa: S108
