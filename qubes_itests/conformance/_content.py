@@ -67,7 +67,7 @@ class RevisionTests:
         trial.run(snapshot.stop())
         assert trial.started(snapshot) == "good"
 
-    @feature("life")
+    @feature("revisions")
     def test_unknown_revision_is_an_error(self, trial: Trial) -> None:
         """Whatever it is called, and also where there are none."""
         volume = trial.made("one", revisions_to_keep=0)
@@ -109,19 +109,24 @@ class RevisionTests:
     def test_volume_without_snapshots_is_committed_all_the_same(
         self, trial: Trial
     ) -> None:
-        """It has no revisions, and no committed image while its VM runs."""
+        """It has no revisions."""
         volume = trial.made("one", revisions_to_keep=-1)
         assert dict(volume.revisions) == {}
-        trial.run(volume.start())
-        assert volume.is_dirty()
-        trial.write(volume, "two")
-        with pytest.raises(VolumeStateError):
-            trial.run(volume.export())
-        trial.run(volume.stop())
+        trial.session(volume, "two")
         assert dict(volume.revisions) == {}
         assert trial.committed(volume) == "two"
 
-    @feature("no_snapshot")
+    @feature("strict_states")
+    def test_volume_without_snapshots_is_not_exported_while_its_vm_runs(
+        self, trial: Trial
+    ) -> None:
+        """What it has then is being written."""
+        volume = trial.made("one", revisions_to_keep=-1)
+        trial.run(volume.start())
+        with pytest.raises(VolumeStateError):
+            trial.run(volume.export())
+
+    @feature("export")
     def test_image_that_others_rely_on_is_not_written(self, trial: Trial) -> None:
         """A reader keeps what it was given."""
         volume = trial.made("one", revisions_to_keep=-1)
@@ -174,7 +179,7 @@ class ResizeTests:
         assert volume.size == 2 * SIZE
         assert trial.started(volume) == "kept"
 
-    @feature("online_resize")
+    @feature("snapshots")
     def test_snapshots_and_volatile_volumes_grow_while_they_run(
         self, trial: Trial
     ) -> None:
@@ -190,7 +195,7 @@ class ResizeTests:
         assert trial.started(snapshot) == "source"
         assert snapshot.size == SIZE
 
-    @feature("errors")
+    @feature("size_checks")
     @pytest.mark.parametrize("size", [0, 1, SIZE - 1, -1, 2**63, 1.5, "1M", None, True])
     def test_bad_size_is_refused(self, trial: Trial, size: object) -> None:
         """Stopped and running; nothing is changed.  One less than now: running only."""
@@ -243,7 +248,7 @@ class TransferTests:
         with volume.block_device().path.open("rb") as image:
             assert image.read() == b"i" * size
 
-    @feature("import_data")
+    @feature("import_creates")
     def test_import_begins_a_volume(self, trial: Trial) -> None:
         """One that was never created needs no creation then."""
         volume = trial.volume()
@@ -268,7 +273,7 @@ class TransferTests:
         trial.run(volume.import_data_end(success=True))
         assert trial.started(volume) == "good"
 
-    @feature("import_data")
+    @feature("size_checks")
     @pytest.mark.parametrize("length", [0, MIB - 1, MIB + 1])
     def test_import_of_another_length_is_dropped(
         self, trial: Trial, length: int
@@ -285,7 +290,7 @@ class TransferTests:
         assert volume.size == SIZE
         assert trial.started(volume) == "old"
 
-    @feature("import_data")
+    @feature("strict_states")
     def test_import_and_vm_keep_apart(self, trial: Trial) -> None:
         """No start during an import, no import while started, no end without one."""
         volume = trial.made("old")
@@ -301,7 +306,7 @@ class TransferTests:
             trial.run(volume.import_data())
         assert trial.read(volume) == "old"
 
-    @feature("import_volume")
+    @feature("export")
     def test_volume_is_imported_as_it_was_committed(self, trial: Trial) -> None:
         """With its size, and without what its VM has written since."""
         source = trial.made("source", vm="other", size=2 * SIZE)
@@ -334,12 +339,18 @@ class TransferTests:
 
     @feature("import_volume")
     def test_failed_import_of_a_volume_changes_nothing(self, trial: Trial) -> None:
-        """Its source has no image; or the VM runs."""
+        """Its source has no image."""
         volume = trial.made("old")
         missing: Volume = trial.volume(vm="other")
         with pytest.raises(StoragePoolException):
             trial.run(volume.import_volume(missing))
         assert trial.started(volume) == "old"
+
+    @feature("strict_states")
+    def test_nothing_is_imported_while_the_vm_runs(self, trial: Trial) -> None:
+        """From another volume, either."""
+        volume = trial.made("old")
+        trial.run(volume.start())
         with pytest.raises(VolumeStateError):
             trial.run(volume.import_volume(trial.made("source", vm="third")))
         assert trial.read(volume) == "old"

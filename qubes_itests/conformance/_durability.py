@@ -9,7 +9,7 @@ import pytest
 
 from qubes_itests.conformance.features import feature
 from qubes_itests.conformance.trial import MIB, SIZE, Owner, Trial
-from qubes_storage import StoragePoolException, pool_class
+from qubes_storage import StoragePoolException
 from qubes_storage.exc import (
     InvalidSizeError,
     InvalidVolumeConfigError,
@@ -31,18 +31,21 @@ class CrashTests:
 
     @feature("reopening")
     def test_new_pool_object_finds_everything(self, trial: Trial) -> None:
-        """Contents, sizes and sources, from the volumes' `config` alone."""
-        source = trial.made("source", vm="template")
-        snapshot = trial.made(kind="snapshot", source=source)
+        """Contents and sizes, from the volumes' `config` alone."""
         volume = trial.made("one", size=2 * SIZE)
         volatile = trial.made(kind="volatile")
-        source, snapshot, volume, volatile = trial.reopen(
-            source, snapshot, volume, volatile
-        )
+        volume, volatile = trial.reopen(volume, volatile)
         assert trial.committed(volume) == "one"
         assert volume.size == 2 * SIZE
-        assert trial.started(snapshot) == "source"
         assert trial.started(volatile) == ""
+
+    @feature("snapshots")
+    def test_new_pool_object_finds_the_source(self, trial: Trial) -> None:
+        """From the volumes' `config` alone."""
+        source = trial.made("source", vm="template")
+        snapshot = trial.made(kind="snapshot", source=source)
+        source, snapshot = trial.reopen(source, snapshot)
+        assert trial.started(snapshot) == "source"
         assert trial.started(source) == "source"
 
     @feature("many_revisions")
@@ -204,7 +207,7 @@ class AccountTests:
         volume = trial.made("kept")
         settings = dict(trial.pool.config)
         trial.run(trial.pool.destroy())
-        same = pool_class(str(settings.pop("driver")))(**settings)  # type: ignore[arg-type]
+        same = trial.pool_class(str(settings.pop("driver")))(**settings)
         trial.pool = same
         trial.run(same.setup())
         assert type(same) is type(volume.pool)
@@ -220,7 +223,7 @@ class AccountTests:
 class ErrorTests:
     """Configurations that are not valid."""
 
-    @feature("errors")
+    @feature("config_checks")
     @pytest.mark.parametrize(
         "name",
         ["..", ".hidden", "a/b", "a\nb", "a" * 300, "", "a b", "é", "/abs", "a\0b"],
@@ -237,7 +240,7 @@ class ErrorTests:
             )
         assert trial.pool.list_volumes() == before
 
-    @feature("errors")
+    @feature("size_checks")
     @pytest.mark.parametrize("size", [-1, 2**63, 1.5, "1M", True])
     def test_bad_size_of_a_new_volume_is_refused(
         self, trial: Trial, size: object
@@ -248,14 +251,14 @@ class ErrorTests:
             trial.pool.init_volume(Owner("work"), config)
         assert caught.value.vid == "appvms/work/private"
 
-    @feature("errors")
+    @feature("size_checks")
     def test_empty_volume_is_refused(self, trial: Trial) -> None:
         """A disk has at least one byte."""
         volume = trial.volume(size=0)
         with pytest.raises(InvalidSizeError):
             trial.run(volume.create())
 
-    @feature("errors")
+    @feature("config_checks")
     @pytest.mark.parametrize(
         "change",
         [
@@ -275,7 +278,7 @@ class ErrorTests:
         with pytest.raises(InvalidVolumeConfigError):
             trial.pool.init_volume(Owner("work"), config)
 
-    @feature("errors")
+    @feature("config_checks")
     def test_source_has_to_be_of_the_same_pool(self, trial: Trial) -> None:
         """And to exist."""
         source = trial.made("source", vm="template")

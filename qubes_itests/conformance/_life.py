@@ -39,17 +39,29 @@ class LifeTests:
 
     @feature("life")
     def test_what_a_vm_writes_is_there_at_its_next_start(self, trial: Trial) -> None:
-        """It is dirty from the start on, and committed by the stop."""
+        """It is committed by the stop."""
         volume = trial.made()
         trial.run(volume.start())
-        assert volume.is_dirty()
         assert volume.block_device().rw
         trial.write(volume, "first")
         trial.run(volume.stop())
         assert not volume.is_dirty()
         assert trial.started(volume) == "first"
 
-    @feature("life")
+    @feature("dirty")
+    @pytest.mark.parametrize("keep", [None, -1])
+    def test_volume_is_dirty_from_its_start_to_its_stop(
+        self, trial: Trial, keep: int | None
+    ) -> None:
+        """With the revisions of the pool, and without snapshots."""
+        volume = trial.made(revisions_to_keep=keep)
+        assert not volume.is_dirty()
+        trial.run(volume.start())
+        assert volume.is_dirty()
+        trial.run(volume.stop())
+        assert not volume.is_dirty()
+
+    @feature("strict_states")
     def test_each_operation_is_refused_in_the_wrong_state(self, trial: Trial) -> None:
         """A second start, removal while started, a second creation."""
         volume = trial.made("first")
@@ -72,12 +84,18 @@ class LifeTests:
     def test_volume_that_was_not_created_does_not_start(self, trial: Trial) -> None:
         """Verification says so before a VM does."""
         volume = trial.volume()
-        with pytest.raises(VolumeNotFoundError):
-            trial.run(volume.verify())
+        for action in (volume.verify, volume.start):
+            with pytest.raises(VolumeNotFoundError):
+                trial.run(action())
+
+    @feature("errors")
+    def test_start_that_failed_can_be_repeated(self, trial: Trial) -> None:
+        """Once its cause is gone."""
+        volume = trial.volume()
         with pytest.raises(VolumeNotFoundError):
             trial.run(volume.start())
         trial.run(volume.create())
-        trial.run(volume.start())
+        assert trial.started(volume) == ""
 
     @feature("life")
     def test_removed_volume_is_gone(self, trial: Trial) -> None:
@@ -110,7 +128,7 @@ class LifeTests:
         trial.run(one.remove() if not one.is_dirty() else one.stop())
         assert trial.read(other) == "other"
 
-    @feature("life")
+    @feature("strict_states")
     def test_of_many_starts_at_once_one_succeeds(self, trial: Trial) -> None:
         """The others say that it is started."""
         volume = trial.made()
@@ -229,7 +247,7 @@ class KindTests:
 
     @feature("volatile")
     def test_volatile_volume_is_empty_at_every_start(self, trial: Trial) -> None:
-        """It has its size, never dirty, and cannot be read by others."""
+        """It has its size, and is never dirty."""
         volume = trial.made(kind="volatile")
         for _ in range(2):
             assert trial.started(volume) == ""
@@ -238,6 +256,13 @@ class KindTests:
             trial.write(volume, "secret")
             trial.run(volume.stop())
         assert dict(volume.revisions) == {}
+
+    @feature("strict_states")
+    def test_volatile_volume_has_nothing_to_export_or_to_replace(
+        self, trial: Trial
+    ) -> None:
+        """It holds nothing while it is not started."""
+        volume = trial.made(kind="volatile")
         for action in (volume.export, volume.import_data):
             with pytest.raises(VolumeStateError):
                 trial.run(action())

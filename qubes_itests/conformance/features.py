@@ -4,6 +4,8 @@ A test of the suite belongs to one feature.  A driver that lacks the feature has
 name in `lacks` (see `qubes_itests.conformance.storage`), and the same tests then prove
 the lack: each has to fail with one of storage's own errors, and with nothing else.
 `shared_extents` is no operation: there the test itself raises such an error.
+What is `UNPROMISED` is not refused: something else happens than with other drivers, and
+those tests may fail in any way.
 """
 
 from __future__ import annotations
@@ -15,21 +17,25 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["FEATURES", "LACKABLE", "MARKER", "check_lacks", "feature"]
+__all__ = [
+    "FEATURES",
+    "LACKABLE",
+    "MARKER",
+    "UNPROMISED",
+    "check_lacks",
+    "feature",
+]
 
 _REQUIRED: Final = {
     "life": "volumes are created, started, written, stopped, removed",
-    "snapshots": "snapshots start from their source's committed image",
     "volatile": "volatile volumes are empty at every start",
-    "read_only": "read-only volumes change by imports alone",
-    "outdated": "snapshots know that their source has changed",
     "reopening": "a new pool object finds what the last one left",
     "accounting": "sizes and usage are reported",
-    "errors": "what cannot be is refused, and changes nothing",
+    "errors": "what fails is an error of storage, and changes nothing",
 }
 
-#: The features that a driver may lack, with a sentence about each.
-LACKABLE: Final = {
+_REFUSED: Final = {
+    "snapshots": "snapshots start from their source's committed image",
     "snapshot_running_source": "a source may run while snapshots of it start",
     "snapshot_saved": "snapshots may be saved on stop",
     "export": "committed images can be read, also while their VMs run",
@@ -41,10 +47,27 @@ LACKABLE: Final = {
     "revisions": "one former image is kept, and can be reverted to",
     "many_revisions": "any number of former images is kept",
     "no_snapshot": "with revisions_to_keep=-1 there is no snapshot while a VM runs",
-    "crash_recovery": "what a killed process leaves is gone on with, or removed",
     "shared_extents": "a start takes no room; never without reflinks",
-    "second_process": "two processes never use one volume at once",
 }
+
+#: Features of which a driver without them says nothing.
+UNPROMISED: Final = {
+    "outdated": "snapshots know that their source has changed",
+    "read_only": "read-only volumes change by imports alone",
+    "dirty": "a volume is dirty from its start to its stop",
+    "crash_recovery": "what a killed process leaves is gone on with, or removed",
+    "strict_states": "what the state of a volume forbids is refused",
+    "size_checks": "sizes that cannot be are refused",
+    "config_checks": "names and configurations that cannot be are refused",
+    "import_creates": "an import begins a volume that was never created",
+    "second_process": "two processes never use one volume at once",
+    "full_disk": "without space an operation fails as a whole",
+    "power_cuts": "what an operation promised survives a power cut",
+    "no_snapshot_power_cuts": "also that of a volume without snapshots",
+}
+
+#: The features that a driver may lack, with a sentence about each.
+LACKABLE: Final = {**_REFUSED, **UNPROMISED}
 
 #: All features, with a sentence about each, in the order of the table.
 FEATURES: Final = {**_REQUIRED, **LACKABLE}

@@ -31,6 +31,7 @@ from qubes_itests.conformance._content import (
     TransferTests,
 )
 from qubes_itests.conformance._durability import AccountTests, CrashTests, ErrorTests
+from qubes_itests.conformance._faults import FaultTests, Opener
 from qubes_itests.conformance._life import KindTests, LifeTests
 from qubes_itests.conformance.features import FEATURES, LACKABLE, check_lacks
 from qubes_itests.conformance.options import (
@@ -46,7 +47,7 @@ from qubes_storage.exc import DriverNotFoundError
 from qubes_storage.ficlone import supports_reflink
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from qubes_storage import Pool
@@ -61,6 +62,7 @@ class StorageConformance(
     ResizeTests,
     TransferTests,
     CrashTests,
+    FaultTests,
     AccountTests,
     ErrorTests,
 ):
@@ -72,6 +74,9 @@ class StorageConformance(
     #: Fixtures that give the directories to run on; empty for pools that have their
     #: storage elsewhere, `make_pool` gets None then.
     filesystems: ClassVar[tuple[str, ...]] = ("btrfs", "xfs", "xfs_no_reflink", "ext4")
+
+    #: Those of them on which space runs out, and the power is cut.
+    fault_filesystems: ClassVar[tuple[str, ...]] = ("btrfs", "xfs", "ext4")
 
     #: Features, of `LACKABLE`, that the driver does not have.  The class of its pool
     #: may have such an attribute as well; both count.
@@ -89,6 +94,13 @@ class StorageConformance(
         """
         raise NotImplementedError
 
+    def pool_class(self, driver: str) -> Callable[..., Pool]:
+        """Return what makes a pool of a driver, as a server does it.
+
+        :param driver: its name, as the configuration of a pool has it.
+        """
+        return pool_class(driver)
+
     @classmethod
     def parameters(cls, config: pytest.Config) -> tuple[str, ...]:
         """Return the filesystems that tests are run on, as the table calls them."""
@@ -98,7 +110,11 @@ class StorageConformance(
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Run every test on every filesystem."""
         if "filesystem" in metafunc.fixturenames:
-            names = self.parameters(metafunc.config)
+            names: Sequence[Any] = self.parameters(metafunc.config)
+            if "opener" in metafunc.fixturenames:
+                reason = f"it is tested on {', '.join(self.fault_filesystems)} only"
+                skipped = pytest.param(names[0], marks=pytest.mark.skip(reason=reason))
+                names = [n for n in names if n in self.fault_filesystems] or [skipped]
             metafunc.parametrize("filesystem", names, scope="function")
 
     @pytest.fixture
@@ -107,10 +123,23 @@ class StorageConformance(
         own = filesystem == "own"
         directory = None if own else request.getfixturevalue(filesystem)
         with asyncio.Runner() as runner:
-            trial = Trial(lambda: self._open_pool(request, directory), runner)
+            trial = Trial(
+                lambda: self._open_pool(request, directory), self.pool_class, runner
+            )
             request.node.stash[LACKS] = self._lacks_of(trial.pool, request, directory)
             yield trial
             trial.clean_up()
+
+    @pytest.fixture
+    def opener(
+        self, request: pytest.FixtureRequest, tmp_path: Path
+    ) -> Iterator[Opener]:
+        """Return what opens pools under test, in any directory."""
+        pool = self._open_pool(request, tmp_path)
+        known = self._lacks_of(pool, request, None)
+        request.node.stash[LACKS] = known
+        with asyncio.Runner() as runner:
+            yield Opener(lambda path: self._open_pool(request, path), runner.run, known)
 
     def _lacks_of(
         self, pool: Pool, request: pytest.FixtureRequest, directory: Path | None

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
     from pathlib import Path
 
-__all__ = ["MIB", "SIZE", "Owner", "Trial"]
+__all__ = ["KINDS", "MIB", "SIZE", "Owner", "Trial"]
 
 MIB: Final = 1024**2
 
 #: Size of a volume unless a test says otherwise, bytes.
 SIZE: Final = 4 * MIB
 
-_KINDS: Final[dict[str, dict[str, Any]]] = {
+KINDS: Final[dict[str, dict[str, Any]]] = {
     "saved": {"name": "private", "rw": True, "save_on_stop": True},
     "snapshot": {"name": "root", "rw": True, "snap_on_start": True},
     "both": {"name": "root", "rw": True, "snap_on_start": True, "save_on_stop": True},
@@ -48,11 +48,18 @@ class Trial:
     """One pool, set up, for one test.
 
     :param open_pool: makes an object of the pool; every call one over the same data.
+    :param pool_class: returns what makes a pool of a driver, by its name.
     :param runner: runs the coroutines.
     """
 
-    def __init__(self, open_pool: Callable[[], Pool], runner: asyncio.Runner) -> None:
+    def __init__(
+        self,
+        open_pool: Callable[[], Pool],
+        pool_class: Callable[[str], Callable[..., Pool]],
+        runner: asyncio.Runner,
+    ) -> None:
         self._open_pool = open_pool
+        self.pool_class = pool_class
         self._runner = runner
         self._prefix = f"t{secrets.token_hex(3)}"
         self._vids: set[str] = set()
@@ -88,7 +95,7 @@ class Trial:
         """
         size = {} if kind == "snapshot" else {"size": SIZE}
         owner = Owner(f"{self._prefix}-{vm}")
-        volume = self.pool.init_volume(owner, {**_KINDS[kind], **size, **config})
+        volume = self.pool.init_volume(owner, {**KINDS[kind], **size, **config})
         self._vids.add(volume.vid)
         return volume
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import os
 import traceback
 import unittest
@@ -30,6 +31,8 @@ _PACKAGE: Final = "qubes.tests"
 _INTEGRATION: Final = "integ."
 #: Modules beside the suites.
 _OTHERS: Final = ("extra", "never_awaited", "run")
+#: Suites that are ours, for what the core has: by their modules.
+_OURS: Final = {"conformance": "qubes_itests.conformance.core_storage"}
 _DISPLAY: Final = "it needs a display in dom0 and in VMs"
 _FEDORA: Final = "it needs dom0's Fedora"
 _NETWORK: Final = "it needs net VMs, which a core under test cannot have here yet"
@@ -108,7 +111,10 @@ def core_suites(
         for path in top.rglob("*.py")
         if path.name != "__init__.py"
     )
-    ids = {f"{_GROUP}::{name}": name for name in names if name not in _OTHERS}
+    names = [name for name in names if name not in _OTHERS]
+    if words:  # those of the checkout are all that "all" means
+        names += _OURS
+    ids = {f"{_GROUP}::{name}": name for name in names}
     return [
         _suite(begin, name, programs if name.startswith(_INTEGRATION) else None)
         for begin, name in ids.items()
@@ -152,7 +158,7 @@ def core_imports(
 
 
 def _suite(begin: str, name: str, extensions: PluginExtensions | None) -> Plugin:
-    module_name = f"{_PACKAGE}.{name}"
+    module_name = _OURS.get(name, f"{_PACKAGE}.{name}")
     if name in _NOT_HERE:
         cls = TestClass(_not_here(name, _NOT_HERE[name]))
         return Plugin(begin, _GROUP, module_name, _PACKAGE, classes=(cls,))
@@ -162,10 +168,12 @@ def _suite(begin: str, name: str, extensions: PluginExtensions | None) -> Plugin
         detail = traceback.format_exc()
         problem = Problem(f"{module_name} cannot be imported: {error!r}", detail)
         return Plugin(begin, _GROUP, module_name, _PACKAGE, problems=(problem,))
+    members: list[Any] = [v for v in vars(module).values() if inspect.isclass(v)]
     classes = [
-        value
-        for value in vars(module).values()
-        if has_tests(value) and value.__module__ == module_name
+        cls
+        for cls in members
+        # ours are for pytest, which takes classes of any kind
+        if (has_tests(cls) or name in _OURS) and cls.__module__ == module_name
     ]
     for test, reason in _TESTS_NOT_HERE.get(name, {}).items():
         skip = unittest.skip(f"{test} cannot run here: {reason}")

@@ -176,6 +176,30 @@ def test_words_select_among_the_suites_of_a_core(shared, site):
     assert len(re.findall("^core::integ.life::TC_00", done.stdout, re.MULTILINE)) == 7
 
 
+def test_a_driver_of_a_core_that_forgets_an_fsync_is_found(shared, site):
+    """By power cuts, and by no other test; a volume that is not concerned passes."""
+    suite = "core::conformance::TestReflink"
+    power_cut = f"{suite}::test_power_cut_leaves_what_was_promised"
+    done = site.run(
+        *("--core", shared, "--itests-crash-states=12"),
+        f"{power_cut}[xfs-others flush]",
+        f"{power_cut}_without_snapshots[xfs-others flush]",
+        f"{suite}::test_what_a_vm_writes_is_there_at_its_next_start[xfs]",
+        f"{suite}::test_volume_that_was_not_created_does_not_start[xfs]",
+        BREAK_CORE="from qubes.storage import copying; copying.flush = len",
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    table = re.findall("^(\\w+) +(yes|FAILED.*)$", done.stdout, re.MULTILINE)
+    assert table == [
+        ("life", "yes"),
+        ("power_cuts", "FAILED 1 of 1"),
+        ("no_snapshot_power_cuts", "yes"),
+    ], done.stdout + done.stderr
+    assert "its images are neither those before nor those after" in done.stdout
+    again = f"--core {shared} '{power_cut}[xfs-others flush]' --itests-crash-replay="
+    assert again in done.stdout
+
+
 @pytest.mark.parametrize(
     ("broken", "words", "told"),
     [

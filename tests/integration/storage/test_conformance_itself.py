@@ -102,7 +102,7 @@ def test_a_declared_lack_that_is_refused_is_told_in_the_table(run_suite):
     assert status == 0, output
     assert "many_revisions no, declared" in output
     assert "\nrevisions yes" in output
-    assert "\nlife yes" in output
+    assert "\naccounting yes" in output
 
 
 def test_a_lack_that_is_not_declared_fails(run_suite):
@@ -117,7 +117,38 @@ def test_a_lack_that_is_none_fails(run_suite):
     status, output = run_suite("-k", "grow", module=lacks)
     assert status == 1
     assert "the driver is said to lack 'online_resize', and no error says so" in output
-    assert "online_resize FAILED 2 of 2" in output
+    assert "online_resize FAILED 1 of 1" in output
+
+
+IGNORES_SIZES = """
+class Volume(ReflinkVolume):
+    async def resize(self, size):
+        return await super().resize(size) if size == "1M" else self
+"""
+
+
+@pytest.mark.parametrize(
+    ("lacks", "told"),
+    [
+        ("", "size_checks FAILED 8 of 9"),
+        ("Pool.lacks = frozenset({'size_checks'})", "size_checks in part, declared"),
+    ],
+)
+def test_what_a_driver_need_not_promise_may_fail_if_it_is_declared(
+    lacks, told, run_suite
+):
+    """Also by what is no error of storage: nothing is refused there."""
+    module = f"{IGNORES_SIZES}\n{lacks}\n"
+    status, output = run_suite("-k", "bad_size_is_refused", module=module)
+    assert status == (not lacks), output
+    assert told in output
+
+
+def test_power_cuts_need_a_filesystem_of_their_own(run_suite):
+    """What cannot be cut is skipped, and not said to survive."""
+    status, output = run_suite("-k", "promised", module="\n")
+    assert status == 0, output
+    assert "\npower_cuts skipped 2\n" in output
 
 
 def test_what_every_driver_must_do_cannot_be_lacking(run_suite):
