@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from qubes_itests.exc import HarnessError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
 
     from qubes_itests.dom0.machine import Machine
 
@@ -40,6 +40,7 @@ _BEFORE: Final = (
 
 _LACKING: Final = Path(__file__).with_name("lacking")
 _OURS: Final = ("qubes_itests", "qubes_storage")
+_as_completed = asyncio.as_completed
 _all_entry_points = importlib.metadata.entry_points
 
 _machine: list[Machine] = []
@@ -65,6 +66,8 @@ def install() -> None:
     if sys.version_info < (3, 13):
         # tests call this when they close servers that have no client any more
         asyncio.Server.close_clients = lambda _server: None  # type: ignore[attr-defined]
+        # a core waits so for what comes first while a disposable VM is made ahead
+        asyncio.as_completed = _Completed  # type: ignore[assignment]
     # behind all others: for programs that this machine may have
     path = os.environ.get("PATH", os.defpath)
     if os.fspath(_LACKING) not in path.split(os.pathsep):
@@ -81,6 +84,32 @@ def place(name: str, module: ModuleType) -> None:
             package.__path__ = []
             place(parent, package)
         setattr(sys.modules[parent], child, module)
+
+
+class _Completed:
+    """`asyncio.as_completed` as it is since Python 3.13: also for ``async for``."""
+
+    def __init__(
+        self, fs: Iterable[Awaitable[Any]], *, timeout: float | None = None
+    ) -> None:
+        self._futures = [asyncio.ensure_future(one) for one in fs]
+        self._timeout = timeout
+        self._each = _as_completed(self._futures, timeout=timeout)
+
+    def __iter__(self) -> Iterator[Awaitable[Any]]:
+        return self._each
+
+    def __next__(self) -> Awaitable[Any]:
+        return next(self._each)
+
+    async def __aiter__(self) -> AsyncIterator[asyncio.Future[Any]]:
+        rest = set(self._futures)
+        async with asyncio.timeout(self._timeout):
+            while rest:
+                first = asyncio.FIRST_COMPLETED
+                done, rest = await asyncio.wait(rest, return_when=first)
+                for one in done:
+                    yield one
 
 
 def _record(*arguments: Any, **more: Any) -> logging.LogRecord:

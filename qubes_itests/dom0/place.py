@@ -88,6 +88,10 @@ def dom0_directories(
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.is_file():
             shutil.copyfile(file, target)
+    # by which the client of Qubes OS knows dom0, where it asks qubesd itself
+    release = Path("/etc/qubes-release")
+    release.unlink(missing_ok=True)
+    release.write_text("what qubes_itests has in place of Qubes OS\n")
     zone = Path("/etc/localtime")
     if "zoneinfo" not in os.fspath(zone.resolve()):
         # a core takes the name of the time zone from where the link leads

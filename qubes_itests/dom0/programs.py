@@ -34,6 +34,9 @@ log = logging.getLogger("qubes_itests.dom0")
 
 #: Where they are.
 PROGRAMS: Final = Path(__file__).with_name("bin")
+#: As dom0 has them, before what a user has put there: a python3 that is a script which
+#: looks for one is too slow for tests that call a service which they have just started.
+_SYSTEM: Final = ("/usr/sbin", "/usr/bin")
 #: Where a core sees whether the qrexec of a VM is there.
 QREXEC_SOCKETS: Final = Path("/run/qubes")
 #: Bytes of the arguments and the variables of one call.
@@ -79,10 +82,11 @@ class Programs:
 
     def variables(self) -> dict[str, str]:
         """Return what the environment of the programs has to have."""
+        path = [os.fspath(PROGRAMS), *_SYSTEM, os.environ["PATH"]]
         return {
             "QUBES_ITESTS_PYTHON": sys.executable,
             "QUBES_ITESTS_DOM0": os.fspath(self._path),
-            "PATH": os.pathsep.join([os.fspath(PROGRAMS), os.environ["PATH"]]),
+            "PATH": os.pathsep.join(path),
         }
 
     async def _accept(self) -> None:
@@ -181,13 +185,12 @@ class Programs:
     async def _qrexec_client(
         self, words: Sequence[str], _environment: Mapping[str, str], fds: list[int]
     ) -> int:
-        target, command = "", ""
-        rest = iter(words)
+        #: The VM, what the command reads first, and a time that does not count here.
+        given = {"-d": "", "-p": "", "-w": ""}
+        command, rest = "", iter(words)
         for word in rest:
-            if word == "-d":
-                target = next(rest, "")
-            elif word == "-w":
-                next(rest, "")
+            if word in given:
+                given[word] = next(rest, "")
             elif word in ("-t", "-T", "-e"):
                 continue  # what is escaped in a terminal
             elif word.startswith("-"):
@@ -195,9 +198,9 @@ class Programs:
             else:
                 command = word
         user, colon, line = command.partition(":")
-        if not target or not colon:
+        if not given["-d"] or not colon:
             raise ValueError(f"expected -d VM USER:COMMAND, got {words}")
-        guest = self._guest(target)
+        guest = self._guest(given["-d"])
         agent = await guest.agent()
         name = None if user == "DEFAULT" else user
         if line.startswith("QUBESRPC "):
@@ -207,6 +210,7 @@ class Programs:
             process = await agent.spawn_service(service, source=source, user=name)
         else:
             process = await agent.spawn(line.removeprefix("nogui:"), user=name)
+        process.stdin.write(given["-p"].encode())
         process.read_from(fds[0])
         process.pass_on(Channel.STDOUT, fds[1])
         process.pass_on(Channel.STDERR, fds[2])

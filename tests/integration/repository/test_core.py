@@ -83,8 +83,11 @@ CLIENT = {
     "setup.py": "from setuptools import *\n"
     "setup(name='qubesadmin', packages=find_packages(), install_requires=['xcffib'])\n",
     "qubesadmin/__init__.py": "",
+    "qubesadmin/config.py": "QREXEC_CLIENT = '/nowhere'\n",
     "qubesadmin/tools/__init__.py": "",
-    "qubesadmin/tools/qvm_hello.py": "import sys\ndef main(): print(*sys.argv)\n",
+    "qubesadmin/tools/qvm_hello.py": "import sys\n"
+    "from qubesadmin.config import QREXEC_CLIENT\n"
+    "def main(): print(*sys.argv, QREXEC_CLIENT)\n",
 }
 
 
@@ -152,6 +155,8 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
         f"{unit}::test_002_skipped": "SKIPPED",
         f"{unit}::test_003_sh_becomes_the_command": "PASSED",
         f"{unit}::test_004_templates_have_told_of_their_services": "PASSED",
+        f"{unit}::test_005_what_comes_first_is_waited_for_in_both_ways": "PASSED",
+        f"{unit}::test_006_programs_are_those_of_the_system": "PASSED",
     }
     assert "qubes.tests.broken cannot be imported: ModuleNotFoundError" in done.stdout
     assert "integ.audio cannot run here: it needs a display" in done.stdout

@@ -1,5 +1,7 @@
 """A unit suite."""
 
+import asyncio
+import os
 import subprocess
 import unittest
 
@@ -29,10 +31,32 @@ class TC_00_Platform(unittest.TestCase):
         shown = subprocess.check_output(["sh", "-c", "readlink /proc/$$/exe"])
         self.assertTrue(shown.endswith(b"/readlink\n"), shown)
 
+    def test_006_programs_are_those_of_the_system(self):
+        path = os.environ["PATH"].split(":")
+        self.assertTrue(path[0].endswith("/dom0/bin"), path)
+        self.assertEqual(path[1:3], ["/usr/sbin", "/usr/bin"])
+
     def test_004_templates_have_told_of_their_services(self):
         (first, *_) = qubes.Qubes("/var/lib/qubes/qubes.xml").domains.values()
         told = {"supported-rpc.qubes.VMShell", "supported-rpc.qubes.WaitForSession"}
         self.assertLessEqual(told, first.features.keys())
+
+    def test_005_what_comes_first_is_waited_for_in_both_ways(self):
+        """As in Python 3.13: either is a way to get the tasks as they end."""
+
+        async def each():
+            event = asyncio.Event()
+            tasks = [asyncio.create_task(event.wait()), asyncio.create_task(no_wait())]
+            ended = []
+            async for task in asyncio.as_completed(tasks):
+                ended.append(tasks.index(task))
+                event.set()
+            return ended, [await one for one in asyncio.as_completed([no_wait()])]
+
+        async def no_wait():
+            return 3
+
+        self.assertEqual(asyncio.run(each()), ([1, 0], [3]))
 
     @unittest.skip("as it is")
     def test_002_skipped(self):

@@ -106,4 +106,4 @@ class TC_00_Basic(unittest.TestCase):
 
     def test_205_tools_of_the_client(self):
         done = subprocess.run(["qvm-hello", "work"], capture_output=True, check=True)
-        self.assertEqual(done.stdout, b"qvm-hello work\n")
+        self.assertEqual(done.stdout, b"qvm-hello work qrexec-client\n")

@@ -186,11 +186,11 @@ class TC_00_Life(LifeTestCase):
         """Read to the end of an output that is closed before the command ends."""
         process = await asyncio.create_subprocess_exec(
             qubes.config.system_path["qrexec_client_path"],
-            *("-d", "work", "root:echo said; exec >&-; cat"),
+            *("-d", "work", "-p", "before", "root:head -c 6; exec >&-; cat"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        self.assertEqual(await process.stdout.read(), b"said\n")
+        self.assertEqual(await process.stdout.read(), b"before")
         self.assertIsNone(process.returncode)
         process.stdin.close()
         await process.wait()
