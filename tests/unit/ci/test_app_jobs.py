@@ -21,7 +21,7 @@ from documented import ROOT, blocks, page
 SCRIPT = ROOT / "ci/app-tests"
 #: Builds the entry that $STATE names, if there is none, and fails as $STATUS says.
 RECORDER = """#!/bin/bash
-[ "$1" = --app ] || exec echo "$1 ran as $PYTHON"
+[[ $1 = --* ]] || exec echo "$1 ran as $PYTHON"
 printf '%s\\n' "$@" >"$RECORD"
 ls -A "$2" >"$RECORD.app"
 for entry in debian/$STATE tiny/always; do
@@ -189,6 +189,16 @@ def test_a_job_of_github(github, record):
     assert done.summary.endswith(" n\n\n    <b>`a guest`</b>\n")
 
 
+def test_a_job_of_github_for_a_core(github, record):
+    job = github()
+    done = job.run(qrexec="QubesOS/qubes-core-qrexec", arguments="core::unit")
+    assert not done.failed, done.output
+    assert done.ran == [STEPS[0], "Get core-qrexec", *STEPS[1:]]
+    words = record.read_text().splitlines()
+    assert words[:2] == ["--core", "app/."]
+    assert words[-3:] == ["--qrexec", "core-qrexec", "core::unit"]
+
+
 def test_the_archive_has_what_lasts_and_no_zeroes(github):
     job = github()
     job.run()
@@ -273,6 +283,24 @@ def test_a_job_of_gitlab(gitlab, record, app):
     kept = {"itests-artifacts", "itests-cache.tar", "itests-junit.xml"}
     assert {path.name for path in app.iterdir()} == {"setup.cfg", "sub", *kept}
     assert done.output.count("section_start:") == done.output.count("section_end:") == 1
+
+
+def test_a_job_of_gitlab_for_a_core(app, variables, record, tmp_path):
+    qrexec, directory = tmp_path / "qrexec", tmp_path / "gitlab"
+    directory.mkdir()
+    subprocess.run(["git", "init", "--quiet", qrexec], check=True)
+    author = ["-c", "user.name=x", "-c", "user.email=x@localhost"]
+    commit = ["git", *author, "commit", "--quiet", "--allow-empty", "--message=x"]
+    subprocess.run(commit, cwd=qrexec, check=True)
+    template = {"template": ".qubes-itests-core", "environment": variables}
+    job = GitLabJob(app, RECORDER, directory, **template)
+    assert "core-qrexec" in job.definition["variables"]["ITESTS_QREXEC"]
+    done = job.run(ITESTS_QREXEC=f"file://{qrexec}", ITESTS_ARGUMENTS="core::unit")
+    assert not done.failed, done.output
+    assert (directory / "work/core-qrexec/.git").is_dir()
+    words = record.read_text().splitlines()
+    assert words[:2] == ["--core", f"{app}/."]
+    assert words[-3:] == ["--qrexec", "core-qrexec", "core::unit"]
 
 
 def test_the_project_has_nothing_but_the_app_while_tests_run(gitlab, app, record):
@@ -369,18 +397,19 @@ def test_each_machine_of_gitlab_has_its_place_and_a_job_merges_them(
 
 
 def examples():
-    """Return the files that the guide has maintainers write.
+    """Return the files that the guides have maintainers write.
 
-    They are GitHub's, GitLab's, and those of both for several machines.
+    They are GitHub's, GitLab's, those of both for several machines, and for a core.
     """
     github, gitlab, several, parallel = blocks("docs/ci.md", "yaml")
     included = gitlab[: gitlab.index("itests:")]
-    return github, gitlab, f"on: push\n{several}", f"{included}{parallel}"
+    core = blocks("docs/core-admin.md", "yaml")
+    return github, gitlab, f"on: push\n{several}", f"{included}{parallel}", *core
 
 
 @pytest.mark.parametrize(
     ("text", "schema"),
-    list(zip(examples(), 2 * ["github-workflows", "gitlab-ci"], strict=True)),
+    list(zip(examples(), 3 * ["github-workflows", "gitlab-ci"], strict=True)),
 )
 def test_the_examples_of_the_guide_are_of_their_formats(text, schema, tmp_path):
     file = tmp_path / "example.yml"
@@ -397,11 +426,15 @@ def git(*words):
 
 
 def test_the_examples_of_the_guide_call_what_there_is():
-    github, gitlab, several, parallel = map(yaml.safe_load, examples())
+    parsed = map(yaml.safe_load, examples())
+    github, gitlab, several, parallel, core, gitlab_core = parsed
     templates = yaml.safe_load(GITLAB.read_text())
     ref = templates[".qubes-itests"]["variables"]["ITESTS_REF"]
     assert ref == "main" or git("tag", "--list", ref) == ref
-    called = [*github["jobs"].values(), *several["jobs"].values()]
+    called = [
+        *(*github["jobs"].values(), *several["jobs"].values()),
+        *core["jobs"].values(),
+    ]
     for job in called:
         repository, _, path = job["uses"].partition("/.github/")
         assert (repository, path.partition("@")[2]) == ("OWNER/qubes_itests", ref)
@@ -409,9 +442,9 @@ def test_the_examples_of_the_guide_call_what_there_is():
         inputs = yaml.safe_load(workflow.read_text())[True]["workflow_call"]["inputs"]
         assert job["with"].keys() <= inputs.keys()
     # whose names are those that the last job looks for
-    names = [job["with"].get("name") for job in called[1:]]
+    names = [job["with"].get("name") for job in called[1:-1]]
     assert names == ["itests-${{ matrix.part }}", "itests"]
-    for pipeline in (gitlab, parallel):
+    for pipeline in (gitlab, parallel, gitlab_core):
         (included,) = pipeline.pop("include")
         assert (included["ref"], ROOT / included["file"]) == (ref, GITLAB)
         for job in pipeline.values():
