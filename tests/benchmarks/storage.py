@@ -1,6 +1,7 @@
 """What storage costs, beside one FICLONE of the same image; on btrfs and on XFS.
 
-Run as root: ``.venv/bin/python tests/benchmarks/storage.py [ROUNDS]``
+Run as root: ``.venv/bin/python tests/benchmarks/storage.py [ROUNDS]``; with
+``--core DIR`` the driver of a checkout of core-admin and ours do the same in turn.
 
 The image has 2 GiB and 20,000 random writes of 4 KiB.  An operation's own fsync is
 measured apart, just before it, as it depends on what the VM wrote and nothing else.
@@ -8,12 +9,14 @@ measured apart, just before it, as it depends on what the VM wrote and nothing e
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import fcntl
+import functools
+import importlib
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -22,8 +25,12 @@ from types import SimpleNamespace
 
 from bench import heading, row
 
+from qubes_itests.conformance.core_drivers import CorePool
+from qubes_itests.dom0 import modules
 from qubes_itests.host import sandbox
 from qubes_itests.host.filesystem import FilesystemType, LoopFilesystem
+from qubes_itests.run.preparation import prepare_listing
+from qubes_itests.run.settings import Settings
 from qubes_storage.ficlone import FICLONE
 from qubes_storage.file import FilePool
 from qubes_storage.reflink import ReflinkPool
@@ -107,7 +114,6 @@ async def fragmented(pool):
     await volume.start()
     await asyncio.to_thread(fragment, volume.path)
     await volume.stop()
-    await pool.settled()
     return volume
 
 
@@ -154,6 +160,7 @@ async def operations(directory, rounds):
     pool = ReflinkPool(name="bench", dir_path=directory / "pool")
     await pool.setup()
     volume = await fragmented(pool)
+    await pool.settled()
     for number in range(rounds):
         await one_round(timer, volume, number)
     baseline = FilePool(name="file", dir_path=directory / "file")
@@ -259,6 +266,35 @@ async def crowds(directory, rounds):
             timer.row(name, "at most 2000 ms together")
 
 
+async def compare(core_pool, kind, directory, rounds):
+    """Print a table of the same operations of two drivers, in turn."""
+    heading(f"{kind}: two drivers, a fragmented image each")
+    timer = Timer()
+    ours = ReflinkPool(name="ours", dir_path=directory / "ours")
+    pools = {"ours": ours, "core-admin": core_pool(directory / "theirs")}
+    volumes = {}
+    for name, pool in pools.items():
+        await pool.setup()
+        volumes[name] = await fragmented(pool)
+    for number in range(rounds):
+        for name in sorted(volumes, reverse=bool(number % 2)):
+            volume = volumes[name]
+            await ours.settled()
+            os.sync()
+            await asyncio.sleep(0.5)
+            await timer.operation(f"{name}: start", volume.start())
+            write_block(volume.path)
+            fsync(volume.path)
+            await timer.operation(f"{name}: stop", volume.stop())
+            await ours.settled()
+            os.sync()
+            await asyncio.sleep(0.5)
+            await timer.operation(f"{name}: revert", volume.revert())
+    for operation in ("start", "stop", "revert"):
+        for name in pools:
+            timer.row(f"{name}: {operation}")
+
+
 async def measure(kind, directory, rounds):
     """Print the tables of one filesystem."""
     heading(f"{kind}: a fragmented image")
@@ -272,13 +308,28 @@ async def measure(kind, directory, rounds):
 
 def main() -> None:
     """Measure and print tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rounds", nargs="?", type=int, default=6)
+    parser.add_argument("--core", type=Path, help="a checkout of core-admin")
+    parser.add_argument("--qrexec", type=Path, help="one of core-qrexec")
+    options = parser.parse_args()
+    if options.core and not sandbox.active():
+        prepare_listing(Settings(core=options.core, qrexec=options.qrexec))
     sandbox.reexec()
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 6
+    what = measure
+    if options.core:
+        modules.install()
+        found = importlib.import_module("qubes.storage.reflink").ReflinkPool
+
+        def core_pool(path):
+            return CorePool(found(name="theirs", dir_path=str(path)))
+
+        what = functools.partial(compare, core_pool)
     with tempfile.TemporaryDirectory() as scratch:
         for kind in (FilesystemType.BTRFS, FilesystemType.XFS):
             image, mount_point = Path(scratch, "image"), Path(scratch, "mount")
             with LoopFilesystem(image, mount_point, kind=kind, size=16 * GIB):
-                asyncio.run(measure(kind.value, mount_point, rounds))
+                asyncio.run(what(kind.value, mount_point, options.rounds))
 
 
 if __name__ == "__main__":
