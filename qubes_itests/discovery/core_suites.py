@@ -15,6 +15,7 @@ from qubes_itests.discovery.extensions import PluginExtensions
 from qubes_itests.discovery.inspection import has_tests
 from qubes_itests.discovery.result import Plugin, Problem, TestClass
 from qubes_itests.discovery.selection import TEMPLATES
+from qubes_itests.dom0 import qubesdb_module
 from qubes_itests.dom0.opening import start_net_vm
 from qubes_itests.dom0.programs import PROGRAMS
 from qubes_itests.exc import HarnessError
@@ -84,11 +85,34 @@ class _Programs(PluginExtensions):
             for name in _PROGRAMS
         }
         self._undo.enter_context(mock.patch.dict(config.system_path, paths))
-        driver: Any = importlib.import_module("qubes.storage.file")
-        for name, script in _SCRIPTS.items():
-            path = os.fspath(PROGRAMS / script)
-            self._undo.enter_context(mock.patch.object(driver, name, path))
+        with contextlib.suppress(ModuleNotFoundError):
+            # a core may have that driver no more
+            driver: Any = importlib.import_module("qubes.storage.file")
+            for name, script in _SCRIPTS.items():
+                path = os.fspath(PROGRAMS / script)
+                self._undo.enter_context(mock.patch.object(driver, name, path))
         start_net_vm()
+
+    def leave(self) -> None:
+        self._undo.close()
+
+
+class _UnitTests(PluginExtensions):
+    """Has unit tests find what core-admin's own recipe for them gives.
+
+    :param source: the copy of the core that is imported.
+    """
+
+    def __init__(self, source: Path) -> None:
+        super().__init__("", ())
+        self._source = source
+        self._undo = contextlib.ExitStack()
+
+    def enter(self) -> None:
+        # schemas are named from there
+        self._undo.enter_context(contextlib.chdir(self._source))
+        needless = mock.patch.object(qubesdb_module, "needs_daemon", new=False)
+        self._undo.enter_context(needless)
 
     def leave(self) -> None:
         self._undo.close()
@@ -115,8 +139,9 @@ def core_suites(
     if words:  # those of the checkout are all that "all" means
         names += _OURS
     ids = {f"{_GROUP}::{name}": name for name in names}
+    unit = _UnitTests(source)
     return [
-        _suite(begin, name, programs if name.startswith(_INTEGRATION) else None)
+        _suite(begin, name, programs if name.startswith(_INTEGRATION) else unit)
         for begin, name in ids.items()
         if not words or any(_may_mean(word, begin) for word in words)
     ]
@@ -157,7 +182,7 @@ def core_imports(
         yield _Programs()
 
 
-def _suite(begin: str, name: str, extensions: PluginExtensions | None) -> Plugin:
+def _suite(begin: str, name: str, extensions: PluginExtensions) -> Plugin:
     module_name = _OURS.get(name, f"{_PACKAGE}.{name}")
     if name in _NOT_HERE:
         cls = TestClass(_not_here(name, _NOT_HERE[name]))

@@ -67,7 +67,7 @@ class libvirtError(Exception):
     :param code: one of VIR_ERR_….
     """
 
-    def __init__(self, defmsg: str, code: int = VIR_ERR_INTERNAL_ERROR) -> None:
+    def __init__(self, defmsg: str = "", code: int = VIR_ERR_INTERNAL_ERROR) -> None:
         super().__init__(defmsg)
         self._code = code
 

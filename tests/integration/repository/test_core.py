@@ -154,6 +154,8 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
         f"{unit}::test_001_paths_are_those_of_qubes_os": "PASSED",
         f"{unit}::test_002_skipped": "SKIPPED",
         f"{unit}::test_003_sh_becomes_the_command": "PASSED",
+        f"{unit}::test_008_a_vm_of_which_a_test_says_that_it_runs": "PASSED",
+        f"{unit}::test_007_files_of_the_checkout": "PASSED",
         f"{unit}::test_004_templates_have_told_of_their_services": "PASSED",
         f"{unit}::test_005_what_comes_first_is_waited_for_in_both_ways": "PASSED",
         f"{unit}::test_006_programs_are_those_of_the_system": "PASSED",

@@ -58,6 +58,15 @@ class TC_00_Platform(unittest.TestCase):
 
         self.assertEqual(asyncio.run(each()), ([1, 0], [3]))
 
+    def test_007_files_of_the_checkout(self):
+        self.assertTrue(os.path.isfile("templates/libvirt/xen.xml"))
+
+    def test_008_a_vm_of_which_a_test_says_that_it_runs(self):
+        database = qubesdb.QubesDB("never-started")
+        database.write("/name", "never-started")
+        self.assertEqual(database.read("/name"), b"never-started")
+        database.close()
+
     @unittest.skip("as it is")
     def test_002_skipped(self):
         pass
