@@ -22,6 +22,7 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from qubes_itests import timeline
 from qubes_itests.dom0.calls import answer
 from qubes_itests.dom0.mapper import Mapper
 from qubes_itests.dom0.shared_database import SharedDatabase
@@ -30,7 +31,9 @@ from qubes_itests.dom0.xen_xml import DomainConfig, read_disk, with_disks
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.link.agent import Identity
 from qubes_itests.guest.link.block_export import BlockExport
+from qubes_itests.guest.link.journal import GuestJournal
 from qubes_itests.guest.start.boot import boot
+from qubes_itests.guest.start.record import StartRecord
 from qubes_itests.host.filesystem import make_ext4
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
@@ -143,6 +146,11 @@ class Machine:
         found = (guest for guest in self.guests.values() if guest.config.name == name)
         return next(found, None)
 
+    def journals(self) -> list[GuestJournal]:
+        """Return the logs of the guests that run."""
+        running = (g for g in self.guests.values() if g.state is State.RUNNING)
+        return [guest.journal for guest in running if guest.journal is not None]
+
     def tell(self, guest: Guest, event: Event) -> None:
         """Tell all who listen."""
         for listener in tuple(self.listeners):
@@ -226,6 +234,8 @@ class Guest:
         #: Its database, while its guest runs.
         self.shared: SharedDatabase | None = None
         self._machine = machine
+        #: Of its present run; None until its guest answers.
+        self.journal: GuestJournal | None = None
         self._life: asyncio.Task[None] | None = None
         self._agent: asyncio.Future[GuestAgent] | None = None
         #: What is undone when it ends, by those who have made it for this run.
@@ -264,6 +274,7 @@ class Guest:
             self._sizes[disk.name] = disk.path.stat().st_size
         machine = self._machine
         self.state, self.xid = State.PAUSED, machine.next_xid()
+        timeline.note("state", self.name, state="Transient")
         machine.xenstore.write(f"/local/domain/{self.xid}/name", self.name)
         started = f"{time.time():.2f}"
         machine.xenstore.write(f"/vm/{self.config.uuid}/start_time", started)
@@ -280,6 +291,7 @@ class Guest:
             self._life = asyncio.ensure_future(self._live(self._agent))
         elif self.domain is not None:
             await self.domain.resume()
+            timeline.note("state", self.name, state="Running")
         self.state = State.RUNNING
         self._machine.tell(self, Event.RESUMED)
 
@@ -294,6 +306,7 @@ class Guest:
         if self.domain is not None:
             await self.domain.pause()
         self.state = State.PAUSED
+        timeline.note("state", self.name, state="Paused")
         self._machine.tell(self, Event.SUSPENDED)
 
     async def destroy(self) -> None:
@@ -394,6 +407,24 @@ class Guest:
                 await agent.wait_for_disk(disk.name, str(size), timeout=_END)
                 self._sizes[disk.name] = size
 
+    async def _boot(
+        self, identity: Identity, record: StartRecord
+    ) -> tuple[Domain, GuestAgent]:
+        machine = self._machine
+        self.domain, agent = await boot(
+            machine.hypervisor,
+            self._spec(),
+            identity,
+            timeout=_START * machine.hypervisor.slowness,
+            warm=machine.warm,
+            on_call=functools.partial(answer, machine),
+            log=self._directory / "agent.log",
+            on_step=record.part,
+        )
+        if agent is None:
+            raise HypervisorError(self.name, "start", "it has no kernel of ours")
+        return self.domain, agent
+
     async def _live(self, started: asyncio.Future[GuestAgent]) -> None:
         machine = self._machine
         agent = None
@@ -403,22 +434,20 @@ class Guest:
                 reason = "no qubesdb-daemon was started for it"
                 raise HypervisorError(self.name, "start", reason)
             identity = self._identity(database.texts())
-            self.domain, agent = await boot(
-                machine.hypervisor,
-                self._spec(),
-                identity,
-                timeout=_START * machine.hypervisor.slowness,
-                warm=machine.warm,
-                on_call=functools.partial(answer, machine),
-                log=self._directory / "agent.log",
-            )
-            if agent is None:
-                raise HypervisorError(self.name, "start", "it has no kernel of ours")
+            begun, record = time.time(), StartRecord(self.name)
+            # ends it, unless it has ended well
+            self.undo.callback(record.failed)
+            domain, agent = await self._boot(identity, record)
             self.shared = SharedDatabase(database, agent, identity.db)
             for xml in self.config.borrowed:
-                await self._plug_in(self.domain, agent, xml)
+                await self._plug_in(domain, agent, xml)
+            self.journal = GuestJournal(agent, identity.init, begun)
+            if timeline.follows_logs():
+                self.journal.follow()
+            record.succeeded()
+            timeline.note("state", self.name, state="Running")
             started.set_result(agent)
-            await self.domain.wait_stopped()
+            await domain.wait_stopped()
         except (HarnessError, OSError, ValueError) as error:
             log.warning("%s", str(error))
             if not started.done():
@@ -439,8 +468,9 @@ class Guest:
     def _ended(self) -> None:
         xid = self.xid
         self.domain, self._life, self._agent = None, None, None
-        self.shared = None
+        self.shared, self.journal = None, None
         self.state, self.xid = State.SHUTOFF, -1
+        timeline.note("state", self.name, state="Halted")
         for disk in self._attached.values():
             disk.undo.close()
         self._attached.clear()

@@ -25,7 +25,7 @@ from qubes_itests.timeline.words import ERROR
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
-    from qubes_itests.core.vm.qubesvm import QubesVM
+    from qubes_itests.guest.link.journal import GuestJournal
     from qubes_itests.run.context import RunContext
     from qubes_itests.timeline import Record
 
@@ -85,8 +85,7 @@ class GuestComplaints:
         testbed, recorder = self._context.opened_testbed, current()
         if testbed is None or recorder is None:
             return
-        vms = [vm for app in testbed.apps for vm in app.domains.startable()]
-        testbed.portal.run(_settle(vms))
+        testbed.portal.run(_settle(testbed.journals()))
         said = [
             f"VM {record['vm']}: {record['line']}"
             for record in recorder.records("journal")
@@ -114,13 +113,12 @@ _SAYS: Final[dict[Complaint, Callable[[Record], bool]]] = {
 }
 
 
-async def _settle(vms: Iterable[QubesVM]) -> None:
-    """Wait until all is recorded that running VMs have logged."""
+async def _settle(journals: Iterable[GuestJournal]) -> None:
+    """Wait until all is recorded that guests have logged."""
 
-    async def settle(vm: QubesVM) -> None:
+    async def settle(journal: GuestJournal) -> None:
         # one that does not answer is for others to tell
         with contextlib.suppress(HarnessError):
-            if vm.life.journal is not None and not vm.is_paused():
-                await vm.life.journal.settle(_SETTLE)
+            await journal.settle(_SETTLE)
 
-    await asyncio.gather(*(settle(vm) for vm in vms if vm.is_running()))
+    await asyncio.gather(*map(settle, journals))

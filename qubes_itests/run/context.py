@@ -104,8 +104,7 @@ class RunContext:
             testbed = self._exit.enter_context(opened)
         if core := Prepared.told().core:
             files = {name: path for file in policy for name, path in file.parts()}
-            machine = self._enter_dom0(testbed, Path(core), files)
-            testbed.is_vm_of_core = lambda name: machine.find(name) is not None
+            testbed.machine = self._enter_dom0(testbed, Path(core), files)
         self._testbed = testbed
         return testbed
 

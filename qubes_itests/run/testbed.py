@@ -51,7 +51,9 @@ if TYPE_CHECKING:
     import pluggy
 
     from qubes_itests.core.policy.files import PolicyFile
+    from qubes_itests.dom0.machine import Machine
     from qubes_itests.guest.image.template import Template
+    from qubes_itests.guest.link.journal import GuestJournal
     from qubes_itests.host.cache import Cache
     from qubes_itests.hypervisor.contract import Domain, Hypervisor
     from qubes_itests.portal import Portal
@@ -157,8 +159,8 @@ class Testbed:
         self.hypervisor: Hypervisor
         #: VMs whose kernels have panicked, in order.
         self.panics: list[Panic] = []
-        #: Whether a core under test has a VM of a name.
-        self.is_vm_of_core: Callable[[str], bool] = lambda _name: False
+        #: What a core under test works on; None for our own core.
+        self.machine: Machine | None = None
         self.warm_starts: WarmStarts | None = None
 
     @property
@@ -221,10 +223,17 @@ class Testbed:
     def _note_panic(self, domain: Domain, event: LifecycleEvent) -> None:
         name = domain.spec.name
         is_vm = any(name in app.domains for app in self._apps)
-        is_vm = is_vm or self.is_vm_of_core(name)
+        is_vm |= self.machine is not None and self.machine.find(name) is not None
         # One that is killed at that very moment is stopped, and panicked all the same.
         if event in _ENDS and domain.panicked and is_vm:
             self.panics.append(Panic(name, domain.console_log()))
+
+    def journals(self) -> list[GuestJournal]:
+        """Return the logs of all guests that run and are not paused."""
+        vms = [vm for app in self._apps for vm in app.domains.startable()]
+        running = (vm for vm in vms if vm.is_running() and not vm.is_paused())
+        found = [vm.life.journal for vm in running if vm.life.journal is not None]
+        return found if self.machine is None else [*found, *self.machine.journals()]
 
     def template(self, name: str) -> Template:
         """Return a template, built on first use; blocking.

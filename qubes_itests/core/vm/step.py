@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from typing import TYPE_CHECKING
 
 from qubes_itests.core.exc import QubesVMStartError
 from qubes_itests.guest.exc import BootError
-from qubes_itests.timeline import Value, begin
+from qubes_itests.guest.start.record import StartRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,10 +29,7 @@ class Step:
 
     def __init__(self, vm: QubesVM) -> None:
         self.vm = vm
-        self._span = begin("start", vm.name)
-        self._began = time.monotonic()
-        #: What each part took, in seconds; the last one is under way.
-        self._times: list[tuple[str, float]] = []
+        self._record = StartRecord(vm.name)
         #: In words that follow "could not"; empty before the first.
         self.name = ""
 
@@ -47,23 +43,11 @@ class Step:
     def part(self, name: str) -> None:
         """Begin a part of the step."""
         log.debug("VM %s starts: %s", self.vm.name, name)
-        self._times.append((name, time.monotonic()))
-        self._span.update(steps=self._steps())
-
-    def _steps(self, end: float | None = None) -> list[Value]:
-        ends = [*(begun for _, begun in self._times[1:]), end]
-        return [
-            [name, None if end is None else round(end - begun, 6)]
-            for (name, begun), end in zip(self._times, ends, strict=False)
-        ]
+        self._record.part(name)
 
     def succeeded(self) -> float:
         """Take note that the VM has started; return how many seconds that took."""
-        end = time.monotonic()
-        # one whose saved state does not load, boots
-        booted = any(name == "start its domain" for name, _ in self._times)
-        self._span.end(ok=True, warm=not booted, steps=self._steps(end))
-        return end - self._began
+        return self._record.succeeded()
 
     async def failed(self, _cls: object, error: object, _traceback: object) -> None:
         """Announce that the start failed, and raise an error that names the step.
@@ -73,7 +57,7 @@ class Step:
         """
         if not isinstance(error, BaseException):
             return
-        self._span.end(ok=False, steps=self._steps(time.monotonic()))
+        self._record.failed()
         self.vm.life.halted_by_failure()
         named = self._named(error)
         try:

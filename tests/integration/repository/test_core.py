@@ -270,6 +270,13 @@ def test_an_app_is_tested_on_a_core_in_place_of_ours(checkout, app, site):
     (left,) = site.work.glob("itests-artifacts/*test_001_panic*")
     assert "sysrq" in (left / "test-inst-mad.console.log").read_text()
     assert (left / "test-inst-mad.agent.log").is_file()
+    records = map(json.loads, (left / "timeline.jsonl").read_text().splitlines()[1:])
+    told = [r for r in records if r.get("vm") == "test-inst-mad"]
+    states = [record["state"] for record in told if record["kind"] == "state"]
+    assert states == ["Transient", "Running", "Halted"]
+    (start,) = (record for record in told if record["kind"] == "start")
+    assert start["ok"] is True
+    assert start["steps"]
     done = site.run("list", *given)
     listed = re.findall("^[a-z].*", done.stdout, re.MULTILINE)
     assert sorted(listed) == sorted(name for _, name in found)
