@@ -181,6 +181,9 @@ int nbd_main(const char *mode, const char *path);
 bool db_set(const char *path, const char *value); /* value NULL: remove */
 int qubesdb_main(int argc, char **argv, const char *command);
 
+/* network.c */
+int network_main(int argc, char **argv);
+
 /* client.c */
 int client_main(int argc, char **argv);
 

@@ -58,6 +58,8 @@ int main(int argc, char **argv)
 
 		return user && make_runtime_directory(user) ? 0 : 1;
 	}
+	if (argc > 2)
+		return network_main(argc, argv);
 	fputs("this is the init of a guest; it runs as process 1, or goes on under another\n",
 	      stderr);
 	return 2;

@@ -214,8 +214,10 @@ def test_a_guest_that_sets_nothing_up_starts_still(network, run, caplog):
     )
     run(broken.clone_disk_files(network.app.domains["tiny"]))
     run(broken.start())
-    refuse = "ip() { echo the guest will not >&2; return 1; }"
-    network.sh(broken, f"mkdir /etc/profile.d; echo '{refuse}' > /etc/profile.d/ip.sh")
+    refuse = r"#!/bin/sh\necho the guest will not >&2\nexit 1\n"
+    program = "/usr/lib/qubes/agent"
+    network.sh(broken, f"rm {program}; printf '{refuse}' > {program}")
+    network.sh(broken, f"chmod +x {program}")
     run(broken.shutdown(wait=True))
     broken.netvm = network.net
     with caplog.at_level(logging.WARNING, "qubes.net"):
