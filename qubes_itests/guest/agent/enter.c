@@ -521,7 +521,7 @@ const char *enter(struct strings identity)
 	     by_agent = !init || strcmp(init, "agent") == 0,
 	     waited = in_waiting_root || under_systemd;
 
-	if (in_waiting_root && !entered && value_of(identity, "rehearse"))
+	if (waited && !entered && value_of(identity, "rehearse"))
 		return rehearse(identity);
 	if (entered || fault)
 		return entered ? "there is no stage two but one" : fault;

@@ -286,8 +286,7 @@ class ClonesAhead:
 async def _rehearse(domain: Domain, identity: Identity) -> None:
     agent = await GuestAgent.connect(domain, timeout=_LIMIT)
     try:
-        if identity.init == "agent":
-            await agent.rehearse(identity, timeout=_LIMIT)
+        await agent.rehearse(identity, timeout=_LIMIT)
         with timeline.unrecorded():
             process = await agent.spawn("true", user=identity.default_user)
         await answer_of(process, "run a command", timeout=_LIMIT)

@@ -1,7 +1,8 @@
 """Network set-up in a guest: what the host has the agent's program do there, as root.
 
-One process each, that asks the guest's kernel itself: under emulation that takes a tenth
-of what `ip` for each address and route does. Nothing in the command comes from a guest.
+One process each, that asks the guest's kernel itself: under emulation that takes a
+tenth of what `ip` for each address and route does. Nothing in the command comes from a
+guest.
 """
 
 from __future__ import annotations

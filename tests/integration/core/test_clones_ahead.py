@@ -2,18 +2,13 @@
 
 import asyncio
 import os
-import shutil
 import signal
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
+from own_clones import own_clones
 from qemu_processes import processes
 
-from qubes_itests.guest.start import warm
-from qubes_itests.guest.start.ahead import ClonesAhead, Recent
-from qubes_itests.host import load
 from qubes_itests.hypervisor import connection, qemu_domain
 from qubes_itests.hypervisor.adoption import exchange_disks
 from qubes_itests.hypervisor.exc import HypervisorError
@@ -23,36 +18,10 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def ahead(testbed, app, run, monkeypatch):
-    """Yield what starts two clones at once, however busy the machine is.
-
-    Its own, as a worker has none where each CPU has one.
-    """
-    monkeypatch.setattr(warm, "_WORTH", 1)
-    monkeypatch.setattr(load, "running", lambda: 0)
-    if (usual := app.warm_starts.ahead) is not None:
-        monkeypatch.setattr(usual, "_recent", Recent(0))
-    places = (testbed.parts.run_directory, testbed.parts.pool_directory)
-    sockets, disks = (Path(tempfile.mkdtemp(prefix="", dir=each)) for each in places)
-    made = ClonesAhead(app.hypervisor, 2, sockets, disks)
-    monkeypatch.setattr(app.warm_starts, "ahead", made)
-
-    async def end_clones():
-        spare = app.hypervisor.domains(spare=True)
-        await asyncio.gather(*(domain.undefine() for domain in spare))
-
-    async def end():
-        making.cancel()
-        await asyncio.wait([making])
-        await end_clones()
-
-    run(end_clones())  # those that other tests have left
-    loop = testbed.portal.loop
-    making = testbed.portal.call(lambda: loop.in_background(made.run()))
-    yield made
-    run(end())
-    for place in (sockets, disks):
-        shutil.rmtree(place)
+def ahead(testbed, app, monkeypatch):
+    """Yield what starts two clones at once, however busy the machine is."""
+    with own_clones(testbed, app, monkeypatch, 2) as made:
+        yield made
 
 
 @pytest.fixture
@@ -73,15 +42,14 @@ def other(make_vm):
 
 @pytest.fixture
 def expected(make_vm, other, run, clones):
-    """Return a VM that has been started as often as it takes to expect two again."""
+    """Return a VM that has been started so that two starts are expected again."""
     vm = make_vm("one")
 
     async def start_both():
         await asyncio.gather(vm.start(), other.start())
         await asyncio.gather(vm.kill(), other.kill())
 
-    for _ in range(2):
-        run(start_both())
+    run(start_both())
     assert len(clones()) == 2
     return vm
 

@@ -1,9 +1,13 @@
 """VMs that start from one saved state of systemd: what each has of its own."""
 
+import asyncio
 import time
 
 import pytest
+from own_clones import own_clones
 from warm_states import found_states
+
+from qubes_itests.guest.link.agent import GuestAgent
 
 pytestmark = pytest.mark.parametrize("init", ["systemd"], indirect=True)
 
@@ -51,6 +55,35 @@ def test_clones_of_one_state_share_no_identity(pair, sh, states):
         "systemctl show -P InvocationID user@1000",
     ):
         assert sh(pair.work, command) != sh(pair.vault, command), command
+
+
+def test_what_a_clone_has_rehearsed_is_not_seen(pair, sh, testbed, monkeypatch):
+    """It has mounted and unmounted, and process 1 knows that; the VM began later."""
+    vm, rehearsed, rehearse = pair.vault, [], GuestAgent.rehearse
+
+    async def note_and_rehearse(agent, identity, **limit):
+        await rehearse(agent, identity, **limit)
+        rehearsed.append(identity.init)
+
+    monkeypatch.setattr(GuestAgent, "rehearse", note_and_rehearse)
+    with own_clones(testbed, pair.app, monkeypatch, 1) as ahead:
+        restart(pair, vm)
+        pair.run(asyncio.wait_for(ahead.settled(), 60))
+        assert rehearsed == ["systemd"]
+        began = time.time()
+        restart(pair, vm)
+        assert vm.domain.libvirt_name.startswith("ahead-")
+        assert sh(vm, "systemctl is-system-running --wait") == "running"
+        first = "journalctl -q -o short-unix | sort -n | head -n 1"
+        when, what = sh(vm, first, "root").split(maxsplit=1)
+        assert float(when) > began - 1
+        assert what.endswith("this guest has its identity")
+        assert sh(vm, "ls -A /rw") == "config\nhome\nlost+found\nusrlocal"
+        for file, line in (("mounts", " /rw "), ("swaps", "partition")):
+            assert sh(vm, f"grep -c '{line}' /proc/{file}") == "1"
+        for command in ("cat /etc/machine-id", "cat /proc/sys/kernel/random/boot_id"):
+            assert sh(pair.work, command) != sh(vm, command), command
+        assert abs(int(sh(vm, "date +%s")) - time.time()) < 5
 
 
 def test_a_vm_is_the_same_machine_at_each_start(pair, sh):
