@@ -164,7 +164,7 @@ class WarmStarts:
         if key is None:
             return False
         self._starts[key] += 1
-        if self._starts[key] == _WORTH:
+        if self._starts[key] >= _WORTH:
             return True
         kind = _IN_ROOT[identity.init]
         return await asyncio.to_thread(self._cache.lookup, kind, key) is not None
