@@ -17,10 +17,11 @@ from unittest import mock
 
 from qubes_itests.dom0 import modules
 from qubes_itests.dom0.machine import Machine
-from qubes_itests.dom0.place import VAR_LIB_QUBES, dom0_directories
+from qubes_itests.dom0.place import HOME, VAR_LIB_QUBES, dom0_directories
 from qubes_itests.dom0.programs import QREXEC_SOCKETS, Programs
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.image.layer.root_files import services_of
+from qubes_itests.host.cache import Cache
 from qubes_itests.untrusted_text import quoted
 from qubes_storage.ficlone import clone_or_copy
 
@@ -71,7 +72,10 @@ def open_dom0(
     with contextlib.ExitStack() as stack:
         stack.enter_context(dom0_directories(storage, checkout, policy))
         stack.callback(machine.mapper.close)
-        stack.enter_context(mock.patch.dict(os.environ, programs.variables()))
+        # the cache stays where it is: by itself it is at home
+        places = {"HOME": HOME, "QUBES_ITESTS_CACHE": Cache().root}
+        variables = programs.variables() | {n: os.fspath(p) for n, p in places.items()}
+        stack.enter_context(mock.patch.dict(os.environ, variables))
         portal.run(programs.__aenter__())
         stack.callback(lambda: portal.run(programs.__aexit__()))
         server = portal.run(_qmemman())

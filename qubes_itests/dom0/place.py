@@ -17,7 +17,7 @@ from qubes_itests.host.loop import detach_loop_devices
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["UNITS", "VAR_LIB_QUBES", "WANTED_UNITS", "dom0_directories"]
+__all__ = ["HOME", "UNITS", "VAR_LIB_QUBES", "WANTED_UNITS", "dom0_directories"]
 
 VAR_LIB_QUBES: Final = Path("/var/lib/qubes")
 _ETC_SYSTEMD: Final = Path("/etc/systemd")
@@ -33,6 +33,8 @@ _POLICIES: Final = {
     # the older format, which the default policy includes
     "policy": Path("/etc/qubes-rpc/policy"),
 }
+#: Of the user of dom0: backups have it with all that is in it, and change its owner.
+HOME: Final = Path("/var/lib/dom0-home")
 _GROUP: Final = "qubes"
 
 #: Has a directory, $1, on a filesystem of this namespace alone. What the machine has in
@@ -59,9 +61,9 @@ def dom0_directories(
 ) -> Iterator[None]:
     """Have /etc and /var/lib as a core expects them, in this sandbox. Blocking.
 
-    Only /var/lib/qubes and /var/tmp are undone: the others end with the sandbox.
+    Only /var/lib/qubes, /var/tmp and `HOME` are undone: all else ends with the sandbox.
 
-    :param storage: an empty directory for what is in those two.
+    :param storage: an empty directory for what is in those three.
     :param checkout: of core-admin, with templates of libvirt's XML, and policy.
     :param policy: more files of policy, by ``policy.d/NAME`` or, in the format of
         Qubes OS 4.0, ``policy/SERVICE``; one may replace that of the checkout.
@@ -71,7 +73,7 @@ def dom0_directories(
     for place in (Path("/etc"), VAR_LIB_QUBES.parent, UNITS):
         if place.is_dir() and not (place / ".machine").is_dir():
             run(["sh", "-ec", _OWN, "sh", place], timeout=30)
-    for own in (_ETC_QUBES, VAR_LIB_QUBES, _ETC_SYSTEMD):
+    for own in (_ETC_QUBES, VAR_LIB_QUBES, HOME, _ETC_SYSTEMD):
         if own.is_symlink():
             own.unlink()  # the machine's
         own.mkdir(exist_ok=True)
@@ -98,9 +100,14 @@ def dom0_directories(
         zone.unlink(missing_ok=True)
         zone.symlink_to("/usr/share/zoneinfo/UTC")
     _have_group()
+    _have_home()
     # Suites mount filesystems below /var/tmp: what one that fails leaves there would be
     # in the way of the next run.
-    mounts = {VAR_LIB_QUBES: storage / "qubes", Path("/var/tmp"): storage / "tmp"}  # noqa: S108
+    mounts = {
+        VAR_LIB_QUBES: storage / "qubes",
+        HOME: storage / "home",
+        Path("/var/tmp"): storage / "tmp",  # noqa: S108
+    }
     with contextlib.ExitStack() as undo:
         _have_bash(undo)
         for place, source in mounts.items():
@@ -134,6 +141,18 @@ def _have_units(directory: Path) -> None:
     for unit in directory.glob("*.service") if UNITS.is_dir() else ():
         (UNITS / unit.name).unlink(missing_ok=True)
         shutil.copyfile(unit, UNITS / unit.name)
+
+
+def _have_home() -> None:
+    """Have root, who is the user of dom0, at home in a place that is the sandbox's."""
+    users = Path("/etc/passwd")
+    lines = [line.split(":") for line in users.read_text(encoding="utf-8").split("\n")]
+    for fields in lines:
+        if fields[0] == "root":
+            fields[5] = os.fspath(HOME)
+    users.unlink()
+    users.write_text("\n".join(map(":".join, lines)))
+    users.chmod(0o644)
 
 
 def _have_group() -> None:
