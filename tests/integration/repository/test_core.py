@@ -140,6 +140,7 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
         f"{basic}::test_204_devices_of_the_driver_file": "PASSED",
         f"{basic}::test_205_tools_of_the_client": "PASSED",
         f"{basic}::test_206_linear_devices_of_device_mapper": "PASSED",
+        f"{basic}::test_207_what_backups_need": "PASSED",
         f"{devices}::test_000_a_device_of_another_vm": "PASSED",
         f"{life}::test_000_life": "PASSED",
         f"{life}::test_001_killed_while_it_starts": "PASSED",

@@ -1,6 +1,9 @@
 """dom0 around a core: its daemon of libvirt, its systemd, its programs."""
 
+import grp
 import os
+import pwd
+import re
 import subprocess
 import unittest
 
@@ -50,6 +53,29 @@ class TC_00_Basic(unittest.TestCase):
         self.assertEqual(
             done.stderr, "systemctl: there is no systemd here for 'stop sshd'\n"
         )
+
+    def test_207_what_backups_need(self):
+        """The home of the user is that of the sandbox; keys are made in a moment."""
+        home = pwd.getpwnam(grp.getgrnam("qubes").gr_mem[0]).pw_dir
+        self.assertEqual(home, os.environ["HOME"])
+        self.assertEqual(os.listdir(home), [])
+        self.assertTrue(os.path.samefile(os.path.expanduser("~root"), home))
+        self.assertEqual(os.stat(home).st_dev, os.stat("/var/lib/qubes").st_dev)
+        plain, secret = "/var/tmp/plain", "/var/tmp/secret"  # noqa: S108
+        with open(plain, "w") as file:
+            file.write("said")
+        words = ["--passphrase", "env:WORD"]
+        variables = {**os.environ, "WORD": "word"}
+        command = ["scrypt", "enc", *words, plain, secret]
+        subprocess.run(command, env=variables, check=True)
+        command = ["scrypt", "dec", *words, secret]
+        done = subprocess.run(command, env=variables, capture_output=True, check=True)
+        self.assertEqual(done.stdout, b"said")
+        info = subprocess.run(
+            ["scrypt", "info", secret], capture_output=True, check=True
+        )
+        said = info.stdout + info.stderr
+        self.assertLess(int(re.search(rb"N = (\d+)", said)[1]), 1 << 18)
 
     def test_206_linear_devices_of_device_mapper(self):
         """Of a part of a loop device, and told of in qubesdb while not mounted."""
