@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -15,7 +15,8 @@ from qubes_itests.faultdisk import failing_call
 from qubes_storage import StoragePoolException
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    import asyncio
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from qubes_itests.conformance._steps import State
@@ -47,25 +48,25 @@ class Opener:
     """Opens pools in directories, with the volumes of all steps.
 
     :param open_pool: makes an object of a pool in a directory.
-    :param run: runs a coroutine to its end.
+    :param runner: runs the coroutines.
     :param lacks: features that the driver lacks.
     """
 
     def __init__(
         self,
         open_pool: Callable[[Path], Pool],
-        run: Callable[[Coroutine[Any, Any, Any]], Any],
+        runner: asyncio.Runner,
         lacks: frozenset[str],
     ) -> None:
         self._open_pool = open_pool
-        self.run = run
+        self._runner = runner
         self.lacks = lacks
 
     def life(self, directory: Path) -> Life:
         """Return the volumes of the pool in a directory."""
         pool = self._open_pool(directory)
-        self.run(pool.setup())
-        return Life(pool, self.run, self.lacks)
+        self._runner.run(pool.setup())
+        return Life(pool, self._runner, self.lacks)
 
 
 class FaultTests:
@@ -179,6 +180,6 @@ def _examine(
 ) -> None:
     life = opener.life(directory)
     try:
-        _steps.examine(life, opener.run, before, after, step)
+        _steps.examine(life, before, after, step)
     finally:
         life.close()

@@ -11,12 +11,13 @@ import contextlib
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.conformance.trial import KINDS, Owner
 from qubes_storage import StoragePoolException
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
@@ -228,15 +229,15 @@ class Life:
     """The volumes of a pool, for steps.
 
     :param pool: set up.
-    :param run: runs a coroutine to its end.
+    :param runner: runs the coroutines.
     :param lacks: features that its driver lacks.
     """
 
     def __init__(
-        self, pool: Pool, run: Callable[[Any], Any], lacks: frozenset[str]
+        self, pool: Pool, runner: asyncio.Runner, lacks: frozenset[str]
     ) -> None:
-        self.pool = pool
-        self._run = run
+        self._pool = pool
+        self.runner = runner
         self.volumes: dict[str, Volume] = {}
         for name, (vm, volume, _) in _SAVED.items():
             if _NEEDED.get(name, set()) & lacks:
@@ -252,34 +253,40 @@ class Life:
 
     def close(self) -> None:
         """Forget the pool, as the end of a process does."""
-        self._run(self.pool.destroy())
+        self.runner.run(self._pool.destroy())
 
     def take(self, step: Step) -> None:
         """Take a step."""
-        volume = self.volumes[step.volume]
+        self.runner.run(self._act(self.volumes[step.volume], step))
+
+    async def _act(self, volume: Volume, step: Step) -> None:
         match step.action:
+            case "create":
+                await volume.create()
+            case "start":
+                await volume.start()
             case "write":
                 _write(volume.path, step.version, _FLUSHED, flush=True)
             case "stop":
                 # nobody has flushed this: the commit has to
                 _write(volume.path, step.version, _UNFLUSHED, flush=False)
-                self._run(volume.stop())
+                await volume.stop()
+            case "revert":
+                await volume.revert()
+            case "remove":
+                await volume.remove()
             case "enlarge":
-                self._run(volume.resize(volume.size + _SIZE))
-            case "import_data" | "drop_import":
-                path = self._run(volume.import_data(_SIZE))
-                _write(path, step.version, range(_BLOCKS), flush=False)
-                success = step.action == "import_data"
-                self._run(volume.import_data_end(success))
+                await volume.resize(volume.size + _SIZE)
             case "import_template":
-                self._run(volume.import_volume(self.volumes["template"]))
-            case action:
-                self._run(getattr(volume, action)())
+                await volume.import_volume(self.volumes["template"])
+            case _:
+                path = await volume.import_data(_SIZE)
+                _write(path, step.version, range(_BLOCKS), flush=False)
+                await volume.import_data_end(step.action == "import_data")
 
 
 def examine(
     life: Life,
-    run: Callable[[Any], Any],
     before: Mapping[str, State],
     after: Mapping[str, State],
     step: Step | None = None,
@@ -291,6 +298,7 @@ def examine(
     :param step: the one that was perhaps not finished; None if all were.
     :raise AssertionError: something is neither the one nor the other, or of no use.
     """
+    run = life.runner.run
     if snapshot := life.volumes.get("snapshot"):
         run(_use_snapshot(snapshot, run(_exported(life.volumes["template"]))))
     for name in _SAVED.keys() & life.volumes.keys():

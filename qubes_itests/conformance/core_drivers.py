@@ -50,7 +50,7 @@ class CorePool(Pool):
         self.name = theirs.name
         self.revisions_to_keep = theirs.revisions_to_keep
         self.ephemeral_volatile = theirs.ephemeral_volatile
-        #: By the driver's objects, which compare equal if pool and id do.
+        #: By the identity of the driver's objects: those of one volume are equal.
         self._ours: dict[int, CoreVolume] = {}
 
     @property
@@ -87,7 +87,9 @@ class CorePool(Pool):
         """Return the pool among `pools` that this one takes its space from."""
         theirs = {p.name: p.theirs for p in pools if isinstance(p, CorePool)}
         found = self.theirs.included_in(SimpleNamespace(pools=theirs))
-        return next((pool for pool in pools if pool == getattr(found, "name", 0)), None)
+        if found is None:
+            return None
+        return next(pool for pool in pools if pool.name == found.name)
 
     def _make_volume(self, **config: Any) -> Volume:
         raise NotImplementedError
@@ -137,10 +139,9 @@ class CorePool(Pool):
         return [volume.vid for volume in self.list_volumes()]
 
     def _known(self, theirs: Any, source: Volume | None = None) -> CoreVolume:
-        known = self._ours.get(id(theirs))
-        if known is None or known.theirs is not theirs:
-            known = self._ours[id(theirs)] = CoreVolume(self, theirs, source)
-        return known
+        if id(theirs) not in self._ours:
+            self._ours[id(theirs)] = CoreVolume(self, theirs, source)
+        return self._ours[id(theirs)]
 
 
 class CoreVolume(Volume):

@@ -139,7 +139,7 @@ class StorageConformance(
         known = self._lacks_of(pool, request, None)
         request.node.stash[LACKS] = known
         with asyncio.Runner() as runner:
-            yield Opener(lambda path: self._open_pool(request, path), runner.run, known)
+            yield Opener(lambda path: self._open_pool(request, path), runner, known)
 
     def _lacks_of(
         self, pool: Pool, request: pytest.FixtureRequest, directory: Path | None
