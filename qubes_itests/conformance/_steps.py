@@ -101,8 +101,9 @@ STEPS: Final = parse("""
     snapshot  start write
     work      write
     template  start write stop
-    none      create start write enlarge write stop
+    none      create start write enlarge
     work      write stop
+    none      write stop
     snapshot  stop
     bare      create start write stop start write enlarge stop
     work      revert start write stop
@@ -113,7 +114,11 @@ STEPS: Final = parse("""
     work      write
     none      write stop
     template  stop
-    work      stop revert remove
+    work      stop revert
+    snapshot  start write
+    work      remove
+    template  start write stop
+    snapshot  stop
     bare      start write stop
     work      create start write stop
 """)

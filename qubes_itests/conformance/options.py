@@ -187,8 +187,8 @@ def _verdict(counts: Counter[str] | None) -> str:
         return "not run"
     if bad := counts["failed"]:
         return f"FAILED {bad} of {counts.total()}"
-    if counts["skipped"]:
-        return f"skipped {counts['skipped']}"
     if counts["lacked"]:
         return "in part, declared" if counts["passed"] else "no, declared"
+    if counts["skipped"]:
+        return f"skipped {counts['skipped']}"
     return "yes"
