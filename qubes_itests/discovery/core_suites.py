@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import os
+import sys
 import traceback
 import unittest
 from typing import TYPE_CHECKING, Any, Final
@@ -91,6 +92,11 @@ class _Programs(PluginExtensions):
             for name, script in _SCRIPTS.items():
                 path = os.fspath(PROGRAMS / script)
                 self._undo.enter_context(mock.patch.object(driver, name, path))
+        # it looks for what tells dom0 as it is imported, which is outside of dom0
+        client: Any = sys.modules.get("qubesadmin")
+        if client is not None:
+            local = mock.patch.object(client, "Qubes", client.app.QubesLocal)
+            self._undo.enter_context(local)
         start_net_vm()
 
     def leave(self) -> None:

@@ -35,6 +35,7 @@ _POLICIES: Final = {
 }
 #: Of the user of dom0: backups have it with all that is in it, and change its owner.
 HOME: Final = Path("/var/lib/dom0-home")
+_IMPORT: Final = "admin.vm.volume.Import"
 _GROUP: Final = "qubes"
 
 #: Has a directory, $1, on a filesystem of this namespace alone. What the machine has in
@@ -81,15 +82,7 @@ def dom0_directories(
     shown = _ETC_QUBES / "templates"
     shown.unlink(missing_ok=True)
     shown.symlink_to(checkout / "templates")
-    for place in _POLICIES.values():
-        place.mkdir(parents=True, exist_ok=True)
-    default = checkout / "qubes-rpc-policy" / Path(_POLICY).name
-    for name, file in {_POLICY: default, **policy}.items():
-        kind, _, below = name.partition("/")
-        target = _POLICIES[kind] / below
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_file():
-            shutil.copyfile(file, target)
+    _have_services(checkout, policy)
     # by which the client of Qubes OS knows dom0, where it asks qubesd itself
     release = Path("/etc/qubes-release")
     release.unlink(missing_ok=True)
@@ -141,6 +134,25 @@ def _have_units(directory: Path) -> None:
     for unit in directory.glob("*.service") if UNITS.is_dir() else ():
         (UNITS / unit.name).unlink(missing_ok=True)
         shutil.copyfile(unit, UNITS / unit.name)
+
+
+def _have_services(checkout: Path, policy: Mapping[str, Path]) -> None:
+    """Have the policy of calls, and the one service that is a program of the core."""
+    for place in _POLICIES.values():
+        place.mkdir(parents=True, exist_ok=True)
+    default = checkout / "qubes-rpc-policy" / Path(_POLICY).name
+    for name, file in {_POLICY: default, **policy}.items():
+        kind, _, below = name.partition("/")
+        target = _POLICIES[kind] / below
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_file():
+            shutil.copyfile(file, target)
+    # for volumes that are sent as a whole: the client runs this program itself
+    source = checkout / "qubes-rpc" / _IMPORT
+    for name in (_IMPORT, f"{_IMPORT}WithSize"):
+        service = Path("/etc/qubes-rpc", name)
+        service.unlink(missing_ok=True)
+        service.symlink_to(source)
 
 
 def _have_home() -> None:

@@ -61,6 +61,11 @@ class TC_00_Basic(unittest.TestCase):
         self.assertEqual(os.listdir(home), [])
         self.assertTrue(os.path.samefile(os.path.expanduser("~root"), home))
         self.assertEqual(os.stat(home).st_dev, os.stat("/var/lib/qubes").st_dev)
+        # by its name it knows what it is to do
+        service = "admin.vm.volume.ImportWithSize"
+        words = [f"/etc/qubes-rpc/{service}", "root"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        self.assertEqual(done.stdout, f"{service} root\n")
         plain, secret = "/var/tmp/plain", "/var/tmp/secret"  # noqa: S108
         with open(plain, "w") as file:
             file.write("said")
