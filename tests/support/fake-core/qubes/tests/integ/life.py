@@ -153,6 +153,8 @@ class TC_00_Life(LifeTestCase):
         database.write("/gone", "value")
         database.write("/lines", "a\nb")
         self.assertEqual(database.list("/l"), ["/later", "/lines"])
+        # the last of them: the guest changes what it has
+        self.in_guest("until qubesdb-read /lines; do sleep 0.1; done")
         database.watch("/features-request/")
         change = "qubesdb-write /features-request/a 1 /later other && qubesdb-rm /gone"
         with Qubesd(b"0\0"):
