@@ -160,14 +160,14 @@ class AppMemory(Generic[AnyBackend]):
         return "\n".join(lines)
 
 
-def timeline_files(app: Qubes, limit: int) -> dict[str, bytes]:
-    """Return the timeline of an app's memory and its picture, by their file names.
+def timeline_files(directory: Path, limit: int) -> dict[str, bytes]:
+    """Return a directory's timeline of memory and its picture, by their file names.
 
     Nothing where there is no timeline, or one that cannot be read.
 
     :param limit: bytes of the timeline's end that count.
     """
-    path, files = app.directory / TIMELINE, dict[str, bytes]()
+    path, files = directory / TIMELINE, dict[str, bytes]()
     with contextlib.suppress(OSError, TimelineError):
         files[path.name] = timeline.tail(path, limit)
         picture = plot.draw(timeline.read(path, limit))

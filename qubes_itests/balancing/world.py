@@ -15,7 +15,7 @@ from qubes_itests.qmemman.state import DOM0
 
 if TYPE_CHECKING:
     from qubes_itests.balancing.app_memory import AppMemory
-    from qubes_itests.balancing.balloons import LibvirtMemory
+    from qubes_itests.balloons import LibvirtMemory
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.vm.qubesvm import QubesVM
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from qubes_itests.dom0.xen import Xen
+    from qubes_itests.dom0.xen_server import Clock
     from qubes_itests.qmemman.contract import DomainReading
-    from qubes_itests.qmemman.simulation.virtual_time import VirtualTimeLoop
     from qubes_itests.qmemman.timeline import Recorder
 
 __all__ = ["CoreQmemman"]
+
+log = logging.getLogger("qubes_itests.dom0")
 
 _PROGRAM: Final = "qubes_itests.dom0.qmemmand"
 _CONFIG: Final = Path("/etc/qubes/qmemman.conf")
@@ -53,7 +56,7 @@ class CoreQmemman(MachineMemory):
         directory: Path,
         socket: Path | None = None,
         recorder: Recorder | None = None,
-        clock: VirtualTimeLoop | None = None,
+        clock: Clock | None = None,
     ) -> None:
         super().__init__()
         self.socket = socket or directory / "qmemman.sock"
@@ -125,12 +128,17 @@ class CoreQmemman(MachineMemory):
     def _on_end(self, descriptor: int) -> None:
         asyncio.get_running_loop().remove_reader(descriptor)
         self.ended.set_result(None)
+        if not self._virtual:
+            log.warning("%s", self._why())
 
     def check(self) -> None:
         """Raise QmemmanError if it has ended."""
         if self.ended.done():
-            said = self._log.read_text(errors="replace")[-_SHOWN:]
-            raise QmemmanError(f"the qmemman of the core has ended:\n{quoted(said)}")
+            raise QmemmanError(self._why())
+
+    def _why(self) -> str:
+        said = self._log.read_text(errors="replace")[-_SHOWN:]
+        return f"the qmemman of the core has ended:\n{quoted(said)}"
 
     def preferred(self, domain: DomainMemory) -> int | None:
         """Return what the algorithm of the core says that a domain should hold."""

@@ -242,9 +242,9 @@ class virConnect:
 
     def getInfo(self) -> list[str | int]:
         """Return architecture, MiB of memory, CPUs, MHz, nodes and what a node has."""
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        size = self.machine().memory.budget.total >> 20
         cpus = os.cpu_count() or 1
-        return ["x86_64", pages >> 20, cpus, 0, 1, 1, cpus, 1]
+        return ["x86_64", size, cpus, 0, 1, 1, cpus, 1]
 
     def defineXML(self, xml: str) -> virDomain:
         try:

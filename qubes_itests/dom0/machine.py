@@ -23,10 +23,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests import timeline
+from qubes_itests.balloons import LibvirtMemory
 from qubes_itests.dom0.calls import answer
 from qubes_itests.dom0.mapper import Mapper
 from qubes_itests.dom0.shared_database import SharedDatabase
-from qubes_itests.dom0.stores import QubesDB, XenStore
+from qubes_itests.dom0.stores import QubesDB
+from qubes_itests.dom0.xen import Xen
 from qubes_itests.dom0.xen_xml import DomainConfig, read_disk, with_disks
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.link.agent import Identity
@@ -37,6 +39,8 @@ from qubes_itests.guest.start.record import StartRecord
 from qubes_itests.host.filesystem import make_ext4
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
+from qubes_itests.qmemman.sizes import MIB
+from qubes_itests.qmemman.state import DOM0
 from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
     from qubes_itests.guest.start.warm import WarmStarts
     from qubes_itests.hypervisor.contract import Disk, Domain, Hypervisor
     from qubes_itests.portal import Portal
+    from qubes_itests.qmemman.budget import MemoryBudget
 
     _T = TypeVar("_T")
 
@@ -63,19 +68,27 @@ _END: Final = 60.0
 _ROOT, _PRIVATE, _VOLATILE = "xvda", "xvdb", "xvdc"
 #: Bytes in which ext4 has its superblock.
 _HEAD: Final = 4096
+#: How the directory of a run begins, and how deep that of its domain is.
+_RUN: Final = "core-"
+_DEPTH: Final = 2
 _SERVICE: Final = "/qubes-service/"
 
 
-_DOM0: Final = DomainConfig(
-    name="Domain-0",
-    uuid=uuid.UUID(int=0),
-    memory=4096,
-    max_memory=4096,
-    vcpus=1,
-    kernel=None,
-    disks=(),
-    xml="<domain type='xen'><name>Domain-0</name><devices/></domain>",
-)
+def _dom0(memory: int) -> DomainConfig:
+    """Return the domain of dom0.
+
+    :param memory: at most, MiB.
+    """
+    return DomainConfig(
+        name="Domain-0",
+        uuid=uuid.UUID(int=0),
+        memory=memory,
+        max_memory=memory,
+        vcpus=1,
+        kernel=None,
+        disks=(),
+        xml="<domain type='xen'><name>Domain-0</name><devices/></domain>",
+    )
 
 
 class State(enum.IntEnum):
@@ -102,6 +115,7 @@ class Machine:
     :param hypervisor: that runs the guests.
     :param directory: of the run, for consoles and logs of all VMs.
     :param templates: by name: their kernels are known by the folder that they are in.
+    :param budget: the memory that its domains share.
     :param warm: saved states to start from; None boots.
     """
 
@@ -111,24 +125,29 @@ class Machine:
         hypervisor: Hypervisor,
         directory: Path,
         templates: Mapping[str, Template],
-        warm: WarmStarts | None = None,
+        *,
+        budget: MemoryBudget,
+        warm: WarmStarts | None,
     ) -> None:
         self.portal = portal
         self.hypervisor = hypervisor
         self.directory = directory
         self.templates = templates
         self.warm = warm
-        self.xenstore = XenStore()
+        self.memory = LibvirtMemory(
+            hypervisor, budget, counts=self._is_balanced, number=_number
+        )
+        self.xen = Xen(self.memory)
         #: By name of the VM; dom0 has one, too.
         self.databases: dict[str, QubesDB] = {"dom0": QubesDB()}
         self.mapper = Mapper(self.databases["dom0"])
         #: Defined or running.
         self.guests: dict[uuid.UUID, Guest] = {}
         # dom0 has a domain, too, of which a core asks for memory and devices
-        dom0 = self.guests[_DOM0.uuid] = Guest(self, _DOM0)
+        config = _dom0(budget.dom0 // MIB)
+        dom0 = self.guests[config.uuid] = Guest(self, config)
         dom0.state, dom0.xid = State.RUNNING, 0
-        size = str(_DOM0.memory << 10)
-        self.xenstore.write("/local/domain/0/memory/static-max", size)
+        self.xen.introduce(DOM0, budget.dom0, budget.dom0)
         #: Called on the event loop.
         self.listeners: list[Callable[[Guest, Event], None]] = []
         self._xids = itertools.count(1)
@@ -155,6 +174,16 @@ class Machine:
         """Tell all who listen."""
         for listener in tuple(self.listeners):
             listener(guest, event)
+
+    def _is_balanced(self, domain: Domain) -> bool:
+        """Tell it from those of others, and from those that are not to be asked.
+
+        What a VM holds that takes no part in balancing is known: qmemman counts what it
+        was started with as its own.
+        """
+        parents = domain.spec.directory.parents
+        ours = len(parents) > _DEPTH and parents[_DEPTH] == self.directory
+        return ours and domain.spec.balanced
 
     async def define(self, config: DomainConfig) -> Guest:
         """Define a domain, or define it anew.
@@ -275,9 +304,11 @@ class Guest:
         machine = self._machine
         self.state, self.xid = State.PAUSED, machine.next_xid()
         timeline.note("state", self.name, state="Transient")
-        machine.xenstore.write(f"/local/domain/{self.xid}/name", self.name)
-        started = f"{time.time():.2f}"
-        machine.xenstore.write(f"/vm/{self.config.uuid}/start_time", started)
+        store = machine.xen.store
+        store.write(f"/local/domain/{self.xid}/name", self.name)
+        store.write(f"/vm/{self.config.uuid}/start_time", f"{time.time():.2f}")
+        sizes = self.config.memory * MIB, self.config.max_memory * MIB
+        machine.xen.introduce(f"{self.xid}", *sizes)
         machine.tell(self, Event.STARTED)
 
     async def resume(self) -> None:
@@ -475,7 +506,7 @@ class Guest:
             disk.undo.close()
         self._attached.clear()
         self.undo.close()
-        self._machine.xenstore.remove(f"/local/domain/{xid}")
+        self._machine.xen.release(f"{xid}")
         database = self._machine.databases.pop(self.name, None)
         if database is not None:
             database.disconnect()
@@ -484,7 +515,7 @@ class Guest:
     @property
     def _directory(self) -> Path:
         """Where the logs of its present run are: as those of VMs of our own core."""
-        return self._machine.directory / f"core-{self.xid}" / "vms" / self.name
+        return self._machine.directory / f"{_RUN}{self.xid}" / "vms" / self.name
 
     def _template(self) -> Template | None:
         kernel = self.config.kernel
@@ -530,6 +561,11 @@ class Guest:
             init=template.init if template else "agent",
             machine_id=self.config.uuid.hex,
         )
+
+
+def _number(domain: Domain) -> str:
+    """Return the number of the run that a domain is of; see `Guest._directory`."""
+    return domain.spec.directory.parents[_DEPTH - 1].name.removeprefix(_RUN)
 
 
 def _format_if_blank(path: Path) -> None:

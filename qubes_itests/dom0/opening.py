@@ -16,27 +16,32 @@ from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
 from qubes_itests.dom0 import modules
+from qubes_itests.dom0.core_qmemman import CoreQmemman
 from qubes_itests.dom0.machine import Machine
 from qubes_itests.dom0.place import HOME, VAR_LIB_QUBES, dom0_directories
 from qubes_itests.dom0.programs import QREXEC_SOCKETS, Programs
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.image.layer.root_files import services_of
 from qubes_itests.host.cache import Cache
+from qubes_itests.qmemman.timeline import TIMELINE, Recorder
 from qubes_itests.untrusted_text import quoted
 from qubes_storage.ficlone import clone_or_copy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 
     from qubes_itests.guest.image.template import Template
     from qubes_itests.guest.start.warm import WarmStarts
     from qubes_itests.hypervisor.contract import Hypervisor
     from qubes_itests.portal import Portal
+    from qubes_itests.qmemman.budget import MemoryBudget
 
 __all__ = ["open_dom0", "start_net_vm"]
 
-_ANSWER: Final = b"OK\n"
 _STORE: Final = VAR_LIB_QUBES / "qubes.xml"
+#: Among the directories of runs, for what is of dom0.
+_DOM0: Final = "dom0"
+_QMEMMAN: Final = QREXEC_SOCKETS / "qmemman.sock"
 _NET_VM: Final = "sys-net"
 #: Seconds for the core to make its store, or to start its net VM.
 _TIMEOUT: Final = 180.0
@@ -55,6 +60,8 @@ def open_dom0(
     directory: Path,
     storage: Path,
     warm: WarmStarts | None,
+    budget: MemoryBudget,
+    balanced: bool,
 ) -> Iterator[Machine]:
     """Have all that a core needs in this sandbox, with a store that has templates.
 
@@ -64,8 +71,12 @@ def open_dom0(
     :param directory: an existing one, of the run, with a short path.
     :param storage: an empty one, on a filesystem with reflinks: what is in
         /var/lib/qubes.
+    :param budget: the memory that dom0 and VMs share.
+    :param balanced: whether VMs take part in balancing if nothing else is set.
     """
-    machine = Machine(portal, hypervisor, directory, templates, warm)
+    machine = Machine(
+        portal, hypervisor, directory, templates, budget=budget, warm=warm
+    )
     programs = Programs(machine)
     # with the policy of this boot, which core-qrexec looks for
     (QREXEC_SOCKETS / "policy.d").mkdir(parents=True, exist_ok=True)
@@ -78,32 +89,33 @@ def open_dom0(
         stack.enter_context(mock.patch.dict(os.environ, variables))
         portal.run(programs.__aenter__())
         stack.callback(lambda: portal.run(programs.__aexit__()))
-        server = portal.run(_qmemman())
-        stack.callback(portal.call, server.close)
+        qmemman = _qmemman(machine)
+        portal.run(qmemman.__aenter__())
+        stack.callback(lambda: portal.run(qmemman.__aexit__(None, None, None)))
         modules.use(machine)
         stack.callback(modules.use, None)
         stack.callback(lambda: portal.run(machine.close()))
         # they log to a syslog, if nothing else is set
         tests: Any = importlib.import_module("qubes.tests")
         tests.ha_syslog = logging.NullHandler()
-        _make_store(templates)
+        _make_store(templates, balanced=balanced)
         yield machine
 
 
-async def _qmemman() -> asyncio.Server:
-    """Serve a qmemman that grants all that is asked for."""
+@contextlib.asynccontextmanager
+async def _qmemman(machine: Machine) -> AsyncIterator[None]:
+    """Have the qmemman of the core balance the memory of a machine."""
+    place = machine.directory / _DOM0
+    place.mkdir()
+    recorder = Recorder(place / TIMELINE, asyncio.get_running_loop().time)
+    with contextlib.closing(recorder):
+        machine.xen.begin()
+        daemon = CoreQmemman(machine.xen, place, _QMEMMAN, recorder)
+        async with machine.memory, daemon:
+            yield
 
-    async def grant(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # the connection is the reservation: it is kept until the core closes it
-        with contextlib.suppress(OSError, ValueError):
-            while await reader.readline():
-                writer.write(_ANSWER)
-        writer.close()
 
-    return await asyncio.start_unix_server(grant, QREXEC_SOCKETS / "qmemman.sock")
-
-
-def _make_store(templates: Mapping[str, Template]) -> None:
+def _make_store(templates: Mapping[str, Template], *, balanced: bool) -> None:
     """Make the core's store, with the default pools and a TemplateVM for each template.
 
     By the core itself, as its own installation does it.
@@ -142,9 +154,10 @@ def _make_store(templates: Mapping[str, Template]) -> None:
             # as if it had told of them by itself after its installation
             for service in await asyncio.to_thread(services_of, template.root_image):
                 vm.features[f"supported-rpc.{service}"] = "1"
-            # no balancing, as in our own core: a guest that is to be saved would have
-            # to give up nine tenths of 4000 MiB first
-            vm.maxmem = 0
+            if not balanced:
+                # as in our own core: a guest that is to be saved would have to give up
+                # nine tenths of 4000 MiB first
+                vm.maxmem = 0
         app.default_template = first
         net = app.add_new_vm(
             "AppVM", name=_NET_VM, label="red", template=first, provides_network=True

@@ -173,7 +173,8 @@ def _main() -> None:
     # it says all in the file of its standard error, and nothing to this machine's log
     vars(logging.handlers)["SysLogHandler"] = lambda _address: logging.NullHandler()
     core: Any = importlib.import_module("qubes.config")
-    core.qmemman_avail_mem_file = available
+    if available:
+        core.qmemman_avail_mem_file = available
     daemon: Any = importlib.import_module("qubes.tools.qmemmand")
     daemon.SOCK_PATH = path
     if clock == "virtual":

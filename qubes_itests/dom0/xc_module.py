@@ -17,11 +17,10 @@ class xc:
         modules.missing(f"xen.lowlevel.xc.xc.{name}", name)
 
     def physinfo(self) -> dict[str, Any]:
-        """Return the memory of this machine, KiB, and its CPUs."""
-        page = os.sysconf("SC_PAGE_SIZE") >> 10
+        """Return the memory that domains share, KiB, and the CPUs of this machine."""
+        machine = modules.machine()
         return {
-            "total_memory": os.sysconf("SC_PHYS_PAGES") * page,
-            "free_memory": os.sysconf("SC_AVPHYS_PAGES") * page,
+            **machine.run(machine.xen.physinfo()),
             "nr_cpus": os.cpu_count() or 1,
             "virt_caps": ["pv", "hvm", "hap"],
         }
@@ -30,11 +29,15 @@ class xc:
         self, first_dom: int = 0, max_doms: int = 1024
     ) -> list[dict[str, Any]]:
         """Return what runs, from a number on."""
-        guests = sorted(modules.machine().guests.values(), key=lambda guest: guest.xid)
+        machine = modules.machine()
+        rows = machine.run(machine.xen.domain_getinfo())
+        held = {row["domid"]: row["mem_kb"] for row in rows}
+        guests = sorted(machine.guests.values(), key=lambda guest: guest.xid)
         return [
             {
                 "domid": guest.xid,
-                "mem_kb": guest.config.memory << 10,
+                # what it is to have, until its guest begins to start
+                "mem_kb": held.get(guest.xid, guest.config.memory << 10),
                 "maxmem_kb": guest.config.max_memory << 10,
                 "online_vcpus": guest.config.vcpus,
                 "cpu_time": 0,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from qubes_itests.exc import HarnessError
 
@@ -15,14 +15,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qubes_itests.dom0.xen import Xen
-    from qubes_itests.qmemman.simulation.virtual_time import VirtualTimeLoop
 
-__all__ = ["XenServer"]
+__all__ = ["Clock", "XenServer"]
 
 log = logging.getLogger("qubes_itests.dom0")
 
 #: Bytes of one call.
 _LONGEST: Final = 1 << 20
+
+
+class Clock(Protocol):
+    """A virtual time."""
+
+    def stand_still(self) -> None:
+        """Have time stand still, until `go_on` has been called as often."""
+
+    def go_on(self) -> None:
+        """Let time pass again."""
 
 
 class XenServer:
@@ -45,7 +54,7 @@ class XenServer:
         xen: Xen,
         path: Path,
         on_state: Callable[[dict[str, dict[str, Any]]], Awaitable[None]],
-        clock: VirtualTimeLoop | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._xen = xen
         self._path = path

@@ -19,16 +19,16 @@ class xs:
         modules.missing(f"xen.lowlevel.xs.xs.{name}", name)
 
     def read(self, transaction: str, path: str) -> bytes | None:
-        return modules.machine().xenstore.read(path)
+        return modules.machine().xen.store.read(path)
 
     def write(self, transaction: str, path: str, value: str | bytes) -> None:
-        modules.machine().xenstore.write(path, value)
+        modules.machine().xen.store.write(path, value)
 
     def ls(self, transaction: str, path: str) -> list[str] | None:
-        return modules.machine().xenstore.names(path)
+        return modules.machine().xen.store.names(path)
 
     def rm(self, transaction: str, path: str) -> None:
-        modules.machine().xenstore.remove(path)
+        modules.machine().xen.store.remove(path)
 
     def set_permissions(
         self, transaction: str, path: str, permissions: Sequence[dict[str, Any]]

@@ -302,8 +302,10 @@ class FailureWatch:
                 self.artifacts.freeze(item.nodeid, testbed)
         hook = self._context.plugins.hook
         self.artifacts.collect(item.nodeid, testbed, hook, self._guest_files)
-        for app in testbed.apps:
-            self.artifacts.add(item.nodeid, timeline_files(app, LOG_LIMIT))
+        # of apps of ours, and of dom0 of a core under test
+        dom0 = testbed.parts.run_directory / "apps" / "dom0"
+        for directory in (*(app.directory for app in testbed.apps), dom0):
+            self.artifacts.add(item.nodeid, timeline_files(directory, LOG_LIMIT))
         self._keep_logs(item.nodeid)
         if self._settings.keep in {Keep.FAILED, Keep.ALWAYS}:
             self.artifacts.keep_disks(item.nodeid, testbed)

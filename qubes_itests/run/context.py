@@ -112,6 +112,7 @@ class RunContext:
         self, testbed: Testbed, core: Path, policy: Mapping[str, Path]
     ) -> Machine:
         """Have what a core under test needs around it."""
+        from qubes_itests.balancing.app_memory import machine
         from qubes_itests.dom0.opening import open_dom0
         from qubes_itests.run.client_tools import write_tools
 
@@ -131,6 +132,8 @@ class RunContext:
             directory=directory,
             storage=storage,
             warm=testbed.warm_starts,
+            budget=testbed.parts.memory or machine(_memory_of_host()),
+            balanced=testbed.parts.memory is not None,
         )
         return self._exit.enter_context(dom0)
 
@@ -160,3 +163,8 @@ class RunContext:
         except (HarnessError, OSError) as error:
             left.append(str(error))
         return left
+
+
+def _memory_of_host() -> int:
+    """Return the MiB of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from qubes_itests.admin.server import AdminServer
 from qubes_itests.admin.vm_calls import offer_to_vms
 from qubes_itests.balancing.app_memory import AppMemory, counts, machine
-from qubes_itests.balancing.balloons import LibvirtMemory
+from qubes_itests.balloons import LibvirtMemory
 from qubes_itests.core.app import Qubes
 from qubes_itests.core.policy.files import fill
 from qubes_itests.core.store.journal import recover

@@ -9,7 +9,7 @@ import itertools
 import pytest
 
 from qubes_itests.balancing.app_memory import counts
-from qubes_itests.balancing.balloons import LibvirtMemory
+from qubes_itests.balloons import LibvirtMemory
 from qubes_itests.qmemman.budget import MemoryBudget
 from qubes_itests.qmemman.contract import Order
 from qubes_itests.qmemman.exc import DomainGoneError

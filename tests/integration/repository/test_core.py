@@ -149,6 +149,7 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
         f"{life}::test_004_resumed_without_a_database": "PASSED",
         f"{life}::test_005_leaves_loop_devices_behind": "PASSED",
         f"{life}::test_006_an_agent_that_is_not_there_in_time": "PASSED",
+        f"{life}::test_007_its_memory_is_balanced": "PASSED",
         f"{gui}::test_000_runs": "PASSED",
         f"{gui}::test_210_time_sync": "SKIPPED",
         f"{unit}::test_000_names_what_is_missing": "PASSED",
@@ -181,7 +182,7 @@ def test_words_select_among_the_suites_of_a_core(shared, site):
     }
     done = site.run("list", "--core", shared, "core::integ.life")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall("^core::integ.life::TC_00", done.stdout, re.MULTILINE)) == 7
+    assert len(re.findall("^core::integ.life::TC_00", done.stdout, re.MULTILINE)) == 8
 
 
 def test_a_driver_of_a_core_that_forgets_an_fsync_is_found(shared, site):
@@ -362,3 +363,28 @@ def test_tests_of_apps_are_compared_on_both_cores(shared, app, site):
         "  test     my-app@once::TC_10_Dom0::test_000_base: failed; there passed",
         "  test     my-app@once::TC_10_Dom0::test_001_policy: failed; there passed",
     ]
+
+
+def test_its_qmemman_is_compared_with_ours(shared, site, tmp_path):
+    """On a machine without VMs; the picture has both."""
+    picture = tmp_path / "both.svg"
+    words = ["memory", "compare", "growing_dom0", "--core", shared, "-o", picture]
+    done = site.run(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search("^growing_dom0 +ours +checkout$", done.stdout, re.MULTILINE)
+    assert re.search("^  idle +[0-9]+ MiB +400 MiB$", done.stdout, re.MULTILINE)
+    for side in ("ours", "checkout"):
+        assert f"growing_dom0: {side}" in picture.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["growing"], "expected some of fourth_vm, .*; got 'growing'"),
+        ([], "--core: expected the checkout of core-admin whose qmemman it is"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_refused(site, words, told):
+    done = site.run("memory", "compare", *words)
+    assert done.returncode == 4
+    assert re.search(told, done.stderr)

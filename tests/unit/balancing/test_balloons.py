@@ -8,7 +8,7 @@ import uuid
 
 import pytest
 
-from qubes_itests.balancing.balloons import LibvirtMemory
+from qubes_itests.balloons import LibvirtMemory
 from qubes_itests.hypervisor.contract import DomainSpec, LifecycleEvent
 from qubes_itests.hypervisor.testdriver import TestHypervisor
 from qubes_itests.qmemman.balancer import Balancer

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qubes_itests.balancing.balloons import BalloonedGuest, used_memory
+from qubes_itests.balloons import BalloonedGuest, used_memory
 from qubes_itests.hypervisor.contract import DomainSpec, MemoryStatistics
 from qubes_itests.hypervisor.exc import StateError
 from qubes_itests.qmemman.state import parse_report

@@ -23,6 +23,26 @@ def test_a_xenstore_is_a_tree_of_bytes():
     assert (store.names("/vm"), store.read("/vm/1/name")) == (None, None)
 
 
+def test_watches_of_a_xenstore():
+    """They fire once at first, for what is below as well, and until they are ended."""
+    store, seen = XenStore(), []
+    end = store.watch("/local/domain/3/memory", seen.append)
+    store.watch("@introduceDomain", seen.append)
+    store.write("/local/domain/3/memory/meminfo", "1")
+    store.write("/local/domain/3/memory-of", "1")
+    store.announce("@introduceDomain")
+    store.remove("/local/domain/3")
+    end()
+    store.write("/local/domain/3/memory/meminfo", "2")
+    assert seen == [
+        "/local/domain/3/memory",
+        "@introduceDomain",
+        "/local/domain/3/memory/meminfo",
+        "@introduceDomain",
+        "/local/domain/3/memory/meminfo",
+    ]
+
+
 def readable(watch):
     return bool(select.select([watch.reader], [], [], 0)[0])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from xml.etree import ElementTree as ET
@@ -109,3 +110,20 @@ def test_the_command_line_plots(recording, tmp_path):
     failed = run("plot", "no-such-file")
     assert failed.returncode == 3
     assert "is not a timeline" in failed.stderr
+
+
+def test_two_timelines_are_drawn_side_by_side_to_the_same_scales(recording):
+    """The shorter one goes on with what was last, and a VM's row has one scale."""
+    long = timeline.read(recording)
+    short = [record for record in long if record.time < long[-1].time / 2]
+    root = _parsed(plot.draw_rows([[("long", long), ("short", short)], [("more", [])]]))
+    panels = root.findall("{*}g")
+    assert [p.get("transform").split()[0] for p in panels] == [
+        "translate(0", "translate(1000", "translate(0",
+    ]  # fmt: skip
+    scales = [
+        [text for text in panel.itertext() if re.fullmatch(r"\d+( s)?", text)]
+        for panel in panels
+    ]
+    assert scales[0] == scales[1]
+    assert "Nothing was recorded." in panels[2].itertext()

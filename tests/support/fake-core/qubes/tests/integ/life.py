@@ -66,8 +66,8 @@ class LifeTestCase(unittest.TestCase):
             None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self.note, None
         )
         values = {"root": self.root, "private": private, "kernel": "tiny"}
-        xml = qubes.XML.format(name="work", uuid=UUID, **values)
-        self.domain = self.connection.defineXML(xml)
+        self.xml = qubes.XML.format(name="work", uuid=UUID, **values)
+        self.domain = self.connection.defineXML(self.xml)
 
     def tearDown(self):
         if self.domain.isActive():
@@ -236,6 +236,32 @@ class TC_00_Life(LifeTestCase):
         self.program("qubesdb_daemon", str(self.domain.ID()), "work")
         self.domain.resume()
         self.assertEqual(self.wait_for_agent("0"), (3, b"no agent within 0 s\n"))
+
+    def test_007_its_memory_is_balanced(self):
+        xml = self.xml.replace('memory unit="MiB">200', 'memory unit="MiB">1200')
+        xml = xml.replace(
+            'currentMemory unit="MiB">200', 'currentMemory unit="MiB">400'
+        )
+        self.domain = self.connection.defineXML(xml)
+        with socket.socket(socket.AF_UNIX) as start:
+            start.connect("/var/run/qubes/qmemman.sock")
+            start.sendall(b"%d\n" % (400 << 20))
+            self.assertEqual(start.recv(16), b"OK\n")
+            self.domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        self.program("qubesdb_daemon", str(self.domain.ID()), "work")
+        self.domain.resume()
+        place = f"/local/domain/{self.domain.ID()}/memory"
+        store, control = xen.lowlevel.xs.xs(), xen.lowlevel.xc.xc()
+        held = [control.domain_getinfo(self.domain.ID(), 1)[0]["mem_kb"]]
+        self.assertEqual(held, [400 << 10])
+        # the policy of this core is twice what it uses, and that is below 200 MiB
+        deadline = self.loop.time() + 120
+        while held[-1] == 400 << 10 or held[-1] != self.domain.memoryStats()["actual"]:
+            self.assertLess(self.loop.time(), deadline, held)
+            self.loop.run_until_complete(asyncio.sleep(0.05))
+            held.append(control.domain_getinfo(self.domain.ID(), 1)[0]["mem_kb"])
+        self.assertTrue(store.read("", f"{place}/meminfo").isdigit())
+        self.assertNotEqual(int(store.read("", f"{place}/target")), 400 << 10)
 
     def test_005_leaves_loop_devices_behind(self):
         for place in ("/tmp", "/var/tmp"):  # noqa: S108

@@ -228,6 +228,8 @@ class LibvirtMemory(MemoryBackend):
     :param hypervisor: whose domains are the guests.
     :param budget: the machine, and its dom0.
     :param counts: which domains belong to this machine; by default all do.
+    :param number: gives the number of the present run of a domain; by default they are
+        counted.
     """
 
     def __init__(
@@ -236,12 +238,14 @@ class LibvirtMemory(MemoryBackend):
         budget: MemoryBudget,
         *,
         counts: Callable[[Domain], bool] = lambda _domain: True,
+        number: Callable[[Domain], str] | None = None,
     ) -> None:
         self.budget = budget
         self.dom0 = BudgetedDom0(budget, lambda report: self._pass_on(DOM0, report))
         self._hypervisor = hypervisor
         self._counts = counts
-        self._numbers = itertools.count(1)
+        numbers = itertools.count(1)
+        self._number = number or (lambda _domain: str(next(numbers)))
         self._guests: dict[Domain, BalloonedGuest] = {}
         self._subscriptions: list[tuple[ReportHandler, ChangeHandler]] = []
         self._exit = contextlib.AsyncExitStack()
@@ -325,7 +329,7 @@ class LibvirtMemory(MemoryBackend):
     def _add(self, domain: Domain, *, paused: bool = False) -> None:
         if domain in self._guests or not self._open or not self._counts(domain):
             return
-        domid = str(next(self._numbers))
+        domid = self._number(domain)
         guest = BalloonedGuest(
             domid, domain, lambda report: self._pass_on(domid, report), paused=paused
         )
