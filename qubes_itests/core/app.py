@@ -245,6 +245,8 @@ class Qubes(PropertyHolder):
         **properties: Any,
     ) -> None:
         super().__init__()
+        #: For extensions, which log what concerns no VM by it.
+        self.log = log
         self.store = None if store is None else StoreFile(store)
         #: What is being done to VMs, noted beside the store; None without one.
         self.journal = None if self.store is None else Journal(self.store.path)

@@ -56,6 +56,15 @@ class AdminVM(BaseVM):
         doc="LAYOUT+VARIANT+OPTIONS of its keyboard.",
     )
 
+    include_in_backups: Property[bool] = Property(
+        "include_in_backups", type=bool, default=True, doc="Have it in backups."
+    )
+
+    @stateless_property(type=bool)
+    def updateable(self) -> bool:
+        """Whether what is installed in it stays: it does."""
+        return True
+
     @stateless_property(type=int)
     def xid(self) -> int:
         """Return the number of its domain: 0."""

@@ -287,6 +287,10 @@ class QubesVM(BaseVM):
         """Tell whether there is a domain: starting, running, paused or halting."""
         return self.life.state is not PowerState.HALTED
 
+    def is_qrexec_running(self) -> bool:
+        """Tell whether its agent answers: commands and services can be called."""
+        return self.life.agent is not None
+
     def is_paused(self) -> bool:
         """Tell whether its virtual CPUs stand still."""
         return self.life.is_paused

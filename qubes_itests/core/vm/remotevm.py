@@ -29,6 +29,9 @@ def _refusing(action: str) -> Callable[..., Any]:
 class RemoteVM(BaseVM):
     """A VM of another machine: names, for policy and tools; it never runs here."""
 
+    include_in_backups: Property[bool] = Property(
+        "include_in_backups", type=bool, default=False, doc="Have it in backups."
+    )
     relayvm: VMProperty[BaseVM | None] = VMProperty(
         "relayvm", default=None, doc="The local VM that passes calls on."
     )

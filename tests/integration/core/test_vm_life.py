@@ -38,12 +38,14 @@ def events(vm):
 def test_a_run_from_start_to_shutdown(app, vm, run, sh, events):
     run(vm.start())
     assert vm.get_power_state() == "Running"
+    assert vm.is_qrexec_running()
     assert run(vm.domain.state()) is DomainState.RUNNING
     assert sh(vm, "hostname") == "work"
     assert sh(vm, "id -un; id -gn", user=None) == "user\nuser"
     assert sh(vm, "qubesdb-read /name") == "work"
     run(vm.shutdown(wait=True))
     assert vm.is_halted()
+    assert not vm.is_qrexec_running()
     assert app.hypervisor.domains() == ()
     assert events == [
         "domain-pre-start",

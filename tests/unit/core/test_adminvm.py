@@ -45,3 +45,17 @@ async def test_it_runs_as_long_as_the_machine(app):
     far = app.add_new_vm("RemoteVM", name="far", label="red")
     with pytest.raises(exc.QubesVMNotHaltedError, match="another machine"):
         await far.start(start_guid=False)
+
+
+def test_it_is_in_backups_and_keeps_what_is_installed(app):
+    dom0 = app.domains["dom0"]
+    assert (dom0.include_in_backups, dom0.updateable) == (True, True)
+    dom0.include_in_backups = "no"
+    assert dom0.include_in_backups is False
+    far = app.add_new_vm("RemoteVM", name="far", label="red")
+    assert far.include_in_backups is False
+
+
+def test_extensions_have_a_log(app, caplog):
+    app.log.warning("of an extension")
+    assert "of an extension" in caplog.text

@@ -89,3 +89,7 @@ async def test_no_vm_starts(path):
     assert vm.is_halted()
     await app.kill_all()
     app.close()
+
+
+def test_a_vm_that_was_never_started_has_no_qrexec(made):
+    assert not made.domains["tiny"].is_qrexec_running()
