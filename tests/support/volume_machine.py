@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from volume_model import BASE, Image, VolumeModel
 
 from qubes_itests.conformance.trial import Trial
+from qubes_storage import pool_class
 from qubes_storage.exc import (
     InvalidSizeError,
     VolumeExistsError,
@@ -78,7 +79,9 @@ class VolumeMachine(RuleBasedStateMachine):
     def open(self, keep, shared):
         self.directory = Path(tempfile.mkdtemp(dir=self.home))
         self.runner = asyncio.Runner()
-        self.trial = Trial(lambda: self.make_pool(self.directory / "pool"), self.runner)
+        self.trial = Trial(
+            lambda: self.make_pool(self.directory / "pool"), pool_class, self.runner
+        )
         sources = {"snapshot0": "root0", "both": "root1"}
         sources["snapshot1"] = "root0" if shared else "root1"
         self.model = {
