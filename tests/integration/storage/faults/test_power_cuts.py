@@ -14,7 +14,7 @@ from qubes_itests.faultdisk import CrashStateError
 from qubes_storage import pool_class
 
 #: On each filesystem twice as many.
-STATES = 200
+STATES = 120
 
 
 @pytest.fixture
