@@ -157,7 +157,10 @@ def _lines(
     elif kept := _kept_disks(failure):
         shells = [shlex.join([*command, "shell", str(path)]) for path in kept]
         lines += [f"  look inside {shell}" for shell in shells]
-    elif any(name.endswith(".log") for name in failure.files):
+    # the VMs of a core under test have no such shell, and their disks are its own
+    elif "--core" not in failure.words and any(
+        name.endswith(".log") for name in failure.files
+    ):
         lines += [f"  look inside {inside}", f"  keep disks  {disks}"]
     return lines
 

@@ -66,6 +66,12 @@ def test_the_last_lines_say_what_failed_why_and_what_to_type():
     ]
 
 
+def test_a_test_of_a_core_has_no_shell_and_no_disks_to_offer():
+    words = ("--core", "core-admin")
+    lines = shown([dataclasses.replace(FAILED, words=words)])
+    assert lines[-1] == "  run again   itests --core core-admin a::b::c"
+
+
 def test_kept_disks_come_with_the_command_that_opens_them(tmp_path):
     (tmp_path / "disks" / "vm").mkdir(parents=True)
     lines = shown([Failure("a::b", "no", str(tmp_path), ("disks/", "vm.log"))])
