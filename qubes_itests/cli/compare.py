@@ -20,7 +20,7 @@ from qubes_itests.pytest_plugin.run_record import NAME
 from qubes_itests.report.merge import read_part
 from qubes_itests.run.preparation import told_again
 from qubes_itests.run.result import Prepared
-from qubes_itests.run.settings import ConfigurationError
+from qubes_itests.run.settings import ConfigurationError, load
 from qubes_itests.untrusted_text import quoted, safe_text
 
 if TYPE_CHECKING:
@@ -42,12 +42,17 @@ _TIMEOUT: Final = 120.0
 def check(command: Command, settings: Settings) -> None:
     """Refuse what cannot work, before anything is set up.
 
-    :raise ConfigurationError: no core to compare with, or tests without an app.
+    :raise ConfigurationError: no core to compare with, one that both runs would take,
+        or tests without an app.
     """
     if settings.core is None:
         raise ConfigurationError("compare", "expected --core DIR, got no core")
     if command.words and command.in_sandbox:
         raise ConfigurationError("compare", "expected tests only together with --app")
+    if not command.in_sandbox and load(Path.cwd()).core is not None:
+        problem = "expected --core on the command line only: from the environment, or a"
+        problem += " file of settings, the run on our core would take it, too"
+        raise ConfigurationError("compare", problem)
 
 
 def execute(command: Command, settings: Settings) -> int:

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 
-from qubes_itests.cli.compare import _lines
+from qubes_itests.cli.arguments import parse
+from qubes_itests.cli.compare import _lines, check
 from qubes_itests.comparison import compare
+from qubes_itests.run.settings import ConfigurationError, Settings
 
 REFUSED = "! QubesPropertyValueError QubesValueError QubesException ValueError"
 CRASHED = "! AttributeError"
@@ -89,3 +91,13 @@ def test_our_core_is_described():
     assert found["set AppVM.debug = 'text'"].split()[:2] == [
         *("!", "QubesPropertyValueError")
     ]
+
+
+def test_a_core_that_our_own_run_would_find_is_refused(tmp_path, monkeypatch):
+    """What the environment says holds for both runs, and all would be the same."""
+    command = parse(["compare", "--core", "core", "--app", "app"])
+    settings = Settings(**command.given)
+    check(command, settings)
+    monkeypatch.setenv("QUBES_ITESTS_CORE", str(tmp_path))
+    with pytest.raises(ConfigurationError, match="--core on the command line only"):
+        check(command, settings)
