@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from qubes_itests.dom0.memory_trials import Trial, try_core, try_ours
 from qubes_itests.host.cache import Cache
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
+#: What runs a scenario under each qmemman, by the title of its column.
+_TRIED: Final = {"ours": try_ours, "core-admin": try_core}
+
 
 def compare(settings: Settings, words: Sequence[str]) -> str:
     """Print what both make of scenarios, and return a picture of it.
@@ -36,14 +39,12 @@ def compare(settings: Settings, words: Sequence[str]) -> str:
         problem = "expected the checkout of core-admin whose qmemman it is"
         raise ConfigurationError("--core", problem)
     prepare_listing(settings)
-    name = settings.core.absolute().name
     rows = []
     with RunDirectory(Cache()) as run:
-        for scenario in words or SCENARIOS:
-            tried = {"ours": try_ours, name: try_core}
+        for scenario in dict.fromkeys(words or SCENARIOS):
             trials = {
                 title: attempt(SCENARIOS[scenario], _made(run.path / f"{n}" / scenario))
-                for n, (title, attempt) in enumerate(tried.items())
+                for n, (title, attempt) in enumerate(_TRIED.items())
             }
             print("\n".join(_lines(scenario, trials)))
             rows.append([(f"{scenario}: {t}", trials[t].records) for t in trials])

@@ -313,7 +313,7 @@ class Settings:
     core: Path | None = option(  # noqa: RUF009 - it makes a field
         None, _directory, "DIR", "run list memory compare",
         "run the suites of the checkout of core-admin in DIR, or the tests of --app, on"
-        " the core there; of `memory compare`, run its qmemman")
+        " the core there; with `memory compare`, run its qmemman")
     qrexec: Path | None = option(  # noqa: RUF009 - it makes a field
         None, _directory, "DIR", "run list memory compare",
         "with --core take the policy from the checkout of core-qrexec in DIR"
