@@ -50,7 +50,9 @@ def own_clones(testbed, app, monkeypatch, most):
     run(end_clones())  # those that other tests have left
     loop = testbed.portal.loop
     making = testbed.portal.call(lambda: loop.in_background(made.run()))
-    yield made
-    run(end())
-    for place in (sockets, disks):
-        shutil.rmtree(place)
+    try:
+        yield made
+    finally:
+        run(end())
+        for place in (sockets, disks):
+            shutil.rmtree(place)

@@ -188,13 +188,14 @@ class Client:
 @contextmanager
 def served(agent: AgentProcess, path: Path, mode: str, status: int) -> Iterator[Client]:
     ours, theirs = socket.socketpair()
-    with ours, theirs:
+    with theirs:
         command = [agent.program, "serve-block", mode, path]
-        with subprocess.Popen(command, stdin=theirs, stdout=theirs) as process:
+        ours.settimeout(60)
+        with subprocess.Popen(command, stdin=theirs, stdout=theirs) as process, ours:
             theirs.close()
             yield Client(ours)
             ours.close()
-            assert process.wait(20) == status
+            assert process.wait(60) == status
 
 
 @pytest.fixture
