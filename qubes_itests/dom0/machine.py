@@ -162,8 +162,9 @@ class Machine:
 
     def find(self, name: str) -> Guest | None:
         """Return the domain of a name."""
-        found = (guest for guest in self.guests.values() if guest.config.name == name)
-        return next(found, None)
+        # at once: another thread may undefine one meanwhile
+        guests = tuple(self.guests.values())
+        return next((guest for guest in guests if guest.config.name == name), None)
 
     def journals(self) -> list[GuestJournal]:
         """Return the logs of the guests that run."""
@@ -486,30 +487,38 @@ class Guest:
                     error = HypervisorError(self.name, "start", str(error))
                 started.set_exception(error)
         finally:
-            if agent is not None:
-                await agent.close()
-            if self.domain is not None:
-                await self.domain.undefine()
+            await self._take_down(agent)
             if not started.done():
                 reason = "it was destroyed before its guest had started"
                 started.set_exception(StateError(self.name, "start", reason))
             started.exception()  # nobody may have waited for it
             self._ended()
 
+    async def _take_down(self, agent: GuestAgent | None) -> None:
+        try:
+            if agent is not None:
+                await agent.close()
+            if self.domain is not None:
+                await self.domain.undefine()
+        except HarnessError as error:
+            # as of a QEMU that waits for its disk, which cannot be killed: the core and
+            # who waits for the guest are told of the end all the same
+            log.warning("%s", str(error))
+
     def _ended(self) -> None:
-        xid = self.xid
         self.domain, self._life, self._agent = None, None, None
         self.shared, self.journal = None, None
-        self.state, self.xid = State.SHUTOFF, -1
-        timeline.note("state", self.name, state="Halted")
         for disk in self._attached.values():
             disk.undo.close()
         self._attached.clear()
         self.undo.close()
-        self._machine.xen.release(f"{xid}")
+        self._machine.xen.release(f"{self.xid}")
         database = self._machine.databases.pop(self.name, None)
         if database is not None:
             database.disconnect()
+        timeline.note("state", self.name, state="Halted")
+        # last: a core looks from its own thread, and finds nothing of one that is off
+        self.xid, self.state = -1, State.SHUTOFF
         self._machine.tell(self, Event.STOPPED)
 
     @property

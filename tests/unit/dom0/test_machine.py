@@ -1,0 +1,95 @@
+"""The end of a domain, as a core sees it from its own thread."""
+
+import asyncio
+import uuid
+from types import SimpleNamespace
+
+import pytest
+import pytest_asyncio
+
+from qubes_itests.dom0 import machine as module
+from qubes_itests.dom0.machine import Event, Machine
+from qubes_itests.dom0.stores import QubesDB
+from qubes_itests.dom0.xen_xml import read_domain
+from qubes_itests.hypervisor.exc import HypervisorError
+from qubes_itests.qmemman.budget import MemoryBudget
+
+pytestmark = pytest.mark.asyncio
+
+XML = (
+    f"<domain type='xen'><name>work</name><uuid>{uuid.UUID(int=7)}</uuid>"
+    "<memory unit='MiB'>400</memory><vcpu>1</vcpu></domain>"
+)
+
+
+class Agent:
+    """The agent of a guest that is there at once."""
+
+    def on_db_change(self, note):
+        pass
+
+    async def close(self):
+        pass
+
+
+class Domain:
+    """A domain whose guest stops at once, and whose QEMU cannot be killed."""
+
+    async def wait_stopped(self):
+        pass
+
+    async def undefine(self):
+        raise HypervisorError("work", "destroy", "Device or resource busy")
+
+
+@pytest_asyncio.fixture
+async def guest(tmp_path):
+    budget = MemoryBudget(total=1 << 32, dom0=1 << 30, dom0_used=1 << 30)
+    hypervisor = SimpleNamespace(slowness=1)
+    machine = Machine(None, hypervisor, tmp_path, {}, budget=budget, warm=None)
+    guest = await machine.define(read_domain(XML))
+    await guest.create()
+    machine.databases["work"] = QubesDB()
+    return guest
+
+
+async def test_nothing_is_left_of_a_run_when_its_domain_is_off(guest):
+    """Who looks has no turn on the event loop, and may look at any moment."""
+    machine, seen = guest._machine, []
+
+    def look():
+        seen.append((guest.is_active, "work" in machine.databases))
+
+    guest.undo.callback(look)
+    machine.xen.store.watch("@releaseDomain", lambda _path: look())
+    machine.listeners.append(lambda _guest, event: seen.append(event) or look())
+    seen.clear()
+    await guest.destroy()
+    assert seen == [(True, True), (True, True), Event.STOPPED, (False, False)]
+    assert guest.xid == -1
+
+
+@pytest.mark.parametrize("started", [True, False])
+async def test_a_domain_that_cannot_be_destroyed_has_ended_all_the_same(
+    guest, monkeypatch, caplog, started
+):
+    async def boot(*_arguments, **_options):
+        await asyncio.sleep(0)
+        return Domain(), Agent() if started else None
+
+    ended = asyncio.Event()
+    guest._machine.listeners.append(
+        lambda _guest, event: event is Event.STOPPED and ended.set()
+    )
+    monkeypatch.setattr(module, "boot", boot)
+    await guest.resume()
+    agent = asyncio.ensure_future(guest.agent())
+    async with asyncio.timeout(60):
+        await ended.wait()
+        if started:
+            assert isinstance(await agent, Agent)
+        else:
+            with pytest.raises(HypervisorError, match="no kernel of ours"):
+                await agent
+    assert not guest.is_active
+    assert "Device or resource busy" in caplog.text
