@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -96,13 +95,15 @@ class Watch:
     def __init__(self) -> None:
         self.paths: set[str] = set()
         self.disconnected = False
-        self.changed: deque[str] = deque()
+        #: What has changed, in order, and each once: its reader asks what is there now.
+        self._changed: dict[str, None] = {}
         # The core drops a connection in its own thread, whenever Python likes: a number
         # that is closed may be that of another file when it is written to. Reentrant,
         # as that may come within what holds it.
         self._lock = threading.RLock()
         self._closed = False
-        # readable for as long as something is to be read
+        # Readable, by one byte, for as long as something is to be read: with a byte for
+        # each change a guest that makes many would fill it, and hold up who writes.
         self.reader, self._writer = os.pipe()
         os.set_blocking(self.reader, False)
 
@@ -110,25 +111,31 @@ class Watch:
         """Take note of a change, if it is watched."""
         if any(
             path == watched or (watched.endswith("/") and path.startswith(watched))
-            for watched in self.paths
+            for watched in tuple(self.paths)
         ):
-            self.changed.append(path)
-            self._signal()
+            with self._lock:
+                self._signal()
+                self._changed[path] = None
 
     def disconnect(self) -> None:
         """Have the reader told that there is no database any more."""
-        self.disconnected = True
-        self._signal()
+        with self._lock:
+            self._signal()
+            self.disconnected = True
 
     def _signal(self) -> None:
-        with self._lock:
-            if not self._closed:
-                os.write(self._writer, b"\0")
+        if not (self._closed or self._changed or self.disconnected):
+            os.write(self._writer, b"\0")
 
     def take(self) -> str | None:
         """Return what changed first; None when the database has gone."""
-        os.read(self.reader, 1)
-        return self.changed.popleft() if self.changed else None
+        with self._lock:
+            path = next(iter(self._changed), None)
+            if path is not None:
+                del self._changed[path]
+            if path is None or not (self._changed or self.disconnected):
+                os.read(self.reader, 1)
+            return path
 
     def close(self) -> None:
         """Close its descriptors."""
