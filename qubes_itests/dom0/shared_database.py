@@ -115,6 +115,7 @@ class SharedDatabase:
         :raise HarnessError: the guest does not say it, or has too much.
         """
         async with self._lock:
+            told = dict(self._told)
             process = await self._agent.spawn("qubesdb-multiread -f /", user="root")
             answer = await answer_of(
                 process, "say what is in its qubesdb", timeout=_TIMEOUT
@@ -124,6 +125,11 @@ class SharedDatabase:
                 reason = f"it cannot say what is in its qubesdb: {said}"
                 raise GuestError(process.vm, reason)
             has = read_entries(answer.stdout)
+            # what its agent has said meanwhile is newer
+            for path, _ in self._told.items() ^ told.items():
+                has.pop(path, None)
+                if path in self._told:
+                    has[path] = self._told[path]
             for path in has.keys() | self._told.keys():
                 before, value = self._told.get(path), has.get(path)
                 if value != before:

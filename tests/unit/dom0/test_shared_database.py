@@ -19,6 +19,32 @@ class Agent:
     def on_db_change(self, note):
         self.say = note
 
+    async def spawn(self, _command, *, user):
+        assert user == "root"
+        return self.process
+
+
+class Process:
+    """A program of the guest, and what happens before it ends."""
+
+    vm = "work"
+
+    def __init__(self, said, meanwhile):
+        self.said, self.meanwhile = said, meanwhile
+
+    async def communicate(self, _input, *, limit):
+        self.meanwhile()
+        assert len(self.said) < limit
+        return self.said.encode(), b""
+
+    async def wait(self):
+        return 0
+
+    def hang_up(self):
+        pass
+
+    kill = hang_up
+
 
 @pytest_asyncio.fixture
 async def shared():
@@ -56,6 +82,25 @@ async def test_nothing_else_is_taken(shared, path, value):
     database, say = shared
     say(path, value)
     assert database.list("/") == []
+
+
+async def test_what_the_agent_says_counts_while_its_guest_says_what_it_had():
+    database, agent = QubesDB(), Agent()
+    shared = SharedDatabase(database, agent, {})
+    a, b, c = (f"{NAME}/loop{number}/desc" for number in range(3))
+    agent.say(a, "old")
+    agent.say(b, "old")
+
+    def meanwhile():
+        agent.say(a, None)
+        agent.say(c, "new")
+
+    agent.process = Process(f"/x = 1\n{a} = old\n{b} = old\n", meanwhile)
+    await shared.take_over()
+    assert database.list("/") == [b, c, "/x"]
+    agent.process = Process(f"{b} = old\n", lambda: None)
+    await shared.take_over()
+    assert database.list("/") == [b]
 
 
 async def test_a_guest_does_not_fill_the_host(shared):
