@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -50,6 +51,8 @@ _STARTUP: Final = 60.0
 #: Seconds that no start in Qubes OS keeps to: a core that gives a VM fewer wants it to
 #: fail. Here its guest may go on from a saved state, and be there at once.
 _TOO_SHORT: Final = 5.0
+#: Of a VM that starts with dom0.
+_UNIT: Final = re.compile(r"qubes-vm@[^/]+\.service")
 _USAGE: Final = 2
 _GONE: Final = 255
 
@@ -275,11 +278,11 @@ class Programs:
         match words:
             case ["restart", "virtxend"]:
                 libvirt_module.restart()
-            case ["enable", unit]:
+            case ["enable", unit] if _UNIT.fullmatch(unit):
                 link = WANTED_UNITS / unit
                 link.unlink(missing_ok=True)
                 link.symlink_to(UNITS / "qubes-vm@.service")
-            case ["disable", unit]:
+            case ["disable", unit] if _UNIT.fullmatch(unit):
                 (WANTED_UNITS / unit).unlink(missing_ok=True)
             case _:
                 raise ValueError(f"there is no systemd here for {' '.join(words)!r}")

@@ -31,8 +31,10 @@ def create_snapshot(
     :param volume: the image.
     :param changes: the copy-on-write file beside it, which exists.
     :param own: that of a snapshot, which is new; None for an origin.
+    :raise ValueError: it is no name.
     :raise OSError: as the operating system says.
     """
+    device = _device(MAPPER / name)
     # one that an earlier start has filled, and no stop has put away, stays as it is
     kept = changes.stat().st_blocks > 0
     if own is not None:
@@ -41,7 +43,6 @@ def create_snapshot(
         _take(changes if kept else volume, own)
     elif not kept:
         _take(volume, changes)
-    device = MAPPER / name
     device.unlink(missing_ok=True)
     device.symlink_to(volume if own is None else own)
 
@@ -49,14 +50,28 @@ def create_snapshot(
 def destroy_snapshot(device: Path) -> None:
     """Remove a device, as ``destroy-snapshot`` does; its files stay.
 
+    :raise ValueError: it is a file of another directory.
     :raise OSError: there is none.
     """
-    device.unlink()
+    _device(device).unlink()
+
+
+def _device(path: Path) -> Path:
+    if path.parent != MAPPER:
+        raise ValueError(f"expected a device in {MAPPER}, got {os.fspath(path)!r}")
+    return path
 
 
 def _take(source: Path, target: Path) -> None:
     with source.open("rb") as reader, target.open("r+b") as writer:
-        clone_or_copy(reader.fileno(), writer.fileno())
+        size = os.fstat(writer.fileno()).st_size
+        try:
+            clone_or_copy(reader.fileno(), writer.fileno())
+        except OSError:
+            # by its data a part would pass for the whole
+            os.truncate(writer.fileno(), 0)
+            os.truncate(writer.fileno(), size)
+            raise
         if not os.fstat(writer.fileno()).st_blocks:
             # of a source that is one hole: by its data it is told from a new one
             os.pwrite(writer.fileno(), b"\0", 0)

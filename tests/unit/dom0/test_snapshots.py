@@ -1,5 +1,6 @@
 """Devices of the driver `file`: what a snapshot shows while its origin goes on."""
 
+import errno
 import os
 
 import pytest
@@ -82,3 +83,34 @@ def test_a_device_is_removed_without_its_files(mapper, new):
     )
     with pytest.raises(FileNotFoundError):
         destroy_snapshot(mapper / "origin")
+
+
+def test_files_that_are_no_devices_stay(mapper, new):
+    volume, changes = new("root.img"), new("root-cow.img")
+    for device in (volume, mapper / "../root.img"):
+        with pytest.raises(ValueError, match=r"expected a device in .*root\.img"):
+            destroy_snapshot(device)
+    for name in ("../root.img", str(volume)):
+        with pytest.raises(ValueError, match=r"expected a device in .*root\.img"):
+            create_snapshot(name, volume, changes)
+    assert not volume.is_symlink()
+    assert changes.stat().st_blocks == 0
+
+
+@pytest.mark.usefixtures("mapper")
+def test_half_a_copy_does_not_pass_for_one(new, monkeypatch):
+    """A disk may be full; the next start finds all as before."""
+    volume, changes = new("root.img"), new("root-cow.img")
+    write(volume, b"old")
+
+    def half(_source, target):
+        os.pwrite(target, b"ol", 0)
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots, "clone_or_copy", half)
+        with pytest.raises(OSError, match="full"):
+            create_snapshot("origin", volume, changes)
+    assert (changes.stat().st_blocks, changes.stat().st_size) == (0, SIZE)
+    create_snapshot("origin", volume, changes)
+    assert changes.read_bytes()[:4] == b"old\0"

@@ -46,13 +46,16 @@ class TC_00_Basic(unittest.TestCase):
             self.assertIn("a unit of the core", unit.read())
         subprocess.run(["sudo", "systemctl", "disable", UNIT], check=True)
         self.assertFalse(os.path.lexists(link))
-        done = subprocess.run(
-            ["systemctl", "stop", "sshd"], capture_output=True, text=True, check=False
-        )
-        self.assertEqual(done.returncode, 2)
-        self.assertEqual(
-            done.stderr, "systemctl: there is no systemd here for 'stop sshd'\n"
-        )
+        # a unit may be named by its path: that is no link of ours
+        path = "/var/tmp/qubes-vm@work.service"  # noqa: S108
+        with open(path, "w"):
+            pass
+        for words in ("stop sshd", f"disable {path}"):
+            command = ["systemctl", *words.split()]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            told = f"systemctl: there is no systemd here for '{words}'\n"
+            self.assertEqual((done.returncode, done.stderr), (2, told))
+        self.assertTrue(os.path.exists(path))
 
     def test_207_what_backups_need(self):
         """The home of the user is that of the sandbox; keys are made in a moment."""
