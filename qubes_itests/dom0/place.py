@@ -42,7 +42,7 @@ _GROUP: Final = "qubes"
 #: there is seen by links to a read-only mount of it; its links are copied. Else each
 #: of hundreds would be a mount; and an overlay cannot lie over those of a container.
 _OWN: Final = """\
-new=$(mktemp -d)
+new=$(mktemp -d -p /run)
 mount -t tmpfs -o mode=755 none "$new"
 mkdir "$new/.machine"
 mount --rbind "$1" "$new/.machine"
@@ -121,7 +121,7 @@ def _have_bash(undo: contextlib.ExitStack) -> None:
 
     With another shell its outputs stay open for as long as that waits for the command.
     """
-    bash, shell = shutil.which("bash"), Path("/bin/sh").resolve()
+    bash, shell = shutil.which("bash", path=os.defpath), Path("/bin/sh").resolve()
     if bash is None or shell.samefile(bash):
         return
     run(["mount", "--bind", bash, shell], timeout=30)
