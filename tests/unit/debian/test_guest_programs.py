@@ -431,6 +431,22 @@ def test_a_name_that_looks_like_another_is_sent_to_who_takes_all(program, tmp_pa
             assert words[:3] == ["--", "@default", service]
 
 
+@pytest.mark.parametrize(
+    ("options", "service"),
+    [
+        ([], "qubes.Filecopy+allow-all-names"),
+        (["--ignore-symlinks"], "qubes.Filecopy"),
+    ],
+)
+def test_a_link_is_sent_to_who_takes_where_it_leads(
+    program, tmp_path, options, service
+):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/plain").symlink_to("\U0001f605")
+    words = program("qvm-copy", [*options, "in"]).stdout.decode().split("\0")
+    assert words[:3] == ["--", "@default", service]
+
+
 @pytest.mark.parametrize("name", ["qvm-move", "qvm-move-to-vm"])
 def test_what_was_moved_is_gone(program, tmp_path, name):
     program(name, ["v", "f"] if name.endswith("vm") else ["f"])
