@@ -63,14 +63,16 @@ static bool asked(void)
 static bool write_setting(const char *name, const char *what, const char *value)
 {
 	char path[PATH_LIMIT];
-	int fd;
 	bool written;
+	int fd;
 
 	snprintf(path, sizeof path, "/proc/sys/net/%s%s", name, what);
 	fd = open(path, O_WRONLY | O_CLOEXEC);
-	written = write(fd, value, strlen(value)) > 0;
+	if (fd < 0)
+		return failed(path);
+	written = write(fd, value, strlen(value)) > 0 || failed(path);
 	close(fd);
-	return written || failed(path);
+	return written;
 }
 
 /* By its hardware address, for a guest may call it what it likes. */

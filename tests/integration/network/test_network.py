@@ -216,7 +216,7 @@ def test_a_guest_that_sets_nothing_up_starts_still(network, run, caplog):
     run(broken.start())
     refuse = r"#!/bin/sh\necho the guest will not >&2\nexit 1\n"
     program = "/usr/lib/qubes/agent"
-    network.sh(broken, f"rm {program}; printf '{refuse}' > {program}")
+    network.sh(broken, f"mv {program} /agent; printf '{refuse}' > {program}")
     network.sh(broken, f"chmod +x {program}")
     run(broken.shutdown(wait=True))
     broken.netvm = network.net
@@ -224,6 +224,11 @@ def test_a_guest_that_sets_nothing_up_starts_still(network, run, caplog):
         run(broken.start())
     assert "broken starts without all of its network" in caplog.text
     assert "could not set up its uplink: the guest will not" in caplog.text
+    # the program itself says what it lacks
+    network.sh(broken, "mount -t tmpfs none /proc/sys/net/ipv4")
+    said = network.sh(broken, "/agent downlink lo 00:00:00:00:00:00 10.9.9.9")
+    setting = "/proc/sys/net/ipv4/conf/all/rp_filter"
+    assert said == f"{setting}: No such file or directory"
     run(broken.kill())
 
 
