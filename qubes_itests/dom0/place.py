@@ -37,6 +37,8 @@ _POLICIES: Final = {
 HOME: Final = Path("/var/lib/dom0-home")
 _IMPORT: Final = "admin.vm.volume.Import"
 _GROUP: Final = "qubes"
+#: Names in the machine's files are in any encoding.
+_AS_IT_IS: Final[Mapping[str, str]] = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 #: Has a directory, $1, on a filesystem of this namespace alone. What the machine has in
 #: there is seen by links to a read-only mount of it; its links are copied. Else each
@@ -158,22 +160,23 @@ def _have_services(checkout: Path, policy: Mapping[str, Path]) -> None:
 def _have_home() -> None:
     """Have root, who is the user of dom0, at home in a place that is the sandbox's."""
     users = Path("/etc/passwd")
-    lines = [line.split(":") for line in users.read_text(encoding="utf-8").split("\n")]
+    lines = [line.split(":") for line in users.read_text(**_AS_IT_IS).split("\n")]
     for fields in lines:
         if fields[0] == "root":
             fields[5] = os.fspath(HOME)
     users.unlink()
-    users.write_text("\n".join(map(":".join, lines)))
+    users.write_text("\n".join(map(":".join, lines)), **_AS_IT_IS)
     users.chmod(0o644)
 
 
 def _have_group() -> None:
     """Have the group that may use the core, with root, who runs its daemons, in it."""
     groups = Path("/etc/group")
-    text = groups.read_text(encoding="utf-8")
+    text = groups.read_text(**_AS_IT_IS)
     others = [line for line in text.splitlines() if not line.startswith(f"{_GROUP}:")]
     taken = {group.gr_gid for group in grp.getgrall()}
     number = next(n for n in range(98, 1000) if n not in taken)
     groups.unlink()
-    groups.write_text("\n".join([*others, f"{_GROUP}:x:{number}:root", ""]))
+    lines = [*others, f"{_GROUP}:x:{number}:root", ""]
+    groups.write_text("\n".join(lines), **_AS_IT_IS)
     groups.chmod(0o644)
