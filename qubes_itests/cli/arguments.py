@@ -204,7 +204,10 @@ def parse(arguments: Sequence[str]) -> Command:
         else:
             misspelt = others[position]
     parser = _parser(name)
-    known, rest = parser.parse_known_args(others)
+    read = parser.parse_known_intermixed_args
+    if name in ("run", "qvm"):  # which pass on what is not ours, in its order
+        read = parser.parse_known_args
+    known, rest = read(others)
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in vars(known).items()

@@ -41,6 +41,19 @@ def test_options_work_on_both_sides_of_the_sub_command(words):
     assert command.given == {"keep": Keep.FAILED}
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *((name, ["--core", "c"]) for name in ("compare", "list", "memory")),
+        ("history", ["--json"]),
+        ("merge", ["--artifacts=x"]),
+    ],
+)
+def test_words_may_stand_on_both_sides_of_an_option(name, option):
+    assert parse([name, "one", *option, "two"]).words == ("one", "two")
+    assert parse([name, *option, "one"]).words == ("one",)
+
+
 def test_options_of_pytest_reach_pytest_in_order():
     words = ["-k", "list and not doctor", "-m", "shell", "--junitxml=x.xml", "--lf"]
     assert parse(words).rest == tuple(words)
