@@ -60,7 +60,12 @@ def _lines(scenario: str, trials: dict[str, Trial]) -> Iterator[str]:
     """Yield a table of the targets in the end, and what did not come about."""
     yield f"{scenario:20}{''.join(f'{title:>20}' for title in trials)}"
     ends = [
-        {d.name: d.target // MIB for d in trial.records[-1].domains.values()}
+        {
+            d.name: d.target // MIB
+            # none if its daemon has not come so far
+            for record in trial.records[-1:]
+            for d in record.domains.values()
+        }
         for trial in trials.values()
     ]
     for name in dict.fromkeys(name for end in ends for name in end):

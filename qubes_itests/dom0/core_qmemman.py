@@ -8,11 +8,11 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from qubes_itests.dom0.xen_server import XenServer
+from qubes_itests.host.confined import FOLLOW_US
 from qubes_itests.qmemman.exc import QmemmanError
 from qubes_itests.qmemman.policy import DEFAULT_POLICY
 from qubes_itests.qmemman.state import DomainMemory, MachineMemory
@@ -34,8 +34,9 @@ _PROGRAM: Final = "qubes_itests.dom0.qmemmand"
 _CONFIG: Final = Path("/etc/qubes/qmemman.conf")
 #: Of what a daemon that has ended said last, so many characters are shown.
 _SHOWN: Final = 2000
-#: Seconds of real time for all that a daemon does in virtual time.
-_LONGEST: Final = 120.0
+#: Seconds of real time until a daemon serves, or for all that it does in virtual time:
+#: then it ends by itself, and says where its threads were.
+_LONGEST = 120.0
 
 
 class CoreQmemman(MachineMemory):
@@ -99,10 +100,11 @@ class CoreQmemman(MachineMemory):
             self._directory / "available" if self._virtual else "",
             self._directory / "none" if self._virtual else _CONFIG,
             "virtual" if self._virtual else "real",
+            f"{_LONGEST}",
         ]
         with self._log.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", _PROGRAM, *words],
+                [*FOLLOW_US, sys.executable, "-P", "-m", _PROGRAM, *words],
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -113,12 +115,6 @@ class CoreQmemman(MachineMemory):
             )
         stack.callback(process.wait)
         stack.callback(process.kill)
-        if self._virtual:
-            # nobody's time passes while it works: one that hangs would never be missed
-            watchdog = threading.Timer(_LONGEST, process.kill)
-            watchdog.daemon = True
-            watchdog.start()
-            stack.callback(watchdog.cancel)
         loop = asyncio.get_running_loop()
         descriptor = os.pidfd_open(process.pid)
         stack.callback(os.close, descriptor)

@@ -1,12 +1,14 @@
 """The daemon of the core's qmemman, as a program: its own, in a process of its own.
 
-``python -m qubes_itests.dom0.qmemmand XEN SOCKET AVAILABLE CONFIG CLOCK``: the socket
-of `XenServer`, that of qmemman, a file for what is available, a configuration, and
-``real`` or ``virtual``, for the time by which it waits. It ends with that server.
+``python -m qubes_itests.dom0.qmemmand XEN SOCKET AVAILABLE CONFIG CLOCK SECONDS``: the
+socket of `XenServer`, that of qmemman, a file for what is available, a configuration,
+``real`` or ``virtual``, for the time by which it waits, and the most seconds until it
+serves; in virtual time, for all that it does. It ends with that server.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
 import logging
@@ -25,6 +27,7 @@ from qubes_itests.dom0 import modules
 __all__: list[str] = []
 
 _PATH: Final = sys.argv[1]
+_CLOCK: Final = sys.argv[5]
 #: Of what the daemon knows of a domain.
 _FIELDS: Final = ("mem_used", "last_target", "no_progress", "slow_memset_react")
 
@@ -88,6 +91,8 @@ class _Store:
         self._tokens.pop(id(token), None)
 
     def read_watch(self) -> tuple[str, object]:
+        if _CLOCK == "real":
+            faulthandler.cancel_dump_traceback_later()  # it serves
         while True:
             _tell(self._connection)
             path, token = self._connection.call("xs.read_watch")
@@ -164,7 +169,9 @@ _waits = _Waits()
 
 
 def _main() -> None:
-    path, available, config, clock = sys.argv[2:]
+    path, available, config, _, seconds = sys.argv[2:]
+    # nobody's time passes while it works: one that hangs would never be missed
+    faulthandler.dump_traceback_later(float(seconds), exit=True)
     modules.install()
     for name, kind in (("xs", _Store), ("xc", _Control)):
         module = ModuleType(f"xen.lowlevel.{name}")
@@ -177,7 +184,7 @@ def _main() -> None:
         core.qmemman_avail_mem_file = available
     daemon: Any = importlib.import_module("qubes.tools.qmemmand")
     daemon.SOCK_PATH = path
-    if clock == "virtual":
+    if _CLOCK == "virtual":
         vars(time)["sleep"] = _sleep
         lock = "GLOBAL_LOCK" if "GLOBAL_LOCK" in vars(daemon) else "global_lock"
         vars(daemon)[lock] = _Lock()

@@ -1,12 +1,22 @@
 """The daemon of a core under test, on a simulated machine."""
 
+import asyncio
+import contextlib
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from qubes_itests.dom0 import core_qmemman
+from qubes_itests.dom0.core_qmemman import CoreQmemman
 from qubes_itests.dom0.memory_trials import try_core, try_ours
-from qubes_itests.qmemman.exc import MemoryRefusedError
+from qubes_itests.dom0.xen import Xen
+from qubes_itests.qmemman.exc import MemoryRefusedError, QmemmanError
+from qubes_itests.qmemman.simulation.machine import SimulatedMachine
 
 MIB = 1 << 20
 FAKE = Path(__file__).parents[2] / "support/fake-core"
@@ -96,3 +106,81 @@ def test_one_that_ends_is_told_with_what_it_said(core, attempt, old, new, told):
     trial = attempt(try_core, life)
     assert "the qmemman of the core has ended:\n| " in trial.problem
     assert told in trial.problem
+
+
+@pytest.fixture
+def hanging(core):
+    """Return a file that has the number of a daemon's process once it hangs."""
+    said = core / "hangs"
+    daemon = core / DAEMON
+    hang = f"import os, pathlib, time\nsaid = pathlib.Path({os.fspath(said)!r})\n"
+    hang += "said.write_text(f'{os.getpid()}.')\ntime.sleep(10**6)\n"
+    daemon.write_text(f"{hang}{daemon.read_text()}")
+    return said
+
+
+@pytest.mark.usefixtures("hanging")
+def test_one_that_hangs_ends_and_says_where(attempt, monkeypatch):
+    monkeypatch.setattr(core_qmemman, "_LONGEST", 1.0)
+    trial = attempt(try_core, life)
+    assert "ended:\n| Timeout (0:00:01)!\n| Thread 0x" in trial.problem
+
+
+def in_real_time(place):
+    """Return a daemon in real time."""
+    xen = Xen(SimulatedMachine(2600 * MIB, 1000 * MIB))
+    xen.introduce("0", 1000 * MIB, 2600 * MIB)
+    return CoreQmemman(xen, place)
+
+
+@pytest.mark.usefixtures("hanging")
+def test_one_that_hangs_in_real_time_ends_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(core_qmemman, "_LONGEST", 1.0)
+
+    async def program():
+        async with in_real_time(tmp_path):
+            pass
+
+    with pytest.raises(QmemmanError, match="Timeout"):
+        asyncio.run(program())
+
+
+@pytest.mark.usefixtures("core")
+def test_one_that_serves_in_real_time_goes_on(tmp_path, monkeypatch):
+    """The time until it serves does not limit the time that it does."""
+
+    async def goes_on(seconds):
+        monkeypatch.setattr(core_qmemman, "_LONGEST", float(seconds))
+        place = tmp_path / f"{seconds}"
+        place.mkdir()
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                core = await stack.enter_async_context(in_real_time(place))
+            except QmemmanError:
+                return False  # too slow a machine, for so short a time
+            await asyncio.wait([core.ended], timeout=seconds + 0.5)
+            core.check()
+            return True
+
+    assert any(asyncio.run(goes_on(seconds)) for seconds in range(1, 30))
+
+
+def test_one_that_hangs_ends_with_the_process_that_started_it(hanging, tmp_path):
+    program = (
+        "import pathlib, sys; from qubes_itests.dom0 import memory_trials;"
+        "memory_trials.try_core(None, pathlib.Path(sys.argv[1]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-c", program, tmp_path]
+    with subprocess.Popen(words, env=environment) as process:
+        until("hang", lambda: hanging.exists() and hanging.read_text().endswith("."))
+        process.kill()
+    number = int(hanging.read_text().rstrip("."))
+    until("end", lambda: not Path(f"/proc/{number}").exists())
+
+
+def until(what, condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.05)
