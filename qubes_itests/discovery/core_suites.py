@@ -145,10 +145,12 @@ def core_suites(
     if words:  # those of the checkout are all that "all" means
         names += _OURS
     ids = {f"{_GROUP}::{name}": name for name in names}
-    unit = _UnitTests(source)
+    # ours keep what they find where the run is, and not in the copy
+    unit, ours = _UnitTests(source), PluginExtensions("", ())
     return [
-        _suite(begin, name, programs if name.startswith(_INTEGRATION) else unit)
+        _suite(begin, name, programs if name.startswith(_INTEGRATION) else others)
         for begin, name in ids.items()
+        for others in [ours if name in _OURS else unit]
         if not words or any(_may_mean(word, begin) for word in words)
     ]
 

@@ -205,7 +205,8 @@ def test_a_driver_of_a_core_that_forgets_an_fsync_is_found(shared, site):
         ("no_snapshot_power_cuts", "yes"),
     ], done.stdout + done.stderr
     assert "its images are neither those before nor those after" in done.stdout
-    again = f"--core {shared} '{power_cut}[xfs-others flush]' --itests-crash-replay="
+    kept = f"--itests-crash-replay={site.work}/itests-artifacts/"
+    again = f"--core {shared} '{power_cut}[xfs-others flush]' {kept}"
     assert again in done.stdout
 
 
