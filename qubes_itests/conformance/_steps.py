@@ -243,6 +243,8 @@ class Life:
     ) -> None:
         self._pool = pool
         self.runner = runner
+        #: Whether it keeps the revisions that are found while they are looked at.
+        self.has_room = "many_revisions" not in lacks
         self.volumes: dict[str, Volume] = {}
         for name, (vm, volume, _) in _SAVED.items():
             if _NEEDED.get(name, set()) & lacks:
@@ -309,7 +311,8 @@ def examine(
     for name in _SAVED.keys() & life.volumes.keys():
         own = step if step is not None and step.volume == name else None
         try:
-            run(_examine(life.volumes[name], before[name], after[name], own))
+            found = life.volumes[name]
+            run(_examine(found, before[name], after[name], own, room=life.has_room))
         except StoragePoolException as error:
             raise AssertionError(f"{name} is of no use: {error}") from error
         except AssertionError as error:
@@ -329,7 +332,7 @@ async def _use_snapshot(volume: Volume, source: Image | None) -> None:
 
 
 async def _examine(
-    volume: Volume, before: State, after: State, step: Step | None
+    volume: Volume, before: State, after: State, step: Step | None, *, room: bool
 ) -> None:
     keep = volume.revisions_to_keep
     ids = list(volume.revisions)
@@ -340,8 +343,13 @@ async def _examine(
         if ids and step is None:
             raise AssertionError(f"nothing but revisions is left: {ids}")
         ids = []
-    if keep > 0:
+    kept = keep
+    if keep > 0 and room:
         volume.revisions_to_keep = keep + _ROOM
+    elif keep > 0:
+        # each commit drops a revision, that of what is open, too: one can be seen
+        kept = 0 if is_dirty else 1
+        ids = ids[len(ids) - kept :]
     if is_dirty:
         await volume.start()
         dirty = _read(volume.path)
@@ -351,7 +359,7 @@ async def _examine(
         await volume.revert(revision)
         former.append(await _exported(volume) or ())
     found = State(committed, tuple(former), dirty)
-    for problem in _problems(found, before, after, step, keep):
+    for problem in _problems(found, before, after, step, kept):
         raise AssertionError(
             f"{problem}\n found {_shown(found)}\n before {_shown(before)}"
             f"\n after {_shown(after)}"

@@ -105,6 +105,24 @@ def test_a_declared_lack_that_is_refused_is_told_in_the_table(run_suite):
     assert "\naccounting yes" in output
 
 
+def test_what_faults_leave_is_found_without_more_revisions(run_suite):
+    """The suite itself asks for no more than the driver is said to keep."""
+    module = """
+    def keep(volume, value):
+        if value > 1:
+            raise StoragePoolException("it keeps one revision at most")
+        ReflinkVolume.revisions_to_keep.fset(volume, value)
+
+    Volume.revisions_to_keep = ReflinkVolume.revisions_to_keep.setter(keep)
+    Pool.lacks = frozenset({"many_revisions"})
+    TestDriver.fault_filesystems = ("tmpfs",)
+    """
+    words = "without_space and (tmpfs-revert or tmpfs-stop)"
+    status, output = run_suite("-k", words, module=module)
+    assert status == 0, output
+    assert "\nfull_disk yes\n" in output
+
+
 def test_a_lack_that_is_not_declared_fails(run_suite):
     status, output = run_suite("-k", "revision or former or fewer", module=KEEPS_ONE)
     assert status == 1
