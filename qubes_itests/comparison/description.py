@@ -29,7 +29,6 @@ __all__ = ["description"]
 _NOT_FOR_OTHERS: Final = ("qubes.api", "qubes.tests", "qubes.tools")
 #: Of handlers of events, which only the core itself calls.
 _HANDLER: Final = "on_"
-_NOTES: Final = "__annotations__"
 #: What properties are set to: what is typed, what programs have, and what is none.
 _VALUES: Final = (
     *("", "text", "1", "0", "-1", "True", "yes", "red", "a b", "é", "\n"),
@@ -92,7 +91,7 @@ def _members(name: str, owner: object) -> dict[str, str]:
     """
     cls = owner if isinstance(owner, type) else type(owner)
     # what instances have is declared, if anything tells of it
-    declared = [member for each in cls.__mro__ for member in vars(each).get(_NOTES, ())]
+    declared = [m for each in cls.__mro__ for m in inspect.get_annotations(each)]
     return {
         f"member {name}.{member}": _kind(inspect.getattr_static(owner, member, None))
         for member in {*dir(owner), *declared}

@@ -9,6 +9,7 @@ import pytest
 from qubes_itests.cli.arguments import parse
 from qubes_itests.cli.compare import _lines, check
 from qubes_itests.comparison import compare
+from qubes_itests.comparison.description import _members
 from qubes_itests.run.settings import ConfigurationError, Settings
 
 REFUSED = "! QubesPropertyValueError QubesValueError QubesException ValueError"
@@ -101,3 +102,14 @@ def test_a_core_that_our_own_run_would_find_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("QUBES_ITESTS_CORE", str(tmp_path))
     with pytest.raises(ConfigurationError, match="--core on the command line only"):
         check(command, settings)
+
+
+def test_a_class_of_classes_is_described():
+    """What `type` itself has under that name is no declaration."""
+
+    class Meta(type):
+        declared: int
+
+    found = _members("Meta", Meta)
+    assert found["member Meta.declared"] == "value"
+    assert found["member Meta.mro"] == "function"
