@@ -13,7 +13,7 @@ import pytest
 from qubes_itests.faultdisk import CrashStateError
 from qubes_storage import pool_class
 
-#: On each filesystem twice as many.
+#: Of each recording; there are two on each filesystem.
 STATES = 120
 
 
