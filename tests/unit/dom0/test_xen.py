@@ -1,7 +1,12 @@
 """Memory by the calls of libxenctrl and the paths of the XenStore."""
 
 import asyncio
+from types import SimpleNamespace
 
+import pytest
+
+from qubes_itests.dom0 import modules
+from qubes_itests.dom0.xc_module import xc
 from qubes_itests.dom0.xen import Xen
 from qubes_itests.qmemman.simulation import virtual_time
 from qubes_itests.qmemman.simulation.machine import SimulatedMachine
@@ -37,6 +42,27 @@ def test_what_a_domain_is_and_holds():
         assert xen.store.names("/local/domain") is None
 
     on_a_machine(program)
+
+
+def test_the_size_of_the_machine_is_known_without_the_event_loop(monkeypatch):
+    """A core asks in a thread of each VM that starts, and takes it for quick."""
+    turns = []
+
+    def run(coroutine):
+        turns.append(coroutine)
+        return asyncio.run(coroutine)
+
+    xen = Xen(SimulatedMachine(4000 * MIB, 1000 * MIB))
+    budget = SimpleNamespace(total=4000 * MIB)
+    machine = SimpleNamespace(run=run, xen=xen, memory=SimpleNamespace(budget=budget))
+    monkeypatch.setattr(modules, "machine", lambda: machine)
+    info = xc().physinfo()
+    assert info["total_memory"] == 4000 << 10
+    assert not turns
+    assert info["free_memory"] == 3000 << 10
+    assert len(turns) == 1
+    with pytest.raises(KeyError, match="hot"):
+        info["hot"]
 
 
 def test_a_guest_follows_its_target_in_the_store():
