@@ -79,11 +79,14 @@ def test_examples_are_files_or_programs(name):
     assert len(files(name)) + len(programs(name)) == len(blocks(name, "python"))
 
 
-def test_release_notes_are_no_lists():
+def test_release_notes_say_something_and_are_no_lists():
     """Each is an item of one."""
     fragments = [*(ROOT / "changes").glob("*.md")]
     assert len(fragments) > 5
-    assert not [path for path in fragments if path.read_text().startswith(("-", "*"))]
+    for path in fragments:
+        text = path.read_text().strip()
+        assert text, path
+        assert not text.startswith(("-", "*")), path
 
 
 def test_each_test_that_shows_a_promise_is_there():
