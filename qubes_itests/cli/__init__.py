@@ -43,7 +43,9 @@ def command_line(arguments: Sequence[str]) -> int:
             check(command, settings)
         if command.in_sandbox:
             _enter_sandbox(command, settings)
-        elif command.shows_tests and (settings.app or settings.core):
+        elif command.shows_tests and (
+            settings.app or settings.core or settings.core_suites
+        ):
             from qubes_itests.run.preparation import prepare_listing
 
             settings = prepare_listing(settings)

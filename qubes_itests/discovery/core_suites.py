@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["core_imports", "core_suites"]
+__all__ = ["core_imports", "core_suites", "suites_for_ours"]
 
 _GROUP: Final = "core"
 _PACKAGE: Final = "qubes.tests"
@@ -153,6 +153,31 @@ def core_suites(
         for others in [ours if name in _OURS else unit]
         if not words or any(_may_mean(word, begin) for word in words)
     ]
+
+
+def suites_for_ours(
+    checkout: Path, templates: Sequence[str], words: Sequence[str] = ()
+) -> list[Plugin]:
+    """Load the integration suites of a checkout, to test our own core.
+
+    The names of Qubes OS that they import are those of ours; nothing else of the
+    checkout is imported but its other tests, as some suites use those.
+
+    :param words: as for `core_suites`.
+    :return: as `core_suites` does.
+    """
+    tests = importlib.import_module(_PACKAGE)
+    tests.__path__ = [os.fspath(checkout.joinpath(*_PACKAGE.split(".")))]
+    with (
+        mock.patch.dict(os.environ, {TEMPLATES: " ".join(templates)}),
+        # nothing is written into the checkout
+        mock.patch.object(sys, "dont_write_bytecode", new=True),
+    ):
+        return [
+            plugin
+            for plugin in core_suites(checkout, PluginExtensions("", ()), words)
+            if plugin.name.startswith(f"{_GROUP}::{_INTEGRATION}")
+        ]
 
 
 def _may_mean(word: str, begin: str) -> bool:

@@ -179,9 +179,10 @@ def plugins_for(
     :param say: called with what is going on while a template is built.
     """
     plugins = registry()
-    if settings.app or settings.template_spec or settings.core:
+    core = settings.core or settings.core_suites
+    if settings.app or settings.template_spec or core:
         specs = [*wishes_of(settings).specs]
-        if settings.core is not None:
+        if core is not None:
             # the lowest: what a template of Qubes OS has is there for apps, too
             specs = [*read_spec_file(CORE_TEMPLATES), *specs]
         own = AppTemplates(derive(specs), plugins, settings.artifacts, say)

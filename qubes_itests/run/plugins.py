@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING
 
 from qubes_itests import import_alias
 from qubes_itests.discovery import GROUP, Plugin, Selection, discover
-from qubes_itests.discovery.core_suites import core_imports, core_suites
+from qubes_itests.discovery.core_suites import (
+    core_imports,
+    core_suites,
+    suites_for_ours,
+)
 from qubes_itests.discovery.result import Problem
 from qubes_itests.discovery.selection import TEMPLATES
 from qubes_itests.discovery.sources import name_authors_files
@@ -48,7 +52,13 @@ def named_plugins(
     if told.core:
         return _on_core(told, templates, words)
     import_alias.install()
-    return _named(_chosen(told, templates))
+    if not told.core_suites:
+        return _named(_chosen(told, templates))
+    found = _named(_chosen(told, templates)) if told.entries is not None else []
+    if words or told.entries is None:
+        suites = suites_for_ours(Path(told.core_suites), templates, words)
+        found += [(suite.name, suite) for suite in suites]
+    return found
 
 
 def _on_core(

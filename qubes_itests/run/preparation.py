@@ -49,6 +49,7 @@ _TOLD_AGAIN: Final = (
     *(
         "core",
         "qrexec",
+        "core_suites",
         "app",
         "template",
         "template_spec",
@@ -90,6 +91,7 @@ def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
     else:
         build_templates(settings, names or settings.templates)
     prepared = dataclasses.replace(_with_core(prepared, core), words=words)
+    prepared = _with_suites(prepared, settings.core_suites)
     if prepared != Prepared():
         prepared.tell()
 
@@ -120,7 +122,8 @@ def prepare_listing(settings: Settings) -> Settings:
 
     core = _install_core(settings)
     wishes = wishes_of(settings)
-    _with_core(prepare_apps(settings, wishes), core).tell()
+    prepared = _with_core(prepare_apps(settings, wishes), core)
+    _with_suites(prepared, settings.core_suites).tell()
     template = settings.template or wishes.run_on(settings.templates)
     return dataclasses.replace(settings, template=template)
 
@@ -210,6 +213,16 @@ def _with_core(prepared: Prepared, core: Core | None) -> Prepared:
     _use([core.source, core.packages])
     copies = {**prepared.copies, str(core.source): str(core.checkout)}
     return dataclasses.replace(prepared, core=str(core.source), copies=copies)
+
+
+def _with_suites(prepared: Prepared, checkout: Path | None) -> Prepared:
+    """Have this process and its children find suites for our own core."""
+    if checkout is None:
+        return prepared
+    if not (checkout / "qubes/tests/integ").is_dir():
+        reason = f"expected a checkout of core-admin, got {checkout}"
+        raise ConfigurationError("--core-suites", reason)
+    return dataclasses.replace(prepared, core_suites=str(checkout))
 
 
 def _install(

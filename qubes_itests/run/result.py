@@ -34,6 +34,7 @@ class Prepared:
     :param complaints: for entry points whose apps say them, the settings ``fail_on``
         and ``allow_line``.
     :param core: where the core under test is imported from; empty for our own core.
+    :param core_suites: the checkout whose integration suites run on our own core.
     :param copies: where apps are installed, each with the directory of the app.
     """
 
@@ -46,6 +47,7 @@ class Prepared:
     copies: Mapping[str, str] = field(default_factory=dict)
     complaints: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     core: str = ""
+    core_suites: str = ""
 
     @classmethod
     def told(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -62,6 +64,7 @@ class Prepared:
             values.get("copies", {}),
             values.get("complaints", {}),
             values.get("core", ""),
+            values.get("core_suites", ""),
         )
 
     def tell(self, environment: MutableMapping[str, str] = os.environ) -> None:

@@ -318,6 +318,10 @@ class Settings:
         None, _directory, "DIR", "run list memory compare",
         "with --core take the policy from the checkout of core-qrexec in DIR"
         " (default: core-qrexec or qubes-core-qrexec beside it)")
+    core_suites: Path | None = option(  # noqa: RUF009 - it makes a field
+        None, _directory, "DIR", "run list",
+        "run the integration suites of the checkout of core-admin in DIR on our own"
+        " core")
     template_spec: tuple[Path, ...] = option(
         (), _paths, "FILE", f"{_VMS} list template {PYTEST}",
         "derive the templates that FILE describes")
