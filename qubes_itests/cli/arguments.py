@@ -70,7 +70,7 @@ COMMANDS = {
         (("words", "+", "DIR...", "the artefacts of each, with run.json"),)),
     "compare": _SubCommand(
         "compare", "compare our core with that of --core: names, errors and properties,"
-        " or with --app the outcomes of its tests on both",
+        " or the outcomes of tests on both, of --app or of its own suites",
         (("words", "*", "[SELECTOR...]", "ids of tests, or how they begin"),)),
     "memory": _SubCommand(
         "memory",
@@ -185,7 +185,8 @@ class Command:
         if self.name == "serve":
             return not self.print_env
         if self.name == "compare":
-            return "app" not in self.given  # else it starts runs, which have their own
+            # tests are run by runs that it starts, which have their own
+            return not (self.words or "app" in self.given)
         return self.name in ("shell", "repl", "thaw")
 
 

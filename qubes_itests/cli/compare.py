@@ -1,4 +1,4 @@
-"""``compare``: our core beside one under test, as users see it or by tests of apps."""
+"""``compare``: our core beside one under test, as users see it or by tests."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["check", "execute"]
 
 _VERDICTS: Final = ("same", "differs", "only there", "only here")
+#: How ids of tests begin that are the core's own and run on ours as well.
+_SUITES: Final = "core::integ."
 #: Kinds of which the same is often there for several classes of VMs.
 _OF_CLASSES: Final = ("member", "default", "set")
 #: Seconds to describe a core.
@@ -43,12 +45,14 @@ def check(command: Command, settings: Settings) -> None:
     """Refuse what cannot work, before anything is set up.
 
     :raise ConfigurationError: no core to compare with, one that both runs would take,
-        or tests without an app.
+        or tests that are not for both.
     """
     if settings.core is None:
         raise ConfigurationError("compare", "expected --core DIR, got no core")
-    if command.words and command.in_sandbox:
-        raise ConfigurationError("compare", "expected tests only together with --app")
+    for word in command.words:
+        if not (settings.app or word.startswith(_SUITES)):
+            problem = f"expected tests of --app, or of a suite {_SUITES}NAME"
+            raise ConfigurationError(word, problem)
     if not command.in_sandbox and load(Path.cwd()).core is not None:
         problem = "expected --core on the command line only: from the environment, or a"
         problem += " file of settings, the run on our core would take it, too"
@@ -61,7 +65,9 @@ def execute(command: Command, settings: Settings) -> int:
         found = compare(_ours(), _theirs(settings))
     else:
         root = settings.artifacts
-        ours = dataclasses.replace(settings, core=None, qrexec=None)
+        ours = dataclasses.replace(
+            settings, core=None, qrexec=None, core_suites=settings.core
+        )
         found = compare(
             _outcomes(ours, root / "ours", command.words),
             _outcomes(settings, root / "theirs", command.words),
@@ -113,7 +119,7 @@ def _theirs(settings: Settings) -> Mapping[str, str]:
 def _outcomes(
     settings: Settings, artifacts: Path, words: Sequence[str]
 ) -> Mapping[str, str]:
-    """Run tests of apps, and return what came of them."""
+    """Run tests, and return what came of them, each with the cause if it failed."""
     # a run keeps its results if there is such a folder; those of an earlier one are not
     # to be taken for its own
     artifacts.mkdir(parents=True, exist_ok=True)
@@ -121,7 +127,12 @@ def _outcomes(
     options = [word for given in told_again(settings) for word in given]
     command = [*COMMAND, "run", *options, "--artifacts", str(artifacts), *words]
     subprocess.run(command, check=False, stdout=sys.stderr)
-    return {f"test {r.test}": r.outcome for r in read_part(artifacts).results}
+    return {
+        f"test {result.test}": f"{result.outcome}: {result.cause}"
+        if result.cause
+        else result.outcome
+        for result in read_part(artifacts).results
+    }
 
 
 def _lines(found: Sequence[Difference]) -> Iterator[str]:

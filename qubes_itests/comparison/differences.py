@@ -40,6 +40,9 @@ class Difference:
 
 def _fits(kind: str, here: str, there: str) -> bool:
     """Tell whether those who expect what is there find it here."""
+    if kind == "test":
+        # why it failed is in other words on another core
+        return here.partition(":")[0] == there.partition(":")[0]
     if not (here.startswith(_ERROR) and there.startswith(_ERROR)):
         return here == there
     if kind == "error":

@@ -17,7 +17,14 @@ from qubes_itests.host.loop import detach_loop_devices
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["HOME", "UNITS", "VAR_LIB_QUBES", "WANTED_UNITS", "dom0_directories"]
+__all__ = [
+    "HOME",
+    "UNITS",
+    "VAR_LIB_QUBES",
+    "WANTED_UNITS",
+    "bash_as_sh",
+    "dom0_directories",
+]
 
 VAR_LIB_QUBES: Final = Path("/var/lib/qubes")
 _ETC_SYSTEMD: Final = Path("/etc/systemd")
@@ -104,7 +111,7 @@ def dom0_directories(
         Path("/var/tmp"): storage / "tmp",  # noqa: S108
     }
     with contextlib.ExitStack() as undo:
-        _have_bash(undo)
+        undo.enter_context(bash_as_sh())
         for place, source in mounts.items():
             source.mkdir()
             source.chmod(0o1777 if place.name == "tmp" else 0o755)
@@ -118,16 +125,22 @@ def dom0_directories(
         yield
 
 
-def _have_bash(undo: contextlib.ExitStack) -> None:
+@contextlib.contextmanager
+def bash_as_sh() -> Iterator[None]:
     """Have sh be bash, as in dom0: tests expect that `sh -c COMMAND` becomes COMMAND.
 
     With another shell its outputs stay open for as long as that waits for the command.
+    Ends with the context, in this sandbox. Blocking.
     """
     bash, shell = shutil.which("bash", path=os.defpath), Path("/bin/sh").resolve()
     if bash is None or shell.samefile(bash):
+        yield
         return
     run(["mount", "--bind", bash, shell], timeout=30)
-    undo.callback(run, ["umount", "--lazy", shell], timeout=30)
+    try:
+        yield
+    finally:
+        run(["umount", "--lazy", shell], timeout=30)
 
 
 def _have_units(directory: Path) -> None:

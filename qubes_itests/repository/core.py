@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.host.cache import Cache
 
-__all__ = ["CORE_TEMPLATES", "Core", "install_core"]
+__all__ = ["CORE_TEMPLATES", "Core", "install_client", "install_core"]
 
 #: Describes what templates have for its suites, as files of apps do.
 CORE_TEMPLATES: Final = Path(__file__).with_name("core_templates.toml")
@@ -89,8 +89,7 @@ def install_core(
     if qrexec is not None:
         places = [qrexec]
     projects = [place for place in places if place.is_dir()][:1]
-    clients = [checkout.parent / name for name in _CLIENT_NAMES]
-    clients = [place for place in clients if (place / _CLIENT).is_dir()][:1]
+    clients = _clients(checkout)
     key = digest(
         *(sys.version, sys.prefix, tree_digest(checkout), Path(__file__)),
         *map(tree_digest, [*projects, *clients]),
@@ -110,8 +109,7 @@ def install_core(
             imported |= _imports(checkout, project / _QREXEC)
         for client in clients:
             imported |= _imports(checkout, client / _CLIENT)
-        words = [name for module, name in _DISTRIBUTIONS.items() if module in imported]
-        requires = Requirements(tuple(words), tuple(projects))
+        requires = Requirements(_distributions(imported), tuple(projects))
         # entry points for its own tests are among its metadata if the first is set;
         # the client names packages that only a desktop has a use for
         variables = ("QUBES_TEST=1", "PIP_NO_DEPS=1")
@@ -123,6 +121,38 @@ def install_core(
 
     place = cache.entry(_KIND, key, build)
     return Core(checkout, place / "source", packages_of(place))
+
+
+def install_client(
+    cache: Cache, checkout: Path, say: Callable[[str], None]
+) -> Path | None:
+    """Install the client that lies beside a checkout of core-admin. Blocking.
+
+    :return: the directory with its packages; None if there is no client.
+    :raise InstallError: as for `install_core`.
+    """
+    clients = _clients(checkout)
+    if not clients:
+        return None
+    client = clients[0]
+
+    def build(place: Path) -> None:
+        say("installing the client")
+        requires = Requirements(_distributions(_imports(client, client / _CLIENT)), ())
+        # it names packages that only a desktop has a use for
+        make_environment(place, client, [Project(client)], requires, ("PIP_NO_DEPS=1",))
+
+    key = digest(sys.version, sys.prefix, tree_digest(client), Path(__file__))
+    return packages_of(cache.entry(_CLIENT, key, build))
+
+
+def _clients(checkout: Path) -> list[Path]:
+    places = [checkout.parent / name for name in _CLIENT_NAMES]
+    return [place for place in places if (place / _CLIENT).is_dir()][:1]
+
+
+def _distributions(imported: set[str]) -> tuple[str, ...]:
+    return tuple(name for module, name in _DISTRIBUTIONS.items() if module in imported)
 
 
 def _imports(checkout: Path, package: Path) -> set[str]:

@@ -92,6 +92,7 @@ class RunContext:
         :raise EnvironmentNotReadyError: when the machine lacks something.
         """
         from qubes_itests.dom0 import modules
+        from qubes_itests.dom0.place import bash_as_sh
         from qubes_itests.run.app_templates import policy_of
         from qubes_itests.run.testbed import open_testbed
 
@@ -102,7 +103,10 @@ class RunContext:
         )
         with modules.uncovered():
             testbed = self._exit.enter_context(opened)
-        if core := Prepared.told().core:
+        told = Prepared.told()
+        if told.core_suites:
+            self._exit.enter_context(bash_as_sh())
+        if core := told.core:
             files = {name: path for file in policy for name, path in file.parts()}
             testbed.machine = self._enter_dom0(testbed, Path(core), files)
         self._testbed = testbed

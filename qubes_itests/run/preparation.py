@@ -6,6 +6,7 @@ derived template does not end the run: its tests fail, and say why.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -24,7 +25,7 @@ from qubes_itests.run.settings import (
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from qubes_itests.host.cache import Cache
@@ -195,15 +196,8 @@ def _install_core(settings: Settings) -> Core | None:
         raise ConfigurationError("--core", f"there is no directory {checkout}")
     if settings.qrexec is not None and not settings.qrexec.is_dir():
         raise ConfigurationError("--qrexec", f"there is no directory {settings.qrexec}")
-    progress = _Progress()
-    progress.begin(f"core {checkout.name}")
-    try:
-        with interruptible():
-            core = install_core(Cache(), checkout, settings.qrexec, progress.say)
-        progress.good = True
-    finally:
-        progress.end()
-    return core
+    with _shown(f"core {checkout.name}") as progress, interruptible():
+        return install_core(Cache(), checkout, settings.qrexec, progress.say)
 
 
 def _with_core(prepared: Prepared, core: Core | None) -> Prepared:
@@ -219,9 +213,18 @@ def _with_suites(prepared: Prepared, checkout: Path | None) -> Prepared:
     """Have this process and its children find suites for our own core."""
     if checkout is None:
         return prepared
+    if prepared.core:
+        raise ConfigurationError("--core-suites", "expected no --core beside it")
     if not (checkout / "qubes/tests/integ").is_dir():
         reason = f"expected a checkout of core-admin, got {checkout}"
         raise ConfigurationError("--core-suites", reason)
+    from qubes_itests.host.cache import Cache
+    from qubes_itests.host.sandbox import interruptible
+    from qubes_itests.repository.core import install_client
+
+    with _shown(f"core {checkout.name}") as progress, interruptible():
+        client = install_client(Cache(), checkout, progress.say)
+    _use([client] if client is not None else [])
     return dataclasses.replace(prepared, core_suites=str(checkout))
 
 
@@ -235,19 +238,13 @@ def _install(
     )
     from qubes_itests.run.app_templates import named_directories
 
-    progress = _Progress()
-    progress.begin(f"app {app.name}")
-    try:
+    with _shown(f"app {app.name}") as progress:
         projects = find_projects(app, settings.plugin or wishes.plugin(app.name))
         words = (*wishes.requires(app.name), *settings.requires)
         requires = Requirements.sort(
             words, Repositories(app, named_directories(settings))
         )
-        made = install(cache, app, projects, progress.say, requires)
-        progress.good = True
-        return made
-    finally:
-        progress.end()
+        return install(cache, app, projects, progress.say, requires)
 
 
 def _use(paths: Iterable[Path]) -> None:
@@ -298,6 +295,21 @@ def build_templates(
         finally:
             progress.end()
     return problems
+
+
+@contextlib.contextmanager
+def _shown(what: str) -> Iterator[_Progress]:
+    """Show what goes on within, and at its end how long it took.
+
+    :param what: as for `_Progress.begin`.
+    """
+    progress = _Progress()
+    progress.begin(what)
+    try:
+        yield progress
+        progress.good = True
+    finally:
+        progress.end()
 
 
 class _Progress:

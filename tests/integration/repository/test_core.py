@@ -74,6 +74,18 @@ BREAKING = """
 import os
 exec(os.environ.get("BREAK_CORE", ""))
 """
+#: A suite that core-admin and we pass in part.
+BOTH = """
+import unittest
+import qubes
+
+class TC_00_Both(unittest.TestCase):
+    def test_000_everywhere(self):
+        self.assertTrue(callable(qubes.Qubes))
+
+    def test_001_there(self):
+        self.assertTrue(callable(qubes.start))
+"""
 
 FAKE = Path(__file__).parents[2] / "support/fake-core"
 
@@ -107,6 +119,7 @@ def shared(tmp_path_factory):
     shutil.copytree(FAKE, place)
     suites = place / "qubes/tests"
     (suites / "broken.py").write_text("raise SystemExit('imported')\n")
+    (suites / "integ/both.py").write_text(BOTH)
     (suites / "integ/dying.py").write_text(DYING)
     (suites / "integ/littering.py").write_text(LITTERING)
     with (place / "qubes/__init__.py").open("a") as file:
@@ -347,7 +360,8 @@ def test_our_core_is_compared_with_another(shared, site):
     done = site.run("compare", "--core", shared, BREAK_CORE=broken)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "the core cannot be described:\n| Traceback" in done.stderr
-    for words in (["compare"], ["compare", "--core", shared, "my-app"]):
+    given = ("compare", "--core", shared)
+    for words in (["compare"], [*given, "my-app"], [*given, "core::unit"]):
         done = site.run(*words)
         assert done.returncode == 4
         assert "expected " in done.stderr
@@ -357,13 +371,28 @@ def test_tests_of_apps_are_compared_on_both_cores(shared, app, site):
     tests = "my-app@once"
     done = site.run("compare", "--core", shared, "--app", app, tests)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[1:] == [
-        "test               0           2           0           0",
-        "",
-        "differs",
+    lines = done.stdout.splitlines()
+    assert lines[1].split() == ["test", "0", "2", "0", "0"]
+    assert [re.sub("(?<=failed): .*(?=; )", "", line) for line in lines[4:]] == [
         "  test     my-app@once::TC_10_Dom0::test_000_base: failed; there passed",
         "  test     my-app@once::TC_10_Dom0::test_001_policy: failed; there passed",
     ]
+
+
+def test_suites_of_a_core_are_compared_on_both(shared, site):
+    before = sorted(shared.rglob("*"))
+    done = site.run("compare", "--core", shared, "core::integ.both")
+    assert done.returncode == 0, done.stdout + done.stderr
+    suite = "core::integ.both::TC_00_Both"
+    why = "AttributeError: qubes_itests does not provide qubes.start"
+    assert done.stdout.splitlines()[1:] == [
+        "test               1           1           0           0",
+        "",
+        "differs",
+        f"  test     {suite}::test_001_there: failed: {why}; there passed",
+    ]
+    assert f"--core-suites {shared} " in done.stderr  # the command that runs it again
+    assert sorted(shared.rglob("*")) == before
 
 
 def test_its_qmemman_is_compared_with_ours(shared, site, tmp_path):
