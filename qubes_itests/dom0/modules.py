@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -63,6 +64,10 @@ def install() -> None:
             _entry_points(group=group, **({"name": name} if name else {}))
         )
     logging.setLogRecordFactory(_record)
+    with warnings.catch_warnings(), contextlib.suppress(ModuleNotFoundError):
+        # core-qrexec has it imported by pyinotify: a line of warning in each run
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("asyncore")
     if sys.version_info < (3, 13):
         # tests call this when they close servers that have no client any more
         asyncio.Server.close_clients = lambda _server: None  # type: ignore[attr-defined]

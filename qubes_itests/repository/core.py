@@ -34,17 +34,19 @@ _KIND: Final = "core"
 _PACKAGE: Final = "qubes"
 #: What a checkout imports and the package index has; the metadata of a checkout name
 #: nothing, since dom0 has it all from the packages of its distribution.
-_DISTRIBUTIONS: Final = {
-    "docutils": "docutils",
-    "jinja2": "jinja2",
-    "lxml": "lxml",
+_DISTRIBUTIONS: Final = (
+    ("docutils", "docutils"),
+    ("jinja2", "jinja2"),
+    ("lxml", "lxml"),
     # cores before 4.3 use it, and setuptools has it no more
-    "pkg_resources": "setuptools<81",
-    "pyinotify": "pyinotify",
-    "pyudev": "pyudev",
-    "xdg": "pyxdg",
-    "yaml": "pyyaml",
-}
+    ("pkg_resources", "setuptools<81"),
+    ("pyinotify", "pyinotify"),
+    # which imports asyncore, and Python has that no more
+    ("pyinotify", "pyasyncore; python_version >= '3.12'"),
+    ("pyudev", "pyudev"),
+    ("xdg", "pyxdg"),
+    ("yaml", "pyyaml"),
+)
 _QREXEC: Final = "qrexec"
 #: Where core-qrexec is if nobody says it: beside the checkout, as for its run-tests.
 _QREXEC_NAMES: Final = ("core-qrexec", "qubes-core-qrexec")
@@ -152,7 +154,7 @@ def _clients(checkout: Path) -> list[Path]:
 
 
 def _distributions(imported: set[str]) -> tuple[str, ...]:
-    return tuple(name for module, name in _DISTRIBUTIONS.items() if module in imported)
+    return tuple(name for module, name in _DISTRIBUTIONS if module in imported)
 
 
 def _imports(checkout: Path, package: Path) -> set[str]:
