@@ -48,7 +48,8 @@ def register_parts(
     :param prefix: how our options begin where plain pytest runs; None for the main job.
     :raise pytest.UsageError: when settings or options do not go together.
     """
-    config.pluginmanager.register(LastWords(), "qubes_itests-last-words")
+    words = LastWords(distributes=worker.distributes(config))
+    config.pluginmanager.register(words, "qubes_itests-last-words")
     context = RunContext(settings, plugins_for(settings), worker.part(config))
     config.stash[CONTEXT] = context
     config.pluginmanager.register(_Offers(context.plugins), "qubes_itests-offers")

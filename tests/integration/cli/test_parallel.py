@@ -337,6 +337,24 @@ def test_a_worker_that_is_killed_is_reported_and_leaves_nothing(guests):
     assert wait_for_no_leftovers(Path(guests.environment["QUBES_ITESTS_CACHE"])) == []
 
 
+def test_a_controller_that_is_killed_tells_which_tests_ran(site):
+    text = """
+        import os, signal, pytest
+
+        @pytest.hookimpl(trylast=True)
+        def pytest_runtest_logstart(nodeid):
+            if nodeid.endswith("second") and "PYTEST_XDIST_WORKER" not in os.environ:
+                os.kill(os.getpid(), signal.SIGKILL)
+    """
+    (site.work / "conftest.py").write_text(textwrap.dedent(text))
+    tests = "def test_first(): pass\ndef test_second(): pass\n"
+    (site.work / "test_suite.py").write_text(tests)
+    done = site.run("-p", "qubes_itests", "-n", "1", program="pytest")
+    assert done.returncode == 3, done.stdout + done.stderr
+    told = "exit status 137 while workers ran test_suite.py::test_second: something"
+    assert told in done.stderr
+
+
 def test_a_vm_for_which_there_is_no_memory_does_not_start(guests):
     done = guests.run("--host-memory=100", "guests::TC_Good_tiny::test_good")
     assert done.returncode == 1, done.stdout + done.stderr
