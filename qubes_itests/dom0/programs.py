@@ -22,6 +22,7 @@ from qubes_itests.dom0.place import UNITS, WANTED_UNITS
 from qubes_itests.dom0.snapshots import create_snapshot, destroy_snapshot
 from qubes_itests.dom0.stores import QubesDB
 from qubes_itests.exc import HarnessError
+from qubes_itests.guest.link.descriptors import OutputDescriptor
 from qubes_itests.guest.link.frames import Channel
 
 if TYPE_CHECKING:
@@ -119,16 +120,22 @@ class Programs:
                 )
                 return
             connection.setblocking(False)
-            try:
-                doing = _PROGRAMS[words[0]](self, words[1:], environment, fds)
-                status = await self._while_connected(connection, doing)
-            except (HarnessError, OSError, ValueError) as error:
-                os.write(fds[2], f"{words[0]}: {error}\n".encode())
-                status = _USAGE if isinstance(error, ValueError) else 1
+            doing = self._carry_out(words, environment, fds)
+            status = await self._while_connected(connection, doing)
             # before it ends: who reads to the end of its streams waits for that
             streams.close()
             with contextlib.suppress(OSError):
                 connection.send(str(status).encode())
+
+    async def _carry_out(
+        self, words: Sequence[str], environment: Mapping[str, str], fds: list[int]
+    ) -> int:
+        """Return the status; what is wrong is said on standard error."""
+        try:
+            return await _PROGRAMS[words[0]](self, words[1:], environment, fds)
+        except (HarnessError, OSError, ValueError) as error:
+            await _say(fds, f"{words[0]}: {error}")
+            return _USAGE if isinstance(error, ValueError) else 1
 
     async def _while_connected(
         self, connection: socket.socket, doing: Coroutine[Any, Any, int]
@@ -174,10 +181,10 @@ class Programs:
                     if not may_start:
                         await asyncio.Future()
             except HarnessError as error:
-                os.write(fds[2], f"{error}\n".encode())
+                await _say(fds, str(error))
                 return _NO_AGENT
             except TimeoutError:
-                os.write(fds[2], f"no agent within {limit:g} s\n".encode())
+                await _say(fds, f"no agent within {limit:g} s")
                 return _NO_AGENT
         QREXEC_SOCKETS.mkdir(exist_ok=True)
         there = QREXEC_SOCKETS / f"qrexec.{name}"
@@ -293,6 +300,14 @@ class Programs:
         if guest is None or not guest.is_active:
             raise ValueError(f"there is no domain {name!r}")
         return guest
+
+
+async def _say(fds: Sequence[int], line: str) -> None:
+    """Write to standard error, which may be a pipe that is full: until it is not."""
+    reader = asyncio.StreamReader()
+    reader.feed_data(f"{line}\n".encode())
+    reader.feed_eof()
+    await OutputDescriptor(fds[2]).take(reader)
 
 
 def _close(fds: list[int]) -> None:

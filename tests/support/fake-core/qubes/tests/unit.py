@@ -72,7 +72,7 @@ class TC_00_Platform(unittest.TestCase):
     def test_009_a_copy_has_another_time_than_its_source(self):
         """Though the kernel's clock for files may stand still for some ms."""
         for _ in range(20):
-            with tempfile.TemporaryDirectory(dir="/var/tmp") as place:  # noqa: S108
+            with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
                 source, copy = f"{place}/source", f"{place}/copy"
                 with open(source, "wb") as file:
                     file.write(b"data")
