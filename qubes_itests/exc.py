@@ -6,7 +6,6 @@
      +-- EnvironmentNotReadyError   the machine lacks something; `doctor` says what
      +-- DeadlineError              something was waited for and did not come
      +-- UsageError                 what was asked for cannot be done; it says why
-     +-- InternalError              a defect of qubes_itests itself
 
 The errors of every package derive from these, or from `qubes_storage.exc`.
 """
@@ -20,7 +19,6 @@ __all__ = [
     "DeadlineError",
     "EnvironmentNotReadyError",
     "HarnessError",
-    "InternalError",
     "UsageError",
 ]
 
@@ -37,12 +35,14 @@ class EnvironmentNotReadyError(HarnessError):
 
     :param problem: one sentence that says what is missing.
     :param remedy: the command, or the act, that mends it.
+    :param exit_code: of the command line; by default that of the class.
     """
 
     exit_code = 10
 
-    def __init__(self, problem: str, remedy: str) -> None:
+    def __init__(self, problem: str, remedy: str, exit_code: int | None = None) -> None:
         super().__init__(f"{problem} {remedy}".strip())
+        self.exit_code = exit_code or self.exit_code
         self.problem = problem
         self.remedy = remedy
 
@@ -69,7 +69,3 @@ class UsageError(HarnessError):
     """What was asked for cannot be done; the text says why."""
 
     exit_code = ExitCode.USAGE_ERROR
-
-
-class InternalError(HarnessError):
-    """A defect of qubes_itests: please report it with the traceback."""

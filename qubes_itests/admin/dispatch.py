@@ -31,7 +31,7 @@ from qubes_itests.core.exc import (
 )
 from qubes_itests.core.store.saving import save
 from qubes_itests.core.vm.adminvm import AdminVM
-from qubes_itests.exc import HarnessError, InternalError
+from qubes_itests.exc import HarnessError
 from qubes_itests.limited_log import LimitedLog
 
 if TYPE_CHECKING:
@@ -285,12 +285,10 @@ class Dispatcher:
             f"{request.method} failed unexpectedly ({type(error).__name__});"
             " the server's log says more"
         )
-        return self._encode(InternalError(told), error)
+        return self._encode(HarnessError(told), error)
 
     def _refusal(self, request: Request, error: BaseException) -> bytes:
-        if isinstance(error, InternalError):
-            log.error("%s failed:\n%s", request, traceback.format_exc())
-        elif isinstance(error, (ProtocolError, PermissionDenied)):
+        if isinstance(error, (ProtocolError, PermissionDenied)):
             self._limited.warning(
                 request.source, "%s is refused: %s", request, str(error)
             )

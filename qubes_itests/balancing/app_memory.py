@@ -47,7 +47,7 @@ def machine(size: int) -> MemoryBudget:
     dom0 boots with 4 GiB, or all that there is, and uses 1 GiB of it.
 
     :param size: MiB of the whole machine.
-    :raise QmemmanError: when dom0 does not fit.
+    :raise HarnessError: when dom0 does not fit.
     """
     return MemoryBudget(
         total=size * MIB,
@@ -93,7 +93,7 @@ class AppMemory(Generic[AnyBackend]):
     async def __aenter__(self) -> Self:
         """Begin.
 
-        :raise QmemmanError: when the machine cannot hold its dom0.
+        :raise HarnessError: when the machine cannot hold its dom0.
         """
         clock = asyncio.get_running_loop().time
         async with contextlib.AsyncExitStack() as stack:

@@ -273,10 +273,6 @@ def resembled(word: str) -> str:
     return "".join(difflib.get_close_matches(word, COMMANDS, n=1))
 
 
-class _Answer(Exception):  # noqa: N818 - it is no error
-    """Ends pytest before it begins: its argument is what was to be found out."""
-
-
 def _words_to_pytest(arguments: Sequence[str]) -> list[str]:
     """Return those arguments that are neither options of pytest nor their values.
 
@@ -289,24 +285,27 @@ def _words_to_pytest(arguments: Sequence[str]) -> list[str]:
 
     import pytest
 
+    found: list[str] = []
+
     class Question:
         # A wrapper, to be before plugins that begin their work here (pytest-cov does).
         @pytest.hookimpl(wrapper=True, tryfirst=True)
         def pytest_load_initial_conftests(
             self, parser: pytest.Parser
         ) -> Generator[None]:
-            raise _Answer(parser.parse_known_args(arguments).file_or_dir)
+            found.extend(parser.parse_known_args(arguments).file_or_dir)
+            pytest.exit("that was all there was to be found out")
             yield
 
     # As for the tests themselves, no file of another suite has a say in this.
     apart = ("-c", os.devnull, "--rootdir", os.curdir, "--noconftest")
-    try:
-        # What pytest does not understand it says when it runs the tests.
-        with contextlib.redirect_stderr(io.StringIO()):
-            pytest.main([*apart, *arguments], [Question()])
-    except _Answer as answer:
-        return list(answer.args[0])
-    return []
+    # What pytest does not understand it says when it runs the tests.
+    with (
+        contextlib.suppress(pytest.exit.Exception),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        pytest.main([*apart, *arguments], [Question()])
+    return found
 
 
 class _Parser(argparse.ArgumentParser):

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from qubes_itests.dom0.xen_server import XenServer
+from qubes_itests.exc import HarnessError
 from qubes_itests.host.confined import FOLLOW_US
-from qubes_itests.qmemman.exc import QmemmanError
 from qubes_itests.qmemman.policy import DEFAULT_POLICY
 from qubes_itests.qmemman.state import DomainMemory, MachineMemory
 from qubes_itests.untrusted_text import quoted
@@ -76,7 +76,7 @@ class CoreQmemman(MachineMemory):
     async def __aenter__(self) -> Self:
         """Start it, and wait until it serves.
 
-        :raise QmemmanError: it ends instead; with what it said.
+        :raise HarnessError: it ends instead; with what it said.
         """
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self.server)
@@ -128,9 +128,9 @@ class CoreQmemman(MachineMemory):
             log.warning("%s", self._why())
 
     def check(self) -> None:
-        """Raise QmemmanError if it has ended."""
+        """Raise HarnessError if it has ended."""
         if self.ended.done():
-            raise QmemmanError(self._why())
+            raise HarnessError(self._why())
 
     def _why(self) -> str:
         said = self._log.read_text(errors="replace")[-_SHOWN:]

@@ -64,7 +64,7 @@ class Mapper:
 
         :raise ValueError: it is not a linear device of one part.
         :raise OSError: there is no such part, or the name is taken.
-        :raise NoLoopDevicesError: the machine has none to spare.
+        :raise EnvironmentNotReadyError: the machine has none to spare.
         """
         parts = _TABLE.fullmatch(table)
         if parts is None or not _NAME.fullmatch(name):

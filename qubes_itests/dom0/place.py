@@ -77,7 +77,7 @@ def dom0_directories(
     :param checkout: of core-admin, with templates of libvirt's XML, and policy.
     :param policy: more files of policy, by ``policy.d/NAME`` or, in the format of
         Qubes OS 4.0, ``policy/SERVICE``; one may replace that of the checkout.
-    :raise NoSandboxError: outside a sandbox.
+    :raise EnvironmentNotReadyError: outside a sandbox.
     """
     sandbox.require()
     for place in (Path("/etc"), VAR_LIB_QUBES.parent, UNITS):

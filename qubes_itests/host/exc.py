@@ -3,10 +3,7 @@
 ::
 
     EnvironmentNotReadyError
-     +-- NotRootError           mounts, loop devices and namespaces need root
-     +-- NoLoopDevicesError     the machine hands out no loop device
      +-- MissingToolError       a program, library or header is not installed
-     +-- NoSandboxError         the kernel refuses the namespaces of a run
      +-- NoKernelError          there is no kernel to boot guests with
      +-- NoNetworkError         set-up could not reach the package archive
     HarnessError
@@ -30,39 +27,8 @@ __all__ = [
     "CommandError",
     "MissingToolError",
     "NoKernelError",
-    "NoLoopDevicesError",
     "NoNetworkError",
-    "NoSandboxError",
-    "NotRootError",
 ]
-
-
-class NotRootError(EnvironmentNotReadyError):
-    """Mounts, loop devices and namespaces need root."""
-
-    exit_code = ExitCode.NOT_ROOT
-
-    def __init__(self) -> None:
-        super().__init__(
-            "Tests mount filesystems and make namespaces, which only root may.",
-            "Run the same command with sudo.",
-        )
-
-
-class NoLoopDevicesError(EnvironmentNotReadyError):
-    """The machine hands out no loop device.
-
-    :param reason: what was tried and how it failed.
-    """
-
-    exit_code = ExitCode.NO_LOOP_DEVICES
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(
-            f"There is no usable loop device ({reason}).",
-            "Load the driver with: modprobe loop; a container must be given"
-            " /dev/loop-control and the right to use it.",
-        )
 
 
 class MissingToolError(EnvironmentNotReadyError):
@@ -80,12 +46,6 @@ class MissingToolError(EnvironmentNotReadyError):
             remedy or f"See: {typed('doctor')}",
         )
         self.need = need
-
-
-class NoSandboxError(EnvironmentNotReadyError):
-    """The kernel refuses the namespaces of a run, or the run has none."""
-
-    exit_code = ExitCode.NO_SANDBOX
 
 
 class NoKernelError(EnvironmentNotReadyError):

@@ -149,7 +149,7 @@ def mount(image: Path, directory: Path, *, options: Sequence[str] = ()) -> None:
     """Mount a filesystem image over a loop device that goes away with the mount.
 
     :param options: further mount options.
-    :raise NoLoopDevicesError: when the machine hands out no loop device.
+    :raise EnvironmentNotReadyError: when the machine hands out no loop device.
     :raise CommandError: when mount fails.
     """
     all_options = ",".join(["noatime", *options])

@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Self
 
+from qubes_itests.exc import EnvironmentNotReadyError
+from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host import sandbox
-from qubes_itests.host.exc import NoLoopDevicesError
 from qubes_itests.host.sandbox_init import unescaped
 from qubes_storage.loop import loop_devices_over
 
@@ -21,6 +22,7 @@ __all__ = [
     "LoopDevice",
     "detach_loop_devices",
     "loop_devices_over",
+    "no_loop_device",
     "require_loop_devices",
 ]
 
@@ -43,9 +45,22 @@ _ATTEMPTS = 100
 def require_loop_devices() -> None:
     """Check that the machine would hand out a loop device.
 
-    :raise NoLoopDevicesError: with what was tried, when it would not.
+    :raise EnvironmentNotReadyError: with what was tried, when it would not.
     """
     _free_number()
+
+
+def no_loop_device(reason: str) -> EnvironmentNotReadyError:
+    """Return the error for a machine that hands out no loop device.
+
+    :param reason: what was tried and how it failed.
+    """
+    return EnvironmentNotReadyError(
+        f"There is no usable loop device ({reason}).",
+        "Load the driver with: modprobe loop; a container must be given"
+        " /dev/loop-control and the right to use it.",
+        ExitCode.NO_LOOP_DEVICES,
+    )
 
 
 def detach_loop_devices(place: Path) -> None:
@@ -80,12 +95,12 @@ def _free_number() -> int:
     try:
         control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise NoLoopDevicesError(f"{_CONTROL}: {error.strerror}") from error
+        raise no_loop_device(f"{_CONTROL}: {error.strerror}") from error
     try:
         return fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
     except OSError as error:
         reason = f"none is free: {errno.errorcode.get(error.errno or 0, error)}"
-        raise NoLoopDevicesError(reason) from error
+        raise no_loop_device(reason) from error
     finally:
         os.close(control)
 
@@ -100,14 +115,14 @@ def _node(number: int) -> Path:
     if path.exists():
         return path
     if not sandbox.active():
-        raise NoLoopDevicesError(f"{path} does not appear")
+        raise no_loop_device(f"{path} does not appear")
     path = _OWN_NODES / path.name
     try:
         with contextlib.suppress(FileExistsError):
             os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(_LOOP_MAJOR, number))
     except OSError as error:
         reason = f"/dev/{path.name} does not appear, and cannot be made"
-        raise NoLoopDevicesError(f"{reason}: {error.strerror}") from error
+        raise no_loop_device(f"{reason}: {error.strerror}") from error
     return path
 
 
@@ -139,7 +154,7 @@ class LoopDevice:
             for _ in range(_ATTEMPTS):
                 if self._attach(image.fileno()):
                     return self
-        raise NoLoopDevicesError("others took every one that was free")
+        raise no_loop_device("others took every one that was free")
 
     def __exit__(self, *_exc: object) -> None:
         # A mount has it open, too; without one the kernel detaches it now.
@@ -152,7 +167,7 @@ class LoopDevice:
         try:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise NoLoopDevicesError(f"{self._path}: {error.strerror}") from error
+            raise no_loop_device(f"{self._path}: {error.strerror}") from error
         info = (0, 0, 0, *self._part, 0, 0, 0, _LO_FLAGS_AUTOCLEAR, b"", b"", b"", 0, 0)
         try:
             fcntl.ioctl(self._fd, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(image, 0, *info))
@@ -160,5 +175,5 @@ class LoopDevice:
             os.close(self._fd)
             if error.errno == errno.EBUSY:  # somebody else was faster
                 return False
-            raise NoLoopDevicesError(f"{self._path}: {error.strerror}") from error
+            raise no_loop_device(f"{self._path}: {error.strerror}") from error
         return True

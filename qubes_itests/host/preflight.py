@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pwd
 import shutil
 import sys
@@ -16,15 +15,9 @@ from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host import packages, sandbox
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.command import run
-from qubes_itests.host.exc import (
-    CommandError,
-    MissingToolError,
-    NoLoopDevicesError,
-    NoSandboxError,
-    NotRootError,
-)
+from qubes_itests.host.exc import CommandError, MissingToolError
 from qubes_itests.host.kernel import find_kernel
-from qubes_itests.host.loop import LoopDevice, require_loop_devices
+from qubes_itests.host.loop import LoopDevice, no_loop_device, require_loop_devices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +73,7 @@ def require_ready(cache: Cache) -> None:
 
     :raises EnvironmentNotReadyError: the subclass says what is missing.
     """
-    _require_root()
+    sandbox.require_root()
     require_loop_devices()
     missing = [need for need in packages.needs_here() if not need.present()]
     if missing:
@@ -93,7 +86,7 @@ def try_loop_device() -> str:
 
     The device detaches itself when this process closes it, however it ends.
 
-    :raises NoLoopDevicesError: it could not be attached.
+    :raises EnvironmentNotReadyError: it could not be attached.
     """
     with tempfile.NamedTemporaryFile() as image:
         image.truncate(1 << 20)
@@ -111,25 +104,25 @@ def _try_loop_device_as_runs_do() -> str:
         command = sandbox.command([sys.executable, "-P", "-c", code])
         return run(command, timeout=20).strip()
     except CommandError as error:
-        raise NoLoopDevicesError(error.stderr.splitlines()[-1]) from error
+        raise no_loop_device(error.stderr.splitlines()[-1]) from error
 
 
 def _require_root() -> str:
-    if os.geteuid() != 0:
-        raise NotRootError
+    sandbox.require_root()
     return "yes"
 
 
 def _try_sandbox() -> str:
     if sandbox.active():
         return "in a sandbox now"
-    _require_root()
+    sandbox.require_root()
     try:
         run(sandbox.command(["true"]), timeout=20)
     except CommandError as error:
         sentence = error.stderr.removeprefix("qubes_itests: ")
         problem, _, remedy = sentence.partition(". ")
-        raise NoSandboxError(f"{problem}.", remedy) from error
+        code = ExitCode.NO_SANDBOX
+        raise EnvironmentNotReadyError(f"{problem}.", remedy, code) from error
     return "mount, PID, network, IPC"
 
 

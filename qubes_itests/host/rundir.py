@@ -124,7 +124,7 @@ def short_name(path: Path) -> Iterator[Path]:
 
     :param path: the directory.
     :return: the same directory by a path of about 15 bytes.
-    :raises NoSandboxError: outside a sandbox, where the name would stay.
+    :raises EnvironmentNotReadyError: outside a sandbox, where the name would stay.
     """
     require()
     short = Path(tempfile.mkdtemp(dir="/dev/shm", prefix=""))

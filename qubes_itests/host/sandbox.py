@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qubes_itests.host.exc import NoSandboxError, NotRootError
+from qubes_itests.exc import EnvironmentNotReadyError
+from qubes_itests.exit_codes import ExitCode
 from qubes_itests.program import typed
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "last_words",
     "reexec",
     "require",
+    "require_root",
 ]
 
 _MARK = "QUBES_ITESTS_SANDBOX"
@@ -71,12 +73,26 @@ def active() -> bool:
 def require() -> None:
     """Demand to be in a sandbox.
 
-    :raises NoSandboxError: this process is not in one.
+    :raises EnvironmentNotReadyError: this process is not in one.
     """
     if not active():
-        raise NoSandboxError(
+        raise EnvironmentNotReadyError(
             "This makes mounts and processes, and would leave them on this machine.",
             f"Run it by {typed()}, or by pytest -p qubes_itests.",
+            ExitCode.NO_SANDBOX,
+        )
+
+
+def require_root() -> None:
+    """Demand to be root.
+
+    :raises EnvironmentNotReadyError: this process is not.
+    """
+    if os.geteuid() != 0:
+        raise EnvironmentNotReadyError(
+            "Tests mount filesystems and make namespaces, which only root may.",
+            "Run the same command with sudo.",
+            ExitCode.NOT_ROOT,
         )
 
 
@@ -88,13 +104,12 @@ def reexec(argv: Sequence[str | Path] | None = None) -> None:
     the command's (128 + number if a signal ended it), and signals are passed on.
 
     :param argv: the command to run inside; by default this process's own.
-    :raises NotRootError: only root may make the namespaces.
+    :raises EnvironmentNotReadyError: only root may make the namespaces.
     """
     if active():
         _interrupt_on_signals()
         return
-    if os.geteuid() != 0:
-        raise NotRootError
+    require_root()
     _replace(argv or [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qubes_itests.exc import HarnessError
 from qubes_itests.program import typed
 from qubes_itests.run.plugins import PROBLEM, meant, named_plugins
 from qubes_itests.run.result import Prepared
@@ -17,7 +18,6 @@ from qubes_itests.run.settings import OPTIONS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-if TYPE_CHECKING:
     from qubes_itests.discovery import Plugin
 
 __all__ = [
@@ -27,10 +27,6 @@ __all__ = [
     "collect",
     "nodes",
 ]
-
-
-class PluginProblem(Exception):  # noqa: N818 - it is not raised by us for an error
-    """What is wrong with a plugin, in place of the test that it prevents."""
 
 
 class ProblemItem(pytest.Item):
@@ -45,11 +41,11 @@ class ProblemItem(pytest.Item):
 
     def runtest(self) -> None:
         """Fail."""
-        raise PluginProblem(self._text)
+        raise HarnessError(self._text)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> str:  # type: ignore[override]
         """Return the text: where it was raised is of no interest."""
-        if isinstance(excinfo.value, PluginProblem):
+        if isinstance(excinfo.value, HarnessError):
             return self._text
         return str(super().repr_failure(excinfo))
 

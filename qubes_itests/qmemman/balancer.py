@@ -99,7 +99,7 @@ class Balancer(MachineMemory):
     async def refresh(self) -> None:
         """Read the machine.
 
-        :raise QmemmanError: when dom0 holds more than there is.
+        :raise HarnessError: when dom0 holds more than there is.
         """
         try:
             async with asyncio.timeout(_CALL_TIMEOUT):

@@ -22,7 +22,7 @@ class MemoryBudget:
     :param dom0: what dom0 holds after boot, until it is told a target.
     :param dom0_used: what it uses of that.
     :param dom0_reports: whether it says at once what it uses; else only when told.
-    :raise QmemmanError: for what no machine can have.
+    :raise HarnessError: for what no machine can have.
     """
 
     total: int

@@ -7,9 +7,9 @@ import contextlib
 import json
 from typing import TYPE_CHECKING
 
-from qubes_itests.exc import DeadlineError
+from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.qmemman import protocol
-from qubes_itests.qmemman.exc import MemoryRefusedError, QmemmanError
+from qubes_itests.qmemman.exc import MemoryRefusedError
 from qubes_itests.qmemman.sizes import MIB
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Client:
         the first VMs would find no memory.
 
         :raise MemoryRefusedError: when they cannot be freed.
-        :raise QmemmanError: when there is no daemon, or it does not understand.
+        :raise HarnessError: when there is no daemon, or it does not understand.
         :raise DeadlineError: when no answer comes in time.
         """
         # On another connection, as the daemon drops a second request on one; before the
@@ -65,7 +65,7 @@ class Client:
     async def status(self) -> dict[str, object]:
         """Return the daemon's view of all memory.
 
-        :raise QmemmanError: when there is no daemon.
+        :raise HarnessError: when there is no daemon.
         """
         status = json.loads(await self._ask(protocol.STATUS, "status of qmemman"))
         if not isinstance(status, dict):
@@ -79,8 +79,8 @@ class Client:
             return MemoryRefusedError(amount, None, {})
         return MemoryRefusedError(amount, refusal["obtainable"], refusal["holders"])
 
-    def _silent(self, reason: str) -> QmemmanError:
-        return QmemmanError(
+    def _silent(self, reason: str) -> HarnessError:
+        return HarnessError(
             f"no answer from qmemman at {self.path}: {reason}; is it running?"
         )
 

@@ -3,10 +3,9 @@
 ::
 
     HarnessError
-     +-- QmemmanError
-          +-- MemoryRefusedError       there is not enough memory for a VM
-          +-- DomainGoneError          a domain ended while it was dealt with
-          +-- TimelineError            a file is no timeline
+     +-- MemoryRefusedError       there is not enough memory for a VM
+     +-- DomainGoneError          a domain ended while it was dealt with
+     +-- TimelineError            a file is no timeline
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "DomainGoneError",
     "MemoryRefusedError",
-    "QmemmanError",
     "TimelineError",
     "too_small",
 ]
@@ -31,11 +29,7 @@ __all__ = [
 _MOST_HOLDERS = 10
 
 
-class QmemmanError(HarnessError):
-    """The base of all errors of memory balancing, and what has no more to say."""
-
-
-class MemoryRefusedError(QmemmanError):
+class MemoryRefusedError(HarnessError):
     """There is not enough memory for a VM.
 
     :param asked: what it asked for, bytes.
@@ -62,7 +56,7 @@ class MemoryRefusedError(QmemmanError):
         self.holders = dict(holders)
 
 
-class DomainGoneError(QmemmanError):
+class DomainGoneError(HarnessError):
     """A domain ended while it was dealt with.
 
     :param domid: its number.
@@ -73,7 +67,7 @@ class DomainGoneError(QmemmanError):
         self.domid = domid
 
 
-class TimelineError(QmemmanError):
+class TimelineError(HarnessError):
     """A file is not a timeline of memory.
 
     :param path: the file.
@@ -86,7 +80,7 @@ class TimelineError(QmemmanError):
         self.problem = problem
 
 
-def too_small(total: int, dom0: int, dom0_used: int = 0) -> QmemmanError:
+def too_small(total: int, dom0: int, dom0_used: int = 0) -> HarnessError:
     """Return the error for a machine whose memory does not even hold dom0.
 
     :param total: memory of the machine, bytes.
@@ -94,11 +88,11 @@ def too_small(total: int, dom0: int, dom0_used: int = 0) -> QmemmanError:
     :param dom0_used: what dom0 uses, bytes, if that is what is wrong.
     """
     if 0 <= dom0_used <= dom0:
-        return QmemmanError(
+        return HarnessError(
             f"a machine of {mib(total)} cannot hold a dom0 of {mib(dom0)}: give it more"
             " memory, or a smaller dom0"
         )
-    return QmemmanError(
+    return HarnessError(
         f"a dom0 of {mib(dom0)} cannot use {mib(dom0_used)}: give it more memory, or"
         " have it use less"
     )

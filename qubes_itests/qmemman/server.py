@@ -55,7 +55,7 @@ class Server(UnixServer):
         """Read the machine, take the socket, and begin.
 
         :raise HarnessError: when another daemon serves the socket.
-        :raise QmemmanError: when the machine cannot hold its dom0.
+        :raise HarnessError: when the machine cannot hold its dom0.
         """
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(_logged_at(self._balancer.policy.log_level))

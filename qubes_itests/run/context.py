@@ -58,7 +58,7 @@ class RunContext:
     def place(self) -> Path:
         """A directory that goes with the run, as other sandboxes see it too.
 
-        :raise NoSandboxError: outside a sandbox.
+        :raise EnvironmentNotReadyError: outside a sandbox.
         """
         from qubes_itests.host import rundir
 
@@ -71,7 +71,7 @@ class RunContext:
     def directory(self) -> Path:
         """The same directory by a short name.
 
-        :raise NoSandboxError: outside a sandbox.
+        :raise EnvironmentNotReadyError: outside a sandbox.
         """
         from qubes_itests.host.rundir import short_name
 

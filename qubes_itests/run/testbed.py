@@ -402,7 +402,7 @@ class Testbed:
         What has balanced it so far ends.
 
         :param budget: the machine that they share, with its dom0.
-        :raise QmemmanError: when dom0 does not fit.
+        :raise HarnessError: when dom0 does not fit.
         """
         await self._end_balancing(app)
         async with AsyncExitStack() as stack:

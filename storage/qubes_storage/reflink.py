@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["ReflinkPool", "ReflinkVolume"]
 
 
-class _AbandonedError(Exception):
-    """The clone is not needed any more, or not now."""
-
-
 class ReflinkVolume(ImageVolume):
     """A volume of the driver ``file-reflink``."""
 
@@ -92,7 +88,7 @@ class ReflinkVolume(ImageVolume):
         if not self._wants_clone():
             return
         with (
-            contextlib.suppress(_AbandonedError, TimeoutError, FileNotFoundError),
+            contextlib.suppress(TimeoutError, FileNotFoundError),
             # Entered first and so left last: `new_file` renames when it is left, and an
             # operation that came before that could commit another image.
             contextlib.ExitStack() as locks,
@@ -104,13 +100,13 @@ class ReflinkVolume(ImageVolume):
             if not self.pool.shares_extents:
                 ficlone.copy_sparse(source, target)
             elif not ficlone.clone_in_slices(source, target, still_wanted):
-                raise _AbandonedError
+                raise TimeoutError("an operation came before the clone was whole")
             locks.enter_context(hold(self.pool.dir_path, self.vid, timeout=0))
             image = os.fstat(source)
             current = files.stat_image(self.files.clean)
             is_same = current is not None and os.path.samestat(current, image)
             if not (is_same and self._wants_clone()):
-                raise _AbandonedError
+                raise TimeoutError("an operation has committed another image")
             # Not before: until then its time tells that it is no one's clone.
             os.utime(target, ns=(image.st_atime_ns, image.st_mtime_ns))
 

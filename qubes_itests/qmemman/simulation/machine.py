@@ -138,7 +138,7 @@ class SimulatedMachine(MemoryBackend):
 
     :param total: its memory, bytes.
     :param dom0: what dom0 holds after boot, bytes.
-    :raise QmemmanError: when dom0 does not fit.
+    :raise HarnessError: when dom0 does not fit.
     """
 
     def __init__(self, total: int, dom0: int) -> None:

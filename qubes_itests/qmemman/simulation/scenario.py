@@ -17,8 +17,7 @@ import abc
 import asyncio
 from typing import TYPE_CHECKING
 
-from qubes_itests.exc import DeadlineError
-from qubes_itests.qmemman.exc import QmemmanError
+from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.qmemman.sizes import mib
 from qubes_itests.qmemman.state import DOM0
 
@@ -107,15 +106,15 @@ class World(abc.ABC):
     def expect(self, what: str, *, holds: bool) -> None:
         """Say what has to be so by now.
 
-        :raise QmemmanError: it is not; shows who has what.
+        :raise HarnessError: it is not; shows who has what.
         """
         if not holds:
-            raise QmemmanError(f"expected: {what}\n{self._evidence()}")
+            raise HarnessError(f"expected: {what}\n{self._evidence()}")
 
     async def expect_enough(self, *names: str) -> None:
         """Have VMs never have held less than they used.
 
-        :raise QmemmanError: one did.
+        :raise HarnessError: one did.
         """
         for name in names:
             self.expect(f"{name} never lacks memory", holds=not await self.lacked(name))

@@ -7,10 +7,9 @@ import re
 import pytest
 
 from qubes_itests.core.exc import QubesVMStartError
-from qubes_itests.exc import DeadlineError
+from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.fixtures.memory import qmemman as qmemman_fixture
 from qubes_itests.qmemman.budget import MemoryBudget
-from qubes_itests.qmemman.exc import QmemmanError
 from qubes_itests.qmemman.sizes import MIB
 
 
@@ -77,7 +76,7 @@ def test_a_start_without_memory_says_who_holds_it(vm_factory, qubes_app, qmemman
 @pytest.mark.parametrize(
     ("budget", "error", "said"),
     [
-        (900, QmemmanError, "a dom0 of 900 MiB cannot use 1024 MiB"),
+        (900, HarnessError, "a dom0 of 900 MiB cannot use 1024 MiB"),
         ("4GiB", TypeError, "'4GiB': a number of MiB, or a MemoryBudget"),
     ],
 )

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.host import sandbox
-from qubes_itests.host.exc import NoSandboxError
 from qubes_itests.host.loop import loop_devices_over
 
 _NOBODY = 65534
@@ -295,7 +295,7 @@ def test_a_mark_that_leaked_elsewhere_does_not_count():
 def test_outside_require_says_how_to_get_in(monkeypatch):
     monkeypatch.delenv("QUBES_ITESTS_SANDBOX", raising=False)
     with pytest.raises(
-        NoSandboxError, match=r"Run it by .*itests, or by pytest -p"
+        EnvironmentNotReadyError, match=r"Run it by .*itests, or by pytest -p"
     ) as caught:
         sandbox.require()
     assert caught.value.exit_code == 13

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from qubes_itests.core.vm.start_memory import memory_for_start
+from qubes_itests.exc import HarnessError
 from qubes_itests.qmemman import timeline
-from qubes_itests.qmemman.exc import MemoryRefusedError, QmemmanError
+from qubes_itests.qmemman.exc import MemoryRefusedError
 from qubes_itests.qmemman.policy import DEFAULT_POLICY
 from qubes_itests.qmemman.simulation.scenarios import MAXIMUM, MEMORY
 
@@ -78,7 +79,7 @@ def test_a_machine_without_room_for_dom0(open_world, run):
         async with open_world(900, dom0=1000):
             pass
 
-    with pytest.raises(QmemmanError, match="cannot hold a dom0 of 1000 MiB"):
+    with pytest.raises(HarnessError, match="cannot hold a dom0 of 1000 MiB"):
         run(program())
 
 

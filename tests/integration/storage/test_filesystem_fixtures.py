@@ -315,13 +315,13 @@ def test_a_machine_without_loop_devices_is_told_so(tmp_path):
     """In a mount namespace whose /dev is empty."""
     program = (
         "import pathlib, sys\n"
-        "from qubes_itests.host.exc import NoLoopDevicesError\n"
+        "from qubes_itests.exc import EnvironmentNotReadyError\n"
         "from qubes_itests.host.filesystem import FilesystemType, LoopFilesystem\n"
         "image, place = map(pathlib.Path, sys.argv[1:])\n"
         "kind = FilesystemType.EXT4\n"
         "try:\n"
         "    LoopFilesystem(image, place, kind=kind, size=8 << 20).__enter__()\n"
-        "except NoLoopDevicesError as error:\n"
+        "except EnvironmentNotReadyError as error:\n"
         "    assert not image.exists() and not place.exists()\n"
         "    print(error)\n"
     )

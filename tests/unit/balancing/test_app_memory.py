@@ -14,10 +14,9 @@ from qubes_itests.core.app import Qubes
 from qubes_itests.core.exc import QubesVMStartError
 from qubes_itests.core.vm import life, start_memory
 from qubes_itests.core.vm.start_memory import memory_for_start
-from qubes_itests.exc import DeadlineError
+from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.qmemman import timeline
-from qubes_itests.qmemman.exc import QmemmanError
 from qubes_itests.qmemman.simulation import virtual_time
 from qubes_itests.qmemman.simulation.machine import SimulatedMachine
 from qubes_itests.qmemman.sizes import MIB
@@ -272,5 +271,5 @@ def test_the_least_budget_has_room_for_a_vm(tmp_path, monkeypatch):
             made.app.close()
 
     virtual_time.run(program())
-    with pytest.raises(QmemmanError):
+    with pytest.raises(HarnessError):
         machine(1000)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.exit_codes import ExitCode
-from qubes_itests.host import exc, sandbox_init
+from qubes_itests.host import exc, sandbox, sandbox_init
+from qubes_itests.host.loop import no_loop_device
 
 _ROOT = Path(__file__).parents[3]
 
@@ -36,10 +38,8 @@ def test_the_sandbox_uses_the_same():
 @pytest.mark.parametrize(
     ("error", "status"),
     [
-        (exc.NotRootError(), 10),
-        (exc.NoLoopDevicesError("x"), 11),
+        (no_loop_device("x"), 11),
         (exc.MissingToolError("x"), 12),
-        (exc.NoSandboxError("x", "y"), 13),
         (exc.NoKernelError("x"), 14),
         (exc.NoNetworkError("x", "y"), 15),
     ],
@@ -48,3 +48,13 @@ def test_each_lack_has_its_own(error, status):
     assert error.exit_code == status
     assert error.remedy
     assert error.problem in str(error)
+
+
+def test_who_is_not_root_or_in_no_sandbox_is_told_so(monkeypatch):
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr(sandbox, "active", lambda: False)
+    for act, status in ((sandbox.require_root, 10), (sandbox.require, 13)):
+        with pytest.raises(EnvironmentNotReadyError) as caught:
+            act()
+        assert caught.value.exit_code == status
+        assert caught.value.remedy

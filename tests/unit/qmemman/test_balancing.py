@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from memory_machine import MIB, trial
 
-from qubes_itests.qmemman.exc import MemoryRefusedError, QmemmanError
+from qubes_itests.exc import HarnessError
+from qubes_itests.qmemman.exc import MemoryRefusedError
 from qubes_itests.qmemman.simulation import virtual_time
 from qubes_itests.qmemman.simulation.machine import SimulatedMachine
 from qubes_itests.qmemman.timeline import Recorder
@@ -229,7 +230,7 @@ async def test_a_full_disk_stops_no_balancing(tmp_path):
 
 @simulate
 async def test_a_machine_smaller_than_its_dom0_is_refused(tmp_path):
-    with pytest.raises(QmemmanError, match="4000 MiB"):
+    with pytest.raises(HarnessError, match="4000 MiB"):
         SimulatedMachine(2000 * MIB, 4000 * MIB)
     machine = SimulatedMachine(2000 * MIB, 1900 * MIB)
     with pytest.raises(MemoryRefusedError, match="100 MiB obtainable; held by dom0"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from qubes_itests.exc import HarnessError
 from qubes_itests.qmemman.budget import BudgetedDom0, MemoryBudget
-from qubes_itests.qmemman.exc import QmemmanError
 
 MIB = 1 << 20
 
@@ -20,7 +20,7 @@ MIB = 1 << 20
     ],
 )
 def test_impossible_machines(total, dom0, used, words):
-    with pytest.raises(QmemmanError, match=words):
+    with pytest.raises(HarnessError, match=words):
         MemoryBudget(total=total * MIB, dom0=dom0 * MIB, dom0_used=used * MIB)
 
 
