@@ -6,11 +6,15 @@ import contextlib
 import statistics
 import sys
 import time
+from pathlib import Path
 
 from qubes_itests.host import sandbox
 from qubes_itests.run.context import RunContext
 from qubes_itests.run.hooks import registry
 from qubes_itests.run.settings import Settings
+
+# for those that import from there after this
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 
 @contextlib.contextmanager

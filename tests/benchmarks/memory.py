@@ -14,8 +14,8 @@ import sys
 import time
 
 from bench import app_on, heading, row, testbed
+from vm_world import VMWorld
 
-from qubes_itests.balancing.world import VMWorld
 from qubes_itests.qmemman.budget import MemoryBudget
 from qubes_itests.qmemman.simulation.scenarios import (
     DOM0,

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from bench import app_on, heading, row, testbed
+from vm_world import VMWorld
 
-from qubes_itests.balancing.world import VMWorld
 from qubes_itests.qmemman import plot, timeline
 from qubes_itests.qmemman.budget import MemoryBudget
 from qubes_itests.qmemman.exc import MemoryRefusedError

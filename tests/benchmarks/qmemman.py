@@ -12,10 +12,10 @@ import random
 import sys
 
 from bench import heading, row, seconds
+from memory_replay import replay
+from memory_traces import generate
 
 from qubes_itests.qmemman.decision import decide_balance
-from qubes_itests.qmemman.simulation import traces
-from qubes_itests.qmemman.simulation.replay import replay
 from qubes_itests.qmemman.state import DomainMemory
 
 MIB = 1024**2
@@ -62,7 +62,7 @@ def decisions():
 
 def quality(count, length, each=MEMORY_PER_VM):
     """Replay a trace, print what came of it, and return it."""
-    trace = traces.generate(count, length, 1)
+    trace = generate(count, length, 1)
     verdicts = []
     taken = seconds(
         lambda: verdicts.append(replay(trace, count * each * MIB, judge_every=60))

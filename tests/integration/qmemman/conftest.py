@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 
 import pytest
+from vm_world import VMWorld, oom_killed
 
-from qubes_itests.balancing.world import VMWorld, oom_killed
 from qubes_itests.qmemman.budget import MemoryBudget
 
 MIB = 1 << 20

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import memory_traces as traces
 from memory_recording import record_refusal
+from memory_replay import replay
+from memory_traces import Trace
 
 from qubes_itests.qmemman import timeline
-from qubes_itests.qmemman.simulation import traces
-from qubes_itests.qmemman.simulation.replay import replay
-from qubes_itests.qmemman.simulation.traces import Trace
 
 MIB = 1024**2
 

@@ -16,7 +16,7 @@ from qubes_itests.qmemman.sizes import KIB
 from qubes_itests.qmemman.state import DomainMemory
 
 if TYPE_CHECKING:
-    from qubes_itests.qmemman.simulation.traces import Trace
+    from memory_traces import Trace
 
 __all__ = ["Verdict", "replay"]
 
@@ -96,7 +96,7 @@ class _Machine:
             count += 1
             total += ratio
             squares += ratio * ratio
-            below += ratio < 0.9  # noqa: PLR2004 - see Verdict
+            below += ratio < 0.9
         return (
             total * total / (count * squares) if squares else 1.0,
             below / (count or 1),
