@@ -11,14 +11,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from qubes_itests.exc import HarnessError
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = [
     "LONGEST_REQUEST",
-    "FramingError",
     "Request",
     "encode_event",
     "encode_exception",
@@ -36,13 +33,6 @@ _HEADER: Final = re.compile(
     rb" (?P<source>[!-~]+)"
     rb" (?:name (?P<destination>[!-~]+)|keyword adminvm)"
 )
-
-
-class FramingError(HarnessError):
-    """What a client sent is no request: nobody is answered."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"no request of the Admin API: {reason}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +61,16 @@ def parse_request(data: bytes) -> Request:
     """Read a request.
 
     :param data: all that a client sent.
-    :raise FramingError: when it is none.
+    :raise ValueError: when it is none.
     """
     if len(data) > LONGEST_REQUEST:
-        raise FramingError(f"expected {LONGEST_REQUEST} bytes at most, got {len(data)}")
+        raise ValueError(f"expected {LONGEST_REQUEST} bytes at most, got {len(data)}")
     header, nul, payload = data.partition(b"\0")
     if not nul:
-        raise FramingError("expected a header that ends in NUL, got none")
+        raise ValueError("expected a header that ends in NUL, got none")
     match = _HEADER.fullmatch(header)
     if match is None:
-        raise FramingError(
+        raise ValueError(
             f"expected the header METHOD+ARG SRC name DEST, got {header[:80]!r}"
         )
     method, argument, source, destination = (

@@ -10,7 +10,6 @@ from qubes_itests.admin.dispatch import Dispatcher, error_name
 from qubes_itests.admin.methods import METHODS
 from qubes_itests.admin.protocol import (
     LONGEST_REQUEST,
-    FramingError,
     encode_exception,
     parse_request,
 )
@@ -67,8 +66,9 @@ class AdminServer(UnixServer):
             return
         try:
             request = parse_request(data)
-        except FramingError as error:
-            self._admin_log.warning("", "%s", str(error))
+        except ValueError as error:
+            told = "no request of the Admin API: %s"
+            self._admin_log.warning("", told, str(error))
             return
         # From here on a client that goes ends no more than its own stream of events:
         # a change that was asked for is seen through.

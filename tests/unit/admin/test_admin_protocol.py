@@ -5,7 +5,6 @@ from admin_client import AdminError, parse
 
 from qubes_itests.admin.protocol import (
     LONGEST_REQUEST,
-    FramingError,
     Request,
     encode_event,
     encode_exception,
@@ -66,7 +65,7 @@ def test_a_request_that_is_written_is_read_again():
     ],
 )
 def test_what_is_no_request_is_refused(data):
-    with pytest.raises(FramingError):
+    with pytest.raises(ValueError, match="expected"):
         parse_request(data)
 
 
@@ -74,7 +73,7 @@ def test_the_longest_request_is_taken_and_one_byte_more_is_not():
     header = b"admin.vm.notes.Set+ dom0 name work\0"
     longest = header + b"x" * (LONGEST_REQUEST - len(header))
     assert parse_request(longest).payload.endswith(b"x")
-    with pytest.raises(FramingError):
+    with pytest.raises(ValueError, match="expected"):
         parse_request(longest + b"x")
 
 
