@@ -125,6 +125,10 @@ def domain_xml(
     )
     devices.extend(_disk(d, direct=d.name in direct_disks) for d in spec.disks)
     devices.extend(_interface(interface) for interface in spec.interfaces)
+    if not machine.kvm:
+        # The emulated CPU is one of QEMU's threads, and looks after the guest's port
+        # itself: to wake another thread for that takes longer than the work.
+        arguments += ["-global", "virtio-serial-pci.ioeventfd=off"]
     if incoming is not None:
         arguments += ["-incoming", incoming]
     line = ET.SubElement(root, f"{{{_QEMU}}}commandline")

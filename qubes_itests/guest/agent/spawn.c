@@ -2,6 +2,7 @@
 #include "agent.h"
 
 #include <grp.h>
+#include <sched.h>
 #include <sys/ioctl.h>
 
 #define PATH_VALUE "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -155,6 +156,8 @@ static int become(const struct passwd *user, const gid_t *groups, size_t group_c
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	signal(SIGPIPE, SIG_DFL);
+	/* The agent's own is SCHED_BATCH, which SCHED_RESET_ON_FORK would not reset. */
+	sched_setscheduler(0, SCHED_OTHER, &(struct sched_param){0});
 	/* A session of its own, so that kill(-pid) reaches the command's children and nobody
 	 * else, and so that it can have a controlling terminal. */
 	setsid();

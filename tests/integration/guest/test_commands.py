@@ -62,6 +62,8 @@ async def test_a_slow_reader_blocks_no_other_stream(agent):
 async def test_users(agent, sh, user, line):
     assert await sh(agent, "echo $(id -u) $HOME", user=user) == line
     assert await sh(agent, "stat -c %a $XDG_RUNTIME_DIR", user=user) == "700"
+    # scheduled as any process is (SCHED_OTHER), whatever the agent is
+    assert await sh(agent, "cut -d' ' -f41 /proc/self/stat", user=user) == "0"
 
 
 @pytest.mark.parametrize("service", ["qubes.VMShell", "qubes.VMRootShell"])

@@ -78,6 +78,12 @@ def test_kernels_that_are_emulated_are_told_the_rate_of_the_counter(kvm):
     assert ("tsc_early_khz=2300000" in options) is not kvm
 
 
+@pytest.mark.parametrize("kvm", [True, False])
+def test_an_emulated_cpu_looks_after_the_port_itself(kvm):
+    text = domain_xml(SPEC, dataclasses.replace(MACHINE, kvm=kvm))
+    assert ("virtio-serial-pci.ioeventfd=off" in text) is not kvm
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="has no such counter")
 def test_the_rate_of_the_counter_is_about_the_same_each_time():
     rates = [tsc_rate() for _ in range(5)]
