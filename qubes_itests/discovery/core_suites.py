@@ -39,7 +39,6 @@ _OTHERS: Final = ("extra", "never_awaited", "run")
 _OURS: Final = {"conformance": "qubes_itests.conformance.core_storage"}
 _DISPLAY: Final = "it needs a display in dom0 and in VMs"
 _FEDORA: Final = "it needs dom0's Fedora"
-_NETWORK: Final = "it needs net VMs, which a core under test cannot have here yet"
 #: Suites that cannot run here, and what they need.
 _NOT_HERE: Final = {
     "integ.audio": _DISPLAY,
@@ -48,8 +47,6 @@ _NOT_HERE: Final = {
     "integ.dom0_update": _FEDORA,
     "integ.grub": f"{_FEDORA}, with dracut and grub2",
     "integ.mime": _DISPLAY,
-    "integ.network": _NETWORK,
-    "integ.network_ipv6": _NETWORK,
     "integ.salt": "it needs Salt in dom0",
     "integ.vm_update": _FEDORA,
 }

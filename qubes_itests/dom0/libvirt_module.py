@@ -188,11 +188,11 @@ class virDomain:
         return self._guest().definition()
 
     def attachDevice(self, xml: str) -> int:
-        _wait(self._guest().attach_disk(xml))
+        _wait(self._guest().attach_device(xml))
         return 0
 
     def detachDevice(self, xml: str) -> int:
-        _wait(self._guest().detach_disk(xml))
+        _wait(self._guest().detach_device(xml))
         return 0
 
 

@@ -26,10 +26,16 @@ from qubes_itests import timeline
 from qubes_itests.balloons import LibvirtMemory
 from qubes_itests.dom0.calls import answer
 from qubes_itests.dom0.mapper import Mapper
+from qubes_itests.dom0.network import Network
 from qubes_itests.dom0.shared_database import SharedDatabase
 from qubes_itests.dom0.stores import QubesDB
 from qubes_itests.dom0.xen import Xen
-from qubes_itests.dom0.xen_xml import DomainConfig, read_disk, with_disks
+from qubes_itests.dom0.xen_xml import (
+    DomainConfig,
+    InterfaceConfig,
+    read_device,
+    with_devices,
+)
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.link.agent import Identity
 from qubes_itests.guest.link.block_export import BlockExport
@@ -51,7 +57,7 @@ if TYPE_CHECKING:
     from qubes_itests.guest.image.template import Template
     from qubes_itests.guest.link.agent import GuestAgent
     from qubes_itests.guest.start.warm import WarmStarts
-    from qubes_itests.hypervisor.contract import Disk, Domain, Hypervisor
+    from qubes_itests.hypervisor.contract import Domain, Hypervisor
     from qubes_itests.portal import Portal
     from qubes_itests.qmemman.budget import MemoryBudget
 
@@ -201,12 +207,10 @@ class Machine:
         guest.config = config
         return guest
 
-    async def export(self, backend: str, disk: Disk, guest: Guest) -> BlockExport:
-        """Have a device of one guest for another.
+    def running(self, backend: str) -> Guest:
+        """Return a guest that is to serve another.
 
-        :param backend: name of the VM whose device it is.
-        :param disk: with the path that the device has there.
-        :param guest: that is to have it.
+        :param backend: its name.
         :raise HypervisorError: there is no such VM.
         :raise StateError: it does not run.
         """
@@ -217,9 +221,7 @@ class Machine:
             # one that is paused would answer nobody, and the other one wait for it
             reason = f"it is {found.state.name.lower()}"
             raise StateError(backend, "have a device of", reason)
-        agent = await found.agent()
-        path = self.directory / f"{guest.xid}-{disk.name}"
-        return BlockExport(agent, str(disk.path), path, read_only=disk.read_only)
+        return found
 
     async def close(self) -> None:
         """End all guests."""
@@ -235,7 +237,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class _Attached:
-    """A disk of a running domain.
+    """A disk, or an interface, of a running domain.
 
     :param xml: as the core described it.
     :param undo: ends what it comes from.
@@ -258,11 +260,13 @@ class Guest:
         self.xid = -1
         #: Of the images, bytes, as its guest sees them.
         self._sizes: dict[str, int] = {}
-        #: Disks that were attached in its present run, by their names.
+        #: What was attached in its present run: disks by their names, interfaces by
+        #: their hardware addresses.
         self._attached: dict[str, _Attached] = {}
         self.domain: Domain | None = None
         #: Its database, while its guest runs.
         self.shared: SharedDatabase | None = None
+        self.network: Network | None = None
         self._machine = machine
         #: Of its present run; None until its guest answers.
         self.journal: GuestJournal | None = None
@@ -324,6 +328,10 @@ class Guest:
         elif self.domain is not None:
             await self.domain.resume()
             timeline.note("state", self.name, state="Running")
+            if self.network is not None:
+                self.network.paused = False
+                # clients may have come and gone meanwhile
+                await self.network.serve()
         self.state = State.RUNNING
         self._machine.tell(self, Event.RESUMED)
 
@@ -335,6 +343,8 @@ class Guest:
         """
         self._require("suspend", State.RUNNING)
         await self.agent()
+        if self.network is not None:
+            self.network.paused = True
         if self.domain is not None:
             await self.domain.pause()
         self.state = State.PAUSED
@@ -374,14 +384,14 @@ class Guest:
         return await asyncio.shield(self._agent)
 
     def definition(self) -> str:
-        """Return its XML, with the disks that were attached."""
-        return with_disks(self.config, (disk.xml for disk in self._attached.values()))
+        """Return its XML, with the devices that were attached."""
+        return with_devices(self.config, (x.xml for x in self._attached.values()))
 
-    async def attach_disk(self, xml: str) -> None:
-        """Plug a disk in, and wait until the guest has it.
+    async def attach_device(self, xml: str) -> None:
+        """Plug a disk or an interface in, and wait until the guest has it.
 
         :raise ValueError: for bad XML.
-        :raise StateError: this one, or the VM whose device it is, does not run.
+        :raise StateError: this one, or the VM that serves it, does not run.
         :raise HypervisorError: there is no such device, or no such VM.
         """
         agent = await self.agent()
@@ -389,13 +399,27 @@ class Guest:
             await self._plug_in(self.domain, agent, xml)
 
     async def _plug_in(self, domain: Domain, agent: GuestAgent, xml: str) -> None:
-        disk, backend = read_disk(xml)
+        device = read_device(xml)
+        if isinstance(device, InterfaceConfig):
+            net = self._machine.running(device.backend)
+            await net.agent()
+            if self.network is not None and net.network is not None:
+                await self.network.attach(device, net.network)
+                self._attached[device.mac] = _Attached(xml, contextlib.ExitStack())
+            return
+        disk, backend = device
         if disk.name in self._attached:
             reason = f"it has a disk {disk.name} already"
             raise HypervisorError(self.name, "attach a disk to", reason)
         with contextlib.ExitStack() as stack:
             if backend:
-                export = await self._machine.export(backend, disk, self)
+                served = await self._machine.running(backend).agent()
+                export = BlockExport(
+                    served,
+                    str(disk.path),
+                    self._machine.directory / f"{self.xid}-{disk.name}",
+                    read_only=disk.read_only,
+                )
                 stack.callback(export.close)
                 path = export.path
             else:
@@ -416,14 +440,20 @@ class Guest:
                 raise
             self._attached[disk.name] = _Attached(xml, stack.pop_all())
 
-    async def detach_disk(self, xml: str) -> None:
-        """Pull a disk out; ValueError for bad XML."""
-        name = read_disk(xml)[0].name
+    async def detach_device(self, xml: str) -> None:
+        """Pull a disk or an interface out; ValueError for bad XML."""
+        device = read_device(xml)
         await self.agent()
-        if self.domain is not None:
-            await self.domain.detach_disk(name)
-            if name in self._attached:
-                self._attached.pop(name).undo.close()
+        if isinstance(device, InterfaceConfig):
+            name = device.mac
+            if self.network is not None:
+                await self.network.detach(name)
+        else:
+            name = device[0].name
+            if self.domain is not None:
+                await self.domain.detach_disk(name)
+        if name in self._attached:
+            self._attached.pop(name).undo.close()
 
     async def follow_sizes(self) -> None:
         """Have the guest see images that have grown.
@@ -470,7 +500,11 @@ class Guest:
             # ends it, unless it has ended well
             self.undo.callback(record.failed)
             domain, agent = await self._boot(identity, record)
-            self.shared = SharedDatabase(database, agent, identity.db)
+            self.network = Network(self.name, domain, agent, database)
+            self.shared = SharedDatabase(
+                database, agent, identity.db, follow=self.network.follow
+            )
+            await self.network.begin()
             for xml in self.config.borrowed:
                 await self._plug_in(domain, agent, xml)
             self.journal = GuestJournal(agent, identity.init, begun)
@@ -495,11 +529,14 @@ class Guest:
             self._ended()
 
     async def _take_down(self, agent: GuestAgent | None) -> None:
+        network, self.network = self.network, None
         try:
             if agent is not None:
                 await agent.close()
             if self.domain is not None:
                 await self.domain.undefine()
+            if network is not None:
+                await network.end()
         except HarnessError as error:
             # as of a QEMU that waits for its disk, which cannot be killed: the core and
             # who waits for the guest are told of the end all the same

@@ -17,7 +17,7 @@ from qubes_itests.guest.link.process import answer_of
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from qubes_itests.dom0.stores import QubesDB
     from qubes_itests.guest.link.agent import GuestAgent
@@ -60,11 +60,19 @@ class SharedDatabase:
     :param database: that of dom0.
     :param agent: of the guest.
     :param told: what the guest was given at its start.
+    :param follow: called on the event loop with a path whose value the guest has from
+        now on.
     """
 
     def __init__(
-        self, database: QubesDB, agent: GuestAgent, told: Mapping[str, str]
+        self,
+        database: QubesDB,
+        agent: GuestAgent,
+        told: Mapping[str, str],
+        *,
+        follow: Callable[[str], None],
     ) -> None:
+        self._followed = follow
         self._database = database
         self._agent = agent
         #: What the guest is known to have: what it has besides, it has written.
@@ -95,6 +103,7 @@ class SharedDatabase:
                 else:
                     await self._agent.write_db(path, value)
                     self._told[path] = value.encode()
+                    self._followed(path)
 
     def _follow(self, path: str, value: str | None) -> None:
         """Have dom0's follow what the agent says of block devices."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from xml.etree import ElementTree as ET
@@ -14,18 +15,37 @@ from qubes_itests.hypervisor.contract import Disk
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["DomainConfig", "read_disk", "read_domain", "with_disks"]
+__all__ = [
+    "DomainConfig",
+    "InterfaceConfig",
+    "read_device",
+    "read_domain",
+    "with_devices",
+]
 
 #: Of a unit that libvirt knows, so many bytes.
 _UNITS: Final = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-#: Devices that a guest here has of its own, or goes without: interfaces, too, for net
-#: VMs of a core under test connect nobody yet.
-_IGNORED: Final = (
-    *("console", "emulator", "input", "video", "graphics", "sound"),
-    "interface",
-)
+#: Devices that a guest here has of its own, or goes without.
+_IGNORED: Final = ("console", "emulator", "input", "video", "graphics", "sound")
 #: What a guest here may call a disk.
 _NAME: Final = re.compile("xvd[a-z]")
+_MAC: Final = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceConfig:
+    """What a core says of an interface of a VM.
+
+    :param mac: hardware address, in lower case.
+    :param ip: the VM's own.
+    :param ip6: the same of IPv6, None if it has none.
+    :param backend: name of the net VM.
+    """
+
+    mac: str
+    ip: IPv4Address
+    ip6: IPv6Address | None
+    backend: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +57,7 @@ class DomainConfig:
     :param kernel: on the host; None for a guest that boots from its disk.
     :param kernel_options: its command line.
     :param disks: of dom0, in the order of the XML.
-    :param borrowed: XML of disks that are devices of other VMs.
+    :param borrowed: XML of what other VMs serve: their disks, and interfaces.
     :param xml: the text that it was read from.
     :param unsupported: elements below ``devices`` that no guest here can have.
     """
@@ -67,8 +87,8 @@ def read_domain(text: str) -> DomainConfig:
         element for element in root.iterfind("devices/*") if element.tag not in _IGNORED
     ]
     disks = [element for element in devices if element.tag == "disk"]
-    borrowed = [element for element in disks if _backend(element)]
-    others = [element.tag for element in devices if element.tag != "disk"]
+    borrowed = [e for e in devices if e.tag == "interface" or _is_borrowed_disk(e)]
+    others = {element.tag for element in devices} - {"disk", "interface"}
     return DomainConfig(
         name=_text(root, "name"),
         uuid=uuid.UUID(_text(root, "uuid")),
@@ -90,44 +110,70 @@ def read_domain(text: str) -> DomainConfig:
             for word in root.findtext("os/cmdline", "").split()
             if not word.startswith("systemd.machine_id=")
         ),
-        unsupported=tuple(others),
+        unsupported=tuple(sorted(others)),
     )
 
 
-def read_disk(text: str) -> tuple[Disk, str]:
-    """Read a disk that is attached or detached.
+def read_device(text: str) -> tuple[Disk, str] | InterfaceConfig:
+    """Read a device that is attached or detached.
 
-    :return: the disk, and the name of the VM whose device it is; empty for dom0.
-    :raise ValueError: it is none.
+    :return: an interface; or a disk, and the name of the VM whose device it is, empty
+        for dom0.
+    :raise ValueError: it is neither.
     """
-    element = _parse(text, "disk")
+    element = _parse(text, "disk", "interface")
+    if element.tag == "interface":
+        return _interface(element)
     return _disk(element), _backend(element)
 
 
-def with_disks(config: DomainConfig, added: Iterable[str]) -> str:
-    """Return the definition of a running domain: what it has of dom0, and more disks.
+def with_devices(config: DomainConfig, added: Iterable[str]) -> str:
+    """Return the definition of a running domain: what it has of dom0, and more devices.
 
-    :param added: XML of disks that have been attached, those of other VMs from the
-        start among them.
+    :param added: XML of what has been attached, that of other VMs from the start
+        included.
     """
     root = _parse(config.xml, "domain")
     devices = root.find("devices")
     if devices is None:
         devices = ET.SubElement(root, "devices")
-    for element in devices.findall("disk"):
-        if _backend(element):
+    for element in tuple(devices):
+        if element.tag == "interface" or _is_borrowed_disk(element):
             devices.remove(element)
-    devices.extend(_parse(text, "disk") for text in added)
+    devices.extend(_parse(text, "disk", "interface") for text in added)
     return ET.tostring(root, encoding="unicode")
 
 
-def _parse(text: str, tag: str) -> ET.Element:
+def _is_borrowed_disk(element: ET.Element) -> bool:
+    return element.tag == "disk" and bool(_backend(element))
+
+
+def _interface(element: ET.Element) -> InterfaceConfig:
+    mac = element.find("mac")
+    address = "" if mac is None else mac.get("address", "").lower()
+    backend = _backend(element)
+    if not _MAC.fullmatch(address) or not backend:
+        raise ValueError(
+            "expected an interface with mac and backenddomain,"
+            f" got {address!r}, {backend!r}"
+        )
+    ips = {e.get("family", "ipv4"): e.get("address", "") for e in element.iter("ip")}
+    ip6 = ips.get("ipv6")
+    return InterfaceConfig(
+        mac=address,
+        ip=IPv4Address(ips.get("ipv4", "")),
+        ip6=IPv6Address(ip6) if ip6 else None,
+        backend=backend,
+    )
+
+
+def _parse(text: str, *tags: str) -> ET.Element:
     try:
         root = ET.fromstring(text)  # noqa: S314 - the core's own
     except ET.ParseError as error:
         raise ValueError(f"expected XML, got {text[:80]!r}: {error}") from None
-    if root.tag != tag:
-        raise ValueError(f"expected <{tag}>, got <{root.tag}>")
+    if root.tag not in tags:
+        raise ValueError(f"expected <{'> or <'.join(tags)}>, got <{root.tag}>")
     return root
 
 

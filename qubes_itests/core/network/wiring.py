@@ -8,10 +8,14 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.core.exc import QubesException, QubesVMError, QubesVMNotRunningError
-from qubes_itests.core.network.addresses import CLIENT_ENTRIES, network_entries
-from qubes_itests.core.network.links import Downlink, Uplink, routes_to
+from qubes_itests.core.network.addresses import (
+    CLIENT_ENTRIES,
+    DOWNLINK_MAC,
+    network_entries,
+)
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.exc import GuestError
+from qubes_itests.guest.start.links import Downlink, Uplink, routes_to
 from qubes_itests.guest.start.network import set_up_uplink
 from qubes_itests.timeline import note
 
@@ -19,9 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Iterator
     from ipaddress import IPv4Address
 
-    from qubes_itests.core.network.links import Routes
     from qubes_itests.core.vm.qubesvm import QubesVM
     from qubes_itests.guest.link.agent import GuestAgent
+    from qubes_itests.guest.start.links import Routes
     from qubes_itests.host.bridge import Bridge, Tap
     from qubes_itests.hypervisor.contract import Domain
 
@@ -44,10 +48,10 @@ class Wiring:
 
     def __init__(self, vm: QubesVM) -> None:
         self.vm = vm
-        self.uplink: Uplink | None = None
-        self.downlink: Downlink | None = None
+        self.uplink: Uplink[Wiring] | None = None
+        self.downlink: Downlink[Wiring] | None = None
         #: Of interfaces that the guest has not let go of.
-        self._loose: list[Uplink] = []
+        self._loose: list[Uplink[Wiring]] = []
         # Two locks, taken in this order: one for the way to the net VM, and one for
         # what clients are plugged into. A client that holds its first one asks its net
         # VM for the second; with one lock for both, a change of a net VM's own netvm
@@ -161,7 +165,7 @@ class Wiring:
         self.downlink = Downlink.taken_up(self, domain, agent, bridge, tap)
         self.downlink.taken[str(self.address)] = self.vm.name
 
-    async def take_up(self, downlink: Downlink, tap: Tap) -> None:
+    async def take_up(self, downlink: Downlink[Wiring], tap: Tap) -> None:
         """Go on as a client that was thawed, attached to its net VM by a tap."""
         vm = self.vm
         self._live()
@@ -292,7 +296,7 @@ class Wiring:
         if wanted is not None and self.uplink is None:
             await self._plug(wanted)
 
-    async def _plug(self, downlink: Downlink) -> None:
+    async def _plug(self, downlink: Downlink[Wiring]) -> None:
         vm, own, (domain, agent) = self.vm, self.address, self._live()
         # Before the first await: two clients with the same address, that are plugged
         # in at once, would both find it free.
@@ -326,12 +330,12 @@ class Wiring:
         note("network", vm.name, change="attached", peer=net.name)
         await net.fire_event_async("net-domain-connect", vm=vm)
 
-    def _leave_addresses(self, downlink: Downlink) -> None:
+    def _leave_addresses(self, downlink: Downlink[Wiring]) -> None:
         for address, name in list(downlink.taken.items()):
             if name == self.vm.name:
                 del downlink.taken[address]
 
-    async def _unplug(self, uplink: Uplink) -> None:
+    async def _unplug(self, uplink: Uplink[Wiring]) -> None:
         domain, agent = self._live()
         self.uplink = None
         self._loose.append(uplink)
@@ -358,7 +362,7 @@ class Wiring:
 
     # this VM as a net VM
 
-    async def open_downlink(self) -> Downlink:
+    async def open_downlink(self) -> Downlink[Wiring]:
         """Return what clients are plugged into, made if there is none yet."""
         vm = self.vm
         async with self._opening:
@@ -367,11 +371,13 @@ class Wiring:
                 raise QubesVMNotRunningError(vm, f"VM {vm} is paused; unpause it")
             if self.downlink is None:
                 own = self.address
-                self.downlink = await Downlink.open(self, domain, agent, own)
+                self.downlink = await Downlink.open(
+                    self, domain, agent, mac=DOWNLINK_MAC, address=own
+                )
                 self.downlink.taken[str(own)] = vm.name
             return self.downlink
 
-    def _clients(self) -> Iterator[tuple[Wiring, Uplink]]:
+    def _clients(self) -> Iterator[tuple[Wiring, Uplink[Wiring]]]:
         """Yield what connects the VMs that are plugged in here."""
         if self.downlink is None:
             return
@@ -398,7 +404,7 @@ class Wiring:
 
     # both
 
-    async def _announce(self, uplink: Uplink) -> None:
+    async def _announce(self, uplink: Uplink[Wiring]) -> None:
         """Tell all net VMs above which VMs are there now, the nearest first."""
         net: Wiring = self
         seen: list[Wiring] = []
@@ -411,7 +417,7 @@ class Wiring:
                 return
             uplink = net.uplink
 
-    async def _serve(self, downlink: Downlink) -> None:
+    async def _serve(self, downlink: Downlink[Wiring]) -> None:
         """Have the guest know its clients of now."""
         await downlink.route(self._routes)
         if not downlink.closed:
@@ -419,7 +425,7 @@ class Wiring:
             async with _deadline(f"answer of VM {self.vm} to a change of its clients"):
                 await downlink.agent.write_db("/connected-ips", addresses)
 
-    async def _announce_end(self, uplink: Uplink) -> None:
+    async def _announce_end(self, uplink: Uplink[Wiring]) -> None:
         """Tell the net VMs above that this one is gone; they may be gone as well."""
         downlink, above = uplink.downlink, uplink.downlink.owner
         if downlink.closed or not above.is_live:

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
     from qubes_itests.guest.link.agent import GuestAgent
 
-__all__ = ["DOWNLINK", "UPLINK", "change_routes", "set_up_downlink", "set_up_uplink"]
+__all__ = [
+    "DOWNLINK",
+    "UPLINK",
+    "change_routes",
+    "run_as_root",
+    "set_up_downlink",
+    "set_up_uplink",
+]
 
 #: What the interfaces are called in the guest: to the net VM, and to the clients.
 UPLINK: Final = "eth0"
@@ -80,10 +87,28 @@ async def change_routes(
     await _run(agent, "change its routes", words)
 
 
-async def _run(agent: GuestAgent, what: str, words: Sequence[str]) -> None:
-    process = await agent.spawn(shlex.join((*_PROGRAM, *words)), user="root")
-    answer = await answer_of(process, what, timeout=_TIMEOUT)
+async def run_as_root(
+    agent: GuestAgent,
+    what: str,
+    command: str,
+    *,
+    input: bytes = b"",  # noqa: A002 - as `answer_of` has it
+) -> bytes:
+    """Run a command that the host gives; as `set_up_uplink`.
+
+    :param what: what the guest is to do, in words that follow "to".
+    :param command: as for ``sh -c``.
+    :param input: what it reads.
+    :return: what it has written, as the guest says.
+    """
+    process = await agent.spawn(command, user="root")
+    answer = await answer_of(process, what, timeout=_TIMEOUT, input=input)
     if answer.status:
         text = safe_text(answer.stderr[:_TEXT_LIMIT].strip())
         reason = text or f"exit status {answer.status}"
         raise GuestRefusedError(agent.vm, what, reason)
+    return answer.stdout
+
+
+async def _run(agent: GuestAgent, what: str, words: Sequence[str]) -> None:
+    await run_as_root(agent, what, shlex.join((*_PROGRAM, *words)))

@@ -7,12 +7,13 @@ import pytest
 from cancelling import cancelled_everywhere
 from network_devices import links
 
-from qubes_itests.core.network.links import Downlink, Uplink
 from qubes_itests.exc import HarnessError
+from qubes_itests.guest.start.links import Downlink, Uplink
 from qubes_itests.host.bridge import Bridge
 from qubes_storage.uninterrupted import to_its_end
 
 MAC = "00:16:3e:5e:6c:02"
+DOWN = "00:16:3e:5e:6c:00"
 ADDRESS = IPv4Address("10.137.0.2")
 
 
@@ -76,7 +77,7 @@ def test_a_net_vm_that_is_not_plugged_in_has_left_nothing(run, devices, monkeypa
         await asyncio.sleep(0)
         raise HarnessError("the guest does not")
 
-    monkeypatch.setattr("qubes_itests.core.network.links.set_up_downlink", forward)
+    monkeypatch.setattr("qubes_itests.guest.start.links.set_up_downlink", forward)
 
     async def check():
         assert devices() == set()
@@ -84,7 +85,7 @@ def test_a_net_vm_that_is_not_plugged_in_has_left_nothing(run, devices, monkeypa
 
     async def plug():
         with pytest.raises(HarnessError, match="the guest does not"):
-            await Downlink.open(None, domain, None, ADDRESS)
+            await Downlink.open(None, domain, None, mac=DOWN, address=ADDRESS)
         await check()
 
     assert run(cancelled_everywhere(plug, check)) >= 6

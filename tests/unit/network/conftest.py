@@ -8,9 +8,9 @@ import pytest_asyncio
 from scripted_hypervisor import ScriptedDomain, ScriptedHypervisor
 
 from qubes_itests.core.app import Qubes
-from qubes_itests.core.network import links
 from qubes_itests.exc import DeadlineError
 from qubes_itests.guest.image.template import Template
+from qubes_itests.guest.start import links
 from qubes_itests.host.bridge import Bridge, Tap
 from qubes_itests.hypervisor.exc import HypervisorError
 from qubes_storage.reflink import ReflinkPool

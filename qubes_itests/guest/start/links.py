@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
-from qubes_itests.core.network.addresses import DOWNLINK_MAC
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.start.network import change_routes, set_up_downlink
 from qubes_itests.host.bridge import Bridge, Tap
@@ -15,9 +14,8 @@ from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from ipaddress import IPv4Address
+    from ipaddress import IPv4Address, IPv6Address
 
-    from qubes_itests.core.network.wiring import Wiring
     from qubes_itests.guest.link.agent import GuestAgent
     from qubes_itests.hypervisor.contract import Domain
 
@@ -27,19 +25,20 @@ __all__ = ["Downlink", "Routes", "Uplink", "routes_to"]
 Routes = dict["IPv4Address", "IPv4Address | None"]
 
 _T = TypeVar("_T", Bridge, Tap)
+_Owner = TypeVar("_Owner")
 
 
-class Downlink:
+class Downlink(Generic[_Owner]):
     """What a net VM has for its clients, for one run: a bridge, and its way into it.
 
-    :param owner: the wiring of the net VM.
+    :param owner: what a core has of the network of the net VM.
     :param domain: its domain in this run.
     :param agent: its agent in this run.
     :param bridge: what its clients are plugged into.
     """
 
     def __init__(
-        self, owner: Wiring, domain: Domain, agent: GuestAgent, bridge: Bridge
+        self, owner: _Owner, domain: Domain, agent: GuestAgent, bridge: Bridge
     ) -> None:
         self.owner = owner
         self.domain = domain
@@ -57,26 +56,33 @@ class Downlink:
 
     @classmethod
     async def open(
-        cls, owner: Wiring, domain: Domain, agent: GuestAgent, address: IPv4Address
+        cls,
+        owner: _Owner,
+        domain: Domain,
+        agent: GuestAgent,
+        *,
+        mac: str,
+        address: IPv4Address,
     ) -> Self:
         """Make the bridge, plug the net VM in, and have its guest forward.
 
+        :param mac: hardware address of the net VM's interface; no client has it.
         :param address: the net VM's own; the rest as for the class.
         :raise HarnessError: one of these failed; the bridge is gone again.
         """
         bridge = await _made(Bridge.create)
         downlink = cls(owner, domain, agent, bridge)
         try:
-            await downlink._plug_in(address)
+            await downlink._plug_in(mac, address)
         except BaseException:
-            await to_its_end(downlink._give_up())
+            await to_its_end(downlink._give_up(mac))
             raise
         return downlink
 
     @classmethod
     def taken_up(
         cls,
-        owner: Wiring,
+        owner: _Owner,
         domain: Domain,
         agent: GuestAgent,
         bridge: Bridge,
@@ -92,17 +98,17 @@ class Downlink:
         downlink._tap = tap
         return downlink
 
-    async def _plug_in(self, address: IPv4Address) -> None:
-        self._tap = await _made(Tap.create, self.bridge, DOWNLINK_MAC)
-        interface = Interface(DOWNLINK_MAC, tap=self._tap.name)
+    async def _plug_in(self, mac: str, address: IPv4Address) -> None:
+        self._tap = await _made(Tap.create, self.bridge, mac)
+        interface = Interface(mac, tap=self._tap.name)
         # The hypervisor goes on with it when we are cancelled. Detached before it is
         # attached, it would stay in the guest, plugged into a tap that is gone.
         await to_its_end(self.domain.attach_interface(interface))
-        await set_up_downlink(self.agent, mac=DOWNLINK_MAC, address=address)
+        await set_up_downlink(self.agent, mac=mac, address=address)
 
-    async def _give_up(self) -> None:
+    async def _give_up(self, mac: str) -> None:
         with contextlib.suppress(HarnessError):
-            await self.domain.detach_interface(DOWNLINK_MAC)
+            await self.domain.detach_interface(mac)
         await self.close()
 
     async def route(self, wanted: Callable[[], Routes]) -> None:
@@ -130,22 +136,22 @@ class Downlink:
         await asyncio.to_thread(self.bridge.remove)
 
 
-class Uplink:
+class Uplink(Generic[_Owner]):
     """A client's way into the bridge of its net VM, from attaching to detaching.
 
     :param downlink: of the net VM.
     :param mac: hardware address of the client's interface.
     :param address: the client's.
-    :param behind: those of the VMs behind it.
+    :param behind: those of the VMs behind it; its own of IPv6.
     :param tap: what it is plugged into.
     """
 
     def __init__(
         self,
-        downlink: Downlink,
+        downlink: Downlink[_Owner],
         mac: str,
         address: IPv4Address,
-        behind: Sequence[IPv4Address],
+        behind: Sequence[IPv4Address | IPv6Address],
         tap: Tap,
     ) -> None:
         self.downlink = downlink
@@ -159,10 +165,10 @@ class Uplink:
     async def open(
         cls,
         domain: Domain,
-        downlink: Downlink,
+        downlink: Downlink[_Owner],
         mac: str,
         address: IPv4Address,
-        behind: Sequence[IPv4Address],
+        behind: Sequence[IPv4Address | IPv6Address],
     ) -> Self:
         """Plug a client in.
 
