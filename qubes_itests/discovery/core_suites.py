@@ -39,6 +39,9 @@ _OTHERS: Final = ("extra", "never_awaited", "run")
 _OURS: Final = {"conformance": "qubes_itests.conformance.core_storage"}
 _DISPLAY: Final = "it needs a display in dom0 and in VMs"
 _FEDORA: Final = "it needs dom0's Fedora"
+_NETWORK: Final = {
+    "test_100_late_xldevd_startup": "in net VMs here no daemon sets interfaces up"
+}
 #: Suites that cannot run here, and what they need.
 _NOT_HERE: Final = {
     "integ.audio": _DISPLAY,
@@ -53,6 +56,8 @@ _NOT_HERE: Final = {
 #: Tests of other suites that cannot, and would not say so themselves.
 _TESTS_NOT_HERE: Final = {
     "integ.basic": {"test_121_start_uefi": _DISPLAY},
+    "integ.network": _NETWORK,
+    "integ.network_ipv6": _NETWORK,
     "integ.vm_qrexec_gui": {
         "test_210_time_sync": "it sets the clock of this machine",
         "test_401_long_window_title_utf8": _DISPLAY,

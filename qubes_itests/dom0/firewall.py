@@ -106,7 +106,7 @@ def firewall_rules(
     for number, (address, entries) in enumerate(rules.items()):
         chains[f"vm{number}"] = [
             *(
-                f"{match} {'accept' if action == 'accept' else reject}"
+                f"{match}{'accept' if action == 'accept' else reject}"
                 for name in sorted(entries.keys() - {"policy"})
                 for action, match in _matches(entries[name], version, dns, hosts)
             ),
@@ -172,6 +172,8 @@ def _matches(
         ports = "53-53"
         match.append(f"ct original {family} daddr {{ {', '.join(dns)} }}")
     protos = [proto] if proto else ["tcp", "udp"]
-    parts = [f"{each} dport {ports}" for each in protos] if ports else [""]
+    parts = [[f"{each} dport {ports}"] for each in protos] if ports else [[]]
     action = words.get("action", "drop")
-    return [(action, " ".join((*match, part))) for part in parts if not unknown]
+    if unknown:
+        return []
+    return [(action, "".join(f"{x} " for x in (*match, *part))) for part in parts]

@@ -49,7 +49,7 @@ class Process:
 @pytest_asyncio.fixture
 async def shared():
     database, agent = QubesDB(), Agent()
-    SharedDatabase(database, agent, {})
+    SharedDatabase(database, agent, {}, follow=print)
     return database, agent.say
 
 
@@ -86,7 +86,7 @@ async def test_nothing_else_is_taken(shared, path, value):
 
 async def test_what_the_agent_says_counts_while_its_guest_says_what_it_had():
     database, agent = QubesDB(), Agent()
-    shared = SharedDatabase(database, agent, {})
+    shared = SharedDatabase(database, agent, {}, follow=print)
     a, b, c = (f"{NAME}/loop{number}/desc" for number in range(3))
     agent.say(a, "old")
     agent.say(b, "old")

@@ -7,12 +7,22 @@ import unittest
 import uuid
 
 import libvirt
+import qubesdb
 
 import qubes
 
 LIB = "/var/lib/qubes"
 DISK = "<disk type='block' device='{}'><source dev='{}'/><target dev='{}'/>{}</disk>"
 OF_BACK = "<backenddomain name='back'/>"
+MAC = "00:16:3e:5e:6c:00"
+INTERFACE = (
+    f"<interface type='ethernet'><mac address='{MAC}'/><ip address='10.137.0.5'/>"
+    f"{OF_BACK}<script path='vif-route-qubes'/></interface>"
+)
+FACTS = {
+    "back": {"/qubes-netvm-gateway": "10.137.0.1"},
+    "front": {"/qubes-ip": "10.137.0.5", "/qubes-gateway": "10.137.0.1"},
+}
 
 
 class TC_00_Devices(unittest.TestCase):
@@ -74,12 +84,37 @@ class TC_00_Devices(unittest.TestCase):
         status, _, _ = self.in_guest("front", "! test -e /dev/xvdj")
         self.assertEqual(status, 0)
         self.not_to_be_had()
+        self.back.resume()
+        self.an_interface()
         # when it has gone, its devices give errors; they are pulled out as ever
         self.back.destroy()
         status, _, _ = self.in_guest("front", "! dd if=/dev/xvdk skip=9000 count=1")
         self.assertEqual(status, 0)
-        self.front.detachDevice(read)
+        for each in (read, INTERFACE):
+            self.front.detachDevice(each)
         self.assertNotIn("backenddomain", self.front.XMLDesc())
+
+    def an_interface(self):
+        """To a net VM that answers; it is there again after it was detached."""
+        with self.assertRaisesRegex(libvirt.libvirtError, "provides no network"):
+            self.front.attachDevice(INTERFACE)
+        for name, entries in FACTS.items():
+            database = qubesdb.QubesDB(name)
+            for path, value in entries.items():
+                database.write(path, value)
+        gone = "! test -e /sys/class/net/eth0"
+        for _ in range(2):
+            self.front.detachDevice(INTERFACE)
+            self.assertEqual(self.in_guest("front", gone)[0], 0)
+            self.front.attachDevice(INTERFACE)
+            self.assertIn(MAC, self.front.XMLDesc())
+            status, said, _ = self.in_guest(
+                "front",
+                "cat /sys/class/net/eth0/address; ping -c 1 -W 9 10.137.0.1 >/dev/null",
+            )
+            self.assertEqual((status, said), (0, f"{MAC}\n".encode()))
+        with self.assertRaisesRegex(libvirt.libvirtError, "already"):
+            self.front.attachDevice(INTERFACE)
 
     def not_to_be_had(self):
         before = self.front.XMLDesc()
