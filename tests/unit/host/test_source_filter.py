@@ -1,18 +1,21 @@
-"""The filter between a VM and its net VM lets through what an honest VM sends."""
+"""Filters between a VM and its net VM: what an honest VM sends, and what is for it."""
 
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qubes_itests.host.bridge import source_filter
+from qubes_itests.host.bridge import source_filter, target_filter
 
 MAC = bytes.fromhex("00163e5e6c05")
 NET = bytes.fromhex("00163e5e6cff")
 OWN = IPv4Address("10.137.0.5")
 BEHIND = IPv4Address("10.137.0.6")
 GATEWAY = IPv4Address("10.137.0.1")
+GATEWAY6 = IPv6Address("fd09:24ef:4179::a89:1")
+OWN6 = IPv6Address("fd09:24ef:4179::a89:5")
+LINK_LOCAL = IPv6Address("fe80::216:3eff:fe5e:6c05")
 BROADCAST = b"\xff" * 6
 
 addresses = st.ip_addresses(v=4)
@@ -20,12 +23,16 @@ macs = st.binary(min_size=6, max_size=6)
 
 
 def passes(frame, sources=(OWN, BEHIND), *, tagged=False):
-    """Run the program as the kernel does: a load from beyond the frame returns 0.
+    """Tell whether the filter lets out what a VM sends."""
+    return ends(source_filter(MAC.hex(":"), sources), frame, tagged=tagged)
+
+
+def ends(program, frame, *, tagged=False):
+    """Run a program as the kernel does: a load from beyond the frame returns 0.
 
     0 is TC_ACT_OK, and so lets the frame through.
     """
-    program = source_filter(MAC.hex(":"), sources)
-    sizes = {0x20: 4, 0x28: 2}
+    sizes = {0x20: 4, 0x28: 2, 0x30: 1}
     counter = accumulator = 0
     while True:
         code, if_true, if_false, operand = program[counter]
@@ -36,6 +43,8 @@ def passes(frame, sources=(OWN, BEHIND), *, tagged=False):
             counter += if_true if accumulator == operand else if_false
         elif code == 0x35:
             counter += if_true if accumulator >= operand else if_false
+        elif code == 0x45:
+            counter += if_true if accumulator & operand else if_false
         elif code == 0x80:
             accumulator = len(frame)
         elif operand >= 0xFFFFF000:
@@ -117,3 +126,43 @@ def test_two_thousand_sources_fit():
     sources = [IPv4Address(int(OWN) + n) for n in range(2000)]
     assert len(source_filter(MAC.hex(":"), sources)) <= 4096
     assert passes(ipv4(MAC, sources[-1]), sources)
+
+
+def ipv6(source, target=OWN6, *, to=NET):
+    header = bytes(8) + source.packed + target.packed
+    return to + MAC + b"\x86\xdd" + header + b"data"
+
+
+addresses6 = st.ip_addresses(v=6) | st.sampled_from([OWN6, LINK_LOCAL])
+
+
+@given(source=addresses6)
+def test_ipv6_passes_from_its_own_addresses(source):
+    honest = source in (OWN6, IPv6Address("::")) or source.packed[:4] == b"\xfe\x80\0\0"
+    assert passes(ipv6(source), (OWN, OWN6)) == honest
+    assert passes(ipv4(MAC, OWN), (OWN, OWN6))
+    assert not passes(ipv6(source)[:53], (OWN, OWN6))
+
+
+def to(target, *, mac=MAC):
+    return mac + NET + b"\x08\x00" + bytes(12) + GATEWAY.packed + target.packed
+
+
+@given(target=addresses | st.sampled_from([OWN, BEHIND]))
+def test_only_what_is_for_a_vm_reaches_it(target):
+    """Others may have its hardware address."""
+    program = target_filter((OWN, BEHIND, OWN6))
+    assert ends(program, to(target)) == (target in (OWN, BEHIND))
+    asks = MAC + NET + b"\x08\x06" + bytes(24) + target.packed
+    assert ends(program, asks) == (target == OWN)
+    assert ends(program, to(target, mac=BROADCAST))
+
+
+@given(target=addresses6)
+def test_only_ipv6_that_is_for_a_vm_reaches_it(target):
+    frame = ipv6(GATEWAY6, target)
+    own = target == OWN6 or target.packed[:4] == b"\xfe\x80\0\0"
+    assert ends(target_filter((OWN, OWN6)), frame) == own
+    assert not ends(target_filter((OWN,)), frame)
+    # that finds others on the wire
+    assert ends(target_filter((OWN,)), b"\x33\x33" + frame[2:])
