@@ -6,13 +6,11 @@ import dataclasses
 import json
 import subprocess
 import sys
-import traceback
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.comparison import compare
-from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.command import output
 from qubes_itests.program import COMMAND
@@ -21,7 +19,7 @@ from qubes_itests.report.merge import read_part
 from qubes_itests.run.preparation import told_again
 from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import ConfigurationError, load
-from qubes_itests.untrusted_text import quoted, safe_text
+from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -95,6 +93,7 @@ def _theirs(settings: Settings) -> Mapping[str, str]:
     from qubes_itests.comparison.description import description
     from qubes_itests.discovery.core_suites import core_imports
     from qubes_itests.dom0 import modules
+    from qubes_itests.dom0.opening import in_time
     from qubes_itests.run.app_templates import plugins_for
     from qubes_itests.run.context import RunContext
 
@@ -106,11 +105,7 @@ def _theirs(settings: Settings) -> Mapping[str, str]:
             Path(told.core), Path(told.copies[told.core]), settings.templates
         ):
             context.testbed  # noqa: B018 - is made by this, with dom0
-            try:
-                return description()
-            except Exception:  # noqa: BLE001 - it may raise what it likes
-                said = quoted(traceback.format_exc())
-                raise HarnessError(f"the core cannot be described:\n{said}") from None
+            return in_time("be described", description)
     finally:
         for problem in context.close():
             print(f"left behind: {problem}", file=sys.stderr)

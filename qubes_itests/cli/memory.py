@@ -36,8 +36,9 @@ def execute(command: Command, settings: Settings) -> int:
     if words[:1] == ["compare"]:
         from qubes_itests.cli.memory_comparison import compare
 
-        _write(compare(settings, words[1:]), Path(command.output or "memory.svg"))
-        return ExitCode.OK
+        picture, well = compare(settings, words[1:])
+        _write(picture, Path(command.output or "memory.svg"))
+        return ExitCode.OK if well else ExitCode.TESTS_FAILED
     plotting = words[:1] == ["plot"]
     files = words[1:] if plotting else words
     if len(files) > 1:

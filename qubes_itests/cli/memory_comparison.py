@@ -25,10 +25,11 @@ __all__ = ["compare"]
 _TRIED: Final = {"ours": try_ours, "core-admin": try_core}
 
 
-def compare(settings: Settings, words: Sequence[str]) -> str:
-    """Print what both make of scenarios, and return a picture of it.
+def compare(settings: Settings, words: Sequence[str]) -> tuple[str, bool]:
+    """Print what both make of scenarios.
 
     :param words: the names of scenarios; none for all.
+    :return: a picture of it, and whether all came about that scenarios wait for.
     :raise ConfigurationError: there is no scenario of a name, or no checkout is named.
     """
     for word in words:
@@ -39,7 +40,7 @@ def compare(settings: Settings, words: Sequence[str]) -> str:
         problem = "expected the checkout of core-admin whose qmemman it is"
         raise ConfigurationError("--core", problem)
     prepare_listing(settings)
-    rows = []
+    rows, well = [], True
     with RunDirectory(Cache()) as run:
         for scenario in dict.fromkeys(words or SCENARIOS):
             trials = {
@@ -48,7 +49,8 @@ def compare(settings: Settings, words: Sequence[str]) -> str:
             }
             print("\n".join(_lines(scenario, trials)))
             rows.append([(f"{scenario}: {t}", trials[t].records) for t in trials])
-    return plot.draw_rows(rows)
+            well &= all(trial.problem is None for trial in trials.values())
+    return plot.draw_rows(rows), well
 
 
 def _made(place: Path) -> Path:

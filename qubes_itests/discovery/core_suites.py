@@ -19,10 +19,8 @@ from qubes_itests.discovery.inspection import has_tests
 from qubes_itests.discovery.result import Plugin, Problem, TestClass
 from qubes_itests.discovery.selection import TEMPLATES
 from qubes_itests.dom0 import qubesdb_module
-from qubes_itests.dom0.opening import start_net_vm
+from qubes_itests.dom0.opening import in_time, start_net_vm
 from qubes_itests.dom0.programs import PROGRAMS
-from qubes_itests.exc import HarnessError
-from qubes_itests.untrusted_text import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -223,7 +221,7 @@ def core_imports(
     :param checkout: what that is a copy of, for git.
     :param templates: for classes that are made for each template.
     :return: has the core find the programs of dom0 while tests with VMs run.
-    :raise HarnessError: the core itself cannot be imported; says why.
+    :raise HarnessError: the core itself cannot be imported, or not in time; says why.
     """
     variables = {TEMPLATES: " ".join(templates)}
     if (checkout / ".git").exists():
@@ -233,12 +231,8 @@ def core_imports(
             "GIT_WORK_TREE": os.fspath(source),
         }
     with mock.patch.dict(os.environ, variables):
-        try:
-            importlib.import_module(_PACKAGE)
-        except (Exception, SystemExit):  # noqa: BLE001 - it may raise what it likes
-            # The first is the one to show: what is tried after it finds half a package.
-            said = quoted(traceback.format_exc())
-            raise HarnessError(f"the core cannot be imported:\n{said}") from None
+        # before its suites: what is tried after an error finds half a package
+        in_time("be imported", lambda: importlib.import_module(_PACKAGE))
         yield _Programs()
 
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from unittest import mock
 
 from qubes_itests.dom0 import modules
@@ -28,7 +28,7 @@ from qubes_itests.untrusted_text import quoted
 from qubes_storage.ficlone import clone_or_copy
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
     from qubes_itests.guest.image.template import Template
     from qubes_itests.guest.start.warm import WarmStarts
@@ -36,14 +36,16 @@ if TYPE_CHECKING:
     from qubes_itests.portal import Portal
     from qubes_itests.qmemman.budget import MemoryBudget
 
-__all__ = ["open_dom0", "start_net_vm"]
+__all__ = ["in_time", "open_dom0", "start_net_vm"]
+
+T = TypeVar("T")
 
 _STORE: Final = VAR_LIB_QUBES / "qubes.xml"
 #: Among the directories of runs, for what is of dom0.
 _DOM0: Final = "dom0"
 _QMEMMAN: Final = QREXEC_SOCKETS / "qmemman.sock"
 _NET_VM: Final = "sys-net"
-#: Seconds for the core to make its store, or to start its net VM.
+#: Seconds for what the core is asked to do outside of a test.
 _TIMEOUT: Final = 180.0
 #: Of one that does not, so many are shown.
 _FRAMES: Final = 6
@@ -168,7 +170,7 @@ def _make_store(templates: Mapping[str, Template], *, balanced: bool) -> None:
         app.save()
         app.close()
 
-    _in_time("make its store", fill)
+    in_time("make its store", lambda: asyncio.run(fill()))
 
 
 def start_net_vm() -> None:
@@ -188,37 +190,39 @@ def start_net_vm() -> None:
         finally:
             app.close()
 
-    _in_time(f"start {_NET_VM}", start)
+    in_time(f"start {_NET_VM}", lambda: asyncio.run(start()))
 
 
-def _in_time(what: str, doing: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run code of the core that no deadline of a test is for.
+def in_time(what: str, doing: Callable[[], T], timeout: float = _TIMEOUT) -> T:
+    """Run code of the core that no deadline of a test is for, in a thread of its own.
 
     :param what: a phrase that follows "the core cannot".
+    :param timeout: seconds.
+    :return: what it returns.
+    :raise HarnessError: it raised something; with the traceback.
+    :raise DeadlineError: it did not come to an end; with where its threads were.
     """
-    outcome: concurrent.futures.Future[None] = concurrent.futures.Future()
+    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run() -> None:
         try:
-            asyncio.run(doing())
+            outcome.set_result(doing())
         except BaseException:  # noqa: BLE001 - it may raise what it likes
             said = quoted(traceback.format_exc())
             reason = f"the core cannot {what}:\n{said}"
             outcome.set_exception(HarnessError(reason))
-        else:
-            outcome.set_result(None)
 
     known = set(sys._current_frames())  # noqa: SLF001 - there is no other way
     # one that hangs does not keep the process from ending
     threading.Thread(target=run, name="core", daemon=True).start()
-    if not concurrent.futures.wait([outcome], _TIMEOUT).done:
+    if not concurrent.futures.wait([outcome], timeout).done:
         # its own, and those that it has started
         frames = sys._current_frames().items()  # noqa: SLF001
         stacks = [traceback.format_stack(f) for n, f in frames if n not in known]
         where = "".join(line for stack in stacks for line in stack[-_FRAMES:])
         asked = f"answer of the core, asked to {what},"
-        raise DeadlineError(asked, _TIMEOUT, where)
-    outcome.result()
+        raise DeadlineError(asked, timeout, where)
+    return outcome.result()
 
 
 def _copy(image: Path, root: Path) -> None:

@@ -400,9 +400,13 @@ def test_its_qmemman_is_compared_with_ours(shared, site, tmp_path):
     """On a machine without VMs; the picture has both."""
     picture = tmp_path / "both.svg"
     twice = 2 * ["growing_dom0"]
-    words = ["memory", "compare", *twice, "--core", shared, "-o", picture]
-    done = site.run(*words)
+    words = ["--core", shared, "-o", picture]
+    done = site.run("memory", "compare", *words, "pressure")
     assert done.returncode == 0, done.stdout + done.stderr
+    done = site.run("memory", "compare", *words, *twice)
+    # this core's dom0 gets nothing of an idle VM
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "core-admin: expected: the idle VM gives" in done.stdout
     assert re.search("^growing_dom0 +ours +core-admin$", done.stdout, re.MULTILINE)
     assert re.search("^  idle +[0-9]+ MiB +400 MiB$", done.stdout, re.MULTILINE)
     for side in ("ours", "core-admin"):
