@@ -267,7 +267,8 @@ class LibvirtDomain(Domain):
     async def _settle(self) -> None:
         """Wait until the event of a stop is in; should it get lost, go on without."""
         try:
-            await asyncio.wait_for(self._stopped.wait(), _STOP_EVENT)
+            async with asyncio.timeout(_STOP_EVENT):
+                await self._stopped.wait()
         except TimeoutError:
             self.handle_event(LifecycleEvent.STOPPED)
             await self._stopped.wait()
@@ -314,7 +315,8 @@ class LibvirtDomain(Domain):
 
     async def wait_stopped(self, timeout: float | None = None) -> DomainState:
         try:
-            await asyncio.wait_for(self._stopped.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._stopped.wait()
         except TimeoutError:
             state = (await self.state()).value
             raise DeadlineError(

@@ -142,7 +142,8 @@ class WarmStarts:
         # several starts may wait for it; one that gives up must not end it
         waiting = asyncio.shield(self._making[key])
         try:
-            path = await asyncio.wait_for(waiting, timeout)
+            async with asyncio.timeout(timeout):
+                path = await waiting
         except TimeoutError:
             log.warning("no saved state for %s within %.0f s", spec.name, timeout)
             return None

@@ -145,3 +145,22 @@ async def test_the_power_button_ends_it(tmp_path):
         assert await domain.wait_stopped(10) is DomainState.HALTED
         with pytest.raises(StateError, match="press the power button"):
             await domain.press_power_button()
+
+
+async def test_a_wait_for_its_end_that_is_cancelled_as_it_comes_is_cancelled(tmp_path):
+    """`asyncio.wait_for` of Python 3.11 drops the cancellation, and a task goes on."""
+    async with await TestHypervisor.open(tmp_path, tmp_path) as hypervisor:
+        domain = await hypervisor.define(make_spec(tmp_path))
+        await domain.start()
+        waiting = asyncio.ensure_future(domain.wait_stopped(100))
+        await asyncio.sleep(0)
+        loop, taken = asyncio.get_running_loop(), []
+
+        def cancel(_domain, _event):
+            loop.call_soon(lambda: taken.append(waiting.cancel()))
+
+        hypervisor.subscribe(cancel)
+        await domain.destroy()
+        await asyncio.wait([waiting])
+        # or it had ended before
+        assert taken == [waiting.cancelled()]
