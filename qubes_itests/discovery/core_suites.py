@@ -21,9 +21,10 @@ from qubes_itests.discovery.selection import TEMPLATES
 from qubes_itests.dom0 import qubesdb_module
 from qubes_itests.dom0.opening import in_time, start_net_vm
 from qubes_itests.dom0.programs import PROGRAMS
+from qubes_itests.qmemman.sizes import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 __all__ = ["core_imports", "core_suites", "suites_for_ours"]
@@ -64,6 +65,11 @@ _TESTS_NOT_HERE: Final = {
 
 #: What the kernel gives new files, by its number in <linux/time.h>.
 _CLOCK_REALTIME_COARSE: Final = 5
+#: Of a suite whose tests read whole volumes three times, for minutes of a CPU, though
+#: these are holes: its new ones are as large as what it puts into them. Bytes.
+_SIZES: Final = {
+    "integ.backup": {"private_img_size": 512 * MIB, "root_img_size": 2048 * MIB}
+}
 _PROGRAMS: Final = ("qrexec_daemon", "qrexec_client", "qubesdb_daemon")
 #: Constants of the driver `file`.
 _SCRIPTS: Final = {
@@ -76,10 +82,13 @@ class _Programs(PluginExtensions):
     """Has the core find the programs of dom0, and a net VM, while tests with VMs run.
 
     Unit tests expect the paths that they have in Qubes OS.
+
+    :param sizes: of new volumes, where they are not those of Qubes OS.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Mapping[str, int]) -> None:
         super().__init__("", ())
+        self._sizes = sizes
         self._undo = contextlib.ExitStack()
 
     def enter(self) -> None:
@@ -89,6 +98,7 @@ class _Programs(PluginExtensions):
             for name in _PROGRAMS
         }
         self._undo.enter_context(mock.patch.dict(config.system_path, paths))
+        self._undo.enter_context(mock.patch.dict(config.defaults, self._sizes))
         with contextlib.suppress(ModuleNotFoundError):
             # a core may have that driver no more
             driver: Any = importlib.import_module("qubes.storage.file")
@@ -172,10 +182,15 @@ def core_suites(
     ids = {f"{_GROUP}::{name}": name for name in names}
     # ours keep what they find where the run is, and not in the copy
     unit, ours = _UnitTests(source), PluginExtensions("", ())
+
+    def extensions(name: str) -> PluginExtensions:
+        if name.startswith(_INTEGRATION):
+            return _Programs(_SIZES[name]) if name in _SIZES else programs
+        return ours if name in _OURS else unit
+
     return [
-        _suite(begin, name, programs if name.startswith(_INTEGRATION) else others)
+        _suite(begin, name, extensions(name))
         for begin, name in ids.items()
-        for others in [ours if name in _OURS else unit]
         if not words or any(_may_mean(word, begin) for word in words)
     ]
 
@@ -233,7 +248,7 @@ def core_imports(
     with mock.patch.dict(os.environ, variables):
         # before its suites: what is tried after an error finds half a package
         in_time("be imported", lambda: importlib.import_module(_PACKAGE))
-        yield _Programs()
+        yield _Programs({})
 
 
 def _suite(begin: str, name: str, extensions: PluginExtensions) -> Plugin:

@@ -44,12 +44,20 @@ _POLICIES: Final = {
 HOME: Final = Path("/var/lib/dom0-home")
 _IMPORT: Final = "admin.vm.volume.Import"
 _GROUP: Final = "qubes"
+_USER: Final = "user"
+#: What of a checkout is in dom0's /usr/lib/qubes.
+_AUX_TOOLS: Final = "linux/aux-tools"
+_LIB: Final = Path("/usr/lib")
+_LIBEXEC: Final = Path("/usr/libexec")
+_UNPACKER: Final = Path(__file__).with_name("bin") / "qfile-dom0-unpacker"
 #: Names in the machine's files are in any encoding.
 _AS_IT_IS: Final[Mapping[str, str]] = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 #: Has a directory, $1, on a filesystem of this namespace alone. What the machine has in
 #: there is seen by links to a read-only mount of it; its links are copied. Else each
 #: of hundreds would be a mount; and an overlay cannot lie over those of a container.
+#: With $2, a name under which the machine's is not seen, only files are links, and
+#: directories mounts: those of programs have links in them that lead out of $1.
 _OWN: Final = """\
 new=$(mktemp -d -p /run)
 mount -t tmpfs -o mode=755 none "$new"
@@ -58,7 +66,16 @@ mount --rbind "$1" "$new/.machine"
 mount -o remount,bind,ro "$new/.machine"
 cd "$new"
 find .machine -mindepth 1 -maxdepth 1 -type l -exec cp -P -t . {} +
-find .machine -mindepth 1 -maxdepth 1 ! -type l -exec ln -s -t . {} +
+linked="! -type l"
+if [ -n "$2" ]; then
+    linked="-type f"
+    find .machine -mindepth 1 -maxdepth 1 -type d ! -name "$2" -exec sh -ec '
+        for each; do
+            mkdir "${each##*/}"
+            mount --rbind "$each" "${each##*/}"
+        done' sh {} +
+fi
+find .machine -mindepth 1 -maxdepth 1 $linked -exec ln -s -t . {} +
 cd /
 mount --move "$new" "$1"
 rmdir "$new"
@@ -80,9 +97,11 @@ def dom0_directories(
     :raise EnvironmentNotReadyError: outside a sandbox.
     """
     sandbox.require()
-    for place in (Path("/etc"), VAR_LIB_QUBES.parent, UNITS):
+    places = dict.fromkeys((_LIB, _LIBEXEC), "qubes")
+    places |= dict.fromkeys((Path("/etc"), VAR_LIB_QUBES.parent, UNITS), "")
+    for place, apart in places.items():
         if place.is_dir() and not (place / ".machine").is_dir():
-            run(["sh", "-ec", _OWN, "sh", place], timeout=30)
+            run(["sh", "-ec", _OWN, "sh", place, apart], timeout=30)
     for own in (_ETC_QUBES, VAR_LIB_QUBES, HOME, _ETC_SYSTEMD):
         if own.is_symlink():
             own.unlink()  # the machine's
@@ -92,6 +111,7 @@ def dom0_directories(
     shown.unlink(missing_ok=True)
     shown.symlink_to(checkout / "templates")
     _have_services(checkout, policy)
+    _have_programs(checkout)
     # by which the client of Qubes OS knows dom0, where it asks qubesd itself
     release = Path("/etc/qubes-release")
     release.unlink(missing_ok=True)
@@ -102,7 +122,7 @@ def dom0_directories(
         zone.unlink(missing_ok=True)
         zone.symlink_to("/usr/share/zoneinfo/UTC")
     _have_group()
-    _have_home()
+    _have_user()
     # Suites mount filesystems below /var/tmp: what one that fails leaves there would be
     # in the way of the next run.
     mounts = {
@@ -170,26 +190,46 @@ def _have_services(checkout: Path, policy: Mapping[str, Path]) -> None:
         service.symlink_to(source)
 
 
-def _have_home() -> None:
-    """Have root, who is the user of dom0, at home in a place that is the sandbox's."""
+def _have_programs(checkout: Path) -> None:
+    """Have programs that are called by their paths: a core's, and one of ours."""
+    tools = [p for p in (checkout / _AUX_TOOLS).glob("*") if p.name != "Makefile"]
+    places = {_LIB: [*tools, checkout / "tests"], _LIBEXEC: [_UNPACKER]}
+    for place, programs in places.items():
+        below = place / "qubes"
+        for program in programs if place.is_dir() else ():
+            below.mkdir(exist_ok=True)
+            (below / program.name).unlink(missing_ok=True)
+            (below / program.name).symlink_to(program)
+
+
+def _have_user() -> None:
+    """Have a user of dom0, at home in a place that is the sandbox's.
+
+    It has root's number: programs that a core starts as this user are those of the run,
+    which may lie where nobody else looks, and what they make has to be removed with it.
+    The line of root comes first, so root is still who the number means.
+    """
     users = Path("/etc/passwd")
-    lines = [line.split(":") for line in users.read_text(**_AS_IT_IS).split("\n")]
+    text = users.read_text(**_AS_IT_IS)
+    lines = [line.split(":") for line in text.splitlines()]
     for fields in lines:
         if fields[0] == "root":
             fields[5] = os.fspath(HOME)
+    others = [":".join(fields) for fields in lines if fields[0] != _USER]
+    user = f"{_USER}:*:0:0:the user of dom0:{HOME}:/bin/sh"
     users.unlink()
-    users.write_text("\n".join(map(":".join, lines)), **_AS_IT_IS)
+    users.write_text("\n".join([*others, user, ""]), **_AS_IT_IS)
     users.chmod(0o644)
 
 
 def _have_group() -> None:
-    """Have the group that may use the core, with root, who runs its daemons, in it."""
+    """Have the group that may use the core, with the user of dom0 in it."""
     groups = Path("/etc/group")
     text = groups.read_text(**_AS_IT_IS)
     others = [line for line in text.splitlines() if not line.startswith(f"{_GROUP}:")]
     taken = {group.gr_gid for group in grp.getgrall()}
     number = next(n for n in range(98, 1000) if n not in taken)
     groups.unlink()
-    lines = [*others, f"{_GROUP}:x:{number}:root", ""]
+    lines = [*others, f"{_GROUP}:x:{number}:{_USER}", ""]
     groups.write_text("\n".join(lines), **_AS_IT_IS)
     groups.chmod(0o644)

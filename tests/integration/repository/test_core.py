@@ -140,6 +140,7 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
     before = sorted(checkout.rglob("*"))
     done = site.run("--core", checkout, "-rs")
     assert done.returncode == 1, done.stdout + done.stderr
+    backup = "core::integ.backup::TC_00_Backup"
     basic = "core::integ.basic::TC_00_Basic"
     devices = "core::integ.devices::TC_00_Devices"
     life = "core::integ.life::TC_00_Life"
@@ -148,12 +149,15 @@ def test_suites_of_a_core_run_with_guests_and_it_stays_as_it_is(checkout, site):
     assert outcomes(done) == {
         "core::broken::plugin": "FAILED",
         "core::integ.audio::NotHere::test_suite": "SKIPPED",
+        f"{backup}::test_000_volumes_are_small": "PASSED",
         f"{basic}::test_130_units_that_start_with_dom0": "PASSED",
         f"{basic}::test_141_a_daemon_that_is_restarted": "PASSED",
         f"{basic}::test_204_devices_of_the_driver_file": "PASSED",
         f"{basic}::test_205_tools_of_the_client": "PASSED",
         f"{basic}::test_206_linear_devices_of_device_mapper": "PASSED",
         f"{basic}::test_207_what_backups_need": "PASSED",
+        f"{basic}::test_208_programs_called_by_their_paths": "PASSED",
+        f"{basic}::test_209_volumes_are_as_large_as_in_qubes_os": "PASSED",
         f"{devices}::test_000_a_device_of_another_vm": "PASSED",
         f"{life}::test_000_life": "PASSED",
         f"{life}::test_001_killed_while_it_starts": "PASSED",

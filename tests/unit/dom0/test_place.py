@@ -9,11 +9,13 @@ from qubes_itests.dom0 import place
 def test_names_in_any_encoding_stay_as_they_are(tmp_path, monkeypatch):
     users, groups = tmp_path / "passwd", tmp_path / "group"
     other = b"jo:x:4242:4242:J\xf6rg:/home/jo:/bin/sh\n"
-    users.write_bytes(b"root:x:0:0:root:/root:/bin/sh\n" + other)
+    theirs = b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:\n"
+    users.write_bytes(theirs + other)
     groups.write_bytes(b"qubes:x:1:\nm\xfcll:x:4243:\n")
     monkeypatch.setattr(place, "Path", lambda path: tmp_path / PurePath(path).name)
-    place._have_home()
+    place._have_user()
     place._have_group()
-    home = b"root:x:0:0:root:/var/lib/dom0-home:/bin/sh\n"
-    assert users.read_bytes() == home + other
-    assert re.fullmatch(rb"m\xfcll:x:4243:\nqubes:x:\d+:root\n", groups.read_bytes())
+    root = b"root:x:0:0:root:/var/lib/dom0-home:/bin/sh\n"
+    user = b"user:*:0:0:the user of dom0:/var/lib/dom0-home:/bin/sh\n"
+    assert users.read_bytes() == root + other + user
+    assert re.fullmatch(rb"m\xfcll:x:4243:\nqubes:x:\d+:user\n", groups.read_bytes())

@@ -9,6 +9,7 @@ import unittest
 
 import libvirt
 import qubesdb
+from qubes import config
 from qubes.storage import file
 
 DOM0 = bytes(16)
@@ -59,8 +60,13 @@ class TC_00_Basic(unittest.TestCase):
 
     def test_207_what_backups_need(self):
         """The home of the user is that of the sandbox; keys are made in a moment."""
-        home = pwd.getpwnam(grp.getgrnam("qubes").gr_mem[0]).pw_dir
-        self.assertEqual(home, os.environ["HOME"])
+        user = grp.getgrnam("qubes").gr_mem[0]
+        home = pwd.getpwnam(user).pw_dir
+        self.assertEqual((user, home), ("user", os.environ["HOME"]))
+        # programs run as the user may read and write what is root's
+        words = ["runuser", "-u", user, "--", "sh", "-c", "id -u; cd /root && pwd"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        self.assertEqual(done.stdout, "0\n/root\n")
         self.assertEqual(os.listdir(home), [])
         self.assertTrue(os.path.samefile(os.path.expanduser("~root"), home))
         self.assertEqual(os.stat(home).st_dev, os.stat("/var/lib/qubes").st_dev)
@@ -84,6 +90,24 @@ class TC_00_Basic(unittest.TestCase):
         )
         said = info.stdout + info.stderr
         self.assertLess(int(re.search(rb"N = (\d+)", said)[1]), 1 << 18)
+
+    def test_208_programs_called_by_their_paths(self):
+        program = "/usr/lib/qubes/preload-dispvm"
+        done = subprocess.run([program], capture_output=True, text=True, check=True)
+        self.assertEqual(
+            done.stdout, f"a program of the core, for root, in {program}\n"
+        )
+        self.assertFalse(os.path.exists("/usr/lib/qubes/Makefile"))
+        # what the machine has is there still, by its own paths
+        self.assertEqual(os.path.realpath("/usr/lib/systemd"), "/usr/lib/systemd")
+        unpacker = ["/usr/libexec/qubes/qfile-dom0-unpacker", "0", "/var/tmp"]  # noqa: S108
+        done = subprocess.run(
+            unpacker, input=bytes(32), capture_output=True, check=True
+        )
+        self.assertEqual(done.stdout[:4], bytes(4))
+
+    def test_209_volumes_are_as_large_as_in_qubes_os(self):
+        self.assertEqual(config.defaults["root_img_size"], 10 << 30)
 
     def test_206_linear_devices_of_device_mapper(self):
         """Of a part of a loop device, and told of in qubesdb while not mounted."""

@@ -1,0 +1,13 @@
+"""A suite that reads whole volumes."""
+
+import unittest
+
+import qubes.config
+
+
+class TC_00_Backup(unittest.TestCase):
+    def test_000_volumes_are_small(self):
+        self.assertEqual(
+            qubes.config.defaults,
+            {"private_img_size": 512 << 20, "root_img_size": 2 << 30},
+        )
