@@ -288,6 +288,12 @@ class Domain(abc.ABC):
             come later, what is written until then waits.
         """
 
+    def end_channel_with_agent(self) -> None:  # noqa: B027 - not all back ends see it
+        """Have the channel that is open end as soon as the guest closes its side.
+
+        Until this is called it goes on: agents of a guest take over from each other.
+        """
+
     @abc.abstractmethod
     def console_log(self) -> Path:
         """Return the file that collects what the guest prints on its console."""

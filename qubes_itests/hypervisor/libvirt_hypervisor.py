@@ -74,9 +74,7 @@ class LibvirtHypervisor(Hypervisor):
         self, _connection: Any, native: Any, event: int, detail: int, _opaque: Any
     ) -> None:
         # On the event loop: our implementation of libvirt's calls back from there only.
-        uuid = UUID(bytes=native.UUID())
-        known = (d for d in self._domains.values() if d.libvirt_uuid == uuid)
-        if (domain := next(known, None)) is None:
+        if (domain := self._find(native)) is None:
             return
         # Before the event itself, which ends the domain's run: those who learn that it
         # has stopped must find why.
@@ -84,6 +82,11 @@ class LibvirtHypervisor(Hypervisor):
             domain.panicked = True
         if (happened := lifecycle_event(event, detail)) is not None:
             domain.handle_event(happened)
+
+    def _find(self, native: Any) -> LibvirtDomain | None:
+        uuid = UUID(bytes=native.UUID())
+        known = (d for d in self._domains.values() if d.libvirt_uuid == uuid)
+        return next(known, None)
 
     def _publish(self, domain: LibvirtDomain, event: LifecycleEvent) -> None:
         crashed = event is LifecycleEvent.CRASHED and not domain.panicked

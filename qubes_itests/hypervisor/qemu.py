@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 from uuid import UUID
 
 import libvirt
+import libvirt_qemu
 
 from qubes_itests.exc import EnvironmentNotReadyError
 from qubes_itests.host.cache import Cache, digest
@@ -77,6 +79,28 @@ class QemuHypervisor(LibvirtHypervisor):
         self._machine = machine
         self.slowness = 1.0 if machine.kvm else _EMULATED
         self._capabilities = capabilities
+        self._ports: int | None = None
+
+    async def _listen(self) -> None:
+        await super()._listen()
+        # libvirt has an event of its own for the port of its own agent alone
+        register = libvirt_qemu.qemuMonitorEventRegister
+        words = (self._connection.native, None, "VSERPORT_CHANGE", self._on_port, None)
+        self._ports = await self._connection.call("", "listen to", register, *words)
+
+    def _on_port(
+        self,
+        _connection: Any,
+        native: Any,
+        _event: str,
+        _seconds: int,
+        _microseconds: int,
+        details: str,
+        _opaque: Any,
+    ) -> None:
+        domain = self._find(native)
+        if isinstance(domain, QemuDomain) and not json.loads(details)["open"]:
+            domain.handle_closed_port()
 
     @classmethod
     async def open(
@@ -209,6 +233,10 @@ class QemuHypervisor(LibvirtHypervisor):
         try:
             await asyncio.to_thread(self._capabilities.store)
         finally:
+            if self._ports is not None:
+                deregister = libvirt_qemu.qemuMonitorEventDeregister
+                words = (self._connection.native, self._ports)
+                await self._connection.call("", "leave", deregister, *words)
             await super()._disconnect()
 
 

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
+import socket
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -60,6 +62,8 @@ if TYPE_CHECKING:
 __all__ = ["QemuDomain"]
 
 _RETRY = 0.01
+#: What libvirt has QEMU call the socket of a domain's only port.
+_CHANNEL = "charchannel0"
 #: Seconds in which a clone must let itself be adopted; a few hundredths if it can.
 _ANSWER = 5.0
 #: Seconds within which libvirt forgets a domain that has ended; a few milliseconds.
@@ -94,6 +98,10 @@ class QemuDomain(LibvirtDomain):
         self._root = root
         #: What its memory is in if it will be saved.
         self._memory_file: Path | None = None
+        #: Of the channel that was opened last, and of one that ends with the agent.
+        self._channel: asyncio.Transport | None = None
+        self._ending_channel: asyncio.Transport | None = None
+        self._asking: asyncio.Task[None] | None = None
         self.console = Console(spec.name, console_pipe(spec), self.console_log())
 
     def console_log(self) -> Path:
@@ -308,13 +316,40 @@ class QemuDomain(LibvirtDomain):
             self._running("open the channel of")
             try:
                 loop = asyncio.get_running_loop()
-                return await loop.create_unix_connection(protocol, path)
+                opened = await loop.create_unix_connection(protocol, path)
             except OSError as error:
                 if loop.time() > deadline:
                     raise DeadlineError(
                         f"channel of domain {self.spec.name!r}", timeout, str(error)
                     ) from error
+            else:
+                self._channel = opened[0]
+                return opened
             await asyncio.sleep(_RETRY)
+
+    def end_channel_with_agent(self) -> None:
+        self._ending_channel = self._channel
+
+    def handle_closed_port(self) -> None:
+        """Take note that the guest has closed its side; call it on the event loop."""
+        if self._ending_channel is not None:
+            self._asking = asyncio.ensure_future(self._end_channel())
+
+    async def _end_channel(self) -> None:
+        channel, action = self._ending_channel, "look at the channel of"
+        try:
+            native = self._running(action)
+            monitor = Monitor(self._connection, self.spec.name, native)
+            devices = await monitor.execute(action, "query-chardev")
+        except HypervisorError:
+            return  # it has ended, and so has the channel
+        # What libvirt tells may be late, by more than a start takes: by now the next
+        # agent has opened it.
+        is_open = any(d["label"] == _CHANNEL and d["frontend-open"] for d in devices)
+        if channel is not None and not is_open:
+            # what is on its way is read still
+            with contextlib.suppress(OSError):
+                channel.get_extra_info("socket").shutdown(socket.SHUT_RD)
 
     def _devices(self, action: str) -> LiveDevices:
         native = self._running(action)

@@ -30,7 +30,10 @@ class SocketDomain:
         self.spec = SimpleNamespace(name=name)
         self._end = end
         self._console = console
-        self.panicked = False
+        self.panicked = self.ends_with_agent = False
+
+    def end_channel_with_agent(self) -> None:
+        self.ends_with_agent = True
 
     async def open_channel(
         self, protocol: Callable[[], asyncio.BaseProtocol], *, timeout: float

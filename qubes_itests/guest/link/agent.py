@@ -172,6 +172,7 @@ class GuestAgent:
         # For less than we wait for its answer, or that would come too late: of a disk
         # that is missing nobody would be told.
         await self._enter(identity.payload(_DISKS_PART * timeout), timeout)
+        self.domain.end_channel_with_agent()
 
     async def prepare(
         self, identity: Identity, *, named: bool = False, timeout: float

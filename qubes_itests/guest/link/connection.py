@@ -257,7 +257,7 @@ class AgentConnection(asyncio.Protocol):
         """Act on what has come still, then fail what was pending."""
         if self.closed.done() or self._transport is None:
             return
-        reason = f"{exc}" if exc else "the VM closed it, or has stopped"
+        reason = f"{exc}" if exc else "the VM or its agent has stopped"
         self._lost = GuestGoneError(self.vm, reason)
         if exc is not None:
             # When a write fails asyncio reads no more: the last words of a guest are in

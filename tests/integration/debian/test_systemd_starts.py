@@ -1,12 +1,14 @@
 """VMs that start from one saved state of systemd: what each has of its own."""
 
 import asyncio
+import subprocess
 import time
 
 import pytest
 from own_clones import own_clones
 from warm_states import found_states
 
+from qubes_itests.guest.exc import GuestGoneError
 from qubes_itests.guest.link.agent import GuestAgent
 
 pytestmark = pytest.mark.parametrize("init", ["systemd"], indirect=True)
@@ -218,3 +220,18 @@ def test_a_template_that_was_changed_has_no_state(pair, sh, states):
     assert [state.disks for state in states] == [()]
     assert sh(pair.vault, TOLD, "root") == told_of(pair.vault)
     assert sh(pair.vault, "systemctl is-system-running --wait") == "running"
+
+
+def test_an_agent_that_has_been_stopped_is_gone_while_its_vm_runs(pair, sh):
+    """Who waits for it is told, and who calls it then."""
+    stop = "systemctl stop qubes-qrexec-agent.service"
+    with pytest.raises(GuestGoneError, match="or its agent has stopped"):
+        sh(pair.vault, stop, "root")
+    with pytest.raises(GuestGoneError):
+        sh(pair.vault, "true")
+    with pytest.raises(subprocess.CalledProcessError):
+        sh(pair.work, "qrexec-client-vm vault qubes.GetDate")
+    assert pair.vault.is_running()
+    pair.run(pair.vault.kill())
+    pair.run(pair.vault.start())
+    assert sh(pair.vault, "hostname") == "vault"

@@ -76,7 +76,9 @@ async def test_enter_tells_who_the_vm_is(connect):
     entering = asyncio.ensure_future(agent.enter(identity, timeout=8))
     frame = await peer.expect(F.ENTER)
     peer.send(F.DONE)
+    assert not agent.domain.ends_with_agent
     await entering
+    assert agent.domain.ends_with_agent
     pairs = dict(p.decode().split("=", 1) for p in frame.payload[:-1].split(b"\0"))
     assert len(pairs.pop("seed")) == 128
     assert int(pairs.pop("time")) > 1_700_000_000 * 10**9
