@@ -71,11 +71,6 @@ _SIZES: Final = {
     "integ.backup": {"private_img_size": 512 * MIB, "root_img_size": 2048 * MIB}
 }
 _PROGRAMS: Final = ("qrexec_daemon", "qrexec_client", "qubesdb_daemon")
-#: Constants of the driver `file`.
-_SCRIPTS: Final = {
-    "CREATE_SCRIPT": "create-snapshot",
-    "DESTROY_SCRIPT": "destroy-snapshot",
-}
 
 
 class _Programs(PluginExtensions):
@@ -99,12 +94,6 @@ class _Programs(PluginExtensions):
         }
         self._undo.enter_context(mock.patch.dict(config.system_path, paths))
         self._undo.enter_context(mock.patch.dict(config.defaults, self._sizes))
-        with contextlib.suppress(ModuleNotFoundError):
-            # a core may have that driver no more
-            driver: Any = importlib.import_module("qubes.storage.file")
-            for name, script in _SCRIPTS.items():
-                path = os.fspath(PROGRAMS / script)
-                self._undo.enter_context(mock.patch.object(driver, name, path))
         # it looks for what tells dom0 as it is imported, which is outside of dom0
         client: Any = sys.modules.get("qubesadmin")
         if client is not None:

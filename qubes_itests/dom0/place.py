@@ -49,7 +49,11 @@ _USER: Final = "user"
 _AUX_TOOLS: Final = "linux/aux-tools"
 _LIB: Final = Path("/usr/lib")
 _LIBEXEC: Final = Path("/usr/libexec")
-_UNPACKER: Final = Path(__file__).with_name("bin") / "qfile-dom0-unpacker"
+#: Of our programs, those that are called there.
+_OURS: Final = {
+    _LIB: ("create-snapshot", "destroy-snapshot", "qrexec-client"),
+    _LIBEXEC: ("qfile-dom0-unpacker",),
+}
 #: Names in the machine's files are in any encoding.
 _AS_IT_IS: Final[Mapping[str, str]] = {"encoding": "utf-8", "errors": "surrogateescape"}
 
@@ -191,12 +195,13 @@ def _have_services(checkout: Path, policy: Mapping[str, Path]) -> None:
 
 
 def _have_programs(checkout: Path) -> None:
-    """Have programs that are called by their paths: a core's, and one of ours."""
+    """Have programs that are called by their paths: a core's, and ours."""
+    ours = Path(__file__).with_name("bin")
     tools = [p for p in (checkout / _AUX_TOOLS).glob("*") if p.name != "Makefile"]
-    places = {_LIB: [*tools, checkout / "tests"], _LIBEXEC: [_UNPACKER]}
-    for place, programs in places.items():
+    for place, names in _OURS.items():
         below = place / "qubes"
-        for program in programs if place.is_dir() else ():
+        core = [*tools, checkout / "tests"] if place == _LIB else []
+        for program in [*core, *map(ours.joinpath, names)] if place.is_dir() else ():
             below.mkdir(exist_ok=True)
             (below / program.name).unlink(missing_ok=True)
             (below / program.name).symlink_to(program)

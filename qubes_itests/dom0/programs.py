@@ -36,6 +36,7 @@ log = logging.getLogger("qubes_itests.dom0")
 
 #: Where they are.
 PROGRAMS: Final = Path(__file__).with_name("bin")
+_CLIENT: Final = Path(__file__).with_name("client.py")
 #: As dom0 has them, before what a user has put there: a python3 that is a script which
 #: looks for one is too slow for tests that call a service which they have just started.
 _SYSTEM: Final = ("/usr/sbin", "/usr/bin")
@@ -89,6 +90,8 @@ class Programs:
         path = [os.fspath(PROGRAMS), *_SYSTEM, os.environ["PATH"]]
         return {
             "QUBES_ITESTS_PYTHON": sys.executable,
+            # not by their own paths: some are links from where dom0 has them
+            "QUBES_ITESTS_CLIENT": os.fspath(_CLIENT),
             "QUBES_ITESTS_DOM0": os.fspath(self._path),
             "PATH": os.pathsep.join(path),
         }

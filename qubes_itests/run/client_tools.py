@@ -55,9 +55,7 @@ def write_tools(directory: Path, admin_socket: Path | None) -> bool:
     run = [sys.executable, "-m", "qubes_itests", "qvm", "--socket", admin_socket]
     for name in tools:
         module = OTHER_NAMES.get(name, name).replace("-", "_")
-        # that of dom0 is found by PATH
-        client = f"import {PACKAGE}.config as c; c.QREXEC_CLIENT = 'qrexec-client'"
-        main = f"{client}; from {PACKAGE}.tools.{module} import main; sys.exit(main())"
+        main = f"from {PACKAGE}.tools.{module} import main; sys.exit(main())"
         direct = [sys.executable, "-c", f"import sys; sys.argv[0] = {name!r}; {main}"]
         write_program(
             directory / name, [*run, name] if admin_socket is not None else direct

@@ -98,6 +98,9 @@ class TC_00_Basic(unittest.TestCase):
             done.stdout, f"a program of the core, for root, in {program}\n"
         )
         self.assertFalse(os.path.exists("/usr/lib/qubes/Makefile"))
+        client = ["/usr/lib/qubes/qrexec-client", "-d", "nobody", "user:true"]
+        done = subprocess.run(client, capture_output=True, text=True, check=False)
+        self.assertIn("qrexec-client: there is no domain 'nobody'", done.stderr)
         # what the machine has is there still, by its own paths
         self.assertEqual(os.path.realpath("/usr/lib/systemd"), "/usr/lib/systemd")
         unpacker = ["/usr/libexec/qubes/qfile-dom0-unpacker", "0", "/var/tmp"]  # noqa: S108
@@ -164,4 +167,4 @@ class TC_00_Basic(unittest.TestCase):
 
     def test_205_tools_of_the_client(self):
         done = subprocess.run(["qvm-hello", "work"], capture_output=True, check=True)
-        self.assertEqual(done.stdout, b"qvm-hello work qrexec-client\n")
+        self.assertEqual(done.stdout, b"qvm-hello work\n")
