@@ -24,7 +24,7 @@ LARGE = os.urandom(300_000)
 def root(tmp_path):
     """Return what a guest has of these in its root."""
     place = shutil.copytree(TEMPLATE, tmp_path / "root")
-    (place / AGENT).parent.mkdir(parents=True)
+    (place / AGENT).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(guest_scripts.ROOT / AGENT, place / AGENT)
     return place
 
