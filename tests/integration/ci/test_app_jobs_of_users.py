@@ -109,13 +109,13 @@ def app(place):
 def github(place, app, path):
     """Return a function that makes the job of a user."""
 
-    def make(itests, **environment):
+    def make(itests, source=app, **environment):
         workspace = place / "workspace"
         workspace.mkdir()
         job = GitHubJob(
             workspace,
             itests,
-            app,
+            source,
             environment={"PATH": path, **environment},
             user=_USER,
             group=_USER,
@@ -185,3 +185,58 @@ def test_the_tests_of_an_app_run_on_both_systems(github, app, place, site):
     assert not done.failed, done.output
     assert passed(app / "itests-junit.xml") == ["test_000_run"]
     assert (app / kept.name).stat().st_mtime == before.st_mtime
+
+
+@pytest.fixture
+def core(place):
+    """Return a checkout in the shape of core-admin, and one of its core-qrexec."""
+    core, qrexec = place / "core-admin", place / "core-qrexec"
+    shutil.copytree(Path(__file__).parents[2] / "support/fake-core", core)
+    qrexec.mkdir()
+    (core / "qrexec").rename(qrexec / "qrexec")
+    with (core / "qubes/config.py").open("a") as config:
+        config.write("import qrexec\n")
+    (qrexec / "setup.py").write_text(
+        "import setuptools\n"
+        "setuptools.setup(name='qrexec', packages=setuptools.find_packages())\n"
+    )
+    author = ["-c", "user.name=x", "-c", "user.email=x@localhost"]
+    commit = [*author, "commit", "--quiet", "--message=x"]
+    for words in (["init", "--quiet"], ["add", "."], commit):
+        subprocess.run(["git", *words], cwd=qrexec, check=True)
+    return core, qrexec
+
+
+def test_the_suites_of_a_core_run_on_both_systems(github, core, place, site):
+    core, qrexec = core
+    variables = {k: v for k, v in site.environment.items() if k.startswith("QUBES_")}
+    job = github(_ITESTS, core, **variables)
+    # its action only notes what it gets
+    shutil.copytree(qrexec, job.workspace / "core-qrexec")
+    given = "core::unit -k 'test_004 or test_007'"
+    done = job.run(qrexec="OWNER/NAME", templates="tiny", arguments=given)
+    assert not done.failed, done.output
+    tests = ["test_004_templates_have_told_of_their_services"]
+    tests += ["test_007_files_of_the_checkout"]
+    assert passed(job.workspace / "itests-junit.xml") == tests
+    assert "2 passed" in done.summary
+    assert (job.workspace / "itests-artifacts/report.html").is_file()
+    kept = job.workspace / "itests-cache.tar"
+    shutil.copy2(kept, core)
+    before = (core / kept.name).stat()
+
+    directory = place / "gitlab"
+    directory.mkdir()
+    environment = {**variables, "PATH": os.environ["PATH"]}
+    template = {"template": ".qubes-itests-core", "environment": environment}
+    job = GitLabJob(core, _ITESTS, directory, **template)
+    done = job.run(
+        ITESTS_QREXEC=f"file://{qrexec}",
+        ITESTS_TEMPLATES="tiny",
+        ITESTS_ARGUMENTS=given,
+    )
+    assert not done.failed, done.output
+    assert passed(core / "itests-junit.xml") == tests
+    # the core that was installed on the other is found in it
+    assert "installing it" not in done.output
+    assert (core / kept.name).stat().st_mtime == before.st_mtime

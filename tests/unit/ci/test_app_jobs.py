@@ -311,6 +311,12 @@ def test_the_project_has_nothing_but_the_app_while_tests_run(gitlab, app, record
     assert record.with_name("record.app").read_text() == "setup.cfg\n"
 
 
+def test_each_job_of_gitlab_works_in_the_same_place():
+    """Else nothing that was installed into an environment is found in its cache."""
+    variables = yaml.safe_load(GITLAB.read_text())[".qubes-itests"]["variables"]
+    assert variables["ITESTS_WORK"] == "/tmp/qubes_itests"  # noqa: S108
+
+
 def test_gitlab_keeps_the_archive_that_nothing_was_added_to(gitlab, app):
     gitlab().run()
     archive = app / "itests-cache.tar"
