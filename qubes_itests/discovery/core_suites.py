@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 import unittest
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
@@ -18,7 +19,7 @@ from qubes_itests.discovery.extensions import PluginExtensions
 from qubes_itests.discovery.inspection import has_tests
 from qubes_itests.discovery.result import Plugin, Problem, TestClass
 from qubes_itests.discovery.selection import TEMPLATES
-from qubes_itests.dom0 import qubesdb_module
+from qubes_itests.dom0 import modules, qubesdb_module
 from qubes_itests.dom0.opening import in_time, start_net_vm
 from qubes_itests.dom0.programs import PROGRAMS
 from qubes_itests.qmemman.sizes import MIB
@@ -63,6 +64,12 @@ _TESTS_NOT_HERE: Final = {
     },
 }
 
+#: Drivers of storage whose tests skip themselves where the machine has no such storage.
+_ABSENT: Final = (
+    "qubes.storage.file",
+    "qubes.storage.lvm",
+    "qubes.storage.zfs",
+)
 #: What the kernel gives new files, by its number in <linux/time.h>.
 _CLOCK_REALTIME_COARSE: Final = 5
 #: Of a suite whose tests read whole volumes three times, for minutes of a CPU, though
@@ -184,6 +191,15 @@ def core_suites(
     ]
 
 
+class _Absent(ModuleType):
+    """A driver that we have not: what it has is there to be named, and does nothing."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name=name, obj=self)
+        return type(name, (), {})
+
+
 def suites_for_ours(
     checkout: Path, templates: Sequence[str], words: Sequence[str] = ()
 ) -> list[Plugin]:
@@ -197,6 +213,9 @@ def suites_for_ours(
     """
     tests = importlib.import_module(_PACKAGE)
     tests.__path__ = [os.fspath(checkout.joinpath(*_PACKAGE.split(".")))]
+    importlib.import_module("qubes.storage")
+    for name in _ABSENT:
+        modules.place(name, _Absent(name))
     with (
         mock.patch.dict(os.environ, {TEMPLATES: " ".join(templates)}),
         # nothing is written into the checkout
