@@ -22,7 +22,7 @@ __all__ = [
     "UNITS",
     "VAR_LIB_QUBES",
     "WANTED_UNITS",
-    "bash_as_sh",
+    "directories_of_suites",
     "dom0_directories",
 ]
 
@@ -127,22 +127,10 @@ def dom0_directories(
         zone.symlink_to("/usr/share/zoneinfo/UTC")
     _have_group()
     _have_user()
-    # Suites mount filesystems below /var/tmp: what one that fails leaves there would be
-    # in the way of the next run.
-    mounts = {
-        VAR_LIB_QUBES: storage / "qubes",
-        HOME: storage / "home",
-        Path("/var/tmp"): storage / "tmp",  # noqa: S108
-    }
     with contextlib.ExitStack() as undo:
-        undo.enter_context(bash_as_sh())
-        for place, source in mounts.items():
-            source.mkdir()
-            source.chmod(0o1777 if place.name == "tmp" else 0o755)
-            run(["mount", "--bind", source, place], timeout=30)
-            undo.callback(run, ["umount", "--lazy", place], timeout=30)
-            # first, or the filesystem of the run could not be unmounted
-            undo.callback(detach_loop_devices, place)
+        undo.enter_context(directories_of_suites(storage))
+        _mount(VAR_LIB_QUBES, storage / "qubes", undo)
+        _mount(HOME, storage / "home", undo)
         MAPPER.mkdir(exist_ok=True)
         run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", MAPPER], timeout=30)
         undo.callback(run, ["umount", "--lazy", MAPPER], timeout=30)
@@ -150,21 +138,33 @@ def dom0_directories(
 
 
 @contextlib.contextmanager
-def bash_as_sh() -> Iterator[None]:
-    """Have sh be bash, as in dom0: tests expect that `sh -c COMMAND` becomes COMMAND.
+def directories_of_suites(storage: Path) -> Iterator[None]:
+    """Have what suites expect of any dom0, in this sandbox, until the end. Blocking.
 
+    That is a /var/tmp for filesystems, which a test that fails leaves there, in the way
+    of the next run. And sh is bash: tests expect that `sh -c COMMAND` becomes COMMAND.
     With another shell its outputs stay open for as long as that waits for the command.
-    Ends with the context, in this sandbox. Blocking.
+
+    :param storage: an empty directory for what is in /var/tmp.
     """
     bash, shell = shutil.which("bash", path=os.defpath), Path("/bin/sh").resolve()
-    if bash is None or shell.samefile(bash):
+    with contextlib.ExitStack() as undo:
+        _mount(Path("/var/tmp"), storage / "tmp", undo, mode=0o1777)  # noqa: S108
+        if bash is not None and not shell.samefile(bash):
+            run(["mount", "--bind", bash, shell], timeout=30)
+            undo.callback(run, ["umount", "--lazy", shell], timeout=30)
         yield
-        return
-    run(["mount", "--bind", bash, shell], timeout=30)
-    try:
-        yield
-    finally:
-        run(["umount", "--lazy", shell], timeout=30)
+
+
+def _mount(
+    place: Path, source: Path, undo: contextlib.ExitStack, mode: int = 0o755
+) -> None:
+    source.mkdir()
+    source.chmod(mode)
+    run(["mount", "--bind", source, place], timeout=30)
+    undo.callback(run, ["umount", "--lazy", place], timeout=30)
+    # first, or the filesystem of the run could not be unmounted
+    undo.callback(detach_loop_devices, place)
 
 
 def _have_units(directory: Path) -> None:

@@ -28,11 +28,6 @@ __all__ = ["SharedDatabase", "read_entries"]
 _TIMEOUT: Final = 60.0
 #: Of what it says in place of that, so many bytes are shown.
 _SHOWN: Final = 500
-#: What a guest's agent says of block devices without being asked, and the bytes of it.
-_BLOCK: Final = re.compile(
-    r"/qubes-block-devices(/[a-z0-9-]{1,63}/(desc|size|mode|parent))?"
-)
-_LONGEST: Final = 255
 #: Of all entries of a guest so many are kept.
 _MOST: Final = 1000
 _ENTRY: Final = re.compile(rb"(/[!-~]*) = (.*)", re.DOTALL)
@@ -108,8 +103,6 @@ class SharedDatabase:
     def _follow(self, path: str, value: str | None) -> None:
         """Have dom0's follow what the agent says of block devices."""
         before = self._database.read(path)
-        if not _BLOCK.fullmatch(path) or len(value or "") > _LONGEST:
-            return
         if value is None:
             self._told.pop(path, None)
             if before is not None:

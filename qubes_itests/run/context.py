@@ -92,7 +92,6 @@ class RunContext:
         :raise EnvironmentNotReadyError: when the machine lacks something.
         """
         from qubes_itests.dom0 import modules
-        from qubes_itests.dom0.place import bash_as_sh
         from qubes_itests.run.app_templates import policy_of
         from qubes_itests.run.testbed import open_testbed
 
@@ -105,12 +104,26 @@ class RunContext:
             testbed = self._exit.enter_context(opened)
         told = Prepared.told()
         if told.core_suites:
-            self._exit.enter_context(bash_as_sh())
+            self._have_dom0_of_suites(testbed)
         if core := told.core:
             files = {name: path for file in policy for name, path in file.parts()}
             testbed.machine = self._enter_dom0(testbed, Path(core), files)
         self._testbed = testbed
         return testbed
+
+    def _have_dom0_of_suites(self, testbed: Testbed) -> None:
+        """Have what suites of core-admin expect of dom0, around our own core."""
+        from qubes_itests.dom0.place import directories_of_suites
+        from qubes_itests.dom0.programs import PROGRAMS
+
+        programs = testbed.parts.run_directory / "programs"
+        storage = testbed.parts.pool_directory / "dom0"
+        for place in (programs, storage):
+            place.mkdir()
+        (programs / "sudo").symlink_to(PROGRAMS / "sudo")
+        path = os.pathsep.join([str(programs), os.environ.get("PATH", os.defpath)])
+        self._exit.enter_context(mock.patch.dict(os.environ, PATH=path))
+        self._exit.enter_context(directories_of_suites(storage))
 
     def _enter_dom0(
         self, testbed: Testbed, core: Path, policy: Mapping[str, Path]

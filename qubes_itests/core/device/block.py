@@ -1,7 +1,9 @@
-"""Block devices: dom0 exposes images and devices of the host, VMs have them as disks.
+"""Block devices of dom0 and of VMs, which other VMs have as disks.
 
-Each is a link in the folder ``block`` of the app's directory; its name is the port.  A
-file that nobody may write is attached read-only.
+dom0 exposes images and devices of the host: each is a link in the folder ``block`` of
+the app's directory; its name is the port.  A file that nobody may write is attached
+read-only.  VMs expose what their guests tell of; the guest serves it, and the host
+passes the bytes on.
 
 Options of an attachment: ``frontend-dev``, what the guest calls the disk, by default
 the first that is free from ``xvdi`` on; ``read-only``, ``yes`` or ``no``; ``devtype``,
@@ -18,9 +20,15 @@ import stat
 import string
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
-from qubes_itests.core.device.info import DeviceInfo, DeviceInterface, UnknownDevice
+from qubes_itests.core.device.block_device import (
+    BLOCK_DEVICES,
+    BlockDevice,
+    offered,
+)
+from qubes_itests.core.device.info import DeviceInfo, UnknownDevice
 from qubes_itests.core.device.port import Port, VirtualDevice
 from qubes_itests.core.exc import (
     DeviceAlreadyAttached,
@@ -28,6 +36,7 @@ from qubes_itests.core.exc import (
     QubesException,
     QubesValueError,
     QubesVMError,
+    QubesVMNotRunningError,
     UnrecognizedDevice,
 )
 from qubes_itests.core.ext import Extension, handler
@@ -35,6 +44,7 @@ from qubes_itests.core.properties import to_bool
 from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.exc import HarnessError
+from qubes_itests.guest.link.block_export import BlockExport
 from qubes_itests.hypervisor.contract import Disk, Domain
 from qubes_storage.uninterrupted import to_its_end
 
@@ -44,7 +54,13 @@ if TYPE_CHECKING:
     from qubes_itests.core.app import Qubes
     from qubes_itests.core.vm.base import BaseVM
 
-__all__ = ["BlockDevice", "BlockDeviceExtension", "expose", "exposed", "withdraw"]
+__all__ = [
+    "BlockDeviceExtension",
+    "HostBlockDevice",
+    "expose",
+    "exposed",
+    "withdraw",
+]
 
 log = logging.getLogger("qubes.devices")
 
@@ -60,19 +76,67 @@ _FRONTENDS: Final = [f"xvd{letter}" for letter in _LETTERS[8:] + _LETTERS[4:8]]
 
 
 class BlockDeviceExtension(Extension):
-    """Lists the block devices of dom0; attaches and detaches them."""
+    """Lists the block devices of dom0 and of VMs; attaches and detaches them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Those of guests that other VMs have, by those VMs and by ports.
+        self._exports: dict[tuple[BaseVM, Port], BlockExport] = {}
+        #: What guests have told of so far, by names.
+        self._told: WeakKeyDictionary[BaseVM, frozenset[str]] = WeakKeyDictionary()
+        #: The loop holds tasks weakly.
+        self._telling: set[asyncio.Task[None]] = set()
 
     @handler("device-list:block")
     def on_list(self, vm: BaseVM, _event: str) -> Iterator[DeviceInfo]:
-        """Yield the devices that dom0 exposes; other VMs expose none."""
-        if isinstance(vm, AdminVM):
-            yield from exposed(vm.app)
+        """Yield the devices that the VM exposes."""
+        yield from exposed(vm.app) if isinstance(vm, AdminVM) else offered(vm)
 
     @handler("device-get:block")
     def on_get(self, vm: BaseVM, _event: str, *, port_id: str) -> Iterator[DeviceInfo]:
-        """Yield the device of that name, if dom0 exposes it."""
+        """Yield the device of that name, if the VM exposes it."""
         if isinstance(vm, AdminVM):
             yield from exposed(vm.app, port_id)
+        else:
+            yield from offered(vm, port_id)
+
+    @handler("domain-init", "domain-load")
+    def on_init(self, vm: BaseVM, _event: str) -> None:
+        """Have `on_guest_change` called."""
+        vm.watch_qdb_path(BLOCK_DEVICES)
+
+    @handler(f"domain-qdb-change:{BLOCK_DEVICES}")
+    def on_guest_change(self, vm: BaseVM, _event: str, **_kwargs: Any) -> None:
+        """Tell of devices that have come and gone, and take these from who has them."""
+        now = frozenset(device.port_id for device in offered(vm))
+        before = self._told.get(vm, frozenset())
+        if now == before:
+            return
+        self._told[vm] = now
+        task = asyncio.ensure_future(self._tell(vm, before - now, now - before))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _tell(
+        self, vm: BaseVM, gone: frozenset[str], new: frozenset[str] = frozenset()
+    ) -> None:
+        await vm.fire_event_async("device-list-change:block")
+        for port in (Port(vm, name, "block") for name in sorted(gone)):
+            await vm.fire_event_async("device-removed:block", port=port)
+            for other in vm.app.domains.startable():
+                if port in other.devices["block"].attached:
+                    try:
+                        await self._take_away(other, port)
+                    except (HarnessError, QubesException) as error:
+                        log.warning("%s", str(error))
+        for name in sorted(new):
+            for device in offered(vm, name):
+                await vm.fire_event_async("device-added:block", device=device)
+
+    async def _take_away(self, vm: QubesVM, port: Port) -> None:
+        """Detach a device that is there no more, whatever requires it."""
+        await self.on_pre_detach(vm, "device-pre-detach:block", port=port)
+        await vm.fire_event_async("device-detach:block", port=port)
 
     @handler("device-list-attached:block")
     def on_list_attached(
@@ -102,12 +166,31 @@ class BlockDeviceExtension(Extension):
         # or its name meanwhile.
         attached[device.port] = options
         read_only = options["read-only"] == "yes"
-        disk = Disk(options["frontend-dev"], device.path, read_only=read_only)
+        name = options["frontend-dev"]
         try:
-            await _plug_in(vm, vm.domain, disk)
+            if isinstance(device, HostBlockDevice):
+                disk = Disk(name, device.path, read_only=read_only)
+                await _plug_in(vm, vm.domain, disk)
+            else:
+                export = _export(vm, device, name, read_only=read_only)
+                self._exports[vm, device.port] = export
+                disk = Disk(name, export.path, read_only=read_only)
+                # A guest that serves and does not answer would keep QEMU, and so
+                # libvirt, for ever: when nobody serves any more they give up.
+                loop = asyncio.get_running_loop()
+                giving_up = loop.call_later(_NOTICE, export.close)
+                try:
+                    await _plug_in(vm, vm.domain, disk)
+                finally:
+                    giving_up.cancel()
         except BaseException:
-            attached.pop(device.port, None)
+            self._forget(vm, device.port)
             raise
+
+    def _forget(self, vm: BaseVM, port: Port) -> None:
+        vm.devices["block"].attached.pop(port, None)
+        if export := self._exports.pop((vm, port), None):
+            export.close()
 
     @handler("device-pre-detach:block")
     async def on_pre_detach(self, vm: QubesVM, _event: str, *, port: Port) -> None:
@@ -120,7 +203,7 @@ class BlockDeviceExtension(Extension):
         async def pull_out() -> None:
             name = options["frontend-dev"]
             await domain.detach_disk(name)
-            vm.devices["block"].attached.pop(port, None)
+            self._forget(vm, port)
             try:
                 await _seen(vm, name, "gone")
             except HarnessError as error:
@@ -160,11 +243,34 @@ class BlockDeviceExtension(Extension):
 
     @handler("domain-shutdown", "domain-start-failed")
     async def on_end(self, vm: QubesVM, _event: str, **_kwargs: Any) -> None:
-        """Forget the attachments of the run that has ended."""
-        attached = vm.devices["block"].attached
-        for port in list(attached):
-            del attached[port]
+        """Forget the attachments of the run that has ended, and what it has exposed."""
+        for port in list(vm.devices["block"].attached):
+            self._forget(vm, port)
             await vm.fire_event_async("device-detach:block", port=port)
+        if told := self._told.pop(vm, None):
+            await self._tell(vm, told)
+
+
+def _export(
+    vm: QubesVM, device: BlockDevice, name: str, *, read_only: bool
+) -> BlockExport:
+    """Have the guest serve its device for another one.
+
+    :param vm: that is to have it.
+    :param name: of the disk there.
+    :raise QubesVMNotRunningError: it does not run, or not now.
+    """
+    backend = device.port.backend
+    if not isinstance(backend, QubesVM) or not backend.is_running():
+        raise QubesVMNotRunningError(backend)
+    if backend.is_paused():
+        # it would answer nobody, and the other one wait for it
+        reason = f"VM {backend} is paused, and cannot serve {device.port}"
+        raise QubesVMNotRunningError(backend, reason)
+    # short: paths of sockets are limited in length
+    path = vm.app.directory / f"block-{vm.xid}-{name}"
+    agent = backend.running_agent()
+    return BlockExport(agent, f"/dev/{device.port_id}", path, read_only=read_only)
 
 
 async def _plug_in(vm: QubesVM, domain: Domain, disk: Disk) -> None:
@@ -268,7 +374,7 @@ async def _attach_assigned(vm: QubesVM, assignment: DeviceAssignment) -> None:
             log.warning("VM %s goes without a device: %s", vm.name, str(error))
 
 
-class BlockDevice(DeviceInfo):
+class HostBlockDevice(BlockDevice):
     """An image or a block device of the host.
 
     :param port: whose name is that of the link.
@@ -278,31 +384,14 @@ class BlockDevice(DeviceInfo):
     def __init__(self, port: Port, path: Path) -> None:
         status = path.stat()
         self.path = path
-        #: Whether VMs may write to it.
-        self.read_only = not status.st_mode & _WRITABLE
         super().__init__(
             port,
+            size=_size(path, status),
+            read_only=not status.st_mode & _WRITABLE,
             name=str(port.port_id),
             manufacturer=f"hosted by {port.backend_name}",
-            interfaces=[DeviceInterface("b******")],
             device_id=f"image:{port.port_id}",
-            size=str(_size(path, status)),
-            mode="r" if self.read_only else "w",
         )
-
-    @property
-    def attachment(self) -> BaseVM | None:
-        """The VM that has it now, None for none."""
-        return _attachment(self.port)
-
-
-def _attachment(port: Port) -> BaseVM | None:
-    having = (
-        vm
-        for vm in port.backend.app.domains
-        if "block" in vm.devices and port in vm.devices["block"].attached
-    )
-    return next(having, None)
 
 
 def _size(path: Path, status: os.stat_result) -> int:
@@ -316,7 +405,7 @@ def _folder(app: Qubes) -> Path:
     return app.directory / "block"
 
 
-def exposed(app: Qubes, name: str | None = None) -> Iterator[BlockDevice]:
+def exposed(app: Qubes, name: str | None = None) -> Iterator[HostBlockDevice]:
     """Yield the block devices of dom0; what is neither image nor device is left out.
 
     So is what cannot be looked at: a link to itself, a drive without a disk in it.
@@ -330,7 +419,7 @@ def exposed(app: Qubes, name: str | None = None) -> Iterator[BlockDevice]:
             path = (_folder(app) / found).resolve()
             if not (path.is_file() or path.is_block_device()):
                 continue
-            device = BlockDevice(_port(app, found), path)
+            device = HostBlockDevice(_port(app, found), path)
         except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
             log.info("block device %s of dom0 is not there: %s", found, str(error))
             continue
@@ -347,7 +436,7 @@ def _port(app: Qubes, name: str) -> Port:
 
 async def expose(
     app: Qubes, path: str | os.PathLike[str], name: str | None = None
-) -> BlockDevice:
+) -> HostBlockDevice:
     """Expose an image or a block device of the host; VMs that wait for it get it.
 
     :param path: an existing raw image, as that of a volume, or a device.
@@ -394,8 +483,9 @@ async def withdraw(app: Qubes, name: str) -> None:
     if name not in await asyncio.to_thread(_names, _folder(app)):
         raise QubesException(f"dom0 exposes no block device {name!r}")
     port = _port(app, name)
-    if (vm := _attachment(port)) is not None:
-        await vm.devices["block"].detach(port)
+    for vm in app.domains.startable():
+        if port in vm.devices["block"].attached:
+            await vm.devices["block"].detach(port)
     await asyncio.to_thread((_folder(app) / name).unlink)
     dom0 = app.domains["dom0"]
     await dom0.fire_event_async("device-list-change:block")

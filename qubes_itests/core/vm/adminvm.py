@@ -74,21 +74,7 @@ class AdminVM(BaseVM):
         super().__init__(app, name="dom0", qid=0, uuid="0" * 32)
         self.libvirt_domain = _Domain0()
         #: Its database, which programs in dom0 write to.
-        self.untrusted_qdb = OwnQubesDB(self._on_qdb_change)
-        self._watched_paths: set[str] = set()
-
-    def watch_qdb_path(self, path: str) -> None:
-        """Have ``domain-qdb-change:PATH`` (`path`) fired when that entry changes.
-
-        :param path: with a ``/`` at its end, all entries below it.
-        """
-        self._watched_paths.add(path)
-
-    def _on_qdb_change(self, path: str) -> None:
-        for watched in sorted(self._watched_paths):
-            below = watched.endswith("/") and path.startswith(watched)
-            if path == watched or below:
-                self.fire_event(f"domain-qdb-change:{watched}", path=path)
+        self.untrusted_qdb = OwnQubesDB(self.note_qdb_change)
 
     def get_power_state(self) -> str:
         """Return ``Running``: dom0 always does."""

@@ -108,6 +108,7 @@ class BaseVM(PropertyHolder):
 
     def __init__(self, app: Qubes, **properties: Any) -> None:
         self.app = app
+        self._watched_paths: set[str] = set()
         self.features = Features(self)
         self.tags = Tags(self)
         #: Its devices, by class; see `qubes_itests.core.device.collections`.
@@ -223,10 +224,20 @@ class BaseVM(PropertyHolder):
         return get_vm_logger(self.name)
 
     def watch_qdb_path(self, path: str) -> None:
-        """Have ``domain-qdb-change:PATH`` fired when the guest changes its database.
+        """Have ``domain-qdb-change:PATH`` (`path`) fired when that entry changes.
 
-        Guests do not change it here: an extension may ask, and hears of nothing.
+        What a guest changes by itself is what it tells of its devices.
+
+        :param path: with a ``/`` at its end, all entries below it.
         """
+        self._watched_paths.add(path)
+
+    def note_qdb_change(self, path: str) -> None:
+        """Tell those who watch an entry of its database that it has changed."""
+        for watched in sorted(self._watched_paths):
+            below = watched.endswith("/") and path.startswith(watched)
+            if path == watched or below:
+                self.fire_event(f"domain-qdb-change:{watched}", path=path)
 
     @stateless_property
     def icon(self) -> str:

@@ -11,7 +11,7 @@ __all__ = ["OwnQubesDB", "QubesDB"]
 
 
 class QubesDB:
-    """What a guest finds in its database; the guest adds nothing to it.
+    """What a guest finds in its database, and what its agent says there of devices.
 
     :param entries: values by paths.
     """

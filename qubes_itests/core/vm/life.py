@@ -78,6 +78,8 @@ _XIDS: Final = itertools.count(1)
 _SERVICE_TIMEOUT: Final = 10.0
 #: Seconds that the agent of a thawed guest has to answer.
 _ANSWER_TIMEOUT: Final = 30.0
+#: So many entries of a guest's database are kept.
+_MOST_ENTRIES: Final = 1000
 #: Seconds that a guest has to set its clock.
 _CLOCK_TIMEOUT: Final = 20.0
 
@@ -108,6 +110,8 @@ class Life:
     def __init__(self, vm: QubesVM) -> None:
         self._vm = vm
         self._state = PowerState.HALTED
+        #: What the guest of the present run, or the last, has said of its devices.
+        self.device_entries: dict[str, str] = {}
         #: The number of the present or the last domain, -1 before the first.
         self.xid = -1
         #: The domain of the present or the last run.
@@ -297,6 +301,7 @@ class Life:
             self.journal = None
             if self.agent is not None:
                 undo.push_async_callback(self.agent.close)
+                self._follow_devices(self.agent)
                 self.journal = GuestJournal(self.agent, who.init, begun)
                 if timeline.follows_logs():
                     self.journal.follow()
@@ -349,6 +354,20 @@ class Life:
                 on_call=lambda call: qrexec.handle_call(vm, call),
                 log=vm.directory / "agent.log",
             )
+            self._follow_devices(self.agent)
+
+    def _follow_devices(self, agent: GuestAgent) -> None:
+        """Take over what the guest says of its devices in its database."""
+        entries = self.device_entries = {}
+
+        def note(path: str, value: str | None) -> None:
+            if value is None:
+                entries.pop(path, None)
+            elif path in entries or len(entries) < _MOST_ENTRIES:
+                entries[path] = value
+            self._vm.note_qdb_change(path)
+
+        agent.on_db_change(note)
 
     # end
 

@@ -562,7 +562,9 @@ class QubesVM(BaseVM):
     @property
     def untrusted_qdb(self) -> QubesDB | None:
         """The guest's database as it is now, None while it does not run."""
-        return QubesDB(qubesdb_entries(self)) if self.is_running() else None
+        if not self.is_running():
+            return None
+        return QubesDB(qubesdb_entries(self) | self.life.device_entries)
 
     # on disk
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 import struct
 import time
@@ -35,6 +36,13 @@ __all__ = ["GuestAgent", "Identity"]
 _logger = logging.getLogger("qubes_itests.guest")
 
 _NO_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType({})
+#: An entry by which an agent tells of block devices, and the characters of its value.
+#: A virtio disk is the host's own: an agent that looks at it while it is plugged in or
+#: out cannot read that, and tells of it for that moment.
+_BLOCK_ENTRY: Final = re.compile(
+    r"/qubes-block-devices(/(?!vd)[a-z0-9-]{1,63}/(desc|size|mode|parent))?"
+)
+_LONGEST_VALUE: Final = 255
 _CLOCK: Final = struct.Struct("<Q")
 #: What a guest is asked about disks, in words.
 _STATES: Final = {"there": "there", "gone": "gone"}
@@ -291,12 +299,18 @@ class GuestAgent:
     def on_db_change(self, note: Callable[[str, str | None], None]) -> None:
         """Have what the agent itself says in the guest's qubesdb told from now on.
 
-        It says there what block devices other VMs may have.
+        It says there what block devices other VMs may have; all else is passed over.
 
-        :param note: called on the event loop with a path, and with the value, None for
-            an entry that was removed. Both are the guest's words, of up to 32 kB.
+        :param note: called on the event loop with a path below
+            ``/qubes-block-devices``, and with the value, None for an entry that was
+            removed: the guest's words, of up to 255 characters.
         """
-        self._connection.on_db_change = note
+
+        def told(path: str, value: str | None) -> None:
+            if _BLOCK_ENTRY.fullmatch(path) and len(value or "") <= _LONGEST_VALUE:
+                note(path, value)
+
+        self._connection.on_db_change = told
 
     async def set_clock(self, nanoseconds: int, *, timeout: float) -> None:
         """Set the guest's clock.
@@ -368,6 +382,8 @@ class GuestAgent:
     async def close(self) -> None:
         """End the connection; what is pending fails. A second call does nothing."""
         self._connection.abort(GuestGoneError(self.vm, "the host closed it"))
+        # who has one of its processes still does not hold the VM by this
+        self._connection.on_db_change = None
         await self._connection.tasks_done()
 
     async def wait_closed(self) -> Exception | None:

@@ -1,6 +1,7 @@
 """Block devices of dom0 as disks of real guests: live, at each start, gone after."""
 
 import subprocess
+import threading
 
 import pytest
 
@@ -241,6 +242,66 @@ def test_a_disk_is_there_when_it_is_said_so(vm, run, sh, exposed):
         )
         run(vm.devices["block"].detach(assignment.port))
         assert sh(vm, "ls /dev/xvdi 2>/dev/null || echo gone") == "gone"
+
+
+@pytest.fixture
+def tell(testbed):
+    """Have a VM say what its guest would say of a device; the device itself is real."""
+
+    def tell(vm, name, **said):
+        def say():
+            for key, value in said.items():
+                path = f"/qubes-block-devices/{name}/{key}"
+                if value is None:
+                    vm.life.device_entries.pop(path)
+                else:
+                    vm.life.device_entries[path] = value
+            vm.note_qdb_change("/qubes-block-devices")
+
+        testbed.portal.call(say)
+
+    return tell
+
+
+def test_a_device_of_another_vm(vm, run, exposed, disks, make_vm, tell, events):  # noqa: PLR0917
+    """It is written to there; it goes when it is told of no more, or its VM ends."""
+    back, data = make_vm("back"), exposed("data")
+    seen, detached = [], threading.Event()
+    vm.add_handler("device-detach:block", lambda *_args, **_kwargs: detached.set())
+    back.add_handler(
+        "device-added:block",
+        lambda _vm, _event, device: seen.append(("added", device.port_id)),
+    )
+    back.add_handler(
+        "device-removed:block",
+        lambda _vm, _event, port: seen.append(("removed", port.port_id)),
+    )
+    run(back.start())
+    run(vm.start())
+    attach(run, back, data)
+    tell(back, "xvdi", desc="a_model (label)", size="4194304", mode="w")
+    (device,) = back.devices["block"].get_exposed_devices()
+    assert (device.serial, device.name, device.size) == ("a model", "label", 4 * MIB)
+    attach(run, vm, DeviceAssignment(device))
+    assert (device.attachment, attached(vm)) == (vm, {"xvdi": "xvdi"})
+    assert disks.begins(vm, "xvdi") == "data"
+    disks.sh(vm, "printf DATA | dd of=/dev/xvdi conv=notrunc,fsync")
+    assert data.device.path.read_bytes()[:4] == b"DATA"
+    tell(back, "xvdi", desc=None, size=None, mode=None)
+    assert detached.wait(60)
+    assert (attached(vm), disks.is_gone(vm, "xvdi")) == ({}, True)
+    tell(back, "xvdi", desc="a_model (label)", mode="r")
+    (device,) = back.devices["block"].get_exposed_devices()
+    with pytest.raises(exc.QubesValueError, match="back:xvdi can be read only"):
+        attach(run, vm, DeviceAssignment(device, options={"read-only": "no"}))
+    attach(run, vm, DeviceAssignment(device))
+    assert disks.begins(vm, "xvdi") == "DATA"
+    run(back.kill())
+    assert (attached(vm), device.attachment) == ({}, None)
+    assert disks.is_gone(vm, "xvdi")
+    assert changes(events)[-1] == "device-detach:block"
+    assert list(back.devices["block"].get_exposed_devices()) == []
+    assert seen == 2 * [("added", "xvdi"), ("removed", "xvdi")]
 
 
 def test_a_guest_that_sees_no_disk_has_none_attached(vm, run, exposed, monkeypatch):

@@ -66,24 +66,6 @@ async def test_it_is_in_dom0_at_once_and_not_told_back(shared):
     assert (database.list(NAME), passed) == ([NAME], [])
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("/name", "other"),
-        (f"{NAME}/loop0", ""),
-        (f"{NAME}/../desc", ""),
-        (f"{NAME}/loop0/desc/x", ""),
-        (f"{NAME}/loop0/other", ""),
-        (f"{NAME}/{'l' * 64}/desc", ""),
-        (f"{NAME}/loop0/desc", "x" * 256),
-    ],
-)
-async def test_nothing_else_is_taken(shared, path, value):
-    database, say = shared
-    say(path, value)
-    assert database.list("/") == []
-
-
 async def test_what_the_agent_says_counts_while_its_guest_says_what_it_had():
     database, agent = QubesDB(), Agent()
     shared = SharedDatabase(database, agent, {}, follow=print)

@@ -20,6 +20,8 @@ from qubes_itests.guest.link.frames import FrameType as F
 
 pytestmark = pytest.mark.asyncio
 
+DEVICES = "/qubes-block-devices"
+
 
 async def test_a_guest_that_never_answers(tmp_path, socketpair):
     """The error names what was waited for, and shows the console's end."""
@@ -318,6 +320,35 @@ async def test_power_off_has_no_answer(connect):
     assert (await peer.expect(F.POWER_OFF)).payload == b"\0"
     await agent.reboot()
     assert (await peer.expect(F.POWER_OFF)).payload == b"\1"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        (DEVICES, "", True),
+        (f"{DEVICES}/loop0/desc", "x" * 255, True),
+        (f"{DEVICES}/loop0/desc", "x" * 256, False),
+        (f"{DEVICES}/loop0", "", False),
+        (f"{DEVICES}/vdd/desc", "", False),
+        (f"{DEVICES}/../desc", "", False),
+        (f"{DEVICES}/loop0/desc/x", "", False),
+        (f"{DEVICES}/loop0/other", "", False),
+        (f"{DEVICES}/{'l' * 64}/desc", "", False),
+        ("/name", "other", False),
+    ],
+)
+async def test_of_its_database_a_guest_tells_of_block_devices(
+    connect, path, value, told
+):
+    agent, peer = await connect()
+    heard = asyncio.Queue()
+    agent.on_db_change(lambda *entry: heard.put_nowait(entry))
+    for entry in (path, value), (f"{DEVICES}/last/size", "1"):
+        payload = "".join(f"{text}\0" for text in entry).encode()
+        peer.send(F.DB_CHANGED, payload=payload)
+    assert await heard.get() == (
+        (path, value) if told else (f"{DEVICES}/last/size", "1")
+    )
 
 
 @pytest.fixture
