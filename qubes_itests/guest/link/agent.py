@@ -37,10 +37,8 @@ _logger = logging.getLogger("qubes_itests.guest")
 
 _NO_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType({})
 #: An entry by which an agent tells of block devices, and the characters of its value.
-#: A virtio disk is the host's own: an agent that looks at it while it is plugged in or
-#: out cannot read that, and tells of it for that moment.
 _BLOCK_ENTRY: Final = re.compile(
-    r"/qubes-block-devices(/(?!vd)[a-z0-9-]{1,63}/(desc|size|mode|parent))?"
+    r"/qubes-block-devices(/[a-z0-9-]{1,63}/(desc|size|mode|parent))?"
 )
 _LONGEST_VALUE: Final = 255
 _CLOCK: Final = struct.Struct("<Q")

@@ -101,6 +101,8 @@ def test_devices_that_nobody_else_may_have(kernel: Kernel, wire: Wire) -> None:
     # by which the host says what the disk is called: page 0x80, with a header
     kernel._agent.file("sys/block/sda/device/vpd_pg80", "\1\2\3\4xvdb")
     kernel.device("sda1", "sda", partition="1")
+    # just plugged in: it has no such page yet
+    kernel.device("sdc", device__vendor="QEMU    ")
     assert told(wire) == {}
 
 

@@ -329,7 +329,6 @@ async def test_power_off_has_no_answer(connect):
         (f"{DEVICES}/loop0/desc", "x" * 255, True),
         (f"{DEVICES}/loop0/desc", "x" * 256, False),
         (f"{DEVICES}/loop0", "", False),
-        (f"{DEVICES}/vdd/desc", "", False),
         (f"{DEVICES}/../desc", "", False),
         (f"{DEVICES}/loop0/desc/x", "", False),
         (f"{DEVICES}/loop0/other", "", False),
