@@ -15,6 +15,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 from unittest import mock
 
+import pytest
+
 from qubes_itests.discovery.extensions import PluginExtensions
 from qubes_itests.discovery.inspection import has_tests
 from qubes_itests.discovery.result import Plugin, Problem, TestClass
@@ -70,6 +72,8 @@ _ABSENT: Final = (
     "qubes.storage.lvm",
     "qubes.storage.zfs",
 )
+#: Tests, of any suite, in which a guest's kernel panics on purpose.
+_PANICS: Final = ("test_114_reattach_after_provider_crash",)
 #: What the kernel gives new files, by its number in <linux/time.h>.
 _CLOCK_REALTIME_COARSE: Final = 5
 #: Of a suite whose tests read whole volumes three times, for minutes of a CPU, though
@@ -282,6 +286,10 @@ def _suite(begin: str, name: str, extensions: PluginExtensions) -> Plugin:
         for cls in classes:
             if test in dir(cls):
                 setattr(cls, test, skip(getattr(cls, test)))
+    for test in _PANICS:
+        for cls in classes:
+            if test in dir(cls):
+                pytest.mark.guest_panics(getattr(cls, test))
     return Plugin(
         name=begin,
         group=_GROUP,
