@@ -116,8 +116,10 @@ class Network:
         )
         self._uplinks[interface.mac] = uplink
         net._clients[uplink] = interface
+        # each of them takes a guest the time of a program or two
         await asyncio.gather(
             self._warned("use its interface", self._set_up_uplink(interface)),
+            self._warned("have its chains", self._load_base()),
             net.serve(),
         )
 
@@ -167,7 +169,6 @@ class Network:
                 ip -6 addr replace {own}/128 dev {UPLINK} nodad
                 {routes if beyond else ""}""",
             )
-        await self._load_base()
         if self._downlink is not None:
             await self._run("pass on questions for names", _NAME_SERVERS)
 
@@ -197,10 +198,13 @@ class Network:
     async def begin(self) -> None:
         """Be ready for clients, if the guest is to have some."""
         if self._fact("/qubes-netvm-gateway"):
-            await self.open()
+            base = self._warned("have its chains", self._load_base())
+            await asyncio.gather(base, self.open())
 
     async def _forward(self) -> None:
-        if not await self._load_base():
+        await self._load_base()
+        if not self._versions:
+            log.info("VM %s has no nft: it forwards nothing", self.name)
             return
         # from here on rules keep clients apart, which may let some of them pass
         script = f"ip rule del iif {DOWNLINK}; {_NAME_SERVERS}"
@@ -313,8 +317,8 @@ class Network:
 
     # both
 
-    async def _load_base(self) -> bool:
-        """Have the chains that are there in each VM; False if it has no nft."""
+    async def _load_base(self) -> None:
+        """Have the chains that are there in each VM that has nft."""
         async with self._loading:
             versions = {4}
             if self._fact("/qubes-ip6") or self._fact("/qubes-netvm-gateway6"):
@@ -322,11 +326,8 @@ class Network:
             rules = "".join(map(base_rules, sorted(versions - self._versions)))
             if rules:
                 script = "command -v nft >/dev/null || exec echo none; exec nft -f -"
-                if await self._run("have its chains", script, rules.encode()):
-                    log.info("VM %s has no nft: it forwards nothing", self.name)
-                    return False
-                self._versions |= versions
-            return True
+                if not await self._run("have its chains", script, rules.encode()):
+                    self._versions |= versions
 
     async def _run(self, what: str, script: str, input: bytes = b"") -> bytes:  # noqa: A002
         return await run_as_root(self._agent, what, script, input=input)
