@@ -13,6 +13,7 @@ import logging
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Final
 
+from qubes_itests import timeline
 from qubes_itests.dom0.firewall import (
     base_rules,
     firewall_rules,
@@ -116,6 +117,7 @@ class Network:
         )
         self._uplinks[interface.mac] = uplink
         net._clients[uplink] = interface
+        timeline.note("network", self.name, change="attached", peer=net.name)
         # each of them takes a guest the time of a program or two
         await asyncio.gather(
             self._warned("use its interface", self._set_up_uplink(interface)),
@@ -141,6 +143,7 @@ class Network:
     async def _left(self, uplink: Uplink[Network]) -> None:
         net = uplink.downlink.owner
         net._clients.pop(uplink, None)  # noqa: SLF001 - of this class
+        timeline.note("network", self.name, change="detached", peer=net.name)
         await uplink.remove()
         await net.serve()
 
