@@ -162,16 +162,16 @@ class Network:
         )
         own, beyond = self._address("/qubes-ip6"), self._address("/qubes-gateway6")
         if own is not None:
-            routes = f"""
-                ip -6 route replace {beyond} dev {UPLINK}
-                ip -6 route replace default via {beyond} dev {UPLINK}"""
-            await self._run(
-                "use IPv6",
-                f"""set -e
-                echo 0 >/proc/sys/net/ipv6/conf/{UPLINK}/disable_ipv6
-                ip -6 addr replace {own}/128 dev {UPLINK} nodad
-                {routes if beyond else ""}""",
-            )
+            lines = [
+                f"echo 0 >/proc/sys/net/ipv6/conf/{UPLINK}/disable_ipv6",
+                f"ip -6 addr replace {own}/128 dev {UPLINK} nodad",
+            ]
+            if beyond is not None:
+                lines += [
+                    f"ip -6 route replace {beyond} dev {UPLINK}",
+                    f"ip -6 route replace default via {beyond} dev {UPLINK}",
+                ]
+            await self._run("use IPv6", " && ".join(lines))
         if self._downlink is not None:
             await self._run("pass on questions for names", _NAME_SERVERS)
 
@@ -210,15 +210,15 @@ class Network:
             log.info("VM %s has no nft: it forwards nothing", self.name)
             return
         # from here on rules keep clients apart, which may let some of them pass
-        script = f"ip rule del iif {DOWNLINK}; {_NAME_SERVERS}"
+        lines = [f"ip rule del iif {DOWNLINK}", _NAME_SERVERS]
         gateway = self._address("/qubes-netvm-gateway6")
         if gateway is not None:
-            script += f"""
-                set -e
-                echo 0 >/proc/sys/net/ipv6/conf/{DOWNLINK}/disable_ipv6
-                echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
-                ip -6 addr replace {gateway}/128 dev {DOWNLINK} nodad"""
-        await self._run("forward", script)
+            lines += [
+                f"echo 0 >/proc/sys/net/ipv6/conf/{DOWNLINK}/disable_ipv6",
+                "echo 1 >/proc/sys/net/ipv6/conf/all/forwarding",
+                f"ip -6 addr replace {gateway}/128 dev {DOWNLINK} nodad",
+            ]
+        await self._run("forward", " && ".join(lines))
 
     def visible(self, address: IPv4Address) -> IPv4Address:
         """Return the address that a client believes to have."""
