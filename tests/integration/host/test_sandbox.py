@@ -8,6 +8,7 @@ import fcntl
 import os
 import pty
 import random
+import resource
 import select
 import shlex
 import signal
@@ -561,12 +562,14 @@ def _processes_with(token: str) -> list[int]:
 
 
 def test_it_costs_little_time(record_property):
-    """The median of a few starts; the bound allows for a busy machine."""
+    """The median of a few starts, in time of the CPU: others may use it, too."""
     times = []
     for _ in range(7):
-        begin = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(sandbox.command(["true"]), check=True, timeout=30)
-        times.append(time.monotonic() - begin)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        user = after.ru_utime - before.ru_utime
+        times.append(user + after.ru_stime - before.ru_stime)
     record_property("sandbox_ms", round(statistics.median(times) * 1000))
     sys.stdout.write(f"a sandbox costs {statistics.median(times) * 1000:.0f} ms\n")
-    assert statistics.median(times) < 0.5
+    assert statistics.median(times) < 0.25
