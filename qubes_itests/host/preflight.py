@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pwd
 import shutil
 import sys
 import tempfile
@@ -52,7 +51,7 @@ def check_all(cache: Cache | None = None) -> list[Check]:
     :param cache: the cache that runs would use; by default the usual one.
     """
     checks = [
-        _outcome("root", _require_root),
+        _outcome("root", sandbox.require_root),
         _outcome("loop devices", _try_loop_device_as_runs_do),
         _outcome("namespaces", _try_sandbox),
         *(_check_need(need) for need in packages.needs_here()),
@@ -61,9 +60,8 @@ def check_all(cache: Cache | None = None) -> list[Check]:
             "kernel for guests",
             lambda: "{0.version} ({0.image})".format(find_kernel(cache or Cache())),
         ),
-        _check_user(),
     ]
-    if checks[-3].state == "ok":
+    if checks[-2].state == "ok":
         checks.append(_check_space((cache or Cache()).root))
     return checks
 
@@ -107,11 +105,6 @@ def _try_loop_device_as_runs_do() -> str:
         raise no_loop_device(error.stderr.splitlines()[-1]) from error
 
 
-def _require_root() -> str:
-    sandbox.require_root()
-    return "yes"
-
-
 def _try_sandbox() -> str:
     if sandbox.active():
         return "in a sandbox now"
@@ -140,17 +133,6 @@ def _missing(missing: list[packages.Need]) -> MissingToolError:
     return MissingToolError(labels, f"Install it with: {command}")
 
 
-def _check_user() -> Check:
-    name = "libvirt-qemu user"
-    try:
-        pwd.getpwnam("libvirt-qemu")
-    except KeyError:
-        return Check(
-            name, "ok", "not on this machine; every sandbox adds it for itself"
-        )
-    return Check(name, "ok", "there")
-
-
 def _check_space(root: Path) -> Check:
     free = shutil.disk_usage(root).free
     message = f"{free / (1 << 30):.1f} GiB free in {root}"
@@ -160,8 +142,8 @@ def _check_space(root: Path) -> Check:
     return Check("disk space", "warn", message, remedy)
 
 
-def _outcome(name: str, probe: Callable[[], str]) -> Check:
+def _outcome(name: str, probe: Callable[[], str | None]) -> Check:
     try:
-        return Check(name, "ok", probe())
+        return Check(name, "ok", probe() or "yes")
     except EnvironmentNotReadyError as error:
         return Check(name, "fail", error.problem, error.remedy, error.exit_code)
