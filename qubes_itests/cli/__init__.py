@@ -75,25 +75,19 @@ def _prepare(command: Command, settings: Settings) -> None:
     if command.name == "thaw":
         return  # all that its VMs need is in the folder
     if set(settings.template) - {"tiny"}:
-        _check_templates(settings)
+        from qubes_itests.run.app_templates import plugins_for
+        from qubes_itests.run.hooks import offers
+        from qubes_itests.run.settings import ConfigurationError
+
+        known = offers(plugins_for(settings), "templates")
+        there = ", ".join(known)
+        for name in settings.template:
+            if name not in known:
+                reason = f"expected one of {there}; got {name!r}"
+                raise ConfigurationError("--template", reason)
     from qubes_itests.run.preparation import prepare
 
     prepare(settings, [command.target] if command.name == "shell" else ())
-
-
-def _check_templates(settings: Settings) -> None:
-    """Raise ConfigurationError for a template that nobody offers."""
-    from qubes_itests.run.app_templates import plugins_for
-    from qubes_itests.run.hooks import offers
-    from qubes_itests.run.settings import ConfigurationError
-
-    known = offers(plugins_for(settings), "templates")
-    for name in settings.template:
-        if name not in known:
-            there = ", ".join(known)
-            raise ConfigurationError(
-                "--template", f"expected one of {there}; got {name!r}"
-            )
 
 
 def _enter_sandbox(command: Command, settings: Settings) -> None:

@@ -139,22 +139,20 @@ def _details(test: TestHistory) -> Iterator[str]:
         yield f"  takes       {_takes(test)} as a rule, {spread}"
     drawn = "".join(_MARKS[r.outcome] for r in results[-_DRAWN:])
     yield f"  results     {drawn}  (the newest on the right)"
-    yield f"  flaky       {_flaky(test)}"
+    if test.flakiness:
+        mixed = sum(r.outcome == "flaky" for r in counted)
+        runs = f"; it failed and passed within {mixed} of them" if mixed else ""
+        changes = "of its results differ from the one before"
+        yield f"  flaky       {test.flakiness:.0%}: {changes}{runs}"
+    else:
+        yield "  flaky       never: no result differs from the one before"
     if last := test.last_failure:
-        runs = len(results) - 1 - results.index(last)
-        ago = {0: "in its last run", 1: "1 run ago"}.get(runs, f"{runs} runs ago")
+        ago = len(results) - 1 - results.index(last)
+        run = {0: "in its last run", 1: "1 run ago"}.get(ago, f"{ago} runs ago")
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last.started))
-        yield f"  last failed {when}, {ago}: {last.cause}"
+        yield f"  last failed {when}, {run}: {last.cause}"
         if last.where:
             yield f"              {last.where}"
-
-
-def _flaky(test: TestHistory) -> str:
-    if not test.flakiness:
-        return "never: no result differs from the one before"
-    mixed = sum(r.outcome == "flaky" for r in test.counted)
-    runs = f"; it failed and passed within {mixed} of them" if mixed else ""
-    return f"{test.flakiness:.0%}: of its results differ from the one before{runs}"
 
 
 def _count(attempts: int) -> str:

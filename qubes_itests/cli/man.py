@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from qubes_itests.cli.arguments import Command
-    from qubes_itests.run.options import Option
     from qubes_itests.run.settings import Settings
 
 __all__ = ["execute"]
@@ -52,7 +51,14 @@ def _page() -> Iterator[str]:
             yield _text(f"{metavar}: {meaning}.")
     yield ".SH OPTIONS"
     for option in ALL_OPTIONS:
-        yield from _option(option)
+        words = ", ".join(f"\\fB{_text(word)}\\fR" for word in option.spellings())
+        yield ".TP"
+        yield f"{words} \\fI{_text(option.metavar)}\\fR" if option.metavar else words
+        yield _text(f"{option.help[0].upper()}{option.help[1:]}.")
+        commands = (name for name in option.commands if name != PYTEST)
+        yield _text(f"Of: {', '.join(commands)}.")
+        if option.variable:
+            yield _text(f"Variable: {option.variable}.")
     yield ".SH EXIT STATUS"
     for status in ExitCode:
         yield ".TP"
@@ -65,16 +71,6 @@ def _page() -> Iterator[str]:
         " the command line those. The cache is ~/.cache/qubes_itests, or what"
         " QUBES_ITESTS_CACHE names."
     )
-
-
-def _option(option: Option) -> Iterator[str]:
-    words = ", ".join(f"\\fB{_text(word)}\\fR" for word in option.spellings())
-    yield ".TP"
-    yield f"{words} \\fI{_text(option.metavar)}\\fR" if option.metavar else words
-    yield _text(f"{option.help[0].upper()}{option.help[1:]}.")
-    yield _text(f"Of: {', '.join(name for name in option.commands if name != PYTEST)}.")
-    if option.variable:
-        yield _text(f"Variable: {option.variable}.")
 
 
 def _text(text: str) -> str:

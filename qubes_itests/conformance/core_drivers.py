@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from qubes_storage.pool import Pool
 from qubes_storage.volume import BlockDevice, Volume
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from qubes_storage.pool import VolumeOwner
 
@@ -272,16 +271,11 @@ class CoreVolume(Volume):
         await self._call(method, *arguments)
         return self
 
-    async def _call(self, method: str, *arguments: object) -> Any:
-        with self._errors(method):
-            return await _done(getattr(self.theirs, method)(*arguments))
-
-    @contextlib.contextmanager
-    def _errors(self, action: str) -> Iterator[None]:
-        """Turn what the driver refuses, and errors of the system, into ours."""
+    async def _call(self, action: str, *arguments: object) -> Any:
+        """Call a method; what it refuses, and errors of the system, are ours then."""
         try:
             with typed_errors(self, action):
-                yield
+                return await _done(getattr(self.theirs, action)(*arguments))
         except StoragePoolException as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise

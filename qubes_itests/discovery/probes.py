@@ -46,14 +46,9 @@ class Probes(MetaPathFinder):
         A name that a module was asked for, as in ``from module import name``, is looked
         for as a module too; where there is none, it is one of these.
         """
+        parts = {name: name.rpartition(".") for name in self._asked}
         return [
             name
-            for name in self._asked
-            if name not in sys.modules and _is_nowhere(name)
+            for name, (parent, _, child) in parts.items()
+            if name not in sys.modules and not hasattr(sys.modules.get(parent), child)
         ]
-
-
-def _is_nowhere(name: str) -> bool:
-    """Tell whether a name is no attribute of a module either."""
-    parent, _, child = name.rpartition(".")
-    return not hasattr(sys.modules.get(parent), child)

@@ -80,15 +80,22 @@ class CrashExplorer:
             tempfile.TemporaryDirectory(dir=self._parent) as name,
             ThreadPoolExecutor(1) as executor,
         ):
-            place = Path(name)
-            (place / "fs").mkdir(mode=0o700)
+            place, notes = Path(name), self._recording.notes
+            directory = place / "fs"
+            directory.mkdir(mode=0o700)
             # While one state is checked by its filesystem's program, the next is
             # mounted. Two images take turns (`_images`), so the one that is checked is
             # never that which is being made: before its turn comes again, `result` has
             # been waited for.
             before: Future[None] | None = None
             for state, image in self._images(place, states):
-                self._judge(image, place / "fs", state)
+                noted = notes(end=state.cut), notes(start=state.cut)
+                with self._mounted(image, directory, state):
+                    try:
+                        self._check(Crash(directory, *noted, state))
+                    except Exception as error:
+                        reason = f"{type(error).__name__}: {error}"
+                        raise self._error(state, "the check", reason) from error
                 if before:
                     before.result()
                 before = executor.submit(self._check_filesystem, image, state)
@@ -109,16 +116,6 @@ class CrashExplorer:
             self._recording.lose(image, state)
             self._checked += 1
             yield state, image
-
-    def _judge(self, image: Path, directory: Path, state: CrashState) -> None:
-        notes = self._recording.notes
-        crash = Crash(directory, notes(end=state.cut), notes(start=state.cut), state)
-        with self._mounted(image, directory, state):
-            try:
-                self._check(crash)
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-                raise self._error(state, "the check", reason) from error
 
     @contextlib.contextmanager
     def _mounted(

@@ -215,7 +215,18 @@ def load(data: bytes) -> tuple[Manifest, dict[str, File]]:
     row = _Row(json.loads(data))
     row.text("format", re.compile(re.escape(_FORMAT)))
     row.number("version", _VERSION, _VERSION)
-    return _manifest(row), _files(row)
+    machine = row.row("machine")
+    manifest = Manifest(
+        test=row.text("test"),
+        time=row.seconds("time"),
+        spread=row.seconds("spread"),
+        machine={name: machine.text(name) for name in machine.names()},
+        kernels=row.all("kernels", _kernel),
+        vms=row.all("vms", _vm),
+        volumes=row.all("volumes", _link),
+        policy=row.texts("policy"),
+    )
+    return manifest, _files(row)
 
 
 class _Row:
@@ -237,10 +248,7 @@ class _Row:
         return str(value)
 
     def texts(self, name: str) -> tuple[str, ...]:
-        value = self.values.get(name)
-        if not isinstance(value, list) or len(value) > _MOST_ITEMS:
-            raise ValueError(f"expected a list as {name}, got {value!r:.60}")
-        return tuple(_Row({name: item}).text(name) for item in value)
+        return tuple(_Row({name: item}).text(name) for item in self._items(name))
 
     def number(self, name: str, least: int, most: int) -> int:
         value = self.values.get(name)
@@ -265,29 +273,18 @@ class _Row:
         return _Row(self.values.get(name))
 
     def all(self, name: str, read: Callable[[_Row], _T]) -> tuple[_T, ...]:
+        return tuple(read(_Row(item)) for item in self._items(name))
+
+    def _items(self, name: str) -> list[object]:
         value = self.values.get(name)
         if not isinstance(value, list) or len(value) > _MOST_ITEMS:
             raise ValueError(f"expected a list as {name}, got {value!r:.60}")
-        return tuple(read(_Row(item)) for item in value)
+        return value
 
     def names(self) -> list[str]:
         if len(self.values) > _MOST_ITEMS:
             raise ValueError(f"expected up to {_MOST_ITEMS} members of an object")
         return [_Row({"a name": name}).text("a name") for name in self.values]
-
-
-def _manifest(row: _Row) -> Manifest:
-    machine = row.row("machine")
-    return Manifest(
-        test=row.text("test"),
-        time=row.seconds("time"),
-        spread=row.seconds("spread"),
-        machine={name: machine.text(name) for name in machine.names()},
-        kernels=row.all("kernels", _kernel),
-        vms=row.all("vms", _vm),
-        volumes=row.all("volumes", _link),
-        policy=row.texts("policy"),
-    )
 
 
 def _kernel(row: _Row) -> Kernel:

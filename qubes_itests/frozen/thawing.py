@@ -46,7 +46,17 @@ async def thaw(testbed: Testbed, folder: Folder, wanted: Iterable[str] = ()) -> 
     :raise HarnessError: what went wrong; the app is closed with the testbed then.
     """
     manifest = folder.manifest
-    _check_kind(dict(manifest.machine), await kind_of(testbed.hypervisor))
+    there, here = manifest.machine, await kind_of(testbed.hypervisor)
+    differing = [
+        f"{name}: {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
+        for name in dict.fromkeys((*there, *here))
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise FrozenError(
+            "it was frozen on a machine of another kind, and does not start on this"
+            f" one: {'; '.join(differing)}"
+        )
     limit = testbed.hypervisor.memory_limit or memory.for_vms()
     if folder.memory >> 20 > limit:
         raise FrozenError(
@@ -98,20 +108,6 @@ async def _thaw(testbed: Testbed, folder: Folder, wanted: Iterable[str]) -> Qube
         await wires.hand_over([vm for vm in running if vm.agent is not None])
         stack.pop_all()
     return app
-
-
-def _check_kind(there: dict[str, str], here: dict[str, str]) -> None:
-    """Raise FrozenError if the machine is not like that where it was frozen."""
-    differing = [
-        f"{name}: {there.get(name, 'unknown')} there, {here.get(name, 'unknown')} here"
-        for name in dict.fromkeys((*there, *here))
-        if there.get(name) != here.get(name)
-    ]
-    if differing:
-        raise FrozenError(
-            "it was frozen on a machine of another kind, and does not start on this"
-            f" one: {'; '.join(differing)}"
-        )
 
 
 async def _go_on(vm: QubesVM) -> None:

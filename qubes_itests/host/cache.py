@@ -184,7 +184,11 @@ class Cache:
         # One look into each family, not one for each entry that ever was: all runs
         # begin with this.
         left = sorted(self.root.glob("*/.*@*"))
-        for place, paths in itertools.groupby(left, _of_leftover):
+        for place, paths in itertools.groupby(
+            # back from what `_temporary` called it to the entry
+            left,
+            lambda path: path.with_name(path.name[1:].rpartition("@")[0]),
+        ):
             lock = self.root / ".locks" / f"{place.parent.name}.{place.name}"
             if not lock.exists():
                 continue
@@ -297,11 +301,6 @@ class Cache:
 
     def _temporary(self, place: Path) -> Path:
         return Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}@"))
-
-
-def _of_leftover(path: Path) -> Path:
-    """Return the entry of what a builder left; `_temporary` gave it its name."""
-    return path.with_name(path.name[1:].rpartition("@")[0])
 
 
 def _sweep(place: Path) -> None:

@@ -97,7 +97,9 @@ def fetch(cache: Cache, name: str = DEFAULT) -> Kernel:
     kind = KERNELS[name]
     try:
         names = _package_names(_guest_package(kind))
-        key = f"{names[0]}_{_version_of(names[0])}".replace(":", "-")
+        shown = run(["apt-cache", "show", "--no-all-versions", names[0]])
+        version = found[1] if (found := _CANDIDATE.search(shown)) else "unknown"
+        key = f"{names[0]}_{version}".replace(":", "-")
 
         def build(place: Path) -> None:
             modules = _download(names, place).modules
@@ -196,12 +198,6 @@ def _versioned(package: str) -> list[str]:
         return list(dict.fromkeys(_DEPENDS.findall(run(command))))
     except CommandError:
         return []
-
-
-def _version_of(package: str) -> str:
-    shown = run(["apt-cache", "show", "--no-all-versions", package])
-    found = _CANDIDATE.search(shown)
-    return found[1] if found else "unknown"
 
 
 def _download(names: Sequence[str], place: Path) -> Kernel:

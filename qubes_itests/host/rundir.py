@@ -148,20 +148,18 @@ def _all_runs_locked(runs: Path) -> Iterator[None]:
 
 
 def _stale(runs: Path) -> list[Path]:
-    return [path for path in sorted(runs.iterdir()) if _is_stale(path)]
-
-
-def _is_stale(path: Path) -> bool:
-    if path.is_symlink() or not path.is_dir():
-        return False
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+    found = []
+    for path in sorted(runs.iterdir()):
+        if path.is_symlink() or not path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with contextlib.suppress(BlockingIOError):  # it is under way
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found.append(path)
+        finally:
+            os.close(descriptor)
+    return found
 
 
 def _remove_tree(path: Path) -> None:

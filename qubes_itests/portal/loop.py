@@ -118,10 +118,6 @@ class PortalLoop(asyncio.SelectorEventLoop):
         self, awaitable: Awaitable[_T], timeout: float | None, call: str
     ) -> _T:
         """As `run_until_complete`, within `timeout` seconds (None: no limit)."""
-        self._check_waitable(awaitable, call)
-        return wait_in_thread(self, awaitable, timeout)
-
-    def _check_waitable(self, awaitable: object, call: str) -> None:
         if not inspect.isawaitable(awaitable):
             raise TypeError(f"{call} needs a coroutine or a future, not {awaitable!r}")
         if self.in_own_thread():
@@ -132,6 +128,7 @@ class PortalLoop(asyncio.SelectorEventLoop):
             raise PortalError(call, _CLOSED)
         if isfuture(awaitable) and awaitable.get_loop() is not self:
             raise ValueError(f"{awaitable!r} belongs to another event loop")
+        return wait_in_thread(self, awaitable, timeout)
 
     def run_forever(self) -> None:
         """Run in the portal's thread; refused in any other."""

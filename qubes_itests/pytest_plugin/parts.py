@@ -82,7 +82,16 @@ def register_parts(
     if not worker.distributes(config):
         reach = RunReach(config, context, deadline)
         config.pluginmanager.register(reach, "qubes_itests-reach")
-    _register_role(config, context, watch)
+    if worker.distributes(config):
+        from qubes_itests.pytest_plugin.controller import (  # noqa: PLC0415
+            Controller,
+        )
+
+        controller = Controller(config, context, watch)
+        config.pluginmanager.register(controller, worker.ROLE)
+    elif worker.is_worker(config):
+        one = worker.Worker(config, context, watch)
+        config.pluginmanager.register(one, worker.ROLE)
     _register_results(config, settings, watch, prefix)
     _register_choices(config, settings, watch)
     if settings.shell_on_failure and not config.option.collectonly:
@@ -146,22 +155,6 @@ def _time_limit(settings: Settings, item: pytest.Item) -> float:
         if asked.timeout and asked.method == "signal":
             return float(min(limit or asked.timeout, asked.timeout))
     return limit
-
-
-def _register_role(
-    config: pytest.Config, context: RunContext, watch: FailureWatch
-) -> None:
-    if worker.distributes(config):
-        from qubes_itests.pytest_plugin.controller import (  # noqa: PLC0415
-            Controller,
-        )
-
-        role: object = Controller(config, context, watch)
-    elif worker.is_worker(config):
-        role = worker.Worker(config, context, watch)
-    else:
-        return
-    config.pluginmanager.register(role, worker.ROLE)
 
 
 class _Offers:

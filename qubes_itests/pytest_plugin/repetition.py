@@ -89,7 +89,11 @@ class Repetition:
             made += 1
             failure = next((report for report in reports if report.failed), None)
             bad += [failure] if failure else []
-            if not self._goes_on(made, len(bad), failure, reports):
+            if self._again:
+                goes_on = failure is not None and made <= self._again
+            else:
+                goes_on = made < self._most and not (self._until_fail and bad)
+            if not goes_on or any(report.skipped for report in reports):
                 break
             if failure:
                 failure.outcome = RERUN  # type: ignore[assignment]
@@ -101,19 +105,6 @@ class Repetition:
             hook.pytest_runtest_logreport(report=report)
         hook.pytest_runtest_logfinish(nodeid=name, location=item.location)
         return True
-
-    def _goes_on(
-        self,
-        made: int,
-        failed: int,
-        failure: pytest.TestReport | None,
-        reports: list[pytest.TestReport],
-    ) -> bool:
-        if any(report.skipped for report in reports):
-            return False
-        if self._again:
-            return failure is not None and made <= self._again
-        return made < self._most and not (self._until_fail and failed)
 
 
 def _make_flaky(

@@ -110,7 +110,17 @@ def draw_rows(rows: Sequence[Sequence[tuple[str, Sequence[Record]]]]) -> str:
             move = f'transform="translate({_WIDTH * column} {top:.0f})"'
             body += [f"<g {move}>", *panel, "</g>"]
         top += height
-    return _document(_WIDTH * max(map(len, rows)), top, body)
+    width = _WIDTH * max(map(len, rows))
+    size = f'width="{width}" height="{top:.0f}" viewBox="0 0 {width} {top:.0f}"'
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
+            f"<style>{_STYLE}</style>",
+            '<rect width="100%" height="100%" fill="white"/>',
+            *body,
+            "</svg>\n",
+        ]
+    )
 
 
 def _until(records: Sequence[Record], length: float) -> Sequence[Record]:
@@ -392,16 +402,3 @@ def _said(
     )
     for number, text in enumerate(lines):
         yield _label(x, frame.top + 28 + 14 * number, text)
-
-
-def _document(width: float, height: float, body: Sequence[str]) -> str:
-    size = f'width="{width}" height="{height:.0f}" viewBox="0 0 {width} {height:.0f}"'
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
-            f"<style>{_STYLE}</style>",
-            '<rect width="100%" height="100%" fill="white"/>',
-            *body,
-            "</svg>\n",
-        ]
-    )

@@ -149,8 +149,14 @@ class Artifacts:
         """Copy the disk images of a test's VMs, holes left out."""
         for app in testbed.apps:
             for vm in app.domains:
+                place = self.directory(test) / "disks" / file_name(vm.name)
                 for name, volume in vm.volumes.items():
-                    self._copy_disk(test, vm.name, name, Path(volume.path))
+                    if not Path(volume.path).is_file():
+                        continue
+                    place.mkdir(parents=True, exist_ok=True)
+                    copy = ("cp", "--sparse=always", "--reflink=auto", "--")
+                    image = place / f"{file_name(name)}.img"
+                    run([*copy, volume.path, image], timeout=_COPY_TIMEOUT)
 
     def freeze(self, test: str, testbed: Testbed) -> None:
         """Keep the VMs of a test as they are now, for `thaw`; they go on afterwards."""
@@ -229,15 +235,6 @@ class Artifacts:
         # a new file, and not where a link leads that a test has put there
         (directory / name).unlink(missing_ok=True)
         (directory / name).write_bytes(data)
-
-    def _copy_disk(self, test: str, vm: str, volume: str, path: Path) -> None:
-        if not path.is_file():
-            return
-        place = self.directory(test) / "disks" / file_name(vm)
-        place.mkdir(parents=True, exist_ok=True)
-        options = ["--sparse=always", "--reflink=auto"]
-        image = place / f"{file_name(volume)}.img"
-        run(["cp", *options, "--", path, image], timeout=_COPY_TIMEOUT)
 
 
 def tail(path: Path, size: int) -> bytes:

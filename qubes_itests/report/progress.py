@@ -150,7 +150,13 @@ class Progress:
             # pytest would tell of each failure which worker it was.
             vars(report).pop("node", None)
         if (part := getattr(report, "context", None)) is not None:
-            self._subtest(report, part)
+            # Those that passed are counted with their test.
+            if report.failed:
+                self._parts_failed.add(report.nodeid)
+                names = ", ".join(f"{k}={v!r}" for k, v in dict(part.kwargs).items())
+                said = f" ({one_line(str(part.msg or names))})"
+                with self._heartbeat.silent():
+                    self._line(report, "failed", report.duration, said)
             return
         took = self._took.get(report.nodeid, 0.0) + report.duration
         self._took[report.nodeid] = took
@@ -179,15 +185,6 @@ class Progress:
         self._heartbeat.stop()
         self._output.close()
 
-    def _subtest(self, report: pytest.TestReport, part: Any) -> None:
-        # Those that passed are counted with their test.
-        if report.failed:
-            self._parts_failed.add(report.nodeid)
-            names = ", ".join(f"{k}={v!r}" for k, v in dict(part.kwargs).items())
-            said = f" ({one_line(str(part.msg or names))})"
-            with self._heartbeat.silent():
-                self._line(report, "failed", report.duration, said)
-
     def _line(
         self, report: pytest.TestReport, outcome: str, took: float, part: str = ""
     ) -> None:
@@ -200,8 +197,11 @@ class Progress:
         terminal.ensure_newline()
         terminal.write(f"{word:7} ", **markup)
         when = " in teardown" if report.when == "teardown" else part
-        reason = f"  ({_reason(report)})" if outcome == "skipped" else _phases(report)
-        terminal.write_line(f"{report.nodeid}{when}  {duration(took)}{reason}")
+        # of a test that ran, the times of its parts, if they are known
+        times = (f"{name} {seconds:.1f}" for name, seconds in phases(report).items())
+        more = _reason(report) if outcome == "skipped" else ", ".join(times)
+        more = f"  ({more})" if more else ""
+        terminal.write_line(f"{report.nodeid}{when}  {duration(took)}{more}")
         terminal.flush()
 
     def _write(self, line: str) -> None:
@@ -214,12 +214,6 @@ class Progress:
 def _short(test: str) -> str:
     """Return the last part of a test's id."""
     return one_line(test.rpartition("::")[2], _LONGEST_NAME)
-
-
-def _phases(report: pytest.TestReport) -> str:
-    """Return the times of the parts of a test, for people, if they are known."""
-    told = [f"{name} {seconds:.1f}" for name, seconds in phases(report).items()]
-    return f"  ({', '.join(told)})" if told else ""
 
 
 def _reason(report: pytest.TestReport) -> str:

@@ -149,7 +149,8 @@ class RunContext:
             directory=directory,
             storage=storage,
             warm=testbed.warm_starts,
-            budget=testbed.parts.memory or machine(_memory_of_host()),
+            budget=testbed.parts.memory
+            or machine(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20),
             balanced=testbed.parts.memory is not None,
         )
         return self._exit.enter_context(dom0)
@@ -180,8 +181,3 @@ class RunContext:
         except (HarnessError, OSError) as error:
             left.append(str(error))
         return left
-
-
-def _memory_of_host() -> int:
-    """Return the MiB of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20

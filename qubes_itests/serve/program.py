@@ -173,7 +173,12 @@ class QrexecClient:
     def _check(self) -> None:
         given = self.given
         if "-c" in given:
-            _refuse_connect(given["-c"])
+            if len(fields := given["-c"].split(",")) != 3:  # noqa: PLR2004
+                raise UsageError(f"-c: expected REQUEST,VM,ID, got {given['-c']!r}")
+            _number("-c", fields[2])
+            raise UsageError(
+                f"-c: no call waits as {fields[0]!r}: the server connects VMs by itself"
+            )
         if "-w" in given:
             _number("-w", given["-w"])
         if "-e" in given and "-l" in given:
@@ -243,15 +248,6 @@ class QrexecClient:
         prefix = os.fsencode(self.given.get("-p", ""))
         status = run_service(command, prefix, "-t" in self.given, "-T" in self.given)
         return 0 if "-E" in self.given else status
-
-
-def _refuse_connect(text: str) -> None:
-    if len(fields := text.split(",")) != 3:  # noqa: PLR2004
-        raise UsageError(f"-c: expected REQUEST,VM,ID, got {text!r}")
-    _number("-c", fields[2])
-    raise UsageError(
-        f"-c: no call waits as {fields[0]!r}: the server connects VMs by itself"
-    )
 
 
 def _number(option: str, text: str) -> None:

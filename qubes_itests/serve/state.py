@@ -71,8 +71,18 @@ class State:
             self.block.mkdir(mode=0o700, exist_ok=True)
             # behind the lock: two mounts of one image would destroy it
             for name, size in FILESYSTEMS.items():
-                self._mount(name, size)
-                stack.callback(unmount, self.mount_point(name))
+                image, place = self.directory / f"{name}.img", self.mount_point(name)
+                if image.exists():
+                    _wait_unused(image)
+                else:
+                    # under another name until it is whole: one that was killed makes
+                    # it again
+                    new = image.with_suffix(".new")
+                    make_filesystem(new, FilesystemType(name), size)
+                    new.rename(image)
+                place.mkdir(mode=0o700, exist_ok=True)
+                mount(image, place)
+                stack.callback(unmount, place)
             self._exit = stack.pop_all()
         return self
 
@@ -91,18 +101,6 @@ class State:
                 " this one another --directory."
             ) from None
         return descriptor
-
-    def _mount(self, name: str, size: int) -> None:
-        image = self.directory / f"{name}.img"
-        if image.exists():
-            _wait_unused(image)
-        else:
-            # under another name until it is whole: one that was killed makes it again
-            new = image.with_suffix(".new")
-            make_filesystem(new, FilesystemType(name), size)
-            new.rename(image)
-        self.mount_point(name).mkdir(mode=0o700, exist_ok=True)
-        mount(image, self.mount_point(name))
 
 
 def _wait_unused(image: Path) -> None:

@@ -18,14 +18,11 @@ _LOGS: Final = ("qubes_itests", "qubes")
 
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        note("log", level=record.levelname, logger=record.name, line=_message(record))
-
-
-def _message(record: logging.LogRecord) -> str:
-    try:
-        return record.getMessage()
-    except Exception as error:  # noqa: BLE001 - as logging itself has it: a bad format
-        return f"{record.msg!r}: {error}"
+        try:
+            line = record.getMessage()
+        except Exception as error:  # noqa: BLE001 - as logging has it: a bad format
+            line = f"{record.msg!r}: {error}"
+        note("log", level=record.levelname, logger=record.name, line=line)
 
 
 @contextlib.contextmanager

@@ -30,22 +30,17 @@ def _payload(call: Call, data: bytes) -> Any:
     return parse_value(_holder(call), call.argument, data)
 
 
-def _rewired(call: Call) -> list[QubesVM]:
-    """Return the VMs whose net VM the call has changed."""
-    vms = call.app.domains if _holder(call) is call.app else [call.destination]
-    own = call.argument.name == "netvm"
-    if not own and call.argument.name != "default_netvm":
-        return []
-    return [
-        vm
-        for vm in vms
-        if isinstance(vm, QubesVM) and (own or vm.property_is_default("netvm"))
-    ]
-
-
 async def _networks_settled(call: Call) -> None:
     """Answer only when running VMs are plugged in where they now belong."""
-    waits = (vm.network_settled() for vm in _rewired(call))
+    own = call.argument.name == "netvm"
+    if not own and call.argument.name != "default_netvm":
+        return
+    vms = call.app.domains if _holder(call) is call.app else [call.destination]
+    waits = (
+        vm.network_settled()
+        for vm in vms
+        if isinstance(vm, QubesVM) and (own or vm.property_is_default("netvm"))
+    )
     for result in await asyncio.gather(*waits, return_exceptions=True):
         if isinstance(result, BaseException):
             # the property has changed all the same

@@ -74,13 +74,6 @@ def _wanted(call: Call, data: bytes) -> _Wanted:
     label = given.pop("label")
     if label.isdigit():
         raise ProtocolError(f"expected the name of a label, got {label!r}")
-    pool, pools = _wanted_pools(call, given)
-    return _Wanted(name, call.app.get_label(label), pool, pools)
-
-
-def _wanted_pools(
-    call: Call, given: dict[str, str]
-) -> tuple[str | None, dict[str, str]]:
     in_pool = call.method.startswith((_IN_POOL, _ADOPT))
     allowed = {"pool", *(f"pool:{name}" for name in _VOLUMES)} if in_pool else set()
     if unknown := sorted(set(given) - allowed):
@@ -90,7 +83,8 @@ def _wanted_pools(
     common = given.pop("pool", None)
     if common is not None and given:
         raise ProtocolError("expected either pool= or pool:VOLUME=, got both")
-    return common, {key.removeprefix("pool:"): name for key, name in given.items()}
+    pools = {key.removeprefix("pool:"): pool for key, pool in given.items()}
+    return _Wanted(name, call.app.get_label(label), common, pools)
 
 
 def _template(call: Call) -> BaseVM | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 import time
@@ -121,7 +122,15 @@ def parse_rule(text: str) -> str:
             parsed[key] = _WORDS[key](value)
         except ValueError as error:
             raise FirewallRuleError(text, f"{key}={value}: {error}") from None
-    _check_together(text, parsed)
+    if "action" not in parsed:
+        raise FirewallRuleError(text, "it has no action=")
+    protocol = parsed.get("proto")
+    if {"dstports", "srcports"} & set(parsed) and protocol not in ("tcp", "udp"):
+        raise FirewallRuleError(text, "ports need proto=tcp or proto=udp")
+    if "icmptype" in parsed and protocol != "icmp":
+        raise FirewallRuleError(text, "icmptype needs proto=icmp")
+    if any(len(group & set(parsed)) > 1 for group in _ONE_OF):
+        raise FirewallRuleError(text, "it has two hosts on one side")
     return " ".join(f"{key}={parsed[key]}" for key in _WORDS if key in parsed)
 
 
@@ -132,7 +141,9 @@ def _split(text: str) -> dict[str, str]:
     for option in options.split():
         key, equals, value = option.partition("=")
         if key in ("dsthost", "srchost"):
-            key = _kind_of_host(key, value)
+            with contextlib.suppress(ValueError):  # it is a name
+                version = ipaddress.ip_network(value, strict=False).version
+                key = f"{key[:3]}{version}"
         if not equals or key not in _WORDS:
             raise FirewallRuleError(text, f"there is no {option!r} in a rule")
         if key in words:
@@ -141,27 +152,6 @@ def _split(text: str) -> dict[str, str]:
     if found:
         words["comment"] = comment
     return words
-
-
-def _kind_of_host(key: str, value: str) -> str:
-    try:
-        return f"{key[:3]}{ipaddress.ip_network(value, strict=False).version}"
-    except ValueError:
-        return key
-
-
-def _check_together(text: str, words: dict[str, str]) -> None:
-    if "action" not in words:
-        raise FirewallRuleError(text, "it has no action=")
-    if {"dstports", "srcports"} & set(words) and words.get("proto") not in (
-        "tcp",
-        "udp",
-    ):
-        raise FirewallRuleError(text, "ports need proto=tcp or proto=udp")
-    if "icmptype" in words and words.get("proto") != "icmp":
-        raise FirewallRuleError(text, "icmptype needs proto=icmp")
-    if any(len(group & set(words)) > 1 for group in _ONE_OF):
-        raise FirewallRuleError(text, "it has two hosts on one side")
 
 
 def _part(*keys: str) -> property:

@@ -284,7 +284,15 @@ class Rule:
     ) -> Self:
         service, argument, source, target, action, *parameters = words
         check_service(service, argument)
-        given = _parse_parameters(_parse_action(action), parameters)
+        verb = _parse_action(action)
+        given: dict[str, str] = {}
+        for word in parameters:
+            name, equals, value = word.partition("=")
+            if not equals or name not in _TAKES[verb]:
+                raise QubesValueError(f"{verb} takes no parameter {word!r}")
+            if name in given:
+                raise QubesValueError(f"parameter {name!r} is given twice")
+            given[name] = value
         user = given.get("user")
         if strict and user is not None and not _USER.fullmatch(user):
             raise QubesValueError(f"{user!r} is no name of a user")
@@ -293,7 +301,7 @@ class Rule:
             argument,
             Token.parse(source, SOURCE, strict=strict),
             Token.parse(target, TARGET, strict=strict),
-            _parse_action(action),
+            verb,
             redirect=_parse_redirect(given.get("target"), strict=strict),
             default_target=_parse_redirect(given.get("default_target"), strict=strict),
             user=user or None,
@@ -366,18 +374,6 @@ def _parse_action(word: str) -> Action:
         raise QubesValueError(
             f"the action is one of {', '.join(Action)}, not {word!r}"
         ) from None
-
-
-def _parse_parameters(action: Action, words: list[str]) -> dict[str, str]:
-    given: dict[str, str] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or name not in _TAKES[action]:
-            raise QubesValueError(f"{action} takes no parameter {word!r}")
-        if name in given:
-            raise QubesValueError(f"parameter {name!r} is given twice")
-        given[name] = value
-    return given
 
 
 def _parse_redirect(value: str | None, *, strict: bool) -> Token | None:

@@ -84,7 +84,11 @@ class Loading:
         self._load_labels_and_pools()
         for domain in self._root.grandchildren("domains", "domain"):
             self._load_vm(domain)
-        self._load_app_properties()
+        found = self._unique(self._root.grandchildren("properties", "property"), "name")
+        known = {prop.name for prop in self._app.property_list()}
+        for name in found.keys() - known:
+            self._warn(found[name], f"the app has no property {name!r}")
+        self._set_all((self._app, found[name]) for name in found if name in known)
         self._set_all(self._references)
         # A volume of a VM is made from that of its template, which has to be known.
         for vm, domain in sorted(self._vms, key=lambda item: _depth(item[0])):
@@ -210,13 +214,6 @@ class Loading:
         return value
 
     # stages 3 and 4
-
-    def _load_app_properties(self) -> None:
-        found = self._unique(self._root.grandchildren("properties", "property"), "name")
-        known = {prop.name for prop in self._app.property_list()}
-        for name in found.keys() - known:
-            self._warn(found[name], f"the app has no property {name!r}")
-        self._set_all((self._app, found[name]) for name in found if name in known)
 
     def _set_all(self, todo: Iterable[tuple[PropertyHolder, Element]]) -> None:
         """Set properties; the order in which they depend on each other is found out.

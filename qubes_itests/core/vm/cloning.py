@@ -51,19 +51,16 @@ async def clone_vm(
         properties.setdefault("template", source.template_or_none)
     vm = app.add_new_vm(vm_class, name=name, label=source.label, **properties)
     async with making(vm):
-        _clone_settings(vm, source, given=set(properties))
+        both = {p.name for p in vm.property_list() if p.clone}
+        both &= {p.name for p in source.property_list()}
+        others = both - properties.keys() - {"label", "template"}
+        vm.clone_properties(source, sorted(others))
+        vm.features.update(source.features)
+        vm.tags.update(t for t in source.tags if _OF_ORIGIN not in t)
+        vm.firewall.rules = source.firewall.rules
+        vm.notes = source.notes
         for devclass, devices in list(source.devices.items()):
             for assignment in devices.get_assigned_devices():
                 await vm.devices[devclass].assign(assignment)
         await vm.clone_disk_files(source, pool=pool)
     return vm
-
-
-def _clone_settings(vm: QubesVM, source: QubesVM, given: set[str]) -> None:
-    both = {p.name for p in vm.property_list() if p.clone}
-    both &= {p.name for p in source.property_list()}
-    vm.clone_properties(source, sorted(both - given - {"label", "template"}))
-    vm.features.update(source.features)
-    vm.tags.update(t for t in source.tags if _OF_ORIGIN not in t)
-    vm.firewall.rules = source.firewall.rules
-    vm.notes = source.notes

@@ -98,10 +98,9 @@ class DispVM(QubesVM):
             name = f"{config.dispvm_prefix}{properties['dispid']}"
             properties = {"name": name, **properties}
         super().__init__(app, **properties)
-        if not app.loading:
-            self._take_after(self.template)
-
-    def _take_after(self, template: AppVM) -> None:
+        if app.loading:
+            return
+        template = self.template
         mine = {p.name for p in self.property_list() if self.property_is_default(p)}
         taken = {p.name for p in template.property_list() if p.clone} & mine
         self.clone_properties(template, sorted(taken - _ITS_OWN))

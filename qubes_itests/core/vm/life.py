@@ -460,19 +460,14 @@ class Life:
                 # it went by itself, or will be found not to in time
                 wait = True
             if wait:
-                await self._wait_shut_down(timeout)
+                try:
+                    await self.wait_ended(timeout)
+                except TimeoutError:
+                    reason = f"did not shut down within {timeout:g} s; kill() stops it"
+                    raise QubesVMShutdownTimeoutError(vm, f"VM {vm} {reason}") from None
         except Exception as error:
             await vm.fire_event_async("domain-shutdown-failed", reason=str(error))
             raise
-
-    async def _wait_shut_down(self, timeout: float) -> None:
-        try:
-            await self.wait_ended(timeout)
-        except TimeoutError:
-            reason = f"did not shut down within {timeout:g} s; kill() stops it"
-            raise QubesVMShutdownTimeoutError(
-                self._vm, f"VM {self._vm} {reason}"
-            ) from None
 
     async def kill(self, timeout: float) -> None:
         """Stop the VM at once, as pulling the plug does; a start under way fails.
