@@ -20,7 +20,7 @@ def _command() -> tuple[str, ...]:
     if program := os.environ.get(_VARIABLE):
         return (program,)
     # By os.path: of an environment the interpreter is a link to one elsewhere.
-    beside = os.path.join(os.path.dirname(sys.executable), NAME)  # noqa: PTH118, PTH120
+    beside = os.path.join(os.path.dirname(sys.executable), NAME)
     if shutil.which(NAME) == beside:
         return (NAME,)
     if os.access(beside, os.X_OK):

@@ -250,7 +250,7 @@ class CoreVolume(Volume):
         size = self.size if size is None else size
         return Path(await self._call("import_data", size))
 
-    async def import_data_end(self, success: bool) -> None:  # noqa: FBT001
+    async def import_data_end(self, success: bool) -> None:
         """End what `import_data` began."""
         await self._call("import_data_end", success)
 

@@ -32,7 +32,7 @@ class Formatter(logging.Formatter):
 
 def enable(
     log_level: int = logging.INFO,
-    enable_debug_libvirt: bool = False,  # noqa: FBT001, FBT002 - as in Qubes OS
+    enable_debug_libvirt: bool = False,
 ) -> None:
     """Write what is logged to stderr, unless somebody has set logging up already.
 

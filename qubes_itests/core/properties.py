@@ -126,7 +126,7 @@ class Property(Generic[T]):
         self,
         name: str,
         *,
-        type: Callable[[Any], T] | None = None,  # noqa: A002 - its name in Qubes OS
+        type: Callable[[Any], T] | None = None,
         default: T | Callable[[Any], T] | _Mark = NO_DEFAULT,
         of_template: bool = False,
         allow_none: bool = False,
@@ -351,7 +351,7 @@ def stateless_property(
 def stateless_property(
     function: Callable[[Any], T] | None = None,
     *,
-    type: Callable[[Any], Any] | None = None,  # noqa: A002
+    type: Callable[[Any], Any] | None = None,
 ) -> Property[T] | Callable[[Callable[[Any], T]], Property[T]]:
     """Make a property that is computed anew each time: read, and neither set nor saved.
 

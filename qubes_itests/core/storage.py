@@ -400,7 +400,7 @@ class Storage:
     async def import_data_end(
         self,
         volume: Volume | str,
-        success: bool,  # noqa: FBT001 - as in Qubes OS
+        success: bool,
     ) -> None:
         """End what `import_data` began: commit the new content, or drop it."""
         await self.get_volume(volume).import_data_end(success)

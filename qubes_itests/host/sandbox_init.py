@@ -161,7 +161,7 @@ def detach_loop_devices() -> None:
     Those of mounts go with these, but what losetup(8) attaches stays until somebody
     detaches it, and so does the filesystem that the file is on.
     """
-    for name in os.listdir("/sys/block"):  # noqa: PTH208
+    for name in os.listdir("/sys/block"):
         try:
             shown = os.open(f"/sys/block/{name}/loop/backing_file", os.O_RDONLY)
         except FileNotFoundError:
@@ -269,13 +269,13 @@ def set_up() -> None:
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     # shared memory belongs to the IPC namespace; rundir has its short names in it, and
     # loop.py the nodes of devices that a container's /dev has not
-    mount("none", "/dev/shm", "tmpfs", MS_NOSUID)  # noqa: S108
+    mount("none", "/dev/shm", "tmpfs", MS_NOSUID)
     mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     have_services()
     have_run()
     add_libvirt_user()
     raise_loopback()
-    if not os.path.isdir(os.environ.get("TMPDIR", "/tmp")):  # noqa: PTH112, S108
+    if not os.path.isdir(os.environ.get("TMPDIR", "/tmp")):
         del os.environ["TMPDIR"]
     # Programs of the system are found whatever the PATH of a user has, as outside.
     path = os.environ.get("PATH") or os.defpath
@@ -293,13 +293,13 @@ def have_services() -> None:
     such folder, /etc is overlaid, and what is written to it ends with the sandbox; a
     system that cannot do that, for its /etc is an overlay of overlays, goes without.
     """
-    if not os.path.isdir(SERVICES):  # noqa: PTH112
-        layer = "/tmp/layer"  # noqa: S108
+    if not os.path.isdir(SERVICES):
+        layer = "/tmp/layer"
         mounted = mounts_below("/etc")
-        mount("none", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV)  # noqa: S108
-        for name in (f"{layer}/qubes-rpc", "/tmp/work"):  # noqa: S108
-            os.makedirs(name)  # noqa: PTH103
-        os.chmod(layer, 0o755)  # noqa: PTH101, S103
+        mount("none", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV)
+        for name in (f"{layer}/qubes-rpc", "/tmp/work"):
+            os.makedirs(name)
+        os.chmod(layer, 0o755)
         options = f"lowerdir=/etc,upperdir={layer},workdir=/tmp/work"
         arguments = b"overlay", b"/etc", b"overlay", ctypes.c_ulong(0), options.encode()
         result = libc.mount(*arguments)
@@ -308,9 +308,9 @@ def have_services() -> None:
             if result == 0:
                 mount(f"/proc/self/fd/{descriptor}", path, None, MS_BIND)
             os.close(descriptor)
-    if os.path.isdir(SERVICES):  # noqa: PTH112
+    if os.path.isdir(SERVICES):
         mount("none", SERVICES, "tmpfs", MS_NOSUID | MS_NODEV)
-        os.chmod(SERVICES, 0o755)  # noqa: PTH101, S103
+        os.chmod(SERVICES, 0o755)
 
 
 def have_run() -> None:
@@ -330,22 +330,22 @@ def have_run() -> None:
             continue  # it is gone meanwhile
         found.append((entry.path, descriptor))
     mount("none", "/run", "tmpfs", MS_NOSUID | MS_NODEV)
-    os.chmod("/run", 0o755)  # noqa: PTH101, S103
+    os.chmod("/run", 0o755)
     for path, descriptor in found:
         show(descriptor, path)
         os.close(descriptor)
-    if not os.path.isdir("/run/udev"):  # noqa: PTH112
-        os.makedirs(DEVICES)  # noqa: PTH103
+    if not os.path.isdir("/run/udev"):
+        os.makedirs(DEVICES)
 
 
 def show(descriptor: int, path: str) -> None:
     """Have what was opened without a mode at a path where nothing is."""
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISLNK(mode):
-        os.symlink(os.readlink("", dir_fd=descriptor), path)  # noqa: PTH211
+        os.symlink(os.readlink("", dir_fd=descriptor), path)
         return
     if stat.S_ISDIR(mode):
-        os.mkdir(path)  # noqa: PTH102
+        os.mkdir(path)
     else:
         os.close(os.open(path, os.O_CREAT))
     source = f"/proc/self/fd/{descriptor}".encode()
@@ -388,7 +388,7 @@ def add_libvirt_user() -> None:
 
 def read(path: str) -> str:
     """Return a file's text."""
-    with open(path, "rb") as file:  # noqa: PTH123  # pathlib takes long to import
+    with open(path, "rb") as file:  # pathlib takes long to import
         return file.read().decode(errors="surrogateescape")
 
 
@@ -400,10 +400,10 @@ def show_with_lines(path: str, text: str, lines: list[str]) -> None:
     """
     if not lines:
         return
-    copy = "/tmp/copy"  # noqa: S108
-    mount("none", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV)  # noqa: S108
+    copy = "/tmp/copy"
+    mount("none", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV)
     data = "\n".join([text.rstrip("\n"), *lines, ""])
-    with open(copy, "wb") as file:  # noqa: PTH123
+    with open(copy, "wb") as file:
         file.write(data.encode(errors="surrogateescape"))
         os.fchmod(file.fileno(), 0o644)
     mount(copy, path, None, MS_BIND)
@@ -423,7 +423,7 @@ def raise_loopback() -> None:
 def identity() -> str:
     """Return what tells these namespaces from all others."""
     return ",".join(
-        f"{name}:{os.stat(f'/proc/self/ns/{name}').st_ino}"  # noqa: PTH116
+        f"{name}:{os.stat(f'/proc/self/ns/{name}').st_ino}"
         for name in ("mnt", "pid", "net", "ipc")
     )
 

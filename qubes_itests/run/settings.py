@@ -246,11 +246,11 @@ class Settings:
     """
 
     # fmt: off
-    keep: Keep = option(  # noqa: RUF009 - it makes a field
+    keep: Keep = option(
         Keep.NEVER, _one_of(Keep), "WHICH", _TESTS,
         "keep the disk images of VMs: never, after failed tests (failed), or always;"
         " or after failed tests with their memory, for `thaw` (state)")
-    trace: Trace = option(  # noqa: RUF009 - it makes a field
+    trace: Trace = option(
         Trace.RETAIN_ON_FAILURE, _one_of(Trace), "WHEN", _TESTS,
         "keep the timelines of all tests (on) or of those that failed"
         " (retain-on-failure), or record none (off)")
@@ -260,7 +260,7 @@ class Settings:
     shell_on_failure: bool = option(
         False, _flag, "", _TESTS,
         "open a shell in each VM of a test that has failed, before they are removed")
-    artifacts: Path = option(  # noqa: RUF009 - it makes a field
+    artifacts: Path = option(
         Path("itests-artifacts"), _path, "DIR", f"{_VMS} template merge {PYTEST}",
         "put logs and other artefacts of failed tests and templates into DIR")
     timeout: float | None = option(
@@ -295,11 +295,11 @@ class Settings:
         None, _shard, "I/N", _TESTS,
         "run only part I of N of the tests, so that N machines share them; with --times"
         " all parts take about as long")
-    times: Path | None = option(  # noqa: RUF009 - it makes a field
+    times: Path | None = option(
         None, _path, "FILE", _TESTS,
         "read how long tests take from FILE, written by `history --export` (default:"
         " with workers the history of this machine; with --shard all count alike)")
-    summary: Path | None = option(  # noqa: RUF009 - it makes a field
+    summary: Path | None = option(
         None, _path, "FILE", _TESTS + " merge",
         "write a summary of the run, in Markdown, to FILE"
         " (default: the file that GitHub names in its CI, if any)")
@@ -310,15 +310,15 @@ class Settings:
     app: tuple[Path, ...] = option(
         (), _paths, "DIR", f"{_VMS} list template",
         "run only the tests of the app in DIR")
-    core: Path | None = option(  # noqa: RUF009 - it makes a field
+    core: Path | None = option(
         None, _directory, "DIR", "run list memory compare",
         "run the suites of the checkout of core-admin in DIR, or the tests of --app, on"
         " the core there; with `memory compare`, run its qmemman")
-    qrexec: Path | None = option(  # noqa: RUF009 - it makes a field
+    qrexec: Path | None = option(
         None, _directory, "DIR", "run list memory compare",
         "with --core take the policy from the checkout of core-qrexec in DIR"
         " (default: core-qrexec or qubes-core-qrexec beside it)")
-    core_suites: Path | None = option(  # noqa: RUF009 - it makes a field
+    core_suites: Path | None = option(
         None, _directory, "DIR", "run list",
         "run the integration suites of the checkout of core-admin in DIR on our own"
         " core")

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 
-sys.path += [os.path.dirname(os.path.abspath(__file__))]  # noqa: PTH100, PTH120
+sys.path += [os.path.dirname(os.path.abspath(__file__))]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -125,13 +125,13 @@ def losetup(folder: str, *words: str) -> int:
     if len(words) != 3 or words[:2] != ("-f", "--show"):  # noqa: PLR2004
         sys.stderr.write(f"losetup: expected -f --show FILE, got {words!r}\n")
         return USAGE
-    path = os.path.abspath(words[2])  # noqa: PTH100
-    os.stat(path)  # noqa: PTH116
+    path = os.path.abspath(words[2])
+    os.stat(path)
     for number in range(LOOPS):
-        link = os.path.join(folder, f"loop{number}")  # noqa: PTH118
+        link = os.path.join(folder, f"loop{number}")
         with contextlib.suppress(FileExistsError):
-            os.symlink(path, link)  # noqa: PTH211
-        if os.readlink(link) == path:  # noqa: PTH115
+            os.symlink(path, link)
+        if os.readlink(link) == path:
             sys.stdout.write(f"/dev/loop{number}\n")
             return 0
     sys.stderr.write(f"losetup: {folder} has {LOOPS} devices already\n")
@@ -163,8 +163,8 @@ class QrexecClient:
         self.words = words
         self.address = address
         if "--socket-dir" in self.given:
-            name = os.path.basename(address)  # noqa: PTH119
-            self.address = os.path.join(self.given["--socket-dir"], name)  # noqa: PTH118
+            name = os.path.basename(address)
+            self.address = os.path.join(self.given["--socket-dir"], name)
         if "-h" not in self.given:
             if [option for option, _ in pairs].count("-p") > 1:
                 raise UsageError("-p can be given once only")
@@ -228,7 +228,7 @@ class QrexecClient:
         match = _SERVICE.fullmatch(text)
         if match is None:
             raise UsageError(f"expected QUBESRPC SERVICE VM, got {text!r}")
-        path = os.path.join(self.services, match["name"])  # noqa: PTH118
+        path = os.path.join(self.services, match["name"])
         argument = (match["argument"] or "+")[1:]
         return [path, *([argument] if argument else [])]
 
@@ -242,7 +242,7 @@ class QrexecClient:
         if "-l" in self.given:
             raise UsageError("-l cannot be used with a service of dom0")
         command = self._service(rest)
-        if not os.path.isfile(command[0]):  # noqa: PTH113
+        if not os.path.isfile(command[0]):
             sys.stderr.write(f"qrexec-client: dom0 has no service {rest.split()[1]}\n")
             return NOT_FOUND
         prefix = os.fsencode(self.given.get("-p", ""))
@@ -268,7 +268,7 @@ def _check_stdin() -> None:
 
 def kill(address: str, vm: str) -> None:
     """Have the VM killed by the Admin API."""
-    admin = os.path.join(os.path.dirname(address), "qubesd.sock")  # noqa: PTH118, PTH120
+    admin = os.path.join(os.path.dirname(address), "qubesd.sock")
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(connectable(admin))
         connection.sendall(b"admin.vm.Kill+ dom0 name " + os.fsencode(vm) + b"\0")
@@ -378,7 +378,7 @@ def run_service(
         "QREXEC_REMOTE_DOMAIN": "dom0",
         "QREXEC_REQUESTED_TARGET_TYPE": "name",
         "QREXEC_REQUESTED_TARGET": "dom0",
-        "QREXEC_SERVICE_FULL_NAME": f"{os.path.basename(command[0])}+{argument}",  # noqa: PTH119
+        "QREXEC_SERVICE_FULL_NAME": f"{os.path.basename(command[0])}+{argument}",
         "QREXEC_SERVICE_ARGUMENT": argument,
     }
     with subprocess.Popen(

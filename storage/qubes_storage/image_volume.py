@@ -335,7 +335,7 @@ class ImageVolume(Volume):
         return self.files.imported
 
     @operation("import")
-    def import_data_end(self, success: bool) -> None:  # noqa: FBT001 - the contract
+    def import_data_end(self, success: bool) -> None:
         """Commit the new content, or drop it.
 
         :raise InvalidSizeError: when it is not as long as was declared.

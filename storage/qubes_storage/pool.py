@@ -239,7 +239,7 @@ class Pool(abc.ABC):
         self._volumes[vid] = self._make_volume(vid=vid, name=vid.rpartition("/")[2])
 
 
-def parse_bool(pool: str, option: str, value: bool | str) -> bool:  # noqa: FBT001
+def parse_bool(pool: str, option: str, value: bool | str) -> bool:
     """Return the value of a pool's option that is yes or no.
 
     :raise StoragePoolException: for anything else.

@@ -277,7 +277,7 @@ class Volume(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def import_data_end(self, success: bool) -> None:  # noqa: FBT001
+    async def import_data_end(self, success: bool) -> None:
         """End what `import_data` began.
 
         :param success: whether to commit the new content, or to drop it.

@@ -207,7 +207,7 @@ class BaseVM(PropertyHolder):
         self,
         service: str,
         *,
-        input: bytes | None = None,  # noqa: A002 - as in Qubes OS
+        input: bytes | None = None,
         **options: Any,
     ) -> tuple[bytes, bytes]:
         """Run a service to its end and return its output and its error output.

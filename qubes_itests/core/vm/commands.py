@@ -114,7 +114,7 @@ class Commands:
         what: str,
         *,
         timeout: float,
-        input: bytes = b"",  # noqa: A002 - as in Qubes OS
+        input: bytes = b"",
         user: str = "root",
         limit: int = LONGEST_ANSWER,
     ) -> tuple[bytes, bytes]:
@@ -145,7 +145,7 @@ class Commands:
         what: str,
         *,
         timeout: float,
-        input: bytes = b"",  # noqa: A002 - as above
+        input: bytes = b"",
         user: str | None = None,
     ) -> tuple[bytes, bytes]:
         """Run a service that the core itself needs; as `ask`.

@@ -309,7 +309,7 @@ class QubesVM(BaseVM):
 
     async def start(
         self,
-        start_guid: bool = True,  # noqa: FBT001, FBT002 - as in Qubes OS
+        start_guid: bool = True,
         notify_function: object = None,
         mem_required: int | None = None,
     ) -> Self:
@@ -326,8 +326,8 @@ class QubesVM(BaseVM):
 
     async def shutdown(
         self,
-        force: bool = False,  # noqa: FBT001, FBT002 - as in Qubes OS
-        wait: bool = False,  # noqa: FBT001, FBT002
+        force: bool = False,
+        wait: bool = False,
         timeout: float | None = None,
     ) -> Self:
         """Ask the guest to power off; see `Life.shutdown`.
@@ -340,7 +340,7 @@ class QubesVM(BaseVM):
 
     async def restart(
         self,
-        force: bool = False,  # noqa: FBT001, FBT002 - as for `shutdown`
+        force: bool = False,
         timeout: float | None = None,
     ) -> Self:
         """Shut the VM down, wait for that, and start it again; as `shutdown`."""
@@ -402,7 +402,7 @@ class QubesVM(BaseVM):
         self,
         command: str,
         *,
-        input: bytes | None = None,  # noqa: A002 - as in Qubes OS
+        input: bytes | None = None,
         **options: Any,
     ) -> tuple[bytes, bytes]:
         """Run a command to its end and return its output and its error output.
@@ -458,7 +458,7 @@ class QubesVM(BaseVM):
     def on_pre_start_net(
         self,
         _event: str,
-        start_guid: bool = True,  # noqa: FBT001, FBT002 - of the event
+        start_guid: bool = True,
         **_kwargs: Any,
     ) -> None:
         """Have the net VM start beside it, as that takes as long."""

@@ -71,7 +71,7 @@ class Rules(Extension):
         self,
         vm: QubesVM,
         _event: str,
-        newvalue: bool = False,  # noqa: FBT001, FBT002 - of any property
+        newvalue: bool = False,
         **_kwargs: Any,
     ) -> None:
         """Refuse to stop as long as VMs have this one as net VM, or new ones would."""

@@ -81,8 +81,8 @@ def _adjust(package: ModuleType, directory: str) -> None:
 def _connectable(path: str) -> str:
     if len(os.fsencode(path)) <= _LONGEST_PATH:
         return path
-    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: PTH120
-    return f"/proc/self/fd/{folder}/{os.path.basename(path)}"  # noqa: PTH119
+    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    return f"/proc/self/fd/{folder}/{os.path.basename(path)}"
 
 
 class _Called(str):
@@ -126,8 +126,8 @@ def _with_qubes(
 
 def _run_next() -> None:
     """Import the module that this one has taken the place of, if there is one."""
-    here = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
-    others = [path for path in sys.path if os.path.abspath(path or ".") != here]  # noqa: PTH100
+    here = os.path.dirname(os.path.abspath(__file__))
+    others = [path for path in sys.path if os.path.abspath(path or ".") != here]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)
     if spec is not None and spec.loader is not None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
