@@ -18,9 +18,7 @@ from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import (
     OPTIONS,
     ConfigurationError,
-    own_complaints,
-    own_known_issues,
-    own_timeout,
+    own_settings,
 )
 from qubes_itests.untrusted_text import safe_text
 
@@ -154,12 +152,12 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
                 # running and a half-made entry in the cache.
                 with interruptible():
                     installed = _install(cache, app, settings, wishes)
-                limit = own_timeout(app, settings.template_spec)
-                if limit is not None:
-                    timeouts |= dict.fromkeys(installed.entries, limit)
-                theirs = own_complaints(app, settings.template_spec)
+                own = own_settings(app, settings.template_spec)
+                if own.timeout is not None:
+                    timeouts |= dict.fromkeys(installed.entries, own.timeout)
+                theirs = {"fail_on": own.fail_on, "allow_line": own.allow_line}
                 complaints |= dict.fromkeys(installed.entries, theirs)
-                issues += [str(path.absolute()) for path in own_known_issues(app)]
+                issues += [str(path.absolute()) for path in own.known_issues]
                 found.append(installed)
             except (InstallError, ConfigurationError, ValueError, OSError) as error:
                 wrong[app.name] = str(error)
@@ -170,9 +168,9 @@ def prepare_apps(settings: Settings, wishes: Wishes) -> Prepared:
     _use(environment.packages for environment in found)
     entries: dict[str, tuple[str, ...]] = {}
     for environment in found:
-        own = () if settings.template else wishes.templates(environment.app.name)
+        names = () if settings.template else wishes.templates(environment.app.name)
         for name in environment.entries:
-            entries[name] = (*entries.get(name, ()), *(own or settings.templates))
+            entries[name] = (*entries.get(name, ()), *(names or settings.templates))
     return Prepared(
         entries,
         wrong,

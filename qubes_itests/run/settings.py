@@ -13,7 +13,7 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qubes_itests.exc import HarnessError
 from qubes_itests.exit_codes import ExitCode
@@ -32,8 +32,7 @@ __all__ = [
     "Trace",
     "convert",
     "load",
-    "own_known_issues",
-    "own_timeout",
+    "own_settings",
     "plain",
 ]
 
@@ -395,44 +394,22 @@ def load(
         if value := environment.get(declared.variable, "").strip():
             values[name] = convert(name, value, declared.variable)
     values.update(given or {})
-    return Settings(**values)  # type: ignore[arg-type]  # convert() checked them
+    return Settings(**values)
 
 
-def own_timeout(directory: Path, others: Iterable[Path] = ()) -> float | None:
-    """Return the time that the files in an app's directory give each of its tests.
+def own_settings(directory: Path, others: Iterable[Path] = ()) -> Settings:
+    """Return the settings that the files in an app's directory give, as of an app.
 
-    :param others: files that say it where those do not.
-    :return: seconds; 0 for no limit, None where no file says it.
+    :param others: files whose settings hold where those do not give any, the first's
+        first; known issues are an app's own.
     :raise ConfigurationError: for an unknown key or a bad value.
     """
-    tables = (_from_files(directory), *(_from_file(path) or {} for path in others))
-    limits = (table["timeout"] for table in tables if "timeout" in table)
-    return cast("float | None", next(limits, None))
-
-
-def own_known_issues(directory: Path) -> tuple[Path, ...]:
-    """Return the files with known issues that the files in an app's directory name.
-
-    :raise ConfigurationError: for an unknown key or a bad value.
-    """
-    named = cast("tuple[Path, ...]", _from_files(directory).get("known_issues", ()))
-    return tuple(directory / path for path in named)
-
-
-def own_complaints(
-    directory: Path, others: Iterable[Path] = ()
-) -> dict[str, tuple[str, ...]]:
-    """Return ``fail_on`` and ``allow_line`` as the files in an app's directory say.
-
-    :param others: files that say it where those do not.
-    :raise ConfigurationError: for an unknown key or a bad value.
-    """
-    tables = [_from_files(directory), *(_from_file(path) or {} for path in others)]
-    found: dict[str, tuple[str, ...]] = {}
-    for name in ("fail_on", "allow_line"):
-        values = (table[name] for table in tables if name in table)
-        found[name] = cast("tuple[str, ...]", next(values, ()))
-    return found
+    values: dict[str, Any] = {}
+    for path in reversed(tuple(others)):
+        values |= _from_file(path) or {}
+    own = _from_files(directory)
+    issues = tuple(directory / path for path in own.get("known_issues", ()))
+    return Settings(**{**values, **own, "known_issues": issues})
 
 
 def plain(settings: Settings) -> dict[str, object]:
@@ -466,12 +443,13 @@ def convert(name: str, value: object, source: str) -> object:
         raise ConfigurationError(source, f"{name}: {error}") from None
 
 
-def _from_files(directory: Path) -> dict[str, object]:
+def _from_files(directory: Path) -> dict[str, Any]:
+    # `convert` has made them what their options are
     tables = (_from_file(directory / name) for name in ("pyproject.toml", "setup.cfg"))
     return next((table for table in tables if table is not None), {})
 
 
-def _from_file(path: Path) -> dict[str, object] | None:
+def _from_file(path: Path) -> dict[str, Any] | None:
     read = _read_toml if path.suffix == ".toml" else _read_cfg
     try:
         table = read(path)

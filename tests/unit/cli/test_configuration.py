@@ -15,7 +15,7 @@ from qubes_itests.run.settings import (
     Settings,
     convert,
     load,
-    own_timeout,
+    own_settings,
     plain,
 )
 
@@ -76,13 +76,13 @@ def test_what_apps_need_is_told_in_words_and_paths(tmp_path):
 
 
 def test_the_time_that_an_app_gives_its_tests(tmp_path):
-    assert own_timeout(tmp_path) is None
+    assert own_settings(tmp_path).timeout is None
     assert load(tmp_path, {}).timeout is None
     (tmp_path / "setup.cfg").write_text("[qubes_itests]\ntimeout = 900\n")
-    assert own_timeout(tmp_path) == 900
+    assert own_settings(tmp_path).timeout == 900
     (tmp_path / "setup.cfg").write_text("[qubes_itests]\ntimeout = soon\n")
     with pytest.raises(ConfigurationError, match="expected a number of seconds"):
-        own_timeout(tmp_path)
+        own_settings(tmp_path)
 
 
 def test_a_memory_budget_is_mib_or_none(tmp_path):
@@ -158,10 +158,10 @@ def test_a_file_of_sections_says_the_time_of_tests_where_an_app_does_not(tmp_pat
     other, another = tmp_path / "other.cfg", tmp_path / "another.toml"
     other.write_text("[qubes_itests:template:x]\nbase = tiny\n")
     another.write_text("[tool.qubes_itests]\ntimeout = 900\n")
-    assert own_timeout(tmp_path, [other]) is None
-    assert own_timeout(tmp_path, [other, another]) == 900
+    assert own_settings(tmp_path, [other]).timeout is None
+    assert own_settings(tmp_path, [other, another]).timeout == 900
     (tmp_path / "setup.cfg").write_text("[qubes_itests]\ntimeout = 0\n")
-    assert own_timeout(tmp_path, [another]) == 0
+    assert own_settings(tmp_path, [another]).timeout == 0
     other.write_text("[qubes_itests]\ntimeuot = 9\n")
     with pytest.raises(ConfigurationError, match="unknown key 'timeuot'"):
-        own_timeout(tmp_path, [other])
+        own_settings(tmp_path, [other])

@@ -8,7 +8,7 @@ import pytest
 
 from qubes_itests.pytest_plugin.known_issues import KnownIssue, KnownIssues, read
 from qubes_itests.pytest_plugin.repetition import Repetition
-from qubes_itests.run.settings import Settings, own_known_issues
+from qubes_itests.run.settings import Settings, own_settings
 
 
 class Config:
@@ -74,11 +74,11 @@ def test_a_line_without_a_reference_is_told_with_its_place(tmp_path):
 
 
 def test_an_app_names_its_own_file(tmp_path):
-    assert own_known_issues(tmp_path) == ()
+    assert own_settings(tmp_path).known_issues == ()
     (tmp_path / "setup.cfg").write_text(
         "[qubes_itests]\nknown_issues = tests/known-issues\n"
     )
-    assert own_known_issues(tmp_path) == (tmp_path / "tests/known-issues",)
+    assert own_settings(tmp_path).known_issues == (tmp_path / "tests/known-issues",)
 
 
 def test_a_report_tells_of_its_own_attempt_alone(tmp_path, monkeypatch):
