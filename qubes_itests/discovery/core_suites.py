@@ -46,8 +46,8 @@ _NETWORK: Final = {
 }
 #: Suites that cannot run here, and what they need.
 _NOT_HERE: Final = {
-    "integ.audio": _DISPLAY,
-    "integ.backupdispvm": _DISPLAY,
+    "integ.audio": "it needs sound in dom0 and in VMs",
+    "integ.backupdispvm": "it restores in an xterm of a VM, with the client in there",
     "integ.devices_pci": "it needs a PCI device that VMs may have",
     "integ.dom0_update": _FEDORA,
     "integ.grub": f"{_FEDORA}, with dracut and grub2",
@@ -76,8 +76,9 @@ _ABSENT: Final = (
 _PANICS: Final = ("test_114_reattach_after_provider_crash",)
 #: What the kernel gives new files, by its number in <linux/time.h>.
 _CLOCK_REALTIME_COARSE: Final = 5
-#: Of a suite whose tests read whole volumes three times, for minutes of a CPU, though
-#: these are holes: its new ones are as large as what it puts into them. Bytes.
+#: Of a suite that computes checksums of whole volumes, twice in each test, for minutes
+#: of a CPU, though most of each is a hole: they are as large as what is put into them.
+#: Bytes.
 _SIZES: Final = {
     "integ.backup": {"private_img_size": 512 * MIB, "root_img_size": 2048 * MIB}
 }

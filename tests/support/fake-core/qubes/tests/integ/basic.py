@@ -64,9 +64,10 @@ class TC_00_Basic(unittest.TestCase):
         home = pwd.getpwnam(user).pw_dir
         self.assertEqual((user, home), ("user", os.environ["HOME"]))
         # programs run as the user may read and write what is root's
-        words = ["runuser", "-u", user, "--", "sh", "-c", "id -u; cd /root && pwd"]
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        self.assertEqual(done.stdout, "0\n/root\n")
+        for words in (["runuser", "-u", user, "--"], ["sudo", "-E", "-u", user]):
+            words += ["sh", "-c", "id -u; cd /root && pwd"]
+            done = subprocess.run(words, capture_output=True, text=True, check=True)
+            self.assertEqual(done.stdout, "0\n/root\n")
         self.assertEqual(os.listdir(home), [])
         self.assertTrue(os.path.samefile(os.path.expanduser("~root"), home))
         self.assertEqual(os.stat(home).st_dev, os.stat("/var/lib/qubes").st_dev)
