@@ -124,6 +124,15 @@ def test_an_app_that_is_no_directory_is_a_mistake_of_the_caller(tmp_path):
         preparation.prepare_listing(Settings(app=(tmp_path / "nothing",)))
 
 
+def test_suites_for_our_core_need_a_checkout_and_no_other_core(tmp_path):
+    settings = Settings(core_suites=tmp_path)
+    with pytest.raises(ConfigurationError, match="expected a checkout of core-admin"):
+        preparation.prepare_listing(settings)
+    (tmp_path / "qubes/tests/integ").mkdir(parents=True)
+    preparation.prepare_listing(settings)
+    assert Prepared.told().core_suites == str(tmp_path)
+
+
 def test_what_is_told_is_what_was_found():
     complaints = {"a": {"fail_on": ["journal"], "allow_line": ["x y"]}}
     prepared = Prepared(

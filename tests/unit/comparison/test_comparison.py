@@ -50,6 +50,19 @@ def test_an_error_has_to_be_all_that_theirs_is():
     assert found.verdict == "differs"
 
 
+@pytest.mark.parametrize(
+    ("here", "there", "verdict"),
+    [
+        ("failed: one thing", "failed: another", "same"),
+        ("failed: one thing", "passed", "differs"),
+        ("skipped: why", "skipped", "same"),
+    ],
+)
+def test_of_tests_the_outcome_is_compared_and_not_why_they_failed(here, there, verdict):
+    (found,) = compare({"test core::a": here}, {"test core::a": there})
+    assert found.verdict == verdict
+
+
 def test_what_is_in_a_class_or_a_property_that_only_one_has_is_left_out():
     theirs = {
         "name qubes.app.Other": "class",
@@ -92,6 +105,13 @@ def test_our_core_is_described():
     assert found["set AppVM.debug = 'text'"].split()[:2] == [
         *("!", "QubesPropertyValueError")
     ]
+
+
+@pytest.mark.parametrize("word", ["core::storage", "my-app"])
+def test_tests_that_are_not_for_both_are_refused(word):
+    command = parse(["compare", "--core", "core", word])
+    with pytest.raises(ConfigurationError, match=r"of a suite core::integ\.NAME"):
+        check(command, Settings(**command.given))
 
 
 def test_a_core_that_our_own_run_would_find_is_refused(tmp_path, monkeypatch):

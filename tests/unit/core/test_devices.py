@@ -474,3 +474,47 @@ async def test_a_collection_of_what_is_no_vm():
     collection = DeviceManager(subject)["block"]
     await collection.assign(DeviceAssignment(device, mode="required"))
     assert [a.port_id for a in collection.get_assigned_devices()] == ["sda"]
+
+
+def _told(vm, **devices):
+    vm.life.device_entries = {
+        f"/qubes-block-devices/{name}/{key}": value
+        for name, said in devices.items()
+        for key, value in said.items()
+    }
+    return {device.port_id: device for device in vm.devices["block"]}
+
+
+async def test_what_a_guest_tells_of_its_devices(work):
+    """The names that Qubes OS has for it, and the identity, also of a part."""
+    sda = {"desc": "A_Stick (my_label)", "size": "4096", "mode": "r", "parent": ""}
+    found = _told(work, sda=sda, sda1={"desc": "A_Stick ()", "parent": "sda"})
+    whole, part = found["sda"], found["sda1"]
+    assert (whole.serial, whole.name, whole.mode) == ("A Stick", "my label", "r")
+    assert (whole.size, whole.device_node) == (4096, "/dev/sda")
+    assert (whole.manufacturer, whole.parent_device) == ("hosted by work", None)
+    assert (whole.device_id, part.device_id) == (":None", ":None:1")
+    assert part.parent_device == whole
+    assert part.manufacturer == "sub-device of work:sda"
+    assert whole.subdevices == [part]
+    work.life.state = PowerState.HALTED
+    assert list(work.devices["block"]) == []
+
+
+async def test_a_guest_may_tell_what_it_likes_of_its_devices(work):
+    """No control characters come of it, no bad names, and no recursion."""
+    liar = {"desc": "\x1b[0m\N{BULLET}* (", "size": "-1", "mode": "x", "parent": "b"}
+    found = _told(
+        work,
+        **{"a": liar, "b": {"parent": "a"}, "..": liar, "x" * 13: liar},
+        usb={"parent": "4-4.1:1.0"},
+        gone={"parent": "none"},
+    )
+    assert sorted(found) == ["a", "b", "gone", "usb"]
+    assert found["a"].serial.isprintable()
+    assert (found["a"].size, found["a"].mode) == (0, "w")
+    assert found["a"].parent_device == found["b"]
+    assert found["b"].parent_device == found["a"]
+    assert found["usb"].parent_device is None
+    assert isinstance(found["gone"].parent_device, UnknownDevice)
+    assert b"\x1b" not in found["a"].serialize()
