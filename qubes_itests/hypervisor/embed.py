@@ -8,6 +8,7 @@ was new.  libvirt itself checks that it fits the program that it finds.
 
 from __future__ import annotations
 
+import tempfile
 from typing import TYPE_CHECKING
 
 import libvirt
@@ -40,6 +41,12 @@ def make_root(root: Path) -> None:
     """Make the directory that `qemu:///embed?root=` is given. Blocking."""
     (root / "etc").mkdir(parents=True, exist_ok=True)
     (root / "etc" / "qemu.conf").write_text(_CONFIGURATION)
+    # In memory, which a sandbox has for itself: libvirt writes down what a domain does
+    # fifteen times a start, for a libvirt after a crash, and waits for the disk each
+    # time. There is none of those: what is in here ends with the process.
+    if not (root / "run").exists():
+        state = tempfile.mkdtemp(dir="/dev/shm", prefix="")
+        (root / "run").symlink_to(state)
 
 
 def emulator_key(emulator: Path) -> str:
