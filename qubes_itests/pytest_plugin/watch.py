@@ -90,7 +90,7 @@ class FailureWatch:
         self.artifacts.begin(item.nodeid)
         self._seen = ""
         self._began = time.monotonic()
-        self._logs = GuestLogs(self._vm_directory())
+        self._logs = self._begin_logs()
         testbed = self._context.opened_testbed
         before = self._panics_seen = len(testbed.panics) if testbed else 0
         random.seed(f"{self._settings.seed}:{item.nodeid}")
@@ -248,7 +248,7 @@ class FailureWatch:
         """
         self.artifacts.begin_attempt(test, number)
         self._seen = ""
-        self._logs = GuestLogs(self._vm_directory())
+        self._logs = self._begin_logs()
 
     def keep_logs(self, test: str, directory: Path, since: float) -> None:
         """Keep the logs of VMs whose run has ended without keeping them.
@@ -263,6 +263,15 @@ class FailureWatch:
     def keep_stacks(self, test: str) -> None:
         """Keep what all threads and tasks are doing in a test that does not end."""
         self.artifacts.text(test, "stacks.txt", stacks(self._context.loop))
+
+    def _begin_logs(self) -> GuestLogs:
+        testbed = self._context.opened_testbed
+        if testbed is None or testbed.machine is not None:
+            # of a core under test nobody knows which VMs are over
+            return GuestLogs(self._vm_directory())
+        return GuestLogs(
+            testbed.parts.run_directory, [app.directory for app in testbed.apps]
+        )
 
     def _vm_directory(self) -> Path | None:
         testbed = self._context.opened_testbed

@@ -54,8 +54,10 @@ class LeakWatch:
     :param hypervisor: whose spare domains are no test's.
     """
 
-    #: Whether what the plugin of pytest had frozen has been searched for a holder.
-    _thawed: ClassVar = False
+    #: Whether the garbage collector has what stays to be looked through still: before
+    #: the first test that which the testbed has loaded, of which collecting would take
+    #: half of its time; later all, where a holder was searched for among it.
+    _thawed: ClassVar = True
 
     def __init__(self, portal: Portal, hypervisor: Hypervisor) -> None:
         if LeakWatch._thawed:
