@@ -17,7 +17,6 @@ from qubes_itests.core.volume_content import (
     WITH_FILESYSTEM,
     check_size,
     fill_if_empty,
-    import_filesystem,
     import_image,
     kept_by,
     write_content,
@@ -123,7 +122,7 @@ class Storage:
     async def create(
         self, images: Mapping[str, Path] | None = None, *, adopt: bool = False
     ) -> None:
-        """Make all volumes; the private one gets its filesystem.
+        """Make all volumes; the private one gets its filesystem when the VM starts.
 
         If one fails, those made before are removed again.
 
@@ -136,8 +135,6 @@ class Storage:
         async def make(volume: Volume) -> None:
             if volume.name in images:
                 await import_image(volume, images[volume.name])
-            elif volume.name == "private" and volume.save_on_stop:
-                await import_filesystem(volume)
             else:
                 await volume.create()
 

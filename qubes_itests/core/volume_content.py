@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from typing import TYPE_CHECKING, Final
 
-from qubes_itests.host.filesystem import make_ext4
+from qubes_itests.guest.image.private import make_private
 from qubes_storage import Import, exporting
 from qubes_storage.exc import InvalidSizeError, VolumeNotFoundError
 from qubes_storage.ficlone import clone_or_copy, data_extents
@@ -28,7 +29,6 @@ __all__ = [
     "data_blocks",
     "fill_if_empty",
     "import_blocks",
-    "import_filesystem",
     "import_image",
     "is_empty",
     "kept_by",
@@ -42,6 +42,11 @@ WITH_FILESYSTEM: Final = ("root", "private")
 #: each TiB, at the next start if not now: larger ones would not start in time any more,
 #: and beyond some PiB ext4 does not go at all.
 _LARGEST_FILESYSTEM: Final = 1 << 40
+
+#: Whose turn it is to look at a volume before a start, and to make its filesystem.
+_FILLING: Final[weakref.WeakKeyDictionary[Volume, asyncio.Lock]] = (
+    weakref.WeakKeyDictionary()
+)
 
 #: What of an image is looked at in one go, bytes.
 BLOCK: Final = 1 << 16
@@ -95,17 +100,8 @@ async def copy_committed(volume: Volume, target: Path) -> bool:
     return True
 
 
-async def import_filesystem(volume: Volume) -> None:
-    """Have a volume begin with an empty ext4 of its size and name.
-
-    :raise CommandError: when mke2fs fails.
-    """
-    size = volume.size
-    await _import(volume, size, lambda path: make_ext4(path, size, volume.name))
-
-
 async def fill_if_empty(volume: Volume) -> None:
-    """Make a filesystem in a private volume that is empty, as one that was cleared is.
+    """Make a filesystem in a private volume that is empty, as a new one is.
 
     It is committed before the start: a crash meanwhile leaves the volume empty, and a
     VM that begins with the volume of another finds the same there.
@@ -113,12 +109,17 @@ async def fill_if_empty(volume: Volume) -> None:
     :raise CommandError: when mke2fs fails.
     :raise OSError: as the operating system says.
     """
-    if not volume.save_on_stop or volume.is_dirty():
+    if not volume.save_on_stop:
         return
-    async with exporting(volume) as image:
-        empty = await to_its_end(asyncio.to_thread(is_empty, image))
-    if empty:
-        await import_filesystem(volume)
+    # Of VMs that start at once from one and the same volume one makes it.
+    async with _FILLING.setdefault(volume, asyncio.Lock()):
+        if volume.is_dirty():
+            return
+        async with exporting(volume) as image:
+            empty = await to_its_end(asyncio.to_thread(is_empty, image))
+        if empty:
+            size = volume.size
+            await _import(volume, size, lambda path: make_private(path, size))
 
 
 async def _import(volume: Volume, size: int, fill: Callable[[Path], None]) -> None:

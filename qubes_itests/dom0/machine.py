@@ -37,12 +37,12 @@ from qubes_itests.dom0.xen_xml import (
     with_devices,
 )
 from qubes_itests.exc import DeadlineError, HarnessError
+from qubes_itests.guest.image.private import make_private
 from qubes_itests.guest.link.agent import Identity
 from qubes_itests.guest.link.block_export import BlockExport
 from qubes_itests.guest.link.journal import GuestJournal
 from qubes_itests.guest.start.boot import boot
 from qubes_itests.guest.start.record import StartRecord
-from qubes_itests.host.filesystem import make_ext4
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
 from qubes_itests.qmemman.sizes import MIB
@@ -620,4 +620,4 @@ def _format_if_blank(path: Path) -> None:
         blank = not any(file.read(_HEAD))
         size = file.seek(0, os.SEEK_END)
     if blank and path.is_file():
-        make_ext4(path, size)
+        make_private(path, size)

@@ -131,18 +131,22 @@ def make_filesystem(
         raise
 
 
-def make_ext4(path: Path, size: int, label: str = "") -> None:
+def make_ext4(
+    path: Path, size: int, label: str = "", contents: Path | None = None
+) -> None:
     """Make an ext4 filesystem in a file without mounting it; replaces its content.
 
     :param path: the file; need not exist.
     :param size: bytes.
     :param label: volume label, at most 16 bytes.
+    :param contents: a directory that it begins with a copy of, owners included.
     :raise CommandError: when mke2fs fails; a file that was there is empty then.
     """
     # In place: the file may be one that somebody else made for us to fill.
     with path.open("wb") as file:
         file.truncate(size)
-    run([*_MAKE[FilesystemType.EXT4], "-L", label, path])
+    copied = () if contents is None else ("-d", contents)
+    run([*_MAKE[FilesystemType.EXT4], "-L", label, *copied, path])
 
 
 def mount(image: Path, directory: Path, *, options: Sequence[str] = ()) -> None:

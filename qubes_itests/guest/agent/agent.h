@@ -136,6 +136,7 @@ int service_connect(struct service *service, const char *name, struct failure *f
 /* spawn.c */
 extern char default_user[NAME_LIMIT];
 struct passwd *find_user(const char *name, uid_t uid); /* name NULL: by uid */
+bool is_empty(const char *directory); /* but for names that begin with a dot */
 pid_t spawn(struct strings request, const struct service *service, const int stdio[3],
             uid_t *uid, struct failure *failure); /* service NULL: none */
 

@@ -189,11 +189,17 @@ static void make_homes(void)
 {
 	FILE *file = fopen("/etc/passwd", "re");
 	const struct passwd *user;
+	struct stat status;
 	char path[PATH_LIMIT];
 
 	while (file && (user = fgetpwent(file))) {
 		snprintf(path, sizeof path, "/rw%s", user->pw_dir);
-		if (strncmp(path, "/rw/home/", 9) == 0 && mkdir(path, 0700) == 0 &&
+		if (strncmp(path, "/rw/home/", 9) != 0)
+			continue;
+		mkdir(path, 0700);
+		/* The host may have made it for somebody else: it does not know the users. */
+		if (lstat(path, &status) == 0 && status.st_uid != user->pw_uid &&
+		    S_ISDIR(status.st_mode) && is_empty(path) &&
 		    chown(path, user->pw_uid, user->pw_gid) != 0)
 			send_text(LOG, "%s: %s", path, strerror(errno));
 	}

@@ -74,7 +74,7 @@ static void set_login_environment(const struct passwd *user)
 	set_variable("XDG_RUNTIME_DIR", in_root(directory));
 }
 
-static bool is_empty(const char *path)
+bool is_empty(const char *path)
 {
 	DIR *directory = opendir(path);
 	const struct dirent *entry;

@@ -1,6 +1,7 @@
 """Private volumes without a filesystem: empty ones get one before a VM starts."""
 
 import asyncio
+import os
 import subprocess
 
 import pytest
@@ -56,6 +57,38 @@ async def test_one_of_holes(app, template):
     found = await started(vm)
     assert found[1080:1082] == EXT4
     assert magic(vm.volumes["private"].files.clean) == EXT4
+
+
+async def test_a_new_one_gets_it_at_the_first_start(template):
+    """Most templates of a test never start."""
+    await template.create_on_disk()
+    volume = template.volumes["private"]
+    assert not any(volume.files.clean.read_bytes())
+    assert (await started(template))[1080:1082] == EXT4
+
+
+async def test_it_has_the_directories_that_a_guest_makes(app, template):
+    vm = await empty(app, template, name="work")
+    await started(vm)
+    command = ["debugfs", "-R", "ls -p /", vm.volumes["private"].files.clean]
+    listed = await asyncio.to_thread(subprocess.check_output, command, text=True)
+    found = {line.split("/")[5]: line.split("/")[2:5] for line in listed.split()}
+    owner = [str(os.geteuid()), str(os.getegid())]
+    for name in ("config", "home", "usrlocal"):
+        assert found[name] == ["040755", *owner]
+
+
+async def test_vms_that_start_at_once_from_one_find_the_same(app, template):
+    base = await empty(app, template, name="base", template_for_dispvms=True)
+    vms = [
+        app.add_new_vm("DispVM", name=f"disp{n}", label="red", template=base)
+        for n in range(1, 5)
+    ]
+    for vm in vms:
+        await vm.create_on_disk()
+    found = await asyncio.gather(*(started(vm) for vm in vms))
+    assert found[0][1080:1082] == EXT4
+    assert all(content == found[0] for content in found)
 
 
 async def test_one_of_zeroes(app, template):

@@ -214,8 +214,6 @@ def way(app, how):
 STEPS = [
     ("create", "create", 0),
     ("create", "create", 1),
-    ("create", "import_data", 0),
-    ("create", "import_data_end", 0),
     ("clone", "create", 0),
     ("clone", "create", 1),
     ("clone", "import_volume", 0),
