@@ -31,32 +31,22 @@ def execute(command: Command, _settings: Settings) -> int:
     size = _size([*stale.values(), *(entry.size for entry in swept)])
     runs = _count(len(stale), "stale run", "stale runs")
     print(f"Removed {runs} and {parts} from {cache.root}: {size}.")
-    if command.cache:
-        _clear(cache)
-    else:
-        _describe(cache)
-    return ExitCode.OK
-
-
-def _describe(cache: Cache) -> None:
-    content = cache.content()
-    total = _size(entry.size for entry in content)
-    kinds = ", ".join(_kinds(content)) or "it is empty"
-    print(f"The cache holds {total} of {_size([cache.limit])}: {kinds}.")
-
-
-def _clear(cache: Cache) -> None:
-    if under_way(cache):
+    if command.cache and under_way(cache):
         raise HarnessError(
             f"A run uses the cache {cache.root}: wait for it to end, then clean again."
         )
     content = cache.content()
+    kinds = ", ".join(_kinds(content))
+    if not command.cache:
+        total = _size(entry.size for entry in content)
+        limit = _size([cache.limit])
+        print(f"The cache holds {total} of {limit}: {kinds or 'it is empty'}.")
+        return ExitCode.OK
     # Only what is known to be ours: somebody may name a directory by mistake.
-    names = {*cache.kinds, *_OURS}
-    for path in (cache.root / name for name in names):
-        shutil.rmtree(path, ignore_errors=True)
-    kinds = ", ".join(_kinds(content)) or "it was empty"
-    print(f"Removed the cache: {kinds}.")
+    for name in {*cache.kinds, *_OURS}:
+        shutil.rmtree(cache.root / name, ignore_errors=True)
+    print(f"Removed the cache: {kinds or 'it was empty'}.")
+    return ExitCode.OK
 
 
 def _kinds(content: list[Entry]) -> Iterable[str]:

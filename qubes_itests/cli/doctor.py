@@ -19,7 +19,6 @@ from qubes_itests.report.names import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from qubes_itests.cli.arguments import Command
     from qubes_itests.run.settings import Settings
@@ -54,25 +53,21 @@ def _facts() -> Iterator[Check]:
         return  # what is missing has been told
     yield Check("memory", "ok", f"{memory.for_vms()} MiB for VMs")
     if emulator := find_program(EMULATOR):
-        yield _shared_memory(cache, emulator)
+        name = "shared memory"
+        try:
+            build_memory_library(cache, emulator)
+        except HarnessError as error:
+            message = f"each VM has a copy of all that it begins with: {error}"
+            yield Check(name, "warn", one_line(message, 240))
+        else:
+            message = "VMs have in common what they begin with and do not change"
+            yield Check(name, "ok", message)
     kinds = {entry.kind for entry in content}
     # what templates are made of has no entry of its own
     built = sorted(kinds & {"tiny", "debian", "layer"})
     yield Check("templates", "ok", f"built: {', '.join(built) or 'none yet'}")
     size, limit = sum(entry.size for entry in content), cache.limit
     yield Check("cache size", "ok", f"{size >> 20} MiB of {limit >> 20} MiB")
-
-
-def _shared_memory(cache: Cache, emulator: Path) -> Check:
-    name = "shared memory"
-    try:
-        build_memory_library(cache, emulator)
-    except HarnessError as error:
-        message = f"each VM has a copy of all that it begins with: {error}"
-        return Check(name, "warn", one_line(message, 240))
-    return Check(
-        name, "ok", "VMs have in common what they begin with and do not change"
-    )
 
 
 def _lines(checks: Sequence[Check]) -> list[str]:

@@ -44,17 +44,15 @@ def unrunnable_tests(cls: type[unittest.TestCase]) -> list[str]:
     calling them makes an object that nobody awaits or iterates, and the test passes.
     """
     alone = not issubclass(cls, unittest.IsolatedAsyncioTestCase)
+    names = unittest.TestLoader().getTestCaseNames(cls)
+    functions = {name: inspect.unwrap(getattr(cls, name)) for name in names}
     return [
         name
-        for name in unittest.TestLoader().getTestCaseNames(cls)
-        if _never_runs(inspect.unwrap(getattr(cls, name)), without_loop=alone)
+        for name, function in functions.items()
+        if inspect.isgeneratorfunction(function)
+        or inspect.isasyncgenfunction(function)
+        or (alone and inspect.iscoroutinefunction(function))
     ]
-
-
-def _never_runs(function: object, *, without_loop: bool) -> bool:
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        return True
-    return without_loop and inspect.iscoroutinefunction(function)
 
 
 def twice_defined(cls: type[unittest.TestCase]) -> list[str]:

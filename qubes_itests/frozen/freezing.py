@@ -224,7 +224,13 @@ class _Writing:
     ) -> None:
         """Write it, and give the folder its name."""
         (self._folder / "app.xml").write_bytes(state)
-        kernels = tuple(self._kernels())
+        kernels = []
+        for number, (name, each) in enumerate(self._app.kernels.items(), 1):
+            kernel, initramfs = f"kernel-{number}", f"initramfs-{number}"
+            shutil.copyfile(each.kernel, self._folder / kernel)
+            shutil.copyfile(each.initramfs, self._folder / initramfs)
+            said = each.kernel_options, each.init
+            kernels.append(Kernel(name, kernel, initramfs, *said))
         blocks = BlockFile(self._folder)
         with contextlib.closing(blocks):
             vms = tuple(
@@ -240,7 +246,7 @@ class _Writing:
             time=self._moment.time,
             spread=round(self._moment.spread, 3),
             machine=kind,
-            kernels=kernels,
+            kernels=tuple(kernels),
             vms=vms,
             volumes=volumes,
             policy=policy,
@@ -250,13 +256,6 @@ class _Writing:
             # what gathers artefacts may be another user's
             path.chmod(0o755 if path.is_dir() else 0o644)
         self._folder.replace(place)
-
-    def _kernels(self) -> Iterable[Kernel]:
-        for number, (name, each) in enumerate(self._app.kernels.items(), 1):
-            kernel, initramfs = f"kernel-{number}", f"initramfs-{number}"
-            shutil.copyfile(each.kernel, self._folder / kernel)
-            shutil.copyfile(each.initramfs, self._folder / initramfs)
-            yield Kernel(name, kernel, initramfs, each.kernel_options, each.init)
 
     def _vm(self, state: str, vm: QubesVM, blocks: BlockFile) -> FrozenVM:
         spec = self._moment.specs[vm]

@@ -62,7 +62,12 @@ def check_all(cache: Cache | None = None) -> list[Check]:
         ),
     ]
     if checks[-2].state == "ok":
-        checks.append(_check_space((cache or Cache()).root))
+        root = (cache or Cache()).root
+        free = shutil.disk_usage(root).free
+        message, remedy = f"{free / (1 << 30):.1f} GiB free in {root}", ""
+        if free < _LEAST_SPACE:
+            remedy = "Free some, or name another place in QUBES_ITESTS_CACHE."
+        checks.append(Check("disk space", "warn" if remedy else "ok", message, remedy))
     return checks
 
 
@@ -131,15 +136,6 @@ def _missing(missing: list[packages.Need]) -> MissingToolError:
     labels = ", ".join(need.label for need in missing)
     command = packages.install_command(missing)
     return MissingToolError(labels, f"Install it with: {command}")
-
-
-def _check_space(root: Path) -> Check:
-    free = shutil.disk_usage(root).free
-    message = f"{free / (1 << 30):.1f} GiB free in {root}"
-    if free >= _LEAST_SPACE:
-        return Check("disk space", "ok", message)
-    remedy = "Free some, or name another place in QUBES_ITESTS_CACHE."
-    return Check("disk space", "warn", message, remedy)
 
 
 def _outcome(name: str, probe: Callable[[], str | None]) -> Check:

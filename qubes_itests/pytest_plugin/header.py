@@ -35,8 +35,15 @@ def all_lines(config: pytest.Config) -> list[str]:
 
 def _lines(context: RunContext) -> list[str]:
     settings = context.settings
-    result = [f"sandbox: {_sandbox()}"]
-    if sandbox.active():
+    result = []
+    if not sandbox.active():
+        why = "pytest was called by another program"
+        if os.geteuid() != 0:
+            why = "that takes root, and so do tests that mount or start VMs"
+        result.append(f"sandbox: none: {why}")
+    else:
+        kinds = "mount, PID, network and IPC namespaces"
+        result.append(f"sandbox: {kinds} of this run's own")
         result.append(f"cache: {context.cache.root}")
         result.append(f"hypervisor: {_hypervisor(context)}")
         templates = ", ".join(settings.templates)
@@ -47,14 +54,6 @@ def _lines(context: RunContext) -> list[str]:
         if size := settings.memory_budget:
             result.append(f"memory: {size} MiB for dom0 and the VMs of each test")
     return result
-
-
-def _sandbox() -> str:
-    if sandbox.active():
-        return "mount, PID, network and IPC namespaces of this run's own"
-    if os.geteuid() != 0:
-        return "none: that takes root, and so do tests that mount or start VMs"
-    return "none: pytest was called by another program"
 
 
 def _hypervisor(context: RunContext) -> str:

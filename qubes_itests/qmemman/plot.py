@@ -215,7 +215,10 @@ def _stack(frame: _Frame, names: dict[str, str]) -> Iterator[str]:
     right = _WIDTH - _RIGHT + 10
     labels: list[tuple[float, str, str]] = []
     for domid, name in names.items():
-        low, bottom = bottom, _raised(bottom, frame.records, domid)
+        low, bottom = bottom, dict(bottom)
+        for number, record in enumerate(frame.records):
+            if domain := record.domains.get(domid):
+                bottom[number] += domain.current
         colour = _colour(domid, names)
         yield _area(frame, low, bottom, colour)
         end = len(frame.records) - 1
@@ -228,17 +231,6 @@ def _stack(frame: _Frame, names: dict[str, str]) -> Iterator[str]:
     free = full[end] - bottom[end]
     labels.append((frame.y(bottom[end] + free / 2), f"free {mib(free)}", "#4d7a40"))
     yield from _apart(labels, right)
-
-
-def _raised(
-    low: dict[int, int], records: Sequence[Record], domid: str
-) -> dict[int, int]:
-    """Return a stack with what one domain holds on top."""
-    high = dict(low)
-    for number, record in enumerate(records):
-        if domain := record.domains.get(domid):
-            high[number] += domain.current
-    return high
 
 
 def _area(

@@ -16,7 +16,7 @@ from qubes_itests.program import typed
 from qubes_itests.serve.wire import connectable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from qubes_itests.host.cache import Cache
 
@@ -101,16 +101,13 @@ def find(
     # a shell may have the variables of a server that has ended since
     if (name := environment.get(VARIABLE, "")) and Place(Path(name)).answers():
         return Place(Path(name))
-    found = [(path.stat().st_mtime, path) for path in _sockets(cache)]
-    if not found:
-        raise UsageError(f"Nothing serves: {_BEGIN}")
-    return Place(max(found)[1].parent)
-
-
-def _sockets(cache: Cache) -> Iterator[Path]:
+    found = []
     for run in rundir.under_way(cache):
         path = Place.of_run(run).admin_socket
         # the run may end meanwhile
         with contextlib.suppress(OSError):
             if path.is_socket():
-                yield path
+                found.append((path.stat().st_mtime, path))
+    if not found:
+        raise UsageError(f"Nothing serves: {_BEGIN}")
+    return Place(max(found)[1].parent)
