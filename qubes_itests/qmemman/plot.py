@@ -161,7 +161,13 @@ def _panel(
         ),
         *_stack(stack, names),
         *marks,
-        *_event_lines(stack, bottom + 24, end),
+        # the events' lines again, faintly, across the rows of VMs
+        *(
+            f'<path d="M{stack.x(record.time):.1f} {bottom + 24}V{end}"'
+            f' stroke="{colour}" stroke-opacity="0.25"/>'
+            for record in thin
+            if (colour := _EVENTS.get(record.event))
+        ),
     ]
     top = bottom + 34
     body.append(
@@ -322,16 +328,6 @@ def _events(frame: _Frame) -> tuple[list[str], int]:
                 f' style="fill:{colour}">{escape(text)}</text>'
             )
     return marks, sum(until > 0 for until in taken)
-
-
-def _event_lines(frame: _Frame, top: float, bottom: float) -> Iterator[str]:
-    """Yield the events' lines again, faintly, across the rows of VMs."""
-    for record in frame.records:
-        if colour := _EVENTS.get(record.event):
-            yield (
-                f'<path d="M{frame.x(record.time):.1f} {top}V{bottom}"'
-                f' stroke="{colour}" stroke-opacity="0.25"/>'
-            )
 
 
 def _row(
