@@ -184,6 +184,12 @@ def test_logind_starts_once(pair, sh):
     assert sh(pair.work, command, "root") == "1"
 
 
+def test_commands_go_before_logind(pair, sh):
+    """It may start still when the first of them is run."""
+    assert sh(pair.work, "nice; systemctl show -P Nice systemd-logind") == "0\n10"
+    assert sh(pair.work, "loginctl list-seats --no-legend") == "seat0"
+
+
 def test_no_job_is_dropped_for_the_order_of_others(pair, sh):
     command = "journalctl -q -b -o cat _PID=1 | grep -c 'ordering cycle' || :"
     assert sh(pair.work, command, "root") == "0"
