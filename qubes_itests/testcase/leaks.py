@@ -55,8 +55,8 @@ class LeakWatch:
     """
 
     #: Whether the garbage collector has what stays to be looked through still: before
-    #: the first test that which the testbed has loaded, of which collecting would take
-    #: half of its time; later all, where a holder was searched for among it.
+    #: the first test that which the testbed has loaded, which would make collecting
+    #: take five times as long; later all, where a holder was searched for among it.
     _thawed: ClassVar = True
 
     def __init__(self, portal: Portal, hypervisor: Hypervisor) -> None:
