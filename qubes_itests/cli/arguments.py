@@ -137,8 +137,8 @@ class Command:
     words: tuple[str, ...] = ()
     # fmt: off
     expression: str = option(
-        "", None, "EXPRESSION", "list",
-        "list only tests whose ids match, as -k of pytest selects them", short="-k")
+        "", None, "EXPRESSION", "list compare",
+        "take only tests whose ids match, as -k of pytest selects them", short="-k")
     json: bool = option(
         False, None, "", "list doctor history ps compare", "print JSON, not text")
     cache: bool = option(
@@ -186,7 +186,7 @@ class Command:
             return not self.print_env
         if self.name == "compare":
             # tests are run by runs that it starts, which have their own
-            return not (self.words or "app" in self.given)
+            return not (self.words or self.expression or "app" in self.given)
         return self.name in ("shell", "repl", "thaw")
 
 

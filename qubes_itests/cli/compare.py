@@ -47,6 +47,8 @@ def check(command: Command, settings: Settings) -> None:
     """
     if settings.core is None:
         raise ConfigurationError("compare", "expected --core DIR, got no core")
+    if command.expression and not (command.words or settings.app):
+        raise ConfigurationError("-k", f"expected --app, or a suite {_SUITES}NAME")
     for word in command.words:
         if not (settings.app or word.startswith(_SUITES)):
             problem = f"expected tests of --app, or of a suite {_SUITES}NAME"
@@ -67,8 +69,8 @@ def execute(command: Command, settings: Settings) -> int:
             settings, core=None, qrexec=None, core_suites=settings.core
         )
         found = compare(
-            _outcomes(ours, root / "ours", command.words),
-            _outcomes(settings, root / "theirs", command.words),
+            _outcomes(ours, root / "ours", command),
+            _outcomes(settings, root / "theirs", command),
         )
     if command.json:
         rows = [{**dataclasses.asdict(d), "verdict": d.verdict} for d in found]
@@ -112,7 +114,7 @@ def _theirs(settings: Settings) -> Mapping[str, str]:
 
 
 def _outcomes(
-    settings: Settings, artifacts: Path, words: Sequence[str]
+    settings: Settings, artifacts: Path, command: Command
 ) -> Mapping[str, str]:
     """Run tests, and return what came of them, each with the cause if it failed."""
     # a run keeps its results if there is such a folder; those of an earlier one are not
@@ -120,8 +122,10 @@ def _outcomes(
     artifacts.mkdir(parents=True, exist_ok=True)
     (artifacts / NAME).unlink(missing_ok=True)
     options = [word for given in told_again(settings) for word in given]
-    command = [*COMMAND, "run", *options, "--artifacts", str(artifacts), *words]
-    subprocess.run(command, check=False, stdout=sys.stderr)
+    if command.expression:
+        options += ["-k", command.expression]
+    run = [*COMMAND, "run", *options, "--artifacts", str(artifacts), *command.words]
+    subprocess.run(run, check=False, stdout=sys.stderr)
     return {
         f"test {result.test}": f"{result.outcome}: {result.cause}"
         if result.cause

@@ -263,7 +263,7 @@ class Settings:
         Path("itests-artifacts"), _path, "DIR", f"{_VMS} template merge {PYTEST}",
         "put logs and other artefacts of failed tests and templates into DIR")
     timeout: float | None = option(
-        None, _seconds, "SECONDS", _TESTS,
+        None, _seconds, "SECONDS", f"{_TESTS} compare",
         "fail a test that takes longer than SECONDS; 0 for no limit"
         f" (default: what its app says, or {DEFAULT_TIMEOUT:.0f})")
     seed: int | None = option(

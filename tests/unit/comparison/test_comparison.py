@@ -114,6 +114,17 @@ def test_tests_that_are_not_for_both_are_refused(word):
         check(command, Settings(**command.given))
 
 
+def test_tests_are_selected_as_for_a_run():
+    """By an expression as well, which alone says of no suite that it is for both."""
+    suite = "core::integ.basic"
+    command = parse(["compare", "--core", "core", "-k", "a or b", suite])
+    assert (command.expression, command.words) == ("a or b", (suite,))
+    check(command, Settings(**command.given))
+    command = parse(["compare", "--core", "core", "-k", "a"])
+    with pytest.raises(ConfigurationError, match="-k: expected --app, or a suite"):
+        check(command, Settings(**command.given))
+
+
 def test_a_core_that_our_own_run_would_find_is_refused(tmp_path, monkeypatch):
     """What the environment says holds for both runs, and all would be the same."""
     command = parse(["compare", "--core", "core", "--app", "app"])
