@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from qubes_itests.compat_core2 import ProcessWrapper, VMWrapper, unwrapped
+from qubes_itests.core.device.assignment import DeviceAssignment
+from qubes_itests.core.device.port import Port, VirtualDevice
 from qubes_itests.core.events import Emitter
 from qubes_itests.core.exc import (
     QubesVMInUseError,
@@ -468,7 +470,9 @@ def _is_unused(vm: QubesVM | VMWrapper) -> bool:
 
 
 def _holds_vm(value: Any) -> bool:
-    if isinstance(value, (VMWrapper, ProcessWrapper)):
+    # of a device its backend, of an assignment also who has it
+    holders = VMWrapper, ProcessWrapper, Port, VirtualDevice, DeviceAssignment
+    if isinstance(value, holders):
         return True
     if isinstance(value, dict):
         return any(_holds_vm(item) for item in (*value, *value.values()))

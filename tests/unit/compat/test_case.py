@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from qubes_itests.compat_core2 import unwrapped
+from qubes_itests.core.device.assignment import DeviceAssignment
+from qubes_itests.core.device.info import DeviceInfo
+from qubes_itests.core.device.port import Port, VirtualDevice
 from qubes_itests.core.exc import (
     QubesVMInUseError,
     QubesVMNotRunningError,
@@ -197,6 +201,20 @@ def test_a_session_that_fails():
         self.loop.run_until_complete(self.wait_for_session(vm))
 
     assert "test-inst-one did not begin: exit status 1: no seat" in failure(body)
+
+
+@pytest.mark.usefixtures("bed")
+def test_a_device_that_a_test_keeps_leaves_no_vm():
+    """Nor what is of a device, as all of it knows its backend."""
+
+    def body(self):
+        (vm,) = self.create_vms(["one"])
+        port = Port(unwrapped(vm), "loop0", "block")
+        self.device = DeviceInfo(port)
+        self.all = [port, VirtualDevice(port), DeviceAssignment(self.device)]
+
+    result = run(body)
+    assert result.wasSuccessful(), result.errors
 
 
 @pytest.mark.usefixtures("bed")
