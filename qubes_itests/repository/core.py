@@ -31,6 +31,8 @@ __all__ = ["CORE_TEMPLATES", "Core", "install_client", "install_core"]
 CORE_TEMPLATES: Final = Path(__file__).with_name("core_templates.toml")
 
 _KIND: Final = "core"
+#: What a core needs; and the file with what that is, in the entry of the core.
+_NEEDS: Final = "core-needs"
 _PACKAGE: Final = "qubes"
 #: What a checkout imports and the package index has; the metadata of a checkout name
 #: nothing, since dom0 has it all from the packages of its distribution.
@@ -61,12 +63,12 @@ class Core:
 
     :param checkout: the directory that it comes from.
     :param source: a copy of that, for the files that are in no package.
-    :param packages: the directory with what it needs, and with its own metadata.
+    :param packages: directories with its own metadata, and with what it needs.
     """
 
     checkout: Path
     source: Path
-    packages: Path
+    packages: tuple[Path, ...]
 
 
 def install_core(
@@ -91,11 +93,8 @@ def install_core(
     if qrexec is not None:
         places = [qrexec]
     projects = [place for place in places if place.is_dir()][:1]
-    clients = _clients(checkout)
-    key = digest(
-        *(sys.version, sys.prefix, tree_digest(checkout), Path(__file__)),
-        *map(tree_digest, [*projects, *clients]),
-    )
+    python = sys.version, sys.prefix, Path(__file__)
+    key = digest(*python, tree_digest(checkout), *map(tree_digest, projects))
 
     def build(place: Path) -> None:
         say("installing it")
@@ -109,20 +108,28 @@ def install_core(
             )
         for project in projects:
             imported |= _imports(checkout, project / _QREXEC)
-        for client in clients:
-            imported |= _imports(checkout, client / _CLIENT)
-        requires = Requirements(_distributions(imported), tuple(projects))
-        # entry points for its own tests are among its metadata if the first is set;
-        # the client names packages that only a desktop has a use for
+        # entry points for its own tests are among its metadata if the first is set
         variables = ("QUBES_TEST=1", "PIP_NO_DEPS=1")
-        own = [Project(checkout), *map(Project, clients)]
-        make_environment(place, checkout, own, requires, variables)
+        nothing = Requirements((), ())
+        make_environment(place, checkout, [Project(checkout)], nothing, variables)
+        (place / _NEEDS).write_text("\n".join(_distributions(imported)))
         # Tests look for files beside their package: templates, schemas, scripts.
         ignored = shutil.ignore_patterns(*IGNORED)
         shutil.copytree(checkout, place / "source", symlinks=True, ignore=ignored)
 
+    def build_needs(place: Path) -> None:
+        say("installing what it needs")
+        requires = Requirements(tuple(words), tuple(projects))
+        make_environment(place, checkout, [], requires)
+
     place = cache.entry(_KIND, key, build)
-    return Core(checkout, place / "source", packages_of(place))
+    words = (place / _NEEDS).read_text().splitlines()
+    # by itself: it takes half of the time, and is the same after a change of the core
+    key = digest(*python, *words, *map(tree_digest, projects))
+    needs = packages_of(cache.entry(_NEEDS, key, build_needs))
+    client = install_client(cache, checkout, say)
+    packages = [packages_of(place), needs, *([client] if client else [])]
+    return Core(checkout, place / "source", tuple(packages))
 
 
 def install_client(
@@ -133,10 +140,10 @@ def install_client(
     :return: the directory with its packages; None if there is no client.
     :raise InstallError: as for `install_core`.
     """
-    clients = _clients(checkout)
-    if not clients:
+    places = [checkout.parent / name for name in _CLIENT_NAMES]
+    client = next((place for place in places if (place / _CLIENT).is_dir()), None)
+    if client is None:
         return None
-    client = clients[0]
 
     def build(place: Path) -> None:
         say("installing the client")
@@ -146,11 +153,6 @@ def install_client(
 
     key = digest(sys.version, sys.prefix, tree_digest(client), Path(__file__))
     return packages_of(cache.entry(_CLIENT, key, build))
-
-
-def _clients(checkout: Path) -> list[Path]:
-    places = [checkout.parent / name for name in _CLIENT_NAMES]
-    return [place for place in places if (place / _CLIENT).is_dir()][:1]
 
 
 def _distributions(imported: set[str]) -> tuple[str, ...]:

@@ -202,7 +202,7 @@ def _with_core(prepared: Prepared, core: Core | None) -> Prepared:
     """Have this process and its children find the core, before what apps bring."""
     if core is None:
         return prepared
-    _use([core.source, core.packages])
+    _use([core.source, *core.packages])
     copies = {**prepared.copies, str(core.source): str(core.checkout)}
     return dataclasses.replace(prepared, core=str(core.source), copies=copies)
 
