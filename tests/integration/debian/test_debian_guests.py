@@ -166,13 +166,10 @@ def test_a_guest_powers_off_and_comes_back_with_its_home(pair, sh):
 
 
 def test_a_guest_that_powers_off_by_itself_is_halted(pair, sh):
-    async def halted():
-        while not pair.vault.is_halted():
-            await pair.vault.domain.wait_stopped(60)
-
     # its command may be cut off before it ends
     pair.run(pair.vault.run("sleep 0.1; poweroff", user="root"))
-    pair.run(halted())
+    pair.run(pair.vault.wait_ended(60))
+    assert pair.vault.is_halted()
     pair.run(pair.vault.start())
     assert sh(pair.vault, "hostname") == "vault"
 
