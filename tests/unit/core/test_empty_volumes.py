@@ -59,12 +59,13 @@ async def test_one_of_holes(app, template):
     assert magic(vm.volumes["private"].files.clean) == EXT4
 
 
-async def test_a_new_one_gets_it_at_the_first_start(template):
+async def test_a_new_one_gets_it_at_the_first_start(app):
     """Most templates of a test never start."""
-    await template.create_on_disk()
-    volume = template.volumes["private"]
-    assert not any(volume.files.clean.read_bytes())
-    assert (await started(template))[1080:1082] == EXT4
+    sizes = {"root": {"size": MIB}, "private": {"size": 8 * MIB}}
+    vm = app.add_new_vm("TemplateVM", name="new", label="red", volume_config=sizes)
+    await vm.create_on_disk()
+    assert not any(vm.volumes["private"].files.clean.read_bytes())
+    assert (await started(vm))[1080:1082] == EXT4
 
 
 async def test_it_has_the_directories_that_a_guest_makes(app, template):
