@@ -45,7 +45,8 @@ class ProblemItem(pytest.Item):
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> str:  # type: ignore[override]
         """Return the text: where it was raised is of no interest."""
-        if isinstance(excinfo.value, HarnessError):
+        # what ends with this item may have errors of its own: fixtures of a session
+        if str(excinfo.value) == self._text:
             return self._text
         return str(super().repr_failure(excinfo))
 

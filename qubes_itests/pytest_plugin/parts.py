@@ -79,9 +79,6 @@ def register_parts(
         config.pluginmanager.register(recording, "qubes_itests-recording")
     deadline = Deadline(functools.partial(_time_limit, settings), watch.keep_stacks)
     watch.deadline = deadline
-    if not worker.distributes(config):
-        reach = RunReach(config, context, deadline)
-        config.pluginmanager.register(reach, "qubes_itests-reach")
     if worker.distributes(config):
         from qubes_itests.pytest_plugin.controller import (  # noqa: PLC0415
             Controller,
@@ -89,9 +86,12 @@ def register_parts(
 
         controller = Controller(config, context, watch)
         config.pluginmanager.register(controller, worker.ROLE)
-    elif worker.is_worker(config):
-        one = worker.Worker(config, context, watch)
-        config.pluginmanager.register(one, worker.ROLE)
+    else:
+        reach = RunReach(config, context, deadline)
+        config.pluginmanager.register(reach, "qubes_itests-reach")
+        if worker.is_worker(config):
+            one = worker.Worker(config, context, watch)
+            config.pluginmanager.register(one, worker.ROLE)
     _register_results(config, settings, watch, prefix)
     _register_choices(config, settings, watch)
     if settings.shell_on_failure and not config.option.collectonly:
