@@ -117,14 +117,9 @@ def firewall_rules(
     return _replaced(family, "qubes-firewall", chains)
 
 
-def named_hosts(rules: Iterable[Mapping[str, str]]) -> set[str]:
-    """Return the names of hosts in the rules of clients; ValueError as above."""
-    parsed = [
-        _words(text)
-        for entries in rules
-        for name, text in entries.items()
-        if name != "policy"
-    ]
+def named_hosts(entries: Mapping[str, str]) -> set[str]:
+    """Return the names of hosts in the rules of a client; ValueError as above."""
+    parsed = [_words(text) for name, text in entries.items() if name != "policy"]
     return {words["dsthost"] for words in parsed if "dsthost" in words}
 
 

@@ -174,7 +174,9 @@ class Machine:
 
     def journals(self) -> list[GuestJournal]:
         """Return the logs of the guests that run."""
-        running = (g for g in self.guests.values() if g.state is State.RUNNING)
+        # at once, as above
+        guests = tuple(self.guests.values())
+        running = (g for g in guests if g.state is State.RUNNING)
         return [guest.journal for guest in running if guest.journal is not None]
 
     def tell(self, guest: Guest, event: Event) -> None:
@@ -331,7 +333,7 @@ class Guest:
             if self.network is not None:
                 self.network.paused = False
                 # clients may have come and gone meanwhile
-                await self.network.serve()
+                self.network.serve_soon()
         self.state = State.RUNNING
         self._machine.tell(self, Event.RESUMED)
 
@@ -403,9 +405,11 @@ class Guest:
         if isinstance(device, InterfaceConfig):
             net = self._machine.running(device.backend)
             await net.agent()
-            if self.network is not None and net.network is not None:
-                await self.network.attach(device, net.network)
-                self._attached[device.mac] = _Attached(xml, contextlib.ExitStack())
+            if self.network is None or net.network is None:
+                reason = f"it is ending, or VM {net.name} is"
+                raise StateError(self.name, "attach an interface to", reason)
+            await self.network.attach(device, net.network)
+            self._attached[device.mac] = _Attached(xml, contextlib.ExitStack())
             return
         disk, backend = device
         if disk.name in self._attached:
@@ -531,12 +535,15 @@ class Guest:
     async def _take_down(self, agent: GuestAgent | None) -> None:
         network, self.network = self.network, None
         try:
-            if agent is not None:
-                await agent.close()
-            if self.domain is not None:
-                await self.domain.undefine()
-            if network is not None:
-                await network.end()
+            # from the last to the first, and each whatever becomes of the others: an
+            # address that stays taken would keep the VM from its next start
+            async with contextlib.AsyncExitStack() as undo:
+                if network is not None:
+                    undo.push_async_callback(network.end)
+                if self.domain is not None:
+                    undo.push_async_callback(self.domain.undefine)
+                if agent is not None:
+                    undo.push_async_callback(agent.close)
         except HarnessError as error:
             # as of a QEMU that waits for its disk, which cannot be killed: the core and
             # who waits for the guest are told of the end all the same

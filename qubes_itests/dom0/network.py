@@ -21,6 +21,7 @@ from qubes_itests.dom0.firewall import (
     named_hosts,
 )
 from qubes_itests.exc import HarnessError
+from qubes_itests.guest.exc import GuestGoneError
 from qubes_itests.guest.start.links import Downlink, Uplink, routes_to
 from qubes_itests.guest.start.network import (
     DOWNLINK,
@@ -128,24 +129,34 @@ class Network:
     async def detach(self, mac: str) -> None:
         """Pull an interface out; nothing happens if there is none.
 
-        :raise HarnessError: the guest does not let go of it.
+        :raise HarnessError: the guest does not let go of it: it has it still, and
+            nothing passes any more.
         """
-        uplink = self._uplinks.pop(mac, None)
+        uplink = self._uplinks.get(mac)
         if uplink is None:
             return
         # whatever the guest does, nothing passes any more
         await uplink.cut()
         try:
-            await self._domain.detach_interface(mac)
+            await self._pull_out(mac)
+            self._uplinks.pop(mac, None)
+            await uplink.remove()
         finally:
-            await self._left(uplink)
+            await self._leave(uplink).serve()
 
-    async def _left(self, uplink: Uplink[Network]) -> None:
+    async def _pull_out(self, mac: str) -> None:
+        try:
+            await self._domain.detach_interface(mac)
+        except HypervisorError:
+            # the guest may have let go of it since it was asked before
+            if mac in await asyncio.to_thread(self._domain.definition):
+                raise
+
+    def _leave(self, uplink: Uplink[Network]) -> Network:
         net = uplink.downlink.owner
-        net._clients.pop(uplink, None)  # noqa: SLF001 - of this class
-        timeline.note("network", self.name, change="detached", peer=net.name)
-        await uplink.remove()
-        await net.serve()
+        if net._clients.pop(uplink, None) is not None:  # noqa: SLF001 - of this class
+            timeline.note("network", self.name, change="detached", peer=net.name)
+        return net
 
     async def _set_up_uplink(self, interface: InterfaceConfig) -> None:
         address, gateway = self._address("/qubes-ip"), self._address("/qubes-gateway")
@@ -172,7 +183,7 @@ class Network:
                     f"ip -6 route replace default via {beyond} dev {UPLINK}",
                 ]
             await self._run("use IPv6", " && ".join(lines))
-        if self._downlink is not None:
+        if self._downlink is not None and self._versions:
             await self._run("pass on questions for names", _NAME_SERVERS)
 
     # as a net VM
@@ -209,16 +220,20 @@ class Network:
         if not self._versions:
             log.info("VM %s has no nft: it forwards nothing", self.name)
             return
-        # from here on rules keep clients apart, which may let some of them pass
-        lines = [f"ip rule del iif {DOWNLINK}", _NAME_SERVERS]
         gateway = self._address("/qubes-netvm-gateway6")
-        if gateway is not None:
-            lines += [
-                f"echo 0 >/proc/sys/net/ipv6/conf/{DOWNLINK}/disable_ipv6",
-                "echo 1 >/proc/sys/net/ipv6/conf/all/forwarding",
-                f"ip -6 addr replace {gateway}/128 dev {DOWNLINK} nodad",
-            ]
-        await self._run("forward", " && ".join(lines))
+        async with self._loading:
+            # first: a client whose rules are not there yet passes nothing
+            wanted = await self._wanted()
+            # from here on rules keep clients apart, which may let some of them pass
+            lines = [wanted, f"ip rule del iif {DOWNLINK}", _NAME_SERVERS]
+            if gateway is not None:
+                lines += [
+                    f"echo 0 >/proc/sys/net/ipv6/conf/{DOWNLINK}/disable_ipv6",
+                    "echo 1 >/proc/sys/net/ipv6/conf/all/forwarding",
+                    f"ip -6 addr replace {gateway}/128 dev {DOWNLINK} nodad",
+                ]
+            await self._run("forward", "sh -e", "\n".join(lines).encode())
+            self._loaded = wanted
 
     def visible(self, address: IPv4Address) -> IPv4Address:
         """Return the address that a client believes to have."""
@@ -279,25 +294,30 @@ class Network:
 
     async def _firewall(self, version: int) -> str:
         rules: dict[IPv4Address | IPv6Address, Mapping[str, str]] = {}
-        for interface in self._clients.values():
+        hosts: dict[str, list[str]] = {}
+        for interface in tuple(self._clients.values()):
             address = interface.ip if version == 4 else interface.ip6  # noqa: PLR2004
-            if address is not None:
-                prefix = f"{_FIREWALL}{address}/"
-                rules[address] = {
-                    path.removeprefix(prefix): self._fact(path)
-                    for path in self._database.list(prefix)
-                }
-        names = (f"/qubes-netvm-{which}-dns" for which in ("primary", "secondary"))
-        dns = [server for server in map(self._fact, names) if server]
-        try:
-            hosts = {
-                host: await self._addresses(host, version)
-                for host in sorted(named_hosts(rules.values()))
+            if address is None:
+                continue
+            prefix = f"{_FIREWALL}{address}/"
+            entries = {
+                path.removeprefix(prefix): self._fact(path)
+                for path in self._database.list(prefix)
             }
-            return firewall_rules(version, rules, dns, hosts)
-        except ValueError as error:
-            log.warning("VM %s lets no client pass: %s", self.name, str(error))
-            return firewall_rules(version, {key: {} for key in rules}, dns, {})
+            try:
+                names = named_hosts(entries) - hosts.keys()
+                asked = [self._addresses(name, version) for name in names]
+                hosts |= zip(names, await asyncio.gather(*asked), strict=True)
+                rules[address] = entries
+            except (HarnessError, ValueError) as error:
+                said = safe_text(str(error), lines=True)
+                log.warning(
+                    "VM %s lets nothing of %s pass: %s", self.name, address, said
+                )
+                rules[address] = {}
+        servers = (f"/qubes-netvm-{which}-dns" for which in ("primary", "secondary"))
+        dns = [str(server) for server in map(self._address, servers) if server]
+        return firewall_rules(version, rules, dns, hosts)
 
     async def _addresses(self, host: str, version: int) -> list[str]:
         """Return the addresses of a host, as the guest finds them."""
@@ -314,9 +334,13 @@ class Network:
         """Have the guest follow what the core has written into its qubesdb."""
         # that one comes last, when all rules of a client are written
         if path.startswith(_FIREWALL) and "/" not in path.removeprefix(_FIREWALL):
-            task = asyncio.ensure_future(self.serve())
-            self._following.add(task)
-            task.add_done_callback(self._following.discard)
+            self.serve_soon()
+
+    def serve_soon(self) -> None:
+        """Have `serve` done by somebody who need not wait for the guest."""
+        task = asyncio.ensure_future(self.serve())
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
 
     # both
 
@@ -340,7 +364,11 @@ class Network:
             await action
         except (HarnessError, ValueError) as error:
             said = safe_text(str(error), lines=True)
-            log.warning("VM %s does not %s: %s", self.name, what, said)
+            # one that has ended meanwhile is no news
+            level = (
+                logging.INFO if isinstance(error, GuestGoneError) else logging.WARNING
+            )
+            log.log(level, "VM %s does not %s: %s", self.name, what, said)
 
     async def end(self) -> None:
         """Take away what it had on the host, once the guest has ended."""
@@ -349,7 +377,9 @@ class Network:
         uplinks, self._uplinks = self._uplinks, {}
         for uplink in uplinks.values():
             with contextlib.suppress(HarnessError):
-                await self._left(uplink)
+                await uplink.remove()
+            # a net VM that does not answer holds up no end of its clients
+            self._leave(uplink).serve_soon()
         async with self._opening:
             if self._downlink is not None:
                 await self._downlink.close()

@@ -31,6 +31,7 @@ class Process:
     async def communicate(self, said, *, limit):
         del limit
         await asyncio.sleep(0)
+        await self.guest.answers.wait()
         self.guest.ran.append(f"{self.command} {said.decode()}".strip())
         return self.guest.says.get(self.command, b""), b"no"
 
@@ -50,6 +51,8 @@ class Guest:
         self.name = self.vm = name
         self.ran, self.failing, self.interfaces = [], set(), {}
         self.says = {}
+        self.answers = asyncio.Event()
+        self.answers.set()
         self.database = QubesDB()
         for path, value in entries.items():
             self.database.write(path, value.encode())
@@ -65,7 +68,11 @@ class Guest:
     async def detach_interface(self, mac):
         if mac in self.failing:
             raise HarnessError("it does not let go")
-        del self.interfaces[mac]
+        if self.interfaces.pop(mac, None) is None:
+            raise HypervisorError(self.name, "detach an interface from", "it has none")
+
+    def definition(self):
+        return str(self.interfaces)
 
     def told(self, word):
         """Return what it was told with a word in it, and forget all."""
@@ -155,7 +162,7 @@ async def test_what_guests_do_not_do_leaves_them_plugged_in(there, caplog):
     first.failing.add(MAC)
     with pytest.raises(HarnessError, match="does not let go"):
         await first.network.detach(MAC)
-    assert not any(MAC in name for name in there)
+    assert all(name.endswith(" cut") for name in there if MAC in name)
 
 
 async def test_a_net_vm_that_is_paused_hears_of_its_clients_later():
@@ -229,3 +236,68 @@ async def test_a_guest_without_nft_has_no_rules(caplog):
         await first.network.attach(interface(5), net.network)
     assert "VM net has no nft: it forwards nothing" in caplog.text
     assert not [line for line in net.ran if "sh -e" in line or "rule del" in line]
+
+
+async def test_an_interface_that_its_guest_keeps_is_there_still(there):
+    net, first = Guest("net", NET), client(5)
+    await first.network.attach(interface(5), net.network)
+    first.failing.add(MAC)
+    for _ in range(2):
+        with pytest.raises(HarnessError, match="does not let go"):
+            await first.network.detach(MAC)
+        with pytest.raises(HypervisorError, match="has an interface 00:16:3e:5e:6c:00"):
+            await first.network.attach(interface(5), net.network)
+    # another one may have the address; and who has let go of it meanwhile may, too
+    await client(5).network.attach(interface(5), net.network)
+    first.interfaces.clear()
+    first.failing.clear()
+    await first.network.detach(MAC)
+    assert not any("cut" in name for name in there)
+
+
+async def test_a_net_vm_that_does_not_answer_holds_up_no_end_of_a_client():
+    net, first = Guest("net", NET), client(5)
+    await first.network.attach(interface(5), net.network)
+    net.answers.clear()
+    async with asyncio.timeout(10):
+        await first.network.end()
+    net.told("")
+    net.answers.set()
+    async with asyncio.timeout(10):
+        while not net.told("routes vif -10.137.0.5"):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+async def test_who_cannot_have_its_rules_passes_nothing(caplog):
+    """Rules are there before the first client; the others have theirs."""
+    wall, first, second = Guest("wall", WALL), client(5), client(6)
+    await wall.network.begin()
+    (told,) = wall.told("qubes-firewall")
+    assert "forward {" in told
+    assert "vm0" not in told
+    for number, name in ((5, "none.example"), (6, "a.example")):
+        place = f"/qubes-firewall/10.137.0.{number}"
+        wall.database.write(f"{place}/policy", b"accept")
+        rule = f"action=accept dsthost={name}"
+        wall.database.write(f"{place}/0000", rule.encode())
+    wall.says["getent ahostsv4 a.example || [ $? = 2 ]"] = b"192.0.2.1 STREAM a\n"
+    # no server answers in time
+    wall.failing.add("none.example")
+    await first.network.attach(interface(5), wall.network)
+    await second.network.attach(interface(6), wall.network)
+    *_, told = wall.told("qubes-firewall")
+    chains = [part.partition("}\n")[0] for part in told.split(" chain vm")[1:]]
+    assert "accept" not in chains[0]
+    assert "192.0.2.1 } accept" in chains[1]
+    assert "VM wall lets nothing of 10.137.0.5 pass: " in caplog.text
+
+
+async def test_a_net_vm_without_nft_is_not_asked_to_answer_for_names():
+    net, wall = Guest("net", NET), Guest("wall", WALL)
+    script = "command -v nft >/dev/null || exec echo none; exec nft -f -"
+    wall.says[script] = b"none\n"
+    await wall.network.begin()
+    await wall.network.attach(interface(1), net.network)
+    ran = "\n".join(wall.ran)
+    assert "agent uplink" in ran
+    assert "dnat-to-ns" not in ran

@@ -8,10 +8,10 @@ import pytest
 import pytest_asyncio
 
 from qubes_itests.dom0 import machine as module
-from qubes_itests.dom0.machine import Event, Machine
+from qubes_itests.dom0.machine import Event, Machine, State
 from qubes_itests.dom0.stores import QubesDB
 from qubes_itests.dom0.xen_xml import read_domain
-from qubes_itests.hypervisor.exc import HypervisorError
+from qubes_itests.hypervisor.exc import HypervisorError, StateError
 from qubes_itests.qmemman.budget import MemoryBudget
 
 pytestmark = pytest.mark.asyncio
@@ -77,11 +77,15 @@ async def test_a_domain_that_cannot_be_destroyed_has_ended_all_the_same(
         await asyncio.sleep(0)
         return Domain(), Agent() if started else None
 
-    ended = asyncio.Event()
+    async def end(_network):
+        ends.append(started)
+
+    ended, ends = asyncio.Event(), []
     guest._machine.listeners.append(
         lambda _guest, event: event is Event.STOPPED and ended.set()
     )
     monkeypatch.setattr(module, "boot", boot)
+    monkeypatch.setattr(module.Network, "end", end)
     await guest.resume()
     agent = asyncio.ensure_future(guest.agent())
     async with asyncio.timeout(60):
@@ -93,3 +97,23 @@ async def test_a_domain_that_cannot_be_destroyed_has_ended_all_the_same(
                 await agent
     assert not guest.is_active
     assert "Device or resource busy" in caplog.text
+    assert ends == [True] * started
+
+
+async def test_no_interface_leads_to_a_net_vm_that_is_ending(guest):
+    xml = XML.replace("work", "net").replace(
+        f"{guest.config.uuid}", f"{uuid.UUID(int=8)}"
+    )
+    net = await guest._machine.define(read_domain(xml))
+    net.state = State.RUNNING
+    for each in (guest, net):
+        each._agent = asyncio.get_running_loop().create_future()
+        each._agent.set_result(Agent())
+    guest.domain = guest.network = Domain()
+    interface = (
+        "<interface><mac address='00:16:3e:5e:6c:00'/><ip address='10.137.0.5'/>"
+        "<backenddomain name='net'/></interface>"
+    )
+    with pytest.raises(StateError, match="it is ending, or VM net is"):
+        await guest.attach_device(interface)
+    assert "interface" not in guest.definition()
