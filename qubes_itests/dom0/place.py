@@ -201,6 +201,8 @@ def _have_programs(checkout: Path) -> None:
     for place, names in _OURS.items():
         below = place / "qubes"
         core = [*tools, checkout / "tests"] if place == _LIB else []
+        if below.is_symlink():
+            below.unlink()  # to a directory of the machine
         for program in [*core, *map(ours.joinpath, names)] if place.is_dir() else ():
             below.mkdir(exist_ok=True)
             (below / program.name).unlink(missing_ok=True)

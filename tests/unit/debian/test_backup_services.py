@@ -88,7 +88,7 @@ def test_files_of_a_backup_are_restored_by_how_their_names_begin(
 
 def test_no_more_of_a_command_is_read_than_is_asked_for(root, backup, tmp_path):
     """It would never come to an end."""
-    place = f"cat '{backup}' /dev/zero"
+    place = f"env {300 * 'A'}= cat '{backup}' /dev/zero"
     found = restore(root, place, "header", tmp_path / "got")
     assert found == (["header", "header.sum"], 0, 0, "")
 
@@ -125,6 +125,6 @@ def test_a_backup_is_kept_in_a_directory_or_by_a_command(root, tmp_path):
     assert target.read_bytes() == b"what is kept"
 
 
-@pytest.mark.parametrize("place", ["dd of=/dev/full", "never-heard-of", "/nowhere"])
+@pytest.mark.parametrize("place", ["dd of=/dev/full", "never-heard-of", "/nowhere", ""])
 def test_a_backup_that_cannot_be_kept_is_told(root, place):
     assert keep(root, place).returncode not in (0, None)

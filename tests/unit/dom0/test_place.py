@@ -19,3 +19,14 @@ def test_names_in_any_encoding_stay_as_they_are(tmp_path, monkeypatch):
     user = b"user:*:0:0:the user of dom0:/var/lib/dom0-home:/bin/sh\n"
     assert users.read_bytes() == root + other + user
     assert re.fullmatch(rb"m\xfcll:x:4243:\nqubes:x:\d+:user\n", groups.read_bytes())
+
+
+def test_programs_are_put_into_no_directory_of_the_machine(tmp_path, monkeypatch):
+    lib, theirs = tmp_path / "lib", tmp_path / "theirs"
+    for each in (lib, theirs):
+        each.mkdir()
+    (lib / "qubes").symlink_to(theirs)
+    monkeypatch.setattr(place, "_OURS", {lib: ("qrexec-client",)})
+    place._have_programs(tmp_path)
+    assert (lib / "qubes/qrexec-client").resolve().is_file()
+    assert list(theirs.iterdir()) == []
