@@ -70,7 +70,7 @@ COMMANDS = {
         (("words", "+", "DIR...", "the artefacts of each, with run.json"),)),
     "compare": _SubCommand(
         "compare", "compare our core with that of --core: names, errors and properties,"
-        " or the outcomes of tests on both, of --app or of its own suites",
+        " or the outcomes of tests on both: those of --app, or its own suites",
         (("words", "*", "[SELECTOR...]", "ids of tests, or how they begin"),)),
     "memory": _SubCommand(
         "memory",

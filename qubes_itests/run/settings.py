@@ -385,7 +385,7 @@ def load(
     :param directory: where pyproject.toml and setup.cfg are looked for.
     :param environment: the environment variables.
     :param given: converted values from the command line, which win.
-    :raise ConfigurationError: for an unknown key or a bad value.
+    :raise ConfigurationError: for an unknown key, a bad value, or two cores.
     """
     values = _from_files(directory)
     if names := environment.get("QUBES_TEST_TEMPLATES", "").strip():
@@ -394,7 +394,10 @@ def load(
         if value := environment.get(declared.variable, "").strip():
             values[name] = convert(name, value, declared.variable)
     values.update(given or {})
-    return Settings(**values)
+    settings = Settings(**values)
+    if settings.core is not None and settings.core_suites is not None:
+        raise ConfigurationError("--core-suites", "expected no --core beside it")
+    return settings
 
 
 def own_settings(directory: Path, others: Iterable[Path] = ()) -> Settings:

@@ -124,7 +124,7 @@ def test_an_app_that_is_no_directory_is_a_mistake_of_the_caller(tmp_path):
         preparation.prepare_listing(Settings(app=(tmp_path / "nothing",)))
 
 
-def test_suites_for_our_core_need_a_checkout_and_no_other_core(tmp_path):
+def test_suites_for_our_core_need_a_checkout(tmp_path):
     settings = Settings(core_suites=tmp_path)
     with pytest.raises(ConfigurationError, match="expected a checkout of core-admin"):
         preparation.prepare_listing(settings)

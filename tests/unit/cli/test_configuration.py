@@ -165,3 +165,11 @@ def test_a_file_of_sections_says_the_time_of_tests_where_an_app_does_not(tmp_pat
     other.write_text("[qubes_itests]\ntimeuot = 9\n")
     with pytest.raises(ConfigurationError, match="unknown key 'timeuot'"):
         own_settings(tmp_path, [other])
+
+
+def test_suites_for_our_core_take_no_other_core(tmp_path):
+    """Whichever way each is said: before anything is installed."""
+    environment = {"QUBES_ITESTS_CORE_SUITES": "suites"}
+    with pytest.raises(ConfigurationError, match="expected no --core beside it"):
+        load(tmp_path, environment, {"core": Path("core")})
+    assert load(tmp_path, environment).core_suites == Path("suites").absolute()
