@@ -197,10 +197,9 @@ static void make_homes(void)
 		if (strncmp(path, "/rw/home/", 9) != 0)
 			continue;
 		mkdir(path, 0700);
-		/* The host may have made it for somebody else: it does not know the users. */
-		if (lstat(path, &status) == 0 && status.st_uid != user->pw_uid &&
-		    S_ISDIR(status.st_mode) && is_empty(path) &&
-		    chown(path, user->pw_uid, user->pw_gid) != 0)
+		/* Root's is what was made now, or by the host, which does not know the users. */
+		if (lstat(path, &status) == 0 && S_ISDIR(status.st_mode) && status.st_uid == 0 &&
+		    is_empty(path) && chown(path, user->pw_uid, user->pw_gid) != 0)
 			send_text(LOG, "%s: %s", path, strerror(errno));
 	}
 	if (file)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 from typing import Final
 
 from qubes_itests.guest.image.ext4 import root_directory
-from qubes_itests.guest.image.rootfs import USER_ID
 from qubes_itests.host.filesystem import make_ext4
 
 __all__ = ["make_private"]
@@ -23,8 +20,8 @@ def make_private(path: Path, size: int) -> None:
     """Make the filesystem of a private disk in a file. Blocking.
 
     Its first directories are there: to make them takes an emulated guest as long as it
-    takes a disk to be mounted. It makes what is lacking; one that has no such user has
-    the directory all the same, and whose home it is by the guest's own list gets it.
+    takes a disk to be mounted. It makes what is lacking, and gives the home to whose it
+    is by its own list; one that has no such user has the directory all the same.
 
     :param path: the file; need not exist.
     :param size: bytes.
@@ -35,6 +32,4 @@ def make_private(path: Path, size: int) -> None:
             (contents / name).mkdir(mode=0o755)
             (contents / name).chmod(0o755)  # whatever the umask
         (contents / _HOME).mkdir(mode=0o700)
-        with contextlib.suppress(PermissionError):  # who is not root starts no VMs
-            os.chown(contents / _HOME, USER_ID, USER_ID)
         make_ext4(path, size, "private", contents)

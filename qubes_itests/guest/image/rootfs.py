@@ -16,7 +16,6 @@ __all__ = [
     "AGENT_LINKS",
     "SHARED",
     "TOOLS",
-    "USER_ID",
     "fill_rootfs",
     "find_tool",
     "make_directory",
@@ -27,8 +26,7 @@ __all__ = [
 TOOLS: Final = ("bash", "mke2fs", "resize2fs", "e2fsck")
 
 _LIBRARY: Final = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$", re.MULTILINE)
-#: Of the user that commands run as by default, and of its group.
-USER_ID: Final = 1000
+_UID: Final = 1000
 
 _DIRECTORIES: Final = (
     *("dev", "etc/qubes-rpc", "etc/qubes/rpc-config", "home/user", "mnt", "proc"),
@@ -225,5 +223,5 @@ def _set_permissions(directory: Path) -> None:
         (directory / name).chmod(0o1777)
     (directory / "root").chmod(0o700)
     (directory / "etc/shadow").chmod(0o600)
-    os.chown(directory / "home/user", USER_ID, USER_ID)
+    os.chown(directory / "home/user", _UID, _UID)
     (directory / "home/user").chmod(0o700)

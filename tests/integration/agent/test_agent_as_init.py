@@ -11,6 +11,8 @@ import pytest
 from agent_wire import CALL, DATA, EXIT, POWER_OFF, STOP, pour
 from raw_guest import deadline_loop, make_disks
 
+from qubes_itests.guest.image.private import make_private
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -206,6 +208,29 @@ def test_useless_disks_are_told(boot_guest: BootGuest, tmp_path: Path) -> None:
     assert guest.enter(root="xvdb", private="xvda")
     guest.reconnect()
     guest.wire.hello()
+
+
+def test_a_home_that_the_host_has_made_is_its_users(
+    boot_guest: BootGuest, parts: Parts, tmp_path: Path
+) -> None:
+    """With the group; and the first of two whose home it is keeps it."""
+    disks = make_disks(tmp_path, parts.root)
+    make_private(disks["xvdb"], 32 << 20)
+    passwd = tmp_path / "passwd"
+    passwd.write_text(
+        "root:x:0:0::/root:/bin/sh\n"
+        "user:x:1001:98::/home/user:/bin/sh\n"
+        "other:x:1000:1000::/home/user:/bin/sh\n"
+        "new:x:1002:1002::/home/new:/bin/sh\n"
+    )
+    for change in ("rm /etc/passwd", f"write {passwd} /etc/passwd"):
+        command = ["debugfs", "-w", "-R", change, disks["xvda"]]
+        subprocess.run(command, check=True)
+    guest = boot_guest(disks)
+    assert guest.enter() is None
+    assert guest.output("stat -c '%a %u %g' /home /home/*") == (
+        "755 0 0\n700 1002 1002\n700 1001 98\n"
+    )
 
 
 def test_read_only_root_stays_as_it_was(boot_guest: BootGuest) -> None:

@@ -71,12 +71,15 @@ async def test_a_new_one_gets_it_at_the_first_start(app):
 async def test_it_has_the_directories_that_a_guest_makes(app, template):
     vm = await empty(app, template, name="work")
     await started(vm)
-    command = ["debugfs", "-R", "ls -p /", vm.volumes["private"].files.clean]
-    listed = await asyncio.to_thread(subprocess.check_output, command, text=True)
-    found = {line.split("/")[5]: line.split("/")[2:5] for line in listed.split()}
+    found = {}
+    for place in ("/", "/home"):
+        command = ["debugfs", "-R", f"ls -p {place}", vm.volumes["private"].files.clean]
+        listed = await asyncio.to_thread(subprocess.check_output, command, text=True)
+        found |= {line.split("/")[5]: line.split("/")[2:5] for line in listed.split()}
     owner = [str(os.geteuid()), str(os.getegid())]
     for name in ("config", "home", "usrlocal"):
         assert found[name] == ["040755", *owner]
+    assert found["user"] == ["040700", *owner], "a guest gives it to whose it is"
 
 
 async def test_vms_that_start_at_once_from_one_find_the_same(app, template):
