@@ -138,6 +138,9 @@ class ScriptedDomain(Domain):
         await self.hypervisor.pace()
         if kind is FrameType.HELLO:
             self._writer.write(encode(FrameType.READY, payload=payload))
+            for entry in self.hypervisor.entries.items():
+                changed = "".join(f"{text}\0" for text in entry).encode()
+                self._writer.write(encode(FrameType.DB_CHANGED, payload=changed))
         elif kind is FrameType.ENTER:
             self.hypervisor.fail_perhaps(self, "enter")
             self._writer.write(encode(FrameType.DONE))
@@ -185,6 +188,8 @@ class ScriptedHypervisor(Hypervisor):
         self.defined: list[ScriptedDomain] = []
         #: Steps that fail, by name: "start", "enter".
         self.failing: set[str] = set()
+        #: What agents have to tell of their databases, by paths.
+        self.entries: dict[str, str] = {}
         #: Whether guests ignore being asked to power off.
         self.deaf = False
         self._handlers: list[Callable[[Domain, LifecycleEvent], None]] = []

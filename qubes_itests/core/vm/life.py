@@ -250,6 +250,7 @@ class Life:
                 )
                 async with contextlib.AsyncExitStack() as reservation:
                     self.state = PowerState.TRANSIENT
+                    self.device_entries = {}
                     self.xid = next(_XIDS)
                     await reserve_memory(self._vm, step, reservation, memory)
                     await self._run_steps(
@@ -301,7 +302,6 @@ class Life:
             self.journal = None
             if self.agent is not None:
                 undo.push_async_callback(self.agent.close)
-                self._follow_devices(self.agent)
                 self.journal = GuestJournal(self.agent, who.init, begun)
                 if timeline.follows_logs():
                     self.journal.follow()
@@ -311,6 +311,8 @@ class Life:
             await vm.fire_event_async("domain-spawn", start_guid=start_guid)
             self.state = PowerState.RUNNING
             self.started_at = time.time()
+            if self.agent is not None:
+                self._follow_devices(self.agent)
             await self._tell_run_changed()
             await vm.fire_event_async("domain-start", start_guid=start_guid)
         self._watch(self.domain)
@@ -357,7 +359,10 @@ class Life:
             self._follow_devices(self.agent)
 
     def _follow_devices(self, agent: GuestAgent) -> None:
-        """Take over what the guest says of its devices in its database."""
+        """Take over what the guest says of its devices, and has said, in its database.
+
+        Who is told of one may have another VM have it at once: so when it is running.
+        """
         entries = self.device_entries = {}
 
         def note(path: str, value: str | None) -> None:

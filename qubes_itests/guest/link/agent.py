@@ -41,6 +41,8 @@ _BLOCK_ENTRY: Final = re.compile(
     r"/qubes-block-devices(/[a-z0-9-]{1,63}/(desc|size|mode|parent))?"
 )
 _LONGEST_VALUE: Final = 255
+#: So many entries are kept until somebody wants to be told.
+_MOST_ENTRIES: Final = 1000
 _CLOCK: Final = struct.Struct("<Q")
 #: What a guest is asked about disks, in words.
 _STATES: Final = {"there": "there", "gone": "gone"}
@@ -123,6 +125,10 @@ class GuestAgent:
         self.domain = domain
         self.vm = domain.spec.name
         self._connection = connection
+        #: What it has said in its qubesdb while nobody was told.
+        self._entries: dict[str, str] = {}
+        self._note: Callable[[str, str | None], None] | None = None
+        connection.on_db_change = self._on_db_change
 
     @classmethod
     async def connect(
@@ -295,7 +301,9 @@ class GuestAgent:
         await self._connection.request(FrameType.DB_REMOVE, payload, f"remove {path}")
 
     def on_db_change(self, note: Callable[[str, str | None], None]) -> None:
-        """Have what the agent itself says in the guest's qubesdb told from now on.
+        """Have what the agent itself says in the guest's qubesdb told.
+
+        What it has said already, of devices that were there before, is told at once.
 
         It says there what block devices other VMs may have; all else is passed over.
 
@@ -303,12 +311,20 @@ class GuestAgent:
             ``/qubes-block-devices``, and with the value, None for an entry that was
             removed: the guest's words, of up to 255 characters.
         """
+        self._note, entries, self._entries = note, self._entries, {}
+        for path, value in entries.items():
+            note(path, value)
 
-        def told(path: str, value: str | None) -> None:
-            if _BLOCK_ENTRY.fullmatch(path) and len(value or "") <= _LONGEST_VALUE:
-                note(path, value)
-
-        self._connection.on_db_change = told
+    def _on_db_change(self, path: str, value: str | None) -> None:
+        if not _BLOCK_ENTRY.fullmatch(path) or len(value or "") > _LONGEST_VALUE:
+            return
+        if self._note is not None:
+            self._note(path, value)
+            return
+        # the latest last, as what is watched is: that there was a change
+        self._entries.pop(path, None)
+        if value is not None and len(self._entries) < _MOST_ENTRIES:
+            self._entries[path] = value
 
     async def set_clock(self, nanoseconds: int, *, timeout: float) -> None:
         """Set the guest's clock.

@@ -12,6 +12,7 @@ from life_events import GRAMMAR, interleave, letters, record, settle
 from scripted_app import make_app, make_vm
 
 from qubes_itests.core import exc
+from qubes_itests.core.device.block_device import BLOCK_DEVICES
 from qubes_itests.core.vm.start_memory import memory_for_start
 from qubes_itests.hypervisor.contract import DomainState
 
@@ -136,6 +137,77 @@ async def test_a_failed_start_is_told_once_and_leaves_no_trace(app):
     app.hypervisor.failing = set()
     await vm.start()
     await vm.kill()
+
+
+@pytest.mark.asyncio
+async def test_a_kill_does_not_cut_short_what_undoes_a_start(app, monkeypatch):
+    """Volumes would stay started, and the next start be refused."""
+    vm = await make_vm(app, "AppVM", "work")
+    stop, begun, go_on = vm.storage.stop, asyncio.Event(), asyncio.Event()
+
+    async def wait_and_stop():
+        begun.set()
+        await go_on.wait()
+        await stop()
+
+    monkeypatch.setattr(vm.storage, "stop", wait_and_stop)
+    app.hypervisor.failing = {"enter"}
+    starting = asyncio.ensure_future(vm.start())
+    async with asyncio.timeout(10):
+        await begun.wait()
+        killing = asyncio.ensure_future(vm.kill())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert vm.get_power_state() == "Transient"
+        go_on.set()
+        with pytest.raises(exc.QubesVMStartError, match="could not enter its root"):
+            await starting
+        await killing
+    assert vm.is_halted()
+    assert not any(v.is_dirty() for v in vm.volumes.values())
+    app.hypervisor.failing = set()
+    await vm.start()
+    await vm.kill()
+
+
+@pytest.mark.asyncio
+async def test_a_vm_is_halted_when_its_volumes_are(app, monkeypatch):
+    """Who waits for that may use them at once."""
+    vm = await make_vm(app, "AppVM", "work")
+    stop, states = vm.storage.stop, []
+
+    async def note_and_stop():
+        states.append(vm.get_power_state())
+        await stop()
+        states.append(vm.get_power_state())
+
+    monkeypatch.setattr(vm.storage, "stop", note_and_stop)
+    await vm.start()
+    await vm.kill()
+    assert states == ["Halting"] * 2
+    assert vm.is_halted()
+
+
+@pytest.mark.asyncio
+async def test_devices_that_a_guest_has_from_the_beginning(app):
+    """It tells of them before anybody can have them, and of each once."""
+    vm, told, early = await make_vm(app, "AppVM", "work"), asyncio.Queue(), []
+
+    def note(vm, _event, device):
+        told.put_nowait((device.port_id, vm.get_power_state()))
+
+    vm.add_handler("device-added:block", note)
+    vm.add_handler("domain-spawn", lambda *_, **__: early.extend(vm.devices["block"]))
+    for name in ("loop0", "sda"):
+        size = f"{BLOCK_DEVICES}/{name}/size"
+        app.hypervisor.entries = {size: "1", BLOCK_DEVICES: ""}
+        await vm.start()
+        assert early == []
+        assert [device.port_id for device in vm.devices["block"]] == [name]
+        async with asyncio.timeout(10):
+            assert await told.get() == (name, "Running")
+        await vm.kill()
+    assert told.empty()
 
 
 @pytest.mark.asyncio

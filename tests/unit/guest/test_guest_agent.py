@@ -350,6 +350,28 @@ async def test_of_its_database_a_guest_tells_of_block_devices(
     )
 
 
+async def test_what_it_has_told_before_somebody_listens(connect):
+    """It tells of each once: as it is greeted, or while it enters its root."""
+    agent, peer = await connect()
+    waiting = asyncio.ensure_future(agent.set_clock(1, timeout=8))
+    await peer.expect(F.CLOCK)
+    for entry in (
+        (f"{DEVICES}/loop0/size", "1"),
+        (f"{DEVICES}/sda/size", "2"),
+        (DEVICES, ""),
+        (f"{DEVICES}/loop0/size",),
+        (f"{DEVICES}/sda/size", "3"),
+        (DEVICES, ""),
+    ):
+        payload = "".join(f"{text}\0" for text in entry).encode()
+        peer.send(F.DB_CHANGED, payload=payload)
+    peer.send(F.DONE)
+    await waiting
+    heard = []
+    agent.on_db_change(lambda *entry: heard.append(entry))
+    assert heard == [(f"{DEVICES}/sda/size", "3"), (DEVICES, "")]
+
+
 @pytest.fixture
 def socketpair():
     import socket  # noqa: PLC0415
