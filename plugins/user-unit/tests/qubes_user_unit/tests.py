@@ -64,10 +64,12 @@ class TC_00_UserUnit(qubes.tests.extra.ExtraTestCase):
     def test_020_session_comes_first(self):
         self.greeter.features[FEATURE] = True
         self.greeter.start()
-        # With its directory, where the socket is. Not before all is up: when logind
-        # starts, it begins the session of a user who lingers, and takes the stop back.
+        # With its directory, where the socket is. Not before logind knows that the user
+        # lingers: it has these units start, which would take the stop back.
+        state = "loginctl show-user user --property State"
         units = "user@1000.service user-runtime-dir@1000.service"
-        stop = f"systemctl is-system-running --wait; systemctl stop {units}"
+        wait = f"until {state} | grep lingering; do sleep 1; done"
+        stop = f"{wait}; systemctl stop {units}"
         self.assertEqual(self.greeter.run(stop, user="root", wait=True), 0)
         self.assertEqual(self.call()[0], NOT_OFFERED)
         self.loop.run_until_complete(self.wait_for_session(self.greeter))
