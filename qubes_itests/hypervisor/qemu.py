@@ -8,6 +8,7 @@ sandbox's first process, and end with it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import logging
@@ -230,14 +231,15 @@ class QemuHypervisor(LibvirtHypervisor):
         )
 
     async def _disconnect(self) -> None:
-        try:
-            await asyncio.to_thread(self._capabilities.store)
-        finally:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(super()._disconnect)
             if self._ports is not None:
                 deregister = libvirt_qemu.qemuMonitorEventDeregister
                 words = (self._connection.native, self._ports)
-                await self._connection.call("", "leave", deregister, *words)
-            await super()._disconnect()
+                stack.push_async_callback(
+                    self._connection.call, "", "leave", deregister, *words
+                )
+            await asyncio.to_thread(self._capabilities.store)
 
 
 @functools.lru_cache(maxsize=64)

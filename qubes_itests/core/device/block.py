@@ -13,6 +13,7 @@ the first that is free from ``xvdi`` on; ``read-only``, ``yes`` or ``no``; ``dev
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -84,6 +85,8 @@ class BlockDeviceExtension(Extension):
         self._exports: dict[tuple[BaseVM, Port], BlockExport] = {}
         #: What guests have told of so far, by names.
         self._told: WeakKeyDictionary[BaseVM, frozenset[str]] = WeakKeyDictionary()
+        #: Those of whose devices others are being told.
+        self._followed: set[BaseVM] = set()
         #: The loop holds tasks weakly.
         self._telling: set[asyncio.Task[None]] = set()
 
@@ -108,30 +111,45 @@ class BlockDeviceExtension(Extension):
     @handler(f"domain-qdb-change:{BLOCK_DEVICES}")
     def on_guest_change(self, vm: BaseVM, _event: str, **_kwargs: Any) -> None:
         """Tell of devices that have come and gone, and take these from who has them."""
-        now = frozenset(device.port_id for device in offered(vm))
-        before = self._told.get(vm, frozenset())
-        if now == before:
-            return
-        self._told[vm] = now
-        task = asyncio.ensure_future(self._tell(vm, before - now, now - before))
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+        if vm not in self._followed:
+            task = asyncio.ensure_future(self._follow(vm))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
 
-    async def _tell(
-        self, vm: BaseVM, gone: frozenset[str], new: frozenset[str] = frozenset()
-    ) -> None:
-        await vm.fire_event_async("device-list-change:block")
-        for port in (Port(vm, name, "block") for name in sorted(gone)):
-            await vm.fire_event_async("device-removed:block", port=port)
-            for other in vm.app.domains.startable():
-                if port in other.devices["block"].attached:
+    async def _follow(self, vm: BaseVM) -> None:
+        """Tell of changes one after the other, until there is none.
+
+        A device that goes while it is being attached could not be detached.
+        """
+        if vm in self._followed:
+            return
+        self._followed.add(vm)
+        try:
+            while True:
+                now = frozenset(device.port_id for device in offered(vm))
+                before = self._told.get(vm, frozenset())
+                if now == before:
+                    return
+                self._told[vm] = now
+                await vm.fire_event_async("device-list-change:block")
+                for name in (*sorted(before - now), *sorted(now - before)):
                     try:
-                        await self._take_away(other, port)
+                        await self._tell(Port(vm, name, "block"), gone=name in before)
                     except (HarnessError, QubesException) as error:
                         log.warning("%s", str(error))
-        for name in sorted(new):
-            for device in offered(vm, name):
+        finally:
+            self._followed.discard(vm)
+
+    async def _tell(self, port: Port, *, gone: bool) -> None:
+        vm = port.backend
+        if not gone:
+            for device in offered(vm, port.port_id):
                 await vm.fire_event_async("device-added:block", device=device)
+            return
+        await vm.fire_event_async("device-removed:block", port=port)
+        for other in vm.app.domains.startable():
+            if port in other.devices["block"].attached:
+                await self._take_away(other, port)
 
     async def _take_away(self, vm: QubesVM, port: Port) -> None:
         """Detach a device that is there no more, whatever requires it."""
@@ -165,27 +183,37 @@ class BlockDeviceExtension(Extension):
         # Before the guest is waited for, so that no other attachment takes the device
         # or its name meanwhile.
         attached[device.port] = options
-        read_only = options["read-only"] == "yes"
-        name = options["frontend-dev"]
+        name, read_only = options["frontend-dev"], options["read-only"] == "yes"
         try:
             if isinstance(device, HostBlockDevice):
-                disk = Disk(name, device.path, read_only=read_only)
-                await _plug_in(vm, vm.domain, disk)
+                path = device.path
             else:
                 export = _export(vm, device, name, read_only=read_only)
                 self._exports[vm, device.port] = export
-                disk = Disk(name, export.path, read_only=read_only)
-                # A guest that serves and does not answer would keep QEMU, and so
-                # libvirt, for ever: when nobody serves any more they give up.
-                loop = asyncio.get_running_loop()
-                giving_up = loop.call_later(_NOTICE, export.close)
-                try:
-                    await _plug_in(vm, vm.domain, disk)
-                finally:
-                    giving_up.cancel()
+                path = export.path
+            with self._giving_up(vm, device.port):
+                disk = Disk(name, path, read_only=read_only)
+                await _plug_in(vm, vm.domain, disk, device.port)
         except BaseException:
             self._forget(vm, device.port)
             raise
+
+    @contextlib.contextmanager
+    def _giving_up(self, vm: BaseVM, port: Port) -> Iterator[None]:
+        """Wait only so long for a guest that serves a device, and does not answer.
+
+        QEMU of the VM that has it would for ever, and so would libvirt; when nobody
+        serves any more, they go on.
+        """
+        export = self._exports.get((vm, port))
+        if export is None:
+            yield
+            return
+        giving_up = asyncio.get_running_loop().call_later(_NOTICE, export.close)
+        try:
+            yield
+        finally:
+            giving_up.cancel()
 
     def _forget(self, vm: BaseVM, port: Port) -> None:
         vm.devices["block"].attached.pop(port, None)
@@ -202,7 +230,8 @@ class BlockDeviceExtension(Extension):
 
         async def pull_out() -> None:
             name = options["frontend-dev"]
-            await domain.detach_disk(name)
+            with self._giving_up(vm, port):
+                await domain.detach_disk(name)
             self._forget(vm, port)
             try:
                 await _seen(vm, name, "gone")
@@ -247,8 +276,7 @@ class BlockDeviceExtension(Extension):
         for port in list(vm.devices["block"].attached):
             self._forget(vm, port)
             await vm.fire_event_async("device-detach:block", port=port)
-        if told := self._told.pop(vm, None):
-            await self._tell(vm, told)
+        await self._follow(vm)
 
 
 def _export(
@@ -259,8 +287,12 @@ def _export(
     :param vm: that is to have it.
     :param name: of the disk there.
     :raise QubesVMNotRunningError: it does not run, or not now.
+    :raise QubesValueError: it is that VM itself.
     """
     backend = device.port.backend
+    if backend is vm:
+        # QEMU has its guest stand still until somebody answers
+        raise QubesValueError(f"VM {vm} cannot have its own device {device.port}")
     if not isinstance(backend, QubesVM) or not backend.is_running():
         raise QubesVMNotRunningError(backend)
     if backend.is_paused():
@@ -273,7 +305,7 @@ def _export(
     return BlockExport(agent, f"/dev/{device.port_id}", path, read_only=read_only)
 
 
-async def _plug_in(vm: QubesVM, domain: Domain, disk: Disk) -> None:
+async def _plug_in(vm: QubesVM, domain: Domain, disk: Disk, port: Port) -> None:
     try:
         # Cancelled in between, QEMU would have the disk and the core would not know.
         await to_its_end(
@@ -287,7 +319,7 @@ async def _plug_in(vm: QubesVM, domain: Domain, disk: Disk) -> None:
             raise
     except (HarnessError, QubesException) as error:
         raise QubesVMError(
-            vm, f"{disk.path.name} cannot be attached to VM {vm}: {error}"
+            vm, f"block device {port} cannot be attached to VM {vm}: {error}"
         ) from error
 
 

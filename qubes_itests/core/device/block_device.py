@@ -23,6 +23,8 @@ _NAME: Final = re.compile(r"[a-z0-9-]{1,12}")
 #: What no guest may say of a device.
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9()+,.:=_/ -]")
 _SIZE: Final = re.compile(r"[0-9]{1,18}")
+#: A part of a part of a device is as deep as it gets; a guest may say more.
+_DEEPEST: Final = 8
 
 
 class BlockDevice(DeviceInfo):
@@ -65,10 +67,11 @@ class GuestBlockDevice(BlockDevice):
     """A block device of a VM, as its guest tells of it at the moment.
 
     :param port: of the VM; its name is that in ``/dev`` there.
+    :param database: of the guest.
     """
 
-    def __init__(self, port: Port) -> None:
-        self._database = _database(port.backend)
+    def __init__(self, port: Port, database: QubesDB) -> None:
+        self._database = database
         name = str(port.port_id)
         size = self._said(name, "size")
         # as Qubes OS has it: the model, and a label in parentheses
@@ -89,9 +92,7 @@ class GuestBlockDevice(BlockDevice):
 
     def _said(self, name: str, key: str) -> str:
         """Return what the guest says of a device, an empty text for nothing."""
-        value = None
-        if self._database is not None:
-            value = self._database.read(f"{BLOCK_DEVICES}/{name}/{key}")
+        value = self._database.read(f"{BLOCK_DEVICES}/{name}/{key}")
         return _UNSAFE.sub("_", (value or b"").decode("ascii", "replace"))
 
     def _above(self, name: str) -> list[str]:
@@ -99,7 +100,11 @@ class GuestBlockDevice(BlockDevice):
         found: list[str] = []
         parent = self._said(name, "parent")
         # a guest may say that two are parts of each other
-        while _NAME.fullmatch(parent) and parent not in (name, *found):
+        while (
+            len(found) < _DEEPEST
+            and _NAME.fullmatch(parent)
+            and parent not in (name, *found)
+        ):
             found.append(parent)
             parent = self._said(parent, "parent")
         return found
@@ -124,15 +129,11 @@ def offered(vm: BaseVM, name: str | None = None) -> Iterator[DeviceInfo]:
 
     :param name: only that one.
     """
-    database = _database(vm)
+    database = vm.untrusted_qdb if isinstance(vm, QubesVM) else None
     if database is None:
         return
     below = f"{BLOCK_DEVICES}/"
     names = {p.removeprefix(below).split("/")[0] for p in database.list(below)}
     for found in sorted(names if name is None else names & {name}):
         if _NAME.fullmatch(found):
-            yield GuestBlockDevice(Port(vm, found, "block"))
-
-
-def _database(vm: BaseVM) -> QubesDB | None:
-    return vm.untrusted_qdb if isinstance(vm, QubesVM) else None
+            yield GuestBlockDevice(Port(vm, found, "block"), database)

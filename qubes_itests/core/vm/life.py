@@ -78,8 +78,9 @@ _XIDS: Final = itertools.count(1)
 _SERVICE_TIMEOUT: Final = 10.0
 #: Seconds that the agent of a thawed guest has to answer.
 _ANSWER_TIMEOUT: Final = 30.0
-#: So many entries of a guest's database are kept.
-_MOST_ENTRIES: Final = 1000
+#: So many entries of a guest's database are kept, all of which are looked through at
+#: each change: those of 32 devices, as an agent tells of no more.
+_MOST_ENTRIES: Final = 32 * 4 + 1
 #: Seconds that a guest has to set its clock.
 _CLOCK_TIMEOUT: Final = 20.0
 
@@ -110,7 +111,7 @@ class Life:
     def __init__(self, vm: QubesVM) -> None:
         self._vm = vm
         self._state = PowerState.HALTED
-        #: What the guest of the present run, or the last, has said of its devices.
+        #: What the guest of the present run has said of its devices.
         self.device_entries: dict[str, str] = {}
         #: The number of the present or the last domain, -1 before the first.
         self.xid = -1
@@ -266,7 +267,7 @@ class Life:
 
     def halted_by_failure(self) -> None:
         """Take note that a start failed and is undone."""
-        self.agent = None
+        self.agent, self.device_entries = None, {}
         self.state = PowerState.HALTED
 
     async def _run_steps(
@@ -356,6 +357,7 @@ class Life:
                 on_call=lambda call: qrexec.handle_call(vm, call),
                 log=vm.directory / "agent.log",
             )
+            domain.end_channel_with_agent()
             self._follow_devices(self.agent)
 
     def _follow_devices(self, agent: GuestAgent) -> None:
@@ -398,7 +400,7 @@ class Life:
             # In this order: volumes are committed when no process can write to them.
             for end in (domain.undefine, self._vm.storage.stop):
                 await attempt(end())
-            self.agent = None
+            self.agent, self.device_entries = None, {}
             self.state = PowerState.HALTED
             await attempt(self._vm.fire_event_async("domain-stopped"))
             await attempt(self._tell_run_changed())

@@ -2,11 +2,13 @@
 
 import asyncio
 import errno
+from types import SimpleNamespace
 
 import pytest
 from cancelling import cancelled_everywhere
 
 from qubes_itests.core import exc
+from qubes_itests.core.device import block as block_module
 from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
 from qubes_itests.core.device.block import expose, exposed, withdraw
 from qubes_itests.core.device.collections import DeviceManager
@@ -518,3 +520,95 @@ async def test_a_guest_may_tell_what_it_likes_of_its_devices(work):
     assert found["usb"].parent_device is None
     assert isinstance(found["gone"].parent_device, UnknownDevice)
     assert b"\x1b" not in found["a"].serialize()
+
+
+async def test_what_a_guest_tells_of_its_devices_is_bounded(work):
+    """In number, and in what is a part of what: each change costs the host the same."""
+    notes = []
+    agent = SimpleNamespace(on_db_change=notes.append)
+    work.life._follow_devices(agent)
+    for number in range(1000):
+        path = f"/qubes-block-devices/a{number}/parent"
+        notes[0](path, f"a{number + 1}")
+    assert len(list(block(work))) == 129
+    assert max(d.device_id.count(":") for d in block(work)) == 9
+    work.life.halted_by_failure()
+    work.life.state = PowerState.TRANSIENT
+    assert list(block(work)) == []  # of the run before
+
+
+@pytest.fixture
+def back(app, template):
+    """Return a VM that tells of a device, which is served by nobody."""
+    back = _running(app, template, "back")
+    back.life.agent = SimpleNamespace(close=asyncio.Event().wait)
+    return back
+
+
+def _change(vm, *names):
+    _told(vm, **{name: {"size": "4096"} for name in names})
+    vm.note_qdb_change("/qubes-block-devices")
+
+
+async def _until(condition):
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what has no event
+            await asyncio.sleep(0)
+
+
+async def _wait_for(vm, backend, *names, mode="auto-attach"):
+    for name in names:
+        port = Port(backend, name, "block")
+        assignment = DeviceAssignment(VirtualDevice(port), mode=mode)
+        await block(vm).assign(assignment)
+
+
+async def test_a_device_that_goes_while_it_is_attached_is_detached(work, back):
+    await _wait_for(work, back, "loop0")
+    domain = work.life.domain
+    domain.pace.clear()
+    _change(back, "loop0")
+    await domain.asked.wait()
+    _change(back)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    domain.pace.set()
+    await _until(lambda: not attached(work))
+    assert domain.disks == {}
+
+
+async def test_devices_are_told_of_after_one_that_cannot_be_attached(work, back):
+    await _wait_for(work, back, "loop0", mode="required")
+    work.life.domain.refusal = "no"
+    added = []
+    back.add_handler(
+        "device-added:block", lambda _vm, _event, device: added.append(device.port_id)
+    )
+    _change(back, "loop0", "loop1")
+    await _until(lambda: "loop1" in added)
+
+
+async def test_a_device_can_be_detached_whose_guest_answers_no_more(
+    work, back, monkeypatch
+):
+    """QEMU waits for the answer to what it has asked until nobody serves."""
+    _change(back, "loop0")
+    await block(work).attach(DeviceAssignment(block(back)["loop0"]))
+    domain, detach = work.life.domain, work.life.domain.detach_disk
+    (disk,) = domain.disks.values()
+
+    async def detach_disk(name):
+        await _until(lambda: not disk.path.exists())
+        await detach(name)
+
+    monkeypatch.setattr(domain, "detach_disk", detach_disk)
+    monkeypatch.setattr(block_module, "_NOTICE", 0.01)
+    await block(work).detach(Port(back, "loop0", "block"))
+    assert (attached(work), domain.disks) == ({}, {})
+
+
+async def test_a_vm_cannot_have_its_own_device(back):
+    _change(back, "loop0")
+    with pytest.raises(exc.QubesValueError, match="cannot have its own device back:"):
+        await block(back).attach(DeviceAssignment(block(back)["loop0"]))
+    assert attached(back) == {}
