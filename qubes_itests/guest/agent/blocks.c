@@ -105,9 +105,11 @@ static bool describe(const char *device, char values[KEYS][VALUE_MAX])
 		snprintf(values[PARENT], VALUE_MAX, "%.63s", whole);
 	}
 	/* A disk of ours is what Xen has as a device of its own driver, and leaves out. One
-	 * that is just plugged in or out has no serial number, and is known by its maker. */
+	 * that is just plugged in has no serial number, and is known by its maker; one that
+	 * is just plugged out has not even that. */
 	if (disk_is_ours(whole) || strncmp(whole, "zram", 4) == 0 ||
-	    (attribute(whole, "device/vendor", value) && strncmp(value, "QEMU", 4) == 0) ||
+	    (attribute(whole, "device/vendor", value) ? strncmp(value, "QEMU", 4) == 0
+	                                              : strncmp(whole, "sd", 2) == 0) ||
 	    !attribute(device, "size", value) || strcmp(value, "0") == 0)
 		return false;
 	if (mounts < 0)

@@ -40,12 +40,13 @@ class Kernel:
         self.table("mounts")
         self.table("swaps")
 
-    def device(self, name: str, parent: str = "", **attributes: str) -> None:
-        """Have a device; __ stands for / in names of attributes."""
+    def device(self, name: str, parent: str = "", **attributes: str | None) -> None:
+        """Have a device; __ stands for / in names of attributes, None for no such."""
         place = f"sys/devices/{f'{parent}/' if parent else ''}{name}"
-        values = {"size": "8", "ro": "0", "dev": "1:99", **attributes}
-        for key, value in values.items():
-            self._agent.file(f"{place}/{key.replace('__', '/')}", f"{value}\n")
+        values = {"size": "8", "ro": "0", "dev": "1:99", "device__vendor": "Maker"}
+        for key, value in (values | attributes).items():
+            if value is not None:
+                self._agent.file(f"{place}/{key.replace('__', '/')}", f"{value}\n")
         link = self._agent.root / "sys/class/block" / name
         if not link.is_symlink():
             link.symlink_to(f"../../devices/{place.removeprefix('sys/devices/')}")
@@ -103,6 +104,8 @@ def test_devices_that_nobody_else_may_have(kernel: Kernel, wire: Wire) -> None:
     kernel.device("sda1", "sda", partition="1")
     # just plugged in: it has no such page yet
     kernel.device("sdc", device__vendor="QEMU    ")
+    # just plugged out: it has nothing of it any more
+    kernel.device("sdd", device__vendor=None)
     assert told(wire) == {}
 
 
