@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from qubes_itests.dom0.machine import Guest, Machine
 
-__all__ = ["PROGRAMS", "QREXEC_SOCKETS", "Programs"]
+__all__ = ["PROGRAMS", "QREXEC_SOCKETS", "SYSTEM", "Programs"]
 
 log = logging.getLogger("qubes_itests.dom0")
 
@@ -39,7 +39,7 @@ PROGRAMS: Final = Path(__file__).with_name("bin")
 _CLIENT: Final = Path(__file__).with_name("client.py")
 #: As dom0 has them, before what a user has put there: a python3 that is a script which
 #: looks for one is too slow for tests that call a service which they have just started.
-_SYSTEM: Final = ("/usr/sbin", "/usr/bin")
+SYSTEM: Final = ("/usr/sbin", "/usr/bin")
 #: Where a core sees whether the qrexec of a VM is there.
 QREXEC_SOCKETS: Final = Path("/run/qubes")
 #: Bytes of the arguments and the variables of one call.
@@ -87,7 +87,7 @@ class Programs:
 
     def variables(self) -> dict[str, str]:
         """Return what the environment of the programs has to have."""
-        path = [os.fspath(PROGRAMS), *_SYSTEM, os.environ["PATH"]]
+        path = [os.fspath(PROGRAMS), *SYSTEM, os.environ["PATH"]]
         return {
             "QUBES_ITESTS_PYTHON": sys.executable,
             # not by their own paths: some are links from where dom0 has them

@@ -114,15 +114,16 @@ class RunContext:
     def _have_dom0_of_suites(self, testbed: Testbed) -> None:
         """Have what suites of core-admin expect of dom0, around our own core."""
         from qubes_itests.dom0.place import directories_of_suites
-        from qubes_itests.dom0.programs import PROGRAMS
+        from qubes_itests.dom0.programs import PROGRAMS, SYSTEM
 
         programs = testbed.parts.run_directory / "programs"
         storage = testbed.parts.pool_directory / "dom0"
         for place in (programs, storage):
             place.mkdir()
         (programs / "sudo").symlink_to(PROGRAMS / "sudo")
-        path = os.pathsep.join([str(programs), os.environ.get("PATH", os.defpath)])
-        self._exit.enter_context(mock.patch.dict(os.environ, PATH=path))
+        path = [str(programs), *SYSTEM, os.environ.get("PATH", os.defpath)]
+        patched = mock.patch.dict(os.environ, PATH=os.pathsep.join(path))
+        self._exit.enter_context(patched)
         self._exit.enter_context(directories_of_suites(storage))
 
     def _enter_dom0(

@@ -76,12 +76,13 @@ exec(os.environ.get("BREAK_CORE", ""))
 """
 #: A suite that core-admin and we pass in part.
 BOTH = """
-import unittest
+import shutil, unittest
 import qubes
 
 class TC_00_Both(unittest.TestCase):
     def test_000_everywhere(self):
         self.assertTrue(callable(qubes.Qubes))
+        self.assertEqual(shutil.which("ls"), "/usr/bin/ls")
 
     def test_001_there(self):
         self.assertTrue(callable(qubes.start))
@@ -381,10 +382,13 @@ def test_tests_of_apps_are_compared_on_both_cores(shared, app, site):
     ]
 
 
-def test_suites_of_a_core_are_compared_on_both(shared, site):
+def test_suites_of_a_core_are_compared_on_both(shared, site, tmp_path):
+    """With the system's programs, whatever a user has before them."""
     before = sorted(shared.rglob("*"))
+    (tmp_path / "ls").symlink_to("/bin/true")
+    path = f"{tmp_path}:{site.environment['PATH']}"
     words = ("--timeout", "100", "-k", "everywhere or there", "core::integ.both")
-    done = site.run("compare", "--core", shared, *words)
+    done = site.run("compare", "--core", shared, *words, PATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
     suite = "core::integ.both::TC_00_Both"
     why = "AttributeError: qubes_itests does not provide qubes.start"
