@@ -203,6 +203,9 @@ def test_the_session_is_that_of_a_user_who_lingers(pair, sh):
 
 
 def test_a_session_that_is_started_anew_has_a_directory_of_its_own(pair, sh):
+    # logind, once it is up, has the session start, and cancels a stop before that
+    state = "loginctl show-user user -P State"
+    sh(pair.vault, f"until {state} | grep -q lingering; do sleep 0.1; done")
     sh(pair.vault, "touch $XDG_RUNTIME_DIR/old; sudo systemctl stop user@1000.service")
     assert sh(pair.vault, "ls /run/user/1000 2>/dev/null || :", "root") == ""
     pair.run(pair.vault.run_service_for_stdio("qubes.WaitForSession", input=b"user\n"))
