@@ -251,7 +251,6 @@ class Life:
                 )
                 async with contextlib.AsyncExitStack() as reservation:
                     self.state = PowerState.TRANSIENT
-                    self.device_entries = {}
                     self.xid = next(_XIDS)
                     await reserve_memory(self._vm, step, reservation, memory)
                     await self._run_steps(
