@@ -43,6 +43,9 @@ class Guest:
 
     undefine = close
 
+    def on_db_change(self, note):
+        """A guest without devices has nothing to tell."""
+
 
 class Place:
     """An app on a simulated machine; its VMs have neither disks nor guests."""
