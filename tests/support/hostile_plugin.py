@@ -31,14 +31,13 @@ port=$($b grep -l org.qubes_itests.agent /sys/class/virtio-ports/*/name)
 port=/dev/$($b basename ${port%/name})
 """
 
-#: Takes the port away from the agent, and writes to it.
-GARBAGE = """
+#: Takes the port away from the agent. Nobody else opens it then: who did and wrote
+#: garbage would be told apart from the agent or not, as the host happens to look.
+UNBIND = """
 cd /sys/bus/virtio/drivers/virtio_console
 {
     sleep 0.5
-    for device in virtio[0-9]*; do echo $device >unbind; echo $device >bind; done
-    until ls /dev/vport*; do usleep 10000; done
-    for port in /dev/vport*; do cat /dev/urandom >$port; done
+    for device in virtio[0-9]*; do echo $device >unbind; done
 } </dev/null >/dev/null 2>&1 &
 """
 
@@ -74,12 +73,12 @@ class TC_00_Guests(ExtraTestCase):  # noqa: N801 - as plugins name theirs
     def test_garbage_at_once(self):
         self.boot_into("while :; do $b cat /dev/urandom; done >$port")
 
-    def test_garbage_later(self):
+    def test_port_taken_away(self):
         """The other VM knows nothing of it."""
-        vm, other = self.create_vms(["garbage", "other"])
+        vm, other = self.create_vms(["mute", "other"])
         vm.start()
         other.start()
-        vm.run(GARBAGE, user="root", wait=True)
+        vm.run(UNBIND, user="root", wait=True)
         try:
             self.loop.run_until_complete(vm.run_for_stdio("sleep 60"))
         finally:
@@ -102,7 +101,7 @@ class TC_00_Guests(ExtraTestCase):  # noqa: N801 - as plugins name theirs
         self.assertLess(used, 64 << 10)
 
     def test_full_pool(self):
-        """A guest is told that it cannot write, and others go on; none can be made."""
+        """A guest is told that it cannot write, and others go on; none can start."""
         other, writer, late = self.create_vms(["other", "writer", "late"])
         other.start()
         with self.small_pool() as directory, contextlib.ExitStack() as undo:
@@ -117,6 +116,7 @@ class TC_00_Guests(ExtraTestCase):  # noqa: N801 - as plugins name theirs
             self.assertEqual(writer.run("true", wait=True), 0)
             self.assertEqual(other.run("true", wait=True), 0)
             self.move_private_volume(late)
+            late.start()
 
     @contextlib.contextmanager
     def small_pool(self):

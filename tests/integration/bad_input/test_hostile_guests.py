@@ -24,13 +24,14 @@ CAUSES = {
         "QubesVMStartError: VM test-inst-bad did not start:",
         "it could not reach its agent: it broke the rule that",
     ),
-    "TC_00_Guests_tiny::test_garbage_later": (
-        "ProtocolViolation: VM test-inst-garbage:",
-        "the connection to its agent has ended: it broke the rule that",
+    "TC_00_Guests_tiny::test_port_taken_away": (
+        "GuestGoneError: VM test-inst-mute:",
+        "the connection to its agent has ended: the VM or its agent has stopped",
     ),
     "TC_00_Guests_tiny::test_full_pool": (
-        "QubesVMError: volume private of VM test-inst-late could not be made",
-        "in pool small: mke2fs: No space left on device",
+        "QubesVMStartError: VM test-inst-late did not start: it could not start its",
+        "storage: volume private of VM test-inst-late could not be made in pool small:"
+        " mke2fs: No space left on device",
     ),
     "TC_10_Names_tiny::test_slash": (
         "QubesValueError: VM name 'test-inst-a/b'",
