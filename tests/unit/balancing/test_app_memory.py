@@ -44,7 +44,7 @@ class Guest:
     undefine = close
 
     def on_db_change(self, note):
-        """A guest without devices has nothing to tell."""
+        """Tell nothing: there are no devices."""
 
 
 class Place:
