@@ -35,8 +35,6 @@ log = logging.getLogger("qubes_itests.guest")
 
 #: Seconds for each step of a clone that is made.
 _LIMIT: Final = 30.0
-#: Seconds that a start waits for a clone which is being made; most take less than one.
-_PATIENCE: Final = 5.0
 #: Bytes of the disks that a clone has until it is a VM's.
 _PRIVATE: Final = 64 << 20
 _BLANK: Final = 1 << 20
@@ -48,9 +46,9 @@ _ENDS: Final = (LifecycleEvent.STOPPED, LifecycleEvent.CRASHED)
 class Recent:
     """What has started lately, and so what is expected to start again.
 
-    Starts are counted from one moment at which there were enough clones, and no VM
-    started, to the next: as many of a kind as came in a row are expected to. The first
-    of a kind does not count: most runs of one test, and most shells, start a VM once.
+    Starts are counted from one moment at which there were enough clones to the next:
+    as many of a kind as came in a row are expected to. The first of a kind does not
+    count: most runs of one test, and most shells, start a VM once.
 
     :param most: how many may be expected.
     """
@@ -135,9 +133,6 @@ class ClonesAhead:
         self._recent = Recent(most)
         self._kinds: dict[str, _Kind] = {}
         self._waiting: list[_Clone] = []
-        #: The kind of the one that is being made, until a start waits for it.
-        self._coming: str | None = None
-        self._came = asyncio.Event()
         #: Those of which something is to be removed still.
         self._ended: list[_Clone] = []
         self._directory = directory
@@ -163,8 +158,8 @@ class ClonesAhead:
         await self._full.wait()
 
     @contextlib.contextmanager
-    def row(self) -> Iterator[None]:
-        """Count the starts inside, and those that begin meanwhile, as one row."""
+    def hold(self) -> Iterator[None]:
+        """Begin no clone inside: a VM starts there."""
         self._starts += 1
         self._full.clear()
         try:
@@ -180,12 +175,14 @@ class ClonesAhead:
     ) -> AsyncIterator[Domain | None]:
         """Have a clone of a state for the start of a VM, None where there is none.
 
-        One that is being made is waited for, by one start: from there it is less far
-        than from the state. One that is not adopted inside is undefined.
+        One that is not adopted inside is undefined.
         """
         writable = not any(d.read_only for d in spec.disks if d.name in state.disks)
         fits = state.root is not None and writable
-        taken = await self._take(state.key) if fits else None
+        waiting = self._waiting if fits else ()
+        taken = next((c for c in waiting if c.kind == state.key), None)
+        if taken is not None:
+            self._waiting.remove(taken)
         try:
             yield None if taken is None else taken.domain
         finally:
@@ -194,24 +191,6 @@ class ClonesAhead:
             if fits:
                 self._kinds[state.key] = _Kind(state, spec, identity)
                 self._recent.add(state.key)
-                self._full.clear()
-                self._news.set()
-
-    async def _take(self, kind: str) -> _Clone | None:
-        def ready() -> _Clone | None:
-            return next((c for c in self._waiting if c.kind == kind), None)
-
-        taken = ready()
-        if taken is None and self._coming == kind:
-            self._coming = None
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_PATIENCE):
-                    await self._came.wait()
-            # None if it could not be made, or if another start was quicker
-            taken = ready()
-        if taken is not None:
-            self._waiting.remove(taken)
-        return taken
 
     def _count(self) -> Counter[str]:
         return Counter(clone.kind for clone in self._waiting)
@@ -221,30 +200,20 @@ class ClonesAhead:
             await self._end(self._ended.pop())
         while self._recent.missing(self._count()) is not None:
             await idle_cpu()
-            # That may have taken long.
+            # That may have taken long; and the end of a start is news.
             key = self._recent.missing(self._count())
-            if key is not None:
-                await self._add(key)
-        # Starts that overlap are in one row, though clones may be made meanwhile.
-        if not self._starts:
-            self._recent.end_row()
-
-    async def _add(self, key: str) -> None:
-        """Have one clone more of a kind."""
-        while (kind := self._recent.surplus(self._count())) is not None:
-            unwanted = next(c for c in self._waiting if c.kind == kind)
-            self._waiting.remove(unwanted)
-            await self._end(unwanted)
-        self._coming = key
-        self._came.clear()
-        try:
-            self._waiting.append(await self._make(self._kinds[key]))
-        except (HarnessError, OSError) as error:
-            log.info("no clone is started ahead: %s", str(error))
-            self._recent.give_up(key)
-        finally:
-            self._coming = None
-            self._came.set()
+            if self._starts or key is None:
+                return
+            while (kind := self._recent.surplus(self._count())) is not None:
+                unwanted = next(c for c in self._waiting if c.kind == kind)
+                self._waiting.remove(unwanted)
+                await self._end(unwanted)
+            try:
+                self._waiting.append(await self._make(self._kinds[key]))
+            except (HarnessError, OSError) as error:
+                log.info("no clone is started ahead: %s", str(error))
+                self._recent.give_up(key)
+        self._recent.end_row()
 
     async def _make(self, kind: _Kind) -> _Clone:
         identifier = uuid.uuid4()

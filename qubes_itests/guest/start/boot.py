@@ -73,7 +73,7 @@ async def boot(
     )
     ahead = None if warm is None else warm.ahead
     try:
-        with contextlib.nullcontext() if ahead is None else ahead.row():
+        with contextlib.nullcontext() if ahead is None else ahead.hold():
             async with asyncio.timeout(timeout):
                 return await start.run(hypervisor, warm, timeout)
     except BaseException as error:

@@ -10,7 +10,6 @@ from conditions import wait_until
 from own_clones import own_clones
 from qemu_processes import processes
 
-from qubes_itests.guest.start import ahead as ahead_module
 from qubes_itests.hypervisor import connection, qemu_domain
 from qubes_itests.hypervisor.adoption import exchange_disks
 from qubes_itests.hypervisor.exc import HypervisorError
@@ -102,38 +101,6 @@ def test_a_clone_becomes_a_vm(run, sh, expected, other, clones):
     run(vms[0].shutdown(wait=True))
     run(vms[0].start())
     assert sh(vms[0], "cat /rw/mark; ls /etc/mark 2>/dev/null || :") == "one"
-
-
-def test_a_clone_that_is_being_made(run, expected, other, make_vm, monkeypatch):
-    """A VM waits for it, and goes on as it, rather than do the same beside it."""
-    vm, clones = make_vm("three"), expected.app.warm_starts.ahead
-    rehearse, come = ahead_module._rehearse, clones._came.wait
-    is_made, is_awaited, go_on = (asyncio.Event() for _ in range(3))
-
-    async def wait_and_rehearse(*args):
-        is_made.set()
-        await go_on.wait()
-        await rehearse(*args)
-
-    async def note_and_wait():
-        is_awaited.set()
-        return await come()
-
-    async def start_all():
-        await expected.start()
-        await other.start()
-        async with asyncio.timeout(60):
-            await is_made.wait()
-            starting = asyncio.ensure_future(vm.start())
-            await is_awaited.wait()
-            go_on.set()
-            await starting
-
-    monkeypatch.setattr(ahead_module, "_rehearse", wait_and_rehearse)
-    monkeypatch.setattr(ahead_module, "_PATIENCE", 60)
-    monkeypatch.setattr(clones._came, "wait", note_and_wait)
-    run(start_all())
-    assert vm.domain.libvirt_name.startswith("ahead-")
 
 
 def say_a_word(sh, vm):
