@@ -14,7 +14,7 @@ NO_NAME = "has characters that a name cannot have"
 CAUSES = {
     "TC_00_Guests_tiny::test_silent": (
         "QubesVMStartError: VM test-inst-bad did not start:",
-        "it could not reach its agent: not done within 16 s; the end of its console: I",
+        "it could not reach its agent: not done within N s; the end of its console: I",
     ),
     "TC_00_Guests_tiny::test_dies": (
         "QubesVMStartError: VM test-inst-bad did not start:",
@@ -55,6 +55,7 @@ PASSED = [
 @pytest.fixture(scope="module")
 def site(make_site, tmp_path_factory):
     site = make_site(tmp_path_factory.mktemp("hostile"))
+    site.timeout = 2000
     source = Path(find_spec("hostile_plugin").origin)
     site.install("hostile", source.read_text(), FOR_TEMPLATE)
     return site
@@ -62,7 +63,7 @@ def site(make_site, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(site):
-    return site.run("hostile", "--tb=no", "--timeout=100")
+    return site.run("hostile", "--tb=no", "--timeout=1000")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,9 @@ def causes(done, site):
 @pytest.mark.parametrize("test", CAUSES)
 def test_the_last_lines_tell_the_cause(causes, test):
     begin, rest = CAUSES[test]
-    assert causes[test].startswith(f"{begin} {rest}")
+    # how long a silent guest got is told by the speed of the machine
+    cause = re.sub(r"(?<=not done within )\d+(?= s)", "N", causes[test])
+    assert cause.startswith(f"{begin} {rest}")
 
 
 def test_nothing_else_fails(causes, done):
