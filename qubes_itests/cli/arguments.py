@@ -139,6 +139,13 @@ class Command:
     expression: str = option(
         "", None, "EXPRESSION", "list compare",
         "take only tests whose ids match, as -k of pytest selects them", short="-k")
+    numprocesses: str = option(
+        "1", None, "NUMBER", "compare",
+        "run the tests of a core in NUMBER workers, as -n of pytest-xdist", short="-n")
+    resume: bool = option(
+        False, None, "", "compare",
+        "run only those tests of whose suites an earlier comparison, with the same"
+        " options, has left no results in the directory of artefacts")
     json: bool = option(
         False, None, "", "list doctor history ps compare", "print JSON, not text")
     cache: bool = option(

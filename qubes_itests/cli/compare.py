@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -11,28 +12,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.comparison import compare
+from qubes_itests.discovery.core_suites import suite_names
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.command import output
-from qubes_itests.program import COMMAND
-from qubes_itests.pytest_plugin.run_record import NAME
+from qubes_itests.host.sandbox import interruptible
+from qubes_itests.program import COMMAND, NAME
+from qubes_itests.pytest_plugin.run_record import NAME as RUN_RECORD
 from qubes_itests.report.merge import read_part
+from qubes_itests.report.result_file import HistoryError
 from qubes_itests.run.preparation import told_again
 from qubes_itests.run.result import Prepared
 from qubes_itests.run.settings import ConfigurationError, load
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from qubes_itests.cli.arguments import Command
     from qubes_itests.comparison import Difference
+    from qubes_itests.report.results import TestResult
     from qubes_itests.run.settings import Settings
 
 __all__ = ["check", "execute"]
 
 _VERDICTS: Final = ("same", "differs", "only there", "only here")
+_HEADER: Final = f"{'passed/failed/skipped':30}{'ours':>17}{'theirs':>17}" + "".join(
+    f"{verdict:>12}" for verdict in _VERDICTS
+)
 #: How ids of tests begin that are the core's own and run on ours as well.
 _SUITES: Final = "core::integ."
+#: What tests of apps are called, which run together.
+_APPS: Final = "apps"
+#: Of a run without results: there were no tests, as where only one core has them.
+_WELL: Final = (ExitCode.OK, ExitCode.NO_TESTS_COLLECTED)
+#: After these the next run would end like the last.
+_FOR_ALL: Final = (
+    ExitCode.USAGE_ERROR,
+    *range(ExitCode.NOT_ROOT, ExitCode.LEAKED_RESOURCE),
+)
 #: Kinds of which the same is often there for several classes of VMs.
 _OF_CLASSES: Final = ("member", "default", "set")
 #: Seconds to describe a core.
@@ -61,23 +78,10 @@ def check(command: Command, settings: Settings) -> None:
 
 def execute(command: Command, settings: Settings) -> int:
     """Print the table; the exit status is 0 if both could be looked at."""
-    if command.in_sandbox:
-        found = compare(_ours(), _theirs(settings))
-    else:
-        root = settings.artifacts
-        ours = dataclasses.replace(
-            settings, core=None, qrexec=None, core_suites=settings.core
-        )
-        found = compare(
-            _outcomes(ours, root / "ours", command),
-            _outcomes(settings, root / "theirs", command),
-        )
-    if command.json:
-        rows = [{**dataclasses.asdict(d), "verdict": d.verdict} for d in found]
-        print(json.dumps(rows, indent=2))
-    else:
-        for line in _lines(found):
-            print(safe_text(line, limit=None))
+    if not command.in_sandbox:
+        return _Trials(command, settings).execute()
+    found = compare(_ours(), _theirs(settings))
+    _print(_json(found) if command.json else [*_counts(found), *_listed(found)])
     return ExitCode.OK
 
 
@@ -113,32 +117,162 @@ def _theirs(settings: Settings) -> Mapping[str, str]:
             print(f"left behind: {problem}", file=sys.stderr)
 
 
-def _outcomes(
-    settings: Settings, artifacts: Path, command: Command
-) -> Mapping[str, str]:
-    """Run tests, and return what came of them, each with the cause if it failed."""
-    # a run keeps its results if there is such a folder; those of an earlier one are not
-    # to be taken for its own
-    artifacts.mkdir(parents=True, exist_ok=True)
-    (artifacts / NAME).unlink(missing_ok=True)
-    options = [word for given in told_again(settings) for word in given]
-    if command.expression:
-        options += ["-k", command.expression]
-    run = [*COMMAND, "run", *options, "--artifacts", str(artifacts), *command.words]
-    subprocess.run(run, check=False, stdout=sys.stderr)
-    return {
-        f"test {result.test}": f"{result.outcome}: {result.cause}"
-        if result.cause
-        else result.outcome
-        for result in read_part(artifacts).results
-    }
+class _Trials:
+    """Tests on both cores: those of an app together, and each suite by itself.
+
+    So a suite that does not come to an end leaves the others as they are.
+
+    :param command: says which.
+    :param settings: of the run on the core under test.
+    """
+
+    def __init__(self, command: Command, settings: Settings) -> None:
+        self._command = command
+        self._settings = settings
+        # our own templates have what dom0's have only for suites
+        self._plain = dataclasses.replace(settings, core=None, qrexec=None)
+        self._found: list[Difference] = []
+
+    def execute(self) -> int:
+        """Run them, print a line for each as soon as it has ended, then differences.
+
+        :return: the status of the first run that had no results, else 0.
+        """
+        parts = _parts(self._command, self._settings)
+        self._show(_HEADER)
+        ended = int(ExitCode.OK)
+        try:
+            with interruptible():
+                for name, words in parts.items():
+                    status = self._compare(name, words)
+                    ended = ended or status
+                    if status in _FOR_ALL:
+                        break
+        except KeyboardInterrupt:
+            # what there is by then took long
+            ended = ExitCode.INTERRUPTED
+        _print(_json(self._found) if self._command.json else _listed(self._found))
+        return ended
+
+    def _compare(self, name: str, words: Sequence[str]) -> int:
+        """Run a part on both cores, and return the status of a run without results."""
+        suites = self._settings.core if name.startswith(_SUITES) else None
+        both = {
+            "ours": dataclasses.replace(self._plain, core_suites=suites),
+            "theirs": self._settings,
+        }
+        outcomes: list[Mapping[str, str]] = []
+        row = f"{name:30}"
+        for side, settings in both.items():
+            artifacts = self._settings.artifacts / side / name.removeprefix("core::")
+            status, results = self._run(settings, artifacts, words)
+            if not results and status not in _WELL:
+                why = f"the run on {side} ended with status {status}, and no results"
+                self._show(f"{row}  {why}")
+                print(f"{NAME}: {name}: {why}: see above", file=sys.stderr)
+                return status
+            outcomes.append({f"test {each.test}": _outcome(each) for each in results})
+            row += f"{_summary(results):>17}"
+        found = compare(*outcomes)
+        counts = Counter(each.verdict for each in found)
+        self._show(row + "".join(f"{counts[verdict]:12}" for verdict in _VERDICTS))
+        self._found += found
+        return ExitCode.OK
+
+    def _show(self, line: str) -> None:
+        """Print a line of the table, in place of which JSON has what it is made of."""
+        if not self._command.json:
+            _print([line])
+
+    def _run(
+        self, settings: Settings, artifacts: Path, words: Sequence[str]
+    ) -> tuple[int, Sequence[TestResult]]:
+        """Run tests, or take what an earlier run of the same has left.
+
+        :return: the status, and the results.
+        """
+        options = [word for given in told_again(settings) for word in given]
+        if self._command.expression:
+            options += ["-k", self._command.expression]
+        # in a worker, so that a core which ends its process ends one test
+        options += ["-n", self._command.numprocesses, "--artifacts", str(artifacts)]
+        run = ["run", *options, *words]
+        if self._command.resume:
+            with contextlib.suppress(HistoryError):
+                left = read_part(artifacts)
+                same = list(left.document["command"])[-len(run) :] == run
+                if same and left.results and left.run.outcome != "interrupted":
+                    return ExitCode.OK, left.results
+        # a run keeps its results if there is such a folder; those of an earlier one are
+        # not to be taken for its own
+        artifacts.mkdir(parents=True, exist_ok=True)
+        (artifacts / RUN_RECORD).unlink(missing_ok=True)
+        with subprocess.Popen([*COMMAND, *run], stdout=sys.stderr) as process:
+            try:
+                status = process.wait()
+            except KeyboardInterrupt:
+                # Ctrl-C has reached it as well, and SIGTERM has not
+                process.terminate()
+                process.wait()
+                raise
+        there = (artifacts / RUN_RECORD).is_file()
+        return status, read_part(artifacts).results if there else ()
 
 
-def _lines(found: Sequence[Difference]) -> Iterator[str]:
+def _parts(command: Command, settings: Settings) -> Mapping[str, Sequence[str]]:
+    """Return the words by what is run at once: a suite, or tests of apps.
+
+    :raise ConfigurationError: a word means no suite.
+    """
+    core = settings.core or Path()
+    suites = [f"core::{name}" for name in suite_names(core)]
+    suites = [suite for suite in suites if suite.startswith(_SUITES)]
+    parts: dict[str, list[str]] = {} if command.words else {_APPS: []}
+    for word in command.words:
+        suite = "::".join(word.split("::")[:2])
+        if not word.startswith(_SUITES):
+            parts.setdefault(_APPS, []).append(word)
+        elif suite in suites:
+            parts.setdefault(suite, []).append(word)
+        elif meant := [each for each in suites if each.startswith(word)]:
+            for each in meant:
+                parts.setdefault(each, []).append(each)
+        else:
+            there = ", ".join(each.removeprefix("core::") for each in suites)
+            problem = f"expected a suite of {core}, which has {there or 'none'}"
+            raise ConfigurationError(word, problem)
+    return parts
+
+
+def _outcome(result: TestResult) -> str:
+    return f"{result.outcome}: {result.cause}" if result.cause else result.outcome
+
+
+def _summary(results: Sequence[TestResult]) -> str:
+    bad = sum(result.bad for result in results)
+    skipped = sum(result.outcome == "skipped" for result in results)
+    seconds = sum(result.duration for result in results)
+    return f"{len(results) - bad - skipped}/{bad}/{skipped} {seconds:6.0f} s"
+
+
+def _json(found: Sequence[Difference]) -> list[str]:
+    rows = [{**dataclasses.asdict(d), "verdict": d.verdict} for d in found]
+    return [json.dumps(rows, indent=2)]
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(safe_text(line, limit=None), flush=True)
+
+
+def _counts(found: Sequence[Difference]) -> Iterator[str]:
     counts = Counter((each.kind, each.verdict) for each in found)
     yield f"{'':8}" + "".join(f"{verdict:>12}" for verdict in _VERDICTS)
     for kind in dict.fromkeys(each.kind for each in found):
         yield f"{kind:8}" + "".join(f"{counts[kind, v]:12}" for v in _VERDICTS)
+
+
+def _listed(found: Sequence[Difference]) -> Iterator[str]:
     for verdict in _VERDICTS[1:3]:
         # on one line what is alike: in several classes, and for several values
         alike: dict[tuple[str, str, str, str], tuple[dict[str, None], list[str]]] = {}
@@ -159,6 +293,10 @@ def _lines(found: Sequence[Difference]) -> Iterator[str]:
             to = f" = {', '.join(values)}" if values else ""
             both = f"{here}; there {there}" if verdict == "differs" else there
             yield f"  {kind:8} {name}{of}{to}: {both}"
+    bad = [each for each in found if each.failed_on_both]
+    yield from ("", "failed on both") if bad else ()
+    for each in bad:
+        yield f"  {each.kind:8} {each.name}: {each.here}; there {each.there}"
 
 
 def _short(text: str | None) -> str:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 __all__ = ["Difference", "compare"]
 
 _ERROR: Final = "!"
+#: Outcomes of tests that failed, or could not be run.
+_BAD: Final = ("failed", "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,12 @@ class Difference:
         if self.there is None:
             return "only here"
         return "same" if _fits(self.kind, self.here, self.there) else "differs"
+
+    @property
+    def failed_on_both(self) -> bool:
+        """Whether it is a test that failed in the same way here and there."""
+        bad = (self.here or "").startswith(_BAD)
+        return self.kind == "test" and self.verdict == "same" and bad
 
 
 def _fits(kind: str, here: str, there: str) -> bool:

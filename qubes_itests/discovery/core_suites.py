@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["core_imports", "core_suites", "suites_for_ours"]
+__all__ = ["core_imports", "core_suites", "suite_names", "suites_for_ours"]
 
 _GROUP: Final = "core"
 _PACKAGE: Final = "qubes.tests"
@@ -160,6 +160,20 @@ def _at_next_tick(function: Callable[..., Any]) -> Callable[..., Any]:
     return later
 
 
+def suite_names(source: Path) -> list[str]:
+    """Return the names of all suites of a checkout, in their order.
+
+    :param source: the checkout, or its copy.
+    """
+    top = source.joinpath(*_PACKAGE.split("."))
+    names = sorted(
+        ".".join(path.relative_to(top).with_suffix("").parts)
+        for path in top.rglob("*.py")
+        if path.name != "__init__.py"
+    )
+    return [name for name in names if name not in _OTHERS]
+
+
 def core_suites(
     source: Path, programs: PluginExtensions, words: Sequence[str] = ()
 ) -> list[Plugin]:
@@ -171,13 +185,7 @@ def core_suites(
         loaded. None for all.
     :return: one for each suite, with the name that ids of its tests begin with.
     """
-    top = source.joinpath(*_PACKAGE.split("."))
-    names = sorted(
-        ".".join(path.relative_to(top).with_suffix("").parts)
-        for path in top.rglob("*.py")
-        if path.name != "__init__.py"
-    )
-    names = [name for name in names if name not in _OTHERS]
+    names = suite_names(source)
     if words:  # those of the checkout are all that "all" means
         names += _OURS
     ids = {f"{_GROUP}::{name}": name for name in names}

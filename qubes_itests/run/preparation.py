@@ -75,6 +75,7 @@ def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
     words = tuple(word for pair in told_again(settings) for word in pair)
     # first what takes seconds: it may be that nothing comes of it
     core = _install_core(settings)
+    client = _install_client_of_suites(settings)
     prepared = Prepared()
     if settings.app or settings.template_spec:
         from qubes_itests.run.app_templates import wishes_of
@@ -90,7 +91,7 @@ def prepare(settings: Settings, names: Sequence[str] = ()) -> None:
     else:
         build_templates(settings, names or settings.templates)
     prepared = dataclasses.replace(_with_core(prepared, core), words=words)
-    prepared = _with_suites(prepared, settings.core_suites)
+    prepared = _with_suites(prepared, settings.core_suites, client)
     if prepared != Prepared():
         prepared.tell()
 
@@ -120,9 +121,10 @@ def prepare_listing(settings: Settings) -> Settings:
     from qubes_itests.run.app_templates import wishes_of
 
     core = _install_core(settings)
+    client = _install_client_of_suites(settings)
     wishes = wishes_of(settings)
     prepared = _with_core(prepare_apps(settings, wishes), core)
-    _with_suites(prepared, settings.core_suites).tell()
+    _with_suites(prepared, settings.core_suites, client).tell()
     template = settings.template or wishes.run_on(settings.templates)
     return dataclasses.replace(settings, template=template)
 
@@ -207,10 +209,14 @@ def _with_core(prepared: Prepared, core: Core | None) -> Prepared:
     return dataclasses.replace(prepared, core=str(core.source), copies=copies)
 
 
-def _with_suites(prepared: Prepared, checkout: Path | None) -> Prepared:
-    """Have this process and its children find suites for our own core."""
+def _install_client_of_suites(settings: Settings) -> Path | None:
+    """Install the client beside a checkout whose suites run on our own core.
+
+    :return: the directory with its packages; None without a client, or a checkout.
+    """
+    checkout = settings.core_suites
     if checkout is None:
-        return prepared
+        return None
     if not (checkout / "qubes/tests/integ").is_dir():
         reason = f"expected a checkout of core-admin, got {checkout}"
         raise ConfigurationError("--core-suites", reason)
@@ -219,7 +225,15 @@ def _with_suites(prepared: Prepared, checkout: Path | None) -> Prepared:
     from qubes_itests.repository.core import install_client
 
     with _shown(f"core {checkout.name}") as progress, interruptible():
-        client = install_client(Cache(), checkout, progress.say)
+        return install_client(Cache(), checkout, progress.say)
+
+
+def _with_suites(
+    prepared: Prepared, checkout: Path | None, client: Path | None
+) -> Prepared:
+    """Have this process and its children find suites for our own core."""
+    if checkout is None:
+        return prepared
     _use([client] if client is not None else [])
     return dataclasses.replace(prepared, core_suites=str(checkout))
 

@@ -147,3 +147,10 @@ def test_what_is_told_is_what_was_found():
     assert told.templates == {"t": "z" * 8000}
     assert told.complaints == complaints
     assert Prepared.told({}) == Prepared()
+
+
+def test_suites_are_looked_for_before_templates_are_built(tmp_path, offered):
+    settings = Settings(core_suites=tmp_path, template=("new",))
+    with pytest.raises(ConfigurationError, match="expected a checkout of core-admin"):
+        preparation.prepare(settings)
+    assert offered == []

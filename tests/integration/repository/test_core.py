@@ -375,11 +375,16 @@ def test_tests_of_apps_are_compared_on_both_cores(shared, app, site):
     done = site.run("compare", "--core", shared, "--app", app, tests)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert lines[1].split() == ["test", "0", "2", "0", "0"]
+    assert re.sub(" [0-9]+ s ", " ", lines[1]).split() == [
+        *("apps", "0/2/0", "2/0/0", "0", "2", "0", "0"),
+    ]
     assert [re.sub("(?<=failed): .*(?=; )", "", line) for line in lines[4:]] == [
         "  test     my-app@once::TC_10_Dom0::test_000_base: failed; there passed",
         "  test     my-app@once::TC_10_Dom0::test_001_policy: failed; there passed",
     ]
+    # ours ran on templates without what those of the other core have
+    assert "run again" in done.stderr
+    assert "--core-suites" not in done.stderr
 
 
 def test_suites_of_a_core_are_compared_on_both(shared, site, tmp_path):
@@ -387,13 +392,17 @@ def test_suites_of_a_core_are_compared_on_both(shared, site, tmp_path):
     before = sorted(shared.rglob("*"))
     (tmp_path / "ls").symlink_to("/bin/true")
     path = f"{tmp_path}:{site.environment['PATH']}"
-    words = ("--timeout", "100", "-k", "everywhere or there", "core::integ.both")
-    done = site.run("compare", "--core", shared, *words, PATH=path)
+    selected = ("-k", "everywhere or there", "core::integ.both")
+    words = ("--core", shared, "--timeout", "100", *selected)
+    done = site.run("compare", *words, PATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
     suite = "core::integ.both::TC_00_Both"
     why = "AttributeError: qubes_itests does not provide qubes.start"
-    assert done.stdout.splitlines()[1:] == [
-        "test               1           1           0           0",
+    row, *listed = done.stdout.splitlines()[1:]
+    assert re.sub(" [0-9]+ s ", " ", row).split() == [
+        *("core::integ.both", "1/1/0", "2/0/0", "1", "1", "0", "0"),
+    ]
+    assert listed == [
         "",
         "differs",
         f"  test     {suite}::test_001_there: failed: {why}; there passed",
@@ -401,6 +410,16 @@ def test_suites_of_a_core_are_compared_on_both(shared, site, tmp_path):
     # the command that runs it again
     assert f"--core-suites {shared} --timeout 100" in done.stderr
     assert sorted(shared.rglob("*")) == before
+    # again: the results on ours are there, and what came of theirs is told, not lost
+    (site.work / "itests-artifacts/theirs/integ.both/run.json").unlink()
+    broken = "Qubes.setup_pools = lambda self: 1 // 0"
+    done = site.run("compare", "--resume", *words, BREAK_CORE=broken)
+    assert done.returncode == 3, done.stdout + done.stderr
+    (row,) = done.stdout.splitlines()[1:]
+    assert row.endswith("the run on theirs ended with status 3, and no results")
+    assert "its store:" in done.stderr
+    assert "run.json" not in done.stderr
+    assert "--core-suites" not in done.stderr
 
 
 def test_its_qmemman_is_compared_with_ours(shared, site, tmp_path):

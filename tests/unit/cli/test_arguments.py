@@ -82,7 +82,7 @@ def plugin(tmp_path, monkeypatch):
         ("--keep=failed --cov list smoke", "run", "--cov list smoke"),
         ("-m doctor doctor", "doctor", "-m doctor"),
         ("-x smoke list", "run", "-x smoke list"),
-        ("-n 2 doctor", "doctor", "-n 2"),
+        ("--maxfail 2 doctor", "doctor", "--maxfail 2"),
         ("-n doctor", "run", "-n doctor"),
         ("--lf -- list", "run", "--lf -- list"),
         ("--html --keep=failed report", "run", "--html report"),

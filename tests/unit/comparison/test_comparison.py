@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from qubes_itests.cli.arguments import parse
-from qubes_itests.cli.compare import _lines, check
+from qubes_itests.cli.compare import _counts, _listed, _parts, check
 from qubes_itests.comparison import compare
 from qubes_itests.comparison.description import _members
 from qubes_itests.run.settings import ConfigurationError, Settings
@@ -81,13 +81,58 @@ def test_what_is_alike_is_on_one_line():
         for value in (-1, 10):
             here[f"set {cls}.debug = {value}"] = REFUSED
             there[f"set {cls}.debug = {value}"] = "True"
-    lines = list(_lines(compare(here, there)))
-    assert lines[-1] == (
-        "  set      debug of AppVM, DispVM = -1, 10:"
-        " ! QubesPropertyValueError; there True"
-    )
+    found = compare(here, there)
+    assert list(_listed(found)) == [
+        "",
+        "differs",
+        (
+            "  set      debug of AppVM, DispVM = -1, 10:"
+            " ! QubesPropertyValueError; there True"
+        ),
+    ]
+    lines = list(_counts(found))
     assert lines[1].split() == ["default", "2", "0", "0", "0"]
     assert lines[2].split() == ["set", "0", "4", "0", "0"]
+
+
+def test_what_fails_on_both_is_listed_and_no_difference():
+    here = {"test core::a": "failed: one thing", "test core::b": "skipped: why"}
+    there = {"test core::a": "error: another", "test core::b": "skipped: why"}
+    assert list(_listed(compare(here, there))) == [
+        *("", "differs", "  test     core::a: failed: one thing; there error: another"),
+    ]
+    there["test core::a"] = "failed: another"
+    assert list(_listed(compare(here, there))) == [
+        "",
+        "failed on both",
+        "  test     core::a: failed: one thing; there failed: another",
+    ]
+
+
+def test_each_suite_is_compared_by_itself(tmp_path):
+    """A word may mean several, and several words tests of one."""
+    suites = tmp_path / "qubes" / "tests" / "integ"
+    suites.mkdir(parents=True)
+    for name in ("__init__", "basic", "network", "network_ipv6"):
+        (suites / f"{name}.py").touch()
+
+    def parts(*words):
+        command = parse(["compare", "--core", str(tmp_path), *words])
+        return _parts(command, Settings(**command.given))
+
+    basic, network, ipv6 = (
+        f"core::integ.{name}" for name in ("basic", "network", "network_ipv6")
+    )
+    tests = [f"{basic}::TC_00", f"{basic}::TC_01"]
+    assert parts(tests[0], network, tests[1]) == {basic: tests, network: [network]}
+    assert parts("core::integ.net") == {network: [network], ipv6: [ipv6]}
+    assert list(parts("core::integ.")) == [basic, network, ipv6]
+    assert parts("--app", "app") == {"apps": []}
+    mixed = parts("--app", "app", "my-app::one", basic, "my-app::two")
+    assert mixed == {"apps": ["my-app::one", "my-app::two"], basic: [basic]}
+    problem = "core::integ.nothing: expected a suite of .* integ.basic, integ.network"
+    with pytest.raises(ConfigurationError, match=problem):
+        parts("core::integ.nothing")
 
 
 def test_our_core_is_described():
