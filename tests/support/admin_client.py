@@ -52,7 +52,7 @@ class Event:
 class Client:
     """Calls over the socket, one connection each; blocking."""
 
-    def __init__(self, path, timeout=30):
+    def __init__(self, path, timeout=300):
         self.path = str(path)
         self.timeout = timeout
 
@@ -111,9 +111,9 @@ def read_events(stream):
 
 
 def wait_until(condition):
-    """Wait until something is so; ten seconds are the most."""
+    """Wait until something is so; five minutes are the most."""
     pause = threading.Event()
-    for _ in range(1000):
+    for _ in range(30_000):
         if condition():
             return
         pause.wait(0.01)

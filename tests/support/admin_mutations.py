@@ -254,7 +254,7 @@ def is_framed(data):
 def exchange(path, data):
     """Send a request; return the answer, of a stream the beginning."""
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(30)
+        connection.settimeout(300)
         connection.connect(str(path))
         answer = b""
         try:

@@ -97,7 +97,7 @@ class AgentProcess:
             try:
                 yield Wire(ours)
                 ours.close()
-                self.stderr = self.process.communicate(timeout=20)[1].decode()
+                self.stderr = self.process.communicate(timeout=300)[1].decode()
             finally:
                 self.process.kill()
                 self.process.communicate()

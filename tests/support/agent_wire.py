@@ -68,7 +68,7 @@ class Wire:
     ) -> None:
         self.sock.sendall(frame(kind, channel, stream, payload))
 
-    def receive(self, timeout: float = 10.0) -> Frame | None:
+    def receive(self, timeout: float = 300.0) -> Frame | None:
         """Return the next frame, or None when the agent has closed the connection."""
         deadline = time.monotonic() + timeout
         while True:
@@ -95,7 +95,7 @@ class Wire:
             start = end
         del self.buffer[:start]
 
-    def expect(self, kind: int, stream: int = 0, timeout: float = 10.0) -> Frame:
+    def expect(self, kind: int, stream: int = 0, timeout: float = 300.0) -> Frame:
         """Return the next frame of that type and stream; drop what comes before."""
         deadline = time.monotonic() + timeout
         while True:
@@ -105,13 +105,13 @@ class Wire:
             if (got.type, got.stream) == (kind, stream):
                 return got
 
-    def hello(self, timeout: float = 10.0) -> None:
+    def hello(self, timeout: float = 300.0) -> None:
         nonce = os.urandom(16)
         self.send(HELLO, payload=struct.pack("<H", 1) + nonce)
         ready = self.expect(READY, timeout=timeout)
         assert ready.payload == struct.pack("<H", 1) + nonce
 
-    def control(self, kind: int, payload: bytes, timeout: float = 10.0) -> str | None:
+    def control(self, kind: int, payload: bytes, timeout: float = 300.0) -> str | None:
         """Make a request; return None for DONE, the text of FAILED otherwise."""
         self.send(kind, payload=payload)
         while True:
@@ -139,7 +139,7 @@ class Wire:
         for start in range(0, len(data), PAYLOAD_MAX):
             self.send(DATA, channel, stream, data[start : start + PAYLOAD_MAX])
 
-    def finish(self, stream: int, timeout: float = 10.0) -> Result:
+    def finish(self, stream: int, timeout: float = 300.0) -> Result:
         """Collect a stream's output until its EXIT, giving credit back."""
         output = {1: bytearray(), 2: bytearray()}
         deadline = time.monotonic() + timeout
@@ -159,7 +159,7 @@ class Wire:
                 return Result(kind, value, text, bytes(output[1]), bytes(output[2]))
 
     def run(
-        self, line: str, data: bytes = b"", timeout: float = 10.0, **options: object
+        self, line: str, data: bytes = b"", timeout: float = 300.0, **options: object
     ) -> Result:
         """Run a command with that input, at most one window of it."""
         stream = self.spawn(line, **options)  # type: ignore[arg-type]
@@ -217,7 +217,7 @@ class Pour:
             self._take(self.wire.pending.popleft())
 
 
-def pour(wire: Wire, line: str, size: int, timeout: float = 120.0) -> Result:
+def pour(wire: Wire, line: str, size: int, timeout: float = 600.0) -> Result:
     """Send `size` bytes through a command that gives as many back."""
     poured = Pour(wire, line, size)
     deadline = time.monotonic() + timeout

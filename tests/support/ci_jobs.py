@@ -67,7 +67,7 @@ class Done:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=250,
+            timeout=300,
             check=False,
             **options,
         )

@@ -28,7 +28,7 @@ from admin_client import read_events
 if TYPE_CHECKING:
     from served import Served
 
-TIMEOUT = 90
+TIMEOUT = 300
 PROGRAM = Path(__file__).with_name("recorded_program.py")
 
 #: What is another thing in each run, by the name that it gets.

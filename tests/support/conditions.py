@@ -6,10 +6,23 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout: float = 60) -> None:
+def deadlines(first: float) -> Iterator[float]:
+    """Yield deadlines, each four times the one before.
+
+    For what only its deadline ends, and of which a test wants to know how it is told
+    when it has come to some point: on a slow machine it has in one of the later ones.
+
+    :param first: seconds, enough on an ordinary machine.
+    """
+    return (first * 4**number for number in range(5))
+
+
+def wait_until(
+    condition: Callable[[], object], what: str, timeout: float = 300
+) -> None:
     """Return when a condition holds.
 
     :param what: a noun phrase for the failure.

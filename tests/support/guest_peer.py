@@ -65,7 +65,7 @@ class Peer:
         self.send(FrameType.CREDIT, stream, channel, struct.pack("<I", size))
 
     async def receive(self) -> Frame:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(300):
             header = await self.reader.readexactly(HEADER.size)
             kind, channel, length, stream = HEADER.unpack(header)
             payload = await self.reader.readexactly(length)
@@ -87,7 +87,7 @@ class Peer:
         return frame
 
     async def at_end(self) -> bool:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(300):
             try:
                 return await self.reader.read(1) == b""
             except ConnectionError:
@@ -108,7 +108,7 @@ async def connect_pair(directory: Path, name: str = "vm", **kwargs: Any) -> Any:
     await peer.open()
     domain = SocketDomain(name, ours, directory / "console.log")
     connecting = asyncio.ensure_future(
-        GuestAgent.connect(domain, timeout=5, **kwargs)  # type: ignore[arg-type]
+        GuestAgent.connect(domain, timeout=300, **kwargs)  # type: ignore[arg-type]
     )
     await peer.greet()
     return await connecting, peer

@@ -40,6 +40,6 @@ def run(
         input=data,
         env={**os.environ, **(environment or {})},
         capture_output=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )

@@ -61,7 +61,7 @@ async def _connection(socket):
     with contextlib.suppress(OSError, TimeoutError):
         reader, writer = await asyncio.open_unix_connection(socket)
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(300):
                 yield reader, writer
         finally:
             writer.close()

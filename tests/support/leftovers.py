@@ -34,7 +34,7 @@ def processes(cache: Path) -> list[str]:
     ]
 
 
-def wait_for_no_leftovers(cache: Path, timeout: float = 10.0) -> list[str]:
+def wait_for_no_leftovers(cache: Path, timeout: float = 300.0) -> list[str]:
     """Return what is left, if something still is after some seconds."""
     deadline = time.monotonic() + timeout
     while (left := leftovers(cache)) and time.monotonic() < deadline:

@@ -112,7 +112,7 @@ async def settle(vms: list[Any]) -> None:
                 await vm.kill()
             except exc.QubesVMNotStartedError:
                 await asyncio.sleep(0)
-        await vm.wait_ended(5)
+        await vm.wait_ended(300)
 
 
 async def begun(vm: Any, event: str) -> None:

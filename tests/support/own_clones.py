@@ -36,7 +36,7 @@ def own_clones(testbed, app, monkeypatch, most):
     if (usual := app.warm_starts.ahead) is not None:
         monkeypatch.setattr(usual, "_recent", Recent(0))
         # one that it is about to make would be among ours
-        run(asyncio.wait_for(usual.settled(), 60))
+        run(asyncio.wait_for(usual.settled(), 600))
     places = (testbed.parts.run_directory, testbed.parts.pool_directory)
     sockets, disks = (Path(tempfile.mkdtemp(prefix="", dir=each)) for each in places)
     made = ClonesAhead(app.hypervisor, most, sockets, disks)

@@ -34,7 +34,7 @@ class PluginSite:
 
     def __init__(self, root: Path, environment: Mapping[str, str]) -> None:
         #: Seconds that the program may take.
-        self.timeout = 200.0
+        self.timeout = 1000.0
         self.site = root / "site"
         self.work = root / "work"
         self.site.mkdir()

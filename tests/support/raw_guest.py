@@ -15,14 +15,14 @@ from agent_wire import ENTER, Wire, strings
 if TYPE_CHECKING:
     from pathlib import Path
 
-BOOT_TIMEOUT = 90.0
+BOOT_TIMEOUT = 600.0
 KERNEL_OPTIONS = (
     "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check mitigations=off"
     " random.trust_cpu=on 8250.nr_uarts=1 nokaslr"
 )
 
 
-def deadline_loop(what: str, timeout: float = 20.0) -> Any:
+def deadline_loop(what: str, timeout: float = 300.0) -> Any:
     """Yield until the caller breaks off; raise when it takes too long."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
@@ -67,7 +67,7 @@ class RawGuest:
         try:
             self.wire = Wire(self._connect("agent"))
             self.qmp = self._connect("qmp")
-            self.qmp.settimeout(20)
+            self.qmp.settimeout(300)
             self.lines = self.qmp.makefile("r")
             self.opened.append(self.lines)
             self.lines.readline()
@@ -130,14 +130,14 @@ class RawGuest:
             "root": "xvda",
             "private": "xvdb",
             "volatile": "xvdc",
-            "deadline": "20",
+            "deadline": "200",
         } | settings
         payload = strings(*(f"{key}={value}" for key, value in entries.items()))
-        return self.wire.control(ENTER, payload, timeout=60)
+        return self.wire.control(ENTER, payload, timeout=300)
 
     def output(self, command: str, user: str = "root") -> str:
         """Run a command that must succeed; return what it prints."""
-        result = self.wire.run(command, user=user, timeout=30)
+        result = self.wire.run(command, user=user, timeout=300)
         assert (result.kind, result.value) == (0, 0), result
         return result.stdout.decode()
 

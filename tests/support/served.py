@@ -15,8 +15,8 @@ from admin_client import Client
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-READY_TIMEOUT = 120
-END_TIMEOUT = 60
+READY_TIMEOUT = 600
+END_TIMEOUT = 300
 
 
 class Served:
@@ -86,7 +86,7 @@ class Served:
 
     @property
     def client(self) -> Client:
-        return Client(self.socket, timeout=90)
+        return Client(self.socket, timeout=300)
 
     def command(self, *words: object) -> list[str | bytes]:
         """Return the command line that calls ``qrexec-client``."""
@@ -94,7 +94,7 @@ class Served:
         return [str(program), *(w if isinstance(w, bytes) else str(w) for w in words)]
 
     def run(
-        self, *words: object, data: bytes = b"", timeout: float = 90
+        self, *words: object, data: bytes = b"", timeout: float = 300
     ) -> subprocess.CompletedProcess[bytes]:
         """Run ``qrexec-client`` to its end."""
         return subprocess.run(
@@ -113,6 +113,6 @@ class Served:
             input=data,
             env=os.environ | {"QREXEC_REQUESTED_TARGET": vm},
             stdout=subprocess.PIPE,
-            timeout=90,
+            timeout=300,
             check=True,
         ).stdout

@@ -23,7 +23,7 @@ CLIENTS = 4
 MOST_CALLS = 8
 LONGEST = 0.5
 #: Seconds that these may take.
-TIMEOUT = 120
+TIMEOUT = 600
 MIB = 1 << 20
 #: Bytes of a private volume that was just made.
 DEFAULT = 2 << 30

@@ -32,7 +32,7 @@ async def connect(root: AgentProcess) -> tuple[GuestAgent, asyncio.subprocess.Pr
     theirs.close()
     (root.root / "pid").write_text(str(process.pid))
     domain = SocketDomain("guest", ours, root.root / "console")
-    agent = await GuestAgent.connect(domain, timeout=20)  # type: ignore[arg-type]
+    agent = await GuestAgent.connect(domain, timeout=300)  # type: ignore[arg-type]
     return agent, process
 
 

@@ -32,7 +32,7 @@ class TerminalUser:
         command: list[str],
         directory: Path,
         environment: Mapping[str, str],
-        timeout: float = 100.0,
+        timeout: float = 600.0,
         size: tuple[int, int] = (100, 30),
     ) -> None:
         self._timeout = timeout

@@ -28,7 +28,7 @@ _UNBIND: Final = (
 _BIND: Final = f"cat /run/balloon >{_DRIVER}/bind"
 
 #: Seconds that a guest has for either.
-_TIMEOUT: Final = 30.0
+_TIMEOUT: Final = 300.0
 
 #: What a kernel says that kills for memory.
 _KILLS: Final = (b"Out of memory", b"oom-kill", b"oom_reaper")

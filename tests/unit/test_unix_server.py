@@ -78,7 +78,7 @@ def test_the_end_of_the_server_closes_what_it_has_just_accepted(tmp_path):
         async with Cancelled(tmp_path / "socket") as server:
             reader, writer = await connected(server)
             await came.wait()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(300):
             assert await reader.read() == b""
         writer.close()
 
@@ -93,7 +93,7 @@ def test_two_take_turns_and_wait_for_each_other(tmp_path):
         done, _ = await asyncio.wait([beginning], timeout=0.1)
         assert not done
         os.close(lock)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(300):
             server = await beginning
         with pytest.raises(HarnessError, match="is served already"):
             await Echo(server.path).__aenter__()
@@ -143,7 +143,7 @@ class Watching(UnixServer):
         client.writer.write(bytes(4 << 20))
         if self._late:
             self.waits.set()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(300):
                 with contextlib.suppress(OSError):
                     await client.writer.wait_closed()
         with client.watched(self.note):
@@ -162,7 +162,7 @@ def test_who_goes_with_unread_data_is_noticed_once(tmp_path, late):
             writer.write_eof()
             await server.waits.wait()
             writer.transport.abort()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(300):
                 await server.gone.wait()
             await asyncio.sleep(0)
             assert server.calls == 1

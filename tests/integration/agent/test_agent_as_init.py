@@ -245,7 +245,7 @@ def test_read_only_root_stays_as_it_was(boot_guest: BootGuest) -> None:
 
 def power_off(guest: RawGuest) -> None:
     guest.wire.send(POWER_OFF, payload=b"\0")
-    guest.process.wait(20)
+    guest.process.wait(300)
 
 
 def clean(image: Path) -> bool:
@@ -265,7 +265,7 @@ def test_every_end_is_clean(boot_guest: BootGuest, way: str) -> None:
         power_off(guest)
     else:
         guest.wire.spawn(way, user="root")
-        guest.process.wait(20)
+        guest.process.wait(300)
     assert "Power down" in guest.console.read_text() or way == "reboot"
     assert clean(guest.disks["xvda"])
     assert clean(guest.disks["xvdb"])

@@ -23,7 +23,7 @@ PLUGIN = """
         def test_blocks(self):
             self.vm.start()
             Path("reached").touch()
-            time.sleep(300)
+            time.sleep(9000)
 
         def test_starts(self):
             def watch():
@@ -70,7 +70,7 @@ def test_control_c_ends_the_run_and_all_that_it_has(site, shared_cache, test):
             f"{test} or test_z",
         ]
         os.execve(sys.executable, [*command, "slow"], site.environment)  # noqa: S606
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (site.work / "reached").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -80,7 +80,7 @@ def test_control_c_ends_the_run_and_all_that_it_has(site, shared_cache, test):
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     os.close(terminal)
     assert status == 2, output
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 300
     assert "KeyboardInterrupt" in output
     assert not (site.work / "went_on").exists()
     assert wait_for_no_leftovers(shared_cache) == []

@@ -52,7 +52,7 @@ def debug(site, *words, say):
         input=say,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
         check=False,
     )
     told = re.findall(r"(?:tear-down|clean-up) .*", done.stdout)

@@ -20,7 +20,7 @@ SEEN = 4
 #: Seconds; a run of the plugin below takes longer.
 LONGEST = 4.0
 #: Seconds in which it must have a VM.
-FIRST_VM = 60.0
+FIRST_VM = 600.0
 
 
 def _alive(cache):
@@ -47,7 +47,7 @@ def test_it_waits(testbed, vm_factory, portal, monkeypatch):
     vm = vm_factory()
     vm.kill()
     vm.start()
-    portal.run(asyncio.wait_for(testbed.warm_starts.ahead.settled(), 60))
+    portal.run(asyncio.wait_for(testbed.warm_starts.ahead.settled(), 600))
     assert len(testbed.hypervisor.domains(spare=True)) == 1
     Path("ready").touch()
     time.sleep(600)
@@ -98,7 +98,7 @@ def _kill_a_run(cache, number, moment):
         process.kill()
         process.wait()
     since = "its first VM" if with_vms else "its start"
-    assert _wait_for_nothing(cache, 10) == [], f"{moment:.2f} s from {since}"
+    assert _wait_for_nothing(cache, 300) == [], f"{moment:.2f} s from {since}"
     return seen_running
 
 
@@ -143,4 +143,4 @@ def test_no_clone_survives_either(caches, tmp_path):
     finally:
         process.kill()
         process.wait()
-    assert _wait_for_nothing(caches[0], 10) == []
+    assert _wait_for_nothing(caches[0], 300) == []

@@ -95,5 +95,5 @@ def test_the_command_memory_finds_the_run_under_way(small):
         assert "of 2500 MiB" in shown.stdout
     finally:
         run.terminate()
-        run.wait(60)
+        run.wait(300)
     assert small.run("memory").returncode != 0

@@ -385,7 +385,7 @@ def test_ctrl_c_leaves_nothing_and_each_worker_tells_where_it_was(guests, whole_
             timeout=guests.timeout,
         )
         (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
-        assert process.wait(30) == 2
+        assert process.wait(300) == 2
     finally:
         process.kill()
         process.wait()

@@ -188,7 +188,7 @@ def test_the_outcome_of_a_test_is_told_when_it_ends(site, tmp_path):
             cwd=site.work,
             env=site.environment | {"SEEN": output.name},
             stdout=output,
-            timeout=200,
+            timeout=300,
             check=False,
         )
     assert done.returncode == 0, (tmp_path / "output").read_text()

@@ -288,7 +288,7 @@ def test_a_device_of_another_vm(vm, run, exposed, disks, make_vm, tell, events):
     disks.sh(vm, "printf DATA | dd of=/dev/xvdi conv=notrunc,fsync")
     assert data.device.path.read_bytes()[:4] == b"DATA"
     tell(back, "xvdi", desc=None, size=None, mode=None)
-    assert detached.wait(60)
+    assert detached.wait(300)
     assert (attached(vm), disks.is_gone(vm, "xvdi")) == ({}, True)
     tell(back, "xvdi", desc="a_model (label)", mode="r")
     (device,) = back.devices["block"].get_exposed_devices()

@@ -327,7 +327,7 @@ def test_socket_of_dom0_that_reads_nothing_is_heard(dom0, work, run, full):
     script = "cat /dev/zero; echo stopped >&$SAVED_FD_1; cat >&$SAVED_FD_1"
     command = f"qrexec-client-vm @adminvm test.Socket /bin/sh -c '{script}'"
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.settimeout(60)
+        listener.settimeout(300)
         listener.bind(str(dom0 / "test.Socket"))
         listener.listen()
         process = run(work.run(command, stdout=-1))

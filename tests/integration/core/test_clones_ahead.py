@@ -30,7 +30,7 @@ def clones(app, run, ahead):
     """Return a function that waits for clones, and returns their names."""
 
     def wait():
-        run(asyncio.wait_for(ahead.settled(), 60))
+        run(asyncio.wait_for(ahead.settled(), 600))
         return [d.spec.name for d in app.hypervisor.domains(spare=True)]
 
     return wait
@@ -229,7 +229,7 @@ def test_a_clone_that_dies_while_it_is_taken(run, sh, expected, clones, monkeypa
         await exchange_disks(*args)
         os.kill(*processes(name), signal.SIGKILL)
         (domain,) = expected.app.hypervisor.domains()
-        await domain.wait_stopped(10)
+        await domain.wait_stopped(300)
 
     monkeypatch.setattr(qemu_domain, "exchange_disks", exchange_and_die)
     run(expected.start())

@@ -160,7 +160,7 @@ def test_a_session_has_a_bus(pair, sh):
 def test_a_guest_powers_off_and_comes_back_with_its_home(pair, sh):
     vm = pair.vault
     sh(vm, "echo kept >kept; echo lost | sudo tee /etc/lost")
-    pair.run(vm.shutdown(wait=True, timeout=60))
+    pair.run(vm.shutdown(wait=True, timeout=600))
     pair.run(vm.start())
     assert sh(vm, "cat kept; ls /etc/lost 2>/dev/null || echo gone") == "kept\ngone"
 

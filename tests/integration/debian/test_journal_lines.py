@@ -30,7 +30,7 @@ def test_what_a_guest_logs_is_recorded_when_it_came_bounded_and_safe_to_show(pai
         level, command = "<3>", "cat >/dev/kmsg"
     hostile = rf"""printf '{level}\033[31m \377 {{"a": 1}}\n' | {command}"""
     pair.sh(pair.work, hostile, user="root")
-    pair.run(pair.work.life.journal.settle(60))
+    pair.run(pair.work.life.journal.settle(600))
     records = [r for r in recorder.records("journal") if r["vm"] == "work"]
     assert len(records) > 20
     if pair.init == "systemd":  # which says when it did what, in the start of the VM
@@ -48,13 +48,13 @@ def test_what_a_guest_logs_is_recorded_when_it_came_bounded_and_safe_to_show(pai
     assert not any("journalctl" in c or "kmsg" in c for c in {*commands} - {hostile})
     if pair.init == "systemd":  # the kernel itself bounds what it takes
         pair.sh(pair.work, "yes hello | head -n 3000 | systemd-cat", user="root")
-        pair.run(pair.work.life.journal.settle(60))
+        pair.run(pair.work.life.journal.settle(600))
         assert 1000 < len(recorder.records("journal")) <= 2000
 
 
 def test_a_program_that_crashes_is_seen(pair):
     pair.sh(pair.work, """perl -e 'unpack "p", pack "J", 1' || true""")
-    pair.run(pair.work.life.journal.settle(60))
+    pair.run(pair.work.life.journal.settle(600))
     records = timeline.current().records("journal")
     assert any(_SAYS[Complaint.COREDUMP](record) for record in records)
 
@@ -65,11 +65,11 @@ def test_the_log_ends_with_the_guest_and_begins_with_the_next_start(pair):
     first = pair.vault.life.journal
     pair.run(pair.vault.start())
     assert pair.vault.life.journal is not first
-    pair.run(pair.vault.life.journal.settle(60))
+    pair.run(pair.vault.life.journal.settle(600))
     said = [r for r in recorder.records("journal") if r["vm"] == "vault"]
     assert said[0]["t"] > 0
     with pytest.raises(GuestGoneError):
-        pair.run(first.settle(60))
+        pair.run(first.settle(600))
 
 
 def test_a_journal_that_is_not_followed_is_read_when_a_test_fails(pair):
@@ -87,4 +87,4 @@ def test_a_journal_that_is_not_followed_is_read_when_a_test_fails(pair):
         (said,) = [r for r in found if "what went wrong" in r["line"]]
         assert said["priority"] == 3
         assert all(r["t"] >= start["t"] for r in found)
-        assert said["t"] > start["t"] + start["duration"] - 0.5
+        assert said["t"] > start["t"] + start["duration"] / 2

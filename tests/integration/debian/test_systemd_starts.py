@@ -41,7 +41,7 @@ def states(monkeypatch):
 
 
 def restart(pair, vm):
-    pair.run(vm.shutdown(wait=True, timeout=60))
+    pair.run(vm.shutdown(wait=True, timeout=600))
     pair.run(vm.start())
 
 
@@ -70,7 +70,7 @@ def test_what_a_clone_has_rehearsed_is_not_seen(pair, sh, testbed, monkeypatch):
     monkeypatch.setattr(GuestAgent, "rehearse", note_and_rehearse)
     with own_clones(testbed, pair.app, monkeypatch, 1) as ahead:
         restart(pair, vm)
-        pair.run(asyncio.wait_for(ahead.settled(), 60))
+        pair.run(asyncio.wait_for(ahead.settled(), 600))
         assert rehearsed == ["systemd"]
         began = time.time()
         restart(pair, vm)
@@ -128,7 +128,7 @@ def test_clocks_are_right_and_timers_elapse(pair, sh):
         sh(
             pair.work,
             f"mkfifo /run/elapsed; systemd-run -q --timer-property=AccuracySec=1ms"
-            f" {when} sh -c 'echo >/run/elapsed'; timeout 60 cat /run/elapsed;"
+            f" {when} sh -c 'echo >/run/elapsed'; timeout 600 cat /run/elapsed;"
             " rm /run/elapsed; systemctl stop 'run-*.timer'",
             "root",
         )
@@ -223,7 +223,7 @@ def test_a_template_that_was_changed_has_no_state(pair, sh, states):
         "root",
         f"{UNIT.format(host='vault')}[Install]\nWantedBy=multi-user.target\n".encode(),
     )
-    pair.run(template.shutdown(wait=True, timeout=60))
+    pair.run(template.shutdown(wait=True, timeout=600))
     del states[:]
     restart(pair, pair.vault)
     assert [state.disks for state in states] == [()]

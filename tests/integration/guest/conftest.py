@@ -99,7 +99,7 @@ class Machines:
         disks = {"root": "xvda", "private": "xvdb", "volatile": "xvdc"}
         return Identity(**{"name": name, **disks, **changes})
 
-    async def boot(self, spec, *, timeout=60, warm=None, identity=None, **kwargs):
+    async def boot(self, spec, *, timeout=600, warm=None, identity=None, **kwargs):
         identity = identity or self.identity(spec.name)
         return await boot(
             self.hypervisor, spec, identity, timeout=timeout, warm=warm, **kwargs

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from conditions import deadlines
 
 from qubes_itests.guest.exc import BootError
 from qubes_itests.guest.start.warm import WarmStarts
@@ -63,6 +64,7 @@ async def test_two_warm_starts_share_nothing(machines, warm, sh, cache):
         machines.spec("one", private=32 * MIB),
         machines.spec("two", private=96 * MIB),
     ]
+    before = time.time()
     booted = [await machines.boot(spec, warm=warm) for spec in specs]
     assert cache.entries("stage-one")
     agents = [agent for _, agent in booted]
@@ -79,8 +81,7 @@ async def test_two_warm_starts_share_nothing(machines, warm, sh, cache):
     free = [int(await sh(a, "df -m /rw | awk 'END{print $2}'")) for a in agents]
     assert free[1] > free[0] + 40
     for agent in agents:
-        asked = time.time()
-        assert asked - 2 < int(await sh(agent, "date +%s")) < time.time() + 2
+        assert before - 1 <= int(await sh(agent, "date +%s")) <= time.time() + 1
     await sh(agents[0], "echo mine > /rw/file; sync")
     assert await sh(agents[1], "ls /rw") == "config\nhome\nlost+found\nusrlocal"
 
@@ -92,7 +93,7 @@ async def test_what_is_in_rw_survives_and_power_off_is_clean(machines, warm, sh)
     await sh(agent, "echo kept > /rw/file")
     await sh(agent, "echo home > ~/file", user=None)
     await agent.power_off()
-    assert await domain.wait_stopped(20) is DomainState.HALTED
+    assert await domain.wait_stopped(300) is DomainState.HALTED
     assert await agent.wait_closed() is None
     await domain.undefine()
     _, agent = await machines.boot(spec, warm=warm)
@@ -184,8 +185,12 @@ async def test_a_disk_that_is_missing(machines, hypervisor, warm):
     spec = replace(spec, disks=spec.disks[:1])
     # the time is for the disk, and not for a boot, which takes what the machine has
     assert await warm.state_for(spec, machines.identity(spec.name), 120)
-    with pytest.raises(BootError, match="no disk xvdb"):
-        await machines.boot(spec, timeout=10, warm=warm)
+    for seconds in deadlines(10):
+        with pytest.raises(BootError) as caught:
+            await machines.boot(spec, timeout=seconds, warm=warm)
+        if caught.value.step == "enter its root":
+            break
+    assert "no disk xvdb" in str(caught.value)
     assert hypervisor.domains() == ()
 
 
@@ -195,7 +200,7 @@ async def test_a_guest_without_our_init(machines, hypervisor, directory):
     initramfs.write_bytes(bytes(512))
     spec = machines.spec("work", initramfs=initramfs)
     with pytest.raises(BootError, match="panic") as caught:
-        await machines.boot(spec, timeout=30)
+        await machines.boot(spec)
     assert caught.value.step == "reach its agent"
     assert hypervisor.domains() == ()
 
@@ -205,10 +210,12 @@ async def test_a_guest_that_never_answers(machines, hypervisor):
     spec = machines.spec(
         "work", kernel_options="init=/none rdinit=/none root=/dev/x rootwait"
     )
-    begin = asyncio.get_running_loop().time()
-    with pytest.raises(BootError, match="reach its agent"):
-        await machines.boot(spec, timeout=6)
-    assert asyncio.get_running_loop().time() - begin < 12
+    for seconds in deadlines(6):
+        with pytest.raises(BootError, match=f"not done within {seconds:g} s") as caught:
+            await machines.boot(spec, timeout=seconds)
+        if caught.value.step == "reach its agent":
+            break
+    assert caught.value.step == "reach its agent"
     assert hypervisor.domains() == ()
 
 

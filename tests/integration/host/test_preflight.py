@@ -34,7 +34,7 @@ def _checks_where(before: str, cache: Path) -> dict[str, preflight.Check]:
         env=environment,
         capture_output=True,
         check=True,
-        timeout=60,
+        timeout=300,
     ).stdout
     return {values["name"]: preflight.Check(**values) for values in json.loads(output)}
 
@@ -105,7 +105,7 @@ def test_nodes_that_a_container_has_not_are_made_in_the_sandbox(cache, tmp_path)
         ["unshare", "--mount", "bash", "-c", script, "bash", *sandbox.command(words)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.stdout == "written\nwritten\n", done.stderr
@@ -176,7 +176,7 @@ def test_without_root_the_other_checks_are_still_made():
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=300,
     )
     states = {c["name"]: (c["state"], c["exit_code"]) for c in json.loads(done.stdout)}
     assert states["root"] == ("fail", 10)

@@ -8,6 +8,7 @@ import contextlib
 import glob
 import os
 import re
+import resource
 import shutil
 import signal
 import statistics
@@ -125,7 +126,7 @@ class Checkout:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
             **options,
         )
@@ -320,7 +321,7 @@ def test_it_works_from_anywhere_and_through_a_link(ready, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert (done.returncode, done.stdout) == (0, "ran x\n"), done.stderr
 
@@ -409,27 +410,29 @@ def test_two_at_once_set_up_once(checkout):
             text=True,
         )
 
-    outputs = [one.communicate(timeout=120) for one in (start(), start())]
+    outputs = [one.communicate(timeout=300) for one in (start(), start())]
     assert [stdout for stdout, _ in outputs] == ["ran x\n"] * 2
     assert "".join(stderr for _, stderr in outputs).count("making .venv") == 1
 
 
 def test_once_set_up_it_adds_little_time(ready, record_property):
-    """The script against the bare command; half a second is what may be added."""
+    """Half a second is what it may add to the bare command, in time of the CPU."""
 
     def median(command: list) -> float:
         times = []
         for _ in range(7):
-            begin = time.monotonic()
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run(
                 command,
                 cwd=ready.root,
                 env=ready.environment,
                 check=True,
                 capture_output=True,
-                timeout=60,
+                timeout=300,
             )
-            times.append(time.monotonic() - begin)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            user = after.ru_utime - before.ru_utime
+            times.append(user + after.ru_stime - before.ru_stime)
         return statistics.median(times)
 
     bare = median([ready.python, "-m", "qubes_itests"])

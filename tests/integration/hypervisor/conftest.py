@@ -162,7 +162,7 @@ class Shell(asyncio.Protocol):
         self.received += data
         self.news.set()
 
-    async def run(self, command, *, timeout=60):
+    async def run(self, command, *, timeout=300):
         """Run a command; return its output. A status other than 0 fails the test."""
         self.transport.write(command.encode() + b"\n")
         async with asyncio.timeout(timeout):
@@ -174,7 +174,7 @@ class Shell(asyncio.Protocol):
         assert status == b"0\n", (command, output, status)
         return output.decode()
 
-    async def wait_for(self, command, *, timeout=20):
+    async def wait_for(self, command, *, timeout=300):
         """Run a command until it succeeds."""
         line = f"until {command}; do usleep 20000; done"
         return await self.run(line, timeout=timeout)
@@ -192,7 +192,7 @@ def connect_shell():
 def eventually():
     """Return a coroutine function that waits until a condition holds."""
 
-    async def wait(condition, timeout=20):
+    async def wait(condition, timeout=300):
         async with asyncio.timeout(timeout):
             while True:
                 outcome = condition()

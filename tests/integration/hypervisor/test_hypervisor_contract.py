@@ -165,11 +165,11 @@ async def test_calls_that_need_a_running_domain(domain, tmp_path):
 
 @pytest.mark.asyncio
 async def test_waiting_for_a_stop(domain):
-    assert await domain.wait_stopped(1) is DomainState.HALTED
+    assert await domain.wait_stopped(300) is DomainState.HALTED
     await domain.start()
     with pytest.raises(DeadlineError, match="Running"):
         await domain.wait_stopped(0.05)
-    waiting = asyncio.create_task(domain.wait_stopped(20))
+    waiting = asyncio.create_task(domain.wait_stopped(300))
     await domain.destroy()
     assert await waiting is DomainState.HALTED
 

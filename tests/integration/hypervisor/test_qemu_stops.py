@@ -59,7 +59,7 @@ async def test_the_guest_ends(hypervisor, domain, connect_shell, command, expect
     shell = await connect_shell(domain)
     await shell.run("true")
     shell.transport.write(f"sync; {command}\n".encode())
-    assert await domain.wait_stopped(30) is expected
+    assert await domain.wait_stopped(300) is expected
     assert await domain.state() is expected
     crashed = expected is DomainState.CRASHED
     assert domain.panicked is crashed
@@ -79,7 +79,7 @@ async def test_an_early_panic_is_seen_on_the_console(hypervisor, make_spec):
     options = "rdinit=/none init=/none"
     domain = await hypervisor.define(make_spec(kernel_options=options))
     await domain.start()
-    assert await domain.wait_stopped(60) is DomainState.CRASHED
+    assert await domain.wait_stopped(300) is DomainState.CRASHED
     assert domain.panicked
 
 
@@ -99,7 +99,7 @@ async def test_qemu_is_killed_for_want_of_memory(
     killed = domain.kills + 1
     monkeypatch.setattr(memory, "kills", lambda: killed)
     os.kill(process, signal.SIGKILL)
-    assert await domain.wait_stopped(10) is DomainState.CRASHED
+    assert await domain.wait_stopped(300) is DomainState.CRASHED
     assert domain.memory_held() == 0
     (record,) = [each for each in caplog.records if each.levelname == "ERROR"]
     told = record.getMessage()
@@ -112,7 +112,7 @@ async def test_qemu_is_killed(domain):
     await domain.start()
     (process,) = processes(domain.spec.name)
     os.kill(process, signal.SIGKILL)
-    assert await domain.wait_stopped(10) is DomainState.CRASHED
+    assert await domain.wait_stopped(300) is DomainState.CRASHED
     assert not domain.panicked
     assert [path.name for path in domain.spec.directory.iterdir()] == ["console.log"]
     await domain.start()
@@ -126,7 +126,7 @@ async def test_a_domain_that_ended_starts_again_at_once(domain):
         await domain.start()
         (process,) = processes(domain.spec.name)
         os.kill(process, signal.SIGKILL)
-        await domain.wait_stopped(10)
+        await domain.wait_stopped(300)
     await domain.start()
     await domain.destroy()
 

@@ -61,7 +61,7 @@ def test_a_chain_of_net_vms_goes_on_and_can_be_changed(testbed, tmp_path, monkey
     assert reaches(far, net)
     # one that is started now is a client like the others
     new = run(app.create_vm("AppVM", name="new", label="red", netvm=net))
-    run(asyncio.wait_for(new.start(), 120))
+    run(asyncio.wait_for(new.start(), 600))
     assert reaches(new, net)
     assert run(testbed.close_app(app)) == []
     assert links() == before

@@ -106,7 +106,7 @@ def with_vms(request, testbed):
     return run
 
 
-async def eventually(condition, timeout=10):
+async def eventually(condition, timeout=300):
     """Wait until a coroutine function returns something true, and return it."""
     async with asyncio.timeout(timeout):
         while True:

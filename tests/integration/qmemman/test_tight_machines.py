@@ -20,7 +20,7 @@ from qubes_itests.qmemman.simulation.scenarios import MAXIMUM, MEMORY
 MIB = 1 << 20
 KIND = {"memory": MEMORY, "maximum": MAXIMUM}
 #: Seconds that what a guest does may take while others have the CPUs.
-_PATIENCE = 60.0
+_PATIENCE = 300.0
 
 #: What dom0 prefers when it uses 300 MiB, and a VM that idles.
 DOM0, IDLE = 740, 200
@@ -189,7 +189,7 @@ def test_a_cold_vm_counts_as_what_it_was_promised(open_world, run):
                 return state is not None and state.used is not None
 
             start = asyncio.ensure_future(vm.start())
-            await world.until("report of a cold VM", reported, timeout=40)
+            await world.until("report of a cold VM", reported, timeout=_PATIENCE)
             await start
             await vm.kill()
             world.app.warm_starts = saved

@@ -20,7 +20,7 @@ class Workbench:
         self.log = directory / "logs/template.log"
         self.said = []
 
-    def build(self, script="", *, copies=(), timeout=60, more=()):
+    def build(self, script="", *, copies=(), timeout=600, more=()):
         steps = (Step("my-app", tuple(copies), script, timeout), *more)
         layers = Layers("mine", self.base, steps=steps)
         return build_layers(self.cache, layers, self.log, self.said.append)

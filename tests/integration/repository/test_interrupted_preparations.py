@@ -60,7 +60,7 @@ class Preparation:
     def end(self, number):
         images = list(self.cache.glob("layer/.*@*/root.img"))
         self.process.send_signal(number)
-        self.process.wait(60)
+        self.process.wait(300)
         wait_until(lambda: not self.processes(), "the end of all processes")
         for image in images:
             wait_until(lambda i=image: not loop_devices_over(i), "no loop device")

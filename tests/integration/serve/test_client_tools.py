@@ -48,7 +48,7 @@ def run_tool(socket, words, data, *, by_itself=False):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=300,
         check=False,
     )
 

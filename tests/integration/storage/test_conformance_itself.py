@@ -30,7 +30,7 @@ def run_suite(tmp_path, run_directory):
             env={"PATH": "/usr/sbin:/usr/bin", "QUBES_ITESTS_CACHE": str(cache)},
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=300,
             check=False,
         )
         output = re.sub(" +", " ", done.stdout + done.stderr)

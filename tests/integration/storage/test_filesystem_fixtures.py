@@ -121,7 +121,7 @@ def test_what_a_test_leaves_in_its_directory_harms_no_other(tmp_path):
         | {"LEFT_OUTSIDE": str(tmp_path / "outside"), "PWD": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

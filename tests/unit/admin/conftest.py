@@ -37,7 +37,7 @@ def run(loop):
     """Run a coroutine on that loop."""
 
     def run(coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(30)
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(300)
 
     return run
 

@@ -179,7 +179,7 @@ def test_the_oldest_that_sends_goes_when_there_are_too_many(
     monkeypatch.setattr(server, "most", 3)
     slow = [socket.socket(socket.AF_UNIX) for _ in range(6)]
     for each in slow:
-        each.settimeout(10)
+        each.settimeout(300)
         each.connect(str(server.path))
     assert client.call("admin.vm.List")
     assert slow[0].recv(1) == b""
@@ -269,7 +269,7 @@ def test_clients_that_go_without_reading_leave_nothing(server, client, caplog):
 
 def connect(server):
     client = socket.socket(socket.AF_UNIX)
-    client.settimeout(10)
+    client.settimeout(300)
     client.connect(str(server.path))
     return client
 

@@ -48,7 +48,7 @@ def frames(answer):
 def call(server):
     def call(data):
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(30)
+            connection.settimeout(300)
             connection.connect(str(server.path))
             # one too many is answered, and the connection closed, before it is read
             with contextlib.suppress(BrokenPipeError):
@@ -114,7 +114,7 @@ def test_calls_beyond_a_number_are_refused_and_the_others_go_on(
     with contextlib.ExitStack() as stack:
         waiting = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(4)]
         for each in waiting:
-            each.settimeout(10)
+            each.settimeout(300)
             each.connect(str(server.path))
         said = b"".join(iter(lambda: waiting[0].recv(65536), b""))
         assert refused(frames(said))
@@ -201,7 +201,7 @@ def test_a_status_tells_of_vms_and_of_what_goes_on(app, tmp_path, run):
     run(server.__aenter__())
     try:
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(30)
+            connection.settimeout(300)
             connection.connect(str(server.path))
             connection.sendall(frame(STATUS))
             answer = frames(b"".join(iter(lambda: connection.recv(65536), b"")))

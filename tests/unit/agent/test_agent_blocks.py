@@ -86,7 +86,7 @@ def test_devices_are_told_of_once_before_a_command_ends(
     }
     assert told(wire) == {}
     with agent.client("qubesdb-read", "/qubes-block-devices/dm-0/desc") as client:
-        assert client.communicate(timeout=10)[0] == b"test-dm\n"
+        assert client.communicate(timeout=300)[0] == b"test-dm\n"
     kernel.remove("loop0")
     kernel.device("dm-0", dm__name="other")
     gone = dict.fromkeys(entries("loop0"))
@@ -195,12 +195,12 @@ def served(agent: AgentProcess, path: Path, mode: str, status: int) -> Iterator[
     ours, theirs = socket.socketpair()
     with theirs:
         command = [agent.program, "serve-block", mode, path]
-        ours.settimeout(60)
+        ours.settimeout(300)
         with subprocess.Popen(command, stdin=theirs, stdout=theirs) as process, ours:
             theirs.close()
             yield Client(ours)
             ours.close()
-            assert process.wait(60) == status
+            assert process.wait(300) == status
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def test_call_says_target_service_and_user(wire: Wire, agent: AgentProcess) -> N
         assert (target, service) == ("work", "t.S+a")
         assert user in ("user", "root")
         answer(wire, FIRST, 0, 0)
-        client.communicate(timeout=10)
+        client.communicate(timeout=300)
         assert client.returncode == 0
 
 
@@ -86,7 +86,7 @@ def test_call_carries_data_both_ways(wire: Wire, agent: AgentProcess) -> None:
         client.stdin = None
         assert collect(wire, FIRST) == sent
         answer(wire, FIRST, 0, 9)
-        assert client.communicate(timeout=10) == (back, b"")
+        assert client.communicate(timeout=300) == (back, b"")
         assert client.returncode == 9
 
 
@@ -99,7 +99,7 @@ def test_output_before_the_exit_reaches_a_slow_caller(
         wire.write(FIRST, bytes(WINDOW), 1)
         answer(wire, FIRST, 0, 3)
         assert wire.run("echo meanwhile").stdout
-        assert len(client.communicate(timeout=10)[0]) == WINDOW
+        assert len(client.communicate(timeout=300)[0]) == WINDOW
         assert client.returncode == 3
 
 
@@ -112,7 +112,7 @@ def test_status_of_the_call_is_the_clients(
     with call(agent, "work", "t.S") as client:
         wire.expect(CALL, FIRST)
         answer(wire, FIRST, kind, value, b"because")
-        error = client.communicate(timeout=10)[1]
+        error = client.communicate(timeout=300)[1]
         assert client.returncode == status
         assert b"because" in error
 
@@ -123,7 +123,7 @@ def test_ended_call_does_not_wait_for_more_input(
     with call(agent, "work", "t.S") as client:
         wire.expect(CALL, FIRST)
         answer(wire, FIRST, 0, 0)
-        assert client.wait(timeout=10) == 0
+        assert client.wait(timeout=300) == 0
 
 
 def test_output_ends_while_there_may_be_more_input(
@@ -152,7 +152,7 @@ def test_local_command_talks_to_the_service(wire: Wire, agent: AgentProcess) -> 
         wire.write(FIRST, b"question\n", 1)
         assert wire.expect(DATA, FIRST).payload == b"answer question\n"
         answer(wire, FIRST, 0, 6)
-        assert local.communicate(b"saved", timeout=10)[0] == b"saved"
+        assert local.communicate(b"saved", timeout=300)[0] == b"saved"
         assert local.returncode == 6
 
 
@@ -174,8 +174,8 @@ def test_local_command_may_have_its_output_on_its_stdin(
         assert collect(wire, FIRST) == b"as before\n"
         answer(wire, FIRST, 0, 0)
         answer(wire, FIRST + 1, 0, 5)
-        assert client.wait(timeout=10) == 5
-        assert other.wait(timeout=10) == 0
+        assert client.wait(timeout=300) == 5
+        assert other.wait(timeout=300) == 0
 
 
 def test_local_command_may_close_its_output_alone(
@@ -188,7 +188,7 @@ def test_local_command_may_close_its_output_alone(
         assert collect(wire, FIRST) == b"ask\n"
         wire.write(FIRST, b"answer", 1)
         answer(wire, FIRST, 0, 4)
-        assert client.communicate(timeout=10)[0] == b"answer"
+        assert client.communicate(timeout=300)[0] == b"answer"
         assert client.returncode == 4
 
 
@@ -210,7 +210,7 @@ def test_local_command_that_does_not_exist(wire: Wire, agent: AgentProcess) -> N
         wire.expect(CALL, FIRST)
         assert collect(wire, FIRST) == b""
         answer(wire, FIRST, 0, 0)
-        assert b"/does/not/exist" in client.communicate(timeout=10)[1]
+        assert b"/does/not/exist" in client.communicate(timeout=300)[1]
 
 
 def test_caller_that_dies_is_an_end_and_a_stop(wire: Wire, agent: AgentProcess) -> None:
@@ -235,14 +235,14 @@ def test_host_that_stops_reading_is_a_broken_pipe(
         wire.expect(DATA, FIRST)
         wire.send(STOP, 0, FIRST)
         answer(wire, FIRST, 0, 2)
-        assert client.wait(timeout=10) == 2
+        assert client.wait(timeout=300) == 2
 
 
 def test_host_that_disconnects_ends_calls(wire: Wire, agent: AgentProcess) -> None:
     with call(agent, "work", "t.S") as client:
         wire.expect(CALL, FIRST)
         wire.hello()
-        assert client.wait(timeout=10) == 126
+        assert client.wait(timeout=300) == 126
 
 
 def test_without_a_host_calls_are_refused(agent: AgentProcess) -> None:
@@ -250,7 +250,7 @@ def test_without_a_host_calls_are_refused(agent: AgentProcess) -> None:
         while not agent.socket.exists():
             assert agent.process.poll() is None
         with call(agent, "work", "t.S") as client:
-            assert b"no host" in client.communicate(timeout=10)[1]
+            assert b"no host" in client.communicate(timeout=300)[1]
         assert client.returncode == 126
         assert isinstance(wire, Wire)
 
@@ -268,13 +268,13 @@ def test_without_a_host_calls_are_refused(agent: AgentProcess) -> None:
 )
 def test_wrong_usage_is_told(agent: AgentProcess, arguments: list[str]) -> None:
     with call(agent, *arguments) as client:
-        assert b"usage" in client.communicate(timeout=10)[1]
+        assert b"usage" in client.communicate(timeout=300)[1]
         assert client.returncode == 2
 
 
 def test_help_is_no_error(agent: AgentProcess) -> None:
     with call(agent, "--help") as client:
-        out, error = client.communicate(timeout=10)
+        out, error = client.communicate(timeout=300)
         assert b"--prefix-data" in out
         assert (client.returncode, error) == (0, b"")
 
@@ -303,7 +303,7 @@ def test_prefix_comes_before_all_input(
             client.stdin = None
         assert collect(wire, FIRST) == b"first second"
         answer(wire, FIRST, 0, 0)
-        client.communicate(timeout=10)
+        client.communicate(timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_bytes_that_command_a_terminal_are_replaced(
         wire.expect(CALL, FIRST)
         wire.write(FIRST, b"a\t\x1b[1m\xff\0\n", 1)
         answer(wire, FIRST, 0, 0)
-        assert client.communicate(timeout=10)[0] == shown
+        assert client.communicate(timeout=300)[0] == shown
 
 
 def test_stdin_may_be_a_socket_for_both_ways(wire: Wire, agent: AgentProcess) -> None:
@@ -338,7 +338,7 @@ def test_stdin_may_be_a_socket_for_both_ways(wire: Wire, agent: AgentProcess) ->
         assert collect(wire, FIRST) == b"question"
         wire.write(FIRST, b"answer", 1)
         answer(wire, FIRST, 0, 0)
-        ours.settimeout(10)
+        ours.settimeout(300)
         assert b"".join(iter(lambda: ours.recv(100), b"")) == b"answer"
 
 
@@ -355,7 +355,7 @@ def test_socket_is_read_on_when_the_service_has_closed_its_output(
         theirs.close()
         wire.expect(CALL, FIRST)
         wire.send(EOF, 1, FIRST)
-        ours.settimeout(10)
+        ours.settimeout(300)
         assert ours.recv(1) == b""
         for part in (b"one", b"two", b"three"):
             ours.sendall(part)
@@ -370,12 +370,12 @@ def test_local_command_has_stream_sockets(wire: Wire, agent: AgentProcess) -> No
     with call(agent, "work", "t.S", "sh", "-c", script) as client:
         wire.expect(CALL, FIRST)
         answer(wire, FIRST, 0, 0)
-        assert client.communicate(timeout=10)[1].count(b"socket:") == 2
+        assert client.communicate(timeout=300)[1].count(b"socket:") == 2
 
 
 def test_missing_agent_is_told(agent: AgentProcess) -> None:
     with call(agent, "--agent-socket=/does/not/exist", "work", "t.S") as client:
-        assert b"/does/not/exist" in client.communicate(timeout=10)[1]
+        assert b"/does/not/exist" in client.communicate(timeout=300)[1]
         assert client.returncode == 125
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def query(agent: AgentProcess, name: str, *arguments: str) -> tuple[int, str]:
     with agent.client(name, *arguments) as client:
-        return_output = client.communicate(timeout=10)[0].decode()
+        return_output = client.communicate(timeout=300)[0].decode()
         return client.returncode, return_output
 
 
@@ -100,7 +100,7 @@ def test_changes_are_told_to_who_watches(wire: Wire, agent: AgentProcess) -> Non
         wire.control(DB_WRITE, strings("/below/x", "1"))
         wire.control(DB_REMOVE, strings("/below/x"))
         wire.control(DB_REMOVE, strings("/seen"))
-        told = client.communicate(timeout=10)[0].replace(b"/seen\n", b"").split()
+        told = client.communicate(timeout=300)[0].replace(b"/seen\n", b"").split()
         assert (told, client.returncode) == ([b"/below/x"] * 2, 0)
 
 

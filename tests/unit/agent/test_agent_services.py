@@ -242,12 +242,12 @@ def listening(agent: AgentProcess, name: str) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(directory / name))
         server.listen()
-        server.settimeout(10)
+        server.settimeout(300)
         yield server
 
 
 def received(connection: socket.socket) -> bytes:
-    connection.settimeout(10)
+    connection.settimeout(300)
     return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
@@ -331,7 +331,7 @@ def test_link_to_a_port_serves(
     wire: Wire, agent: AgentProcess, target: str, argument: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(10)
+        server.settimeout(300)
         port = server.getsockname()[1]
         (agent.root / "etc/qubes-rpc").mkdir(parents=True)
         link = agent.root / "etc/qubes-rpc/t.S"

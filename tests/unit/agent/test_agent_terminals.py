@@ -157,7 +157,7 @@ def test_erasing_takes_a_character_not_a_byte(wire: Wire) -> None:
 def test_all_output_comes_before_the_exit(wire: Wire, size: int) -> None:
     """Also what was on its way in the kernel, and though a child has it open yet."""
     script = f"stty -opost; sleep 1000 & head -c {size} /dev/zero; exit 5"
-    result = wire.finish(terminal(wire, script), timeout=5)
+    result = wire.finish(terminal(wire, script))
     assert (len(result.stdout), result.value) == (size, 5)
 
 
@@ -176,7 +176,7 @@ def test_one_that_writes_for_ever_in_the_background_does_not_delay_the_exit(
     wire: Wire,
 ) -> None:
     script = "(trap '' HUP; exec yes) & sleep 0.1; exit 4"
-    assert wire.finish(terminal(wire, script), timeout=10).value == 4
+    assert wire.finish(terminal(wire, script)).value == 4
 
 
 @pytest.mark.parametrize("kind", [EOF, STOP], ids=["input", "output"])

@@ -124,7 +124,7 @@ class Watched:
                 self.domain.statistics, **{"updated": updated, **changes}
             )
         calls = self.domain.calls
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(300):
             while self.domain.calls < calls + 2:  # noqa: ASYNC110 - it is polled
                 await asyncio.sleep(0.01)
 

@@ -102,7 +102,7 @@ def test_a_terminal_that_is_stopped_holds_up_nobody_who_reports(terminal):
     seen = b""
     while b"line 999." not in seen:
         seen += shown.read(4096)
-    ended.join(30)
+    ended.join(300)
     assert not ended.is_alive()
     assert b"line 0." in seen
     assert b"line 4999." not in seen

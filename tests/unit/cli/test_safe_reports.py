@@ -69,7 +69,7 @@ def test_nothing_of_a_report_steers_a_terminal_or_a_ci(tmp_path, style):
         [sys.executable, "-m", "pytest", "-c", "/dev/null", *words],
         cwd=tmp_path,
         capture_output=True,
-        timeout=60,
+        timeout=300,
         check=False,
         env={
             "PATH": "/usr/bin:/bin",

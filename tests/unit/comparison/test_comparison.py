@@ -137,7 +137,7 @@ def test_each_suite_is_compared_by_itself(tmp_path):
 
 def test_our_core_is_described():
     program = [sys.executable, "-P", "-m", "qubes_itests.comparison.description"]
-    done = subprocess.run(program, capture_output=True, check=True, timeout=60)
+    done = subprocess.run(program, capture_output=True, check=True, timeout=300)
     found = json.loads(done.stdout)
     assert found["module qubes.vm.appvm"] == "module"
     assert found["name qubes.events.handler"] == "function"

@@ -254,7 +254,7 @@ def test_a_left_task(bed):
     assert "task test_a_left_task.<locals>.forever (test_case.py:" in text
     (task,) = KEPT
     with pytest.raises(asyncio.CancelledError):
-        bed.portal.run(task, timeout=5)
+        bed.portal.run(task, timeout=300)
 
 
 @pytest.mark.usefixtures("bed")

@@ -551,7 +551,7 @@ def _change(vm, *names):
 
 
 async def _until(condition):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(300):
         while not condition():  # noqa: ASYNC110 - what has no event
             await asyncio.sleep(0)
 

@@ -518,7 +518,7 @@ def test_an_orphan_is_removed_or_taken_over_but_not_both(app, monkeypatch, first
 
         def remove(volume):
             loop.call_soon_threadsafe(begun.set)
-            assert slow.wait(30)
+            assert slow.wait(300)
             removes(volume)
 
         monkeypatch.setattr(ImageVolume, "_remove_all", remove)

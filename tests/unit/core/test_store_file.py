@@ -123,7 +123,7 @@ def test_lock_goes_with_its_process(store, path, monkeypatch):
         with pytest.raises(StoreError, match=f"in use by process {other.pid}"):
             write(store, b"new")
         other.kill()
-        other.wait(5)
+        other.wait(300)
     write(store, b"new")
     assert path.read_bytes() == b"new"
 
@@ -140,7 +140,7 @@ def test_threads_write_one_after_the_other(store, path):
     barrier = threading.Barrier(8)
 
     def save(number):
-        barrier.wait(5)
+        barrier.wait(300)
         write(store, b"%d" % number)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:

@@ -69,10 +69,10 @@ def restore(root, place, wanted, directory, **limits):
     )
     source.stdout.close()
     source.stdin.close()
-    _, names = unpacker.communicate(timeout=60)
+    _, names = unpacker.communicate(timeout=300)
     said = source.stderr.read().decode()
     source.stderr.close()
-    return names.decode().split(), unpacker.returncode, source.wait(60), said
+    return names.decode().split(), unpacker.returncode, source.wait(300), said
 
 
 def test_files_of_a_backup_are_restored_by_how_their_names_begin(

@@ -66,8 +66,8 @@ def test_files_arrive_as_they_were_sent(tmp_path):
     )
     receiver.stdin.close()
     receiver.stdout.close()
-    _, said = sender.communicate(timeout=60)
-    assert (sender.returncode, said, receiver.wait(60)) == (0, b"", 0)
+    _, said = sender.communicate(timeout=300)
+    assert (sender.returncode, said, receiver.wait(300)) == (0, b"", 0)
     got = home / "QubesIncoming/work/sent"
     assert tree(got) == tree(sent)
     for name in ("deep/er/file", "deep/script", "empty"):
@@ -288,7 +288,7 @@ def opening(tmp_path):
             ["python3", "-I", copy],
             input=name.ljust(256, b"\0") + data,
             capture_output=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
 
@@ -368,7 +368,7 @@ def program(tmp_path):
             env={"PATH": f"{binaries}:{os.environ['PATH']}"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
 
@@ -529,8 +529,8 @@ def test_a_command_is_what_a_shell_is_given_and_its_input_is_input(text):
         os.close(descriptor)
     got = b"".join(iter(lambda: os.read(output[0], 1000), b""))
     os.close(output[0])
-    local.wait(20)
-    assert (got, remote.wait(20)) == COMMANDS[text]
+    local.wait(300)
+    assert (got, remote.wait(300)) == COMMANDS[text]
 
 
 def test_an_application_is_started_by_its_name(tmp_path):

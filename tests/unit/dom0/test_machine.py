@@ -88,7 +88,7 @@ async def test_a_domain_that_cannot_be_destroyed_has_ended_all_the_same(
     monkeypatch.setattr(module.Network, "end", end)
     await guest.resume()
     agent = asyncio.ensure_future(guest.agent())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         await ended.wait()
         if started:
             assert isinstance(await agent, Agent)

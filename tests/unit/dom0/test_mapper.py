@@ -61,7 +61,7 @@ def test_devices_that_are_made_at_once_have_numbers_of_their_own(tmp_path, monke
     with ThreadPoolExecutor(2) as pool:
         made = [pool.submit(mapper.create, n, f"0 8 linear {source} 0") for n in names]
         for each in made:
-            each.result(60)
+            each.result(300)
     found = {mapper.find(Path(f"/dev/dm-{number}")) for number in (0, 1)}
     assert found == {tmp_path / name for name in names}
     mapper.close()

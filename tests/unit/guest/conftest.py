@@ -43,11 +43,11 @@ async def real(agent_program, tmp_path):
         )
         theirs.close()
         domain = SocketDomain(name, ours, tmp_path / f"{name}.console")
-        agent = await GuestAgent.connect(domain, timeout=10, **kwargs)
+        agent = await GuestAgent.connect(domain, timeout=300, **kwargs)
         running.append((agent, process))
         return agent, root
 
     yield start
     for agent, process in running:
         await agent.close()
-        assert await asyncio.wait_for(process.wait(), 20) == 0
+        assert await asyncio.wait_for(process.wait(), 300) == 0

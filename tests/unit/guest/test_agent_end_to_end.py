@@ -169,4 +169,4 @@ async def test_a_service_in_a_caller_that_is_killed(real):
     assert await asyncio.to_thread(client.stdout.read, 1) == b"x"
     client.kill()
     await asyncio.to_thread(client.communicate)
-    assert await asyncio.wait_for(statuses.get(), 10) == 0
+    assert await asyncio.wait_for(statuses.get(), 300) == 0

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from conditions import deadlines
 
 import qubes_itests
 from qubes_itests.exc import DeadlineError
@@ -21,7 +22,7 @@ async def asked(connect, **options):
     agent, peer = await connect()
     process = await agent.spawn_service("qubes.ResizeDisk", source="dom0")
     await peer.expect(F.SPAWN)
-    options = {"timeout": 20, **options}
+    options = {"timeout": 300, **options}
     answering = asyncio.ensure_future(answer_of(process, "enlarge it", **options))
     return answering, process, peer
 
@@ -47,12 +48,15 @@ async def test_an_answer_has_status_and_outputs(connect):
 @pytest.mark.asyncio
 async def test_one_that_never_comes_is_killed_at_its_deadline(connect):
     """The error names what was waited for, and shows what the guest said."""
-    answering, process, peer = await asked(connect, timeout=0.2)
-    peer.send(F.DATA, 1, 2, b"wait \x1b[2J for it")
-    with pytest.raises(DeadlineError) as caught:
-        await answering
+    for seconds in deadlines(0.2):
+        answering, process, peer = await asked(connect, timeout=seconds)
+        peer.send(F.DATA, 1, 2, b"wait \x1b[2J for it")
+        with pytest.raises(DeadlineError) as caught:
+            await answering
+        if "| wait" in str(caught.value):
+            break
     assert str(caught.value) == (
-        f"no answer of VM {process.vm}, which was to enlarge it, within 0.2 s;"
+        f"no answer of VM {process.vm}, which was to enlarge it, within {seconds:g} s;"
         " last seen:\n| wait \\x1b[2J for it"
     )
     await until_killed(peer)

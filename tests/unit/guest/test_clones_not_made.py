@@ -58,7 +58,7 @@ async def test_a_clone_that_cannot_be_made_leaves_no_file(
     making = asyncio.ensure_future(clones.run())
     await start()
     await start()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(300):
         await clones.settled()
     making.cancel()
     assert looks == [None]
@@ -85,7 +85,7 @@ async def test_what_is_missing_is_asked_when_a_cpu_is_idle(clones, start, monkey
     await start()
     await start()
     making = asyncio.ensure_future(clones.run())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(300):
         await busy.wait()
         clones._recent.give_up("kind")
         idle.set()

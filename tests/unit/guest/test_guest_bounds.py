@@ -35,7 +35,7 @@ def listens(agent):
 
 
 async def until(condition):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(300):
         while not condition():  # noqa: ASYNC110 - nobody would tell
             await asyncio.sleep(0.001)
 

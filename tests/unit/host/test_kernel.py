@@ -36,7 +36,7 @@ def deb(tmp_path):
         archive = tmp_path / "archive" / f"{name}.deb"
         archive.parent.mkdir(exist_ok=True)
         command = ["dpkg-deb", "--root-owner-group", "--build", tree, archive]
-        subprocess.run(command, check=True, capture_output=True, timeout=30)
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
         return archive
 
     return make
@@ -230,7 +230,7 @@ def test_fetch_without_network_is_content_with_an_older_kernel(cache, archive):
 
 def test_a_download_that_is_gone_leaves_no_entry(cache, archive, deb):
     _offer_kernel(deb, archive)
-    subprocess.run(["apt-get", "update"], check=True, capture_output=True, timeout=30)
+    subprocess.run(["apt-get", "update"], check=True, capture_output=True, timeout=300)
     (archive / "linux-modules-1.2-cloud.deb").unlink()
     with pytest.raises(NoNetworkError, match=r"linux-modules-1\.2-cloud"):
         fetch(cache)

@@ -35,7 +35,7 @@ def test_the_scripts_find_the_same(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        timeout=30,
+        timeout=300,
     ).stdout.split()
     assert [status == "0" for status in output] == [need.present() for need in needs]
     assert output[-2:] == ["1", "1"]
@@ -48,7 +48,9 @@ def test_what_only_tests_need_is_for_those_who_run_them():
     assert not [need for need in packages.needs_here() if need in of_tests]
     script = '. "$0"; PATH= ; ! present test:none dev; present test:none ""; echo done'
     shell = ["bash", "-c", script, _ROOT / "setup.sh"]
-    done = subprocess.run(shell, capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run(
+        shell, capture_output=True, text=True, check=True, timeout=300
+    )
     assert done.stdout == "done\n"
     assert all(shutil.which(need.name) for need in of_tests)
 
@@ -63,7 +65,7 @@ def test_a_static_program_is(tmp_path):
     source = tmp_path / "main.c"
     source.write_text("int main(void) { return 0; }\n")
     program = tmp_path / "main"
-    subprocess.run(["gcc", "-static", "-o", program, source], check=True, timeout=60)
+    subprocess.run(["gcc", "-static", "-o", program, source], check=True, timeout=300)
     assert packages.is_static(program)
 
 

@@ -9,7 +9,7 @@ import pytest
 from qubes_itests.host.cache import Cache
 from qubes_itests.hypervisor import kvm
 
-HANGS = "exec sleep 60"
+HANGS = "exec sleep 9000"
 ABORTS = "echo 'Assertion failed.' >&2; kill -ABRT $$"
 BOOTS = "echo 'VFS: Unable to mount root fs on unknown-block(0,0)'"
 
@@ -30,7 +30,7 @@ def probe(tmp_path, monkeypatch, kernel):
     monkeypatch.delenv("QUBES_ITESTS_KVM", raising=False)
     monkeypatch.setattr(kvm, "_DEVICE", tmp_path)
 
-    def run(script, deadline=5.0):
+    def run(script, deadline=300.0):
         qemu = programs / "qemu-system-x86_64"
         qemu.write_text(f"#!/bin/sh\n{script}\n")
         qemu.chmod(0o755)
@@ -53,7 +53,7 @@ def test_a_guest_that_aborts(probe):
 def test_a_guest_that_hangs(probe):
     before = time.monotonic()
     verdict = probe(HANGS, deadline=0.3)
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 300
     assert not verdict.usable
     assert "hung" in verdict.reason
 

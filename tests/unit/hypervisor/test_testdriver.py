@@ -142,7 +142,7 @@ async def test_the_power_button_ends_it(tmp_path):
         domain = await hypervisor.define(spec)
         await domain.start()
         await domain.press_power_button()
-        assert await domain.wait_stopped(10) is DomainState.HALTED
+        assert await domain.wait_stopped(300) is DomainState.HALTED
         with pytest.raises(StateError, match="press the power button"):
             await domain.press_power_button()
 

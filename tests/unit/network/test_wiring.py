@@ -45,7 +45,7 @@ async def test_a_net_vm_starts_beside_its_client_and_runs_before_that_does(
         await netvm_started()
 
     async def wait_for_the_client(*_args, **_kwargs):
-        await asyncio.wait_for(booted.wait(), 10)
+        await asyncio.wait_for(booted.wait(), 300)
 
     monkeypatch.setattr(work.net, "netvm_started", wait_for_it)
     net.add_handler("domain-spawn", wait_for_the_client)

@@ -47,7 +47,7 @@ def test_many_threads_at_once(portal):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(300)
     assert sorted(results) == list(range(20))
 
 
@@ -62,7 +62,7 @@ def test_own_thread_is_refused_not_deadlocked(portal):
 
     for coroutine in (wrong, wrong_too):
         with pytest.raises(PortalError, match="own thread"):
-            portal.run(coroutine(), timeout=5)
+            portal.run(coroutine(), timeout=300)
 
 
 def test_deadline_cancels_and_shows_where_it_stood(portal):
@@ -85,7 +85,7 @@ def test_timeout_of_the_coroutine_is_its_own(portal):
         await asyncio.wait_for(asyncio.Event().wait(), 0.01)
 
     with pytest.raises(TimeoutError) as info:
-        portal.run(impatient(), timeout=10)
+        portal.run(impatient(), timeout=300)
     assert not isinstance(info.value, DeadlineError)
 
 
@@ -117,7 +117,7 @@ def test_background_goes_on_while_the_test_blocks(portal):
         return asyncio.create_task(tick())
 
     task = portal.run(start())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while len(ticks) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)  # a test that blocks, which is the point
     task.cancel()
@@ -158,7 +158,7 @@ def test_future_set_from_the_test_wakes_the_loop(portal):
 
     task = loop.create_task(wait_for_it())
     future.set_result("here")
-    assert portal.run(asyncio.wait_for(task, 5)) == "here"
+    assert portal.run(asyncio.wait_for(task, 300)) == "here"
 
 
 def test_module_functions_use_the_current_loop(portal):
@@ -167,7 +167,7 @@ def test_module_functions_use_the_current_loop(portal):
         gathered = asyncio.gather(answer(1), answer(2))
         assert loop.run_until_complete(gathered) == [1, 2]
         assert loop.run_until_complete(asyncio.ensure_future(answer())) == 42
-        assert loop.run_until_complete(asyncio.wait_for(answer(5), 5)) == 5
+        assert loop.run_until_complete(asyncio.wait_for(answer(5), 300)) == 5
 
 
 def test_subprocess_from_the_facade(portal):
@@ -282,4 +282,4 @@ def test_a_test_may_replace_what_asyncio_has(portal, name):
     with unittest.mock.patch(f"asyncio.{name}"):
         assert portal.facade.run_until_complete(answer()) == 42
         portal.facade.call_soon(int)
-        assert portal.run(answer(), timeout=10) == 42
+        assert portal.run(answer(), timeout=300) == 42

@@ -20,7 +20,9 @@ from types import SimpleNamespace
 from qubes_itests.pytest_plugin import deadline
 
 deadline._GRACE = 0.1
-watch = deadline.Deadline(lambda _item: 0.1, lambda _test: None)
+#: Another limit is not reached though the machine may be slow.
+LIMITS = {"a::good": 60, "a::hangs": 0.5}
+watch = deadline.Deadline(lambda item: LIMITS[item.nodeid], lambda _test: None)
 for name in ("a::good", "a::hangs"):
     item = SimpleNamespace(nodeid=name)
     for phase in (watch.pytest_runtest_setup(item), watch.pytest_runtest_call(item)):
@@ -51,10 +53,15 @@ def test_it_stands_still_until_the_last_of_those_who_look_has_gone():
         time.sleep(3 * LIMIT)
         assert expired == []
         assert deadline.is_stopped
-        loop.submit(other.__exit__, None, None, None).result()
+
+        def go_on():
+            loop.submit(other.__exit__, None, None, None).result()
+            time.sleep(60)
+
+        # it may be over as soon as the clock goes
+        with pytest.raises(pytest.fail.Exception, match=r"within 0.3 s \(--timeout"):
+            go_on()
     assert not deadline.is_stopped
-    with pytest.raises(pytest.fail.Exception, match=r"no end within 0.3 s \(--timeout"):
-        time.sleep(60)
     assert expired == ["a::b"]
     phase.close()
 
@@ -66,7 +73,7 @@ def test_a_test_that_never_comes_back_to_python_ends_the_run(after):
         [sys.executable, "-c", f"AFTER = {after}\n{HANGING}"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == ExitCode.INTERNAL_ERROR

@@ -30,7 +30,7 @@ def answering(path, *parts):
                 client.recv(100)
                 for part in parts:
                     if part is None:
-                        release.wait(30)
+                        release.wait(300)
                     else:
                         client.sendall(part)
 
@@ -40,7 +40,7 @@ def answering(path, *parts):
             yield Reached("run-1", path)
         finally:
             release.set()
-            thread.join(30)
+            thread.join(300)
 
 
 def said(value):

@@ -39,7 +39,7 @@ def test_it_runs_without_any_installed_package(tmp_path):
     """-I and -S: no environment, no site-packages."""
     arguments = ["-I", "-S", "-c", PROGRAM, ROOT / "storage", tmp_path]
     done = subprocess.run(  # noqa: PLW1510 - the output says more
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300
     )
     assert (done.stdout, done.stderr) == ("1\n1\n", "")
 
@@ -66,7 +66,7 @@ def wheels(tmp_path):
             cwd=project,
             check=True,
             capture_output=True,
-            timeout=60,
+            timeout=300,
         )
     return [
         {name: archive.read(name).decode() for name in archive.namelist()}

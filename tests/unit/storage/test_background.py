@@ -42,7 +42,7 @@ def test_a_job_for_idle_times_waits_for_one():
     with background.operation():
         background.when_idle("a", lambda _: done.set())
         assert not done.wait(0.1)
-    assert done.wait(10)
+    assert done.wait(300)
     background.settle()
 
 
@@ -51,16 +51,16 @@ def test_a_job_is_held_up_by_an_operation(background):
 
     def job(go_on):
         begun.set()
-        asked.wait(10)
+        asked.wait(300)
         assert go_on()
         went_on.set()
 
     background.soon("a", job)
-    assert begun.wait(10)
+    assert begun.wait(300)
     with background.operation():
         asked.set()
         assert not went_on.wait(0.1)
-    assert went_on.wait(10)
+    assert went_on.wait(300)
 
 
 def test_closing_interrupts_the_job_and_drops_the_others(background):
@@ -74,7 +74,7 @@ def test_closing_interrupts_the_job_and_drops_the_others(background):
 
     background.soon("a", job)
     background.when_idle("b", lambda _: seen.append("never"))
-    assert begun.wait(10)
+    assert begun.wait(300)
     background.close()
     assert seen == ["interrupted"]
 

@@ -157,7 +157,7 @@ async def test_operations_that_wait_delay_no_other(tmp_path, shop_class):
         for volume in waiting:
             held.enter_context(locks.hold(shop.directory, volume.vid))
         tasks = [asyncio.ensure_future(volume.create()) for volume in waiting]
-        await asyncio.wait_for(shop.volume().create(), 10)
+        await asyncio.wait_for(shop.volume().create(), 300)
         assert not [task for task in tasks if task.done()]
     await asyncio.gather(*tasks)
 
@@ -177,13 +177,13 @@ async def test_the_clone_of_a_snapshot_delays_no_commit_of_its_source(
 
     def slowly(*arguments):
         copying.set()
-        assert go_on.wait(10)
+        assert go_on.wait(300)
         return real(*arguments)
 
     monkeypatch.setattr(snapshot, "copy", slowly)
     starting = asyncio.ensure_future(snapshot.start())
-    assert await asyncio.to_thread(copying.wait, 10)
-    await asyncio.wait_for(template.stop(), 10)
+    assert await asyncio.to_thread(copying.wait, 300)
+    await asyncio.wait_for(template.stop(), 300)
     go_on.set()
     await starting
     assert shop.read(snapshot.path) == b"1"

@@ -35,7 +35,7 @@ class ExtraTestCase(unittest.TestCase):
 
     def wait_until_it_ends(self, vm):
         domain = libvirt.open().lookupByName(vm.name)
-        deadline = self.loop.time() + 60
+        deadline = self.loop.time() + 600
         while domain.isActive() and self.loop.time() < deadline:
             self.loop.run_until_complete(asyncio.sleep(0.05))
 
