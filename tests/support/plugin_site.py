@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import its_time
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,6 +42,7 @@ class PluginSite:
         self.work = root / "work"
         self.site.mkdir()
         self.work.mkdir()
+        shutil.copy(its_time.__file__, self.site)
         ours = ("QUBES_ITESTS_", "QUBES_TEST_", "PYTEST_")
         kept = {
             name: value

@@ -41,11 +41,13 @@ def oom_killed(vm: QubesVM) -> bool:
 
 
 class VMWorld(World):
-    """VMs of one app.
+    """VMs of one app, on a machine that may be busy.
 
     :param app: where they are made; scenarios' names must be free in it.
     :param memory: what balances them, entered.
     """
+
+    slowness = 30.0
 
     def __init__(self, app: Qubes, memory: AppMemory[LibvirtMemory]) -> None:
         super().__init__(memory.balancer, memory.recorder)
@@ -98,7 +100,7 @@ class VMWorld(World):
         if name == "dom0":
             self._backend.dom0.use(size)
             return
-        await self._used[name].use(max(0, size - self._idle[name]))
+        await self._used[name].use(max(0, size - self._idle[name]), timeout=_TIMEOUT)
         if name in self._hung:
             await self.respond(name)
 

@@ -36,7 +36,7 @@ _logger = logging.getLogger("qubes_itests.guest")
 _WARM_PART: Final = 1 / 4
 
 #: Seconds between the end of a connection and that of the guest which caused it.
-_STOP_TIMEOUT: Final = 2.0
+_STOP_TIMEOUT: Final = 10.0
 _ENDS: Final = {DomainState.CRASHED: "crashed", DomainState.HALTED: "stopped"}
 
 

@@ -45,6 +45,9 @@ class World(abc.ABC):
     :param recorder: gets a note of everything that happens.
     """
 
+    #: How many times as long as on a simulated machine things may take.
+    slowness = 1.0
+
     def __init__(self, memory: MachineMemory, recorder: Recorder | None = None) -> None:
         self._memory = memory
         self._recorder = recorder
@@ -125,10 +128,12 @@ class World(abc.ABC):
         """Wait for something, and return how many seconds it took.
 
         :param what: it is, for the error.
+        :param timeout: seconds; `slowness` times as many where that is not 1.
         :raise DeadlineError: when it does not come.
         """
         clock = asyncio.get_running_loop().time
         start = clock()
+        timeout *= self.slowness
         while not condition():
             if clock() - start > timeout:
                 raise DeadlineError(what, timeout, self._evidence())

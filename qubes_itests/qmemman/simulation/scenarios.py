@@ -52,7 +52,8 @@ async def pressure(world: World) -> None:
     await world.use("work", 560 * MIB)
     wanted = int(1.3 * 560) * MIB
     taken = await world.until("more memory", lambda: world.target("work") >= wanted)
-    world.expect("more memory within 1.5 s", holds=taken < 1.5)  # noqa: PLR2004 - as it says
+    soon = taken < 1.5 * world.slowness
+    world.expect("more memory within 1.5 s", holds=soon)
     await world.use("work", 200 * MIB)
     await world.until("memory back", lambda: world.target("work") < 600 * MIB)
     await world.expect_enough("work")

@@ -19,8 +19,6 @@ from qubes_itests.qmemman.simulation.scenarios import MAXIMUM, MEMORY
 
 MIB = 1 << 20
 KIND = {"memory": MEMORY, "maximum": MAXIMUM}
-#: Seconds that what a guest does may take while others have the CPUs.
-_PATIENCE = 300.0
 
 #: What dom0 prefers when it uses 300 MiB, and a VM that idles.
 DOM0, IDLE = 740, 200
@@ -121,16 +119,11 @@ def test_a_domain_that_hangs_stops_nobody(open_world, run):
                 await world.until(
                     "memory",
                     lambda: world.target("work") >= 1170 * MIB,
-                    timeout=_PATIENCE,
                 )
                 assert steps(world) - before < 30
-                await world.until(
-                    "exclusion", lambda: world.excluded("hangs"), timeout=_PATIENCE
-                )
+                await world.until("exclusion", lambda: world.excluded("hangs"))
                 await world.start_idle("late", **KIND)
-            await world.until(
-                "inclusion", lambda: not world.excluded("hangs"), timeout=_PATIENCE
-            )
+            await world.until("inclusion", lambda: not world.excluded("hangs"))
 
     run(program())
 
@@ -189,7 +182,7 @@ def test_a_cold_vm_counts_as_what_it_was_promised(open_world, run):
                 return state is not None and state.used is not None
 
             start = asyncio.ensure_future(vm.start())
-            await world.until("report of a cold VM", reported, timeout=_PATIENCE)
+            await world.until("report of a cold VM", reported)
             await start
             await vm.kill()
             world.app.warm_starts = saved

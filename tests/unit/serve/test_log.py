@@ -36,7 +36,7 @@ def test_the_log_is_bounded(tmp_path, monkeypatch):
 def test_a_terminal_that_is_stopped_holds_up_nobody_who_logs(tmp_path, monkeypatch):
     """Ctrl-S: the event loop logs, and serves all clients."""
     # the terminal is closed when all has been written, however long that takes here
-    monkeypatch.setattr(daemon, "_LAST_WORDS", 60)
+    monkeypatch.setattr(daemon, "_LAST_WORDS", 300)
     mine, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as output, os.fdopen(mine, "rb", 0) as shown:
         monkeypatch.setattr(sys, "stderr", output)
