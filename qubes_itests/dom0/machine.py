@@ -330,10 +330,7 @@ class Guest:
         elif self.domain is not None:
             await self.domain.resume()
             timeline.note("state", self.name, state="Running")
-            if self.network is not None:
-                self.network.paused = False
-                # clients may have come and gone meanwhile
-                self.network.serve_soon()
+            self._serve_again()
         self.state = State.RUNNING
         self._machine.tell(self, Event.RESUMED)
 
@@ -346,12 +343,23 @@ class Guest:
         self._require("suspend", State.RUNNING)
         await self.agent()
         if self.network is not None:
+            # before its guest is: that would answer nobody
             self.network.paused = True
-        if self.domain is not None:
-            await self.domain.pause()
+        try:
+            if self.domain is not None:
+                await self.domain.pause()
+        except BaseException:
+            self._serve_again()
+            raise
         self.state = State.PAUSED
         timeline.note("state", self.name, state="Paused")
         self._machine.tell(self, Event.SUSPENDED)
+
+    def _serve_again(self) -> None:
+        if self.network is not None:
+            self.network.paused = False
+            # clients may have come and gone meanwhile
+            self.network.serve_soon()
 
     async def destroy(self) -> None:
         """End it at once; all that follows is done on return.

@@ -117,3 +117,23 @@ async def test_no_interface_leads_to_a_net_vm_that_is_ending(guest):
     with pytest.raises(StateError, match="it is ending, or VM net is"):
         await guest.attach_device(interface)
     assert "interface" not in guest.definition()
+
+
+async def test_one_that_cannot_be_paused_serves_its_clients_as_before(guest):
+    class Unpausable(Domain):
+        async def pause(self):
+            told.append(guest.network.paused)
+            raise HypervisorError("work", "pause", "no answer within 30 s")
+
+    told = []
+    guest.state, guest.domain = State.RUNNING, Unpausable()
+    guest._agent = asyncio.get_running_loop().create_future()
+    guest._agent.set_result(Agent())
+    guest.network = SimpleNamespace(
+        paused=False, serve_soon=lambda: told.append("served")
+    )
+    with pytest.raises(HypervisorError, match="no answer"):
+        await guest.suspend()
+    assert told == [True, "served"]
+    assert not guest.network.paused
+    assert guest.state is State.RUNNING
