@@ -74,13 +74,17 @@ _ABSENT: Final = (
 )
 #: Tests, of any suite, in which a guest's kernel panics on purpose.
 _PANICS: Final = ("test_114_reattach_after_provider_crash",)
+#: What tests of a class share that makes a file, has the driver copy it, and expects
+#: the copy to have another time. The kernel's clock for those may be some ms behind.
+#: Only this call is made later: all else that the driver does is as it is.
+_COPIES: Final = "_test_copy_file"
 #: What the kernel gives new files, by its number in <linux/time.h>.
 _CLOCK_REALTIME_COARSE: Final = 5
 #: Of a suite that computes checksums of whole volumes, twice in each test, for minutes
 #: of a CPU, though most of each is a hole: they are as large as what is put into them.
 #: Bytes.
 _SIZES: Final = {
-    "integ.backup": {"private_img_size": 512 * MIB, "root_img_size": 2048 * MIB}
+    "integ.backup": {"private_img_size": 256 * MIB, "root_img_size": 2048 * MIB}
 }
 _PROGRAMS: Final = ("qrexec_daemon", "qrexec_client", "qubesdb_daemon")
 
@@ -106,6 +110,12 @@ class _Programs(PluginExtensions):
         }
         self._undo.enter_context(mock.patch.dict(config.system_path, paths))
         self._undo.enter_context(mock.patch.dict(config.defaults, self._sizes))
+        if self._sizes:
+            # this class has looked its size up when it was imported
+            appvm: Any = importlib.import_module("qubes.vm.appvm")
+            private = appvm.AppVM.default_volume_config["private"]
+            sized = mock.patch.dict(private, size=self._sizes["private_img_size"])
+            self._undo.enter_context(sized)
         # it looks for what tells dom0 as it is imported, which is outside of dom0
         client: Any = sys.modules.get("qubesadmin")
         if client is not None:
@@ -133,31 +143,31 @@ class _UnitTests(PluginExtensions):
         self._undo.enter_context(contextlib.chdir(self._source))
         needless = mock.patch.object(qubesdb_module, "needs_daemon", new=False)
         self._undo.enter_context(needless)
-        with contextlib.suppress(ModuleNotFoundError, AttributeError):
-            driver: Any = importlib.import_module("qubes.storage.reflink")
-            later = _at_next_tick(driver._copy_file)  # noqa: SLF001
-            copying = mock.patch.object(driver, "_copy_file", later)
-            self._undo.enter_context(copying)
 
     def leave(self) -> None:
         self._undo.close()
 
 
-def _at_next_tick(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that is called when new files get another time than before.
+def _copying_later(test: Callable[..., None]) -> Callable[..., None]:
+    """Return a test whose own call of the driver waits until files get another time."""
 
-    A test makes one, has it copied, and expects the copy to have another time. The
-    kernel's clock for those may be some ms behind, and the test failed now and then.
-    """
-
-    @functools.wraps(function)
-    def later(*words: Any, **options: Any) -> Any:
-        now = time.time_ns()
-        while time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) <= now:
-            time.sleep(0.001)
-        return function(*words, **options)
+    @functools.wraps(test)
+    def later(*words: Any, **options: Any) -> None:
+        driver: Any = importlib.import_module("qubes.storage.reflink")
+        copy = driver._copy_file  # noqa: SLF001 - which the test calls
+        with mock.patch.object(
+            driver, "_copy_file", wraps=copy, side_effect=_wait_for_tick
+        ):
+            test(*words, **options)
 
     return later
+
+
+def _wait_for_tick(*_words: object, **_options: object) -> object:
+    now = time.time_ns()
+    while time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) <= now:
+        time.sleep(0.001)
+    return mock.DEFAULT  # for a mock to go on with what it wraps
 
 
 def suite_names(source: Path) -> list[str]:
@@ -290,15 +300,16 @@ def _suite(begin: str, name: str, extensions: PluginExtensions) -> Plugin:
         # ours are for pytest, which takes classes of any kind
         if (has_tests(cls) or name in _OURS) and cls.__module__ == module_name
     ]
+    changes: dict[str, Callable[..., Any]] = {
+        **dict.fromkeys(_PANICS, pytest.mark.guest_panics),
+        _COPIES: _copying_later,
+    }
     for test, reason in _TESTS_NOT_HERE.get(name, {}).items():
-        skip = unittest.skip(f"{test} cannot run here: {reason}")
+        changes[test] = unittest.skip(f"{test} cannot run here: {reason}")
+    for test, change in changes.items():
         for cls in classes:
             if test in dir(cls):
-                setattr(cls, test, skip(getattr(cls, test)))
-    for test in _PANICS:
-        for cls in classes:
-            if test in dir(cls):
-                pytest.mark.guest_panics(getattr(cls, test))
+                setattr(cls, test, change(getattr(cls, test)))
     return Plugin(
         name=begin,
         group=_GROUP,

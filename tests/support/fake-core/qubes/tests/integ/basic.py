@@ -11,6 +11,7 @@ import libvirt
 import qubesdb
 from qubes import config
 from qubes.storage import file
+from qubes.vm.appvm import AppVM
 
 DOM0 = bytes(16)
 UNIT = "qubes-vm@work.service"
@@ -112,6 +113,7 @@ class TC_00_Basic(unittest.TestCase):
 
     def test_209_volumes_are_as_large_as_in_qubes_os(self):
         self.assertEqual(config.defaults["root_img_size"], 10 << 30)
+        self.assertEqual(AppVM.default_volume_config["private"]["size"], 2 << 30)
 
     def test_206_linear_devices_of_device_mapper(self):
         """Of a part of a loop device, and told of in qubesdb while not mounted."""
