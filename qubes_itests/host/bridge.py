@@ -34,6 +34,7 @@ _DROP: Final = 2
 #: Classic BPF, of linux/bpf_common.h and linux/filter.h.
 _LOAD_WORD, _LOAD_HALF, _LOAD_BYTE, _LOAD_LENGTH = 0x20, 0x28, 0x30, 0x80
 _IF_EQUAL, _IF_AT_LEAST, _IF_SET, _RETURN = 0x15, 0x35, 0x45, 0x06
+_JUMP = 0x05
 _HAS_VLAN_TAG: Final = 0xFFFFF000 + 48
 
 _ARP, _IPV4, _IPV6 = 0x0806, 0x0800, 0x86DD
@@ -153,8 +154,8 @@ def source_filter(
     means to pass.
 
     :param mac: hardware address, six numbers with colons.
-    :param sources: two thousand at most, of which ten are of IPv6; the first of IPv4 is
-        the VM's own.
+    :param sources: as many as fit into 4,096 instructions: two for each of IPv4, nine
+        for each of IPv6. The first of IPv4 is the VM's own.
     :return: instructions: code, jump if true, jump if false, operand.
     """
     high, low = _split(mac)
@@ -213,9 +214,10 @@ def _by_type(
         (_LOAD_HALF, 0, 0, _TYPE),
         (_IF_EQUAL, 0, len(arp), _ARP),
         *arp,
-        (_IF_EQUAL, 0, len(ipv6), _IPV6),
+        # no condition leads further than 255 instructions
+        (_IF_EQUAL, 1, 0, _IPV6),
+        (_JUMP, 0, 0, len(ipv6)),
         *ipv6,
-        # last: it may be longer than a jump
         *_require_equal(_IPV4),
         *ipv4,
     ]

@@ -37,9 +37,12 @@ def ends(program, frame, *, tagged=False):
     while True:
         code, if_true, if_false, operand = program[counter]
         counter += 1
+        assert max(if_true, if_false) < 256
         if code == 0x06:
             return operand == 0
-        if code == 0x15:
+        if code == 0x05:
+            counter += operand
+        elif code == 0x15:
             counter += if_true if accumulator == operand else if_false
         elif code == 0x35:
             counter += if_true if accumulator >= operand else if_false
@@ -126,6 +129,20 @@ def test_two_thousand_sources_fit():
     sources = [IPv4Address(int(OWN) + n) for n in range(2000)]
     assert len(source_filter(MAC.hex(":"), sources)) <= 4096
     assert passes(ipv4(MAC, sources[-1]), sources)
+
+
+@pytest.mark.parametrize("count", [28, 400])
+def test_hundreds_of_addresses_of_ipv6_fit(count):
+    """The kernel's conditions lead over 255 instructions at most."""
+    own = [OWN, *(IPv6Address(int(OWN6) + n) for n in range(count))]
+    program = target_filter(own)
+    assert max(len(program), len(source_filter(MAC.hex(":"), own))) <= 4096
+    for address, reached in ((own[-1], True), (IPv6Address(int(own[-1]) + 1), False)):
+        assert ends(program, ipv6(GATEWAY6, address)) == reached
+        assert passes(ipv6(address), own) == reached
+    for address, reached in ((OWN, True), (BEHIND, False)):
+        assert ends(program, to(address)) == reached
+        assert passes(ipv4(MAC, address), own) == reached
 
 
 def ipv6(source, target=OWN6, *, to=NET):
