@@ -39,7 +39,7 @@ from qubes_itests.dom0.xen_xml import (
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.image.private import make_private
 from qubes_itests.guest.link.agent import Identity
-from qubes_itests.guest.link.block_export import BlockExport
+from qubes_itests.guest.link.block_export import BlockExport, giving_up
 from qubes_itests.guest.link.journal import GuestJournal
 from qubes_itests.guest.start.boot import boot
 from qubes_itests.guest.start.record import StartRecord
@@ -242,11 +242,11 @@ class _Attached:
     """A disk, or an interface, of a running domain.
 
     :param xml: as the core described it.
-    :param undo: ends what it comes from.
+    :param export: what a disk comes from, if another VM serves it.
     """
 
     xml: str
-    undo: contextlib.ExitStack
+    export: BlockExport | None = None
 
 
 class Guest:
@@ -417,55 +417,59 @@ class Guest:
                 reason = f"it is ending, or VM {net.name} is"
                 raise StateError(self.name, "attach an interface to", reason)
             await self.network.attach(device, net.network)
-            self._attached[device.mac] = _Attached(xml, contextlib.ExitStack())
+            self._attached[device.mac] = _Attached(xml)
             return
         disk, backend = device
         if disk.name in self._attached:
             reason = f"it has a disk {disk.name} already"
             raise HypervisorError(self.name, "attach a disk to", reason)
-        with contextlib.ExitStack() as stack:
-            if backend:
-                served = await self._machine.running(backend).agent()
-                export = BlockExport(
-                    served,
-                    str(disk.path),
-                    self._machine.directory / f"{self.xid}-{disk.name}",
-                    read_only=disk.read_only,
-                )
-                stack.callback(export.close)
-                path = export.path
-            else:
-                path = self._machine.mapper.find(disk.path)
-            disk = dataclasses.replace(disk, path=path)
-            # a guest that serves and does not answer would keep QEMU, and so libvirt,
-            # for ever: when nobody serves any more they give up
-            try:
-                async with asyncio.timeout(_END):
-                    await domain.attach_disk(disk)
-            except TimeoutError:
-                what = f"disk {disk.name} for domain {self.name}"
-                raise DeadlineError(what, _END) from None
+        export = None
+        if backend:
+            served = await self._machine.running(backend).agent()
+            path = self._machine.directory / f"{self.xid}-{disk.name}"
+            export = BlockExport(served, str(disk.path), path, read_only=disk.read_only)
+        else:
+            path = self._machine.mapper.find(disk.path)
+        try:
+            with giving_up(export):
+                await domain.attach_disk(dataclasses.replace(disk, path=path))
             try:
                 await agent.wait_for_disk(disk.name, "there", timeout=_END)
             except BaseException:
-                await to_its_end(domain.detach_disk(disk.name))
+                with giving_up(export):
+                    await to_its_end(domain.detach_disk(disk.name))
                 raise
-            self._attached[disk.name] = _Attached(xml, stack.pop_all())
+        except BaseException:
+            if export is not None:
+                export.close()
+            raise
+        self._attached[disk.name] = _Attached(xml, export)
 
     async def detach_device(self, xml: str) -> None:
-        """Pull a disk or an interface out; ValueError for bad XML."""
+        """Pull a disk or an interface out, again after an error, too.
+
+        :raise ValueError: for bad XML.
+        :raise HarnessError: it has no such disk, or its guest does not let go.
+        """
         device = read_device(xml)
         await self.agent()
         if isinstance(device, InterfaceConfig):
-            name = device.mac
             if self.network is not None:
-                await self.network.detach(name)
-        else:
-            name = device[0].name
-            if self.domain is not None:
+                await self.network.detach(device.mac)
+            self._attached.pop(device.mac, None)
+            return
+        name = device[0].name
+        attached = self._attached.get(name)
+        if attached is None and all(disk.name != name for disk in self.config.disks):
+            reason = f"it has no disk {name}"
+            raise HypervisorError(self.name, "detach a disk from", reason)
+        export = None if attached is None else attached.export
+        if self.domain is not None:
+            with giving_up(export):
                 await self.domain.detach_disk(name)
-        if name in self._attached:
-            self._attached.pop(name).undo.close()
+        self._attached.pop(name, None)
+        if export is not None:
+            export.close()
 
     async def follow_sizes(self) -> None:
         """Have the guest see images that have grown.
@@ -560,8 +564,9 @@ class Guest:
     def _ended(self) -> None:
         self.domain, self._life, self._agent = None, None, None
         self.shared, self.journal = None, None
-        for disk in self._attached.values():
-            disk.undo.close()
+        for device in self._attached.values():
+            if device.export is not None:
+                device.export.close()
         self._attached.clear()
         self.undo.close()
         self._machine.xen.release(f"{self.xid}")

@@ -109,13 +109,19 @@ class Network:
             raise HypervisorError(self.name, "attach an interface to", reason)
         downlink = await net.open()
         visible = net.visible(interface.ip)
-        if any(uplink.address == visible for uplink in net._clients):
+        if f"{visible}" in downlink.taken:
             reason = f"another client of {net.name} has the address {visible}"
             raise HypervisorError(self.name, "attach an interface to", reason)
+        # before the first await: two that come at once would both find it free
+        downlink.taken[f"{visible}"] = self.name
         others = [interface.ip6] if interface.ip6 else []
-        uplink = await Uplink.open(
-            self._domain, downlink, interface.mac, visible, others
-        )
+        try:
+            uplink = await Uplink.open(
+                self._domain, downlink, interface.mac, visible, others
+            )
+        except BaseException:
+            del downlink.taken[f"{visible}"]
+            raise
         self._uplinks[interface.mac] = uplink
         net._clients[uplink] = interface
         timeline.note("network", self.name, change="attached", peer=net.name)
@@ -138,23 +144,16 @@ class Network:
         # whatever the guest does, nothing passes any more
         await uplink.cut()
         try:
-            await self._pull_out(mac)
+            await self._domain.detach_interface(mac)
             self._uplinks.pop(mac, None)
             await uplink.remove()
         finally:
             await self._leave(uplink).serve()
 
-    async def _pull_out(self, mac: str) -> None:
-        try:
-            await self._domain.detach_interface(mac)
-        except HypervisorError:
-            # the guest may have let go of it since it was asked before
-            if mac in await asyncio.to_thread(self._domain.definition):
-                raise
-
     def _leave(self, uplink: Uplink[Network]) -> Network:
         net = uplink.downlink.owner
         if net._clients.pop(uplink, None) is not None:  # noqa: SLF001 - of this class
+            del uplink.downlink.taken[f"{uplink.address}"]
             timeline.note("network", self.name, change="detached", peer=net.name)
         return net
 

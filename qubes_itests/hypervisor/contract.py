@@ -317,9 +317,11 @@ class Domain(abc.ABC):
 
     @abc.abstractmethod
     async def detach_disk(self, name: str) -> None:
-        """Pull a disk out of the running domain.
+        """Pull a disk out of the running domain; nothing happens if there is none.
 
-        :raise HypervisorError: when there is no disk of that name.
+        So it can be repeated after an error: a guest may let go of it later.
+
+        :raise HarnessError: when the guest keeps it.
         """
 
     @abc.abstractmethod
@@ -338,10 +340,7 @@ class Domain(abc.ABC):
 
     @abc.abstractmethod
     async def detach_interface(self, mac: str) -> None:
-        """Pull a network interface out of the running domain.
-
-        :raise HypervisorError: when there is none of that address.
-        """
+        """Pull a network interface out of the running domain; as `detach_disk`."""
 
     @abc.abstractmethod
     async def set_memory_target(self, target: int) -> None:

@@ -12,7 +12,7 @@ import libvirt
 from qubes_itests.exc import DeadlineError
 from qubes_itests.hypervisor.contract import Disk, Interface
 from qubes_itests.hypervisor.domain_xml import SPARE_PORTS
-from qubes_itests.hypervisor.exc import HypervisorError, StateError
+from qubes_itests.hypervisor.exc import HypervisorError
 
 if TYPE_CHECKING:
     from qubes_itests.hypervisor.connection import Connection
@@ -92,12 +92,6 @@ class LiveDevices:
         xml = await self._connection.call(self._domain, "ask", self._native.XMLDesc)
         return find_device(xml, kind, key)
 
-    async def _require(self, action: str, kind: str, key: str) -> ET.Element:
-        element = await self._find(kind, key)
-        if element is None:
-            raise HypervisorError(self._domain, action, f"it has no {kind} {key}")
-        return element
-
     async def attach(self, kind: str, key: str, xml: str) -> None:
         """Plug in the device that `xml` describes.
 
@@ -114,10 +108,11 @@ class LiveDevices:
 
     async def detach(self, kind: str, key: str) -> None:
         """Pull a device out; done when the guest has let go of it."""
-        action = f"detach {kind} {key} from"
-        element = await self._require(action, kind, key)
+        element = await self._find(kind, key)
+        if element is None:
+            return
         xml = ET.tostring(element, encoding="unicode")
-        flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
+        action, flags = f"detach {kind} {key} from", libvirt.VIR_DOMAIN_AFFECT_LIVE
         await self._connection.call(
             self._domain, action, self._native.detachDeviceFlags, xml, flags
         )
@@ -137,10 +132,10 @@ class LiveDevices:
     async def resize(self, name: str, size: int) -> None:
         """Tell the guest a disk's new size in bytes."""
         action = f"resize disk {name} of"
-        element = await self._require(action, "disk", name)
-        target = element.find("target")
+        element = await self._find("disk", name)
+        target = None if element is None else element.find("target")
         if target is None:
-            raise StateError(self._domain, action, "the disk has no target")
+            raise HypervisorError(self._domain, action, f"it has no disk {name}")
         flags = libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES
         await self._connection.call(
             self._domain,

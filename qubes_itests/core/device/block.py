@@ -13,7 +13,6 @@ the first that is free from ``xvdi`` on; ``read-only``, ``yes`` or ``no``; ``dev
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import re
@@ -45,7 +44,7 @@ from qubes_itests.core.properties import to_bool
 from qubes_itests.core.vm.adminvm import AdminVM
 from qubes_itests.core.vm.qubesvm import QubesVM
 from qubes_itests.exc import HarnessError
-from qubes_itests.guest.link.block_export import BlockExport
+from qubes_itests.guest.link.block_export import BlockExport, giving_up
 from qubes_itests.hypervisor.contract import Disk, Domain
 from qubes_storage.uninterrupted import to_its_end
 
@@ -185,35 +184,18 @@ class BlockDeviceExtension(Extension):
         attached[device.port] = options
         name, read_only = options["frontend-dev"], options["read-only"] == "yes"
         try:
+            export = None
             if isinstance(device, HostBlockDevice):
                 path = device.path
             else:
                 export = _export(vm, device, name, read_only=read_only)
                 self._exports[vm, device.port] = export
                 path = export.path
-            with self._giving_up(vm, device.port):
-                disk = Disk(name, path, read_only=read_only)
-                await _plug_in(vm, vm.domain, disk, device.port)
+            disk = Disk(name, path, read_only=read_only)
+            await _plug_in(vm, vm.domain, disk, device.port, export)
         except BaseException:
             self._forget(vm, device.port)
             raise
-
-    @contextlib.contextmanager
-    def _giving_up(self, vm: BaseVM, port: Port) -> Iterator[None]:
-        """Wait only so long for a guest that serves a device, and does not answer.
-
-        QEMU of the VM that has it would for ever, and so would libvirt; when nobody
-        serves any more, they go on.
-        """
-        export = self._exports.get((vm, port))
-        if export is None:
-            yield
-            return
-        giving_up = asyncio.get_running_loop().call_later(_NOTICE, export.close)
-        try:
-            yield
-        finally:
-            giving_up.cancel()
 
     def _forget(self, vm: BaseVM, port: Port) -> None:
         vm.devices["block"].attached.pop(port, None)
@@ -230,7 +212,7 @@ class BlockDeviceExtension(Extension):
 
         async def pull_out() -> None:
             name = options["frontend-dev"]
-            with self._giving_up(vm, port):
+            with giving_up(self._exports.get((vm, port))):
                 await domain.detach_disk(name)
             self._forget(vm, port)
             try:
@@ -305,17 +287,21 @@ def _export(
     return BlockExport(agent, f"/dev/{device.port_id}", path, read_only=read_only)
 
 
-async def _plug_in(vm: QubesVM, domain: Domain, disk: Disk, port: Port) -> None:
+async def _plug_in(
+    vm: QubesVM, domain: Domain, disk: Disk, port: Port, export: BlockExport | None
+) -> None:
     try:
-        # Cancelled in between, QEMU would have the disk and the core would not know.
-        await to_its_end(
-            domain.attach_disk(disk),
-            undo=lambda _plugged: domain.detach_disk(disk.name),
-        )
+        with giving_up(export):
+            # Cancelled in between, QEMU would have the disk, which nobody would know.
+            await to_its_end(
+                domain.attach_disk(disk),
+                undo=lambda _plugged: domain.detach_disk(disk.name),
+            )
         try:
             await _seen(vm, disk.name, "there")
         except BaseException:
-            await to_its_end(domain.detach_disk(disk.name))
+            with giving_up(export):
+                await to_its_end(domain.detach_disk(disk.name))
             raise
     except (HarnessError, QubesException) as error:
         raise QubesVMError(

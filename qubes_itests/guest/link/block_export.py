@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shlex
@@ -15,17 +16,21 @@ from qubes_itests.limited_log import LimitedLog
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from qubes_itests.guest.link.agent import GuestAgent
 
-__all__ = ["BlockExport"]
+__all__ = ["BlockExport", "giving_up"]
 
 _limited = LimitedLog(logging.getLogger("qubes_itests.guest"))
 
 _PROGRAM: Final = "/usr/lib/qubes/agent serve-block"
 #: Bytes of what the program says about its troubles.
 _SAID: Final = 1000
+#: Seconds that QEMU waits for a guest: fewer than libvirt waits for QEMU, since who has
+#: been told that it does not answer cannot know what it does afterwards.
+_ANSWER: Final = 25.0
 
 
 class BlockExport:
@@ -87,3 +92,22 @@ class BlockExport:
             await process.wait()
         finally:
             process.hang_up()
+
+
+@contextlib.contextmanager
+def giving_up(export: BlockExport | None) -> Iterator[None]:
+    """Have a disk come or go though the guest that serves it may not answer.
+
+    QEMU of the VM that has it would wait for ever, and so would libvirt; when nobody
+    serves any more, they go on.
+
+    :param export: what is behind the disk; None if the host has that itself.
+    """
+    if export is None:
+        yield
+        return
+    closing = asyncio.get_running_loop().call_later(_ANSWER, export.close)
+    try:
+        yield
+    finally:
+        closing.cancel()

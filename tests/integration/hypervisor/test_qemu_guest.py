@@ -78,9 +78,9 @@ async def test_a_disk_comes_grows_and_goes(domain, shell, directory):
         await domain.attach_disk(Disk("xvdb", path))
     await domain.detach_disk("xvdb")
     await shell.wait_for("[ ! -e $d ]")
-    for call in (domain.detach_disk("xvdb"), domain.resize_disk("xvdb", MIB)):
-        with pytest.raises(HypervisorError, match="it has no"):
-            await call
+    await domain.detach_disk("xvdb")
+    with pytest.raises(HypervisorError, match="it has no"):
+        await domain.resize_disk("xvdb", MIB)
 
 
 @pytest.fixture
@@ -109,8 +109,7 @@ async def test_an_interface_comes_and_goes(domain, shell, bridge):
             await domain.attach_interface(interface)
         await domain.detach_interface(interface.mac)
         await shell.wait_for(f"! {condition}")
-        with pytest.raises(HypervisorError, match="it has no"):
-            await domain.detach_interface(interface.mac)
+        await domain.detach_interface(interface.mac)
 
 
 @pytest.mark.usefixtures("shell")

@@ -8,7 +8,6 @@ import pytest
 from cancelling import cancelled_everywhere
 
 from qubes_itests.core import exc
-from qubes_itests.core.device import block as block_module
 from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
 from qubes_itests.core.device.block import expose, exposed, withdraw
 from qubes_itests.core.device.collections import DeviceManager
@@ -16,6 +15,7 @@ from qubes_itests.core.device.info import UnknownDevice
 from qubes_itests.core.device.port import Port, VirtualDevice
 from qubes_itests.core.events import Emitter
 from qubes_itests.core.vm.life import PowerState
+from qubes_itests.guest.link import block_export
 from qubes_itests.hypervisor.exc import HypervisorError
 
 MIB = 1024**2
@@ -602,7 +602,7 @@ async def test_a_device_can_be_detached_whose_guest_answers_no_more(
         await detach(name)
 
     monkeypatch.setattr(domain, "detach_disk", detach_disk)
-    monkeypatch.setattr(block_module, "_NOTICE", 0.01)
+    monkeypatch.setattr(block_export, "_ANSWER", 0.01)
     await block(work).detach(Port(back, "loop0", "block"))
     assert (attached(work), domain.disks) == ({}, {})
 

@@ -63,16 +63,14 @@ class Guest:
         return Process(self, command)
 
     async def attach_interface(self, interface):
+        if f"attach {interface.mac}" in self.failing:
+            raise HarnessError("it takes no more")
         self.interfaces[interface.mac] = interface.tap
 
     async def detach_interface(self, mac):
         if mac in self.failing:
             raise HarnessError("it does not let go")
-        if self.interfaces.pop(mac, None) is None:
-            raise HypervisorError(self.name, "detach an interface from", "it has none")
-
-    def definition(self):
-        return str(self.interfaces)
+        self.interfaces.pop(mac, None)
 
     def told(self, word):
         """Return what it was told with a word in it, and forget all."""
@@ -148,6 +146,30 @@ async def test_an_interface_is_attached_once():
         await client(5).network.attach(interface(5), net.network)
     with pytest.raises(HypervisorError, match="it provides no network"):
         await client(6).network.attach(interface(6), first.network)
+
+
+async def test_of_two_clients_with_one_address_that_come_at_once_one_is_plugged_in():
+    net, clients = Guest("net", NET), [client(5), client(6)]
+    await net.network.begin()
+    for number in (5, 6):
+        net.database.write(f"/mapped-ip/10.137.0.{number}/visible-ip", b"192.168.1.9")
+
+    async def attach(guest, number):
+        await guest.network.attach(interface(number), net.network)
+
+    done = await asyncio.gather(*map(attach, clients, (5, 6)), return_exceptions=True)
+    (error,) = filter(None, done)
+    assert "another client of net has the address 192.168.1.9" in str(error)
+    plugged, refused = sorted(clients, key=lambda guest: not guest.interfaces)
+    assert (len(plugged.interfaces), len(refused.interfaces)) == (1, 0)
+    await plugged.network.detach(MAC)
+    # nobody keeps an address that could not be plugged in
+    refused.failing.add(f"attach {MAC}")
+    number = 5 + clients.index(refused)
+    with pytest.raises(HarnessError, match="no more"):
+        await attach(refused, number)
+    refused.failing.clear()
+    await attach(refused, number)
 
 
 async def test_what_guests_do_not_do_leaves_them_plugged_in(there, caplog):

@@ -1,7 +1,9 @@
 """The end of a domain, as a core sees it from its own thread."""
 
 import asyncio
+import tempfile
 import uuid
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,8 @@ from qubes_itests.dom0 import machine as module
 from qubes_itests.dom0.machine import Event, Machine, State
 from qubes_itests.dom0.stores import QubesDB
 from qubes_itests.dom0.xen_xml import read_domain
+from qubes_itests.exc import DeadlineError
+from qubes_itests.guest.link import block_export
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
 from qubes_itests.qmemman.budget import MemoryBudget
 
@@ -26,6 +30,9 @@ class Agent:
     """The agent of a guest that is there at once."""
 
     def on_db_change(self, note):
+        pass
+
+    async def wait_for_disk(self, name, state, *, timeout):
         pass
 
     async def close(self):
@@ -137,3 +144,76 @@ async def test_one_that_cannot_be_paused_serves_its_clients_as_before(guest):
     assert told == [True, "served"]
     assert not guest.network.paused
     assert guest.state is State.RUNNING
+
+
+@pytest_asyncio.fixture
+async def served(guest):
+    """Return a guest to which another one serves disks."""
+    back = XML.replace("work", "back").replace(
+        f"{guest.config.uuid}", f"{uuid.UUID(int=9)}"
+    )
+    backend = await guest._machine.define(read_domain(back))
+    backend.state, guest.domain = State.RUNNING, Disks()
+    for each in (guest, backend):
+        each._agent = asyncio.get_running_loop().create_future()
+        each._agent.set_result(Agent())
+    # short: the path of a socket is limited
+    with tempfile.TemporaryDirectory() as place:
+        guest._machine.directory = Path(place)
+        yield guest
+
+
+class Disks:
+    """A domain whose guest lets go of no disk before somebody has it do so."""
+
+    def __init__(self):
+        self.disks = {}
+        self.lets_go = asyncio.Event()
+
+    async def attach_disk(self, disk):
+        self.disks[disk.name] = disk
+
+    async def detach_disk(self, name):
+        if not self.lets_go.is_set():
+            raise DeadlineError(f"release of disk {name}", 10)
+        self.disks.pop(name, None)
+
+
+DISK = (
+    "<disk type='block' device='disk'><driver name='phy'/><source dev='/dev/loop0'/>"
+    "<target dev='xvdi'/><backenddomain name='back'/></disk>"
+)
+
+
+async def test_a_disk_of_which_a_guest_lets_go_late_is_detached_then(served):
+    await served.attach_device(DISK)
+    (disk,) = served.domain.disks.values()
+    with pytest.raises(DeadlineError):
+        await served.detach_device(DISK)
+    assert "xvdi" in served.definition()
+    assert disk.path.exists()
+    # libvirt has it no more as soon as the guest has let go of it
+    served.domain.disks.clear()
+    served.domain.lets_go.set()
+    await served.detach_device(DISK)
+    assert "xvdi" not in served.definition()
+    assert not disk.path.exists()
+    with pytest.raises(HypervisorError, match="it has no disk xvdi"):
+        await served.detach_device(DISK)
+
+
+async def test_a_disk_can_be_detached_whose_guest_answers_no_more(served, monkeypatch):
+    """QEMU waits for the answer to what it has asked until nobody serves."""
+    monkeypatch.setattr(block_export, "_ANSWER", 0.01)
+    await served.attach_device(DISK)
+    (disk,), domain = served.domain.disks.values(), served.domain
+
+    async def detach_disk(name):
+        while disk.path.exists():  # noqa: ASYNC110 - it is the file that QEMU would miss
+            await asyncio.sleep(0)
+        del domain.disks[name]
+
+    monkeypatch.setattr(domain, "detach_disk", detach_disk)
+    async with asyncio.timeout(60):
+        await served.detach_device(DISK)
+    assert domain.disks == {}
