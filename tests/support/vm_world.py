@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.balancing.guest_memory import GuestMemory
 from qubes_itests.core.exc import QubesVMStartError
 from qubes_itests.core.vm.appvm import AppVM
 from qubes_itests.qmemman.exc import MemoryRefusedError
+from qubes_itests.qmemman.policy import DEFAULT_POLICY
 from qubes_itests.qmemman.simulation.scenario import World
 from qubes_itests.qmemman.sizes import MIB, mib
 from qubes_itests.qmemman.state import DOM0
@@ -29,6 +31,9 @@ _BIND: Final = f"cat /run/balloon >{_DRIVER}/bind"
 
 #: Seconds that a guest has for either.
 _TIMEOUT: Final = 300.0
+
+#: While a VM starts, donors may be as slow as a busy machine makes them.
+_PATIENT: Final = replace(DEFAULT_POLICY, patience=30, progress_period=30.0)
 
 #: What a kernel says that kills for memory.
 _KILLS: Final = (b"Out of memory", b"oom-kill", b"oom_reaper")
@@ -80,12 +85,16 @@ class VMWorld(World):
             maxmem=maximum // MIB,
         )
         self._note(f"{name} starts")
+        balancer = self.memory.balancer
+        usual, balancer.policy = balancer.policy, _PATIENT
         try:
             await vm.start()
         except QubesVMStartError as error:
             if isinstance(error.__cause__, MemoryRefusedError):
                 raise error.__cause__ from None
             raise
+        finally:
+            balancer.policy = usual
         self.vms[name] = vm
         self._used[name] = GuestMemory(vm)
         await self.until(f"report of {name}", lambda: bool(self._reported(name)))
