@@ -45,11 +45,11 @@ from qubes_itests.core.vm.boot_data import (
 )
 from qubes_itests.core.vm.start_memory import reserve_memory
 from qubes_itests.core.vm.step import Step
-from qubes_itests.exc import DeadlineError, HarnessError
+from qubes_itests.exc import HarnessError
 from qubes_itests.guest.exc import GuestGoneError
 from qubes_itests.guest.link.agent import GuestAgent
 from qubes_itests.guest.link.journal import GuestJournal
-from qubes_itests.guest.start.boot import SHORTEST_START, boot
+from qubes_itests.guest.start.boot import boot
 from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.hypervisor.exc import StateError
 from qubes_storage.uninterrupted import to_its_end
@@ -284,13 +284,13 @@ class Life:
             await vm.storage.start()
             undo.push_async_callback(vm.storage.stop)
         with step("boot"):
-            who, begun, limit = identity(vm), time.time(), start_deadline(vm)
+            who, begun = identity(vm), time.time()
             vm.directory.mkdir(parents=True, exist_ok=True)
             self.domain, self.agent = await boot(
                 vm.app.hypervisor,
                 domain_spec(vm, vm.directory, files),
                 who,
-                timeout=limit,
+                timeout=start_deadline(vm),
                 warm=vm.app.warm_starts,
                 on_call=lambda call: qrexec.handle_call(vm, call),
                 log=vm.directory / "agent.log",
@@ -302,9 +302,6 @@ class Life:
             self.journal = None
             if self.agent is not None:
                 undo.push_async_callback(self.agent.close)
-                if limit < SHORTEST_START:
-                    seen = f"it is there, as in less than {SHORTEST_START:g} s no guest"
-                    raise DeadlineError("agent", limit, f"{seen} of Qubes OS would be")
                 self.journal = GuestJournal(self.agent, who.init, begun)
                 if timeline.follows_logs():
                     self.journal.follow()

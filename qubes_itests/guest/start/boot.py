@@ -27,13 +27,9 @@ if TYPE_CHECKING:
     from qubes_itests.guest.start.warm import WarmStarts, WarmState
     from qubes_itests.hypervisor.contract import Domain, DomainSpec, Hypervisor
 
-__all__ = ["SHORTEST_START", "boot"]
+__all__ = ["boot"]
 
 _logger = logging.getLogger("qubes_itests.guest")
-
-#: Seconds that no start in Qubes OS keeps to: who gives a VM fewer wants it to fail.
-#: Here its guest may go on from a saved state, and be there at once.
-SHORTEST_START: Final = 5.0
 
 #: A guest from a saved state that is silent for this part of the time that is left will
 #: not speak any more; in the rest it can boot.

@@ -233,16 +233,6 @@ def test_start_may_be_prohibited(vm, run, events):
     assert [event for event in events if "feature" not in event] == []
 
 
-def test_too_short_a_time_fails_the_start_as_in_qubes_os(app, vm, run, events):
-    """Though a guest that goes on from a saved state is there by then."""
-    vm.qrexec_timeout = 4
-    with pytest.raises(exc.QubesVMStartError):
-        run(vm.start())
-    assert vm.is_halted()
-    assert app.hypervisor.domains() == ()
-    assert events == ["domain-pre-start", "domain-start-failed"]
-
-
 @pytest.mark.guest_panics
 def test_guest_without_agent_fails_the_start_and_leaves_nothing(app, vm, run, events):
     """Its init is not there: the kernel panics, and the error shows that."""
