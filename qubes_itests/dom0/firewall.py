@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.guest.start.network import DOWNLINK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from ipaddress import IPv4Address, IPv6Address
+    from ipaddress import IPv6Address
 
 __all__ = ["base_rules", "firewall_rules", "hiding_rules", "named_hosts"]
 
@@ -83,6 +84,7 @@ def firewall_rules(
     rules: Mapping[IPv4Address | IPv6Address, Mapping[str, str]],
     dns: Iterable[str],
     hosts: Mapping[str, Sequence[str]],
+    visible: Mapping[IPv4Address, IPv4Address],
 ) -> str:
     """Return what clients may send on, each by its own rules.
 
@@ -93,10 +95,10 @@ def firewall_rules(
         ``policy``, and rules by their numbers.
     :param dns: the name servers that clients ask.
     :param hosts: addresses of named hosts.
+    :param visible: as for `hiding_rules`.
     :raise ValueError: a rule is none of Qubes OS.
     """
     family, icmp = _FAMILY[version], _ICMP[version]
-    reject = f"reject with {icmp} type admin-prohibited"
     chains = {}
     forward = [
         "type filter hook forward priority filter - 1;",
@@ -104,6 +106,11 @@ def firewall_rules(
         "ct direction reply accept",
     ]
     for number, (address, entries) in enumerate(rules.items()):
+        reject = f"reject with {icmp} type admin-prohibited"
+        if isinstance(address, IPv4Address) and address in visible:
+            # An error has in it what it is about. With an address that the client does
+            # not know it is none of its own, and a connection hangs for two minutes.
+            reject = f"ip saddr set {visible[address]} {reject}"
         chains[f"vm{number}"] = [
             *(
                 f"{match}{'accept' if action == 'accept' else reject}"

@@ -286,12 +286,14 @@ class Network:
         # as there, one without a net VM of its own passes all
         if self._fact("/qubes-gateway") or self._fact("/qubes-service/qubes-firewall"):
             for version in sorted(self._versions):
-                rules += await self._firewall(version)
+                rules += await self._firewall(version, hidden)
         if rules:
             lines.append(f"nft -f - <<'END'\n{rules}END")
         return "\n".join(dict.fromkeys(lines))
 
-    async def _firewall(self, version: int) -> str:
+    async def _firewall(
+        self, version: int, hidden: Mapping[IPv4Address, IPv4Address]
+    ) -> str:
         rules: dict[IPv4Address | IPv6Address, Mapping[str, str]] = {}
         hosts: dict[str, list[str]] = {}
         for interface in tuple(self._clients.values()):
@@ -316,7 +318,7 @@ class Network:
                 rules[address] = {}
         servers = (f"/qubes-netvm-{which}-dns" for which in ("primary", "secondary"))
         dns = [str(server) for server in map(self._address, servers) if server]
-        return firewall_rules(version, rules, dns, hosts)
+        return firewall_rules(version, rules, dns, hosts, hidden)
 
     async def _addresses(self, host: str, version: int) -> list[str]:
         """Return the addresses of a host, as the guest finds them."""

@@ -21,7 +21,7 @@ def rules_of(*rules, version=4, policy="drop", hosts=None):
     entries = {f"{number:04}": rule for number, rule in enumerate(rules)}
     client = CLIENT if version == 4 else CLIENT6
     text = firewall_rules(
-        version, {client: entries | {"policy": policy}}, DNS, hosts or {}
+        version, {client: entries | {"policy": policy}}, DNS, hosts or {}, {}
     )
     lines = re.search(r"chain vm0 \{\n(.*?)\n  \}", text, re.DOTALL)[1].splitlines()
     return [line.strip() for line in lines]
@@ -75,7 +75,7 @@ def test_rules_of_ipv6():
 
 def test_each_client_has_rules_of_its_own_and_strangers_pass_nothing():
     other = IPv4Address("10.137.0.6")
-    text = firewall_rules(4, {CLIENT: {"policy": "accept"}, other: {}}, DNS, {})
+    text = firewall_rules(4, {CLIENT: {"policy": "accept"}, other: {}}, DNS, {}, {})
     lines = [line.strip() for line in text.splitlines()]
     start = lines.index("chain forward {")
     assert lines[start + 2 : -2] == [
@@ -93,6 +93,18 @@ def test_hidden_addresses_are_replaced_both_ways():
     text = hiding_rules({CLIENT: IPv4Address("192.168.1.128")})
     assert "iifname vif ip saddr 192.168.1.128 ip saddr set 10.137.0.5\n" in text
     assert "oifname vif ip daddr 10.137.0.5 ip daddr set 192.168.1.128\n" in text
+
+
+def test_a_client_is_refused_by_the_address_that_it_knows():
+    """An error about another address is none of its own for it: it waits on."""
+    other, seen = IPv4Address("10.137.0.6"), IPv4Address("192.168.1.128")
+    rules = {CLIENT: {"0": "action=drop proto=tcp", "policy": "drop"}, other: {}}
+    lines = firewall_rules(4, rules, DNS, {}, {CLIENT: seen}).splitlines()
+    assert [line.strip() for line in lines if "reject" in line] == [
+        f"meta l4proto tcp ip saddr set {seen} {REJECT}",
+        f"ip saddr set {seen} {REJECT}",
+        REJECT,
+    ]
 
 
 def test_hosts_that_rules_name():
