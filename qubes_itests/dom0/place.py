@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import grp
 import os
 import shutil
@@ -131,7 +132,7 @@ def dom0_directories(
         undo.enter_context(directories_of_suites(storage))
         _mount(VAR_LIB_QUBES, storage / "qubes", undo)
         _mount(HOME, storage / "home", undo)
-        MAPPER.mkdir(exist_ok=True)
+        undo.enter_context(_kept(MAPPER))
         run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", MAPPER], timeout=30)
         undo.callback(run, ["umount", "--lazy", MAPPER], timeout=30)
         yield
@@ -165,6 +166,32 @@ def _mount(
     undo.callback(run, ["umount", "--lazy", place], timeout=30)
     # first, or the filesystem of the run could not be unmounted
     undo.callback(detach_loop_devices, place)
+
+
+@contextlib.contextmanager
+def _kept(place: Path) -> Iterator[None]:
+    """Have a directory of the machine to mount something over; the last removes it.
+
+    Not before: it would take the mounts of other sandboxes with it. One in which the
+    machine has something stays; so do /dev/mapper and its ``control``.
+    """
+    with contextlib.ExitStack() as undo:
+        there = False
+        while not there:
+            undo.close()
+            place.mkdir(exist_ok=True)
+            # meanwhile the last of others may have removed it
+            with contextlib.suppress(FileNotFoundError):
+                directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+                undo.callback(os.close, directory)
+                fcntl.flock(directory, fcntl.LOCK_SH)
+                there = os.path.samestat(place.stat(), os.fstat(directory))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                place.rmdir()
 
 
 def _have_units(directory: Path) -> None:

@@ -30,3 +30,37 @@ def test_programs_are_put_into_no_directory_of_the_machine(tmp_path, monkeypatch
     place._have_programs(tmp_path)
     assert (lib / "qubes/qrexec-client").resolve().is_file()
     assert list(theirs.iterdir()) == []
+
+
+def test_a_directory_to_mount_over_goes_with_its_last_user(tmp_path):
+    mapper = tmp_path / "mapper"
+    with place._kept(mapper):
+        with place._kept(mapper):
+            assert mapper.is_dir()
+        # another sandbox has its mount there
+        assert mapper.is_dir()
+    assert not mapper.exists()
+    mapper.mkdir()
+    (mapper / "control").touch()
+    with place._kept(mapper):
+        pass
+    assert mapper.is_dir()
+
+
+def test_a_directory_that_others_remove_meanwhile_is_made_anew(tmp_path, monkeypatch):
+    mapper, lock = tmp_path / "mapper", place.fcntl.flock
+    removed = []
+
+    def flock(descriptor, operation):
+        lock(descriptor, operation)
+        if len(removed) < 3:
+            removed.append(mapper.rmdir())
+            # another one may be there at once
+            if len(removed) == 2:
+                mapper.mkdir()
+
+    monkeypatch.setattr(place.fcntl, "flock", flock)
+    with place._kept(mapper):
+        assert mapper.is_dir()
+    assert len(removed) == 3
+    assert not mapper.exists()
