@@ -18,9 +18,9 @@ from qubes_itests.hypervisor.contract import DomainState
 
 #: Each is the same in every run. Faults planted in the life cycle were found by the
 #: 32nd at the latest, or by none of 200.
-SEEDS = 100
+SEEDS = 50
 #: Of those with a net VM, which take longer; likewise by the 18th.
-SEEDS_OF_THREE = 40
+SEEDS_OF_THREE = 25
 
 
 @pytest_asyncio.fixture
