@@ -39,6 +39,12 @@ SPEC = DomainSpec(
 )
 
 
+@pytest.fixture(autouse=True)
+def asked_often(monkeypatch):
+    for name in ("_INTERVAL", "_INTERVAL_MOVING"):
+        monkeypatch.setattr(f"qubes_itests.balloons.{name}", 0.01)
+
+
 def test_used_memory():
     """What could be given away counts, and what the guest's kernel does not see."""
     assert used_memory(IDLE, 70 * MIB, MAXIMUM) == (70 + 330 - 290) * MIB

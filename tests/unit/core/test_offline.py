@@ -50,7 +50,8 @@ def test_it_is_not_loaded_when_it_is_not_to_be(path):
     assert app.domains.keys() == ["dom0", "tiny"]
 
 
-def test_the_lock_is_held_until_it_is_closed(path, made):
+def test_the_lock_is_held_until_it_is_closed(path, made, monkeypatch):
+    monkeypatch.setattr("qubes_itests.core.store.file.LOCK_TIMEOUT", 0.1)
     app = Qubes(path, lock=True)
     with pytest.raises(StoreError, match="in use by process"):
         made.save()
