@@ -11,7 +11,10 @@ from documented import PAGES, blocks, files, programs
 DRIVERS = "docs/drivers.md"
 #: What a page says about the environment of its examples, or leaves to a default.
 ENVIRONMENT = {"docs/backends.md": {"QUBES_ITESTS_HYPERVISOR": "emulated"}}
-OPTIONS = {"docs/faultdisk.md": ["--itests-crash-states=30"]}
+OPTIONS = {
+    "docs/faultdisk.md": ["--itests-crash-states=30"],
+    DRIVERS: ["--itests-crash-states=20"],
+}
 
 SUITES = [
     name for name in PAGES if any(path.startswith("test_") for path in files(name))
@@ -52,7 +55,8 @@ def test_the_driver_of_the_guide_conforms(site):
         f"{entry_points}"
     )
     install(site.site)
-    words = ["-p", "qubes_itests", *(str(site.site / test) for test in tests)]
+    words = ["-p", "qubes_itests", *OPTIONS[DRIVERS]]
+    words += [str(site.site / test) for test in tests]
     done = site.run(*words, program="pytest")
     assert done.returncode == 0, done.stdout + done.stderr
     suite = ("--pyargs", "qubes_itests.conformance.storage")

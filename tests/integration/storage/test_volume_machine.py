@@ -19,4 +19,4 @@ def test_volumes_behave_like_their_model(filesystem, request):
         return ReflinkPool(name="real", dir_path=directory)
 
     home = request.getfixturevalue(filesystem)
-    run_machine(home, make_pool, examples=60, steps=50)
+    run_machine(home, make_pool, examples=30, steps=50)

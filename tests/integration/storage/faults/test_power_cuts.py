@@ -13,8 +13,9 @@ import pytest
 from qubes_itests.faultdisk import CrashStateError
 from qubes_storage import pool_class
 
-#: Of each recording; there are two on each filesystem.
-STATES = 120
+#: Of each recording; there are two on each filesystem. What is planted below is found
+#: within 50.
+STATES = 60
 
 
 @pytest.fixture
