@@ -7,7 +7,7 @@ import pytest
 
 from qubes_itests.core import exc
 from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
-from qubes_itests.core.device.block import expose, withdraw
+from qubes_itests.core.device.host_block import expose, withdraw
 from qubes_itests.core.device.port import Port
 from qubes_itests.exc import DeadlineError
 

@@ -9,8 +9,8 @@ from cancelling import cancelled_everywhere
 
 from qubes_itests.core import exc
 from qubes_itests.core.device.assignment import AssignmentMode, DeviceAssignment
-from qubes_itests.core.device.block import expose, exposed, withdraw
 from qubes_itests.core.device.collections import DeviceManager
+from qubes_itests.core.device.host_block import expose, exposed, withdraw
 from qubes_itests.core.device.info import UnknownDevice
 from qubes_itests.core.device.port import Port, VirtualDevice
 from qubes_itests.core.events import Emitter
@@ -165,7 +165,7 @@ async def test_what_cannot_be_read_is_not_exposed_and_leaves_no_link(
     def refuse(_path, _status):
         raise OSError(errno.ENOMEDIUM, "No medium found")
 
-    monkeypatch.setattr("qubes_itests.core.device.block._size", refuse)
+    monkeypatch.setattr("qubes_itests.core.device.host_block._size", refuse)
     with pytest.raises(exc.QubesValueError, match="cannot be read"):
         await expose(app, image)
     assert list((app.directory / "block").iterdir()) == []
