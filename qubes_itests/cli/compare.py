@@ -257,7 +257,7 @@ def _summary(results: Sequence[TestResult]) -> str:
 
 def _json(found: Sequence[Difference]) -> list[str]:
     rows = [{**dataclasses.asdict(d), "verdict": d.verdict} for d in found]
-    return [json.dumps(rows, indent=2)]
+    return json.dumps(rows, indent=2).splitlines()
 
 
 def _print(lines: Iterable[str]) -> None:
