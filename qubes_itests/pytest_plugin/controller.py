@@ -48,7 +48,7 @@ __all__ = ["Controller", "most_workers"]
 #: MiB of a `--memory-budget` that are dom0's, and so a number only.
 _DOM0 = 1024
 #: Seconds that workers have after Ctrl-C to keep what their tests leave, and to end.
-_LAST_WORDS = 20.0
+_LAST_WORDS = 60.0
 _SELECTING = (
     "QUBES_TEST_EXTRA_INCLUDE",
     "QUBES_TEST_EXTRA_EXCLUDE",

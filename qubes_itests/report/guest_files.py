@@ -33,7 +33,7 @@ _MOST_FILES: Final = 32
 #: Bytes of the list of files.
 _LONGEST_LIST: Final = 64 << 10
 #: Seconds for one VM: a failed test may have left guests that do not answer any more.
-_TIMEOUT: Final = 10.0
+_TIMEOUT: Final = 30.0
 _JOURNAL: Final = (
     f"journalctl --boot --no-pager --output=short-monotonic | tail -c {_LONGEST}"
 )

@@ -8,15 +8,15 @@ from types import MethodType
 
 from qubes_itests.pytest_plugin.deadline import Deadline
 
-#: Seconds until then, for the test to be where it hangs.
-SOON = 1.0
 
+def is_nearly_over(seconds: float = 1.0) -> None:
+    """Have the time of the test that calls this be over in a moment.
 
-def is_nearly_over() -> None:
-    """Have the time of the test that calls this be over in a moment."""
+    :param seconds: until then, for the test to be where it hangs.
+    """
     handler = signal.getsignal(signal.SIGALRM)
     assert isinstance(handler, MethodType)
     deadline = handler.__self__
     assert isinstance(deadline, Deadline)
-    deadline._end = deadline._now() + SOON
-    signal.setitimer(signal.ITIMER_REAL, SOON)
+    deadline._end = deadline._now() + seconds
+    signal.setitimer(signal.ITIMER_REAL, seconds)

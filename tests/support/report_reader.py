@@ -20,7 +20,7 @@ ARGUMENTS = (
     *("--disable-component-update", "--window-size=1400,1000"),
 )
 #: Seconds.
-DEADLINE = 30
+DEADLINE = 300
 
 
 @contextlib.contextmanager
@@ -34,6 +34,7 @@ def browser(directory):
     # Named, since selenium would else ask a server of its own for one.
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     started = webdriver.Chrome(options, service)
+    started.set_script_timeout(DEADLINE)
     try:
         yield started
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +17,8 @@ from qubes_itests.qmemman.sizes import MIB, mib
 from qubes_itests.qmemman.state import DOM0
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from qubes_itests.balancing.app_memory import AppMemory
     from qubes_itests.balloons import LibvirtMemory
     from qubes_itests.core.app import Qubes
@@ -32,7 +35,6 @@ _BIND: Final = f"cat /run/balloon >{_DRIVER}/bind"
 #: Seconds that a guest has for either.
 _TIMEOUT: Final = 300.0
 
-#: While a VM starts, donors may be as slow as a busy machine makes them.
 _PATIENT: Final = replace(DEFAULT_POLICY, patience=30, progress_period=30.0)
 
 #: What a kernel says that kills for memory.
@@ -67,6 +69,16 @@ class VMWorld(World):
         self._idle: dict[str, int] = {}
         self._hung: set[str] = set()
 
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """Have whoever asks for memory wait for donors as slow as a busy machine."""
+        balancer = self.memory.balancer
+        usual, balancer.policy = balancer.policy, _PATIENT
+        try:
+            yield
+        finally:
+            balancer.policy = usual
+
     async def start(self, name: str, *, memory: int, maximum: int) -> None:
         """Start a VM, and have it use half of its memory."""
         await self.start_idle(name, memory=memory, maximum=maximum)
@@ -85,16 +97,13 @@ class VMWorld(World):
             maxmem=maximum // MIB,
         )
         self._note(f"{name} starts")
-        balancer = self.memory.balancer
-        usual, balancer.policy = balancer.policy, _PATIENT
         try:
-            await vm.start()
+            with self.patient():
+                await vm.start()
         except QubesVMStartError as error:
             if isinstance(error.__cause__, MemoryRefusedError):
                 raise error.__cause__ from None
             raise
-        finally:
-            balancer.policy = usual
         self.vms[name] = vm
         self._used[name] = GuestMemory(vm)
         await self.until(f"report of {name}", lambda: bool(self._reported(name)))

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 from agent_process import build
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-# An example may take as long as its test: how long it does, the machine's load says.
-settings.register_profile("unit", deadline=None)
+# An example may take as long as its test, and so may its making: how long they do, the
+# machine's load says.
+settings.register_profile(
+    "unit", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("unit")
 
 

@@ -76,7 +76,7 @@ class TC_00_System(qubes.tests.extra.ExtraTestCase):
             return asyncio.ensure_future(asyncio.sleep(0.05, "awake"))
 
         sleeper = self.loop.run_until_complete(start())
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 300
         while not sleeper.done() and time.monotonic() < deadline:
             time.sleep(0.05)
         self.assertTrue(sleeper.done())
@@ -158,7 +158,7 @@ class TC_01_Copies(qubes.tests.extra.ExtraTestCase):
         other.start()
         call = f"qrexec-client-vm {other.name} qubes.VMShell"
         self.assertIsNone(vm.run(f"echo 'echo done > done' | {call}"))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while other.run("grep -q done done", wait=True) != 0:
             self.assertLess(time.monotonic(), deadline)
             time.sleep(0.2)

@@ -19,7 +19,7 @@ def app(testbed):
 def client(app, testbed):
     server = AdminServer(app, app.directory / "qubesd.sock")
     testbed.portal.run(server.__aenter__())
-    yield Client(server.path, timeout=120)
+    yield Client(server.path, timeout=600)
     testbed.portal.run(server.__aexit__(None, None, None))
 
 

@@ -202,7 +202,7 @@ LEAVES_A_THREAD = """
 def test_a_thread_that_a_test_has_left_does_not_keep_a_run_from_ending(site):
     """It is named. Python itself waits for threads of executors for ever."""
     site.install("leaves", LEAVES_A_THREAD)
-    site.timeout = 60
+    site.timeout = 600
     done = site.run(*NO_GUESTS, "leaves")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(

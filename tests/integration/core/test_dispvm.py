@@ -194,7 +194,7 @@ def test_it_goes_when_its_caller_dies(  # noqa: PLR0917
 def test_it_goes_when_it_powers_off_in_a_call(app, work, run, all_gone):
     app.policy.add_rule("qubes.VMRootShell * work @dispvm allow")
     command = "qrexec-client-vm @dispvm qubes.VMRootShell"
-    script = b"poweroff; sleep 60\n"
+    script = b"poweroff; sleep 9000\n"
     assert run(communicate(work, command, script))[0] == 255
     all_gone()
 
@@ -236,8 +236,15 @@ def test_calls_start_no_more_vms_than_there_is_memory_for(  # noqa: PLR0917
     taken = sum(domain.spec.memory for domain in hypervisor.domains())
     monkeypatch.setattr(hypervisor, "memory_limit", taken + app.default_dispvm.memory)
     app.policy.add_rule("* * work @dispvm allow")
-    call = "{ qrexec-client-vm @dispvm qubes.VMShell </dev/null; echo $?; } &"
-    output, _ = run(work.run_for_stdio(f"for i in 1 2 3 4 5 6; do {call} done; wait"))
+    # the one that has the memory goes on until the others have been told
+    call = "{ qrexec-client-vm @dispvm qubes.VMShell </tmp/in; echo $? >>/tmp/told; }"
+    script = f"""
+        cd /tmp; mkfifo in; touch told; exec 3<>in
+        for i in 1 2 3 4 5 6; do {call} 3>&- & done
+        until [ $(wc -l <told) -ge 5 ]; do sleep 0.1; done
+        exec 3>&-; wait; cat told
+    """
+    output, _ = run(work.run_for_stdio(script))
     assert sorted(output.split()) == [b"0", *[b"126"] * 5]
     messages = [r.getMessage() for r in caplog.records if "could not" in r.getMessage()]
     assert len(messages) == 5

@@ -133,6 +133,7 @@ async def test_a_domain_that_ended_starts_again_at_once(domain):
 
 async def test_a_qemu_that_hangs_delays_no_other(hypervisor, make_spec, monkeypatch):
     """Neither starts nor calls of other domains; its own calls have a deadline."""
+    monkeypatch.setattr(connection, "_DEADLINE", 600)
     hanging = await hypervisor.define(make_spec())
     await hanging.start()
     (process,) = processes(hanging.spec.name)

@@ -70,12 +70,12 @@ def test_clients_reach_each_other_by_a_rule_of_the_net_vm_only(network):
     pairs = [(network.one, network.two), (network.one, network.far)]
     pairs += [(b, a) for a, b in pairs]
     for one, other in pairs:
-        assert not network.reaches(one, other)
+        assert network.is_cut_off(one, other)
     network.sh(network.net, f"ip rule add {RULE}")
     for one, other in pairs:
         assert network.reaches(one, other)
     network.sh(network.net, f"ip rule del {RULE}")
-    assert not network.reaches(network.one, network.two)
+    assert network.is_cut_off(network.one, network.two)
 
 
 def test_clients_of_one_net_vm_do_not_even_hear_each_other(network):
@@ -83,7 +83,7 @@ def test_clients_of_one_net_vm_do_not_even_hear_each_other(network):
     one, two = network.one, network.two
     network.sh(two, f"ip route add {one.ip} dev eth0")
     network.sh(one, f"ip route add {two.ip} dev eth0")
-    assert not network.reaches(one, two)
+    assert network.is_cut_off(one, two)
     network.sh(two, f"ip route del {one.ip} dev eth0")
     network.sh(one, f"ip route del {two.ip} dev eth0")
 
@@ -105,7 +105,7 @@ def test_forged_sources_get_nowhere(network):
     network.sh(one, f"ip address del {two.ip}/32 dev eth0")
     change_mac(network, one, two.mac)
     assert not network.pings(one, net.ip)
-    assert network.pings(two, net.ip)
+    assert network.pings_in_the_end(two, net.ip)
     change_mac(network, one, one.mac)
     assert network.pings_in_the_end(one, net.ip)
 
@@ -127,7 +127,7 @@ def test_no_net_vm_is_no_network(network, run):
     alone = network.make("alone", netvm=None)
     run(alone.start())
     assert network.devices(alone) == ["lo"]
-    assert not network.reaches(alone, network.net)
+    assert network.is_cut_off(alone, network.net)
     assert alone.ip is None
     assert network.sh(alone, "qubesdb-list /qubes-ip") == ""
     run(alone.kill())
@@ -142,7 +142,7 @@ def test_netvm_changes_while_it_runs(network):
     one.netvm = network.firewall
     assert network.reaches(one, network.firewall)
     assert network.reaches(one, network.net)
-    assert not network.reaches(one, network.far)
+    assert network.is_cut_off(one, network.far)
     gateway = network.sh(one, "qubesdb-read /qubes-gateway")
     assert gateway == str(network.firewall.ip)
     one.netvm = network.net
@@ -168,7 +168,7 @@ def test_netvm_set_by_the_admin_api_has_changed_when_it_answers(network):
     server = AdminServer(network.app, network.app.directory / "qubesd.sock")
     network.run(server.__aenter__())
     try:
-        client = Client(server.path, timeout=60)
+        client = Client(server.path, timeout=600)
         client.call("admin.vm.property.Set", "one", "netvm", b"")
         assert network.devices(network.one) == ["lo"]
         client.call("admin.vm.property.Set", "one", "netvm", b"net")

@@ -195,7 +195,7 @@ def test_a_cold_vm_counts_as_what_it_was_promised(open_world, run):
 
 
 def test_idle_guests_give_at_once(open_world, run):
-    """128 MiB for a starting VM are there in 2 s; afterwards everything rests."""
+    """128 MiB for a starting VM are there soon; afterwards everything rests."""
 
     async def program():
         async with open_world(2000) as world:
@@ -205,8 +205,9 @@ def test_idle_guests_give_at_once(open_world, run):
             amount = world.memory.balancer.free + 128 * MIB
             clock = asyncio.get_running_loop().time
             begin = clock()
-            async with world.memory.client.memory(amount):
-                assert clock() - begin < 2
+            with world.patient():
+                async with world.memory.client.memory(amount):
+                    assert clock() - begin < 2 * world.slowness
             await world.settled("one", "two", still=8)
 
     run(program())

@@ -22,6 +22,7 @@ from admin_client import (
     wait_until,
 )
 
+from qubes_itests import limited_log
 from qubes_itests.admin import server as server_module
 from qubes_itests.admin.dispatch import METHODS, Destination, Method
 from qubes_itests.admin.server import AdminServer
@@ -34,10 +35,10 @@ def dropped(client, data):
 
 
 def hung_up(client):
-    """Tell, within ten seconds, whether the other end of a socket is closed."""
+    """Tell, within five minutes, whether the other end of a socket is closed."""
     waiting = select.poll()
     waiting.register(client, 0)
-    return bool(waiting.poll(10_000))
+    return bool(waiting.poll(300_000))
 
 
 def test_owner_and_group_may_connect(server):
@@ -357,7 +358,9 @@ def too_long(client):
 
 
 @pytest.mark.parametrize("refused", [unknown, malformed, too_long])
-def test_refusals_are_logged_with_a_limit(client, caplog, refused):
+def test_refusals_are_logged_with_a_limit(client, caplog, monkeypatch, refused):
+    # a slow machine has time for more than one of it
+    monkeypatch.setattr(limited_log, "_INTERVAL", 1000)
     caplog.set_level(logging.INFO, "qubes.admin")
     for _ in range(200):
         refused(client)

@@ -134,7 +134,7 @@ def test_output_ends_while_there_may_be_more_input(
         wire.write(FIRST, b"all", 1)
         wire.send(EOF, 1, FIRST)
         assert client.stdout
-        assert select.select([client.stdout], [], [], 10)[0]
+        assert select.select([client.stdout], [], [], 300)[0]
         assert client.stdout.read() == b"all"
         assert client.stdin
         client.stdin.write(b"more")
@@ -393,7 +393,7 @@ class Caller:
 
     def answer(self) -> bytes:
         """Return the message that ends the call, nothing if there is none."""
-        assert select.select([self.status], [], [], 10)[0]
+        assert select.select([self.status], [], [], 300)[0]
         return os.read(self.status, 1000)
 
 

@@ -164,7 +164,7 @@ FRAMES = st.builds(
 
 @settings(
     max_examples=60,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     parts=st.lists(SPAWNS | FRAMES, max_size=12),

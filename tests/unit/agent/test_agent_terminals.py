@@ -236,7 +236,7 @@ def test_input_that_nobody_reads_costs_a_window(wire: Wire) -> None:
 
 @settings(
     max_examples=30,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     line=st.sampled_from(

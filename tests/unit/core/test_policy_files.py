@@ -388,7 +388,9 @@ PIECES = st.sampled_from(
 TEXTS = st.one_of(st.lists(PIECES, max_size=40).map("".join), st.text())
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.dictionaries(st.sampled_from(["1.policy", "x", "y"]), TEXTS))
 def test_any_text_is_a_policy_or_a_policy_error(directory, legacy, files):
     """Whatever the files say, loading them ends in rules or in one kind of error."""

@@ -245,7 +245,7 @@ def test_kill_at_any_moment_loses_nothing_that_was_saved(path):
         reader, writer = os.pipe()
         pid = _in_child(lambda writer=writer: _save_for_ever(path, writer))
         os.close(writer)
-        select.select([reader], [], [], 5)  # it saves
+        select.select([reader], [], [], 300)  # it saves
         threading.Event().wait(chance.uniform(0, LONGEST_LIFE))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

@@ -264,7 +264,7 @@ def test_killed_app_comes_back_with_all_that_it_saved(app):
                 sys.stderr.flush()
                 os._exit(1)
         os.close(writer)
-        select.select([reader], [], [], 5)
+        select.select([reader], [], [], 300)
         threading.Event().wait(chance.uniform(0, 0.02))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

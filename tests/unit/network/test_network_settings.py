@@ -102,7 +102,9 @@ def chain(vm):
 
 
 @given(choices=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=20))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_no_choice_of_net_vms_is_a_loop(net_vms, choices):
     """Whatever is set in whatever order; and nothing else is refused."""
     vms = net_vms

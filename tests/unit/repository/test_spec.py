@@ -161,7 +161,9 @@ LINES = st.sampled_from(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.lists(LINES, max_size=8), st.sampled_from(["setup.cfg", "pyproject.toml"]))
 def test_any_file_has_specs_or_a_problem(tmp_path, lines, name):
     path = tmp_path / name

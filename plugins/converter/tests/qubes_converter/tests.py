@@ -9,9 +9,9 @@ SERVICE = "test.ConvertImage"
 PIXELS = bytes(range(0, 180, 10))
 PPM = b"P6\n3 2\n255\n" + PIXELS
 #: Seconds until a disposable VM whose call has ended has to be gone.
-GONE_WITHIN = 20
+GONE_WITHIN = 300
 #: Seconds for one to be there, on a busy machine.
-THERE_WITHIN = 60
+THERE_WITHIN = 300
 
 #: What a VM that was taken over may answer, as a command in it.
 HOSTILE = {

@@ -198,6 +198,6 @@ def ends(pid):
     except ProcessLookupError:
         return True
     try:
-        return bool(select.select([process], [], [], 20)[0])
+        return bool(select.select([process], [], [], 300)[0])
     finally:
         os.close(process)
