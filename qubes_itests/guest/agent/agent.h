@@ -171,7 +171,7 @@ const char *disk_check(const char *name, const char *state); /* NULL: it is so *
 
 /* blocks.c: devices that other VMs may have. */
 void blocks_update(void); /* tell of them in the database, and the host */
-void blocks_forget(void); /* tell of all, next time: to another host */
+void blocks_tell_again(void); /* of all of them: to another host */
 int blocks_mounts(void);  /* what tells, by POLLPRI, that mounts have changed; or -1 */
 
 /* nbd.c */

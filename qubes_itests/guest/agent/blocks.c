@@ -155,9 +155,21 @@ static void tell(const struct block *block, bool removed)
 	}
 }
 
-void blocks_forget(void)
+/* Whether all devices have been looked at since this agent began. */
+static bool looked;
+
+/* Where nothing has been told, a host that is new has missed nothing. */
+void blocks_tell_again(void)
 {
+	bool told_nothing = looked;
+
+	for (int i = 0; i < DEVICES_MAX; i++)
+		told_nothing = told_nothing && !*told[i].name;
 	memset(told, 0, sizeof told);
+	if (told_nothing)
+		disks_settle();
+	else
+		blocks_update();
 }
 
 void blocks_update(void)
@@ -189,6 +201,7 @@ void blocks_update(void)
 	}
 	if (count >= 0)
 		free(names);
+	looked = true;
 	for (int i = 0; i < DEVICES_MAX; i++) {
 		if (!*told[i].name || there[i])
 			continue;

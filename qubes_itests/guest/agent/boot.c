@@ -1,6 +1,7 @@
 /* Stage one, and the end: what init does before the host speaks and when all is over. */
 #include "agent.h"
 
+#include <cpuid.h>
 #include <linux/reboot.h>
 #include <sched.h>
 #include <sys/mount.h>
@@ -68,6 +69,15 @@ static int wait_for_port(void)
 	return fd;
 }
 
+/* Whether the CPU is QEMU's own, as the CPU itself says. */
+static bool is_emulated(void)
+{
+	unsigned int highest, name[3];
+
+	__cpuid(0x40000000, highest, name[0], name[1], name[2]);
+	return memcmp(name, "TCGTCGTCGTCG", sizeof name) == 0;
+}
+
 /* How much of a file is mapped at one fault, and unmapped when the program ends. Of the
  * kernel's 64 KiB a shell needs so little that under emulation half of it is quicker: by
  * 4 % for a fork, 3 % for a command. Only debugfs has it, which guests shall not find. */
@@ -77,7 +87,7 @@ static void set_fault_around(void)
 	char path[PATH_LIMIT];
 	int fd;
 
-	if (!mount_kernel("debugfs", place, NULL))
+	if (!is_emulated() || !mount_kernel("debugfs", place, NULL))
 		return;
 	snprintf(path, sizeof path, "%s/fault_around_bytes", place);
 	fd = open(path, O_WRONLY | O_CLOEXEC);

@@ -84,8 +84,8 @@ static const char *device(const char *disk)
 	return path;
 }
 
-/* What was mounted or looked at in a saved state was another disk in part: with another
- * size, and not to be written. */
+/* What was mounted or looked at in a saved state may have been another disk in part: with
+ * another size, or not to be written. */
 static void look_again(const char *disk)
 {
 	int fd = open(device(disk), O_RDONLY | O_CLOEXEC);
@@ -97,7 +97,8 @@ static void look_again(const char *disk)
 static bool wait_for_disks(struct strings identity, bool saved)
 {
 	static const char *const keys[] = {"root", "private", "volatile"};
-	const char *deadline = value_of(identity, "deadline"), *disk;
+	const char *deadline = value_of(identity, "deadline"),
+	           *unchanged = value_of(identity, "unchanged"), *disk;
 
 	for (size_t i = 0; i < 3; i++) {
 		disk = value_of(identity, keys[i]);
@@ -105,7 +106,7 @@ static bool wait_for_disks(struct strings identity, bool saved)
 			snprintf(problem, sizeof problem, "no disk %.16s", disk);
 			return false;
 		}
-		if (disk && saved)
+		if (disk && saved && !(unchanged && strstr(unchanged, disk)))
 			look_again(disk);
 	}
 	return true;
@@ -318,11 +319,16 @@ bool make_runtime_directory(const struct passwd *user)
 	return mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, options) == 0;
 }
 
+/* Not truncated first, or ext4 would find room for the new contents and write them to the
+ * disk at once, which takes an emulated guest half as long as to mount one. */
 static bool write_file(const char *path, const char *text)
 {
-	int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0444);
+	int fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC, 0444);
 	ssize_t length = (ssize_t)strlen(text);
-	bool written = write(fd, text, (size_t)length) == length;
+	struct stat status = {.st_size = 0};
+	bool written = write(fd, text, (size_t)length) == length &&
+	               fstat(fd, &status) == 0 &&
+	               (status.st_size == length || ftruncate(fd, length) == 0);
 
 	close(fd);
 	return written;

@@ -98,8 +98,7 @@ static void hello(const uint8_t *nonce)
 	session_awaited = false; /* by another host */
 	memcpy(answer + 2, nonce, 16);
 	send_frame(READY, 0, 0, answer, sizeof answer);
-	blocks_forget();
-	blocks_update();
+	blocks_tell_again();
 }
 
 static void control_frame(const struct frame *frame, const uint8_t *payload,

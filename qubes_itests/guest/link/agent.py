@@ -25,7 +25,7 @@ from qubes_itests.hypervisor.console import console_tail
 from qubes_itests.untrusted_text import safe_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
     from qubes_itests.guest.link.calls import CallHandler
@@ -170,6 +170,7 @@ class GuestAgent:
         identity: Identity,
         *,
         timeout: float,
+        unchanged: Collection[str] = (),
     ) -> None:
         """Let the guest become this VM: stage two of its start.
 
@@ -178,12 +179,17 @@ class GuestAgent:
 
         :param identity: who it is.
         :param timeout: seconds; the guest waits for its disks for a part of that.
+        :param unchanged: disks of which it knows already how large they are, and that
+            they can be written.
         :raise GuestRefusedError: the guest could not, with its reason.
         :raise DeadlineError: it did not answer in time.
         """
         # For less than we wait for its answer, or that would come too late: of a disk
         # that is missing nobody would be told.
-        await self._enter(identity.payload(_DISKS_PART * timeout), timeout)
+        payload = identity.payload(_DISKS_PART * timeout)
+        if unchanged:
+            payload += pack_strings([f"unchanged={' '.join(unchanged)}"])
+        await self._enter(payload, timeout)
         self.domain.end_channel_with_agent()
 
     async def prepare(

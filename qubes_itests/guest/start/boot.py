@@ -118,6 +118,7 @@ class _Start:
         self._begin(self.step)
         domain = self._domain = await hypervisor.define(self._spec)
         state = agent = None
+        unchanged: tuple[str, ...] = ()
         if warm is not None:
             self._begin("find a saved state")
             # Half of the time: a guest that never speaks is then booted where all see.
@@ -129,8 +130,10 @@ class _Start:
                 agent = await self._start_ahead(domain, warm.ahead, state, limit)
             if agent is None:
                 agent = await self._start_warm(domain, warm, state, limit)
+                disks = self._spec.disks
+                unchanged = await asyncio.to_thread(state.unchanged, disks)
         if agent is None:
-            state = None
+            state, unchanged = None, ()
             self._begin("start its domain")
             await domain.start()
             await self._announce()
@@ -143,7 +146,7 @@ class _Start:
             self._begin("start its systemd")
             await agent.prepare(self._identity, named=True, timeout=_left(end))
         self._begin("enter its root")
-        await agent.enter(self._identity, timeout=_left(end))
+        await agent.enter(self._identity, timeout=_left(end), unchanged=unchanged)
         return domain, agent
 
     def _begin(self, step: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -18,14 +19,17 @@ from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.link.agent import GuestAgent
 from qubes_itests.guest.link.process import answer_of
 from qubes_itests.host.cache import digest
+from qubes_itests.hypervisor.contract import Disk
 from qubes_itests.hypervisor.exc import HypervisorError
-from qubes_storage.ficlone import places_of_data
+from qubes_storage.ficlone import clone_or_copy, places_of_data
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
     from qubes_itests.guest.link.agent import Identity
     from qubes_itests.guest.start.ahead import ClonesAhead
     from qubes_itests.host.cache import Cache
-    from qubes_itests.hypervisor.contract import Disk, Domain, DomainSpec, Hypervisor
+    from qubes_itests.hypervisor.contract import Domain, DomainSpec, Hypervisor
 
 __all__ = ["WarmStarts", "WarmState"]
 
@@ -42,8 +46,10 @@ _LOOK: Final = 0.05
 _WORTH: Final = 15
 #: A program of the root that reads what starts need, where there is one.
 _REHEARSAL: Final = "[ ! -x /usr/lib/qubes/rehearse ] || /usr/lib/qubes/rehearse"
-#: Bytes of a disk that is blank.
-_BLANK: Final = 1 << 20
+#: Bytes of the disks that are blank: as many as VMs have by default, or a guest would
+#: have to look at them again.
+_PRIVATE: Final = 2 << 30
+_VOLATILE: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +59,32 @@ class WarmState:
     :param kind: of its entry in the cache.
     :param key: likewise.
     :param path: what a domain is started from.
-    :param disks: names of the disks that it has: the root, over which its init waits
-        for an identity, and blank ones. Stage one has seen none.
+    :param sizes: bytes of the disks that it has, by name: the root, over which its init
+        waits for an identity, and blank ones. Stage one has seen none.
     :param root: an image with the data of that root, None for stage one.
     """
 
     kind: str
     key: str
     path: Path
-    disks: tuple[str, ...]
+    sizes: Mapping[str, int]
     root: Path | None
+
+    @property
+    def disks(self) -> tuple[str, ...]:
+        """Names of the disks that it has."""
+        return tuple(self.sizes)
+
+    def unchanged(self, disks: Iterable[Disk]) -> tuple[str, ...]:
+        """Return the names of a VM's disks that a guest need not look at. Blocking.
+
+        It knows how large these are, and that they can be written.
+        """
+        return tuple(
+            disk.name
+            for disk in disks
+            if not disk.read_only and self.sizes.get(disk.name) == _size(disk.path)
+        )
 
 
 class WarmStarts:
@@ -85,7 +107,8 @@ class WarmStarts:
         self._hypervisor = hypervisor
         self.ahead = ahead
         self._making: dict[str, asyncio.Future[Path | None]] = {}
-        self._roots: dict[Path, str] = {}
+        #: A digest of the data, and how many bytes it has with its holes.
+        self._roots: dict[Path, tuple[str, int]] = {}
         #: How states are made shapes them, too.
         self._recipe = digest(Path(__file__))
         #: How often a VM was started for which a state in its root would do.
@@ -94,10 +117,12 @@ class WarmStarts:
     def add_root(self, image: Path, content: str) -> None:
         """Have VMs start warm with what is in a root image, where it is theirs.
 
+        Blocking.
+
         :param image: which nobody writes to; roots of VMs are reflinks of it.
         :param content: a digest of its data.
         """
-        self._roots[image] = content
+        self._roots[image] = content, image.stat().st_size
 
     async def state_for(
         self, spec: DomainSpec, identity: Identity, timeout: float
@@ -113,7 +138,7 @@ class WarmStarts:
         paths = {disk.name: disk.path for disk in spec.disks}
         if identity.root in paths and identity.init in _IN_ROOT:
             root = await asyncio.to_thread(self._same_root, paths[identity.root])
-        if root is not None and await self._is_worth(spec, identity, self._roots[root]):
+        if root is not None and await self._is_worth(spec, identity, root):
             state = await self._find(spec, identity, root, timeout)
         # Where that one cannot be made, too: better than to boot.
         left = end - asyncio.get_running_loop().time()
@@ -123,21 +148,19 @@ class WarmStarts:
         self, spec: DomainSpec, identity: Identity, root: Path | None, timeout: float
     ) -> WarmState | None:
         """Return the state in a root like that image, or without one stage one."""
-        kind, names, content = _STAGE_ONE, tuple[str, ...](), None
-        if root is not None:
-            kind, names = _IN_ROOT[identity.init], identity.disks
-            content = self._roots[root]
-        key = await self._key(spec, names, content)
+        kind = _STAGE_ONE if root is None else _IN_ROOT[identity.init]
+        sizes = self._sizes(identity, root)
+        key = await self._key(spec, identity, root)
         if key is None:
             return None
         found = await asyncio.to_thread(self._cache.lookup, kind, key)
+        state = WarmState(kind, key, (found or Path()) / _FILE, sizes, root)
         if found is not None:
-            return WarmState(kind, key, found / _FILE, names, root)
+            return state
         if key not in self._making:
             limit = min(timeout, _BOOT_TIMEOUT)
-            disks = tuple(disk for disk in spec.disks if disk.name in names)
-            bare = replace(spec, disks=disks, interfaces=())
-            making = self._make(bare, identity, kind, key, limit)
+            bare = replace(spec, disks=(), interfaces=())
+            making = self._make(bare, identity, state, limit)
             self._making[key] = asyncio.ensure_future(making)
         # several starts may wait for it; one that gives up must not end it
         waiting = asyncio.shield(self._making[key])
@@ -147,21 +170,33 @@ class WarmStarts:
         except TimeoutError:
             log.warning("no saved state for %s within %.0f s", spec.name, timeout)
             return None
-        return None if path is None else WarmState(kind, key, path, names, root)
+        return None if path is None else replace(state, path=path)
 
     async def _key(
-        self, spec: DomainSpec, names: tuple[str, ...], content: str | None
+        self, spec: DomainSpec, identity: Identity, root: Path | None
     ) -> str | None:
-        key = await self._hypervisor.state_key(spec, saved_disks=names)
-        return key and digest(key, self._recipe, content or "")
+        """Return what tells a state from others, also from that of another init."""
+        sizes = self._sizes(identity, root)
+        key = await self._hypervisor.state_key(spec, saved_disks=tuple(sizes))
+        inside = () if root is None else (identity.init, self._roots[root][0])
+        return key and digest(key, self._recipe, *inside, str(sizes))
 
-    async def _is_worth(
-        self, spec: DomainSpec, identity: Identity, content: str
-    ) -> bool:
+    def _sizes(self, identity: Identity, root: Path | None) -> dict[str, int]:
+        """Return the bytes of the disks that a state in that root has, by name."""
+        if root is None:
+            return {}
+        sizes = {identity.root: self._roots[root][1]}
+        if identity.private is not None:
+            sizes[identity.private] = _PRIVATE
+        if identity.volatile is not None:
+            sizes[identity.volatile] = _VOLATILE
+        return sizes
+
+    async def _is_worth(self, spec: DomainSpec, identity: Identity, root: Path) -> bool:
         """Tell whether a state in this root is there, or saves more than it costs."""
         if identity.init == "systemd":
             return True
-        key = await self._key(spec, identity.disks, content)
+        key = await self._key(spec, identity, root)
         if key is None:
             return False
         self._starts[key] += 1
@@ -189,83 +224,111 @@ class WarmStarts:
         await asyncio.to_thread(self._cache.discard, state.kind, state.key)
 
     async def _make(
-        self,
-        spec: DomainSpec,
-        identity: Identity,
-        kind: str,
-        key: str,
-        limit: float,
+        self, spec: DomainSpec, identity: Identity, state: WarmState, limit: float
     ) -> Path | None:
         loop = asyncio.get_running_loop()
 
         def build(place: Path) -> None:
             # In a thread, which holds the lock of this key against other runs: flock(2)
             # blocks, and must not block the loop, on which the state is made meanwhile.
-            making = self._save(spec, identity, place / _FILE, limit)
+            made = replace(state, path=place / _FILE)
+            making = self._save(spec, identity, made, limit)
             asyncio.run_coroutine_threadsafe(making, loop).result()
 
         try:
-            place = await asyncio.to_thread(self._cache.entry, kind, key, build)
+            place = await asyncio.to_thread(
+                self._cache.entry, state.kind, state.key, build
+            )
         except (HarnessError, OSError) as error:
             log.warning("no warm starts for %s: %s", spec.name, str(error))
             return None
         return place / _FILE
 
     async def _save(
-        self,
-        spec: DomainSpec,
-        identity: Identity,
-        path: Path,
-        limit: float,
+        self, spec: DomainSpec, identity: Identity, state: WarmState, limit: float
     ) -> None:
         directory = Path(tempfile.mkdtemp(dir=spec.directory, prefix=""))
         # Another name, identity and directory than the VM's: its own domain is defined
         # already, and all that this one has been given would be in the state.
         identifier = uuid.uuid4()
-        blank = replace(
-            spec,
-            name=f"stage-one-{identifier.hex[:12]}",
-            uuid=identifier,
-            directory=directory,
-            disks=tuple(_disk_to_save(d, identity, directory) for d in spec.disks),
-        )
-        domain = await self._hypervisor.define(blank)
+        name = f"stage-one-{identifier.hex[:12]}"
+        domain = None
         try:
-            try:
-                await domain.start(to_save=path)
-            except HypervisorError as error:
-                # such as a filesystem of the cache that files cannot be mapped from
-                log.warning("VMs like %s share no memory: %s", spec.name, str(error))
-                await domain.start()
-            agent = await GuestAgent.connect(domain, timeout=limit)
-            try:
-                await _balloon_up(domain, limit)
-                if spec.disks:
-                    await agent.prepare(identity, timeout=limit)
-                    # so that its shell, and more, is in memory when a VM starts
-                    with timeline.unrecorded():
-                        process = await agent.spawn(_REHEARSAL, user="root")
-                    await answer_of(process, "rehearse a start", timeout=limit)
-            finally:
-                # Before it is saved, so that no connection is in the state: each start
-                # begins with HELLO.
-                await agent.close()
-            await domain.save(path)
+            with _disks_to_save(state, name, directory) as disks:
+                blank = replace(
+                    spec, name=name, uuid=identifier, directory=directory, disks=disks
+                )
+                domain = await self._hypervisor.define(blank)
+                try:
+                    await domain.start(to_save=state.path)
+                except HypervisorError as error:
+                    # such as a filesystem of the cache that files cannot be mapped from
+                    words = "VMs like %s share no memory: %s"
+                    log.warning(words, spec.name, str(error))
+                    await domain.start()
+                await self._get_ready(domain, identity, state, limit)
+                await domain.save(state.path)
         finally:
-            await domain.undefine()
+            if domain is not None:
+                await domain.undefine()
             shutil.rmtree(directory, ignore_errors=True)
 
+    async def _get_ready(
+        self, domain: Domain, identity: Identity, state: WarmState, limit: float
+    ) -> None:
+        """Have a guest do all that comes before its identity."""
+        agent = await GuestAgent.connect(domain, timeout=limit)
+        try:
+            await _balloon_up(domain, limit)
+            if state.disks:
+                await agent.prepare(identity, timeout=limit)
+                # so that its shell, and more, is in memory when a VM starts
+                with timeline.unrecorded():
+                    process = await agent.spawn(_REHEARSAL, user="root")
+                await answer_of(process, "rehearse a start", timeout=limit)
+        finally:
+            # Before it is saved, so that no connection is in the state: each start
+            # begins with HELLO.
+            await agent.close()
 
-def _disk_to_save(disk: Disk, identity: Identity, directory: Path) -> Disk:
-    """Return what a saved guest has for a disk: it sees no data but the root's."""
-    if disk.name == identity.root:
-        # Read-only for QEMU, whatever the guest does: a state whose root has been
-        # written to would fit no VM.
-        return replace(disk, read_only=True)
-    path = directory / f"{disk.name}.img"
-    path.touch()
-    os.truncate(path, _BLANK)
-    return replace(disk, path=path)
+
+@contextlib.contextmanager
+def _disks_to_save(
+    state: WarmState, name: str, directory: Path
+) -> Iterator[tuple[Disk, ...]]:
+    """Make what a saved guest has for disks: it sees no data but the root's. Blocking.
+
+    :raise HypervisorError: at the end, when the root has been written to: the state
+        would fit no VM.
+    """
+    if state.root is None:
+        yield ()
+        return
+    paths = {disk: directory / f"{disk}.img" for disk in state.sizes}
+    for disk, path in paths.items():
+        path.touch()
+        os.truncate(path, state.sizes[disk])
+    with (
+        state.root.open("rb") as image,
+        # Where extents are shared. It has no name: none is left, whoever is killed.
+        tempfile.TemporaryFile(dir=state.root.parent) as copy,
+    ):
+        clone_or_copy(image.fileno(), copy.fileno())
+        before = os.fstat(copy.fileno()).st_mtime_ns
+        # for writing, as a VM's is
+        paths[state.disks[0]] = Path(f"/proc/{os.getpid()}/fd/{copy.fileno()}")
+        yield tuple(Disk(disk, path) for disk, path in paths.items())
+        if os.fstat(copy.fileno()).st_mtime_ns != before:
+            raise HypervisorError(name, "save", "its root has been written to")
+
+
+def _size(path: Path) -> int | None:
+    """Return the bytes of a disk's file or device, None for one that is a socket."""
+    try:
+        with path.open("rb") as file:
+            return file.seek(0, os.SEEK_END)
+    except OSError:
+        return None
 
 
 def _places(path: Path) -> tuple[int, list[tuple[int, int, int]]] | None:

@@ -10,6 +10,7 @@ from warm_states import found_states
 from qubes_itests import timeline
 from qubes_itests.exc import DeadlineError
 from qubes_itests.guest.link.agent import GuestAgent
+from qubes_itests.guest.link.process import answer_of
 from qubes_itests.guest.start import warm
 from qubes_itests.host.cache import Cache
 from qubes_itests.host.filesystem import FilesystemType, LoopFilesystem
@@ -30,9 +31,16 @@ def states(testbed, qubes_app, tmp_path, monkeypatch):
 
 
 def test_clones_share_no_identity_and_have_disks_of_their_own(
-    qubes_app, vm_factory, portal, states
+    qubes_app, vm_factory, portal, states, monkeypatch
 ):
-    """All disks but the root were blank, and smaller, when the state was saved."""
+    """All disks but the root were blank when the state was saved, and one smaller."""
+    known, enter = [], GuestAgent.enter
+
+    async def record(agent, identity, *, timeout, unchanged):
+        known.append(unchanged)
+        await enter(agent, identity, timeout=timeout, unchanged=unchanged)
+
+    monkeypatch.setattr(GuestAgent, "enter", record)
 
     def sh(vm, command):
         return portal.run(vm.run_for_stdio(command, user="root"))[0].decode().strip()
@@ -47,6 +55,7 @@ def test_clones_share_no_identity_and_have_disks_of_their_own(
             portal.run(vm.storage.resize("private", size))
             portal.run(vm.start())
     assert [state.disks for state in states] == [("xvda", "xvdb", "xvdc")] * 2
+    assert known == [("xvda", "xvdb", "xvdc"), ("xvda", "xvdc")]
     assert states[0].path == states[1].path
     # the harness runs a command in the guest that it saves
     assert {record["vm"] for record in recorder.records("run")} <= {"one", "two"}
@@ -94,12 +103,24 @@ def test_data_in_the_same_places_of_another_filesystem_are_others(testbed, tmp_p
         assert [starts._same_root(image) for image in images] == [images[0], None]
 
 
-def test_where_that_state_cannot_be_made_stage_one_serves(
-    vm_factory, states, monkeypatch
-):
-    async def prepare(*_args, **_options):
-        raise DeadlineError("answer", 1)
+async def _fail(*_args, **_options):
+    raise DeadlineError("answer", 1)
 
+
+async def _write_to_root(agent, identity, *, timeout):
+    await _PREPARE(agent, identity, timeout=timeout)
+    command = "mount -o remount,rw / && touch /written && sync"
+    process = await agent.spawn(command, user="root")
+    await answer_of(process, "write to its root", timeout=timeout)
+
+
+_PREPARE = GuestAgent.prepare
+
+
+@pytest.mark.parametrize("prepare", [_fail, _write_to_root])
+def test_where_that_state_cannot_be_made_stage_one_serves(
+    vm_factory, states, monkeypatch, prepare
+):
     monkeypatch.setattr(GuestAgent, "prepare", prepare)
     assert vm_factory().run("true", wait=True) == 0
     assert [state.disks for state in states] == [()]

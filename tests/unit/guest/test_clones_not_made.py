@@ -33,7 +33,7 @@ def clones(places):
 def start(clones, tmp_path):
     """Start a VM from a state whose root is lost."""
     root = tmp_path / "root.img"
-    state = WarmState("root", "kind", tmp_path / "state", ("xvda",), root)
+    state = WarmState("root", "kind", tmp_path / "state", {"xvda": 1}, root)
     disks = (Disk("xvda", root),)
     spec = DomainSpec("work", uuid.uuid4(), tmp_path, 100, 100, None, None, disks=disks)
 
