@@ -20,7 +20,7 @@ def test_volumes_behave_like_their_model(tmp_path, driver, options):
     def make_pool(directory):
         return driver(name="plain", dir_path=directory, **options)
 
-    run_machine(tmp_path, make_pool, examples=15, steps=40)
+    run_machine(tmp_path, make_pool, examples=8, steps=40)
 
 
 def _resize_in_place(monkeypatch):
