@@ -152,7 +152,7 @@ def naive(app, rules, service, source, target):
     return None, ""
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(
     apps(),
     st.lists(lines(), max_size=12),
