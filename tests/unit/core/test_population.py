@@ -165,7 +165,7 @@ def test_population():
     run_state_machine_as_test(
         Population,
         settings=settings(
-            max_examples=30,
+            max_examples=15,
             stateful_step_count=40,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
