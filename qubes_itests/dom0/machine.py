@@ -41,7 +41,7 @@ from qubes_itests.guest.image.private import make_private
 from qubes_itests.guest.link.agent import Identity
 from qubes_itests.guest.link.block_export import BlockExport, giving_up
 from qubes_itests.guest.link.journal import GuestJournal
-from qubes_itests.guest.start.boot import boot
+from qubes_itests.guest.start.boot import boot, time_here
 from qubes_itests.guest.start.record import StartRecord
 from qubes_itests.hypervisor.contract import DomainSpec
 from qubes_itests.hypervisor.exc import HypervisorError, StateError
@@ -493,7 +493,7 @@ class Guest:
             machine.hypervisor,
             self._spec(),
             identity,
-            timeout=_START * machine.hypervisor.slowness,
+            timeout=time_here(_START, machine.hypervisor),
             warm=machine.warm,
             on_call=functools.partial(answer, machine),
             log=self._directory / "agent.log",

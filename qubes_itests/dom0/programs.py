@@ -24,6 +24,7 @@ from qubes_itests.dom0.stores import QubesDB
 from qubes_itests.exc import HarnessError
 from qubes_itests.guest.link.descriptors import OutputDescriptor
 from qubes_itests.guest.link.frames import Channel
+from qubes_itests.guest.start.boot import time_here
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping, Sequence
@@ -176,8 +177,7 @@ class Programs:
             limit = float(environment.get("QREXEC_STARTUP_TIMEOUT", _STARTUP))
             may_start = limit >= _TOO_SHORT
             if may_start:
-                # said of guests at the speed of hardware
-                limit *= self._machine.hypervisor.slowness
+                limit = time_here(limit, self._machine.hypervisor)
             try:
                 async with asyncio.timeout(limit):
                     await guest.agent()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from qubes_itests.core.exc import QubesVMError
 from qubes_itests.core.network.addresses import network_entries
 from qubes_itests.guest.link.agent import Identity
+from qubes_itests.guest.start.boot import time_here
 from qubes_itests.hypervisor.contract import DomainSpec
 
 if TYPE_CHECKING:
@@ -23,9 +23,6 @@ __all__ = [
     "qubesdb_entries",
     "start_deadline",
 ]
-
-#: How many times longer a start may take at most because the CPUs are busy.
-_BUSIEST: Final = 4.0
 
 
 def boot_files(vm: QubesVM) -> Template | None:
@@ -126,15 +123,12 @@ def qubesdb_entries(vm: QubesVM) -> dict[str, str]:
 def start_deadline(vm: QubesVM) -> float:
     """Return the seconds that a start may take.
 
-    It is the `qrexec_timeout` that somebody has set: for the VM, its template or
-    the app. The default one is for guests with hardware virtualisation on an idle
-    machine; emulated ones get more, and all do where others keep the CPUs busy.
+    It is the `qrexec_timeout` that somebody has set: for the VM, its template or the
+    app. With the default one a start gets more where it takes longer.
     """
     app, seconds = vm.app, float(vm.qrexec_timeout)
     if vm.is_set_here_or_in_template("qrexec_timeout"):
         return seconds
     if not app.property_is_default("default_qrexec_timeout"):
         return seconds
-    # how many processes want each CPU, within reason
-    each = os.getloadavg()[0] / len(os.sched_getaffinity(0))
-    return seconds * app.hypervisor.slowness * min(max(1.0, each), _BUSIEST)
+    return time_here(seconds, app.hypervisor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.exc import DeadlineError, HarnessError
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
     from qubes_itests.guest.start.warm import WarmStarts, WarmState
     from qubes_itests.hypervisor.contract import Domain, DomainSpec, Hypervisor
 
-__all__ = ["boot"]
+__all__ = ["boot", "time_here"]
 
 _logger = logging.getLogger("qubes_itests.guest")
+
+#: How many times longer a start may take at most because the CPUs are busy.
+_BUSIEST: Final = 4.0
 
 #: A guest from a saved state that is silent for this part of the time that is left will
 #: not speak any more; in the rest it can boot.
@@ -38,6 +42,17 @@ _WARM_PART: Final = 1 / 4
 #: Seconds between the end of a connection and that of the guest which caused it.
 _STOP_TIMEOUT: Final = 10.0
 _ENDS: Final = {DomainState.CRASHED: "crashed", DomainState.HALTED: "stopped"}
+
+
+def time_here(seconds: float, hypervisor: Hypervisor) -> float:
+    """Return the seconds that a start may take here.
+
+    :param seconds: for guests with hardware virtualisation on an idle machine; emulated
+        ones get more, and all do where others keep the CPUs busy.
+    """
+    # how many processes want each CPU, within reason
+    each = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    return seconds * hypervisor.slowness * min(max(1.0, each), _BUSIEST)
 
 
 async def boot(

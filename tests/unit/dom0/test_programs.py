@@ -1,5 +1,6 @@
 """The programs of dom0, from where they are called."""
 
+import asyncio
 import os
 import subprocess
 from types import SimpleNamespace
@@ -58,3 +59,26 @@ def test_one_whose_errors_nobody_reads_holds_up_no_other(call):
             said = errors.read()
     assert said == bytes(size) + TOLD
     assert first.returncode == 2
+
+
+def test_a_start_on_a_busy_machine_has_the_time_that_it_has_on_our_core(
+    tmp_path, monkeypatch
+):
+    class Guest:
+        is_active = True
+
+        async def agent(self):
+            await asyncio.Future()
+
+    slow = SimpleNamespace(slowness=0.0001)
+    guests = {"work": Guest()}
+    machine = SimpleNamespace(directory=tmp_path, hypervisor=slow, find=guests.get)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1})
+    monkeypatch.setattr("os.getloadavg", lambda: (5.0, 0.0, 0.0))
+    programs = Programs(machine)
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as errors, programs._socket:
+        with os.fdopen(writer, "wb"):
+            words, fds = ["-q", "1", "work", "user"], [writer] * 3
+            assert asyncio.run(programs._qrexec_daemon(words, {}, fds)) == 3
+        assert errors.read() == b"no agent within 0.015 s\n"
