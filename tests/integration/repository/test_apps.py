@@ -116,11 +116,18 @@ def test_each_app_runs_on_its_own_template(apps):
 
 
 def test_several_apps_share_one_template(apps):
-    done = apps.run(apps.make("low"), apps.make("high"))
+    """Even if two give their entry points one name, or have odd files."""
+    again = SETUP.replace('["{name} =', '["low =')
+    odd = apps.make("odd")
+    (odd / os.fsdecode(b"src/caf\xe9")).write_text("x")
+    (odd / "setup.py").symlink_to("nowhere")
+    (odd / "more/pyproject.toml").mkdir(parents=True)
+    done = apps.run(apps.make("low"), apps.make("high", setup=again), odd)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [name for _, name in done.outcomes] == [
-        "high::TC_App_mine::test_service",
-        "low::TC_App_mine::test_service",
+    assert sorted(done.outcomes) == [
+        ("PASSED", "low+::TC_App_mine::test_service"),
+        ("PASSED", "low::TC_App_mine::test_service"),
+        ("PASSED", "odd::TC_App_mine::test_service"),
     ]
 
 
@@ -148,23 +155,24 @@ def test_commands_that_hang_are_ended_at_their_deadline(apps):
 
 
 BROKEN_SETUP = '# "qubes.tests.extra"\nraise SystemExit("no luck with " + {name!r})\n'
+BROKEN = {
+    "setup": ({"setup": BROKEN_SETUP}, "no luck with setup"),
+    "spec": ({"spec": "[qubes_itests:template:mine]\nbas = tiny\n"}, "key 'bas'"),
+    "silent": ({"setup": "# nothing\n"}, "names the entry point group"),
+    "tests": ({"tests": "import nothing_of_that_name\n"}, "nothing_of_that_name"),
+}
 
 
-@pytest.mark.parametrize(
-    ("broken", "said"),
-    [
-        ({"setup": BROKEN_SETUP}, "no luck with bad"),
-        ({"spec": "[qubes_itests:template:mine]\nbas = tiny\n"}, "unknown key 'bas'"),
-        ({"setup": "# nothing\n"}, "names the entry point group"),
-        ({"tests": "import nothing_of_that_name\n"}, "nothing_of_that_name"),
-    ],
-)
-def test_a_broken_app_is_one_failing_test_and_the_others_run(apps, broken, said):
-    done = apps.run(apps.make("bad", **broken), apps.make("good"))
+def test_a_broken_app_is_one_failing_test_and_the_others_run(apps):
+    bad = [apps.make(name, **parts) for name, (parts, _) in BROKEN.items()]
+    done = apps.run(*bad, apps.make("good"))
     assert done.returncode == 1, done.stdout + done.stderr
-    assert ("FAILED", "bad::plugin") in done.outcomes
-    assert ("PASSED", "good::TC_App_mine::test_service") in done.outcomes
-    assert said in done.stdout
+    assert set(done.outcomes) == {
+        *(("FAILED", f"{name}::plugin") for name in BROKEN),
+        ("PASSED", "good::TC_App_mine::test_service"),
+    }
+    for _, said in BROKEN.values():
+        assert said in done.stdout
 
 
 def test_a_base_that_is_not_there_is_told(apps):
@@ -173,16 +181,6 @@ def test_a_base_that_is_not_there_is_told(apps):
     assert done.returncode == 1
     assert "base: expected one of tiny, " in done.stdout
     assert "got 'debain-12'" in done.stdout
-
-
-def test_two_apps_with_one_entry_name_are_both_run(apps):
-    again = SETUP.replace('["{name} =', '["first =')
-    done = apps.run(apps.make("first"), apps.make("second", setup=again))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(name for _, name in done.outcomes) == [
-        "first+::TC_App_mine::test_service",
-        "first::TC_App_mine::test_service",
-    ]
 
 
 def test_an_app_that_brings_no_template_runs_on_the_one_that_is_asked_for(apps):
@@ -234,15 +232,6 @@ def test_a_plain_suite_of_pytest_has_derived_templates_too(apps, tmp_path):
     assert kept.read_text() == "so\n"
     page = apps.site.work / "itests-artifacts/report.html"
     assert f"{kept.parent.name}/{kept.name}" in page.read_text()
-
-
-def test_odd_files_in_an_app_are_passed_over(apps):
-    app = apps.make("odd")
-    (app / os.fsdecode(b"src/caf\xe9")).write_text("x")
-    (app / "setup.py").symlink_to("nowhere")
-    (app / "more/pyproject.toml").mkdir(parents=True)
-    done = apps.run(app)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_settings_of_pip_and_of_python_do_not_say_where_tests_go(apps, tmp_path):
