@@ -183,6 +183,8 @@ def test_the_tests_of_an_app_run_on_both_systems(github, app, place, site):
     job = GitLabJob(app, _ITESTS, directory, environment=environment)
     done = job.run(ITESTS_TEMPLATES="tiny", ITESTS_ARGUMENTS=chosen)
     assert not done.failed, done.output
+    # its set-up shows what it has found
+    assert "built: tiny" in done.output
     assert passed(app / "itests-junit.xml") == ["test_000_run"]
     assert (app / kept.name).stat().st_mtime == before.st_mtime
 
