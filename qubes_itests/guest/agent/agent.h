@@ -156,6 +156,7 @@ extern bool under_systemd;   /* it runs, and has waited for stage two */
 extern bool session_awaited; /* stage two is done but for what systemd starts */
 int session_open(void);      /* what tells that it has come so far */
 void session_changed(int fd); /* it may have: then the host has its answer now */
+_Noreturn void run_user_manager(void); /* become the systemd of the user's session */
 void make_runtime(void); /* what systemd does at boot */
 bool make_runtime_directory(const struct passwd *user); /* of his session */
 const char *set_clock(uint64_t nanoseconds); /* likewise */

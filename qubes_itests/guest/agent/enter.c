@@ -11,6 +11,7 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/swap.h>
+#include <sys/syscall.h>
 #include <sys/sysinfo.h>
 #include <sys/un.h>
 #include <time.h>
@@ -295,7 +296,10 @@ static bool set_entries(struct strings identity)
 }
 
 #define BOOT_ID "/proc/sys/kernel/random/boot_id"
-#define FIRST_BOOT_ID "/run/qubes/first-boot-id"
+#define DIRECTORY "/run/qubes"
+#define FIRST_BOOT_ID DIRECTORY "/first-boot-id"
+/* There until the guest has its identity. */
+#define WAITING DIRECTORY "/waiting"
 
 /* As systemd-user-runtime-dir would, which takes longer to start than all of this, and
  * asks logind. */
@@ -379,6 +383,8 @@ static bool hand_over(const char *host, const char *machine)
 		return failed("the root");
 	if (machine ? !set_machine_id(machine) : !hide_boot_id())
 		return false;
+	if (!write_file(WAITING, ""))
+		return failed(WAITING);
 	/* The new init inherits our children and knows none of them. The port's descriptor is
 	 * closed on exec; what is still to be sent would be lost with our memory. */
 	streams_reset();
@@ -394,25 +400,50 @@ static bool hand_over(const char *host, const char *machine)
 
 bool under_systemd, session_awaited;
 
-/* Whether there are programs that make units and are not systemd's own. */
-static bool has_generators(void)
+/* Whether there are programs that make units or variables of what they find, but for
+ * systemd's, and GnuPG's, which looks at the user's home alone. */
+static bool has_generators(const char *const places[], size_t count)
 {
-	static const char *const places[] = {
-		"/etc/systemd/system-generators", "/usr/local/lib/systemd/system-generators",
-		"/usr/lib/systemd/system-generators"};
 	const struct dirent *entry;
 	bool found = false;
 	DIR *directory;
 
-	for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+	for (size_t i = 0; i < count; i++) {
 		directory = opendir(places[i]);
 		while (directory && (entry = readdir(directory)))
-			if (entry->d_name[0] != '.' && strncmp(entry->d_name, "systemd-", 8) != 0)
+			if (entry->d_name[0] != '.' && strncmp(entry->d_name, "systemd-", 8) != 0 &&
+			    strcmp(entry->d_name, "30-systemd-environment-d-generator") != 0 &&
+			    strcmp(entry->d_name, "90gpg-agent") != 0)
 				found = true;
 		if (directory)
 			closedir(directory);
 	}
 	return found;
+}
+
+/* Take away what waits in the sockets of the journal, which process 1 has. */
+static void empty_journal_sockets(void)
+{
+	int init = (int)syscall(SYS_pidfd_open, 1, 0);
+	DIR *directory = opendir("/proc/1/fd");
+	const struct dirent *entry;
+
+	while (directory && (entry = readdir(directory))) {
+		struct sockaddr_un address = {0};
+		socklen_t length = sizeof address - 1;
+		int fd = (int)syscall(SYS_pidfd_getfd, init, atoi(entry->d_name), 0);
+		char byte;
+
+		if (getsockname(fd, (struct sockaddr *)&address, &length) == 0 &&
+		    address.sun_family == AF_UNIX &&
+		    strncmp(address.sun_path, "/run/systemd/journal/", 21) == 0)
+			while (recv(fd, &byte, 1, MSG_DONTWAIT) >= 0)
+				;
+		close(fd);
+	}
+	if (directory)
+		closedir(directory);
+	close(init);
 }
 
 /* What the kernel and systemd have logged so far is of no VM. The number of the next
@@ -423,6 +454,7 @@ static void begin_journal(void)
 	char line[2048] = "<6>qubes: this guest has its identity\n";
 	uint64_t number = 0;
 
+	empty_journal_sockets();
 	lseek(log, 0, SEEK_END);
 	if (write(log, line, strlen(line)) > 0 && read(log, line, sizeof line - 1) > 0 &&
 	    sscanf(line, "%*u,%" SCNu64, &number) == 1) {
@@ -449,26 +481,100 @@ static void tell_systemd(void)
 	close(fd);
 }
 
-#define DIRECTORY "/run/qubes"
+#define USER "1000"
 #define SESSION DIRECTORY "/session"
+#define USER_DIRECTORY "/run/user/" USER
+#define USER_SESSION USER_DIRECTORY "/qubes-session"
+#define USER_PROCESSES                                                                     \
+	"/sys/fs/cgroup/user.slice/user-" USER ".slice/user@" USER                             \
+	".service/init.scope/cgroup.procs"
 
-/* Told when process 1 makes the socket of qubes-session.socket. */
+_Noreturn void run_user_manager(void)
+{
+	static char *const ready[] = {(char *)(uintptr_t)"/lib/systemd/systemd",
+	                              (char *)(uintptr_t)"--user", NULL},
+	                   *const waiting[] = {ready[0], ready[1],
+	                                       (char *)(uintptr_t)"--unit=qubes-waiting.target",
+	                                       NULL};
+
+	execv(ready[0], access(WAITING, F_OK) == 0 ? waiting : ready);
+	die(ready[0]);
+}
+
+/* The systemd of the user's session, or 0. */
+static pid_t user_manager(void)
+{
+	char text[1024], path[64], name[32], *rest = text, *line;
+
+	read_file(USER_PROCESSES, text, sizeof text);
+	while ((line = strsep(&rest, "\n"))) {
+		snprintf(path, sizeof path, "/proc/%d/comm", atoi(line));
+		/* the other one there is to close the session of PAM */
+		if (*line && read_file(path, name, sizeof name) > 0 &&
+		    strcmp(name, "systemd\n") == 0)
+			return atoi(line);
+	}
+	return 0;
+}
+
+static bool has_entries(const char *path)
+{
+	DIR *directory = opendir(path);
+	const struct dirent *entry;
+	bool found = false;
+
+	while (directory && (entry = readdir(directory)))
+		found = found || (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0);
+	if (directory)
+		closedir(directory);
+	return found;
+}
+
+/* That of the session which waits with us, or 0. */
+static pid_t waiting_manager;
+
+/* Units and variables of the session may be on the private disk, or made of what is there:
+ * then it reads all anew. */
+static void begin_session(void)
+{
+	static const char *const generators[] = {
+		"/etc/systemd/user-generators", "/etc/systemd/user-environment-generators",
+		"/usr/lib/systemd/user-generators",
+		"/usr/lib/systemd/user-environment-generators"};
+	const struct passwd *user = find_user(NULL, (uid_t)atoi(USER));
+
+	if (!user || has_entries(user->pw_dir) || has_entries("/usr/local") ||
+	    has_generators(generators, sizeof generators / sizeof *generators))
+		kill(waiting_manager, SIGHUP);
+	kill(waiting_manager, SIGRTMIN); /* to it: "start default.target" */
+}
+
+/* Told when process 1 makes the socket of qubes-session.socket, and then the systemd of
+ * the session its own, where that has waited. */
 int session_open(void)
 {
 	int fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
 
-	if (inotify_add_watch(fd, DIRECTORY, IN_CREATE) < 0)
+	waiting_manager = user_manager();
+	if (inotify_add_watch(fd, DIRECTORY, IN_CREATE) < 0 ||
+	    (waiting_manager && inotify_add_watch(fd, USER_DIRECTORY, IN_CREATE) < 0))
 		die(DIRECTORY);
 	return fd;
 }
 
 void session_changed(int fd)
 {
+	static bool begun;
 	char events[1024];
 
 	while (read(fd, events, sizeof events) > 0)
 		;
 	if (!session_awaited || access(SESSION, F_OK) != 0)
+		return;
+	if (waiting_manager && !begun)
+		begin_session();
+	begun = true;
+	if (waiting_manager && access(USER_SESSION, F_OK) != 0 && kill(waiting_manager, 0) == 0)
 		return;
 	send_frame(DONE, 0, 0, NULL, 0);
 	session_awaited = false;
@@ -528,6 +634,9 @@ const char *enter(struct strings identity)
 	           *machine = value_of(identity, "machine-id"),
 	           *name = value_of(identity, "name"), *root = value_of(identity, "root"),
 	           *init = value_of(identity, "init"), *fault = find_fault(identity);
+	static const char *const generators[] = {"/etc/systemd/system-generators",
+	                                         "/usr/local/lib/systemd/system-generators",
+	                                         "/usr/lib/systemd/system-generators"};
 	bool read_only = mode && strcmp(mode, "ro") == 0,
 	     by_agent = !init || strcmp(init, "agent") == 0,
 	     waited = in_waiting_root || under_systemd;
@@ -560,10 +669,12 @@ const char *enter(struct strings identity)
 	if (!under_systemd)
 		return NULL;
 	umount2(BOOT_ID, MNT_DETACH);
+	unlink(WAITING);
 	begin_journal();
 	/* What systemd has not seen: units on the private disk, and what generators make of
 	 * an identity. It reads all anew. */
-	if ((access("/usr/local/lib/systemd/system", F_OK) == 0 || has_generators()) &&
+	if ((access("/usr/local/lib/systemd/system", F_OK) == 0 ||
+	     has_generators(generators, sizeof generators / sizeof *generators)) &&
 	    kill(1, SIGHUP) != 0)
 		return failed("process 1") ? NULL : problem;
 	/* The answer is left to session_changed(). */

@@ -53,6 +53,8 @@ int main(int argc, char **argv)
 		run_loop(boot(), disks_open(), false);
 	if (argc == 2 && strcmp(argv[1], "resume") == 0)
 		run_loop(resume(), disks_open(), true);
+	if (argc == 2 && strcmp(argv[1], "user-manager") == 0)
+		run_user_manager();
 	if (argc == 3 && strcmp(argv[1], RUNTIME_DIRECTORY) == 0) {
 		const struct passwd *user = find_user(NULL, (uid_t)atoi(argv[2]));
 

@@ -51,26 +51,41 @@ if [ -x /usr/lib/systemd/systemd-modules-load ] &&
     ln -s ../systemd/systemd-modules-load /usr/lib/qubes/load-modules
 fi
 waiting=/etc/systemd/system/qubes-waiting.target.d
-rm -rf "$waiting"
-if ! grep -EqsR --exclude=systemd-journald@.service '%[bHlmq]' \
-    /etc/systemd/system /usr/local/lib/systemd/system /usr/lib/systemd/system; then
-    mkdir -p "$waiting"
-    printf '[Unit]\nBefore=default.target\n' >"$waiting/read-units.conf"
-fi
+rm -rf "$waiting" /etc/systemd/user/qubes-waiting.target.d
+mkdir -p "$waiting"
+for place in system user; do
+    if ! grep -EqsR --exclude=systemd-journald@.service '%[bHlmq]' \
+        /etc/systemd/$place /usr/local/lib/systemd/$place /usr/lib/systemd/$place; then
+        mkdir -p /etc/systemd/$place/qubes-waiting.target.d
+        printf '[Unit]\nBefore=default.target\n' \
+            >/etc/systemd/$place/qubes-waiting.target.d/read-units.conf
+    fi
+done
 of_vm() {
     grep -EhsR --exclude=systemd.conf --exclude=systemd-tmp.conf \
         --exclude=journal-nocow.conf "$1" /etc/tmpfiles.d /usr/lib/tmpfiles.d
 }
 if ! of_vm '%[bHlmq]' && ! of_vm '^[^#]*[[:space:]]"?/(home|rw|usr/local)/' &&
     ! of_vm '^ *(F|w|[fCpcb]\\+)[^[:space:]]*[[:space:]]+"?/([^r]|r[^u])'; then
-    mkdir -p "$waiting"
     printf '[Unit]\nWants=qubes-tmpfiles.service\n' >"$waiting/make-files.conf"
 fi
-logind=/etc/systemd/system/systemd-logind.service.d
-rm -f "$logind/later.conf"
-if ! grep -qs systemd-logind /usr/lib/systemd/system/user@.service; then
-    mkdir -p "$logind"
-    printf '[Unit]\nAfter=user@1000.service\n' >"$logind/later.conf"
+logind=/etc/systemd/system/systemd-logind.service.d/later.conf
+session=/etc/systemd/system/user@1000.service.d
+rm -rf "$logind" "$session"
+mkdir -p "$session"
+if grep -qs systemd-logind /usr/lib/systemd/system/user@.service; then
+    printf '[Unit]\nAfter=qubes-qrexec-agent.service basic.target\n' >"$session/later.conf"
+else
+    mkdir -p "${logind%/*}"
+    printf '[Unit]\nAfter=qubes-session.socket\n' >"$logind"
+    printf '[Unit]\nWants=user@1000.service\n' >"$waiting/session.conf"
+    cat >"$session/waiting.conf" <<END
+[Unit]
+Before=qubes-qrexec-agent.service
+[Service]
+ExecStart=
+ExecStart=/usr/lib/qubes/agent user-manager
+END
 fi
 touch -r /usr /etc/.updated /var/.updated
 """

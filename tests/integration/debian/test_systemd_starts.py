@@ -24,7 +24,8 @@ Type=oneshot
 ExecStart=/bin/sh -c 'cat /etc/machine-id; qubesdb-read /name; echo %H %m; ls -d ~user'
 StandardOutput=truncate:/run/told
 """
-
+#: One of the user's that runs once.
+OF_USER = UNIT.replace("/run/told", "%t/told") + "RemainAfterExit=yes\n"
 
 #: Waits for it, and shows what it has seen.
 TOLD = "systemctl start told.service; cat /run/told"
@@ -54,7 +55,8 @@ def test_clones_of_one_state_share_no_identity(pair, sh, states):
         "cat /proc/sys/kernel/random/uuid",
         "head -c 32 /dev/urandom | sha256sum",
         "hostname",
-        "systemctl show -P InvocationID user@1000",
+        "systemctl show -P InvocationID systemd-journald",
+        "systemctl --user show -P InvocationID default.target",
     ):
         assert sh(pair.work, command) != sh(pair.vault, command), command
 
@@ -144,10 +146,21 @@ def test_units_of_a_vm_find_who_it_is(pair, sh, states):
         "root",
         UNIT.format(host="vault").encode(),
     )
+    sh(
+        vm,
+        "cd; mkdir -p .config/environment.d .config/systemd/user/default.target.wants;"
+        " cd .config; echo TOLD=home >environment.d/test.conf; cd systemd/user;"
+        " cat >told.service; ln -s ../told.service default.target.wants",
+        data=OF_USER.format(host="vault").encode(),
+    )
     restart(pair, vm)
     assert [state.disks for state in states] == [("xvda", "xvdb", "xvdc")]
     assert sh(vm, TOLD, "root") == told_of(vm)
     assert sh(vm, "systemctl show -P ConditionResult told.service") == "yes"
+    told = "systemctl --user start told; cat $XDG_RUNTIME_DIR/told"
+    assert sh(vm, told) == told_of(vm)
+    assert sh(vm, "systemctl --user show-environment | grep TOLD=") == "TOLD=home"
+    sh(vm, "rm -r ~/.config")
 
 
 def test_settings_on_the_private_disk_hold(pair, sh, states):
@@ -193,8 +206,8 @@ def test_commands_go_before_logind(pair, sh):
 def test_no_job_is_dropped_for_the_order_of_others(pair, sh):
     command = "journalctl -q -b -o cat _PID=1 | grep -c 'ordering cycle' || :"
     assert sh(pair.work, command, "root") == "0"
-    after = "systemctl show -P After systemd-logind | grep -o user@1000.service"
-    assert sh(pair.work, after) == "user@1000.service"
+    after = "systemctl show -P After systemd-logind | grep -o qubes-session.socket"
+    assert sh(pair.work, after) == "qubes-session.socket"
 
 
 def test_the_session_is_that_of_a_user_who_lingers(pair, sh):

@@ -55,6 +55,9 @@ LINKS: Final = {
     f"{_SYSTEM}/sysinit.target.wants/qubes-local.service": (
         f"/{_SYSTEM}/qubes-local.service"
     ),
+    "etc/systemd/user/default.target.wants/qubes-session.socket": (
+        "/etc/systemd/user/qubes-session.socket"
+    ),
     # there is no desktop whose programs it would start
     "etc/systemd/user-generators/systemd-xdg-autostart-generator": "/dev/null",
     # nobody logs in before the system is up
