@@ -74,7 +74,8 @@ session=/etc/systemd/system/user@1000.service.d
 rm -rf "$logind" "$session"
 mkdir -p "$session"
 if grep -qs systemd-logind /usr/lib/systemd/system/user@.service; then
-    printf '[Unit]\nAfter=qubes-qrexec-agent.service basic.target\n' >"$session/later.conf"
+    printf '[Unit]\nAfter=qubes-qrexec-agent.service basic.target\n' \\
+        >"$session/later.conf"
 else
     mkdir -p "${logind%/*}"
     printf '[Unit]\nAfter=qubes-session.socket\n' >"$logind"
