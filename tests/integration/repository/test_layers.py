@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import tomllib
 
 import pytest
 from conditions import wait_until
@@ -12,6 +13,7 @@ from qubes_itests.guest.exc import ImageError
 from qubes_itests.guest.image.layer import Copy, Step, fetch_packages
 from qubes_itests.guest.image.layer.root_files import read_image_file
 from qubes_itests.host.loop import loop_devices_over
+from qubes_itests.repository.core import CORE_TEMPLATES
 
 
 def stat(image, path):
@@ -177,3 +179,35 @@ def test_a_build_that_is_killed_leaves_no_process_and_no_mount(bench, tmp_path):
         process.kill()
     wait_until(lambda: not loop_devices_over(image), "the end of the loop device")
     bench.build(":")  # the lock is free
+
+
+#: Has what the script of a template for cores finds in Debian.
+DEBIAN = r"""
+mkdir -p /usr/sbin /lib/systemd
+for each in /bin/udevadm /usr/sbin/dmsetup; do
+    printf '#!/bin/sh\necho "${0##*/} $*"\n' >$each
+done
+cat >/bin/dpkg-divert <<'END'
+#!/bin/sh
+for last; do :; done
+[ "$3" = --divert ] && to=$4 || to=$last.distrib
+mv "$last" "$to"
+END
+chmod 755 /bin/udevadm /usr/sbin/dmsetup /bin/dpkg-divert
+ln -s /bin/udevadm /lib/systemd/systemd-udevd
+"""
+
+
+def test_udevd_is_udevadm_before_which_another_program_stands(bench):
+    """Without it a guest with systemd does not start."""
+    text = CORE_TEMPLATES.read_text()
+    template = tomllib.loads(text)["tool"]["qubes_itests"]["template"]["debian-12"]
+    image = bench.build(
+        f"{DEBIAN}{template['run']}"
+        "for each in /lib/systemd/systemd-udevd '/bin/udevadm settle'"
+        " '/bin/udevadm info' '/usr/sbin/dmsetup ls'; do $each; done >/etc/made",
+        copies=[Copy(CORE_TEMPLATES.with_name("core_template"), "/")],
+    )
+    assert read_image_file(image, "/etc/made").splitlines() == [
+        *("systemd-udevd ", "udevadm info", "dmsetup ls"),
+    ]
