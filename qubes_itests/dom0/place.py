@@ -7,6 +7,7 @@ import fcntl
 import grp
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -55,6 +56,8 @@ _OURS: Final = {
     _LIB: ("create-snapshot", "destroy-snapshot", "qrexec-client"),
     _LIBEXEC: ("qfile-dom0-unpacker",),
 }
+#: Of a directory that sandboxes make on the machine, and know by its sticky bit.
+_MADE_HERE: Final = 0o755 | stat.S_ISVTX
 #: Names in the machine's files are in any encoding.
 _AS_IT_IS: Final[Mapping[str, str]] = {"encoding": "utf-8", "errors": "surrogateescape"}
 
@@ -170,16 +173,16 @@ def _mount(
 
 @contextlib.contextmanager
 def _kept(place: Path) -> Iterator[None]:
-    """Have a directory of the machine to mount something over; the last removes it.
+    """Have a directory of the machine to mount something over, made if there is none.
 
-    Not before: it would take the mounts of other sandboxes with it. One in which the
-    machine has something stays; so do /dev/mapper and its ``control``.
+    The last sandbox removes one that was made: before, it would take the mounts of the
+    others with it. One that the machine had stays, if it is empty, too.
     """
     with contextlib.ExitStack() as undo:
         there = False
         while not there:
             undo.close()
-            place.mkdir(exist_ok=True)
+            place.mkdir(_MADE_HERE, exist_ok=True)
             # meanwhile the last of others may have removed it
             with contextlib.suppress(FileNotFoundError):
                 directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
@@ -191,7 +194,8 @@ def _kept(place: Path) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):
                 fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                place.rmdir()
+                if os.fstat(directory).st_mode & stat.S_ISVTX:
+                    place.rmdir()
 
 
 def _have_units(directory: Path) -> None:

@@ -40,11 +40,15 @@ def test_a_directory_to_mount_over_goes_with_its_last_user(tmp_path):
         # another sandbox has its mount there
         assert mapper.is_dir()
     assert not mapper.exists()
+
+
+def test_a_directory_that_the_machine_had_stays(tmp_path):
+    """Empty, too, whoever is the last."""
+    mapper = tmp_path / "mapper"
     mapper.mkdir()
-    (mapper / "control").touch()
-    with place._kept(mapper):
+    with place._kept(mapper), place._kept(mapper):
         pass
-    assert mapper.is_dir()
+    assert list(tmp_path.iterdir()) == [mapper]
 
 
 def test_a_directory_that_others_remove_meanwhile_is_made_anew(tmp_path, monkeypatch):
@@ -57,7 +61,7 @@ def test_a_directory_that_others_remove_meanwhile_is_made_anew(tmp_path, monkeyp
             removed.append(mapper.rmdir())
             # another one may be there at once
             if len(removed) == 2:
-                mapper.mkdir()
+                mapper.mkdir(0o1755)
 
     monkeypatch.setattr(place.fcntl, "flock", flock)
     with place._kept(mapper):
