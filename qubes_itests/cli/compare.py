@@ -44,7 +44,13 @@ _SUITES: Final = "core::integ."
 #: What tests of apps are called, which run together.
 _APPS: Final = "apps"
 #: Of a run without results: there were no tests, as where only one core has them.
-_WELL: Final = (ExitCode.OK, ExitCode.NO_TESTS_COLLECTED)
+_EMPTY: Final = (ExitCode.OK, ExitCode.NO_TESTS_COLLECTED)
+#: Of one with the results of all its tests.
+_WHOLE: Final = (
+    *_EMPTY,
+    ExitCode.TESTS_FAILED,
+    *range(ExitCode.LEAKED_RESOURCE, ExitCode.FLAKY + 1),
+)
 #: After these the next run would end like the last.
 _FOR_ALL: Final = (
     ExitCode.USAGE_ERROR,
@@ -136,7 +142,7 @@ class _Trials:
     def execute(self) -> int:
         """Run them, print a line for each as soon as it has ended, then differences.
 
-        :return: the status of the first run that had no results, else 0.
+        :return: the status of the first run that did not come to its end, else 0.
         """
         parts = _parts(self._command, self._settings)
         self._show(_HEADER)
@@ -155,7 +161,10 @@ class _Trials:
         return ended
 
     def _compare(self, name: str, words: Sequence[str]) -> int:
-        """Run a part on both cores, and return the status of a run without results."""
+        """Run a part on both cores.
+
+        :return: the status of a run that did not come to its end, else 0.
+        """
         suites = self._settings.core if name.startswith(_SUITES) else None
         both = {
             "ours": dataclasses.replace(self._plain, core_suites=suites),
@@ -166,8 +175,10 @@ class _Trials:
         for side, settings in both.items():
             artifacts = self._settings.artifacts / side / name.removeprefix("core::")
             status, results = self._run(settings, artifacts, words)
-            if not results and status not in _WELL:
-                why = f"the run on {side} ended with status {status}, and no results"
+            if status not in (_WHOLE if results else _EMPTY):
+                count = len(results) or "none"
+                why = f"the run on {side} ended with status {status}"
+                why += f", and {count} of its results"
                 self._show(f"{row}  {why}")
                 print(f"{NAME}: {name}: {why}: see above", file=sys.stderr)
                 return status
@@ -200,7 +211,7 @@ class _Trials:
         if self._command.resume:
             with contextlib.suppress(HistoryError):
                 left = read_part(artifacts)
-                same = list(left.document["command"])[-len(run) :] == run
+                same = list(left.document.get("command", ()))[-len(run) :] == run
                 if same and left.results and left.run.outcome != "interrupted":
                     return ExitCode.OK, left.results
         # a run keeps its results if there is such a folder; those of an earlier one are

@@ -27,6 +27,7 @@ _OUTCOMES: Mapping[int, str] = {
     ExitCode.OK: "passed",
     ExitCode.NO_TESTS_COLLECTED: "passed",
     ExitCode.INTERRUPTED: "interrupted",
+    ExitCode.INTERNAL_ERROR: "interrupted",
 }
 
 

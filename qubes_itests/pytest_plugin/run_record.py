@@ -59,7 +59,8 @@ class RunRecord:
         ended = self._results.ended
         outcome = "failed" if any(result.bad for result in ended) else "passed"
         told = ended
-        if exitstatus == ExitCode.INTERRUPTED:
+        if exitstatus in (ExitCode.INTERRUPTED, ExitCode.INTERNAL_ERROR):
+            # there are tests that were not run
             outcome = "interrupted"
             told = [*ended, *self._results.unfinished]
         earlier = earlier_outcomes(session.config, self._results.run)

@@ -416,7 +416,9 @@ def test_suites_of_a_core_are_compared_on_both(shared, site, tmp_path):
     done = site.run("compare", "--resume", *words, BREAK_CORE=broken)
     assert done.returncode == 3, done.stdout + done.stderr
     (row,) = done.stdout.splitlines()[1:]
-    assert row.endswith("the run on theirs ended with status 3, and no results")
+    assert row.endswith(
+        "the run on theirs ended with status 3, and none of its results"
+    )
     assert "its store:" in done.stderr
     assert "run.json" not in done.stderr
     assert "--core-suites" not in done.stderr

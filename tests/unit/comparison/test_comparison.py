@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from qubes_itests.cli import compare as command_module
 from qubes_itests.cli.arguments import parse
-from qubes_itests.cli.compare import _counts, _listed, _parts, check
+from qubes_itests.cli.compare import _counts, _listed, _parts, check, execute
 from qubes_itests.comparison import compare
 from qubes_itests.comparison.description import _members
 from qubes_itests.run.settings import ConfigurationError, Settings
@@ -133,6 +134,58 @@ def test_each_suite_is_compared_by_itself(tmp_path):
     problem = "core::integ.nothing: expected a suite of .* integ.basic, integ.network"
     with pytest.raises(ConfigurationError, match=problem):
         parts("core::integ.nothing")
+
+
+#: Stands for a run: that on ours leaves two results, and one of theirs breaks off.
+RUN = """
+import json, signal, sys
+from pathlib import Path
+
+place = Path(sys.argv[sys.argv.index("--artifacts") + 1])
+Path("runs").open("a").write(f"{place.parent.name}\\n")
+whole = place.parent.name == "ours" or Path("mended").exists()
+rows = [
+    dict(test=name, outcome="passed", duration=1, started=1, attempts=1, failed=0)
+    for name in ("core::integ.basic::a", "core::integ.basic::b")[: 1 + whole]
+]
+document = {
+    "format": "qubes_itests.run", "version": 1, "id": "0" * 32, "started": 1,
+    "command": sys.argv, "outcome": "passed" if whole else "interrupted", "tests": rows,
+}
+(place / "run.json").write_text(json.dumps(document))
+sys.exit(0) if whole else END
+"""
+
+
+@pytest.mark.parametrize("status", [2, 3, -9])
+def test_a_run_that_breaks_off_is_no_result(tmp_path, monkeypatch, capfd, status):
+    """Nor is it one for the next comparison, which takes up those of the others."""
+    suites = tmp_path / "core/qubes/tests/integ"
+    suites.mkdir(parents=True)
+    (suites / "basic.py").touch()
+    monkeypatch.chdir(tmp_path)
+    kill = f"signal.raise_signal({-status})"
+    program = tmp_path / "run.py"
+    program.write_text(
+        RUN.replace("END", kill if status < 0 else f"sys.exit({status})")
+    )
+    monkeypatch.setattr(command_module, "COMMAND", (sys.executable, str(program)))
+
+    def compared():
+        words = ["--core", str(tmp_path / "core"), "--resume", "core::integ.basic"]
+        command = parse(["compare", *words])
+        done = execute(command, Settings(**command.given))
+        return done, capfd.readouterr().out.splitlines()[1:]
+
+    done, lines = compared()
+    assert done == status
+    why = f"the run on theirs ended with status {status}, and 1 of its results"
+    assert [line.partition("  the ")[2] for line in lines] == [why.removeprefix("the ")]
+    (tmp_path / "mended").touch()
+    done, lines = compared()
+    assert done == 0
+    assert lines[0].split()[-4:] == ["2", "0", "0", "0"]
+    assert (tmp_path / "runs").read_text().split() == ["ours", "theirs", "theirs"]
 
 
 def test_our_core_is_described():

@@ -71,24 +71,35 @@ def test_an_interrupted_set_up_tells_what_it_waited_for(tmp_path):
     assert cause.endswith(": starts (work)")
 
 
-def test_a_test_that_was_interrupted_is_in_run_json(tmp_path, monkeypatch):
-    (tmp_path / "test_some_hang.py").write_text(
-        "def test_a(): pass\ndef test_b(): raise KeyboardInterrupt\n"
-    )
+@pytest.mark.parametrize(
+    ("test", "status"),
+    [
+        ("raise KeyboardInterrupt", ExitCode.INTERRUPTED),
+        ("pytest.exit('that is all', 3)", ExitCode.INTERNAL_ERROR),
+    ],
+)
+def test_a_test_that_was_interrupted_is_in_run_json(
+    tmp_path, monkeypatch, test, status
+):
+    # its own, as modules are imported once
+    name = f"test_some_end_{int(status)}.py"
+    text = f"import pytest\ndef test_a(): pass\ndef test_b(): {test}\n"
+    (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     results = Results(lambda _result: None)
-    assert pytest.main(WORDS, [results]) == ExitCode.INTERRUPTED
+    assert pytest.main(WORDS, [results]) == status
     kept = tmp_path / "kept"
     kept.mkdir()
     config = SimpleNamespace(stash={}, rootpath=tmp_path)
     watch = SimpleNamespace(artifacts=Artifacts(kept), failures={})
     record = RunRecord(Settings(), watch, results)
-    record.pytest_sessionfinish(SimpleNamespace(config=config), ExitCode.INTERRUPTED)
+    record.pytest_sessionfinish(SimpleNamespace(config=config), status)
     told = json.loads((kept / "run.json").read_text())
+    assert told["outcome"] == "interrupted"
     rows = [(row["test"], row["outcome"], row["cause"]) for row in told["tests"]]
     assert rows == [
-        ("test_some_hang.py::test_a", "passed", ""),
-        ("test_some_hang.py::test_b", "", "interrupted"),
+        (f"{name}::test_a", "passed", ""),
+        (f"{name}::test_b", "", "interrupted"),
     ]
 
 
