@@ -20,7 +20,7 @@
 #define SWAP_MAX ((uint64_t)64 << 30)
 #define EXT4_RESIZE _IOW('f', 16, uint64_t)
 
-enum { DEADLINE = 10000 /* milliseconds */ };
+enum { DEADLINE = 10000, PAUSE = 2 /* milliseconds */ };
 
 /* What went wrong, for FAILED. */
 static char problem[TEXT_MAX];
@@ -600,6 +600,19 @@ static const char *find_fault(struct strings identity)
 	return NULL;
 }
 
+/* Process 1 and the user's systemd are told of each mount, and may be looking at it. */
+static bool unmount(const char *path)
+{
+	const struct timespec pause = {.tv_nsec = PAUSE * 1000000};
+
+	for (int waited = 0; umount(path) != 0; waited += PAUSE) {
+		if (errno != EBUSY || waited > DEADLINE)
+			return failed(path);
+		nanosleep(&pause, NULL);
+	}
+	return true;
+}
+
 /* What comes next is done with other disks once, and undone. Under emulation all of its
  * code is translated then, which takes most of the time. Not with the root: nobody could
  * undo what is in its journal. */
@@ -615,9 +628,10 @@ static const char *rehearse(struct strings identity)
 	if (private && !mount_private(private))
 		return problem;
 	if (private && (mount(NULL, "/rw", NULL, MS_REMOUNT | MS_RDONLY, "") != 0 ||
-	                mount(NULL, "/rw", NULL, MS_REMOUNT | MS_LAZYTIME, "") != 0 ||
-	                umount("/usr/local") != 0 || umount("/home") != 0 || umount("/rw") != 0))
+	                mount(NULL, "/rw", NULL, MS_REMOUNT | MS_LAZYTIME, "") != 0))
 		return failed("/rw") ? NULL : problem;
+	if (private && (!unmount("/usr/local") || !unmount("/home") || !unmount("/rw")))
+		return problem;
 	if (swap && !swap_on(swap))
 		return problem;
 	return swap && swapoff(device(swap)) != 0 && !failed(device(swap)) ? problem : NULL;
