@@ -7,13 +7,25 @@ import os
 from pathlib import Path
 from typing import Final
 
-__all__ = ["idle_cpu", "running"]
+__all__ = ["delay", "idle_cpu", "running"]
+
+#: How many times longer something may take at most because the CPUs are busy.
+_BUSIEST: Final = 4.0
 
 #: How often in a row, and how many seconds apart, a CPU must have been found idle.
 _LOOKS: Final = 3
 _SOON: Final = 0.01
 #: Seconds until the next look at a machine that is busy.
 _LATER: Final = 0.1
+
+
+def delay() -> float:
+    """Return how many times longer things take because others keep the CPUs busy.
+
+    That is how many threads want each of them; from 1 to 4, whatever the load.
+    """
+    each = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    return min(max(1.0, each), _BUSIEST)
 
 
 def running(file: Path = Path("/proc/loadavg")) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from qubes_itests.exc import HarnessError
+from qubes_itests.host import load
 from qubes_itests.host.cache import descriptors_in_use
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LeakError", "LeakWatch"]
 
-#: Seconds for what is ending to end.
+#: Seconds for what is ending to end, where the CPUs are not busy.
 _GRACE: Final = 2.0
 _INTERVAL: Final = 0.01
 
@@ -193,7 +194,7 @@ def _peer(number: str, target: str) -> str:
 
 def _until(condition: Callable[[], bool]) -> None:
     """Wait until something is true, or the grace is over."""
-    deadline = time.monotonic() + _GRACE
+    deadline = time.monotonic() + _GRACE * load.delay()
     while not condition() and time.monotonic() < deadline:
         time.sleep(_INTERVAL)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from typing import TYPE_CHECKING, Final
 
 from qubes_itests.exc import DeadlineError, HarnessError
 from qubes_itests.guest.exc import BootError, GuestGoneError, ProtocolViolation
 from qubes_itests.guest.link.agent import GuestAgent
-from qubes_itests.host import memory
+from qubes_itests.host import load, memory
 from qubes_itests.hypervisor.console import console_tail
 from qubes_itests.hypervisor.contract import DomainState
 from qubes_itests.hypervisor.exc import HypervisorError, SavedStateError
@@ -32,9 +31,6 @@ __all__ = ["boot", "time_here"]
 
 _logger = logging.getLogger("qubes_itests.guest")
 
-#: How many times longer a start may take at most because the CPUs are busy.
-_BUSIEST: Final = 4.0
-
 #: A guest from a saved state that is silent for this part of the time that is left will
 #: not speak any more; in the rest it can boot.
 _WARM_PART: Final = 1 / 4
@@ -50,9 +46,7 @@ def time_here(seconds: float, hypervisor: Hypervisor) -> float:
     :param seconds: for guests with hardware virtualisation on an idle machine; emulated
         ones get more, and all do where others keep the CPUs busy.
     """
-    # how many processes want each CPU, within reason
-    each = os.getloadavg()[0] / len(os.sched_getaffinity(0))
-    return seconds * hypervisor.slowness * min(max(1.0, each), _BUSIEST)
+    return seconds * hypervisor.slowness * load.delay()
 
 
 async def boot(

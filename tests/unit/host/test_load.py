@@ -1,4 +1,4 @@
-"""A CPU that nobody uses."""
+"""CPUs that nobody uses, or many."""
 
 import asyncio
 
@@ -12,6 +12,13 @@ def test_who_asks_does_not_count(tmp_path):
     file.write_text("3.18 2.94 2.55 4/1096 203\n")
     assert load.running(file) == 3
     assert load.running() >= 0
+
+
+@pytest.mark.parametrize(("average", "delay"), [(0.5, 1), (5, 2.5), (50, 4)])
+def test_things_take_longer_by_how_many_want_each_cpu(monkeypatch, average, delay):
+    monkeypatch.setattr(load.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(load.os, "getloadavg", lambda: (average, 0, 0))
+    assert load.delay() == delay
 
 
 @pytest.mark.asyncio
