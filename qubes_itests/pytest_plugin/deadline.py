@@ -97,6 +97,11 @@ class Deadline:
         now = time.monotonic() if stopped_at is None else stopped_at
         return now - self._stood
 
+    def end_in(self, seconds: float) -> None:
+        """Have the time of the test that runs be over in so many seconds."""
+        self._end = self._now() + seconds
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
     def pytest_enter_pdb(self) -> None:
         """Stop the clock for good: somebody goes through the test by hand.
 
@@ -159,8 +164,7 @@ class Deadline:
             signal.setitimer(signal.ITIMER_REAL, max(left, _LOOK_AGAIN))
             return
         # A TestCase goes on with its tearDown, which may hang as well.
-        self._end = self._now() + self._seconds
-        signal.setitimer(signal.ITIMER_REAL, self._seconds)
+        self.end_in(self._seconds)
         self._expired(self._test)
         recorder = timeline.current()
         what = waited_for(recorder.open() if recorder else [], line_of(frame))

@@ -18,5 +18,4 @@ def is_nearly_over(seconds: float = 1.0) -> None:
     assert isinstance(handler, MethodType)
     deadline = handler.__self__
     assert isinstance(deadline, Deadline)
-    deadline._end = deadline._now() + seconds
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    deadline.end_in(seconds)

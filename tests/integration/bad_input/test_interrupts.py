@@ -70,9 +70,9 @@ def test_control_c_ends_the_run_and_all_that_it_has(site, shared_cache, test):
             f"{test} or test_z",
         ]
         os.execve(sys.executable, [*command, "slow"], site.environment)  # noqa: S606
-    deadline = time.monotonic() + 600
+    start = time.monotonic()
     while not (site.work / "reached").exists():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < start + 600
         time.sleep(0.01)
     begin = time.monotonic()
     os.write(terminal, b"\x03")
@@ -80,7 +80,8 @@ def test_control_c_ends_the_run_and_all_that_it_has(site, shared_cache, test):
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     os.close(terminal)
     assert status == 2, output
-    assert time.monotonic() - begin < 300
+    # less than any deadline of what it ends, on a machine on which it came so far soon
+    assert time.monotonic() - begin < 10 + 5 * (begin - start)
     assert "KeyboardInterrupt" in output
     assert not (site.work / "went_on").exists()
     assert wait_for_no_leftovers(shared_cache) == []

@@ -183,7 +183,9 @@ def set_up_by_two(elsewhere):
             )
             for _ in range(2)
         ]
-        yield checkout, [one.communicate(timeout=300) for one in both]
+        outputs = [one.communicate(timeout=300) for one in both]
+        assert [one.returncode for one in both] == [0, 0], outputs
+        yield checkout, outputs
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
 import libvirt
@@ -201,7 +200,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 async def test_a_damaged_state(hypervisor, saved, make_spec, directory, damage):
-    """It is said soon, no domain is left, and a cold start may follow."""
+    """QEMU says so, no domain is left, and a cold start may follow."""
     place = directory / "bad"
     place.mkdir(exist_ok=True)
     for file in (saved, memory_file(saved)):
@@ -209,10 +208,9 @@ async def test_a_damaged_state(hypervisor, saved, make_spec, directory, damage):
     bad = place / saved.name
     DAMAGES[damage](bad)
     domain = await hypervisor.define(make_spec())
-    before = time.monotonic()
-    with pytest.raises(SavedStateError, match="did not load"):
+    with pytest.raises(SavedStateError, match="did not load") as caught:
         await domain.start(saved_state=bad)
-    assert time.monotonic() - before < 300
+    assert " within " not in str(caught.value), "it was given up, and not refused"
     assert await domain.state() is DomainState.HALTED
     assert [path.name for path in domain.spec.directory.iterdir()] == ["console.log"]
     if damage == "cut":

@@ -60,7 +60,8 @@ class Network:
             sent = f"{vm} to {other}"
             return sent == self.sh(vm, f"echo {sent} | nc -w 1 {other.ip} {PORT}")
         finally:
-            self.sh(other, "killall nc")
+            # the next one could not listen while this one does
+            self.sh(other, "killall nc; while pidof nc; do sleep 0.05; done")
 
     def reaches(self, vm, other):
         """Tell whether it does in the end, with packets of both kinds.

@@ -178,7 +178,7 @@ def test_input_credit_comes_back_as_the_command_reads(wire: Wire) -> None:
 
 
 def test_command_that_closes_its_input_stops_it(wire: Wire) -> None:
-    stream = wire.spawn("exec 0<&-; sleep 60")
+    stream = wire.spawn("exec 0<&-; sleep 9000")
     assert wire.expect(STOP, stream).channel == 0
     wire.write(stream, b"dropped")
     wire.send(SIGNAL, 0, stream, bytes([signal.SIGTERM]))
@@ -202,7 +202,7 @@ def ended(wire: Wire, pid: int) -> bool:
 
 
 def test_signal_reaches_the_whole_group(wire: Wire) -> None:
-    stream = wire.spawn("sleep 60 & echo $!; wait")
+    stream = wire.spawn("sleep 9000 & echo $!; wait")
     child = int(wire.expect(DATA, stream).payload)
     wire.send(SIGNAL, 0, stream, bytes([signal.SIGKILL]))
     assert wire.finish(stream).kind == 1
@@ -250,7 +250,7 @@ def test_no_more_than_128_at_once(wire: Wire) -> None:
 
 
 def test_hello_kills_what_an_earlier_connection_left(wire: Wire) -> None:
-    stream = wire.spawn("echo $$; sleep 60")
+    stream = wire.spawn("echo $$; sleep 9000")
     pid = int(wire.expect(DATA, stream).payload)
     wire.hello()
     wire.last_stream = 0
@@ -259,13 +259,13 @@ def test_hello_kills_what_an_earlier_connection_left(wire: Wire) -> None:
 
 def test_what_is_to_be_left_outlives_the_connection_once(wire: Wire) -> None:
     """It waits for its input as before, and is no stream any more."""
-    stream = wire.spawn("echo $$; read line; sleep 60")
+    stream = wire.spawn("echo $$; read line; sleep 9000")
     pid = int(wire.expect(DATA, stream).payload)
     assert wire.control(LEAVE, b"\0") is None
     assert wire.control(LEAVE, b"\1") is None
     wire.hello()
     wire.last_stream = 0
-    other = wire.spawn("echo $$; sleep 60")
+    other = wire.spawn("echo $$; sleep 9000")
     second = int(wire.expect(DATA, other).payload)
     wire.hello()
     wire.last_stream = 0

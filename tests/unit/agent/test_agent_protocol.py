@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 if TYPE_CHECKING:
     from agent_process import AgentProcess
 
-SLEEP = frame(SPAWN, 0, 1, strings("command", "", "exec sleep 60", ""))
+SLEEP = frame(SPAWN, 0, 1, strings("command", "", "exec sleep 9000", ""))
 BROKEN = {
     "long frame": struct.pack("<BBHI", DATA, 0, 32761, 1),
     "unknown control frame": frame(0x42),
