@@ -15,6 +15,7 @@ from qubes_itests.comparison import compare
 from qubes_itests.discovery.core_suites import suite_names
 from qubes_itests.exit_codes import ExitCode
 from qubes_itests.host.command import output
+from qubes_itests.host.confined import FOLLOW_US
 from qubes_itests.host.sandbox import interruptible
 from qubes_itests.program import COMMAND, NAME
 from qubes_itests.pytest_plugin.run_record import NAME as RUN_RECORD
@@ -218,7 +219,8 @@ class _Trials:
         # not to be taken for its own
         artifacts.mkdir(parents=True, exist_ok=True)
         (artifacts / RUN_RECORD).unlink(missing_ok=True)
-        with subprocess.Popen([*COMMAND, *run], stdout=sys.stderr) as process:
+        words = [*FOLLOW_US, *COMMAND, *run]
+        with subprocess.Popen(words, stdout=sys.stderr) as process:
             try:
                 status = process.wait()
             except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """What counts as a difference between two cores, and what ours is described as."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -186,6 +187,31 @@ def test_a_run_that_breaks_off_is_no_result(tmp_path, monkeypatch, capfd, status
     assert done == 0
     assert lines[0].split()[-4:] == ["2", "0", "0", "0"]
     assert (tmp_path / "runs").read_text().split() == ["ours", "theirs", "theirs"]
+
+
+def test_the_run_of_a_comparison_that_is_killed_ends_with_it(tmp_path):
+    suites = tmp_path / "qubes/tests/integ"
+    suites.mkdir(parents=True)
+    (suites / "basic.py").touch()
+    program = tmp_path / "run"
+    program.write_text(
+        f"#!{sys.executable}\nimport time\nprint('begun', flush=True)\n"
+        "time.sleep(60)\nprint('gone on')\n"
+    )
+    program.chmod(0o755)
+    words = [sys.executable, "-P", "-m", "qubes_itests", "compare", "--core", tmp_path]
+    with subprocess.Popen(
+        [*words, "core::integ.basic"],
+        env={**os.environ, "QUBES_ITESTS_PROGRAM": str(program)},
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        # where the run writes to, too: it is at its end when both are
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as comparison:
+        assert comparison.stderr.readline() == "begun\n"
+        comparison.kill()
+        assert comparison.stderr.read() == ""
 
 
 def test_our_core_is_described():
