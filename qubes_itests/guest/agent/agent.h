@@ -154,8 +154,10 @@ int resume(void); /* as a service of another init, which waits; the port */
 const char *enter(struct strings request); /* stage two; NULL, or what went wrong */
 extern bool under_systemd;   /* it runs, and has waited for stage two */
 extern bool session_awaited; /* stage two is done but for what systemd starts */
-int session_open(void);      /* what tells that it has come so far */
-void session_changed(int fd); /* it may have: then the host has its answer now */
+extern int session_events;   /* what tells that it has come so far; or -1 */
+void session_open(void);
+void session_changed(void); /* it may have: then the host has its answer now */
+void session_overdue(void); /* that takes too long: it has it without */
 _Noreturn void run_user_manager(void); /* become the systemd of the user's session */
 void make_runtime(void); /* what systemd does at boot */
 bool make_runtime_directory(const struct passwd *user); /* of his session */

@@ -21,6 +21,8 @@
 #define EXT4_RESIZE _IOW('f', 16, uint64_t)
 
 enum { DEADLINE = 10000, PAUSE = 2 /* milliseconds */ };
+/* Of the units that a session begins with, as systemd has it for one that does not wait. */
+enum { SESSION_DEADLINE = 90 /* seconds */ };
 
 /* What went wrong, for FAILED. */
 static char problem[TEXT_MAX];
@@ -399,6 +401,7 @@ static bool hand_over(const char *host, const char *machine)
 }
 
 bool under_systemd, session_awaited;
+int session_events = -1;
 
 /* Whether there are programs that make units or variables of what they find, but for
  * systemd's, and GnuPG's, which looks at the user's home alone. */
@@ -530,8 +533,36 @@ static bool has_entries(const char *path)
 	return found;
 }
 
+/* Whether systemd would not start the session, and tell nobody: of what is masked, it is
+ * a device or an empty file. */
+static bool is_masked(const char *home)
+{
+	static const char *const units[] = {"default.target", "basic.target"};
+	char path[PATH_LIMIT];
+	struct stat status;
+
+	for (size_t i = 0; i < sizeof units / sizeof *units; i++) {
+		snprintf(path, sizeof path, "%s/.config/systemd/user/%s", home, units[i]);
+		if (stat(path, &status) != 0) {
+			snprintf(path, sizeof path, "/etc/systemd/user/%s", units[i]);
+			if (stat(path, &status) != 0)
+				continue;
+		}
+		if (status.st_size == 0)
+			return true;
+	}
+	return false;
+}
+
 /* That of the session which waits with us, or 0. */
 static pid_t waiting_manager;
+
+/* As it would have ended by itself, had it not waited. */
+static void end_session(void)
+{
+	kill(waiting_manager, SIGTERM);
+	waiting_manager = 0;
+}
 
 /* Units and variables of the session may be on the private disk, or made of what is there:
  * then it reads all anew. */
@@ -543,31 +574,34 @@ static void begin_session(void)
 		"/usr/lib/systemd/user-environment-generators"};
 	const struct passwd *user = find_user(NULL, (uid_t)atoi(USER));
 
+	if (user && is_masked(user->pw_dir)) {
+		end_session();
+		return;
+	}
 	if (!user || has_entries(user->pw_dir) || has_entries("/usr/local") ||
 	    has_generators(generators, sizeof generators / sizeof *generators))
 		kill(waiting_manager, SIGHUP);
 	kill(waiting_manager, SIGRTMIN); /* to it: "start default.target" */
+	alarm(SESSION_DEADLINE);
 }
 
 /* Told when process 1 makes the socket of qubes-session.socket, and then the systemd of
  * the session its own, where that has waited. */
-int session_open(void)
+void session_open(void)
 {
-	int fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
-
+	session_events = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
 	waiting_manager = user_manager();
-	if (inotify_add_watch(fd, DIRECTORY, IN_CREATE) < 0 ||
-	    (waiting_manager && inotify_add_watch(fd, USER_DIRECTORY, IN_CREATE) < 0))
+	if (inotify_add_watch(session_events, DIRECTORY, IN_CREATE) < 0 ||
+	    (waiting_manager && inotify_add_watch(session_events, USER_DIRECTORY, IN_CREATE) < 0))
 		die(DIRECTORY);
-	return fd;
 }
 
-void session_changed(int fd)
+void session_changed(void)
 {
 	static bool begun;
 	char events[1024];
 
-	while (read(fd, events, sizeof events) > 0)
+	while (read(session_events, events, sizeof events) > 0)
 		;
 	if (!session_awaited || access(SESSION, F_OK) != 0)
 		return;
@@ -578,6 +612,17 @@ void session_changed(int fd)
 		return;
 	send_frame(DONE, 0, 0, NULL, 0);
 	session_awaited = false;
+	/* what the user makes there from now on wakes nobody */
+	close(session_events);
+	session_events = -1;
+}
+
+void session_overdue(void)
+{
+	if (!session_awaited || !waiting_manager)
+		return;
+	end_session();
+	session_changed();
 }
 
 /* The root is ours already, mounted read-only: so it is where a state is saved. */

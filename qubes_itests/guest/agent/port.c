@@ -269,6 +269,7 @@ static int signals_open(void)
 	 * are blocked in children too, until become() unblocks them. */
 	sigemptyset(&set);
 	sigaddset(&set, SIGCHLD);
+	sigaddset(&set, SIGALRM);
 	if (getpid() == 1) {
 		sigaddset(&set, SIGTERM);
 		sigaddset(&set, SIGUSR1);
@@ -288,7 +289,9 @@ static void signals_ready(int fd)
 	pid_t pid;
 
 	while (read(fd, &info, sizeof info) == (ssize_t)sizeof info)
-		if (info.ssi_signo != SIGCHLD) /* as busybox tells its init */
+		if (info.ssi_signo == SIGALRM)
+			session_overdue();
+		else if (info.ssi_signo != SIGCHLD) /* as busybox tells its init */
 			power_off(info.ssi_signo == SIGTERM);
 	/* All that there are: several ends may have been one signal. As process 1 we get the
 	 * orphans of all others, too, which would stay zombies. */
@@ -312,7 +315,8 @@ _Noreturn void run_loop(int port_fd, int disks, bool entered)
 	polled[CALLS].fd = calls_listen();
 	polled[DISKS].fd = disks;
 	polled[MOUNTS].events = POLLPRI;
-	polled[SESSION].fd = under_systemd ? session_open() : -1;
+	if (under_systemd)
+		session_open();
 	if (entered) {
 		/* The host waits for the answer to ENTER, which init has left to this moment. */
 		port.connected = true;
@@ -326,6 +330,7 @@ _Noreturn void run_loop(int port_fd, int disks, bool entered)
 		int ready;
 
 		polled[MOUNTS].fd = blocks_mounts();
+		polled[SESSION].fd = session_events;
 		ready = poll(polled, room ? STREAMS + count : 1, room && more ? 0 : -1);
 
 		/* Without memory for its list it cannot wait, but the port goes on. */
@@ -345,7 +350,7 @@ _Noreturn void run_loop(int port_fd, int disks, bool entered)
 			if (polled[CALLS].revents)
 				calls_ready(polled[CALLS].fd);
 			if (polled[SESSION].revents)
-				session_changed(polled[SESSION].fd);
+				session_changed();
 		}
 		port_event();
 		/* Frames first, then the sweep, which frees what has ended: an event of this turn

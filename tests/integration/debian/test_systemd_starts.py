@@ -216,6 +216,13 @@ def test_the_session_is_that_of_a_user_who_lingers(pair, sh):
     assert sh(pair.work, "loginctl show-user user -P Linger") == "yes"
 
 
+def test_what_a_user_makes_in_a_session_wakes_no_agent(pair, sh):
+    """It has looked for a file there until the session had begun."""
+    agent = "systemctl show -P MainPID qubes-qrexec-agent"
+    watches = f"ls -l /proc/$({agent})/fd | grep -c inotify || :"
+    assert sh(pair.work, watches, "root") == "0"
+
+
 def test_a_session_that_is_started_anew_has_a_directory_of_its_own(pair, sh):
     # logind, once it is up, has the session start, and cancels a stop before that
     state = "loginctl show-user user -P State"
@@ -246,7 +253,11 @@ def test_a_template_that_was_changed_has_no_state(pair, sh, states):
 
 
 def test_an_agent_that_has_been_stopped_is_gone_while_its_vm_runs(pair, sh):
-    """Who waits for it is told, and who calls it then."""
+    """Who waits for it is told, and who calls it then.
+
+    The VM starts again, also where its user has done away with the session.
+    """
+    sh(pair.vault, "systemctl --user mask default.target && sync")
     stop = "systemctl stop qubes-qrexec-agent.service"
     with pytest.raises(GuestGoneError, match="or its agent has stopped"):
         sh(pair.vault, stop, "root")
@@ -258,3 +269,6 @@ def test_an_agent_that_has_been_stopped_is_gone_while_its_vm_runs(pair, sh):
     pair.run(pair.vault.kill())
     pair.run(pair.vault.start())
     assert sh(pair.vault, "hostname") == "vault"
+    session = "systemctl start user@1000.service 2>&1 || echo refused"
+    assert sh(pair.vault, session, "root").endswith("refused")
+    sh(pair.vault, "rm -r ~user/.config", "root")
