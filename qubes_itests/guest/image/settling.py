@@ -71,7 +71,7 @@ if ! of_vm '%[bHlmq]' && ! of_vm '^[^#]*[[:space:]]"?/(home|rw|usr/local)/' &&
 fi
 logind=/etc/systemd/system/systemd-logind.service.d/later.conf
 session=/etc/systemd/system/user@1000.service.d
-rm -rf "$logind" "$session"
+rm -f "$logind" "$session/later.conf" "$session/waiting.conf"
 mkdir -p "$session"
 if grep -qs systemd-logind /usr/lib/systemd/system/user@.service; then
     printf '[Unit]\nAfter=qubes-qrexec-agent.service basic.target\n' \\

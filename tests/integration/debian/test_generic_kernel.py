@@ -83,3 +83,7 @@ def test_files_of_tmpfiles_d_are_in_run_and_nothing_that_a_build_left(sh):
     assert sh("ls -d /run/lock /run/by-a-command /run/nologin 2>/dev/null || true") == (
         "/run/lock"
     )
+
+
+def test_settings_of_an_app_for_the_session_stay(sh):
+    assert sh("ls /etc/systemd/system/user@1000.service.d") == "app.conf\nwaiting.conf"
