@@ -22,6 +22,7 @@ from qubes_itests.host.cache import digest
 from qubes_itests.hypervisor.contract import Disk
 from qubes_itests.hypervisor.exc import HypervisorError
 from qubes_storage.ficlone import clone_or_copy, places_of_data
+from qubes_storage.uninterrupted import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -83,7 +84,9 @@ class WarmState:
         return tuple(
             disk.name
             for disk in disks
-            if not disk.read_only and self.sizes.get(disk.name) == _size(disk.path)
+            if not disk.read_only
+            and disk.name in self.sizes
+            and self.sizes[disk.name] == _size(disk.path)
         )
 
 
@@ -254,7 +257,10 @@ class WarmStarts:
         name = f"stage-one-{identifier.hex[:12]}"
         domain = None
         try:
-            with _disks_to_save(state, name, directory) as disks:
+            with contextlib.ExitStack() as made:
+                making = _disks_to_save(state, name, directory)
+                entering = asyncio.to_thread(made.enter_context, making)
+                disks = await to_its_end(entering)
                 blank = replace(
                     spec, name=name, uuid=identifier, directory=directory, disks=disks
                 )
@@ -304,7 +310,8 @@ def _disks_to_save(
     if state.root is None:
         yield ()
         return
-    paths = {disk: directory / f"{disk}.img" for disk in state.sizes}
+    root, *blank = state.disks
+    paths = {disk: directory / f"{disk}.img" for disk in blank}
     for disk, path in paths.items():
         path.touch()
         os.truncate(path, state.sizes[disk])
@@ -316,7 +323,7 @@ def _disks_to_save(
         clone_or_copy(image.fileno(), copy.fileno())
         before = os.fstat(copy.fileno()).st_mtime_ns
         # for writing, as a VM's is
-        paths[state.disks[0]] = Path(f"/proc/{os.getpid()}/fd/{copy.fileno()}")
+        paths[root] = Path(f"/proc/{os.getpid()}/fd/{copy.fileno()}")
         yield tuple(Disk(disk, path) for disk, path in paths.items())
         if os.fstat(copy.fileno()).st_mtime_ns != before:
             raise HypervisorError(name, "save", "its root has been written to")

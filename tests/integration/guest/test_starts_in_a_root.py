@@ -40,7 +40,14 @@ def test_clones_share_no_identity_and_have_disks_of_their_own(
         known.append(unchanged)
         await enter(agent, identity, timeout=timeout, unchanged=unchanged)
 
+    on_loop, clone = [], warm.clone_or_copy
+
+    def note_and_clone(*files):
+        on_loop.append(portal.loop.in_own_thread())
+        return clone(*files)
+
     monkeypatch.setattr(GuestAgent, "enter", record)
+    monkeypatch.setattr(warm, "clone_or_copy", note_and_clone)
 
     def sh(vm, command):
         return portal.run(vm.run_for_stdio(command, user="root"))[0].decode().strip()
@@ -56,6 +63,7 @@ def test_clones_share_no_identity_and_have_disks_of_their_own(
             portal.run(vm.start())
     assert [state.disks for state in states] == [("xvda", "xvdb", "xvdc")] * 2
     assert known == [("xvda", "xvdb", "xvdc"), ("xvda", "xvdc")]
+    assert on_loop == [False]
     assert states[0].path == states[1].path
     # the harness runs a command in the guest that it saves
     assert {record["vm"] for record in recorder.records("run")} <= {"one", "two"}

@@ -57,7 +57,8 @@ def test_disks_as_large_as_those_of_the_state(state, disk):
 
 
 def test_what_cannot_be_written_or_opened_is_looked_at(state, disk, tmp_path):
-    disks = [disk("xvda", 1, read_only=True), Disk("xvdb", tmp_path / "gone")]
+    gone = [Disk(name, tmp_path / "gone") for name in ("xvdb", "xvdi")]
+    disks = [disk("xvda", 1, read_only=True), *gone]
     assert state.unchanged(disks) == ()
 
 
