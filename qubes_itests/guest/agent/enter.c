@@ -500,6 +500,8 @@ _Noreturn void run_user_manager(void)
 	                                       (char *)(uintptr_t)"--unit=qubes-waiting.target",
 	                                       NULL};
 
+	/* As pam_systemd does once there is /run/systemd/seats, which may be made later. */
+	setenv("XDG_RUNTIME_DIR", USER_DIRECTORY, 1);
 	execv(ready[0], access(WAITING, F_OK) == 0 ? waiting : ready);
 	die(ready[0]);
 }

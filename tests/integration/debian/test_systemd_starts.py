@@ -250,6 +250,8 @@ def test_a_template_that_was_changed_has_no_state(pair, sh, states):
     assert [state.disks for state in states] == [()]
     assert sh(pair.vault, TOLD, "root") == told_of(pair.vault)
     assert sh(pair.vault, "systemctl is-system-running --wait") == "running"
+    # nor in the time before it had an identity, of which the journal has nothing
+    assert sh(pair.vault, "dmesg | grep 'Failed to start' || :", "root") == ""
 
 
 def test_an_agent_that_has_been_stopped_is_gone_while_its_vm_runs(pair, sh):
