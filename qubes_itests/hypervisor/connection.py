@@ -39,6 +39,14 @@ _kept: dict[str, Any] = {}
 
 #: What libvirt says of a domain that is in another state than the call needs.
 _OF_STATE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
+#: And of one that ends during the call, for which it has no code: what happens to its
+#: connection to QEMU.
+_OF_ITS_END = (
+    "End of file from qemu monitor",
+    "Unable to read from monitor",
+    "Unable to write to monitor",
+    "domain is no longer running",
+)
 
 
 def translate_error(
@@ -46,8 +54,9 @@ def translate_error(
 ) -> HypervisorError:
     """Return our error for one of libvirt's, with its words and its code."""
     code = error.get_error_code()
-    kind = StateError if code in _OF_STATE else HypervisorError
     words = error.get_error_message() or str(error)
+    of_state = code in _OF_STATE or any(end in words for end in _OF_ITS_END)
+    kind = StateError if of_state else HypervisorError
     return kind(domain, action, f"{words} (libvirt error {code})")
 
 

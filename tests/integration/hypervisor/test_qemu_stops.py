@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import libvirt
 import pytest
 import pytest_asyncio
 from qemu_processes import processes
@@ -154,6 +155,23 @@ async def test_a_qemu_that_hangs_delays_no_other(hypervisor, make_spec, monkeypa
     # all have ended, some with what libvirt itself knows
     known = {MemoryStatistics, StateError, HypervisorError}
     assert {type(end) for end in ends} <= known
+
+
+@pytest.mark.parametrize("action", ["pause", "press_power_button"])
+async def test_a_domain_that_ends_during_a_call_does_not_run(
+    domain, eventually, action
+):
+    """Like one that has ended before: libvirt tells of its monitor instead."""
+    await domain.start()
+    (process,) = processes(domain.spec.name)
+    os.kill(process, signal.SIGSTOP)
+    call = asyncio.ensure_future(getattr(domain, action)())
+    occupied = libvirt.VIR_DOMAIN_CONTROL_OCCUPIED
+    await eventually(lambda: domain.native.controlInfo()[0] == occupied)
+    os.kill(process, signal.SIGKILL)
+    with pytest.raises(StateError):
+        await call
+    assert await domain.wait_stopped(300) is DomainState.CRASHED
 
 
 async def test_a_start_that_fails_leaves_nothing(hypervisor, make_spec, tmp_path):

@@ -35,6 +35,21 @@ def test_errors(code, kind):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "internal error: End of file from qemu monitor (vm='work')",
+        "Unable to read from monitor: Connection reset by peer",
+        "Unable to write to monitor: Broken pipe",
+        "operation failed: domain is no longer running",
+    ],
+)
+def test_an_end_during_a_call_is_one_of_the_state(words):
+    error = libvirt.libvirtError("call failed")
+    error.err = (libvirt.VIR_ERR_INTERNAL_ERROR, 0, words, 0, "", None, None, 0, 0)
+    assert type(translate_error(error, "work", "pause")) is StateError
+
+
+@pytest.mark.parametrize(
     ("event", "detail", "expected"),
     [
         (libvirt.VIR_DOMAIN_EVENT_STARTED, 0, LifecycleEvent.STARTED),
